@@ -1,0 +1,46 @@
+# Everything a checkout needs, in an environment of its own.
+#   make demo          requests -> usage, end to end, on this machine
+#   make demo KEEP=1   the same, left running to look at
+#   make test          lint, types, import contract, tests
+#   make bench         what a metered request costs beside a bare one
+#   make dist          wheel and sdist
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint types contract unit bench dist clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
+
+test: lint types contract unit
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+contract: $(INSTALLED)
+	$(BIN)/lint-imports
+
+unit: $(INSTALLED)
+	$(BIN)/python -X dev -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.request_cost
+
+dist: $(INSTALLED)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(INSTALLED): setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[test,check]'
+	touch $@

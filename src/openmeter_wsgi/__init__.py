@@ -1,0 +1,1 @@
+"""Usage metering for WSGI applications, billed by what was delivered."""

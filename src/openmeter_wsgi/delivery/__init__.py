@@ -1,0 +1,1 @@
+"""From a finished event to OpenMeter: queue, sender."""
