@@ -1,1 +1,15 @@
 """Usage metering for WSGI applications, billed by what was delivered."""
+
+from openmeter_wsgi.errors import ConfigError as ConfigError
+from openmeter_wsgi.errors import MeterValueError as MeterValueError
+from openmeter_wsgi.errors import OpenMeterWSGIError as OpenMeterWSGIError
+from openmeter_wsgi.meters import add_meters as add_meters
+from openmeter_wsgi.meters import get_meters as get_meters
+from openmeter_wsgi.meters import set_meters as set_meters
+from openmeter_wsgi.middleware import OpenMeterMiddleware as OpenMeterMiddleware
+from openmeter_wsgi.policy import Policy as Policy
+from openmeter_wsgi.stats import Stats as Stats
+from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
+from openmeter_wsgi.subject import set_subject as set_subject
+from openmeter_wsgi.subject import set_user as set_user
+from openmeter_wsgi.version import VERSION as __version__  # noqa: F401, N811

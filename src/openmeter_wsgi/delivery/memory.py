@@ -1,0 +1,86 @@
+"""A queue in memory: bounded, without a lock on the way in."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.stats import Counts
+
+
+class MemoryQueue:
+    """Encoded events of one process, waiting or being sent.
+
+    Any thread puts; one thread takes, and says when it is done with what it took.
+    `put` takes no lock: it may run in a finaliser that interrupts another `put` of
+    the same thread. The bounds include what is being sent.
+    """
+
+    def __init__(self, *, max_events: int, max_bytes: int, counts: Counts) -> None:
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._counts = counts
+        self._events: deque[bytes] = deque()
+        self._put_bytes = 0
+        # Written by the taking thread alone.
+        self._taken = 0
+        self._done = 0
+        self._done_bytes = 0
+        self._moved = threading.Condition()
+
+    def put(self, event: bytes) -> int:
+        """Append *event* and return how many wait now; 0 if there was no room.
+
+        Never blocks, never raises. The newest is dropped: what is older was
+        promised first.
+        """
+        events = self._events
+        size = len(event)
+        if (
+            len(events) + self._taken >= self._max_events
+            or self._put_bytes - self._done_bytes + size > self._max_bytes
+        ):
+            self._counts.dropped["queue_full"] += 1
+            return 0
+        events.append(event)
+        self._put_bytes += size
+        return len(events)
+
+    def __len__(self) -> int:
+        """Return how many events wait to be taken."""
+        return len(self._events)
+
+    @property
+    def waiting(self) -> int:
+        """How many events wait or are being sent."""
+        with self._moved:
+            return len(self._events) + self._taken
+
+    def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
+        """Return the oldest events, as many as one batch may hold, at least one."""
+        batch: list[bytes] = []
+        size = 0
+        with self._moved:
+            while self._events and len(batch) < max_events:
+                size += len(self._events[0])
+                if batch and size > max_bytes:
+                    break
+                batch.append(self._events.popleft())
+            self._taken += len(batch)
+        return batch
+
+    def done(self, events: list[bytes]) -> None:
+        """Forget *events*: they are delivered, or buried."""
+        with self._moved:
+            self._taken -= len(events)
+            self._done += len(events)
+            self._done_bytes += sum(map(len, events))
+            self._moved.notify_all()
+
+    def wait_until_done(self, timeout: float | None) -> bool:
+        """Wait until all that waits now is done, and say whether it is."""
+        with self._moved:
+            target = self._done + self._taken + len(self._events)
+            return self._moved.wait_for(lambda: self._done >= target, timeout)

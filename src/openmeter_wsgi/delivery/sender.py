@@ -1,0 +1,192 @@
+"""From a batch to OpenMeter: retry, hold, split, bury.
+
+A failure means one of three things. *Not now* (no answer, 5xx, 429) and *not
+this way* (a wrong key or address) concern every event alike: the batch stays at
+the head and nothing behind it is tried. *Not these* (400, 413) concerns at least
+one event in the batch: it is split until that one stands alone.
+
+An event refused alone is not yet guilty: a proxy may be refusing everything. It
+steps aside as a suspect. Once the server has accepted another event, the suspect
+is tried again, and buried if it is refused again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from openmeter_wsgi import log
+from openmeter_wsgi.errors import DeliveryError, Held, Rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from openmeter_wsgi.stats import Counts
+
+logger = log.get_logger(__name__)
+
+#: Attempts are at most this many seconds apart, unless the server asks for more.
+MAX_DELAY = 30.0
+#: The first repetition comes within this many seconds.
+FIRST_DELAY = 1.0
+#: A batch that gets a 5xx this often in a row may itself be the cause.
+MAX_SERVER_ERRORS = 10
+#: Of a buried event this much is logged.
+_MAX_LOGGED = 4_096
+
+
+class Client(Protocol):
+    """What a sender needs of a client."""
+
+    def ingest(self, events: Sequence[bytes]) -> None:
+        """Deliver *events* or raise a DeliveryError."""
+
+
+class _Batch:
+    """Events that are tried together, and how that went so far."""
+
+    __slots__ = ("accepted_before", "events", "failures", "server_errors", "suspect")
+
+    def __init__(self, events: list[bytes]) -> None:
+        self.events = events
+        self.failures = 0
+        self.server_errors = 0
+        #: Whether it was refused alone, and how often others had been accepted then.
+        self.suspect = False
+        self.accepted_before = 0
+
+
+class Sender:
+    """Delivers one batch after the other, in order.
+
+    Belongs to one thread at a time. `attempt` makes one request and returns how
+    long to wait before the next: waiting is the caller's, so that it can be
+    interrupted.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        counts: Counts,
+        done: Callable[[list[bytes]], None],
+        jitter: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._client = client
+        self._counts = counts
+        self._done = done
+        self._jitter = jitter
+        self._pending: deque[_Batch] = deque()
+        self._suspects: deque[_Batch] = deque()
+        self._accepted = 0
+        self._refused_in_a_row = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a batch to be tried."""
+        return bool(self._pending)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether events stand aside that were refused alone."""
+        return bool(self._suspects)
+
+    def load(self, events: list[bytes]) -> None:
+        """Take over a batch."""
+        self._pending.append(_Batch(events))
+
+    def retry_suspects(self) -> None:
+        """Try the suspects again, though nothing else was accepted since."""
+        self._pending.extendleft(reversed(self._suspects))
+        self._suspects.clear()
+
+    def attempt(self) -> float:
+        """Try the batch at the head once; return the seconds until the next try."""
+        batch = self._pending[0]
+        if batch.failures or batch.suspect:
+            self._counts.retries += 1
+        try:
+            self._client.ingest(batch.events)
+        except Rejected as error:
+            return self._refused(error)
+        except DeliveryError as error:
+            return self._failed(batch, error)
+        self._delivered()
+        return 0.0
+
+    def give_up_attempt(self) -> float:
+        """Return the wait after an attempt that broke off in a way nobody foresaw."""
+        batch = self._pending[0]
+        batch.failures += 1
+        return self._backoff(batch.failures)
+
+    def _delivered(self) -> None:
+        batch = self._pending.popleft()
+        self._accepted += 1
+        self._refused_in_a_row = 0
+        self._counts.delivered += len(batch.events)
+        self._done(batch.events)
+        self.retry_suspects()
+
+    def _failed(self, batch: _Batch, error: DeliveryError) -> float:
+        batch.failures += 1
+        self._counts.ambiguous += error.ambiguous
+        is_server_error = error.status is not None and error.status >= 500
+        batch.server_errors = batch.server_errors + 1 if is_server_error else 0
+        if batch.server_errors >= MAX_SERVER_ERRORS:
+            return self._refused(error)
+        delay = self._backoff(batch.failures)
+        if error.retry_after is not None:
+            delay = error.retry_after
+        self._say_failed(error, delay)
+        return delay
+
+    def _refused(self, error: DeliveryError) -> float:
+        batch = self._pending.popleft()
+        if len(batch.events) > 1:
+            middle = len(batch.events) // 2
+            self._pending.appendleft(_Batch(batch.events[middle:]))
+            self._pending.appendleft(_Batch(batch.events[:middle]))
+        elif batch.suspect and self._accepted > batch.accepted_before:
+            self._bury(batch.events, error)
+        else:
+            batch.suspect = True
+            batch.accepted_before = self._accepted
+            batch.server_errors = 0
+            self._suspects.append(batch)
+            self._refused_in_a_row += 1
+        if self._refused_in_a_row < 2:
+            return 0.0
+        delay = self._backoff(self._refused_in_a_row)
+        logger.error(
+            "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
+            "speaking; all are kept, next attempt in %.1f s",
+            error.status, error.reason, delay,
+        )  # fmt: skip
+        return delay
+
+    def _bury(self, events: list[bytes], error: DeliveryError) -> None:
+        self._counts.dead_lettered += 1
+        self._done(events)
+        # The event comes first: each one is a line of its own, never thinned.
+        logger.error(
+            "event %s is refused by OpenMeter for good (%s: %s) and not sent again; "
+            "others are accepted",
+            events[0][:_MAX_LOGGED].decode(errors="replace"),
+            error.status, error.reason,
+        )  # fmt: skip
+
+    def _backoff(self, failures: int) -> float:
+        """Full jitter: what failed together is not tried again together."""
+        return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
+
+    def _say_failed(self, error: DeliveryError, delay: float) -> None:
+        answer = f"answered {error.status}" if error.status else "did not answer"
+        level = logging.ERROR if isinstance(error, Held) else logging.WARNING
+        logger.log(
+            level,
+            "OpenMeter %s (%s); its batch and all behind it are kept, next attempt in "
+            "%.1f s",
+            answer, error.reason, delay,
+        )  # fmt: skip

@@ -1,0 +1,78 @@
+"""What can go wrong, and whom it concerns.
+
+::
+
+    OpenMeterWSGIError
+    ├─ ConfigError (ValueError)      a configuration, at construction, all at once
+    ├─ MeterValueError (ValueError)  the caller's own value, raised where it is made
+    └─ DeliveryError                 one attempt to send; never leaves the sender
+        ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
+        ├─ Held                      wrong key or address: kept until that is mended
+        └─ Rejected                  400, 413: something in this batch is refused
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class OpenMeterWSGIError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(OpenMeterWSGIError, ValueError):
+    """A configuration that cannot work, with everything that is wrong in it."""
+
+    #: One sentence a problem: the option, what was expected, what was given.
+    problems: tuple[str, ...]
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
+
+class MeterValueError(OpenMeterWSGIError, ValueError):
+    """A meter that OpenMeter would refuse, or take and silently not count."""
+
+
+class DeliveryError(OpenMeterWSGIError):
+    """One attempt to deliver a batch that did not succeed."""
+
+    #: The HTTP status, or None where there was no answer.
+    status: int | None
+    #: The wait in seconds that the server asked for, at most an hour.
+    retry_after: float | None
+    #: Whether the server may have taken events of the batch all the same.
+    ambiguous: bool
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        status: int | None = None,
+        retry_after: float | None = None,
+        ambiguous: bool = False,
+    ) -> None:
+        self.reason = reason
+        self.status = status
+        self.retry_after = retry_after
+        self.ambiguous = ambiguous
+        super().__init__(reason)
+
+
+class Unavailable(DeliveryError):
+    """OpenMeter could not be reached or could not answer: try again later."""
+
+
+class Held(DeliveryError):
+    """The answer speaks of the configuration, not of the events: keep them all."""
+
+
+class Rejected(DeliveryError):
+    """The batch was refused; at least one event in it can never be accepted."""

@@ -1,0 +1,186 @@
+"""From the end of a response to its events: what is billed, and what is not."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from openmeter_wsgi import log
+from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.queue import DeliveryQueue
+from openmeter_wsgi.events import RequestIds, StaticEvents, encode_events
+from openmeter_wsgi.stats import Counts, Stats
+from openmeter_wsgi.subject import subject_finder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from openmeter_wsgi.meters import Meter, RunTimeMeters
+    from openmeter_wsgi.policy import Policy
+
+logger = log.get_logger(__name__)
+
+Environ: TypeAlias = dict[str, Any]
+
+#: How a response ended. COMPLETED: to its end. FAILED: the application raised.
+#: ABORTED: the server closed it early, because the client went away.
+COMPLETED, FAILED, ABORTED = "completed", "failed", "aborted"
+
+
+class Metering:
+    """All that one process needs to bill its requests under one policy.
+
+    A fork gets a new one: ids, counts, queue and connections are a process's own.
+    Making it starts no thread and opens nothing.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.pid = os.getpid()
+        self.counts = Counts()
+        client = OpenMeterClient(
+            url=policy.api_url,
+            flavor=policy.api_flavor,
+            key=policy.key,
+            timeout=policy.request_timeout,
+        )
+        self.queue = DeliveryQueue(policy, client, self.counts)
+        self._put = self._log_instead if policy.dry_run else self.queue.put
+        self._policy = policy
+        self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
+        self._static_meters = policy.static_meters
+        plain = all(meter.plain for meter in self._static_meters)
+        self._static = (
+            StaticEvents(self._static_meters, policy.event_source) if plain else None
+        )
+        self._find_subject = subject_finder(policy)
+        self._new_id = RequestIds().new
+        header = policy.trusted_request_id_header
+        self._id_key = header and "HTTP_" + header.upper().replace("-", "_")
+
+    def successor(self) -> Metering:
+        """Return what takes over in the process that was forked from this one's.
+
+        The threads of a new process may come here together: one of them wins.
+        """
+        successor: Metering = self.__dict__.setdefault(
+            "_successor", Metering(self._policy)
+        )
+        return successor
+
+    def events(
+        self,
+        environ: Environ,
+        stated: RunTimeMeters | None,
+        status: str | None,
+        outcome: str,
+    ) -> Sequence[bytes]:
+        """Encode the events of a request that has ended; none if it is not billed.
+
+        *status* is the status line that the client got, None if there was none.
+        Never raises an Exception: an error of ours costs the seller this event and
+        is logged and counted, but the customer's response stands.
+        """
+        self.counts.settled += 1
+        try:
+            if status is None or status[:3] not in self._codes:
+                return self._not_metered("status" if status else "no_status")
+            if environ.get("REQUEST_METHOD") == "OPTIONS":
+                return self._not_metered("options")
+            if outcome is COMPLETED and stated is None and self._static:
+                return self._static_events(environ, self._static)
+            return self._stated_events(environ, stated, outcome)
+        except Exception:
+            logger.exception(
+                "%s: usage of a request is lost by our own fault", "events"
+            )
+            return self._not_metered("error")
+
+    def put(self, events: Sequence[bytes]) -> None:
+        """Hand the events to delivery. May be repeated with the same events."""
+        for event in events:
+            self._put(event)
+
+    def count_late(self, helper: str) -> None:
+        """Count usage stated after its request was settled."""
+        self.counts.dropped["late"] += 1
+        logger.error("%s: called after the response had ended; not billed", helper)
+
+    def stats(self) -> Stats:
+        """Return the counts of this process."""
+        counts = self.counts
+        waiting = self.queue.waiting
+        dropped = dict(counts.dropped)
+        made = sum(dropped.get(reason, 0) for reason in ("queue_full", "dry_run"))
+        return Stats(
+            settled=counts.settled,
+            events=counts.delivered + waiting + counts.dead_lettered + made,
+            delivered=counts.delivered,
+            waiting=waiting,
+            not_metered=dict(counts.not_metered),
+            dropped=dropped,
+            dead_lettered=counts.dead_lettered,
+            ambiguous=counts.ambiguous,
+            retries=counts.retries,
+        )
+
+    def _static_events(self, environ: Environ, static: StaticEvents) -> Sequence[bytes]:
+        if not self._static_meters:
+            return self._not_metered("no_meters")
+        subject = self._find_subject(environ)
+        if subject is None:
+            return self._no_subject()
+        return static.encode(self._request_id(environ), subject)
+
+    def _stated_events(
+        self, environ: Environ, stated: RunTimeMeters | None, outcome: str
+    ) -> Sequence[bytes]:
+        billed = "all"
+        if outcome is not COMPLETED:
+            policy = self._policy
+            billed = policy.on_failure if outcome is FAILED else policy.on_abort
+        if billed == "none":
+            return self._not_metered(outcome)
+        meters: Sequence[Meter]
+        if stated is None:
+            meters = self._static_meters if billed == "all" else ()
+        else:
+            usage = stated.merged(self._policy.static, with_flat=billed == "all")
+            meters = self._policy.as_meters(usage)
+        if not meters:
+            return self._not_metered(outcome if billed != "all" else "no_meters")
+        subject = self._find_subject(environ)
+        if subject is None and not all(meter.subject for meter in meters):
+            all_meters, meters = meters, [meter for meter in meters if meter.subject]
+            if not meters:
+                return self._no_subject()
+            self.counts.dropped["no_subject"] += len(all_meters) - len(meters)
+        return encode_events(
+            meters,
+            request_id=self._request_id(environ),
+            subject=subject,
+            source=self._policy.event_source,
+        )
+
+    def _request_id(self, environ: Environ) -> str:
+        if self._id_key:
+            given = str(environ.get(self._id_key, ""))
+            if given.isascii() and given.isprintable() and 0 < len(given) <= 128:
+                # A quote or backslash would need escaping where ids are pasted in.
+                return given.replace("\\", "_").replace('"', "_")
+        return self._new_id()
+
+    def _not_metered(self, reason: str) -> Sequence[bytes]:
+        self.counts.not_metered[reason] += 1
+        return ()
+
+    def _no_subject(self) -> Sequence[bytes]:
+        logger.warning(
+            "%s: a request without subject is not billed (see subject, subject_path, "
+            "set_subject and on_missing_subject)",
+            "no_subject",
+        )
+        return self._not_metered("no_subject")
+
+    def _log_instead(self, event: bytes) -> None:
+        self.counts.dropped["dry_run"] += 1
+        logger.info("dry run, would send %s", event.decode())

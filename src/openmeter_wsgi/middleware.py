@@ -1,0 +1,139 @@
+"""The middleware: where the parts meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi import log
+from openmeter_wsgi.environ import METERS
+from openmeter_wsgi.metering import Metering
+from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.settlement import Settlement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from wsgiref.types import StartResponse, WSGIApplication
+
+    from openmeter_wsgi.meters import RunTimeMeters
+    from openmeter_wsgi.stats import Stats
+
+logger = log.get_logger(__name__)
+
+_FILE_WRAPPER = "wsgi.file_wrapper"
+
+
+class OpenMeterMiddleware:
+    """A WSGI application that bills what another one delivers.
+
+    *policy* or *options* say what is billed, to whom and where to (see
+    :class:`Policy`); with both, the options change the policy. Without a policy,
+    what the options leave out is read from variables (``OPENMETER_API_KEY``, …).
+
+    Making one starts no thread and opens no socket. Any thread may call it, and any
+    process that is forked from this one.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+
+    def __init__(
+        self, app: WSGIApplication, policy: Policy | None = None, **options: Any
+    ) -> None:
+        self.app = app
+        if policy is None:
+            policy = Policy.from_env(**options)
+        elif options:
+            policy = dataclasses.replace(policy, **options)
+        self.policy = policy
+        self._metering = Metering(policy)
+        # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
+        # every settlement compares the process id as well.
+        renew = weakref.WeakMethod(self._renew)
+        os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Serve one request (PEP 3333)."""
+        if type(environ.get(METERS)) is list:
+            return self._pass_through(environ, start_response)
+        stated: list[RunTimeMeters] = []
+        environ[METERS] = stated
+        settlement = Settlement(self, environ, start_response, stated)
+        wrapper: Any = environ.get(_FILE_WRAPPER)
+        if wrapper is not None and not isinstance(wrapper, type):
+            wrapper = environ[_FILE_WRAPPER] = _WrappedFiles(wrapper)
+        try:
+            iterable = self.app(environ, settlement.start_response)
+        except BaseException:
+            settlement.fail()
+            settlement.settle()
+            raise
+        if wrapper is not None and isinstance(iterable, wrapper):
+            return settlement.wrap_file(iterable)
+        return settlement.wrap(iterable)
+
+    def metering(self) -> Metering:
+        """Return the metering of the process that asks."""
+        metering = self._metering
+        if metering.pid != os.getpid():
+            return self._renew()
+        return metering
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Send what waits now; say whether all of it is done within *timeout*.
+
+        Without a timeout it waits as long as OpenMeter is away.
+        """
+        return self.metering().queue.flush(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Send what waits, stop, and say in the log what is left.
+
+        *timeout* is ``shutdown_timeout`` by default. Called at exit by itself; may
+        be called again. A later request starts delivery anew.
+        """
+        self.metering().queue.close(timeout)
+
+    def stats(self) -> Stats:
+        """Return the counts of this process."""
+        return self.metering().stats()
+
+    def _renew(self) -> Metering:
+        """Leave the parent's queue to the parent, and start with an empty one."""
+        if self._metering.pid != os.getpid():
+            self._metering = self._metering.successor()
+        return self._metering
+
+    def _pass_through(
+        self, environ: dict[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        logger.warning(
+            "%s: the application is wrapped twice; the outer middleware meters",
+            type(self).__name__,
+        )
+        return self.app(environ, start_response)
+
+
+class _WrappedFiles:
+    """A server's file wrapper that is a function, remembering what it made.
+
+    uWSGI's returns the file itself, which nothing else tells from an iterable of
+    the application's own. Held by the environ, so it holds nothing of the request.
+    """
+
+    __slots__ = ("_made", "_wrapper")
+
+    def __init__(self, wrapper: Callable[..., object]) -> None:
+        self._wrapper = wrapper
+        self._made: object = None
+
+    def __call__(self, file: object, *block_size: int) -> object:
+        self._made = self._wrapper(file, *block_size)
+        return self._made
+
+    def __instancecheck__(self, iterable: object) -> bool:
+        """Let isinstance() ask this as it asks a wrapper that is a class."""
+        return iterable is not None and iterable is self._made

@@ -1,0 +1,218 @@
+"""The options of one policy: frozen, checked, all problems told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_type_hints
+
+import msgspec
+
+from openmeter_wsgi import options as read
+from openmeter_wsgi.api_key import ApiKey
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.meters import Meter, Usage, number_meter, read_usage
+from openmeter_wsgi.policy_files import read_file, read_variables
+from openmeter_wsgi.status_codes import StatusCodes
+
+Billed: TypeAlias = Literal["all", "measured", "none"]
+ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
+#: From an environ to the subject of its request, empty or None if it has none.
+SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
+
+_DEFAULT_SOURCE = "api-gateway"
+_NAME = Annotated[str, msgspec.Meta(min_length=1)]
+_HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What is metered, under which name, and how it reaches OpenMeter.
+
+    Immutable and safe to share. ``dataclasses.replace`` makes a changed copy.
+
+    :raises ConfigError: with every problem of the given options.
+    """
+
+    # -- OpenMeter
+    #: Text, or a callable that is called again after a 401.
+    api_key: str | Callable[[], str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.key}
+    )
+    #: A file that holds the key, read again after a 401.
+    api_key_file: str | None = None
+    #: The key for questions about entitlements; default: ``api_key``.
+    entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.key}
+    )
+    api_url: str = dataclasses.field(
+        default="https://openmeter.cloud", metadata={"read": read.url}
+    )
+    api_flavor: ApiFlavor = "v1"
+    #: Seconds until an attempt without an answer is given up.
+    request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
+
+    # -- What is billed
+    #: A document, ``{"type": …, "data": {…}}``, or a list of them.
+    meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
+        default=None, metadata={"read": read.meter}
+    )
+    #: Numbers by type.
+    meters: Mapping[str, float] | None = dataclasses.field(
+        default=None, metadata={"read": read.meters}
+    )
+    #: The name of the number in the ``data`` of an event made from a number.
+    value_property: _NAME = "total"
+    meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
+        default="200-299", metadata={"read": StatusCodes}
+    )
+    #: What of a response that the application broke off is billed.
+    on_failure: Billed = "measured"
+    #: What of a response that the client did not take to its end is billed.
+    on_abort: Billed = "all"
+    #: The service that the events come from, constant per service.
+    event_source: str = dataclasses.field(
+        default=_DEFAULT_SOURCE, metadata={"read": read.source}
+    )
+    #: A header that your own proxy sets and clients cannot.
+    trusted_request_id_header: _HEADER | None = None
+
+    # -- Who is billed
+    #: A callable on the environ, or ``"header:Name"``.
+    subject: str | SubjectCallable | None = dataclasses.field(
+        default=None, metadata={"read": read.subject}
+    )
+    #: Where the subject is in what :func:`set_user` was given.
+    subject_path: str = dataclasses.field(
+        default=".sub", metadata={"read": read.subject_path}
+    )
+    #: ``"skip"``, or the subject that is billed instead.
+    on_missing_subject: str = dataclasses.field(
+        default="skip", metadata={"read": read.text}
+    )
+
+    # -- Delivery
+    #: Events that make a batch go before ``flush_interval`` is over.
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+    #: Seconds that an event waits for others at most.
+    flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
+    max_queue_events: Annotated[int, msgspec.Meta(ge=1)] = 250_000
+    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
+    #: Seconds that the exit of a process may take for what still waits.
+    shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
+    #: Settle, count and log what would be billed, and send nothing.
+    dry_run: bool = False
+
+    #: The key, from wherever it comes.
+    key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
+    #: ``meter`` and ``meters`` together.
+    static: Usage = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __new__(cls, **options: Any) -> Self:
+        """Refuse options that do not exist."""
+        # Here, so that a misspelt name is told together with all other problems
+        # and not as the TypeError of the generated __init__.
+        if unknown := [name for name in options if name not in _names()]:
+            known = {k: v for k, v in options.items() if k not in unknown}
+            _, problems = _read_options(known)
+            misspelt = [read.unknown(name, _names()) for name in unknown]
+            raise ConfigError([*misspelt, *problems])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in _names()}
+        values, problems = _read_options(given)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        problems += [] if problems else self._contradictions()
+        if problems:
+            raise ConfigError(problems)
+        object.__setattr__(self, "static", self._static_usage())
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] = os.environ, /, **options: Any
+    ) -> Self:
+        """Return the policy that *options* and, for the rest, variables say.
+
+        A variable is named ``OPENMETER_`` and the option's name in capitals;
+        ``meter`` and ``meters`` are written as JSON.
+        """
+        return cls(**{**read_variables(environ, _hints()), **options})
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Return the policy in a TOML or JSON file (by its ending).
+
+        A variable outdoes the file, and *options* outdo both.
+        """
+        said = {**read_file(Path(path)), **read_variables(os.environ, _hints())}
+        return cls(**{**said, **options})
+
+    @property
+    def static_meters(self) -> tuple[Meter, ...]:
+        """The meters of a request whose handler states nothing."""
+        return self.as_meters(self.static)
+
+    def as_meters(self, usage: Usage) -> tuple[Meter, ...]:
+        """Return *usage* as meters, numbers first; zeros are left out."""
+        numbers = (
+            number_meter(name, number, self.value_property)
+            for name, number in usage.numbers.items()
+        )
+        return (*filter(None, numbers), *usage.documents)
+
+    def _static_usage(self) -> Usage:
+        documents = read_usage(self.meter).documents if self.meter else ()
+        numbers = read_usage(self.meters).numbers if self.meters else {}
+        return Usage(numbers, documents)
+
+    def _contradictions(self) -> list[str]:
+        """Say what is wrong between options that are each right."""
+        problems = []
+        if self.trusted_request_id_header and self.event_source == _DEFAULT_SOURCE:
+            problems.append(
+                "event_source: expected a name of this service's own, got the "
+                "default: with trusted_request_id_header two services behind one "
+                "proxy would share ids"
+            )
+        if self.api_key is not None and self.api_key_file is not None:
+            problems.append("api_key_file: expected api_key or a file, got both")
+            return problems
+        try:
+            key = ApiKey.from_options(self.api_key, self.api_key_file)
+        except ValueError as error:
+            return [*problems, str(error)]
+        object.__setattr__(self, "key", key)
+        if key.required_by(self.api_url, self.api_flavor) and not self.dry_run:
+            problems.append(
+                f"api_key: expected a key, which {self.api_url} requires, got none "
+                "(or set OPENMETER_API_KEY)"
+            )
+        return problems
+
+
+def _names() -> list[str]:
+    return [field.name for field in dataclasses.fields(Policy) if field.init]
+
+
+def _hints() -> dict[str, Any]:
+    hints = get_type_hints(Policy, include_extras=True)
+    return {name: hints[name] for name in _names()}
+
+
+def _read_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the checked values and a sentence for each that is wrong."""
+    readers = {f.name: f.metadata.get("read") for f in dataclasses.fields(Policy)}
+    hints = _hints()
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in options.items():
+        reader = readers[name]
+        try:
+            values[name] = reader(value) if reader else read.typed(value, hints[name])
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    return values, problems

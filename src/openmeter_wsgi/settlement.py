@@ -1,0 +1,188 @@
+"""One response, from start_response to close: how did it end?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from openmeter_wsgi.environ import METERS
+from openmeter_wsgi.metering import ABORTED, COMPLETED, FAILED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from wsgiref.types import StartResponse
+
+    from openmeter_wsgi.metering import Metering
+    from openmeter_wsgi.meters import RunTimeMeters
+
+_ERROR_STATUS = "500"
+_WITHOUT_BODY = ("204", "304")
+
+
+class Process(Protocol):
+    """What a settlement needs to know of the middleware."""
+
+    def metering(self) -> Metering:
+        """Return the metering of the process that asks."""
+
+
+class Settlement:
+    """Stands between the server and one response, and settles it exactly once.
+
+    It is the start_response of the application and the iterable of the server,
+    and changes nothing that passes. It belongs to the thread of the request.
+
+    Why it is built as it is: a generator alone would lose a response that is
+    closed before its first chunk; returning the application's own iterator could
+    not tell *failed* from *aborted*; `yield from` would close the application's
+    iterable twice.
+    """
+
+    __slots__ = (
+        "_environ", "_events", "_iterable", "_outcome", "_process", "_server_start",
+        "_server_write", "_settled", "_started", "_stated", "_status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        process: Process,
+        environ: dict[str, Any],
+        start_response: StartResponse,
+        stated: list[RunTimeMeters],
+    ) -> None:
+        self._process = process
+        self._environ = environ
+        self._server_start = start_response
+        self._stated = stated
+        self._iterable: Iterable[bytes] = ()
+        self._status: str | None = None
+        self._started = False
+        self._outcome = ABORTED
+        self._events: Sequence[bytes] | None = None
+        self._settled = False
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        """Pass on to the server, and remember the status that it accepted."""
+        # Two arguments where two were meant: some test clients take no third.
+        if exc_info is None:
+            self._server_write = self._server_start(status, headers)
+        else:
+            self._server_write = self._server_start(status, headers, exc_info)
+        self._status = status
+        return self._write
+
+    def _write(self, data: bytes) -> object:
+        if data:
+            self._started = True
+        return self._server_write(data)
+
+    def wrap(self, iterable: Iterable[bytes]) -> Settlement:
+        """Return what the server iterates in place of *iterable*."""
+        self._iterable = iterable
+        if hasattr(iterable, "__len__"):
+            # A server derives Content-Length from the length of a sequence, and
+            # only the type of an object says whether it has one.
+            self.__class__ = _SizedSettlement
+        return self
+
+    def wrap_file(self, file: Any) -> Iterable[bytes]:
+        """Settle when the server closes *file*, its own wrapper, and return it.
+
+        It must stay the server's, or the file is not sent by the kernel. How the
+        sending ended is between kernel and client: it counts as completed.
+        """
+        self._iterable = file
+        self._outcome = COMPLETED
+        close = getattr(file, "close", None)
+
+        def close_and_settle() -> None:
+            try:
+                if close is not None:
+                    close()
+            finally:
+                self.settle()
+
+        try:
+            file.close = close_and_settle
+        except (AttributeError, TypeError):
+            self.settle()  # the object takes no attribute: now or never
+        iterable: Iterable[bytes] = file
+        return iterable
+
+    def fail(self) -> None:
+        """The application raised: note it, with the status the client will see."""
+        self._outcome = FAILED
+        if not self._started:
+            # Nothing has been sent, so the server can still say what happened.
+            self._status = _ERROR_STATUS
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            chunks = iter(self._iterable)
+            # Headers leave with the first chunk that is not empty (PEP 3333).
+            for chunk in chunks:
+                if chunk:
+                    self._started = True
+                    yield chunk
+                    break
+                yield chunk
+            for chunk in chunks:
+                yield chunk
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
+            self.fail()
+            raise
+        self._outcome = COMPLETED
+
+    def close(self) -> None:
+        """Close the application's iterable, then settle, whatever that raised."""
+        iterable, self._iterable = self._iterable, ()
+        try:
+            if (close := getattr(iterable, "close", None)) is not None:
+                close()
+        finally:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put the events of this request into the queue, once.
+
+        The events are fixed first, then put, then it is noted: an exception from a
+        signal may strike in between, and a repeated put has the same ids.
+        """
+        if self._settled:
+            return
+        environ = self._environ
+        metering = self._process.metering()
+        if self._events is None:
+            stated = self._stated
+            self._events = metering.events(
+                environ, stated[0] if stated else None, self._status, self._ended()
+            )
+        if self._events:
+            metering.put(self._events)
+        self._settled = True
+        environ[METERS] = metering
+
+    def _ended(self) -> str:
+        if self._outcome is ABORTED and self._status and not self._started:
+            bodiless = self._status[:3] in _WITHOUT_BODY
+            if bodiless or self._environ.get("REQUEST_METHOD") == "HEAD":
+                return COMPLETED  # there was nothing to iterate
+        return self._outcome
+
+    def __del__(self) -> None:
+        # A test client or a server that never closed the response.
+        if not self._settled:
+            self.settle()
+
+
+class _SizedSettlement(Settlement):
+    """A settlement of a sequence: it has the length that the sequence has."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(self._iterable)  # type: ignore[arg-type]

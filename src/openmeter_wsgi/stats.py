@@ -1,0 +1,58 @@
+"""Counts: nothing that is not billed goes unsaid."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import msgspec
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """The counts of one process since its start.
+
+    ``settled`` = requests that became events + the sum of ``not_metered``;
+    ``events`` = ``delivered`` + ``waiting`` + ``dead_lettered`` + what was dropped
+    after it had become an event (``queue_full``, ``dry_run``).
+    """
+
+    #: Requests whose response has ended.
+    settled: int
+    #: Events made of them.
+    events: int
+    #: Events that OpenMeter took.
+    delivered: int
+    #: Events in the queue, those being sent included.
+    waiting: int
+    #: Requests that became no event, by reason.
+    not_metered: dict[str, int]
+    #: Events and meters lost, by reason.
+    dropped: dict[str, int]
+    #: Events that OpenMeter refuses for good.
+    dead_lettered: int
+    #: Attempts that may have arrived although no answer said so.
+    ambiguous: int
+    #: Attempts after the first one of a batch.
+    retries: int
+
+
+class Counts:
+    """The running counts behind :class:`Stats`.
+
+    Request threads and the sender add to them without a lock: `x.n += 1` calls
+    nothing, and CPython 3.10 and later hand over the GIL only at calls and at
+    jumps backwards.
+    """
+
+    __slots__ = (
+        "ambiguous", "dead_lettered", "delivered", "dropped", "not_metered",
+        "retries", "settled",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.settled = 0
+        self.delivered = 0
+        self.dead_lettered = 0
+        self.ambiguous = 0
+        self.retries = 0
+        self.not_metered: defaultdict[str, int] = defaultdict(int)
+        self.dropped: defaultdict[str, int] = defaultdict(int)

@@ -1,0 +1,134 @@
+"""Who is metered: from an environ to the subject of its events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+from uuid import UUID
+
+from openmeter_wsgi import log
+from openmeter_wsgi.environ import SUBJECT, USER, environ_of
+from openmeter_wsgi.wire import text_problem
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.policy import Policy
+
+logger = log.get_logger(__name__)
+
+#: From an environ to its subject, None where it has none.
+FindSubject: TypeAlias = Callable[[dict[str, Any]], str | None]
+
+
+def set_subject(request: object, subject: str) -> None:
+    """Let *subject* be billed for this request, whatever the policy would find."""
+    _write(request, SUBJECT, subject, "set_subject")
+
+
+def set_user(request: object, user: object) -> None:
+    """Leave the authenticated user (claims, a mapping, an object) for the policy.
+
+    ``subject_path`` says where its subject is.
+    """
+    _write(request, USER, user, "set_user")
+
+
+def _write(request: object, key: str, value: object, helper: str) -> None:
+    if (environ := environ_of(request)) is None:
+        logger.warning("%s: %s carries no WSGI environ", helper, type(request).__name__)
+        return
+    environ[key] = value
+
+
+def subject_finder(policy: Policy) -> FindSubject:
+    """Return what finds the subject of a request under *policy*.
+
+    Asked in turn: :func:`set_subject`, ``subject``, ``subject_path`` on the user,
+    ``REMOTE_USER``. Empty means missing. Called at the end of the response; what a
+    user's callable raises is logged and counts as missing.
+    """
+    fallback = (
+        None if policy.on_missing_subject == "skip" else policy.on_missing_subject
+    )
+    from_policy = _policy_source(policy)
+    from_user = _path_reader(policy.subject_path)
+
+    def find(environ: dict[str, Any]) -> str | None:
+        if text := _text(environ.get(SUBJECT)):
+            return text
+        if from_policy and (text := _text(from_policy(environ))):
+            return text
+        if (user := environ.get(USER)) is not None and (text := _text(from_user(user))):
+            return text
+        return _header_text(environ.get("REMOTE_USER", "")) or fallback
+
+    return find
+
+
+def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
+    source = policy.subject
+    if isinstance(source, str):
+        name = source.removeprefix("header:").upper().replace("-", "_")
+        key = name if name in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{name}"
+        return lambda environ: _header_text(environ.get(key, ""))
+    if source is None:
+        return None
+
+    def call(environ: dict[str, Any]) -> object:
+        try:
+            return source(environ)
+        except Exception as error:  # noqa: BLE001 - the user's code, on our path
+            logger.error(
+                "subject: %s raised %r; the request counts as one without subject",
+                source, error,
+            )  # fmt: skip
+            return None
+
+    return call
+
+
+def _header_text(value: str) -> str:
+    """Return a header as the text it was sent as.
+
+    WSGI hands over its bytes, each as one character (PEP 3333). What is no UTF-8
+    stays the Latin-1 that HTTP once meant.
+    """
+    if value.isascii():
+        return value.strip()
+    try:
+        return value.encode("latin-1").decode().strip()
+    except UnicodeError:
+        return value.strip()
+
+
+def _path_reader(path: str) -> Callable[[object], object]:
+    """Return what follows *path* through mappings, sequences and attributes."""
+    names = path.removeprefix(".").split(".")
+
+    def read(user: object) -> object:
+        value: Any = user
+        try:
+            for name in names:
+                if isinstance(value, Mapping):
+                    value = value.get(name)
+                elif isinstance(value, list | tuple) and name.isdecimal():
+                    value = value[int(name)] if int(name) < len(value) else None
+                else:
+                    value = getattr(value, name, None)
+        except Exception as error:  # noqa: BLE001 - a property of the user's object
+            logger.error("subject_path %r: reading it raised %r", path, error)
+            return None
+        return value
+
+    return read
+
+
+def _text(subject: object) -> str | None:
+    """Return a subject as text. Numbers and UUIDs are what databases call it."""
+    if isinstance(subject, int | UUID) and not isinstance(subject, bool):
+        return str(subject)
+    if subject is None or subject == "":
+        return None
+    if problem := text_problem(subject):
+        logger.error("subject: %s; it counts as missing", problem)
+        return None
+    return str(subject)
