@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import click
 
-#: Subcommand to the extra that it needs and the module that holds it as ``command``.
-#: A module is imported when its command is called for.
-COMMANDS = {"sandbox": ("sandbox", "openmeter_wsgi.sandbox.command")}
+
+class Command(NamedTuple):
+    """Where a subcommand is written: imported only when it is called for."""
+
+    #: The module that holds it as ``command``.
+    module: str
+    #: The extra that installs what it needs.
+    extra: str
+    help: str
+
+
+COMMANDS = {
+    "sandbox": Command(
+        "openmeter_wsgi.sandbox.command",
+        "sandbox",
+        "Serve OpenMeter's API on this machine, with a page that shows the usage.",
+    ),
+}
 
 
 def main() -> None:
@@ -38,7 +53,15 @@ def _group() -> click.Group:
             ctx: click.Context,  # noqa: ARG002
             cmd_name: str,
         ) -> click.Command | None:
-            return _load(cmd_name) if cmd_name in COMMANDS else None
+            return _load(COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+        def format_commands(
+            self,
+            ctx: click.Context,  # noqa: ARG002
+            formatter: click.HelpFormatter,
+        ) -> None:
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, COMMANDS[name].help) for name in COMMANDS])
 
     return Commands(
         help="Usage metering for WSGI applications.",
@@ -46,12 +69,11 @@ def _group() -> click.Group:
     )
 
 
-def _load(name: str) -> click.Command:
-    extra, module = COMMANDS[name]
+def _load(known: Command) -> click.Command:
     try:
-        command: click.Command = importlib.import_module(module).command
+        command: click.Command = importlib.import_module(known.module).command
     except ModuleNotFoundError as missing:
-        _refuse(missing, extra)
+        _refuse(missing, known.extra)
     return command
 
 
@@ -66,3 +88,7 @@ def _refuse(missing: ModuleNotFoundError, extra: str) -> NoReturn:
         f"run: pip install 'openmeter_wsgi[{extra}]'\n"
     )
     sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

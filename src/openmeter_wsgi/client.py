@@ -102,7 +102,7 @@ class OpenMeterClient:
                 allow_redirects=False,
                 stream=True,
             )
-        except requests.RequestException as error:
+        except OSError as error:
             raise _no_answer(error, self._url) from error
         return response.status_code, response.headers, _read(response)
 
@@ -132,24 +132,34 @@ def _read(response: requests.Response) -> bytes:
     return body
 
 
-def _no_answer(error: requests.RequestException, url: str) -> DeliveryError:
+def _no_answer(error: OSError, url: str) -> DeliveryError:
     """Say what an attempt without an answer means, and if it may have arrived."""
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, requests.exceptions.SSLError | ValueError):
+    if not isinstance(error, requests.RequestException) or isinstance(
+        error, requests.exceptions.SSLError | ValueError
+    ):
+        # What is no RequestException is a CA bundle that is not there.
         return Held(f"cannot talk to {url}: {reason}")
     cause = error.args[0] if error.args else None
     cause = getattr(cause, "reason", cause)
-    connected = not isinstance(
-        error, requests.ConnectTimeout | requests.exceptions.ProxyError
-    ) and not isinstance(cause, urllib3.exceptions.NewConnectionError)
-    return Unavailable(reason, ambiguous=connected)
+    if isinstance(cause, urllib3.exceptions.ProxyError):
+        # A connection lost after the request was sent is called one, too.
+        cause = cause.original_error
+    never_connected = isinstance(
+        cause,
+        urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError,
+    )
+    # A tunnel that a proxy refuses is an OSError and none of its subclasses.
+    return Unavailable(
+        reason, ambiguous=not never_connected and type(cause) is not OSError
+    )
 
 
 def _error(
     status: int, headers: requests.structures.CaseInsensitiveDict[str], body: bytes
 ) -> DeliveryError | None:
     """Return what an answer means, None for a delivery."""
-    is_page = "html" in headers.get("Content-Type", "") or body.lstrip()[:1] == b"<"
+    is_page = "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
     if status in _ACCEPTED:
         if not is_page:
             return None

@@ -87,7 +87,7 @@ def _entries(meters: object) -> list[Mapping[str, Any]]:
         if all(isinstance(entry, Mapping) for entry in entries):
             return entries
     raise MeterValueError(
-        "meters: expected {'type': …, 'data': {…}}, a mapping of type to number, "
+        "expected {'type': …, 'data': {…}}, a mapping of type to number, "
         f"or a list of them, got {meters!r}"
     )
 

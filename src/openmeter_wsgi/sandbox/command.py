@@ -1,0 +1,97 @@
+"""``openmeter-wsgi sandbox``."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sqlite3
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from openmeter_wsgi.sandbox.server import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@click.command("sandbox")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address.")
+@click.option(
+    "--port",
+    default=8888,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port; 0 chooses a free one.",
+)
+@click.option(
+    "--database",
+    type=click.Path(dir_okay=False),
+    help="SQLite file to keep events and meters in.  [default: a temporary one]",
+)
+@click.option(
+    "--dedupe/--no-dedupe",
+    default=True,
+    show_default=True,
+    help="Drop events whose source and id were seen before.",
+)
+@click.option(
+    "--fail-rate",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of ingest requests answered with 500, half of them after storing.",
+)
+@click.option(
+    "--latency",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 60),
+    help="Seconds by which ingest answers are late.",
+)
+def command(host: str, port: int, **options: Any) -> None:
+    """Serve OpenMeter's API on this machine, with a page that shows the usage.
+
+    For development and tests: point your application at the address it prints.
+    """
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    with _stop_signals() as stopped:
+        try:
+            sandbox = Sandbox(host=host, port=port, **options)
+        except OSError as error:
+            raise click.ClickException(_explain(error, host, port)) from None
+        except sqlite3.Error as error:
+            raise click.ClickException(
+                f"--database {options['database']}: {error}"
+            ) from None
+        with sandbox:
+            console.print(f"OpenMeter sandbox listens on {sandbox.url}")
+            console.file.flush()
+            stopped.wait()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set instead of ending the process."""
+    stopped = threading.Event()
+    previous = {
+        number: signal.signal(number, lambda *_: stopped.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _explain(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use; choose another with --port (0: any free one)"
+    reason = error.strerror or str(error)
+    if error.errno == errno.EACCES:
+        return f"port {port}: {reason}; choose another with --port (0: any free one)"
+    return f"cannot listen on {host}:{port}: {reason}"

@@ -1,0 +1,212 @@
+"""Serving the sandbox over HTTP/1.1 with connections that stay open."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from werkzeug.exceptions import BadRequest
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.test import run_wsgi_app
+
+from openmeter_wsgi.sandbox.app import create_app
+from openmeter_wsgi.sandbox.faults import Faults
+from openmeter_wsgi.sandbox.store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from wsgiref.types import WSGIApplication
+
+logger = logging.getLogger("openmeter_wsgi.sandbox")
+
+#: How long `Sandbox.close` waits for requests that are being answered.
+CLOSE_TIMEOUT = 5.0
+
+
+class _Handler(WSGIRequestHandler):
+    """One connection.
+
+    Werkzeug's own way of answering closes the connection each time, because it cannot
+    know whether the application has read the whole request. Here the body is read
+    first, which leaves nothing to know.
+    """
+
+    protocol_version = "HTTP/1.1"
+    # An answer is one small packet; waiting for more costs 40 ms.
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def handle_expect_100(self) -> bool:
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()
+        return True
+
+    def run_wsgi(self) -> None:
+        environ = self.make_environ()
+        try:
+            body = self._read_body(environ)
+        except (OSError, ValueError):
+            self.close_connection = True
+            app: WSGIApplication = BadRequest()
+            body = b""
+        else:
+            app = self.server.app
+        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        environ["wsgi.input_terminated"] = True
+        chunks, status, headers = run_wsgi_app(app, environ, buffered=True)
+        code, _, reason = status.partition(" ")
+        self.send_response(int(code), reason)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.writelines(chunks)
+        self.wfile.flush()
+
+    def _read_body(self, environ: dict[str, Any]) -> bytes:
+        if environ.get("wsgi.input_terminated"):
+            stream: io.RawIOBase = environ["wsgi.input"]
+            return stream.read() or b""
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        body = self.rfile.read(length) if length > 0 else b""
+        if len(body) != max(length, 0):
+            raise ConnectionError("the client went away in the middle of its request")
+        return body
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        # %r keeps control characters of a path away from the terminal.
+        logger.debug("%r %s %s", self.requestline, code, size)
+
+    def log(self, type: str, message: str, *args: Any) -> None:  # noqa: A002
+        logger.debug("%s: %r", type, message % args if args else message)
+
+
+class _Server(ThreadedWSGIServer):
+    """A server that knows its connections, so that it can end them."""
+
+    def __init__(
+        self, listener: socket.socket, host: str, app: WSGIApplication
+    ) -> None:
+        port = listener.getsockname()[1]
+        super().__init__(host, port, app, _Handler, fd=listener.fileno())
+        self._open: dict[socket.socket, threading.Thread] = {}
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        thread = threading.Thread(
+            target=self.process_request_thread,
+            args=(request, client_address),
+            name="openmeter_wsgi.sandbox.connection",
+            daemon=True,
+        )
+        self._open[request] = thread
+        thread.start()
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._open.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.error("%s on %r", client_address, request, exc_info=sys.exception())
+
+    def end_connections(self, timeout: float) -> None:
+        """Let requests that are being answered finish, then close all connections."""
+        deadline = time.monotonic() + timeout
+        for connection, thread in list(self._open.items()):
+            # For a thread that waits for the next request this is the end of file.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in list(self._open):
+            self.shutdown_request(connection)
+
+
+class Sandbox:
+    """A server that speaks OpenMeter's API, quirks included, on this machine.
+
+    It serves from threads of its own as soon as it is constructed, until `close`::
+
+        with Sandbox() as sandbox:
+            requests.post(f"{sandbox.url}/api/v1/events", json=event)
+
+    :param port: 0 chooses a free one, which `url` then names.
+    :param database: the SQLite file to keep everything in; None keeps it for as long
+        as the sandbox lives.
+    :param dedupe: whether an event whose source and id were seen before is dropped,
+        as OpenMeter does where deduplication is switched on.
+    :param fail_rate: the share of ingest requests that is answered with 500, half of
+        them after the events were stored.
+    :param latency: seconds by which answers to ingest requests are late.
+    :raises OSError: if the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        database: str | Path | None = None,
+        dedupe: bool = True,
+        fail_rate: float = 0.0,
+        latency: float = 0.0,
+    ) -> None:
+        self.faults = Faults(fail_rate, latency)
+        with _listen(host, port) as listener:
+            self.store = Store(database, dedupe=dedupe)
+            app = create_app(self.store, self.faults, host=host)
+            self._server = _Server(listener, host, app)
+        self.host = host
+        self.port = self._server.port
+        self._closed = False
+        self._thread = threading.Thread(
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": 0.05},
+            name="openmeter_wsgi.sandbox",
+            daemon=True,
+        )
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """The address of the page, and the base of the API's."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def close(self) -> None:
+        """Finish the requests under way, then close everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.faults.stop()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.end_connections(CLOSE_TIMEOUT)
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; werkzeug's own way would exit the process."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
