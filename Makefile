@@ -4,13 +4,14 @@
 #   make test          lint, types, import contract, tests
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist
+#   make check-dist    the same, installed alone in empty environments and tried
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit bench dist clean
+.PHONY: demo test lint types contract unit bench dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -34,7 +35,11 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.request_cost
 
 dist: $(INSTALLED)
-	$(BIN)/python -m build
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
+check-dist: dist
+	packaging/check-dist $(PYTHON) dist
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,0 +1,1 @@
+"""What metering costs, measured beside the bare application in the same run."""

@@ -1,0 +1,45 @@
+"""A server that takes every batch: it must never be what is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import socketserver
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+def _serve(ready: Connection) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Handler) as server:
+        ready.send(server.server_address[1])
+        server.serve_forever()
+
+
+@contextlib.contextmanager
+def running_sink() -> Iterator[str]:
+    """Run the sink in a process of its own and yield its address."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{here.recv()}"
+    finally:
+        process.terminate()
+        process.join()

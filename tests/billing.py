@@ -1,0 +1,60 @@
+"""Serve requests through a middleware and see what arrives at OpenMeter."""
+
+from collections.abc import Callable
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+from openmeter_server import OpenMeterServer
+from openmeter_wsgi import OpenMeterMiddleware
+
+Environ = dict[str, Any]
+
+
+def environ(**changes: Any) -> Environ:
+    """Return the environ of a GET request."""
+    made: Environ = {}
+    setup_testing_defaults(made)
+    return {**made, **changes}
+
+
+def serve(app: Any, request: Environ) -> bytes:
+    """Be a server: iterate and close."""
+    response = app(request, lambda *args: lambda data: None)
+    try:
+        return b"".join(response)
+    finally:
+        if hasattr(response, "close"):
+            response.close()
+
+
+def handled(handler: Callable[[Environ], object]) -> Any:
+    """Return an application that calls *handler* and answers 200."""
+
+    def app(request: Environ, start_response: Any) -> list[bytes]:
+        handler(request)
+        start_response("200 OK", [])
+        return [b"ok"]
+
+    return app
+
+
+def bill(
+    openmeter: OpenMeterServer,
+    handler: Callable[[Environ], object] = lambda request: None,
+    *,
+    request: Environ | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return the events that one request makes, as OpenMeter gets them."""
+    options = {"on_missing_subject": "acme", **options}
+    middleware = OpenMeterMiddleware(
+        handled(handler), api_url=openmeter.url, flush_interval=60, **options
+    )
+    serve(middleware, environ() if request is None else request)
+    middleware.close(10)
+    return [event for post in openmeter.requests for event in post.events]
+
+
+def usage(events: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Return type and data of *events*."""
+    return [(event["type"], event["data"]) for event in events]
