@@ -6,7 +6,7 @@
 #   make dist          wheel and sdist
 #   make check-dist    the same, installed alone in empty environments and tried
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

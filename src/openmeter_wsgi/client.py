@@ -159,7 +159,8 @@ def _error(
     status: int, headers: requests.structures.CaseInsensitiveDict[str], body: bytes
 ) -> DeliveryError | None:
     """Return what an answer means, None for a delivery."""
-    is_page = "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
+    content_type = headers.get("Content-Type", "").lower()
+    is_page = "html" in content_type or body.lstrip()[:1] == b"<"
     if status in _ACCEPTED:
         if not is_page:
             return None
