@@ -15,6 +15,7 @@ from openmeter_wsgi.sandbox import (
     overview,
     problems,
 )
+from openmeter_wsgi.sandbox.dashboard_cache import DashboardCache
 from openmeter_wsgi.sandbox.parts import Parts
 from openmeter_wsgi.sandbox.resources import Resources
 from openmeter_wsgi.sandbox.tally import Tally
@@ -56,7 +57,7 @@ def _parts(store: Store, faults: Faults) -> Parts:
         store=store,
         tally=Tally(),
         faults=faults,
-        usage=overview.Usage(store, meters),
+        dashboards=DashboardCache(store, meters),
         meters=meters,
         customers=Resources(store, "customer", key="key"),
         features=Resources(store, "feature", key="key"),

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response, jsonify, request, send_from_directory
 
 from openmeter_wsgi.sandbox import documents
-from openmeter_wsgi.sandbox.dashboard import dashboard
 from openmeter_wsgi.sandbox.parameters import integer
 from openmeter_wsgi.sandbox.parts import parts
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable
-
-    from openmeter_wsgi.sandbox.resources import Resources
-    from openmeter_wsgi.sandbox.store import Store
 
 PAGE = Path(__file__).with_name("page")
 #: Seconds that a plot can span: a minute to a week.
@@ -50,7 +40,7 @@ def _overview() -> Response:
             "counts": here.tally.counts(),
             "refusals": here.tally.refusals(),
         }
-        | here.usage.read(span)
+        | here.dashboards.read(span)
     )
 
 
@@ -59,27 +49,3 @@ def _set_faults() -> Response:
     faults = parts().faults
     faults.update(documents.parse(request.get_data()))
     return jsonify(faults.document())
-
-
-class Usage:
-    """The dashboard, computed once however many pages look at it. Any thread."""
-
-    def __init__(self, store: Store, meters: Resources) -> None:
-        self._store = store
-        self._meters = meters
-        self._lock = threading.Lock()
-        self._known: dict[int, tuple[Hashable, dict[str, Any]]] = {}
-
-    def read(self, span: int) -> dict[str, Any]:
-        """Return the dashboard of the last *span* seconds, at most a second old."""
-        with self._lock:
-            state = (self._store.version, int(time.time()))
-            known, shown = self._known.get(span, (None, {}))
-            if known != state:
-                with self._store.reading() as connection:
-                    meters = self._meters.within(connection)
-                    shown = dashboard(connection, meters, span)
-                if len(self._known) > 10:
-                    self._known.clear()
-                self._known[span] = (state, shown)
-            return shown

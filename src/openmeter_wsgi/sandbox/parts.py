@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 from flask import Flask, current_app
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.sandbox.dashboard_cache import DashboardCache
     from openmeter_wsgi.sandbox.faults import Faults
-    from openmeter_wsgi.sandbox.overview import Usage
     from openmeter_wsgi.sandbox.resources import Resources
     from openmeter_wsgi.sandbox.store import Store
     from openmeter_wsgi.sandbox.tally import Tally
@@ -24,7 +24,7 @@ class Parts:
     store: Store
     tally: Tally
     faults: Faults
-    usage: Usage
+    dashboards: DashboardCache
     meters: Resources
     customers: Resources
     features: Resources

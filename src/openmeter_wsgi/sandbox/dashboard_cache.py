@@ -1,0 +1,39 @@
+"""The dashboard, computed once however many pages look at it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi.sandbox.dashboard import dashboard
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from openmeter_wsgi.sandbox.resources import Resources
+    from openmeter_wsgi.sandbox.store import Store
+
+
+class DashboardCache:
+    """The dashboard, computed once however many pages look at it. Any thread."""
+
+    def __init__(self, store: Store, meters: Resources) -> None:
+        self._store = store
+        self._meters = meters
+        self._lock = threading.Lock()
+        self._known: dict[int, tuple[Hashable, dict[str, Any]]] = {}
+
+    def read(self, span: int) -> dict[str, Any]:
+        """Return the dashboard of the last *span* seconds, at most a second old."""
+        with self._lock:
+            state = (self._store.version, int(time.time()))
+            known, shown = self._known.get(span, (None, {}))
+            if known != state:
+                with self._store.reading() as connection:
+                    meters = self._meters.within(connection)
+                    shown = dashboard(connection, meters, span)
+                if len(self._known) > 10:
+                    self._known.clear()
+                self._known[span] = (state, shown)
+            return shown
