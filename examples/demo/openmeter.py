@@ -1,0 +1,95 @@
+"""Asking the OpenMeter server what it billed, through its own API."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Self
+
+import requests
+
+from examples.demo.expectation import Account
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+TIMEOUT = 30.0
+METERS: list[dict[str, Any]] = [
+    {
+        "slug": "api_requests",
+        "eventType": "api-request",
+        "aggregation": "COUNT",
+    },
+    {
+        "slug": "tokens",
+        "eventType": "tokens",
+        "aggregation": "SUM",
+        "valueProperty": "$.tokens",
+        "groupBy": {"model": "$.model", "kind": "$.kind"},
+    },
+    {
+        "slug": "credits",
+        "eventType": "credits",
+        "aggregation": "SUM",
+        "valueProperty": "$.total",
+    },
+]
+
+
+class OpenMeter:
+    """The server at an address, asked by a client that is not the middleware's."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._session = requests.Session()
+        # A proxy of this machine's user has no business on the way to itself.
+        self._session.trust_env = False
+
+    def define(self, subjects: Iterable[str]) -> None:
+        """Create the meters, and a customer for each of *subjects*."""
+        for meter in METERS:
+            self._call("POST", "/api/v1/meters", json=meter)
+        for subject in subjects:
+            customer = {"name": subject, "usageAttribution": {"subjectKeys": [subject]}}
+            self._call("POST", "/api/v1/customers", json=customer)
+
+    def usage(self) -> Counter[Account]:
+        """Return the usage of each subject, tokens by model."""
+        billed: Counter[Account] = Counter()
+        for meter in METERS:
+            slug = meter["slug"]
+            groups = ["subject", *(["model"] if "groupBy" in meter else [])]
+            answer = self._call(
+                "GET", f"/api/v1/meters/{slug}/query", params={"groupBy": groups}
+            )
+            for row in answer["data"]:
+                model = row["groupBy"].get("model", "")
+                billed[Account(row["subject"], slug, model)] += row["value"]
+        return billed
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all events, with what the server has to say of each."""
+        listed: list[dict[str, Any]] = []
+        page: dict[str, Any] = {"nextCursor": None}
+        while "nextCursor" in page:
+            asked = {"limit": 100, "cursor": page["nextCursor"]}
+            page = self._call("GET", "/api/v2/events", params=asked)
+            listed += page["items"]
+        return listed
+
+    def counts(self) -> dict[str, int]:
+        """Return the sandbox's counts of requests and events (its own API)."""
+        counts: dict[str, int] = self._call("GET", "/sandbox/api/overview")["counts"]
+        return counts
+
+    def _call(self, method: str, path: str, **arguments: Any) -> Any:
+        response = self._session.request(
+            method, self.url + path, timeout=TIMEOUT, **arguments
+        )
+        response.raise_for_status()
+        return response.json()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()

@@ -1,0 +1,193 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from examples.demo import report
+from examples.demo.comparison import Billed, differences
+from examples.demo.expectation import expect
+from examples.demo.load import KEYS, plan, send_all
+from examples.demo.openmeter import OpenMeter
+from examples.demo.processes import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from examples.demo.expectation import Expectation
+    from examples.demo.load import Answer, Request
+
+ROOT = Path(__file__).parents[2]
+#: Seconds that usage may take to arrive while the workers run on.
+ARRIVAL_TIMEOUT = 30.0
+#: Seconds of silence after which nothing more comes: more than the flush interval.
+QUIET = 1.5
+_LOOK_INTERVAL = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    requests: int = 3_000
+    keep: bool = False
+    #: The same seed draws the same requests.
+    seed: int = 1
+    #: The share of ingest requests that the sandbox answers with 500.
+    fail_rate: float = 0.1
+    #: More options of ``openmeter-wsgi sandbox``.
+    sandbox: Sequence[str] = ()
+
+
+class Demo:
+    """One run. Its processes end with the context."""
+
+    def __init__(self, console: Console, options: Options, logs: Path) -> None:
+        self._console = console
+        self._options = options
+        self._logs = logs
+        self._stack = ExitStack()
+        self.processes: list[Process] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self) -> list[str]:
+        """Run it, print its tables, and return what differs."""
+        openmeter = self._stack.enter_context(OpenMeter(self._start_sandbox()))
+        openmeter.define(KEYS)
+        self._say(f"OpenMeter sandbox  {openmeter.url}  (a page: open it to watch)")
+        gunicorn, address = self._start_gunicorn(openmeter.url)
+        self._say(f"Flask on gunicorn  {_url(address)}  2 workers")
+        expected = expect(self._send(address))
+        if self._options.keep:
+            billed, before = self._await(openmeter, expected), None
+        else:
+            before = openmeter.counts()["stored"]
+            billed = self._stop_and_read(gunicorn, openmeter)
+        found = differences(expected, billed)
+        self._print_tables(expected, billed, before)
+        report.conclude(self._console, expected, found)
+        if self._options.keep:
+            report.say_addresses(self._console, openmeter.url, _url(address))
+            self._wait_for_interrupt()
+        return found
+
+    def say_logs(self) -> None:
+        """Print the end of what the processes wrote."""
+        for process in self.processes:
+            report.say_tail(self._console, process.name, process.output())
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _start(self, name: str, command: Sequence[str], **environ: str) -> Process:
+        process = Process(
+            name, command, self._logs / f"{name}.log", _environ() | environ
+        )
+        self.processes.append(self._stack.enter_context(process))
+        return process
+
+    def _start_sandbox(self) -> str:
+        command = str(Path(sys.executable).with_name("openmeter-wsgi"))
+        rate = str(self._options.fail_rate)
+        arguments = ["--port", "0", "--fail-rate", rate, *self._options.sandbox]
+        process = self._start("sandbox", [command, "sandbox", *arguments])
+        return _url(process.wait_for_address("listens on"))
+
+    def _start_gunicorn(self, url: str) -> tuple[Process, tuple[str, int]]:
+        command = [sys.executable, "-m", "gunicorn", "--chdir", str(ROOT)]
+        command += ["--config", str(ROOT / "examples" / "gunicorn.conf.py")]
+        process = self._start(
+            "gunicorn",
+            [*command, "examples.flask_app:app"],
+            BIND="127.0.0.1:0",
+            # Newer gunicorns make a socket there, and would take another's place.
+            XDG_RUNTIME_DIR=str(self._logs),
+            OPENMETER_API_URL=url,
+        )
+        return process, process.wait_for_address("Listening at:")
+
+    def _send(self, address: tuple[str, int]) -> list[tuple[Request, Answer]]:
+        requests = plan(self._options.requests, self._options.seed)
+        started = time.monotonic()
+        with report.make_progress(self._console) as progress:
+            task = progress.add_task("sending requests", total=len(requests))
+            answers = send_all(address, requests, lambda: progress.advance(task))
+        seconds = time.monotonic() - started
+        self._say(f"{len(answers):,} requests answered in {seconds:.1f} s")
+        return answers
+
+    def _stop_and_read(self, gunicorn: Process, openmeter: OpenMeter) -> Billed:
+        """Stop the workers, which send what still waits, and read what arrived."""
+        gunicorn.stop()
+        self._say("gunicorn stopped (SIGTERM); its workers sent what was waiting")
+        counts = re.findall(r"usage (\{.*\})", gunicorn.output())
+        return _read(openmeter, [json.loads(worker) for worker in counts])
+
+    def _await(self, openmeter: OpenMeter, expected: Expectation) -> Billed:
+        """Read what arrived once all did, and nothing comes after it."""
+        due = expected.events
+        now = changed = time.monotonic()
+        deadline, stored = now + ARRIVAL_TIMEOUT, -1
+        with self._console.status("waiting for the workers to send"):
+            while now < deadline and (stored < due or now < changed + QUIET):
+                time.sleep(_LOOK_INTERVAL)
+                now, before = time.monotonic(), stored
+                stored = openmeter.counts()["stored"]
+                changed = changed if stored == before else now
+        return _read(openmeter, None)
+
+    def _print_tables(
+        self, expected: Expectation, billed: Billed, before_stop: int | None
+    ) -> None:
+        self._console.print()
+        delivery = report.delivery_table(billed, before_stop=before_stop)
+        for title, table in (
+            ("Requests", report.requests_table(expected)),
+            ("Usage", report.usage_table(expected, billed)),
+            ("Delivery", delivery),
+        ):
+            self._console.print(f"[bold]{title}[/]")
+            self._console.print(table)
+
+    def _wait_for_interrupt(self) -> None:
+        """Wait for Ctrl-C, which is the way to end and no failure."""
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                signal.pause()
+        self._say("\nstopping both")
+
+
+def _read(openmeter: OpenMeter, workers: Sequence[dict[str, Any]] | None) -> Billed:
+    return Billed(openmeter.usage(), openmeter.events(), openmeter.counts(), workers)
+
+
+def _url(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"http://{host}:{port}"
+
+
+def _environ() -> dict[str, str]:
+    """Return the environment without what would lead usage or requests elsewhere."""
+    foreign = ("OPENMETER_", "GUNICORN_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(foreign) and not name.lower().endswith("_proxy")
+    }

@@ -1,0 +1,42 @@
+"""What all tests share: a server to send to, and nothing of the machine they run on."""
+
+import logging
+import os
+
+import pytest
+
+from openmeter_server import OpenMeterServer
+from openmeter_wsgi.log import RepeatFilter
+
+_FOREIGN = {
+    "http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc",
+    "requests_ca_bundle", "curl_ca_bundle", "ssl_cert_file", "ssl_cert_dir",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch, tmp_path_factory):
+    """No key, proxy, CA bundle or .netrc of the developer's reaches a test."""
+    for name in list(os.environ):
+        if name.lower() in _FOREIGN or name.startswith("OPENMETER_"):
+            monkeypatch.delenv(name)
+    nowhere = tmp_path_factory.getbasetemp() / "no-netrc"
+    monkeypatch.setenv("NETRC", str(nowhere))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log():
+    """A line thinned out in one test is written again in the next."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("openmeter_wsgi"):
+            logger = logging.getLogger(name)
+            for old in [f for f in logger.filters if isinstance(f, RepeatFilter)]:
+                logger.removeFilter(old)
+                logger.addFilter(RepeatFilter())
+
+
+@pytest.fixture
+def openmeter():
+    """A fake of OpenMeter's ingest that accepts everything until told otherwise."""
+    with OpenMeterServer() as server:
+        yield server
