@@ -13,7 +13,7 @@ from billing import bill, environ
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import timestamps
 from openmeter_wsgi.events import RequestIds, StaticEvents, encode_events
-from openmeter_wsgi.meters import Meter, read_usage
+from openmeter_wsgi.usage import Meter, read_usage
 from openmeter_wsgi.wire import MAX_EXACT_INTEGER
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)

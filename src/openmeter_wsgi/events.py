@@ -17,7 +17,7 @@ from openmeter_wsgi.timestamps import timestamp
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from openmeter_wsgi.meters import Meter
+    from openmeter_wsgi.usage import Meter
 
 #: The size of one event in the queue of which the sender still makes a batch.
 MAX_BATCH_BYTES = 1_000_000

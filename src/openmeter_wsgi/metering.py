@@ -15,8 +15,9 @@ from openmeter_wsgi.subject import subject_finder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from openmeter_wsgi.meters import Meter, RunTimeMeters
+    from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.usage import Meter
 
 logger = log.get_logger(__name__)
 

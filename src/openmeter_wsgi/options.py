@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from openmeter_wsgi.api_key import checked_key
-from openmeter_wsgi.meters import read_usage
 from openmeter_wsgi.source import source_problem
+from openmeter_wsgi.usage import read_usage
 from openmeter_wsgi.wire import text_problem
 
 _SECRET_HEADERS = {

@@ -13,9 +13,9 @@ import msgspec
 from openmeter_wsgi import options as read
 from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.meters import Meter, Usage, number_meter, read_usage
 from openmeter_wsgi.policy_files import read_file, read_variables
 from openmeter_wsgi.status_codes import StatusCodes
+from openmeter_wsgi.usage import Meter, Usage, number_meter, read_usage
 
 Billed: TypeAlias = Literal["all", "measured", "none"]
 ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
