@@ -46,7 +46,7 @@ class MemoryQueue:
             return 0
         events.append(event)
         self._put_bytes += size
-        return len(events)
+        return len(events) or 1  # or it is taken already
 
     def __len__(self) -> int:
         """Return how many events wait to be taken."""

@@ -56,8 +56,12 @@ class DeliveryQueue:
         #: From how many waiting events on a put wakes the thread. An Event.set()
         #: costs as much as the rest of an event, so there is one per batch.
         self._wake_at = 1
+        #: Whether what waits now goes without waiting for more.
         self._hurried = False
+        #: Whether the next wait after a failure is left out.
+        self._retry_now = False
         self._closing = False
+        self._at_exit = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._sending = threading.Lock()
@@ -112,7 +116,7 @@ class DeliveryQueue:
             )  # fmt: skip
 
     def _hurry(self) -> None:
-        self._hurried = True
+        self._hurried = self._retry_now = True
         self._wake.set()
 
     def _rouse(self) -> None:
@@ -131,8 +135,11 @@ class DeliveryQueue:
                 self._thread = threading.Thread(
                     target=self._run, name="openmeter_wsgi.delivery", daemon=True
                 )
+                if not self._at_exit:
+                    # Before the start, which may fail: then all waits for the exit.
+                    self._at_exit = True
+                    atexit.register(self.close)
                 self._thread.start()
-                atexit.register(self.close)
         except RuntimeError as error:
             # No more threads here, or the interpreter is shutting down.
             self._thread = None
@@ -153,14 +160,17 @@ class DeliveryQueue:
                 self._client.close()
         finally:
             self._wake_at = 1
-            self._thread = None
+            self._at_exit = False
             atexit.unregister(self.close)
+            self._thread = None  # from here on a put starts another, at exit as well
         if len(self._events):
             # Put after the last look, by one who still found this thread.
             self._rouse()
 
     def _finished(self) -> bool:
-        return self._closing and not (len(self._events) or self._sender.busy)
+        # Hurried by close() itself, so that suspects are tried once more.
+        waits = len(self._events) or self._sender.busy or self._hurried
+        return self._closing and not waits
 
     def _step(self) -> None:
         if not self._sender.busy:
@@ -184,6 +194,7 @@ class DeliveryQueue:
         if len(self._events):
             self._wait_for(self._batch_size, self._flush_interval)
         hurried, self._hurried = self._hurried, False
+        self._retry_now = False  # an attempt follows
         if events := self._events.take(
             max_events=self._max_batch, max_bytes=MAX_BATCH_BYTES
         ):
@@ -221,9 +232,9 @@ class DeliveryQueue:
         if delay <= 0:
             return
         self._wake.clear()
-        if not self._hurried:
+        if not self._retry_now:
             self._wake.wait(delay)
-        self._hurried = False
+        self._retry_now = False
 
     def _deliver_here(self, timeout: float | None) -> None:
         """Deliver in the calling thread, where no other can be had."""
@@ -244,4 +255,5 @@ class DeliveryQueue:
                 self._wake.clear()
                 self._wake.wait(min(delay, left))
         finally:
+            self._wake_at = 1  # the next put tries to start the thread
             self._sending.release()

@@ -138,7 +138,7 @@ class Sender:
             return self._refused(error)
         delay = self._backoff(batch.failures)
         if error.retry_after is not None:
-            delay = error.retry_after
+            delay = max(delay, error.retry_after)  # 0 is no leave to hammer
         self._say_failed(error, delay)
         return delay
 
@@ -167,15 +167,16 @@ class Sender:
         return delay
 
     def _bury(self, events: list[bytes], error: DeliveryError) -> None:
-        self._counts.dead_lettered += 1
-        self._done(events)
         # The event comes first: each one is a line of its own, never thinned.
         logger.error(
             "event %s is refused by OpenMeter for good (%s: %s) and not sent again; "
             "others are accepted",
-            events[0][:_MAX_LOGGED].decode(errors="replace"),
+            _shortened(events[0]).decode(errors="replace"),
             error.status, error.reason,
         )  # fmt: skip
+        # Last: what a flush says is done has been logged.
+        self._counts.dead_lettered += 1
+        self._done(events)
 
     def _backoff(self, failures: int) -> float:
         """Full jitter: what failed together is not tried again together."""
@@ -190,3 +191,10 @@ class Sender:
             "%.1f s",
             answer, error.reason, delay,
         )  # fmt: skip
+
+
+def _shortened(event: bytes) -> bytes:
+    """Leave out the middle of a long event; subject and id are at its end."""
+    if len(event) <= _MAX_LOGGED:
+        return event
+    return event[: _MAX_LOGGED // 2] + b" [...] " + event[-_MAX_LOGGED // 2 :]
