@@ -383,6 +383,17 @@ def test_an_unknown_host_is_certain_not_to_have_arrived(connect):
 # -- The key
 
 
+def test_a_server_that_repeats_the_key_does_not_bring_it_into_the_log(
+    openmeter, connect
+):
+    openmeter.script.append(problem(403, "the key om_secret is revoked"))
+    client = connect(key=ApiKey.from_options("om_secret", None))
+
+    error = failure(client, event())
+
+    assert error.reason == "the key [api_key] is revoked"
+
+
 def test_without_a_key_no_authorization_is_sent(openmeter, connect):
     connect().ingest([event()])
 

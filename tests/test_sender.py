@@ -153,7 +153,7 @@ def test_a_failure_is_said_with_its_reason(caplog, error, level):
 # -- Refusals
 
 
-@pytest.mark.parametrize("position", [0, 1, 49, 50, 98])
+@pytest.mark.parametrize("position", [0, 1, 49, 50, 98, 99])
 def test_one_event_of_a_hundred_is_found_and_buried(caplog, position):
     events = numbered(100)
     poison = events[position]
@@ -174,19 +174,14 @@ def test_one_event_of_a_hundred_is_found_and_buried(caplog, position):
     assert "400: invalid" in record.getMessage()
 
 
-def test_the_last_event_is_buried_when_a_later_one_is_accepted():
-    events = numbered(100)
-    case = Case(ScriptedClient(poison=events[-1:]))
-    case.load(events)
-    case.run()
-    assert case.done == events[:-1]
-    assert case.sender.doubtful
+def test_a_refusal_as_part_of_a_batch_counts_only_with_the_same_status():
+    case = Case(ScriptedClient([TOO_LARGE, None, INVALID]))
+    case.load(named("a", "b"), named("c"))
 
-    case.load(named("later"))
     case.run()
 
-    assert case.done == [*events[:-1], b"later", events[-1]]
-    assert case.counts.dead_lettered == 1
+    assert case.client.accepted == named("a", "c", "b")
+    assert case.counts.dead_lettered == 0
 
 
 def test_a_batch_that_is_too_large_is_delivered_in_pieces_and_in_order():

@@ -73,6 +73,11 @@ class ApiKey:
             self._key = self._fresh(self._read)
         return self._key
 
+    @property
+    def known(self) -> str | None:
+        """The key that was read last, None before that."""
+        return self._key
+
     def renew(self) -> bool:
         """Read the key again and say whether it is another one."""
         if self._read is None:

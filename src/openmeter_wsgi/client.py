@@ -76,7 +76,7 @@ class OpenMeterClient:
         status, headers, body = self._post(events)
         if status == 401 and self._renew_key():
             status, headers, body = self._post(events)
-        if error := _error(status, headers, body):
+        if error := _error(status, headers, self._without_key(body)):
             raise error
 
     def close(self) -> None:
@@ -105,6 +105,11 @@ class OpenMeterClient:
         except OSError as error:
             raise _no_answer(error, self._url) from error
         return response.status_code, response.headers, _read(response)
+
+    def _without_key(self, body: bytes) -> bytes:
+        """Return an answer that can be logged, should the server repeat our key."""
+        key = self._key.known
+        return body.replace(key.encode(), b"[api_key]") if key else body
 
     def _current_key(self) -> str | None:
         try:

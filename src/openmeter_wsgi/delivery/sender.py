@@ -6,8 +6,9 @@ the head and nothing behind it is tried. *Not these* (400, 413) concerns at leas
 one event in the batch: it is split until that one stands alone.
 
 An event refused alone is not yet guilty: a proxy may be refusing everything. It
-steps aside as a suspect. Once the server has accepted another event, the suspect
-is tried again, and buried if it is refused again.
+is buried if the server refused it, accepted another event, and refused it again;
+until then it steps aside as a suspect and is tried again after each acceptance.
+Being refused as part of a larger batch counts as the first refusal.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ class Client(Protocol):
 class _Batch:
     """Events that are tried together, and how that went so far."""
 
-    __slots__ = ("accepted_before", "events", "failures", "server_errors", "suspect")
+    __slots__ = ("events", "failures", "refusal", "server_errors")
 
-    def __init__(self, events: list[bytes]) -> None:
+    def __init__(
+        self, events: list[bytes], refusal: tuple[int | None, int] | None = None
+    ) -> None:
         self.events = events
         self.failures = 0
         self.server_errors = 0
-        #: Whether it was refused alone, and how often others had been accepted then.
-        self.suspect = False
-        self.accepted_before = 0
+        #: Of the first refusal: its status, and how many batches the server had
+        #: accepted before it.
+        self.refusal = refusal
 
 
 class Sender:
@@ -104,7 +107,7 @@ class Sender:
     def attempt(self) -> float:
         """Try the batch at the head once; return the seconds until the next try."""
         batch = self._pending[0]
-        if batch.failures or batch.suspect:
+        if batch.failures:
             self._counts.retries += 1
         try:
             self._client.ingest(batch.events)
@@ -144,15 +147,14 @@ class Sender:
 
     def _refused(self, error: DeliveryError) -> float:
         batch = self._pending.popleft()
+        if batch.refusal is None or batch.refusal[0] != error.status:
+            batch.refusal = (error.status, self._accepted)
         if len(batch.events) > 1:
-            middle = len(batch.events) // 2
-            self._pending.appendleft(_Batch(batch.events[middle:]))
-            self._pending.appendleft(_Batch(batch.events[:middle]))
-        elif batch.suspect and self._accepted > batch.accepted_before:
+            self._split(batch, error)
+        elif self._accepted > batch.refusal[1]:
             self._bury(batch.events, error)
         else:
-            batch.suspect = True
-            batch.accepted_before = self._accepted
+            batch.failures += 1
             batch.server_errors = 0
             self._suspects.append(batch)
             self._refused_in_a_row += 1
@@ -165,6 +167,13 @@ class Sender:
             error.status, error.reason, delay,
         )  # fmt: skip
         return delay
+
+    def _split(self, batch: _Batch, error: DeliveryError) -> None:
+        # What a 5xx says of a batch is too weak to be held against each event of it.
+        refusal = batch.refusal if isinstance(error, Rejected) else None
+        middle = len(batch.events) // 2
+        self._pending.appendleft(_Batch(batch.events[middle:], refusal))
+        self._pending.appendleft(_Batch(batch.events[:middle], refusal))
 
     def _bury(self, events: list[bytes], error: DeliveryError) -> None:
         # The event comes first: each one is a line of its own, never thinned.
