@@ -348,7 +348,7 @@ def test_the_idle_thread_waits_without_a_timeout(openmeter, serve):
     assert service.flush()
 
     deadline = time.monotonic() + PATIENCE
-    while waits() != [None, None]:  # Event.wait() and its Condition.wait()
+    while waits() != [None]:
         assert time.monotonic() < deadline, waits()
         threading.Event().wait(0.01)
 

@@ -49,7 +49,7 @@ class OpenMeterMiddleware:
         self.policy = policy
         self._metering = Metering(policy)
         # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
-        # every settlement compares the process id as well.
+        # every request compares the process id as well.
         renew = weakref.WeakMethod(self._renew)
         os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
 
@@ -61,7 +61,7 @@ class OpenMeterMiddleware:
             return self._pass_through(environ, start_response)
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
-        settlement = Settlement(self, environ, start_response, stated)
+        settlement = Settlement(self.metering(), environ, start_response, stated)
         wrapper: Any = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, type):
             wrapper = environ[_FILE_WRAPPER] = _WrappedFiles(wrapper)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import os
+from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.environ import METERS
 from openmeter_wsgi.metering import ABORTED, COMPLETED, FAILED
@@ -18,13 +19,6 @@ _ERROR_STATUS = "500"
 _WITHOUT_BODY = ("204", "304")
 
 
-class Process(Protocol):
-    """What a settlement needs to know of the middleware."""
-
-    def metering(self) -> Metering:
-        """Return the metering of the process that asks."""
-
-
 class Settlement:
     """Stands between the server and one response, and settles it exactly once.
 
@@ -38,18 +32,18 @@ class Settlement:
     """
 
     __slots__ = (
-        "_environ", "_events", "_iterable", "_outcome", "_process", "_server_start",
+        "_environ", "_events", "_iterable", "_metering", "_outcome", "_server_start",
         "_server_write", "_settled", "_started", "_stated", "_status",
     )  # fmt: skip
 
     def __init__(
         self,
-        process: Process,
+        metering: Metering,
         environ: dict[str, Any],
         start_response: StartResponse,
         stated: list[RunTimeMeters],
     ) -> None:
-        self._process = process
+        self._metering = metering
         self._environ = environ
         self._server_start = start_response
         self._stated = stated
@@ -150,12 +144,13 @@ class Settlement:
         """Put the events of this request into the queue, once.
 
         The events are fixed first, then put, then it is noted: an exception from a
-        signal may strike in between, and a repeated put has the same ids.
+        signal may strike in between, and a repeated put has the same ids. A process
+        forked in the middle has a copy of this, which is its parent's to settle.
         """
-        if self._settled:
-            return
         environ = self._environ
-        metering = self._process.metering()
+        metering = self._metering
+        if self._settled or metering.pid != os.getpid():
+            return
         if self._events is None:
             stated = self._stated
             self._events = metering.events(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.sender import MAX_DELAY, Sender
+from openmeter_wsgi.delivery.waking import Signal
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class DeliveryQueue:
         )
         self._flush_interval = policy.flush_interval
         self._shutdown_timeout = policy.shutdown_timeout
-        self._wake = threading.Event()
-        #: From how many waiting events on a put wakes the thread. An Event.set()
+        self._wake = Signal()
+        #: From how many waiting events on a put wakes the thread. A Signal.set()
         #: costs as much as the rest of an event, so there is one per batch.
         self._wake_at = 1
         #: Whether what waits now goes without waiting for more.
@@ -62,6 +63,7 @@ class DeliveryQueue:
         self._retry_now = False
         self._closing = False
         self._at_exit = False
+        self._exiting = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._sending = threading.Lock()
@@ -124,7 +126,17 @@ class DeliveryQueue:
             self._start()
         self._wake.set()
 
+    def _close_at_exit(self) -> None:
+        self.close()
+        self._exiting = True
+
     def _start(self) -> None:
+        if self._exiting or sys.is_finalizing():
+            # A thread started now would not run, and its start() wait for it.
+            logger.error(
+                "%s: the process is ending; what is put from now on is lost", "shutdown"
+            )
+            return
         # Not waited for: whoever holds it is starting the thread, perhaps this
         # very one, interrupted by a finaliser.
         if not self._starting.acquire(blocking=False):
@@ -138,7 +150,7 @@ class DeliveryQueue:
                 if not self._at_exit:
                     # Before the start, which may fail: then all waits for the exit.
                     self._at_exit = True
-                    atexit.register(self.close)
+                    atexit.register(self._close_at_exit)
                 self._thread.start()
         except RuntimeError as error:
             # No more threads here, or the interpreter is shutting down.
@@ -161,7 +173,7 @@ class DeliveryQueue:
         finally:
             self._wake_at = 1
             self._at_exit = False
-            atexit.unregister(self.close)
+            atexit.unregister(self._close_at_exit)
             self._thread = None  # from here on a put starts another, at exit as well
         if len(self._events):
             # Put after the last look, by one who still found this thread.
