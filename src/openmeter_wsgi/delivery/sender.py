@@ -18,7 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from openmeter_wsgi import log
-from openmeter_wsgi.errors import DeliveryError, Held, Rejected
+from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,11 +72,13 @@ class Sender:
         counts: Counts,
         done: Callable[[list[bytes]], None],
         jitter: Callable[[float, float], float] = random.uniform,
+        bury: Callable[[bytes, DeliveryError], None] | None = None,
     ) -> None:
         self._client = client
         self._counts = counts
         self._done = done
         self._jitter = jitter
+        self._keep_buried = bury
         self._pending: deque[_Batch] = deque()
         self._suspects: deque[_Batch] = deque()
         self._accepted = 0
@@ -108,6 +110,8 @@ class Sender:
             self._counts.retries += 1
         try:
             self._client.ingest(batch.events)
+        except Expired as error:
+            return self._expired(error)
         except Rejected as error:
             return self._refused(error)
         except DeliveryError as error:
@@ -166,8 +170,23 @@ class Sender:
         )  # fmt: skip
         return delay
 
+    def _expired(self, error: DeliveryError) -> float:
+        """Set the batch aside: sent once more, it might be billed twice."""
+        events = self._pending.popleft().events
+        self._counts.dead_lettered += len(events)
+        self._keep(events, error)
+        self._done(events)
+        logger.error("%s; %d events are set aside", error.reason, len(events))
+        return 0.0
+
+    def _keep(self, events: list[bytes], error: DeliveryError) -> None:
+        if self._keep_buried is not None:
+            for event in events:
+                self._keep_buried(event, error)
+
     def _bury(self, events: list[bytes], error: DeliveryError) -> None:
         self._counts.dead_lettered += 1
+        self._keep(events, error)
         self._done(events)
         # The event comes first: each one is a line of its own, never thinned.
         logger.error(
