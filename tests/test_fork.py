@@ -400,7 +400,7 @@ def test_a_request_at_exit_is_delivered(sink: Sink) -> None:
 def test_a_request_after_the_last_delivery_is_lost_and_said_to_be(sink: Sink) -> None:
     process = start(serve_at_exit, sink.url, "before")
 
-    finish(process, errors="what is put from now on is lost")
+    finish(process, errors="the process is ending and delivers nothing that comes now")
     assert_billed_once(sink, "early")
 
 
@@ -437,7 +437,7 @@ def test_a_response_that_modules_hold_to_the_end_is_lost_and_said_to_be(
 ) -> None:
     process = start(drop_in_teardown, sink.url, *before)
 
-    finish(process, errors="what is put from now on is lost")
+    finish(process, errors="the process is ending and delivers nothing that comes now")
     assert_billed_once(sink, *before)
 
 

@@ -5,9 +5,12 @@
     OpenMeterWSGIError
     ├─ ConfigError (ValueError)      a configuration, at construction, all at once
     ├─ MeterValueError (ValueError)  the caller's own value, raised where it is made
+    ├─ SpoolError                    the spool's disk; never reaches a request
+    │   └─ SpoolFull                 no room for another segment
     └─ DeliveryError                 one attempt to send; never leaves the sender
         ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
         ├─ Held                      wrong key or address: kept until that is mended
+        ├─ Expired                   in doubt for longer than the resend window
         └─ Rejected                  400, 413: something in this batch is refused
 """
 
@@ -39,6 +42,14 @@ class ConfigError(OpenMeterWSGIError, ValueError):
 
 class MeterValueError(OpenMeterWSGIError, ValueError):
     """A meter that OpenMeter would refuse, or take and silently not count."""
+
+
+class SpoolError(OpenMeterWSGIError):
+    """The spool cannot take an event. It goes another way, or is counted."""
+
+
+class SpoolFull(SpoolError):
+    """The disk is full, or the spool has reached its bound."""
 
 
 class DeliveryError(OpenMeterWSGIError):
@@ -76,3 +87,7 @@ class Held(DeliveryError):
 
 class Rejected(DeliveryError):
     """The batch was refused; at least one event in it can never be accepted."""
+
+
+class Expired(DeliveryError):
+    """An earlier attempt may have arrived, and is too old to be repeated."""

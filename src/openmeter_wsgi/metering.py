@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.directory import prepare_directory
 from openmeter_wsgi.delivery.queue import DeliveryQueue
+from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.events import RequestIds, StaticEvents, encode_events
 from openmeter_wsgi.stats import Counts, Stats
 from openmeter_wsgi.subject import subject_finder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.policy import Policy
@@ -28,23 +31,35 @@ Environ: TypeAlias = dict[str, Any]
 COMPLETED, FAILED, ABORTED = "completed", "failed", "aborted"
 
 
+#: Reasons for which an event is dropped, and not a meter before it became one.
+_AFTER_ENCODING = ("queue_full", "dry_run", "spool_full", "spool_error", "too_large")
+
+
 class Metering:
     """All that one process needs to bill its requests under one policy.
 
     A fork gets a new one: ids, counts, queue and connections are a process's own.
-    Making it starts no thread and opens nothing.
+    Making it starts no thread and opens nothing but a spool's directory.
+
+    :raises ConfigError: if the directory of the spool cannot be one.
     """
 
     def __init__(self, policy: Policy) -> None:
+        if policy.spool_dir is not None and not policy.dry_run:
+            prepare_directory(policy.spool_dir)
+        self._begin(policy)
+
+    def _begin(self, policy: Policy) -> None:
         self.pid = os.getpid()
         self.counts = Counts()
-        client = OpenMeterClient(
+        new_client = partial(
+            OpenMeterClient,
             url=policy.api_url,
             flavor=policy.api_flavor,
             key=policy.key,
             timeout=policy.request_timeout,
         )
-        self.queue = DeliveryQueue(policy, client, self.counts)
+        self.queue = _queue(policy, new_client, self.counts)
         self._put = self._log_instead if policy.dry_run else self.queue.put
         self._policy = policy
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
@@ -63,9 +78,10 @@ class Metering:
 
         The threads of a new process may come here together: one of them wins.
         """
-        successor: Metering = self.__dict__.setdefault(
-            "_successor", Metering(self._policy)
-        )
+        made = Metering.__new__(Metering)
+        # Not __init__: what is wrong with the spool now must not hurt a request.
+        made._begin(self._policy)
+        successor: Metering = self.__dict__.setdefault("_successor", made)
         return successor
 
     def events(
@@ -82,6 +98,8 @@ class Metering:
         is logged and counted, but the customer's response stands.
         """
         self.counts.settled += 1
+        if not self.queue.started:
+            self.queue.start()
         try:
             if status is None or status[:3] not in self._codes:
                 return self._not_metered("status" if status else "no_status")
@@ -111,7 +129,7 @@ class Metering:
         counts = self.counts
         waiting = self.queue.waiting
         dropped = dict(counts.dropped)
-        made = sum(dropped.get(reason, 0) for reason in ("queue_full", "dry_run"))
+        made = sum(dropped.get(reason, 0) for reason in _AFTER_ENCODING)
         return Stats(
             settled=counts.settled,
             events=counts.delivered + waiting + counts.dead_lettered + made,
@@ -122,6 +140,7 @@ class Metering:
             dead_lettered=counts.dead_lettered,
             ambiguous=counts.ambiguous,
             retries=counts.retries,
+            unspooled=counts.unspooled,
         )
 
     def _static_events(self, environ: Environ, static: StaticEvents) -> Sequence[bytes]:
@@ -185,3 +204,11 @@ class Metering:
     def _log_instead(self, event: bytes) -> None:
         self.counts.dropped["dry_run"] += 1
         logger.info("dry run, would send %s", event.decode())
+
+
+def _queue(
+    policy: Policy, new_client: Callable[[], OpenMeterClient], counts: Counts
+) -> DeliveryQueue | SpoolQueue:
+    if policy.spool_dir is None or policy.dry_run:
+        return DeliveryQueue(policy, new_client(), counts)
+    return SpoolQueue(policy, new_client, counts)

@@ -102,6 +102,18 @@ class Policy:
     max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
     #: Seconds that the exit of a process may take for what still waits.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
+    #: Where settled usage waits, so that it survives the process; None: in memory.
+    #: One directory per OpenMeter server and key; any number of processes.
+    spool_dir: str | None = None
+    #: How a process appends there. ``"auto"``: the fastest form that is safe there.
+    journal: Literal["auto", "mmap", "write"] = "auto"
+    #: Of this size the spool takes no more; a segment per process more or less.
+    max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
+    #: Seconds for which a batch without an answer may be sent again. Longer than
+    #: OpenMeter remembers ids, it might be billed twice.
+    resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
+    #: ``"ship"``: another process delivers the spool, this one starts no thread.
+    delivery: Literal["thread", "ship"] = "thread"
     #: Settle, count and log what would be billed, and send nothing.
     dry_run: bool = False
 
@@ -178,6 +190,8 @@ class Policy:
                 "default: with trusted_request_id_header two services behind one "
                 "proxy would share ids"
             )
+        if self.delivery == "ship" and self.spool_dir is None:
+            problems.append("spool_dir: expected a directory for delivery='ship'")
         if self.api_key is not None and self.api_key_file is not None:
             problems.append("api_key_file: expected api_key or a file, got both")
             return problems

@@ -12,7 +12,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
     ``settled`` = requests that became events + the sum of ``not_metered``;
     ``events`` = ``delivered`` + ``waiting`` + ``dead_lettered`` + what was dropped
-    after it had become an event (``queue_full``, ``dry_run``).
+    after it had become an event (``queue_full``, ``dry_run``,
+    ``spool_full``, ``spool_error``, ``too_large``).
+
+    With a spool ``delivered``, ``waiting`` and so ``events`` are of the directory: what
+    this process delivered for all, and what any process has still in it.
     """
 
     #: Requests whose response has ended.
@@ -21,7 +25,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     events: int
     #: Events that OpenMeter took.
     delivered: int
-    #: Events in the queue, those being sent included.
+    #: Events in the queue, those being sent included. Of a large spool an estimate.
     waiting: int
     #: Requests that became no event, by reason.
     not_metered: dict[str, int]
@@ -33,6 +37,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     ambiguous: int
     #: Attempts after the first one of a batch.
     retries: int
+    #: Events that the spool could not take and that waited in memory instead.
+    unspooled: int = 0
 
 
 class Counts:
@@ -45,7 +51,7 @@ class Counts:
 
     __slots__ = (
         "ambiguous", "dead_lettered", "delivered", "dropped", "not_metered",
-        "retries", "settled",
+        "retries", "settled", "unspooled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -54,5 +60,6 @@ class Counts:
         self.dead_lettered = 0
         self.ambiguous = 0
         self.retries = 0
+        self.unspooled = 0
         self.not_metered: defaultdict[str, int] = defaultdict(int)
         self.dropped: defaultdict[str, int] = defaultdict(int)

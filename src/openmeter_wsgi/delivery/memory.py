@@ -18,10 +18,18 @@ class MemoryQueue:
     the same thread. The bounds include what is being sent.
     """
 
-    def __init__(self, *, max_events: int, max_bytes: int, counts: Counts) -> None:
+    def __init__(
+        self,
+        *,
+        max_events: int,
+        max_bytes: int,
+        counts: Counts,
+        when_full: str = "queue_full",
+    ) -> None:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._counts = counts
+        self._when_full = when_full
         self._events: deque[bytes] = deque()
         self._put_bytes = 0
         # Written by the taking thread alone.
@@ -42,7 +50,7 @@ class MemoryQueue:
             len(events) + self._taken >= self._max_events
             or self._put_bytes - self._done_bytes + size > self._max_bytes
         ):
-            self._counts.dropped["queue_full"] += 1
+            self._counts.dropped[self._when_full] += 1
             return 0
         events.append(event)
         self._put_bytes += size

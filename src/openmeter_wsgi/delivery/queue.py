@@ -1,19 +1,13 @@
-"""Delivery in the background: one thread, woken by size or by time."""
+"""Delivery from memory."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import threading
-import time
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.background import BackgroundDelivery
 from openmeter_wsgi.delivery.memory import MemoryQueue
-from openmeter_wsgi.delivery.sender import MAX_DELAY, Sender
-from openmeter_wsgi.delivery.waking import Signal
-from openmeter_wsgi.events import MAX_BATCH_BYTES
+from openmeter_wsgi.delivery.sender import Sender
 
 if TYPE_CHECKING:
     from openmeter_wsgi.client import OpenMeterClient
@@ -22,14 +16,8 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-#: After an outage, events go in batches of up to this many.
-BACKLOG_BATCH = 1_000
-#: At exit attempts follow each other this closely: the deadline is near.
-_CLOSING_DELAY = 0.5
-_NEVER = sys.maxsize
 
-
-class DeliveryQueue:
+class DeliveryQueue(BackgroundDelivery):
     """Takes encoded events and delivers them from a thread of its own.
 
     Belongs to one process: after a fork the child makes another and forgets this
@@ -37,36 +25,31 @@ class DeliveryQueue:
     runs before. At exit what waits is sent within ``shutdown_timeout``.
     """
 
-    def __init__(self, policy: Policy, client: OpenMeterClient, counts: Counts) -> None:
-        self.pid = os.getpid()
-        self._client = client
+    _events: MemoryQueue
+    #: The first put does it; there is nothing to be done before.
+    started = True
+
+    def __init__(
+        self,
+        policy: Policy,
+        client: OpenMeterClient,
+        counts: Counts,
+        *,
+        when_full: str = "queue_full",
+    ) -> None:
+        super().__init__(policy, client)
+        self.counts = counts
         self._events = MemoryQueue(
             max_events=policy.max_queue_events,
             max_bytes=policy.max_queue_bytes,
             counts=counts,
+            when_full=when_full,
         )
         self._sender = Sender(client, counts, self._events.done)
-        self._batch_size = policy.batch_size
-        # Behind a collector that takes one event a request, a backlog is no excuse.
-        self._max_batch = max(
-            policy.batch_size, BACKLOG_BATCH if self._batch_size > 1 else 1
-        )
-        self._flush_interval = policy.flush_interval
-        self._shutdown_timeout = policy.shutdown_timeout
-        self._wake = Signal()
-        #: From how many waiting events on a put wakes the thread. A Signal.set()
-        #: costs as much as the rest of an event, so there is one per batch.
-        self._wake_at = 1
-        #: Whether what waits now goes without waiting for more.
-        self._hurried = False
-        #: Whether the next wait after a failure is left out.
-        self._retry_now = False
-        self._closing = False
-        self._at_exit = False
-        self._exiting = False
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-        self._sending = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._start()
 
     def put(self, event: bytes) -> None:
         """Take *event*. Any thread; never raises, never waits for delivery."""
@@ -92,180 +75,3 @@ class DeliveryQueue:
         if self._thread is None:
             self._deliver_here(timeout)
         return self._events.wait_until_done(timeout if self._thread else 0)
-
-    def close(self, timeout: float | None = None) -> None:
-        """Send what waits until *timeout*, then stop and say what is left.
-
-        May be called twice, and after a fork in the child, where it does nothing.
-        """
-        if os.getpid() != self.pid:
-            return
-        limit = self._shutdown_timeout if timeout is None else timeout
-        thread = self._thread
-        self._closing = True
-        self._hurry()
-        if thread is None or not thread.is_alive():
-            self._deliver_here(limit)
-        else:
-            thread.join(limit)
-        # Past the deadline the thread goes on at its usual pace, if the process does.
-        self._closing = False
-        if left := self.waiting:
-            logger.error(
-                "%s: %d events could not be delivered within %.1f s and are lost if "
-                "this process ends now",
-                "shutdown", left, limit,
-            )  # fmt: skip
-
-    def _hurry(self) -> None:
-        self._hurried = self._retry_now = True
-        self._wake.set()
-
-    def _rouse(self) -> None:
-        if self._thread is None:
-            self._start()
-        self._wake.set()
-
-    def _close_at_exit(self) -> None:
-        self.close()
-        self._exiting = True
-
-    def _start(self) -> None:
-        if self._exiting or sys.is_finalizing():
-            # A thread started now would not run, and its start() wait for it.
-            logger.error(
-                "%s: the process is ending; what is put from now on is lost", "shutdown"
-            )
-            return
-        # Not waited for: whoever holds it is starting the thread, perhaps this
-        # very one, interrupted by a finaliser.
-        if not self._starting.acquire(blocking=False):
-            return
-        try:
-            if self._thread is None:
-                self._closing = False
-                self._thread = threading.Thread(
-                    target=self._run, name="openmeter_wsgi.delivery", daemon=True
-                )
-                if not self._at_exit:
-                    # Before the start, which may fail: then all waits for the exit.
-                    self._at_exit = True
-                    atexit.register(self._close_at_exit)
-                self._thread.start()
-        except RuntimeError as error:
-            # No more threads here, or the interpreter is shutting down.
-            self._thread = None
-            logger.error(
-                "%s: the delivery thread could not be started; events wait for "
-                "flush() or close()",
-                error,
-            )
-        finally:
-            self._starting.release()
-
-    def _run(self) -> None:
-        """Deliver until closed. The thread's body."""
-        try:
-            with self._sending:
-                while not self._finished():
-                    self._step()
-                self._client.close()
-        finally:
-            self._wake_at = 1
-            self._at_exit = False
-            atexit.unregister(self._close_at_exit)
-            self._thread = None  # from here on a put starts another, at exit as well
-        if len(self._events):
-            # Put after the last look, by one who still found this thread.
-            self._rouse()
-
-    def _finished(self) -> bool:
-        # Hurried by close() itself, so that suspects are tried once more.
-        waits = len(self._events) or self._sender.busy or self._hurried
-        return self._closing and not waits
-
-    def _step(self) -> None:
-        if not self._sender.busy:
-            self._gather()
-        if self._sender.busy:
-            self._pause(self._attempt())
-
-    def _attempt(self) -> float:
-        try:
-            return self._sender.attempt()
-        except Exception:
-            # Of all that can happen here nothing may end the thread.
-            logger.exception(
-                "%s: an attempt broke off; its events are kept", "delivery"
-            )
-            return self._sender.give_up_attempt()
-
-    def _gather(self) -> None:
-        """Wait for a batch: its size, or the flush interval after its first event."""
-        self._wait_for(1, MAX_DELAY if self._sender.doubtful else None)
-        if len(self._events):
-            self._wait_for(self._batch_size, self._flush_interval)
-        hurried, self._hurried = self._hurried, False
-        self._retry_now = False  # an attempt follows
-        if events := self._events.take(
-            max_events=self._max_batch, max_bytes=MAX_BATCH_BYTES
-        ):
-            self._sender.load(events)
-        else:
-            self._sender.retry_suspects()
-        if hurried and len(self._events):
-            self._hurried = True  # until all is taken that the flush found
-
-    def _wait_for(self, events: int, timeout: float | None) -> None:
-        """Wait for so many events, a flush or a close; for ever without a timeout.
-
-        An idle thread has no timeout: waking for nothing it would sooner or later
-        hold a lock at the moment of a fork.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._wake_at = events
-        while not self._ready(events):
-            self._wake.clear()
-            if self._ready(events):
-                break  # a set() before the clear() is seen no more
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                break
-            self._wake.wait(left)
-        self._wake_at = _NEVER
-
-    def _ready(self, events: int) -> bool:
-        return len(self._events) >= events or self._hurried or self._closing
-
-    def _pause(self, delay: float) -> None:
-        """Wait before the next attempt; a flush or a close cuts it short."""
-        if self._closing:
-            delay = min(delay, _CLOSING_DELAY)
-        if delay <= 0:
-            return
-        self._wake.clear()
-        if not self._retry_now:
-            self._wake.wait(delay)
-        self._retry_now = False
-
-    def _deliver_here(self, timeout: float | None) -> None:
-        """Deliver in the calling thread, where no other can be had."""
-        limit = self._shutdown_timeout if timeout is None else timeout
-        deadline = time.monotonic() + limit
-        if not self._sending.acquire(timeout=limit):
-            return
-        try:
-            self._sender.retry_suspects()
-            while len(self._events) or self._sender.busy:
-                if not self._sender.busy:
-                    self._hurried = True
-                    self._gather()
-                delay = min(self._attempt(), _CLOSING_DELAY)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._wake.clear()
-                self._wake.wait(min(delay, left))
-        finally:
-            self._wake_at = 1  # the next put tries to start the thread
-            self._sending.release()

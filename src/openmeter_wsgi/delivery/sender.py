@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from openmeter_wsgi import log
-from openmeter_wsgi.errors import DeliveryError, Held, Rejected
+from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,11 +75,13 @@ class Sender:
         counts: Counts,
         done: Callable[[list[bytes]], None],
         jitter: Callable[[float, float], float] = random.uniform,
+        bury: Callable[[bytes, DeliveryError], None] | None = None,
     ) -> None:
         self._client = client
         self._counts = counts
         self._done = done
         self._jitter = jitter
+        self._keep_buried = bury
         self._pending: deque[_Batch] = deque()
         self._suspects: deque[_Batch] = deque()
         self._accepted = 0
@@ -111,6 +113,8 @@ class Sender:
             self._counts.retries += 1
         try:
             self._client.ingest(batch.events)
+        except Expired as error:
+            return self._expired(error)
         except Rejected as error:
             return self._refused(error)
         except DeliveryError as error:
@@ -175,6 +179,21 @@ class Sender:
         self._pending.appendleft(_Batch(batch.events[middle:], refusal))
         self._pending.appendleft(_Batch(batch.events[:middle], refusal))
 
+    def _expired(self, error: DeliveryError) -> float:
+        """Set the batch aside: sent once more, it might be billed twice."""
+        events = self._pending.popleft().events
+        logger.error("%s; %d events are set aside", error.reason, len(events))
+        self._set_aside(events, error)
+        return 0.0
+
+    def _set_aside(self, events: list[bytes], error: DeliveryError) -> None:
+        # Last of all: what a flush says is done has been logged and kept.
+        if self._keep_buried is not None:
+            for event in events:
+                self._keep_buried(event, error)
+        self._counts.dead_lettered += len(events)
+        self._done(events)
+
     def _bury(self, events: list[bytes], error: DeliveryError) -> None:
         # The event comes first: each one is a line of its own, never thinned.
         logger.error(
@@ -183,9 +202,7 @@ class Sender:
             _shortened(events[0]).decode(errors="replace"),
             error.status, error.reason,
         )  # fmt: skip
-        # Last: what a flush says is done has been logged.
-        self._counts.dead_lettered += 1
-        self._done(events)
+        self._set_aside(events, error)
 
     def _backoff(self, failures: int) -> float:
         """Full jitter: what failed together is not tried again together."""

@@ -1,0 +1,169 @@
+"""The way into a spool: into the journal, and where that fails into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi import log
+from openmeter_wsgi.delivery.directory import journal_form, prepare_directory
+from openmeter_wsgi.delivery.journal import (
+    CLOSED,
+    RETRY_DELAY,
+    Journal,
+    JournalClosed,
+    RecordTooLarge,
+)
+from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
+from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from openmeter_wsgi.delivery.forms import Segment
+    from openmeter_wsgi.delivery.queue import DeliveryQueue
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.stats import Counts
+
+logger = log.get_logger(__name__)
+
+
+class Intake:
+    """Appends the events of one process to its journal, which the first one opens.
+
+    *moved_on* is called when a segment was full, or none was there. Where the disk
+    takes nothing, what *new_fallback* makes takes the event, and it is counted; a
+    process that does not deliver can only drop it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy,
+        counts: Counts,
+        *,
+        new_fallback: Callable[[str], DeliveryQueue],
+        moved_on: Callable[[], None],
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self._directory = directory
+        self._policy = policy
+        self._counts = counts
+        self._new_fallback = new_fallback
+        self._moved_on = moved_on
+        self._segment_bytes = segment_bytes
+        #: Holds the journal. Another one after a close.
+        self._slot: dict[str, Journal] = {}
+        self._journal: Journal | Segment = CLOSED
+        self._fallbacks: dict[str, DeliveryQueue] = {}
+        self._failure = SpoolError("not tried yet")
+        self._retry_at = 0.0
+
+    def put(self, event: bytes) -> None:
+        """Take *event*. Any thread; never raises, never waits for delivery."""
+        try:
+            self._journal.write(event + b"\n")
+        except Exception:  # noqa: BLE001 - sealed, full, closed: all go on here
+            self._put_slowly(event)
+
+    def _put_slowly(self, event: bytes) -> None:
+        try:
+            self._append(event + b"\n")
+        except RecordTooLarge as error:
+            self._counts.dropped["too_large"] += 1
+            logger.error("%s: %s; it is dropped", "an event is no record", error)
+        except SpoolError as error:
+            self._put_elsewhere(event, error)
+        except Exception as error:
+            logger.exception("%s: the spool failed by our own fault", "put")
+            self._put_elsewhere(event, SpoolError(str(error)))
+        self._moved_on()
+
+    def _append(self, line: bytes) -> None:
+        while True:
+            slot = self._slot
+            try:
+                self._opened(slot).append(line)
+            except JournalClosed:
+                if slot is self._slot:
+                    self._slot = {}
+            else:
+                return
+
+    def _opened(self, slot: dict[str, Journal]) -> Journal:
+        journal = slot.get("journal")
+        if journal is None:
+            # Atomic, as nobody may wait here: of several journals one stays.
+            made = self._new_journal()
+            journal = slot.setdefault("journal", made)
+            if journal is not made:
+                made.close()
+            self._journal = journal
+        return journal
+
+    def _new_journal(self) -> Journal:
+        if time.monotonic() < self._retry_at:
+            raise self._failure
+        try:
+            return Journal(
+                prepare_directory(str(self._directory)),
+                form=journal_form(self._directory, self._policy.journal),
+                max_bytes=self._policy.max_spool_bytes,
+                segment_bytes=self._segment_bytes,
+            )
+        except ConfigError as error:
+            failure = SpoolError(str(error))
+        except SpoolError as error:
+            failure = error
+        self._failure, self._retry_at = failure, time.monotonic() + RETRY_DELAY
+        raise failure
+
+    def _put_elsewhere(self, event: bytes, error: SpoolError) -> None:
+        reason = "spool_full" if isinstance(error, SpoolFull) else "spool_error"
+        if self._policy.delivery == "ship":
+            self._counts.dropped[reason] += 1
+            logger.error("%s: the spool takes no event; they are dropped", error)
+            return
+        self._counts.unspooled += 1
+        logger.error(
+            "%s: the spool takes no event; they wait in memory and are lost if this "
+            "process dies",
+            error,
+        )
+        fallback = self.fallback or self._fallbacks.setdefault(
+            "queue", self._new_fallback(reason)
+        )
+        fallback.put(event)
+
+    @property
+    def owner(self) -> str | None:
+        """Whose name this process's segments bear, None if it has none."""
+        journal = self._slot.get("journal")
+        return journal.owner if journal else None
+
+    @property
+    def fallback(self) -> DeliveryQueue | None:
+        """What took the events that the disk did not, None if it took all."""
+        return self._fallbacks.get("queue")
+
+    def prepare(self) -> None:
+        """Make the segment that will be needed next.
+
+        :raises SpoolError: if that is impossible now.
+        """
+        if journal := self._slot.get("journal"):
+            with contextlib.suppress(JournalClosed):
+                journal.prepare()
+
+    def close(self) -> bool:
+        """Give up what this process owns, and say if that was anything.
+
+        A later event opens another journal.
+        """
+        slot, self._slot, self._journal = self._slot, {}, CLOSED
+        journal = slot.get("journal")
+        if journal is not None:
+            journal.close()
+        return journal is not None

@@ -1,0 +1,114 @@
+"""What a journal needs besides its writers: the next segment, and the disk's word."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi import log
+from openmeter_wsgi.delivery.segment import open_file, read_name, whole_end
+from openmeter_wsgi.delivery.waking import Signal
+from openmeter_wsgi.errors import SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = log.get_logger(__name__)
+
+
+class Keeper:
+    """A thread that prepares segments, and in the sender's process syncs them all.
+
+    Not the sender's thread: that one may wait seconds for an answer. An idle one
+    waits without a timeout, unless `elected` is set.
+    """
+
+    def __init__(
+        self, directory: Path, prepare: Callable[[], None], interval: float
+    ) -> None:
+        self._directory = directory
+        self._prepare = prepare
+        self._interval = interval
+        self._wake = Signal()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._elected = False
+        #: How far each segment is on the disk, by its key.
+        self._synced: dict[str, int] = {}
+        self._names: set[str] = set()
+
+    def start(self) -> None:
+        """Start the thread.
+
+        :raises RuntimeError: if there can be no more threads.
+        """
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(
+                target=self._run, name="openmeter_wsgi.journal", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end. Does not wait for it."""
+        self._stopping = True
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Let the thread look whether a segment is to be prepared."""
+        self._wake.set()
+
+    @property
+    def elected(self) -> bool:
+        """Whether this process is the directory's sender."""
+        return self._elected
+
+    @elected.setter
+    def elected(self, elected: bool) -> None:
+        self._elected = elected
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait(self._interval if self._elected else None)
+            try:
+                self._prepare()
+                if self._elected:
+                    self.sync()
+            except (SpoolError, OSError) as error:
+                logger.warning("%s: the spool cannot be kept in order", error)
+            except Exception:
+                logger.exception("%s: broke off and goes on", "journal")
+        self._thread = None
+
+    def sync(self) -> None:
+        """Bring what was put on the disk, so that it survives a loss of power."""
+        entries = os.listdir(self._directory)
+        names = {entry: name for entry in entries if (name := read_name(entry))}
+        for entry, name in names.items():
+            try:
+                fd = open_file(self._directory / entry)
+            except FileNotFoundError:  # sealed or delivered meanwhile
+                continue
+            try:
+                synced = self._synced.get(name.key, 0)
+                end = whole_end(fd, synced)
+                if end > synced:
+                    os.fdatasync(fd)
+                    self._synced[name.key] = end
+            finally:
+                os.close(fd)
+        if names.keys() != self._names:
+            self._names = set(names)
+            keys = {name.key for name in names.values()}
+            self._synced = {k: v for k, v in self._synced.items() if k in keys}
+            self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,135 @@
+"""Segments, the files of a spool: their names, and how whole lines are read.
+
+A segment holds events as JSON lines. The name says when it was made (ms), whose it
+is, its number there and in which form it is written; ``.sealed`` at the end says
+that its owner writes into it no more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+#: Two of these are a process's minimum on the disk. More than the largest event.
+SEGMENT_BYTES = 2 * 1024 * 1024
+
+MAPPED, WRITTEN = "mapped", "written"
+SEALED = ".sealed"
+#: Follows the name of a file that is being made.
+UNFINISHED = ".new"
+_CHUNK_BYTES = 256 * 1024
+_NAME = re.compile(
+    r"(\d{13,})-([0-9a-f]{24})-(\d{8,})\.(mapped|written)(\.sealed)?(\.new)?"
+)
+
+
+class SegmentName(NamedTuple):
+    """What the name of a segment says."""
+
+    made: int
+    owner: str
+    number: int
+    form: str
+    sealed: bool = False
+    unfinished: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name as long as the segment lives, sealed or not."""
+        return f"{self.made:013}-{self.owner}-{self.number:08}.{self.form}"
+
+    def __str__(self) -> str:
+        """Return the name of the file."""
+        sealed, new = SEALED * self.sealed, UNFINISHED * self.unfinished
+        return f"{self.key}{sealed}{new}"
+
+
+def read_name(name: str) -> SegmentName | None:
+    """Return what *name* says, None if it is no segment's."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    made, owner, number, form, sealed, new = match.groups()
+    return SegmentName(int(made), owner, int(number), form, bool(sealed), bool(new))
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file of the spool; a symlink is none."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+class Piece(NamedTuple):
+    """Bytes of a segment between two newlines, and where they are."""
+
+    text: bytes
+    start: int
+    end: int
+
+
+def read_live(fd: int, start: int, end: int | None = None) -> list[Piece]:
+    """Return the next whole lines of a segment that is being written.
+
+    It stops at the first line that is not whole: the copy may be under way.
+    """
+    text = _read(fd, start, end)
+    hole = text.find(b"\0")
+    return _split(text if hole < 0 else text[:hole], start)
+
+
+def read_final(fd: int, start: int, end: int | None = None) -> list[Piece]:
+    """Return the next pieces of a segment that nobody writes any more.
+
+    They may be anything. The last one may lack its newline. None: that was all.
+    """
+    text = _read(fd, start, end)
+    pieces = _split(text, start)
+    if pieces or not text.strip(b"\0"):
+        return pieces
+    return [Piece(text, start, start + len(text))]
+
+
+def whole_end(fd: int, start: int) -> int:
+    """Return where the whole lines end that begin at *start*."""
+    while pieces := read_live(fd, start):
+        start = pieces[-1].end
+    return start
+
+
+def is_event(line: bytes) -> bool:
+    """Say whether a whole line is the JSON of an event."""
+    if b"\0" in line:
+        return False
+    try:
+        event = msgspec.json.decode(line)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return isinstance(event, dict) and isinstance(event.get("id"), str)
+
+
+def _read(fd: int, start: int, end: int | None) -> bytes:
+    """Read on from *start* until there is a newline in it, if there is one."""
+    size = _CHUNK_BYTES
+    while True:
+        wanted = size if end is None else min(size, end - start)
+        text = os.pread(fd, wanted, start)
+        if b"\n" in text or len(text) < wanted or wanted < size:
+            return text
+        size *= 2
+
+
+def _split(text: bytes, start: int) -> list[Piece]:
+    return list(_pieces(text, start))
+
+
+def _pieces(text: bytes, start: int) -> Iterator[Piece]:
+    at = 0
+    while (newline := text.find(b"\n", at)) >= 0:
+        yield Piece(text[at:newline], start + at, start + newline + 1)
+        at = newline + 1

@@ -1,0 +1,239 @@
+"""Delivery from a spool: what is settled survives the process."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi import log
+from openmeter_wsgi.delivery import watching
+from openmeter_wsgi.delivery.background import BackgroundDelivery
+from openmeter_wsgi.delivery.dead_letters import DeadLetters
+from openmeter_wsgi.delivery.doubt import RecordingClient
+from openmeter_wsgi.delivery.intake import Intake
+from openmeter_wsgi.delivery.keeper import Keeper
+from openmeter_wsgi.delivery.memory import MemoryQueue
+from openmeter_wsgi.delivery.ownership import elected
+from openmeter_wsgi.delivery.queue import DeliveryQueue
+from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
+from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Sender
+from openmeter_wsgi.delivery.spool import FLUSH, Spool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from openmeter_wsgi.client import OpenMeterClient
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.stats import Counts
+
+logger = log.get_logger(__name__)
+
+#: The sender looks at least this often for what others put.
+_MAX_POLL = 1.0
+_WATCH_INTERVAL = 0.02
+
+
+class SpoolQueue(BackgroundDelivery):
+    """Takes encoded events into a journal and delivers what the directory holds.
+
+    Belongs to one process. Of all that share the directory one delivers; the thread
+    of every other sleeps until it takes over. Where the disk takes nothing, events
+    go the way they would go without a spool, from memory, and are counted.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        new_client: Callable[[], OpenMeterClient],
+        counts: Counts,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        super().__init__(policy, new_client())
+        self.counts = counts
+        self.started = policy.delivery == "ship"
+        self._policy = policy
+        self._new_client = new_client
+        self._directory = Path(os.path.abspath(policy.spool_dir or ""))
+        self._poll = min(policy.flush_interval, _MAX_POLL)
+        self._intake = Intake(
+            self._directory,
+            policy,
+            counts,
+            new_fallback=self._new_fallback,
+            moved_on=self._moved_on,
+            segment_bytes=segment_bytes,
+        )
+        #: Past its layer: a put is one call less.
+        self.put = self._intake.put
+        self._keeper = Keeper(self._directory, self._intake.prepare, self._poll)
+        self._elected = False
+        self._stopping = False
+        self._nothing = MemoryQueue(max_events=0, max_bytes=0, counts=counts)
+        self._events: Spool | MemoryQueue = self._nothing
+        self._sender = Sender(self._client, counts, self._nothing.done)
+
+    def start(self) -> None:
+        """Start the threads, if this process has any: see to what others left."""
+        self._start()
+
+    def _new_fallback(self, when_full: str) -> DeliveryQueue:
+        return DeliveryQueue(
+            self._policy, self._new_client(), self.counts, when_full=when_full
+        )
+
+    def _moved_on(self) -> None:
+        """Have the next segment prepared, by a thread that may have to be started."""
+        if not self.started:
+            self._start()
+        self._keeper.wake()
+
+    # -- Waiting for delivery
+
+    @property
+    def waiting(self) -> int:
+        """How many events of the directory are not delivered, by any process.
+
+        An estimate where it is more than some ten thousand.
+        """
+        fallback = self._intake.fallback
+        return watching.waiting(self._directory) + (fallback.waiting if fallback else 0)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Have delivered what waits now, and say whether it is within *timeout*.
+
+        In the sender's process that is all the directory holds, elsewhere what this
+        process has put. Another process is asked for it and needs a moment.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        owner = None if self._elected else self._intake.owner
+        ends = watching.ends(self._directory, owner)
+        self._hurry()
+        self._ask_for_delivery()
+        if not self.started:
+            self._start()
+        if self._thread is None and self._policy.delivery != "ship":
+            self._deliver_here(timeout)
+        while not watching.all_done(self._directory, ends):
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(_WATCH_INTERVAL)
+        fallback = self._intake.fallback
+        left = deadline and max(deadline - time.monotonic(), 0)
+        return fallback.flush(left) if fallback else True
+
+    def _ask_for_delivery(self) -> None:
+        if not self._elected:
+            with contextlib.suppress(OSError):
+                (self._directory / FLUSH).touch(mode=0o600)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Give up what this process owns; the sender delivers first until *timeout*.
+
+        May be called twice, and after a fork in the child, where it does nothing.
+        """
+        if os.getpid() != self.pid:
+            return
+        limit = self._shutdown_timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        has_put = self._intake.close()
+        self._closing = True
+        self._hurry()
+        thread = self._thread
+        if thread is not None and thread.is_alive() and self._elected:
+            thread.join(limit)
+        elif thread is None and has_put:
+            self._deliver_here(limit)
+        self._stopping = True
+        self._wake.set()
+        self._keeper.stop()
+        if fallback := self._intake.fallback:
+            fallback.close(max(deadline - time.monotonic(), 0))
+
+    # -- The sender's thread
+
+    def _start(self) -> None:
+        self._closing = self._stopping = False
+        if self._policy.delivery != "ship":
+            super()._start()
+            if self._thread is not None:
+                self._keeper.start()
+            self.started = True
+
+    def _run(self) -> None:
+        """Wait to be elected, deliver until closed. The thread's body."""
+        try:
+            while not self._closing:
+                self._wait_for_election()
+        finally:
+            self.started = self._at_exit = False
+            atexit.unregister(self._close_at_exit)
+            self._thread = None
+
+    def _wait_for_election(self) -> None:
+        try:
+            with elected(self._directory):
+                if not self._closing:
+                    self._deliver()
+        except OSError as error:
+            logger.error("%s: no election for a sender is possible", error)
+            self._wake.clear()
+            self._wake.wait(MAX_DELAY)
+        except Exception:
+            logger.exception("%s: broke off and begins anew", "delivery")
+            self._wake.clear()
+            self._wake.wait(FIRST_DELAY)
+
+    def _deliver(self, deadline: float | None = None) -> None:
+        """Be the sender. Everything known of the spool is read anew."""
+        letters = DeadLetters(self._directory, self.counts)
+        spool = Spool(self._directory, letters)
+        client = RecordingClient(
+            self._client, spool, resend_window=self._policy.resend_window
+        )
+        self._sender = Sender(client, self.counts, spool.done, bury=letters.bury)
+        self._events = spool
+        self._elected = self._keeper.elected = True
+        try:
+            while not self._finished():
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+                self._step()
+        finally:
+            self._elected = self._keeper.elected = False
+            self._events = self._nothing
+            self._client.close()
+
+    def _finished(self) -> bool:
+        if self._stopping or not self._closing:
+            return self._stopping
+        self._look()
+        return super()._finished()
+
+    def _ready(self, events: int) -> bool:
+        self._look()
+        return super()._ready(events)
+
+    def _look(self) -> None:
+        if isinstance(self._events, Spool):
+            self._events.refresh(last=self._closing)
+            if self._events.flush_wanted:
+                self._events.flush_wanted = False
+                self._hurried = True
+
+    def _deliver_here(self, timeout: float | None) -> None:
+        """Deliver in the calling thread, where no other can be had."""
+        limit = self._shutdown_timeout if timeout is None else timeout
+        closing, self._closing = self._closing, True
+        try:
+            with elected(self._directory, wait=False) as won:
+                if won:
+                    self._deliver(time.monotonic() + limit)
+        except OSError as error:
+            logger.error("%s: nothing can be delivered now", error)
+        finally:
+            self._closing = closing

@@ -1,0 +1,101 @@
+"""What any process can see of a spool, the sender or not: how much is undelivered."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.delivery import progress
+from openmeter_wsgi.delivery.segment import (
+    SegmentName,
+    open_file,
+    read_name,
+    whole_end,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: So many bytes are counted exactly; of more, the number of events is estimated.
+_COUNTED_BYTES = 16 * 1024 * 1024
+_TYPICAL_EVENT = 250
+
+
+def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
+    """Return where the whole lines of each segment end; of one owner, or of all."""
+    found: dict[str, int] = {}
+    done = _done(directory)
+    for name in _names(directory):
+        if owner in {None, name.owner}:
+            start = _first_gap(done.get(name.key, []))
+            if fd := _opened(directory, name):
+                with open(fd, "rb", buffering=0):
+                    found[name.key] = whole_end(fd, start)
+    return {key: end for key, end in found.items() if end}
+
+
+def all_done(directory: Path, ends: dict[str, int]) -> bool:
+    """Say whether all segments are delivered as far as *ends* says."""
+    if not ends:
+        return True
+    # In this order: a segment is deleted after it is done.
+    there = {name.key for name in _names(directory)}
+    done = _done(directory)
+    return all(
+        key not in there or _first_gap(done.get(key, [])) >= end
+        for key, end in ends.items()
+    )
+
+
+def waiting(directory: Path) -> int:
+    """Return how many events are not delivered; an estimate where there are many."""
+    done = _done(directory)
+    events = counted = rest = 0
+    for name in _names(directory):
+        ranges = done.get(name.key, [])
+        if not (fd := _opened(directory, name)):
+            continue
+        with open(fd, "rb", buffering=0):
+            size = os.fstat(fd).st_size
+            if counted > _COUNTED_BYTES:
+                rest += size - _first_gap(ranges)
+                continue
+            start = 0
+            for low, high in [*ranges, (size, size)]:
+                text = os.pread(fd, max(low - start, 0), start)
+                # A form writes a newline before each line as well as after it.
+                events += text.count(b"}\n")
+                counted += len(text.rstrip(b"\0"))
+                start = high
+    per_event = counted / events if events else _TYPICAL_EVENT
+    return events + round(rest / per_event)
+
+
+def _names(directory: Path) -> list[SegmentName]:
+    try:
+        entries = os.listdir(directory)
+    except OSError:
+        return []
+    names = [name for entry in entries if (name := read_name(entry))]
+    return sorted(name for name in names if not name.unfinished)
+
+
+def _done(directory: Path) -> dict[str, progress.Ranges]:
+    try:
+        loaded = progress.load(directory)
+    except OSError:
+        return {}
+    return loaded.done if loaded else {}
+
+
+def _opened(directory: Path, name: SegmentName) -> int | None:
+    for path in (name, name._replace(sealed=True)):
+        try:
+            return open_file(directory / str(path))
+        except OSError:  # sealed or deleted meanwhile
+            continue
+    return None
+
+
+def _first_gap(done: progress.Ranges) -> int:
+    return done[0][1] if done and done[0][0] == 0 else 0
