@@ -1,0 +1,346 @@
+"""What `kill -9` costs, counted: nothing that was settled may be lost.
+
+    python -m tests.chaos [--kills 200] [--seed 1]
+
+gunicorn serves under load while its workers, or it and all its workers, are killed
+at random moments. Above the middleware stands an application that writes a mark for
+every request whose response is closed, hence settled. In the end every mark must
+have an event at OpenMeter, and no request may have two.
+"""
+
+# ruff: noqa: T201 - a program, too
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import http.client
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from openmeter_wsgi import OpenMeterMiddleware
+from servers import GTHREAD, SYNC, TIMEOUT, Sink, environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from wsgiref.types import StartResponse, WSGIApplication
+
+SERVERS = {"sync": SYNC, "gthread": GTHREAD}
+VICTIMS = ("worker", "all")
+JOURNALS = ("auto", "write")
+CLIENTS = 4
+#: A kill comes within so many seconds after the server has settled something.
+_MOMENT = 0.4
+#: The sink answers within so many seconds, so that kills strike while it does.
+_THINKING = 0.02
+
+
+# -- In the server
+
+
+class Marked:
+    """Writes the name of each request after the middleware has closed its response."""
+
+    def __init__(self, app: WSGIApplication, marks: str) -> None:
+        self._app = app
+        self._fd = os.open(marks, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        name = environ["HTTP_X_SUBJECT"]
+        response = self._app(environ, start_response)
+        return _MarkedResponse(response, f"{name}\n".encode(), self._fd)
+
+
+class _MarkedResponse:
+    def __init__(self, response: Any, mark: bytes, fd: int) -> None:
+        self._response = response
+        self._mark = mark
+        self._fd = fd
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._response)
+
+    def close(self) -> None:
+        self._response.close()
+        os.write(self._fd, self._mark)
+
+
+def _answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"all at once"]
+
+
+def __getattr__(name: str) -> Any:
+    """Make the application that gunicorn is told to load, in its workers alone."""
+    if name != "application":
+        raise AttributeError(name)
+    app = OpenMeterMiddleware(
+        _answer,
+        meters={"requests": 1},
+        subject="header:X-Subject",
+        flush_interval=0.05,
+        batch_size=20,
+    )
+    return Marked(app, os.environ["CHAOS_MARKS"])
+
+
+# -- Around it
+
+
+@dataclasses.dataclass
+class Result:
+    """What a number of kills did."""
+
+    kills: int = 0
+    #: Requests that were settled for certain.
+    acknowledged: int = 0
+    #: Of these, without an event.
+    lost: int = 0
+    #: Requests that arrived under more than one id.
+    twice: int = 0
+    #: Events whose id came more than once: OpenMeter counts them once.
+    repeated: int = 0
+    #: Batches that held such events.
+    repeated_batches: int = 0
+
+    def __add__(self, other: Result) -> Result:
+        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Result(*(a + b for a, b in zip(ours, theirs, strict=True)))
+
+
+class CountingSink(Sink):
+    """A sink that thinks before it answers and counts what comes again."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self._taking = threading.Lock()
+        self._never = threading.Event()
+        self.id_of: dict[str, str] = {}
+        self.twice: set[str] = set()
+        self.repeated_batches = 0
+        super().__init__()
+
+    def take(self, events: list[dict[str, Any]]) -> None:
+        with self._taking:
+            self.repeated_batches += any(event["id"] in self.ids for event in events)
+            self.ids.update(event["id"] for event in events)
+            for event in events:
+                if self.id_of.setdefault(event["subject"], event["id"]) != event["id"]:
+                    self.twice.add(event["subject"])
+            self.received.set()
+            thinking = self._chance.uniform(0, _THINKING)
+        self._never.wait(thinking)
+
+
+class Gunicorn:
+    """A gunicorn that is killed and started again behind one listening socket."""
+
+    def __init__(self, command: list[str], directory: Path, **env: str) -> None:
+        self.marks = directory / "marks"
+        self.log = directory / "log"
+        self._env = environment(CHAOS_MARKS=str(self.marks), **env)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.address: tuple[str, int] = self._listener.getsockname()
+        fd = self._listener.fileno()
+        self._command = [*command, "--bind", f"fd://{fd}", "chaos:application"]
+        self._start()
+
+    def _start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                pass_fds=[self._listener.fileno()],
+                env=self._env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def workers(self) -> list[int]:
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in children.split()]
+
+    def kill(self, victim: str, chance: random.Random) -> None:
+        if victim == "all":
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._start()
+        else:
+            # The master reaps it; no other process can have got its id before.
+            os.kill(chance.choice(self.workers()), signal.SIGKILL)
+
+    def stop(self) -> int:
+        """Stop it as a deployment does."""
+        self._process.terminate()
+        return self._process.wait(TIMEOUT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._listener.close()
+
+
+class Load:
+    """Clients that ask without end, each request under a name of its own."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
+        self._numbers = itertools.count()
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self) -> None:
+        while not self._over.is_set():
+            ask(self._address, f"client-{next(self._numbers)}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def ask(address: tuple[str, int], name: str) -> bool:
+    """Ask once under *name*, and say if the whole answer came."""
+    connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
+    try:
+        connection.request("GET", "/", headers={"X-Subject": name})
+        return connection.getresponse().read() == b"all at once"
+    except (OSError, http.client.HTTPException):
+        return False  # killed
+    finally:
+        connection.close()
+
+
+def run(
+    server: str,
+    victim: str,
+    kills: int,
+    directory: Path,
+    *,
+    journal: str = "auto",
+    seed: int = 0,
+) -> Result:
+    """Kill *victim* so many times under load, start again, count what arrived."""
+    chance = random.Random(f"{server} {victim} {journal} {seed}")
+    with (
+        CountingSink(chance) as sink,
+        Gunicorn(
+            SERVERS[server],
+            directory,
+            OPENMETER_API_URL=sink.url,
+            OPENMETER_SPOOL_DIR=str(directory / "spool"),
+            OPENMETER_JOURNAL=journal,
+        ) as gunicorn,
+    ):
+        with Load(gunicorn.address):
+            for _ in range(kills):
+                _wait_for_marks(gunicorn)
+                time.sleep(chance.uniform(0, _MOMENT))
+                gunicorn.kill(victim, chance)
+            _wait_for_marks(gunicorn)
+        # The load ends with a kill too, or a clean exit would deliver the rest.
+        gunicorn.kill("all", chance)
+        if not ask(gunicorn.address, "who-wakes-the-sender"):
+            raise AssertionError(f"gunicorn does not answer, see {gunicorn.log}")
+        marked = _names(gunicorn.marks)
+        _wait_until(lambda: marked <= sink.id_of.keys())
+        status = gunicorn.stop()
+        if status:
+            raise AssertionError(f"gunicorn ended with {status}, see {gunicorn.log}")
+    return Result(
+        kills=kills + 1,
+        acknowledged=len(marked),
+        lost=len(marked - sink.id_of.keys()),
+        twice=len(sink.twice),
+        repeated=len(sink.repeated()),
+        repeated_batches=sink.repeated_batches,
+    )
+
+
+def _names(marks: Path) -> set[str]:
+    return set(marks.read_text().split()) if marks.exists() else set()
+
+
+def _wait_for_marks(gunicorn: Gunicorn) -> None:
+    before = _size(gunicorn.marks)
+    if not _wait_until(lambda: _size(gunicorn.marks) > before):
+        raise AssertionError(f"gunicorn settles nothing, see {gunicorn.log}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _wait_until(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
+    """Wait for something that other processes do, which can only be looked at."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    runs = list(itertools.product(SERVERS, VICTIMS, JOURNALS))
+    print(
+        "| server | killed | journal | kills | acknowledged | lost "
+        "| repeated | in batches |"
+    )
+    print("|---|---|---|---:|---:|---:|---:|---:|")
+    total = Result()
+    for server, victim, journal in runs:
+        with tempfile.TemporaryDirectory() as directory:
+            result = run(
+                server,
+                victim,
+                max(given.kills // len(runs) - 1, 1),
+                Path(directory),
+                journal=journal,
+                seed=given.seed,
+            )
+        total += result
+        _print_row(server, victim, journal, result)
+    _print_row("all", "", "", total)
+    if total.lost or total.twice or total.repeated_batches > total.kills:
+        sys.exit("lost, billed twice, or repeated more often than killed: see above")
+
+
+def _print_row(server: str, victim: str, journal: str, result: Result) -> None:
+    print(
+        f"| {server} | {victim} | {journal} | {result.kills} | "
+        f"{result.acknowledged} | {result.lost} | {result.repeated} | "
+        f"{result.repeated_batches} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

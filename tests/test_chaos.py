@@ -1,0 +1,32 @@
+"""Processes that are killed under load lose nothing that was settled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import chaos
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize(
+    ("server", "victim", "journal"),
+    [
+        ("sync", "all", "auto"),
+        ("sync", "worker", "write"),
+        ("gthread", "all", "write"),
+        ("gthread", "worker", "auto"),
+    ],
+)
+def test_killed_processes_lose_nothing_that_was_settled(
+    server: str, victim: str, journal: str, tmp_path: Path
+) -> None:
+    result = chaos.run(server, victim, 2, tmp_path, journal=journal)
+
+    assert result.acknowledged > 0
+    assert (result.lost, result.twice) == (0, 0)
+    # Of each kill at most the batch that was under way comes again.
+    assert result.repeated_batches <= result.kills
