@@ -122,7 +122,7 @@ def _worker_rows(billed: Billed) -> list[tuple[str, int, str]]:
     lost = billed.reasons("dropped").total() + billed.total("dead_lettered")
     return [
         ("requests the workers saw", billed.total("settled"), ""),
-        ("of these not metered", reasons.total(), named and f"by reason: {named}"),
+        ("of these not metered", reasons.total(), named and f"by reason ({named})"),
         ("events dropped or refused", lost, ""),
         ("events left behind", billed.total("waiting"), ""),
     ]
