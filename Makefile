@@ -2,6 +2,7 @@
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
+#   make chaos         kill -9 under load, 200 times: what is lost, what comes twice
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist
 #   make check-dist    the same, installed alone in empty environments and tried
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit bench dist check-dist clean
+.PHONY: demo test lint types contract unit chaos bench dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -30,6 +31,9 @@ contract: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -X dev -m pytest
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --kills 200
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.request_cost

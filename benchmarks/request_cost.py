@@ -13,6 +13,7 @@ import argparse
 import gc
 import platform
 import statistics
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
@@ -42,7 +43,9 @@ def flask_app() -> WSGIApplication:
     return app.wsgi_app
 
 
-def metered_variants(app: WSGIApplication, url: str) -> dict[str, OpenMeterMiddleware]:
+def metered_variants(
+    app: WSGIApplication, url: str, spool_dir: str
+) -> dict[str, OpenMeterMiddleware]:
     """Return the application under each policy that is compared."""
     common: dict[str, Any] = {
         "api_url": url,
@@ -60,6 +63,9 @@ def metered_variants(app: WSGIApplication, url: str) -> dict[str, OpenMeterMiddl
             app, meter=one, meter_on_status_codes="201", **common
         ),
         "one meter": OpenMeterMiddleware(app, meter=one, **common),
+        "one meter, in a spool": OpenMeterMiddleware(
+            app, meter=one, spool_dir=spool_dir, **common
+        ),
         "three meters": OpenMeterMiddleware(app, meters=three, **common),
     }
 
@@ -84,10 +90,10 @@ def serve(app: WSGIApplication, requests: int) -> float:
 
 
 def measure(
-    app: WSGIApplication, url: str, *, rounds: int, requests: int
+    app: WSGIApplication, url: str, spool_dir: str, *, rounds: int, requests: int
 ) -> list[tuple[str, list[float], list[float]]]:
     """Return for each variant its ratios to the bare one and what it adds in µs."""
-    variants = metered_variants(app, url)
+    variants = metered_variants(app, url, spool_dir)
     ratios: dict[str, list[float]] = {name: [] for name in variants}
     added: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
@@ -113,10 +119,10 @@ def main() -> None:
     print(f"{given.rounds} rounds of {given.requests} requests\n")
     print("| application | metering | time, ratio to bare | added |")
     print("|---|---|---|---:|")
-    with running_sink() as url:
+    with running_sink() as url, tempfile.TemporaryDirectory() as spool_dir:
         for label, app in (("trivial", trivial_app), ("Flask", flask_app())):
             for name, ratios, added in measure(
-                app, url, rounds=given.rounds, requests=given.requests
+                app, url, spool_dir, rounds=given.rounds, requests=given.requests
             ):
                 spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
                 print(
