@@ -26,6 +26,16 @@ COMMANDS = {
         "sandbox",
         "Serve OpenMeter's API on this machine, with a page that shows the usage.",
     ),
+    "ship": Command(
+        "openmeter_wsgi.commands.ship",
+        "cli",
+        "Deliver a spool to OpenMeter, as a process of its own.",
+    ),
+    "spool": Command(
+        "openmeter_wsgi.commands.spool",
+        "cli",
+        "Look into a spool, and put its dead letters in order.",
+    ),
 }
 
 
@@ -34,7 +44,8 @@ def main() -> None:
     try:
         group = _group()
     except ModuleNotFoundError as missing:
-        _refuse(missing, "sandbox")
+        called = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
+        _refuse(missing, called.extra if called else "cli")
     group(prog_name="openmeter-wsgi")
 
 

@@ -1,0 +1,105 @@
+"""What the commands have in common: a spool that is there, and a policy for it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from openmeter_wsgi.commands.output import printable
+from openmeter_wsgi.delivery.directory import FORMAT, prepare_directory
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.policy import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: How commands end, told at the foot of their help.
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  it could not be done; one line on stderr says why
+  2  wrong usage"""
+
+
+def spool_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which spool, and under which policy."""
+    directory = click.option(
+        "--spool-dir",
+        envvar="OPENMETER_SPOOL_DIR",
+        show_envvar=True,
+        type=click.Path(),
+        help="Directory of the spool.",
+    )
+    policy = click.option(
+        "--policy",
+        "policy_file",
+        type=click.Path(),
+        metavar="FILE",
+        help="TOML or JSON file with options; OPENMETER_… variables outdo it.",
+    )
+    return directory(policy(command))
+
+
+def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
+    """Return the directory of a spool that is there; never make a directory.
+
+    :raises ClickException: if there is none, or it is not the caller's.
+    """
+    if path is None:
+        # Not by click: the help of a subcommand would not be shown without it.
+        raise click.UsageError("Missing option '--spool-dir'.")
+    directory = Path(os.path.abspath(path))  # not resolved: a symlink is refused
+    try:
+        owner = directory.lstat().st_uid
+        if owner != os.geteuid():
+            raise click.ClickException(
+                f"{_shown(path)} belongs to {_user(owner)}, and this is run by "
+                f"{_user(os.geteuid())}; run it as {_user(owner)}"
+            )
+        if directory.is_dir() and not _is_spool(directory, may_be_empty):
+            raise click.ClickException(
+                f"{_shown(path)} is no spool: it has no file {FORMAT!r}"
+            )
+        return prepare_directory(path)
+    except OSError as error:
+        raise click.ClickException(f"{_shown(path)}: {error.strerror}") from None
+    except ConfigError as error:
+        raise _refusal(error) from None
+
+
+def read_policy(file: str | None, **options: Any) -> Policy:
+    """Return the policy that a file, if any, and variables say.
+
+    :raises ClickException: naming everything that is wrong with it.
+    """
+    try:
+        if file is None:
+            return Policy.from_env(**options)
+        return Policy.from_file(file, **options)
+    except ConfigError as error:
+        raise _refusal(error) from None
+
+
+def _is_spool(directory: Path, may_be_empty: bool) -> bool:
+    # A volume that no application has written to yet is waited for.
+    entries = os.listdir(directory)
+    return FORMAT in entries or (may_be_empty and not entries)
+
+
+def _refusal(error: ConfigError) -> click.ClickException:
+    return click.ClickException(printable("; ".join(error.problems)))
+
+
+def _shown(path: str) -> str:
+    return printable(repr(path))
+
+
+def _user(number: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(number).pw_name}"
+    except KeyError:
+        return f"user {number}"

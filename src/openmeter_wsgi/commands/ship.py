@@ -1,0 +1,137 @@
+"""``openmeter-wsgi ship``."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import signal
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.commands.letters import DeadLetterFile
+from openmeter_wsgi.commands.locks import holder
+from openmeter_wsgi.commands.opening import (
+    EXIT_CODES,
+    open_spool,
+    read_policy,
+    spool_options,
+)
+from openmeter_wsgi.commands.output import printable
+from openmeter_wsgi.delivery.ownership import ELECTION
+from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.stats import Counts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from openmeter_wsgi.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+@click.command("ship", epilog=EXIT_CODES)
+@spool_options
+def command(spool_dir: str | None, policy_file: str | None) -> None:
+    """Deliver a spool to OpenMeter, in the foreground, until SIGTERM or SIGINT.
+
+    One process at a time is the sender of a directory. While another one is, this
+    one waits and takes over when that one ends. Run it as the user whom the
+    directory belongs to, and give the applications delivery="ship" if none of
+    their processes is to be the sender.
+    """
+    directory = open_spool(spool_dir, may_be_empty=True)
+    policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
+    if policy.dry_run:
+        raise click.ClickException("dry_run is set, under which nothing is sent")
+    _log_to_stderr()
+    _erase_settled(directory)
+    with _stop_signals() as stopped:
+        _ship(policy, directory, stopped)
+
+
+class _Shipping(SpoolQueue):
+    """Says when it becomes the sender."""
+
+    def _deliver(self, deadline: float | None = None) -> None:
+        logger.info(
+            "this process is the sender of %s to %s; %d events wait",
+            self._directory, self._policy.api_url, self.waiting,
+        )  # fmt: skip
+        super()._deliver(deadline)
+
+
+def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
+    new_client = partial(
+        OpenMeterClient,
+        url=policy.api_url,
+        flavor=policy.api_flavor,
+        key=policy.key,
+        timeout=policy.request_timeout,
+    )
+    counts = Counts()
+    queue = _Shipping(policy, new_client, counts)
+    if (sender := holder(directory / ELECTION)) is not None:
+        logger.info(
+            "%s has a sender, process %s; this one takes over when it ends",
+            directory, sender if sender > 0 else "in another container",
+        )  # fmt: skip
+    queue.start()
+    stopped.wait()
+    logger.info("stopping within %.1f s", policy.shutdown_timeout)
+    queue.close()
+    # At exit it would wait for an answer once more.
+    atexit.unregister(queue.close)
+    logger.info(
+        "stopped; %d events delivered, %d dead letters, %d events left in %s",
+        counts.delivered, counts.dead_lettered, queue.waiting, directory,
+    )  # fmt: skip
+
+
+def _erase_settled(directory: Path) -> None:
+    """Take dead letters off the disk that were put back while there was a sender."""
+    letters = DeadLetterFile(directory)
+    with contextlib.suppress(OSError), letters.changing():
+        letters.erase_settled()
+
+
+class _Lines(logging.Formatter):
+    """One line a message, whatever is in it; a stack keeps its own."""
+
+    @staticmethod
+    def converter(timestamp: float | None) -> time.struct_time:
+        """Return UTC."""
+        return time.gmtime(timestamp)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        _Lines("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    )
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("openmeter_wsgi").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set instead of ending the process."""
+    stopped = threading.Event()
+    previous = {
+        number: signal.signal(number, lambda *_: stopped.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

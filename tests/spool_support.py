@@ -1,0 +1,131 @@
+"""What the tests of the commands share: a worker that really puts, and the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+from click.testing import CliRunner
+
+from openmeter_wsgi.commands import spool
+
+COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
+WORKER = """
+import json, sys
+from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.stats import Counts
+
+policy = Policy(
+    spool_dir=sys.argv[1],
+    delivery="ship",
+    api_url="http://127.0.0.1:9",
+    journal=sys.argv[2],
+)
+queue = SpoolQueue(policy, lambda: OpenMeterClient(
+    url=policy.api_url, flavor="v1", key=policy.key, timeout=1), Counts())
+for line in sys.stdin:
+    for event in json.loads(line):
+        queue.put(json.dumps(event).encode())
+    print("put", flush=True)
+"""
+
+
+def event(id_, **changes):
+    whole = {"specversion": "1.0", "id": id_, "source": "test", "type": "call"}
+    return whole | {"subject": "customer", "data": {"total": 1}} | changes
+
+
+class Worker:
+    """A process that puts events into a spool, and no more."""
+
+    def __init__(self, directory, journal):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(directory), journal],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def put(self, *events):
+        self._process.stdin.write(json.dumps(events) + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline() == "put\n"
+
+    def kill(self):
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def worker(directory, journal="auto"):
+    directory.mkdir(mode=0o700, exist_ok=True)
+    made = Worker(directory, journal)
+    try:
+        yield made
+    finally:
+        made.kill()
+
+
+def put(directory, *events, journal="auto"):
+    """Put events by a process that is dead afterwards."""
+    with worker(directory, journal) as made:
+        made.put(*events)
+
+
+class Ship:
+    """A ``ship`` process, and what it says."""
+
+    def __init__(self, process):
+        self.process = process
+        self.said = []
+
+    def wait_for(self, text):
+        for line in self.process.stderr:
+            self.said.append(line)
+            if text in line:
+                return line
+        raise AssertionError(self.said)
+
+    def end(self, signal):
+        self.process.send_signal(signal)
+        _, rest = self.process.communicate(timeout=10)
+        self.said.append(rest)
+        return self.process.returncode, "".join(self.said)
+
+
+@contextlib.contextmanager
+def shipping(directory, server, **variables):
+    said = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
+    settings = {"OPENMETER_API_URL": server.url, "OPENMETER_FLUSH_INTERVAL": "0.01"}
+    with subprocess.Popen(
+        [*COMMAND, "ship", "--spool-dir", str(directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | settings | said,
+    ) as process:
+        try:
+            yield Ship(process)
+        finally:
+            process.kill()
+
+
+def run(directory, *arguments, **variables):
+    """Run a subcommand of ``spool`` within this process."""
+    return CliRunner().invoke(
+        spool.command,
+        ["--spool-dir", str(directory), *arguments],
+        env={f"OPENMETER_{k.upper()}": v for k, v in variables.items()},
+    )
+
+
+def said(directory, *arguments, **variables):
+    """Return what a subcommand says in JSON."""
+    result = run(directory, *arguments, "--json", **variables)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.stdout)
