@@ -1,0 +1,92 @@
+"""Apache's mod_wsgi starts Python in processes of its own, under another user."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from installed import HERE, InstalledServer, assert_billed_once, variables
+
+import openmeter_wsgi
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openmeter_server import OpenMeterServer
+
+_CONFIGURATION = """
+ServerRoot {directory}
+ServerName localhost
+Listen {host}:{port}
+PidFile {directory}/pid
+ErrorLog {directory}/errors
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule wsgi_module {modules}/mod_wsgi.so
+User {user}
+Group #{group}
+WSGISocketPrefix {directory}/wsgi
+WSGIDaemonProcess metered processes=2 threads=4 python-path={path}
+WSGIProcessGroup metered
+WSGIApplicationGroup %{{GLOBAL}}
+WSGIScriptAlias / {app}
+<Directory />
+    Require all granted
+</Directory>
+"""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory of the user as whom Apache's processes run, where root starts it."""
+    with tempfile.TemporaryDirectory() as made:
+        user = _user()
+        os.chown(made, user.pw_uid, user.pw_gid)
+        yield Path(made)
+
+
+def _user() -> pwd.struct_passwd:
+    return pwd.getpwuid(os.getuid()) if os.getuid() else pwd.getpwnam("www-data")
+
+
+def apache(directory: Path, env: dict[str, str]) -> InstalledServer:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        host, port = free.getsockname()
+    package = Path(openmeter_wsgi.__file__).parent.parent
+    path = [package, sysconfig.get_path("platlib"), HERE]
+    configuration = directory / "apache.conf"
+    configuration.write_text(
+        _CONFIGURATION.format(
+            directory=directory,
+            host=host,
+            port=port,
+            modules="/usr/lib/apache2/modules",
+            user=_user().pw_name,
+            group=_user().pw_gid,
+            path=os.pathsep.join(map(str, path)),
+            app=HERE / "installed_app.py",
+        )
+    )
+    command = ["/usr/sbin/apache2", "-f", str(configuration), "-DFOREGROUND"]
+    return InstalledServer(command, (host, port), directory / "errors", env)
+
+
+@pytest.mark.parametrize("queue", ["memory", "spool"])
+def test_mod_wsgi_delivers_everything(
+    queue: str, openmeter: OpenMeterServer, directory: Path
+) -> None:
+    spool = {"OPENMETER_SPOOL_DIR": str(directory / "spool")}
+    env = variables(openmeter, **(spool if queue == "spool" else {}))
+
+    with apache(directory, env) as server:
+        names = server.load()
+        openmeter.wait_for(len(names))
+        server.stop()
+
+    assert_billed_once(openmeter, names)

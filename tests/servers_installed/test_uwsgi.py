@@ -1,0 +1,135 @@
+"""uWSGI forks in C, where no hook of Python's runs, and may leave threads no time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from installed import (
+    InstalledServer,
+    assert_billed_once,
+    deliver_from_elsewhere,
+    variables,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from openmeter_server import OpenMeterServer
+
+#: Today's always lets threads run, Debian's only where it is told to.
+TODAYS = str(Path(sys.executable).with_name("uwsgi"))
+DEBIANS = "/usr/bin/uwsgi_python3"
+LOADING = {"lazy": ["--lazy-apps"], "forked": []}
+RUNNING = {
+    "threaded": [TODAYS, "--threads", "2"],
+    "todays": [TODAYS],
+    "debians": [DEBIANS, "--enable-threads"],
+    "no-threads": [DEBIANS],
+}
+WITH_THREADS = ("threaded", "todays", "debians")
+
+
+def uwsgi(
+    loading: str, running: str, log: Path, env: dict[str, str], *, processes: int = 2
+) -> InstalledServer:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    packages = sysconfig.get_path("platlib")
+    env = {**env, "PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], packages])}
+    command = [
+        *RUNNING[running], "--http-socket", f"{address[0]}:{address[1]}", "--master",
+        "--processes", str(processes), "--need-app", "--die-on-term",
+        "--disable-logging", "--module", "installed_app", *LOADING[loading],
+    ]  # fmt: skip
+    server = InstalledServer(command, address, log, env)
+    # A worker that is told to stop while it still loads the application has failed.
+    loaded = processes if loading == "lazy" else 1
+    wait_until(lambda: log.read_text().count("(mountpoint='') ready") == loaded)
+    return server
+
+
+@pytest.mark.parametrize(
+    ("loading", "running", "queue"),
+    list(itertools.product(LOADING, WITH_THREADS, ("memory", "spool"))),
+)
+def test_events_arrive_while_the_server_is_idle(
+    loading: str, running: str, queue: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    spool = {"OPENMETER_SPOOL_DIR": str(tmp_path / "spool")} if queue == "spool" else {}
+    env = variables(openmeter, **spool)
+
+    with uwsgi(loading, running, tmp_path / "log", env) as server:
+        names = server.load()
+        openmeter.wait_for(len(names))
+        server.stop()
+
+    assert_billed_once(openmeter, names)
+
+
+@pytest.mark.parametrize(
+    ("running", "run"),
+    [*((name, True) for name in WITH_THREADS), ("no-threads", False)],
+)
+def test_threads_run_between_requests_only_where_they_are_enabled(
+    running: str, run: bool, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    env = variables(openmeter)
+
+    with uwsgi("lazy", running, tmp_path / "log", env, processes=1) as server:
+        before = int(server.get("/ticks"))
+        threading.Event().wait(1)
+        ticks = int(server.get("/ticks")) - before
+
+    assert (ticks > 15) is run
+    assert run or ticks <= 3  # at most a turn within each of the two requests
+
+
+@pytest.mark.parametrize("loading", LOADING)
+def test_without_threads_the_exit_delivers_what_waits_in_memory(
+    loading: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    with uwsgi(loading, "no-threads", tmp_path / "log", variables(openmeter)) as server:
+        names = server.load()
+        server.stop()
+
+    assert_billed_once(openmeter, names)
+
+
+@pytest.mark.parametrize("loading", LOADING)
+def test_without_threads_another_process_delivers_the_spool(
+    loading: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    env = variables(
+        openmeter,
+        OPENMETER_SPOOL_DIR=str(tmp_path / "spool"),
+        OPENMETER_DELIVERY="ship",
+    )
+
+    with uwsgi(loading, "no-threads", tmp_path / "log", env) as server:
+        names = server.load()
+        deliver_from_elsewhere(env)
+        openmeter.wait_for(len(names))
+        server.stop()
+
+    assert_billed_once(openmeter, names)
+
+
+@pytest.mark.parametrize("loading", LOADING)
+def test_without_threads_nothing_in_the_spool_is_lost_at_exit(
+    loading: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    env = variables(openmeter, OPENMETER_SPOOL_DIR=str(tmp_path / "spool"))
+
+    with uwsgi(loading, "no-threads", tmp_path / "log", env) as server:
+        names = server.load()
+        server.stop()
+    deliver_from_elsewhere(env)
+
+    assert_billed_once(openmeter, names)
