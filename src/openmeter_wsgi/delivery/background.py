@@ -117,7 +117,8 @@ class BackgroundDelivery:
             self._start()
         self._wake.set()
 
-    def _close_at_exit(self) -> None:
+    def close_at_exit(self) -> None:
+        """Close, and deliver nothing any more: the exit hook of the process."""
         self.close()
         self._exiting = True
 
@@ -142,7 +143,7 @@ class BackgroundDelivery:
                 if not self._at_exit:
                     # Before the start, which may fail: then all waits for the exit.
                     self._at_exit = True
-                    atexit.register(self._close_at_exit)
+                    atexit.register(self.close_at_exit)
                 self._thread.start()
         except RuntimeError as error:
             # No more threads here, or the interpreter is shutting down.
@@ -165,7 +166,7 @@ class BackgroundDelivery:
         finally:
             self._wake_at = 1
             self._at_exit = False
-            atexit.unregister(self._close_at_exit)
+            atexit.unregister(self.close_at_exit)
             self._thread = None  # from here on a put starts another, at exit as well
         if len(self._events):
             # Put after the last look, by one who still found this thread.

@@ -171,7 +171,7 @@ class SpoolQueue(BackgroundDelivery):
                 self._wait_for_election()
         finally:
             self.started = self._at_exit = False
-            atexit.unregister(self._close_at_exit)
+            atexit.unregister(self.close_at_exit)
             self._thread = None
 
     def _wait_for_election(self) -> None:
