@@ -3,6 +3,7 @@
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
 #   make bench         what a metered request costs beside a bare one
+#   make chaos         what 200 kills under load lose, a few minutes
 #   make dist          wheel and sdist
 #   make check-dist    the same, installed alone in empty environments and tried
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit bench dist check-dist clean
+.PHONY: demo test lint types contract unit bench chaos dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -33,6 +34,9 @@ unit: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.request_cost
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.chaos --kills 200
 
 dist: $(INSTALLED)
 	rm -rf dist
