@@ -2,6 +2,7 @@
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
+#   make test-servers  the same under uWSGI, gevent and Apache, which it installs
 #   make chaos         kill -9 under load, 200 times: what is lost, what comes twice
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit chaos bench dist check-dist clean
+.PHONY: demo test lint types contract unit test-servers chaos bench dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -31,6 +32,11 @@ contract: $(INSTALLED)
 
 unit: $(INSTALLED)
 	$(BIN)/python -X dev -m pytest
+
+# Needs root and Debian: it installs uWSGI, gevent and Apache first.
+test-servers: $(INSTALLED)
+	tests/servers_installed/install $(VENV)
+	$(BIN)/python -X dev -m pytest tests/servers_installed
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --kills 200

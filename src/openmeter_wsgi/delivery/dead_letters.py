@@ -88,7 +88,7 @@ def _open(path: Path) -> int:
 def _document(event: bytes) -> object:
     try:
         return msgspec.json.decode(event)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return event.decode(errors="backslashreplace")
 
 

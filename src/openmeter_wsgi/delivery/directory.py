@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 import sys
 from pathlib import Path
@@ -52,10 +53,10 @@ def journal_form(directory: Path, wanted: str) -> str:
     return MAPPED if safe else WRITTEN
 
 
-def file_system(directory: Path, mounts: Path = _MOUNTS) -> str | None:
+def file_system(directory: Path) -> str | None:
     """Return the type of the file system, None where that cannot be known."""
     try:
-        lines = mounts.read_text(errors="surrogateescape").splitlines()
+        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
         real = directory.resolve()
     except OSError:
         return None
@@ -94,8 +95,8 @@ def _check_format(directory: Path) -> None:
     try:
         fd = open_file(path)
     except FileNotFoundError:
-        unfinished = directory / f"{FORMAT}.{os.getpid()}.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        unfinished = directory / f"{FORMAT}.{secrets.token_hex(8)}.new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(unfinished, flags, 0o600), "w") as file:
             file.write(VERSION + "\n")
         unfinished.rename(path)

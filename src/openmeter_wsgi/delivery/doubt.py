@@ -44,8 +44,8 @@ class RecordingClient:
         since = self._spool.in_doubt_since(batch)
         if since is not None and now - since > self._resend_window:
             raise Expired(
-                f"no answer to a batch that was sent {now - since:.0f} s ago; sent "
-                "again it might be billed twice"
+                f"expired: a batch got no answer {now - since:.0f} s ago; sent again "
+                "it might be billed twice"
             )
         if since is None:
             self._spool.doubt(batch, now)

@@ -33,27 +33,25 @@ class Keeper:
         self._interval = interval
         self._wake = Signal()
         self._thread: threading.Thread | None = None
-        self._stopping = False
         self._elected = False
         #: How far each segment is on the disk, by its key.
         self._synced: dict[str, int] = {}
         self._names: set[str] = set()
 
     def start(self) -> None:
-        """Start the thread.
-
-        :raises RuntimeError: if there can be no more threads.
-        """
+        """Start the thread. Without one, writers prepare segments themselves."""
         if self._thread is None:
-            self._stopping = False
             self._thread = threading.Thread(
                 target=self._run, name="openmeter_wsgi.journal", daemon=True
             )
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # no more threads, or the interpreter shuts down
+                self._thread = None
 
     def stop(self) -> None:
         """Let the thread end. Does not wait for it."""
-        self._stopping = True
+        self._thread = None
         self._wake.set()
 
     def wake(self) -> None:
@@ -71,7 +69,7 @@ class Keeper:
         self._wake.set()
 
     def _run(self) -> None:
-        while not self._stopping:
+        while self._thread is threading.current_thread():
             self._wake.wait(self._interval if self._elected else None)
             try:
                 self._prepare()
@@ -81,7 +79,6 @@ class Keeper:
                 logger.warning("%s: the spool cannot be kept in order", error)
             except Exception:
                 logger.exception("%s: broke off and goes on", "journal")
-        self._thread = None
 
     def sync(self) -> None:
         """Bring what was put on the disk, so that it survives a loss of power."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
@@ -52,8 +53,21 @@ def load(directory: Path) -> Progress | None:
         return Progress()
     try:
         return msgspec.json.decode(text, type=Progress)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def recover(directory: Path) -> Progress:
+    """Return what the file says; what cannot be read is put under another name.
+
+    :raises OSError: as `load` does.
+    """
+    loaded = load(directory)
+    if loaded is None:
+        path = directory / NAME
+        logger.error("%s: cannot be read; what is in the spool is sent again", path)
+        path.rename(path.with_name(f"{NAME}.{time.time_ns()}.unreadable"))
+    return loaded or Progress()
 
 
 def save(directory: Path, progress: Progress) -> None:

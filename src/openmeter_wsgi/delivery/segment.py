@@ -108,7 +108,7 @@ def is_event(line: bytes) -> bool:
         return False
     try:
         event = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return isinstance(event, dict) and isinstance(event.get("id"), str)
 

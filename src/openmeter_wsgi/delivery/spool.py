@@ -7,7 +7,6 @@ leaves although no thread of that process runs.
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ from openmeter_wsgi.delivery.progress import Doubt, Progress
 from openmeter_wsgi.delivery.reading import Reading
 from openmeter_wsgi.delivery.roll_call import RollCall
 from openmeter_wsgi.delivery.segment import Piece, read_name
+from openmeter_wsgi.events import MAX_BATCH_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,11 +41,15 @@ class _Place(NamedTuple):
 class Spool:
     """The segments of a directory as a source of batches.
 
-    Belongs to the elected sender; a new one is made with every election.
+    Belongs to the elected sender; a new one is made with every election. It reads
+    ahead as much as a batch of *max_events* may hold.
     """
 
-    def __init__(self, directory: Path, letters: DeadLetters) -> None:
+    def __init__(
+        self, directory: Path, letters: DeadLetters, *, max_events: int = 1_000
+    ) -> None:
         self._directory = directory
+        self._max_events = max_events
         self._letters = letters
         self._readings: dict[str, Reading] = {}
         self._waiting: deque[tuple[bytes, _Place]] = deque()
@@ -55,10 +59,11 @@ class Spool:
         #: Where the events come from that are being sent, by their object's id.
         self._places: dict[int, _Place] = {}
         self._since: dict[int, float] = {}
-        #: Whether somebody waits for delivery.
-        self.flush_wanted = False
+        self._flush_wanted = False
+        #: Whether there is progress that the disk did not take.
+        self._unsaved = False
         self._roll = RollCall(directory)
-        self._loaded = self._load()
+        self._loaded = progress.recover(directory)
         self._scan()
         self._load_doubts()
 
@@ -66,13 +71,28 @@ class Spool:
         """Return how many events are read and not taken."""
         return len(self._waiting) + sum(map(len, self._again))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a batch can be filled with what was read."""
+        return (
+            len(self._waiting) >= self._max_events
+            or self._waiting_bytes >= MAX_BATCH_BYTES
+        )
+
     def refresh(self, *, last: bool = False) -> None:
         """Look for new segments, lines and deaths; with *last* for every one."""
         if last:
             self._roll.due()
         self._scan()
         self._fill()
+        if self._unsaved:
+            self._save()
         self._forget_done()
+
+    def is_flush_wanted(self) -> bool:
+        """Say whether another process has asked for delivery since the last call."""
+        wanted, self._flush_wanted = self._flush_wanted, False
+        return wanted
 
     def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
         """Return the oldest events, as many as one batch may hold."""
@@ -122,17 +142,6 @@ class Spool:
 
     # -- Progress
 
-    def _load(self) -> Progress:
-        loaded = progress.load(self._directory)
-        if loaded is None:
-            logger.error(
-                "%s: cannot be read; what is in the spool is sent again",
-                self._directory / progress.NAME,
-            )
-            path = self._directory / progress.NAME
-            path.rename(path.with_name(f"{path.name}.{time.time_ns()}.unreadable"))
-        return loaded or Progress()
-
     def _load_doubts(self) -> None:
         for doubt in self._loaded.doubts:
             batch = [
@@ -161,8 +170,10 @@ class Spool:
             progress.add(ranges, start, end)
         try:
             progress.save(self._directory, Progress(done, list(doubts.values())))
+            self._unsaved = False
         except OSError as error:
             # Sending on is what makes room on a full disk.
+            self._unsaved = True
             logger.error(
                 "%s: progress cannot be written; after a crash more than one batch "
                 "would be sent twice",
@@ -177,7 +188,7 @@ class Spool:
         self._roll.call(entries, names)
         if FLUSH in entries:
             (self._directory / FLUSH).unlink(missing_ok=True)
-            self.flush_wanted = True
+            self._flush_wanted = True
         found = {name.key: name for name in names if not name.unfinished}
         for key in self._readings.keys() - found.keys():
             del self._readings[key]
@@ -199,13 +210,10 @@ class Spool:
                 heads[name.owner] = reading
         return sorted(heads.values(), key=lambda reading: reading.name)
 
-    def _has_room(self) -> bool:
-        return len(self._waiting) < _BUFFER and self._waiting_bytes < _BUFFER_BYTES
-
     def _fill(self) -> None:
         """Read ahead. An owner's next segment is read when its last is at its end."""
         exhausted: set[str] = set()
-        while self._has_room():
+        while not self.is_full:
             heads = [r for r in self._heads() if r.name.owner not in exhausted]
             if not heads:
                 return

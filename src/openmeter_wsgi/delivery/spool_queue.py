@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import time
 from pathlib import Path
+from time import monotonic as now
+from time import sleep
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
@@ -16,7 +17,6 @@ from openmeter_wsgi.delivery.dead_letters import DeadLetters
 from openmeter_wsgi.delivery.doubt import RecordingClient
 from openmeter_wsgi.delivery.intake import Intake
 from openmeter_wsgi.delivery.keeper import Keeper
-from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.ownership import elected
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
@@ -45,6 +45,9 @@ class SpoolQueue(BackgroundDelivery):
     go the way they would go without a spool, from memory, and are counted.
     """
 
+    #: There as long as this process is the sender.
+    _spool: Spool
+
     def __init__(
         self,
         policy: Policy,
@@ -72,10 +75,9 @@ class SpoolQueue(BackgroundDelivery):
         self.put = self._intake.put
         self._keeper = Keeper(self._directory, self._intake.prepare, self._poll)
         self._elected = False
+        #: Whether the thread sleeps until another process ends.
+        self._is_waiting = False
         self._stopping = False
-        self._nothing = MemoryQueue(max_events=0, max_bytes=0, counts=counts)
-        self._events: Spool | MemoryQueue = self._nothing
-        self._sender = Sender(self._client, counts, self._nothing.done)
 
     def start(self) -> None:
         """Start the threads, if this process has any: see to what others left."""
@@ -100,8 +102,8 @@ class SpoolQueue(BackgroundDelivery):
 
         An estimate where it is more than some ten thousand.
         """
-        fallback = self._intake.fallback
-        return watching.waiting(self._directory) + (fallback.waiting if fallback else 0)
+        in_memory = self._intake.fallback.waiting if self._intake.fallback else 0
+        return watching.waiting(self._directory) + in_memory
 
     def flush(self, timeout: float | None = None) -> bool:
         """Have delivered what waits now, and say whether it is within *timeout*.
@@ -109,7 +111,7 @@ class SpoolQueue(BackgroundDelivery):
         In the sender's process that is all the directory holds, elsewhere what this
         process has put. Another process is asked for it and needs a moment.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else now() + timeout
         owner = None if self._elected else self._intake.owner
         ends = watching.ends(self._directory, owner)
         self._hurry()
@@ -119,12 +121,11 @@ class SpoolQueue(BackgroundDelivery):
         if self._thread is None and self._policy.delivery != "ship":
             self._deliver_here(timeout)
         while not watching.all_done(self._directory, ends):
-            if deadline is not None and time.monotonic() >= deadline:
+            if deadline is not None and now() >= deadline:
                 return False
-            time.sleep(_WATCH_INTERVAL)
+            sleep(_WATCH_INTERVAL)
         fallback = self._intake.fallback
-        left = deadline and max(deadline - time.monotonic(), 0)
-        return fallback.flush(left) if fallback else True
+        return not fallback or fallback.flush(deadline and max(deadline - now(), 0))
 
     def _ask_for_delivery(self) -> None:
         if not self._elected:
@@ -139,20 +140,25 @@ class SpoolQueue(BackgroundDelivery):
         if os.getpid() != self.pid:
             return
         limit = self._shutdown_timeout if timeout is None else timeout
-        deadline = time.monotonic() + limit
+        deadline = now() + limit
         has_put = self._intake.close()
         self._closing = True
         self._hurry()
         thread = self._thread
-        if thread is not None and thread.is_alive() and self._elected:
-            thread.join(limit)
-        elif thread is None and has_put:
+        if thread is not None:
+            # A process that waits for another one to die has nothing to deliver.
+            while thread.is_alive() and not self._is_waiting:
+                if (left := deadline - now()) <= 0:
+                    break
+                thread.join(min(left, _WATCH_INTERVAL))
+        elif has_put and self._policy.delivery != "ship":
             self._deliver_here(limit)
         self._stopping = True
         self._wake.set()
         self._keeper.stop()
+        self.started = self._policy.delivery == "ship"
         if fallback := self._intake.fallback:
-            fallback.close(max(deadline - time.monotonic(), 0))
+            fallback.close(max(deadline - now(), 0))
 
     # -- The sender's thread
 
@@ -162,50 +168,62 @@ class SpoolQueue(BackgroundDelivery):
             super()._start()
             if self._thread is not None:
                 self._keeper.start()
-            self.started = True
+            self.started = self._thread is not None
 
     def _run(self) -> None:
-        """Wait to be elected, deliver until closed. The thread's body."""
+        """Be elected, deliver until closed. The thread's body."""
         try:
-            while not self._closing:
-                self._wait_for_election()
+            while self._take_turn():
+                pass
         finally:
             self.started = self._at_exit = False
             atexit.unregister(self.close_at_exit)
             self._thread = None
 
-    def _wait_for_election(self) -> None:
+    def _take_turn(self) -> bool:
+        """Deliver when it is this process's turn; say whether to go on after it."""
         try:
-            with elected(self._directory):
-                if not self._closing:
+            with elected(self._directory, wait=False) as won:
+                if won:
                     self._deliver()
+            if not won:
+                self._wait_for_turn()
         except OSError as error:
             logger.error("%s: no election for a sender is possible", error)
-            self._wake.clear()
-            self._wake.wait(MAX_DELAY)
+            self._pause(MAX_DELAY)
         except Exception:
             logger.exception("%s: broke off and begins anew", "delivery")
-            self._wake.clear()
-            self._wake.wait(FIRST_DELAY)
+            self._pause(FIRST_DELAY)
+        return not self._closing
+
+    def _wait_for_turn(self) -> None:
+        self._is_waiting = True
+        try:
+            with elected(self._directory):
+                self._is_waiting = False
+                if not self._closing:
+                    self._deliver()
+        finally:
+            self._is_waiting = False
 
     def _deliver(self, deadline: float | None = None) -> None:
         """Be the sender. Everything known of the spool is read anew."""
         letters = DeadLetters(self._directory, self.counts)
-        spool = Spool(self._directory, letters)
+        spool = Spool(self._directory, letters, max_events=self._max_batch)
         client = RecordingClient(
             self._client, spool, resend_window=self._policy.resend_window
         )
         self._sender = Sender(client, self.counts, spool.done, bury=letters.bury)
-        self._events = spool
+        self._spool = self._events = spool
         self._elected = self._keeper.elected = True
         try:
             while not self._finished():
-                if deadline is not None and time.monotonic() > deadline:
+                if deadline is not None and now() > deadline:
                     break
                 self._step()
         finally:
             self._elected = self._keeper.elected = False
-            self._events = self._nothing
+            del self._spool, self._events, self._sender
             self._client.close()
 
     def _finished(self) -> bool:
@@ -216,14 +234,11 @@ class SpoolQueue(BackgroundDelivery):
 
     def _ready(self, events: int) -> bool:
         self._look()
-        return super()._ready(events)
+        return super()._ready(events) or self._spool.is_full
 
     def _look(self) -> None:
-        if isinstance(self._events, Spool):
-            self._events.refresh(last=self._closing)
-            if self._events.flush_wanted:
-                self._events.flush_wanted = False
-                self._hurried = True
+        self._spool.refresh(last=self._closing)
+        self._hurried = self._spool.is_flush_wanted() or self._hurried
 
     def _deliver_here(self, timeout: float | None) -> None:
         """Deliver in the calling thread, where no other can be had."""
@@ -232,7 +247,7 @@ class SpoolQueue(BackgroundDelivery):
         try:
             with elected(self._directory, wait=False) as won:
                 if won:
-                    self._deliver(time.monotonic() + limit)
+                    self._deliver(now() + limit)
         except OSError as error:
             logger.error("%s: nothing can be delivered now", error)
         finally:

@@ -1,0 +1,129 @@
+"""Make spools and processes that use them, and look at what is in the directory."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from openmeter_wsgi.api_key import ApiKey
+from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.stats import Counts
+
+#: Longer than anything takes here.
+PATIENCE = 20.0
+#: Small enough that a test goes through many of them.
+SMALL = 16 * 1024
+
+
+def event(id_: str, subject: str = "acme", **data: Any) -> bytes:
+    """Encode an event."""
+    document = {
+        "specversion": "1.0", "type": "a", "source": "s", "data": data or {"n": 1},
+        "subject": subject, "time": "2026-01-01T00:00:00Z", "id": id_,
+    }  # fmt: skip
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def spool_policy(
+    directory: Path, url: str = "http://127.0.0.1:1", **options: Any
+) -> Policy:
+    """Return a policy with a spool, delivering at once."""
+    options = {"flush_interval": 0.1, "api_key": "secret", **options}
+    return Policy(spool_dir=str(directory), api_url=url, **options)
+
+
+def new_client(url: str) -> OpenMeterClient:
+    return OpenMeterClient(
+        url=url, flavor="v1", key=ApiKey.from_options("secret", None), timeout=5
+    )
+
+
+def spool_queue(
+    directory: Path, url: str, *, segment_bytes: int = SMALL, **options: Any
+) -> SpoolQueue:
+    """Return a queue on the directory; it is the caller's to close it."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return SpoolQueue(
+        spool_policy(directory, url, **options),
+        lambda: new_client(url),
+        Counts(),
+        segment_bytes=segment_bytes,
+    )
+
+
+class Process:
+    """A Python process that runs the code given, and tells lines over its output."""
+
+    def __init__(self, code: str, *arguments: str) -> None:
+        here = Path(__file__).parent
+        path = os.pathsep.join([str(here.parent / "src"), str(here)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def line(self) -> str:
+        """Return the next line it says; it must say one."""
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline().decode().strip()
+        assert said, "the process ended without a word"
+        return said
+
+    def kill(self) -> list[str]:
+        """Kill it with -9 and return what it said until then, whole lines only."""
+        self.process.kill()
+        assert self.process.stdout is not None
+        text = self.process.stdout.read().decode()
+        self.wait()
+        return text[: text.rfind("\n") + 1].split()
+
+    def wait(self) -> int:
+        with self.process:
+            return self.process.wait(PATIENCE)
+
+    def end(self) -> int:
+        """Close its input, which tells it to end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        with contextlib.suppress(BrokenPipeError), self.process:
+            self.process.wait(PATIENCE)
+
+
+def files(directory: Path, ending: str) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.name.endswith(ending))
+
+
+def segments(directory: Path) -> list[Path]:
+    """Return the segments, sealed ones too."""
+    return sorted(
+        p for p in directory.iterdir() if ".mapped" in p.name or ".written" in p.name
+    )
+
+
+def threads(prefix: str) -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith(prefix)]
+
+
+def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
+    """Wait for something that another process brings about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)

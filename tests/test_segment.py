@@ -1,0 +1,118 @@
+import os
+
+import pytest
+
+from openmeter_wsgi.delivery.segment import (
+    SegmentName,
+    is_event,
+    read_final,
+    read_live,
+    read_name,
+    whole_end,
+)
+from spooling import event
+
+NAME = "1795468382353-918420eaf38c404fa12e3311-00000002.mapped"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Return a function that writes a file and opens it."""
+    fds = []
+
+    def write(content):
+        path = tmp_path / "segment"
+        path.write_bytes(content)
+        fds.append(os.open(path, os.O_RDONLY))
+        return fds[-1]
+
+    yield write
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("ending", ["", ".sealed", ".new"])
+def test_a_name_is_read_as_it_was_written(ending):
+    name = read_name(NAME + ending)
+
+    assert str(name) == NAME + ending
+    assert name.key == NAME
+    assert (name.number, name.sealed) == (2, ending == ".sealed")
+
+
+@pytest.mark.parametrize(
+    "foreign", ["", "notes.txt", "format", NAME.upper(), "x" + NAME, NAME + ".bak"]
+)
+def test_a_foreign_name_is_no_segments(foreign):
+    assert read_name(foreign) is None
+
+
+def test_segments_of_one_owner_sort_by_number():
+    names = [SegmentName(1_000_000_000_000, "a" * 24, n, "mapped") for n in (10, 2, 9)]
+
+    assert [read_name(str(n)).number for n in sorted(names)] == [2, 9, 10]
+
+
+def test_a_live_segment_is_read_to_its_last_whole_line(written):
+    lines = [event("1"), event("2")]
+    fd = written(b"\n".join(lines) + b"\n" + event("3") + b"\0" * 100)
+
+    assert [piece.text for piece in read_live(fd, 0)] == lines
+
+
+def test_a_line_whose_copy_is_under_way_stops_the_reading(written):
+    third = bytearray(event("3"))
+    third[20:30] = bytes(10)
+    fd = written(event("1") + b"\n" + third + b"\n" + event("4") + b"\n")
+
+    assert [piece.text for piece in read_live(fd, 0)] == [event("1")]
+
+
+def test_a_line_longer_than_a_chunk_is_one_piece(written):
+    long = event("1", padding="x" * 900_000)
+    fd = written(long + b"\n" + event("2") + b"\n")
+
+    assert [piece.text for piece in read_live(fd, 0)] == [long, event("2")]
+
+
+def test_what_is_left_without_a_newline_is_a_piece_of_a_final_segment(written):
+    fd = written(b"torn\0\0")
+
+    assert [(p.text, p.start, p.end) for p in read_final(fd, 0)] == [
+        (b"torn\0\0", 0, 6)
+    ]
+    assert read_final(fd, 6) == []
+
+
+def test_zeros_alone_are_nothing(written):
+    assert read_final(written(bytes(1_000_000)), 0) == []
+
+
+def test_the_end_of_the_whole_lines_is_found_from_anywhere(written):
+    text = b"".join(event(str(n)) + b"\n" for n in range(10_000))
+    fd = written(text + bytes(5_000))
+
+    assert whole_end(fd, 0) == len(text)
+    assert whole_end(fd, len(text)) == len(text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"id":1}',
+        b'{"id":"a"',
+        event("1")[:-1],
+        event("1").replace(b"s", b"\0"),
+        b"\xff",
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_event_is_told(line):
+    assert not is_event(line)
+
+
+def test_an_event_is_one():
+    assert is_event(event("1"))
