@@ -149,7 +149,7 @@ def test_what_is_no_event_is_set_aside_once_with_its_place(tmp_path):
     assert counts.dropped["unreadable"] == 2
     assert [(a["offset"], a["text"]) for a in set_aside(tmp_path)] == [
         (len(EVENTS[0]) + 1, "{torn}"),
-        (len(EVENTS[0]) + 9 + len(EVENTS[1]) + 1, "tail\0"),
+        (len(EVENTS[0]) + 9 + len(EVENTS[1]) + 1, "tail"),
     ]
 
 

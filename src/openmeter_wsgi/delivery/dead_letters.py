@@ -50,6 +50,7 @@ class DeadLetters:
 
     def set_aside(self, text: bytes, segment: str, offset: int) -> None:
         """Keep bytes of a segment that are no event; runs of NULs become one."""
+        text = text.rstrip(b"\0")
         self._counts.dropped["unreadable"] += 1
         logger.error(
             "%s: %d bytes at %d are no event; set aside in %s",

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+#: By making this file a process asks the sender to deliver now.
+FLUSH = "flush"
+
 logger = log.get_logger(__name__)
 
 
@@ -26,10 +29,16 @@ class Keeper:
     """
 
     def __init__(
-        self, directory: Path, prepare: Callable[[], None], interval: float
+        self,
+        directory: Path,
+        *,
+        prepare: Callable[[], None],
+        hurry: Callable[[], None],
+        interval: float,
     ) -> None:
         self._directory = directory
         self._prepare = prepare
+        self._hurry = hurry
         self._interval = interval
         self._wake = Signal()
         self._thread: threading.Thread | None = None
@@ -74,15 +83,21 @@ class Keeper:
             try:
                 self._prepare()
                 if self._elected:
-                    self.sync()
+                    self.look()
             except (SpoolError, OSError) as error:
                 logger.warning("%s: the spool cannot be kept in order", error)
             except Exception:
                 logger.exception("%s: broke off and goes on", "journal")
 
-    def sync(self) -> None:
-        """Bring what was put on the disk, so that it survives a loss of power."""
+    def look(self) -> None:
+        """See who asks for delivery; bring on the disk what was put.
+
+        From then on it survives a loss of power.
+        """
         entries = os.listdir(self._directory)
+        if FLUSH in entries:
+            (self._directory / FLUSH).unlink(missing_ok=True)
+            self._hurry()
         names = {entry: name for entry in entries if (name := read_name(entry))}
         for entry, name in names.items():
             try:

@@ -36,7 +36,8 @@ class Reading:
         #: All that will ever be in it was read.
         self.at_end = False
         self._directory = directory
-        self._offset = 0
+        #: How far it was read, in bytes.
+        self.offset = 0
         #: What is not to be handed out again: done, or loaded with a doubt.
         self._taken: Ranges = list(done)
 
@@ -50,7 +51,7 @@ class Reading:
         """Whether it can be deleted."""
         if not self.at_end:
             return False
-        return not self._offset or self.done == [(0, self._offset)]
+        return not self.offset or self.done == [(0, self.offset)]
 
     def read(self) -> tuple[list[Piece], list[Piece]]:
         """Return the next events, and what should be one and is not.
@@ -64,25 +65,32 @@ class Reading:
             pieces = self._pieces(fd)
         finally:
             os.close(fd)
+        return self._sorted(pieces)
+
+    def read_range(self, start: int, end: int) -> tuple[list[Piece], list[Piece]]:
+        """Return what is in a range that was handed out before a crash, as `read`."""
+        progress.add(self._taken, start, end)
+        pieces: list[Piece] = []
+        fd = open_file(self._directory / str(self.name))
+        try:
+            while start < end and (more := read_final(fd, start, end)):
+                pieces += more
+                start = more[-1].end
+        finally:
+            os.close(fd)
+        if start < end:
+            progress.add(self.done, start, end)  # zeros
+        return self._sorted(pieces)
+
+    def _sorted(self, pieces: list[Piece]) -> tuple[list[Piece], list[Piece]]:
         good: list[Piece] = []
         bad: list[Piece] = []
         for piece in pieces:
             if piece.text:
                 (good if self._is_good(piece) else bad).append(piece)
+            else:
+                progress.add(self.done, piece.start, piece.end)
         return good, bad
-
-    def read_range(self, start: int, end: int) -> list[Piece]:
-        """Return the lines in a range that was handed out before a crash."""
-        progress.add(self._taken, start, end)
-        fd = open_file(self._directory / str(self.name))
-        try:
-            pieces: list[Piece] = []
-            while start < end and (more := read_live(fd, start, end)):
-                pieces += more
-                start = more[-1].end
-        finally:
-            os.close(fd)
-        return [piece for piece in pieces if is_event(piece.text)]
 
     def _is_good(self, piece: Piece) -> bool:
         if piece.end - piece.start == len(piece.text):
@@ -93,29 +101,26 @@ class Reading:
         return b"\0" not in piece.text
 
     def _pieces(self, fd: int) -> list[Piece]:
-        """Read on; empty lines and what is between count as done."""
+        """Read on from where the last call ended."""
         limit = self._skip_taken()
         # Before the bytes: what is sealed or adopted now has been written.
         final = self.is_final
-        pieces = (read_final if final else read_live)(fd, self._offset, limit)
+        pieces = (read_final if final else read_live)(fd, self.offset, limit)
         if pieces:
-            self._offset = pieces[-1].end
-            for piece in pieces:
-                if not piece.text:
-                    progress.add(self.done, piece.start, piece.end)
+            self.offset = pieces[-1].end
         elif final and limit is None:
             self.at_end = True
         elif final and limit is not None:
             # A hole before what was done: there is nothing in it.
-            progress.add(self.done, self._offset, limit)
-            self._offset = limit
+            progress.add(self.done, self.offset, limit)
+            self.offset = limit
         return pieces
 
     def _skip_taken(self) -> int | None:
         """Go past what was taken; return where the next such range begins."""
         for start, end in self._taken:
-            if start <= self._offset < end:
-                self._offset = end
-            elif start > self._offset:
+            if start <= self.offset < end:
+                self.offset = end
+            elif start > self.offset:
                 return start
         return None

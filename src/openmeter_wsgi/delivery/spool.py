@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-#: Events read ahead; a batch is never larger.
 _BUFFER = 2_000
-#: A process that waits for its lines asks with this file for their delivery now.
-FLUSH = "flush"
 _BUFFER_BYTES = 2_000_000
 
 
@@ -59,7 +56,6 @@ class Spool:
         #: Where the events come from that are being sent, by their object's id.
         self._places: dict[int, _Place] = {}
         self._since: dict[int, float] = {}
-        self._flush_wanted = False
         #: Whether there is progress that the disk did not take.
         self._unsaved = False
         self._roll = RollCall(directory)
@@ -88,11 +84,6 @@ class Spool:
         if self._unsaved:
             self._save()
         self._forget_done()
-
-    def is_flush_wanted(self) -> bool:
-        """Say whether another process has asked for delivery since the last call."""
-        wanted, self._flush_wanted = self._flush_wanted, False
-        return wanted
 
     def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
         """Return the oldest events, as many as one batch may hold."""
@@ -144,13 +135,14 @@ class Spool:
 
     def _load_doubts(self) -> None:
         for doubt in self._loaded.doubts:
-            batch = [
-                self._placed(piece, reading)
-                for key, ranges in doubt.lines.items()
-                if (reading := self._readings.get(key))
-                for start, end in ranges
-                for piece in reading.read_range(start, end)
-            ]
+            batch: list[bytes] = []
+            for key, ranges in doubt.lines.items():
+                if (reading := self._readings.get(key)) is None:
+                    continue
+                for start, end in ranges:
+                    events, damaged = reading.read_range(start, end)
+                    self._set_aside(reading, damaged)
+                    batch += [self._placed(piece, reading) for piece in events]
             for event in batch:
                 self._since[id(event)] = doubt.since
             if batch:
@@ -159,6 +151,11 @@ class Spool:
     def _placed(self, piece: Piece, reading: Reading) -> bytes:
         self._places[id(piece.text)] = _Place(reading, piece.start, piece.end)
         return piece.text
+
+    def _set_aside(self, reading: Reading, damaged: list[Piece]) -> None:
+        for piece in damaged:
+            self._letters.set_aside(piece.text, reading.name.key, piece.start)
+            progress.add(reading.done, piece.start, piece.end)
 
     def _save(self) -> None:
         done = {key: r.done for key, r in self._readings.items() if r.done}
@@ -186,9 +183,6 @@ class Spool:
         entries = sorted(os.listdir(self._directory))
         names = [name for entry in entries if (name := read_name(entry))]
         self._roll.call(entries, names)
-        if FLUSH in entries:
-            (self._directory / FLUSH).unlink(missing_ok=True)
-            self._flush_wanted = True
         found = {name.key: name for name in names if not name.unfinished}
         for key in self._readings.keys() - found.keys():
             del self._readings[key]
@@ -222,6 +216,7 @@ class Spool:
 
     def _read(self, reading: Reading) -> bool:
         """Read on in a segment and say whether its owner may have more."""
+        before = reading.offset
         try:
             events, damaged = reading.read()
         except FileNotFoundError:
@@ -229,14 +224,12 @@ class Spool:
         except OSError as error:
             logger.error("%s: cannot be read (%s)", reading.name.key, error)
             return False
-        for piece in damaged:
-            self._letters.set_aside(piece.text, reading.name.key, piece.start)
-            progress.add(reading.done, piece.start, piece.end)
+        self._set_aside(reading, damaged)
         for piece in events:
             place = _Place(reading, piece.start, piece.end)
             self._waiting.append((piece.text, place))
             self._waiting_bytes += len(piece.text)
-        return bool(events or damaged) or reading.at_end
+        return reading.at_end or reading.offset > before
 
     def _forget_done(self) -> None:
         """Delete the segments of which nothing is left to do."""

@@ -7,7 +7,6 @@ import contextlib
 import os
 from pathlib import Path
 from time import monotonic as now
-from time import sleep
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
@@ -16,12 +15,12 @@ from openmeter_wsgi.delivery.background import BackgroundDelivery
 from openmeter_wsgi.delivery.dead_letters import DeadLetters
 from openmeter_wsgi.delivery.doubt import RecordingClient
 from openmeter_wsgi.delivery.intake import Intake
-from openmeter_wsgi.delivery.keeper import Keeper
+from openmeter_wsgi.delivery.keeper import FLUSH, Keeper
 from openmeter_wsgi.delivery.ownership import elected
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
 from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Sender
-from openmeter_wsgi.delivery.spool import FLUSH, Spool
+from openmeter_wsgi.delivery.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +33,8 @@ logger = log.get_logger(__name__)
 
 #: The sender looks at least this often for what others put.
 _MAX_POLL = 1.0
-_WATCH_INTERVAL = 0.02
+_MIN_POLL = 0.02
+_JOIN_INTERVAL = 0.02
 
 
 class SpoolQueue(BackgroundDelivery):
@@ -62,7 +62,7 @@ class SpoolQueue(BackgroundDelivery):
         self._policy = policy
         self._new_client = new_client
         self._directory = Path(os.path.abspath(policy.spool_dir or ""))
-        self._poll = min(policy.flush_interval, _MAX_POLL)
+        self._poll = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
         self._intake = Intake(
             self._directory,
             policy,
@@ -73,7 +73,12 @@ class SpoolQueue(BackgroundDelivery):
         )
         #: Past its layer: a put is one call less.
         self.put = self._intake.put
-        self._keeper = Keeper(self._directory, self._intake.prepare, self._poll)
+        self._keeper = Keeper(
+            self._directory,
+            prepare=self._intake.prepare,
+            hurry=self._hurry,
+            interval=self._poll,
+        )
         self._elected = False
         #: Whether the thread sleeps until another process ends.
         self._is_waiting = False
@@ -102,8 +107,8 @@ class SpoolQueue(BackgroundDelivery):
 
         An estimate where it is more than some ten thousand.
         """
-        in_memory = self._intake.fallback.waiting if self._intake.fallback else 0
-        return watching.waiting(self._directory) + in_memory
+        fallback = self._intake.fallback
+        return watching.waiting(self._directory) + (fallback.waiting if fallback else 0)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Have delivered what waits now, and say whether it is within *timeout*.
@@ -120,15 +125,13 @@ class SpoolQueue(BackgroundDelivery):
             self._start()
         if self._thread is None and self._policy.delivery != "ship":
             self._deliver_here(timeout)
-        while not watching.all_done(self._directory, ends):
-            if deadline is not None and now() >= deadline:
-                return False
-            sleep(_WATCH_INTERVAL)
+        if not watching.wait_until_done(self._directory, ends, timeout):
+            return False
         fallback = self._intake.fallback
         return not fallback or fallback.flush(deadline and max(deadline - now(), 0))
 
     def _ask_for_delivery(self) -> None:
-        if not self._elected:
+        if not self._elected:  # another one polls for this
             with contextlib.suppress(OSError):
                 (self._directory / FLUSH).touch(mode=0o600)
 
@@ -147,10 +150,8 @@ class SpoolQueue(BackgroundDelivery):
         thread = self._thread
         if thread is not None:
             # A process that waits for another one to die has nothing to deliver.
-            while thread.is_alive() and not self._is_waiting:
-                if (left := deadline - now()) <= 0:
-                    break
-                thread.join(min(left, _WATCH_INTERVAL))
+            while thread.is_alive() and not self._is_waiting and now() < deadline:
+                thread.join(_JOIN_INTERVAL)
         elif has_put and self._policy.delivery != "ship":
             self._deliver_here(limit)
         self._stopping = True
@@ -229,16 +230,12 @@ class SpoolQueue(BackgroundDelivery):
     def _finished(self) -> bool:
         if self._stopping or not self._closing:
             return self._stopping
-        self._look()
+        self._spool.refresh(last=True)
         return super()._finished()
 
     def _ready(self, events: int) -> bool:
-        self._look()
-        return super()._ready(events) or self._spool.is_full
-
-    def _look(self) -> None:
         self._spool.refresh(last=self._closing)
-        self._hurried = self._spool.is_flush_wanted() or self._hurried
+        return super()._ready(events) or self._spool.is_full
 
     def _deliver_here(self, timeout: float | None) -> None:
         """Deliver in the calling thread, where no other can be had."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.delivery import progress
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 #: So many bytes are counted exactly; of more, the number of events is estimated.
 _COUNTED_BYTES = 16 * 1024 * 1024
 _TYPICAL_EVENT = 250
+#: Seconds between two looks; nothing wakes one process when another delivers.
+_INTERVAL = 0.02
 
 
 def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
@@ -28,7 +31,7 @@ def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
     for name in _names(directory):
         if owner in {None, name.owner}:
             start = _first_gap(done.get(name.key, []))
-            if fd := _opened(directory, name):
+            if (fd := _opened(directory, name)) is not None:
                 with open(fd, "rb", buffering=0):
                     found[name.key] = whole_end(fd, start)
     return {key: end for key, end in found.items() if end}
@@ -47,13 +50,25 @@ def all_done(directory: Path, ends: dict[str, int]) -> bool:
     )
 
 
+def wait_until_done(
+    directory: Path, ends: dict[str, int], timeout: float | None
+) -> bool:
+    """Wait for `all_done`, and say whether it came within *timeout*."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not all_done(directory, ends):
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        time.sleep(_INTERVAL)
+    return True
+
+
 def waiting(directory: Path) -> int:
     """Return how many events are not delivered; an estimate where there are many."""
     done = _done(directory)
     events = counted = rest = 0
     for name in _names(directory):
         ranges = done.get(name.key, [])
-        if not (fd := _opened(directory, name)):
+        if (fd := _opened(directory, name)) is None:
             continue
         with open(fd, "rb", buffering=0):
             size = os.fstat(fd).st_size

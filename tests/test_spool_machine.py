@@ -1,0 +1,231 @@
+"""Whatever happens to a spool, in whatever order: nothing is lost or foreign."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from openmeter_wsgi.delivery import ownership
+from openmeter_wsgi.delivery.dead_letters import DeadLetters
+from openmeter_wsgi.delivery.doubt import RecordingClient
+from openmeter_wsgi.delivery.journal import Journal, JournalClosed
+from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN
+from openmeter_wsgi.delivery.sender import Sender
+from openmeter_wsgi.delivery.spool import Spool
+from openmeter_wsgi.errors import Rejected, Unavailable
+from openmeter_wsgi.stats import Counts
+from spooling import event, segments
+
+
+class Server:
+    """A client whose answers the machine says beforehand."""
+
+    def __init__(self):
+        self.taken = []
+        self.answer = "takes"
+        self.poison = set()
+
+    def ingest(self, events):
+        ids = [json.loads(line)["id"] for line in events]
+        if self.poison.intersection(ids):
+            raise Rejected("poison", status=400)
+        if self.answer in {"takes", "takes and says nothing"}:
+            self.taken += ids
+        if self.answer == "takes and says nothing":
+            raise Unavailable("reset", ambiguous=True)
+        if self.answer == "is away":
+            raise Unavailable("refused")
+
+
+class Writer:
+    """A process, as far as the directory can tell one."""
+
+    def __init__(self, directory, name, form):
+        self.name = name
+        self.journal = Journal(
+            directory, form=form, max_bytes=2**30, segment_bytes=1_024
+        )
+        self.count = 0
+
+    def put(self):
+        id_ = f"{self.name}-{self.count}"
+        line = event(id_) + b"\n"
+        self.count += 1
+        try:
+            self.journal.write(line)
+        except ValueError:
+            self.journal.append(line)
+        return id_
+
+    def die(self):
+        """Leave as one that is killed: nothing is sealed, the lock is gone."""
+        owner = self.journal._owner
+        ownership._held.discard((os.getpid(), owner.token))
+        os.close(owner._fd)
+
+
+class SpoolMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(dir=ROOM))
+        self.server = Server()
+        self.writers = []
+        self.put_ids = []
+        self.crashes = 0
+        self.names = 0
+        self.elect()
+
+    def elect(self):
+        """A new sender: all that it knows, it reads."""
+        self.counts = Counts()
+        letters = DeadLetters(self.directory, self.counts)
+        self.spool = Spool(self.directory, letters, max_events=5)
+        client = RecordingClient(self.server, self.spool, resend_window=86_400)
+        self.sender = Sender(
+            client, self.counts, self.spool.done, lambda a, b: 0.0, bury=letters.bury
+        )
+
+    def teardown(self):
+        for writer in self.writers:
+            writer.die()
+        shutil.rmtree(self.directory)
+
+    @precondition(lambda self: len(self.writers) < 3)
+    @rule(form=st.sampled_from([MAPPED, WRITTEN]))
+    def begin(self, form):
+        self.names += 1
+        self.writers.append(Writer(self.directory, f"p{self.names}", form))
+
+    @precondition(lambda self: self.writers)
+    @rule(data=st.data(), count=st.integers(1, 12))
+    def put(self, data, count):
+        writer = data.draw(st.sampled_from(self.writers))
+        self.put_ids += [writer.put() for _ in range(count)]
+
+    @precondition(lambda self: self.writers)
+    @rule(data=st.data())
+    def prepare(self, data):
+        data.draw(st.sampled_from(self.writers)).journal.prepare()
+
+    @precondition(lambda self: self.writers)
+    @rule(data=st.data())
+    def close(self, data):
+        writer = data.draw(st.sampled_from(self.writers))
+        self.writers.remove(writer)
+        writer.journal.close()
+        try:
+            writer.put()
+        except JournalClosed:
+            return
+        raise AssertionError("a closed journal took an event")
+
+    @precondition(lambda self: self.writers)
+    @rule(data=st.data(), torn=st.integers(0, 60))
+    def kill(self, data, torn):
+        writer = data.draw(st.sampled_from(self.writers))
+        self.writers.remove(writer)
+        if torn:
+            with contextlib.suppress(ValueError):
+                writer.journal.write(event("torn")[:torn])
+        writer.die()
+
+    @precondition(lambda self: self.put_ids)
+    @rule(data=st.data())
+    def poison(self, data):
+        if len(self.server.poison) < 2:
+            self.server.poison.add(data.draw(st.sampled_from(self.put_ids)))
+
+    @rule(answer=st.sampled_from(["takes", "takes and says nothing", "is away"]))
+    def attempt(self, answer):
+        self.server.answer = answer
+        self.spool.refresh(last=True)
+        if not self.sender.busy and (
+            events := self.spool.take(max_events=5, max_bytes=1_000_000)
+        ):
+            self.sender.load(events)
+        if self.sender.busy:
+            self.sender.attempt()
+
+    @rule()
+    def crash(self):
+        """The sender is killed, and another one elected."""
+        self.crashes += 1
+        self.elect()
+
+    @rule()
+    def crash_between_the_answer_and_the_note(self):
+        self.server.answer = "takes"
+        self.spool.refresh(last=True)
+        if self.sender.busy:
+            batch = self.sender._pending[0].events
+        elif not (batch := self.spool.take(max_events=5, max_bytes=1_000_000)):
+            return
+        if self.spool.in_doubt_since(batch) is None:
+            self.spool.doubt(batch, time.time())
+        with contextlib.suppress(Rejected):
+            self.server.ingest(batch)
+        self.crash()
+
+    @invariant()
+    def nothing_is_foreign(self):
+        assert set(self.server.taken) <= set(self.put_ids)
+
+    @invariant()
+    def the_order_within_a_process_is_kept(self):
+        # A suspect steps aside, and one that is no longer poison comes late.
+        first = dict.fromkeys(self.server.taken)
+        for name in {id_.split("-")[0] for id_ in first}:
+            own = [int(i.split("-")[1]) for i in first if i.split("-")[0] == name]
+            assert own == sorted(own) or self.server.poison
+
+    @rule()
+    def deliver_all(self):
+        self.server.answer = "takes"
+        for _ in range(10_000):
+            self.spool.refresh(last=True)
+            if not self.sender.busy:
+                events = self.spool.take(max_events=5, max_bytes=1_000_000)
+                if not events:
+                    self.spool.refresh(last=True)
+                    break
+                self.sender.load(events)
+            self.sender.attempt()
+        missing = set(self.put_ids) - set(self.server.taken)
+        assert missing <= self.server.poison
+        alive = {writer.journal.owner for writer in self.writers}
+        if not self.server.poison:
+            assert {p.name.split("-")[1] for p in segments(self.directory)} <= alive
+
+
+ROOM = "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+TestSpoolMachine = SpoolMachine.TestCase
+TestSpoolMachine.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
+
+
+def test_a_batch_is_taken_twice_at_most_once_per_crash_or_lost_answer(tmp_path):
+    """A thousand crashes at the worst moment: each repeats its one batch."""
+    machine = SpoolMachine()
+    try:
+        machine.begin(MAPPED)
+        writer = machine.writers[0]
+        for _ in range(200):
+            machine.put_ids += [writer.put() for _ in range(3)]
+            machine.crash_between_the_answer_and_the_note()
+        machine.deliver_all()
+        repeated = Counter(machine.server.taken)
+
+        assert set(repeated) == set(machine.put_ids)
+        assert sum(repeated.values()) - len(repeated) <= 5 * machine.crashes
+    finally:
+        machine.teardown()
