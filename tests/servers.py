@@ -292,6 +292,10 @@ def _wsgiref(listener: socket.socket, app: WSGIApplication) -> None:
     server.server_name, server.server_port = address
     server.setup_environ()
     server.set_app(app)
+    # Not by an exception, as for the others: in the middle of a response wsgiref
+    # takes SystemExit for an error of the application, and serves on.
+    stop = threading.Thread(target=server.shutdown)
+    signal.signal(signal.SIGTERM, lambda *_: stop.start())
     server.serve_forever()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openmeter_server import OpenMeterServer
 
 
-@pytest.mark.parametrize("queue", ["memory"])
+@pytest.mark.parametrize("queue", ["memory", "spool"])
 def test_gevent_workers_deliver_everything(
     queue: str, openmeter: OpenMeterServer, tmp_path: Path
 ) -> None:

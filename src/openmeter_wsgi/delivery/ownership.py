@@ -166,15 +166,24 @@ def _locked(fd: int, path: Path, *, wait: bool = False) -> bool:
 
 
 def _waited(fd: int) -> bool:
-    """Wait for the lock; False if the kernel does not let us.
+    """Wait for the lock; False if that is impossible and it must be tried again.
 
-    It counts all threads of a process as one. Where two processes are each the
-    sender of one directory and wait for that of the other, it sees a deadlock.
+    The kernel counts all threads of a process as one: where two processes are each
+    the sender of one directory and wait for that of the other, it sees a deadlock.
+    Under gevent the thread is a greenlet, and waiting would stop all of its process.
     """
+    patient = fcntl.LOCK_EX | (fcntl.LOCK_NB if _threads_are_greenlets() else 0)
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, patient)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno != errno.EDEADLK:
             raise
         return False
     return True
+
+
+def _threads_are_greenlets() -> bool:
+    # Monkey-patched: the lock that threading makes is no longer the interpreter's.
+    return type(threading.Lock()).__module__ != "_thread"
