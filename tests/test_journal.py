@@ -40,13 +40,20 @@ def put(journal, line):
         journal.append(line)
 
 
+def lines_of(path):
+    return [line for line in path.read_bytes().rstrip(b"\0").split(b"\n") if line]
+
+
 def lines(directory):
     """Return the lines in all segments, in the order of the segments."""
-    found = []
+    return [line for path in segments(directory) for line in lines_of(path)]
+
+
+def collect_sealed(directory, collected):
     for path in segments(directory):
-        text = path.read_bytes().rstrip(b"\0")
-        found += [line for line in text.split(b"\n") if line]
-    return found
+        if path.name.endswith(".sealed"):
+            collected[path.name] = lines_of(path)
+            path.unlink()
 
 
 @FORMS
@@ -142,37 +149,40 @@ def test_a_directory_that_is_gone_is_a_spool_error(tmp_path):
 
 
 @FORMS
-def test_threads_lose_nothing_through_many_seals(make, tmp_path, form):
-    journal = make(form, segment_bytes=1_024)
-    start = threading.Barrier(8)
-    preparing = threading.Event()
+def test_threads_lose_nothing_through_thousands_of_seals(make, tmp_path, form):
+    """What is said to be sealed is read and deleted at once, as the sender does."""
+    journal = make(form, segment_bytes=512)
+    start = threading.Barrier(6)
+    ended = threading.Event()
+    collected = {}
 
     def put_many(thread):
         start.wait()
-        for n in range(1_500):
+        for n in range(2_000):
             put(journal, event(f"{thread}-{n}") + b"\n")
 
-    def prepare():
-        while not preparing.is_set():
+    def keep():
+        while not ended.is_set():
             journal.prepare()
+            collect_sealed(tmp_path, collected)
 
-    writers = [threading.Thread(target=put_many, args=(n,)) for n in range(8)]
-    keeper = threading.Thread(target=prepare)
+    writers = [threading.Thread(target=put_many, args=(n,)) for n in range(6)]
+    keeper = threading.Thread(target=keep)
     for thread in [*writers, keeper]:
         thread.start()
     for thread in writers:
         thread.join()
-    preparing.set()
+    ended.set()
     keeper.join()
+    journal.close()
+    collect_sealed(tmp_path, collected)
 
-    found = lines(tmp_path)
-    assert len(segments(tmp_path)) > 1_000
-    assert sorted(found) == sorted(
-        event(f"{t}-{n}") for t in range(8) for n in range(1_500)
-    )
-    for thread in range(8):
+    found = [line for name in sorted(collected) for line in collected[name]]
+    assert len(collected) > 2_000
+    assert len(found) == 12_000
+    for thread in range(6):
         own = [line for line in found if f'"{thread}-'.encode() in line]
-        assert own == [event(f"{thread}-{n}") for n in range(1_500)]
+        assert own == [event(f"{thread}-{n}") for n in range(2_000)]
 
 
 @FORMS
