@@ -2,7 +2,7 @@
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
-#   make test-servers  the same under uWSGI, gevent and Apache, which it installs
+#   make test-servers  uWSGI, gevent, Apache, a full disk: as root, on Debian
 #   make chaos         kill -9 under load, 200 times: what is lost, what comes twice
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist

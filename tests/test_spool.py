@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import threading
 from pathlib import Path
 
@@ -366,31 +365,6 @@ def test_a_full_spool_of_one_who_ships_drops_and_counts(queue, openmeter):
     dropped = one.counts.dropped["spool_full"]
     assert 0 < dropped < 200
     assert one.waiting == 400 - dropped
-
-
-@pytest.mark.parametrize("journal", ["mmap", "write"])
-def test_a_full_disk_hurts_nobody_and_passes(openmeter, tmp_path, journal):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(disk)],
-        check=True,
-    )
-    try:
-        openmeter.down()
-        one = spool_queue(disk / "spool", openmeter.url, journal=journal)
-        put(one, *numbered("", 400), padding="x" * 4_000)
-
-        assert one.counts.unspooled > 0
-        openmeter.up()
-        openmeter.wait_for(400)
-        assert one.flush(20)
-        one.close(10)
-        # The form that is written tears a line when the disk is full.
-        assert one.counts.dropped.keys() <= {"unreadable", "dead_letters_full"}
-        assert segments(disk / "spool") == []
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_directory_that_vanishes_is_made_again(queue, openmeter, spool):
