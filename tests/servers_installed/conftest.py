@@ -1,4 +1,4 @@
-"""These tests run where they are asked for: they need root, and what `install` installs."""
+"""Run where they are asked for: they need root, and what `install` installs."""
 
 from __future__ import annotations
 
