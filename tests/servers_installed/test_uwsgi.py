@@ -20,6 +20,8 @@ from installed import (
     wait_until,
 )
 
+import openmeter_wsgi
+
 if TYPE_CHECKING:
     from openmeter_server import OpenMeterServer
 
@@ -41,8 +43,10 @@ def uwsgi(
 ) -> InstalledServer:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
-    packages = sysconfig.get_path("platlib")
-    env = {**env, "PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], packages])}
+    # Debian's runs its own Python, to which an editable install says nothing.
+    package = str(Path(openmeter_wsgi.__file__).parents[1])
+    path = [env["PYTHONPATH"], package, sysconfig.get_path("platlib")]
+    env = {**env, "PYTHONPATH": os.pathsep.join(path)}
     command = [
         *RUNNING[running], "--http-socket", f"{address[0]}:{address[1]}", "--master",
         "--processes", str(processes), "--need-app", "--die-on-term",
