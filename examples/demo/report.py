@@ -141,7 +141,7 @@ def conclude(console: Console, expected: Expectation, found: Sequence[str]) -> N
         "events: all of them arrived, and none was counted twice."
     )
     console.print(
-        "Not shown: without a spool, a worker that is killed loses what waits in its memory.",
+        "Not shown: without a spool a killed worker loses what waits in its memory.",
         style="dim",
     )
 
