@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import socket
 import sysconfig
 import tempfile
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
     from openmeter_server import OpenMeterServer
 
+#: openmeter_wsgi's dependencies and theirs.
+_PACKAGES = (
+    "certifi", "charset_normalizer", "idna", "markupsafe", "msgspec", "requests",
+    "urllib3", "werkzeug",
+)  # fmt: skip
 _CONFIGURATION = """
 ServerRoot {directory}
 ServerName localhost
@@ -55,11 +61,22 @@ def _user() -> pwd.struct_passwd:
     return pwd.getpwuid(os.getuid()) if os.getuid() else pwd.getpwnam("www-data")
 
 
+def _readable_copy(code: Path) -> Path:
+    """Copy what the application imports: its user may not read the checkout."""
+    packages = Path(sysconfig.get_path("platlib"))
+    for name in _PACKAGES:
+        shutil.copytree(packages / name, code / name)
+    shutil.copytree(Path(openmeter_wsgi.__file__).parent, code / "openmeter_wsgi")
+    shutil.copy(HERE / "installed_app.py", code)
+    for path in (code, *code.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return code
+
+
 def apache(directory: Path, env: dict[str, str]) -> InstalledServer:
     with socket.create_server(("127.0.0.1", 0)) as free:
         host, port = free.getsockname()
-    package = Path(openmeter_wsgi.__file__).parent.parent
-    path = [package, sysconfig.get_path("platlib"), HERE]
+    code = _readable_copy(directory / "code")
     configuration = directory / "apache.conf"
     configuration.write_text(
         _CONFIGURATION.format(
@@ -69,8 +86,8 @@ def apache(directory: Path, env: dict[str, str]) -> InstalledServer:
             modules="/usr/lib/apache2/modules",
             user=_user().pw_name,
             group=_user().pw_gid,
-            path=os.pathsep.join(map(str, path)),
-            app=HERE / "installed_app.py",
+            path=code,
+            app=code / "installed_app.py",
         )
     )
     command = ["/usr/sbin/apache2", "-f", str(configuration), "-DFOREGROUND"]
