@@ -1,0 +1,223 @@
+"""One HTTP connection to OpenMeter: the only module that opens a socket."""
+
+from __future__ import annotations
+
+# getaddrinfo() imports this codec on its first call; an import in a thread at the
+# moment of a fork leaves the child with a lock that nobody will release.
+import encodings.idna  # noqa: F401
+import re
+import time
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import requests
+import urllib3
+from requests.auth import AuthBase
+
+from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
+from openmeter_wsgi.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from openmeter_wsgi.api_key import ApiKey
+
+_TRY_LATER = {408, 429}
+#: Of an answer no more is read than what a log line can use.
+MAX_ANSWER_BYTES = 65_536
+_MAX_REASON = 500
+#: A wait longer than this is taken for a mistake of the server.
+MAX_RETRY_AFTER = 3_600.0
+
+
+class Reply(NamedTuple):
+    """What the server answered."""
+
+    status: int
+    headers: requests.structures.CaseInsensitiveDict[str]
+    #: The start of the body, without our key should the server repeat it.
+    body: bytes
+
+    @property
+    def is_page(self) -> bool:
+        """Whether it is a web page, as a proxy or a login shows it."""
+        content_type = self.headers.get("Content-Type", "").lower()
+        return "html" in content_type or self.body.lstrip()[:1] == b"<"
+
+
+class _Bearer(AuthBase):
+    """The key, or none. Given always, or requests would look into a .netrc."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key is not None:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+class Connection:
+    """Requests to one server under one key.
+
+    Belongs to one thread of one process. Verification of certificates, proxies
+    and CA bundles are as requests does them. Redirects are never followed: a 301
+    makes a GET of a POST, whose 200 would pass for a delivery.
+    """
+
+    def __init__(
+        self, *, key: ApiKey, timeout: float, max_answer_bytes: int = MAX_ANSWER_BYTES
+    ) -> None:
+        self._key = key
+        self._timeout = timeout
+        self._max_answer_bytes = max_answer_bytes
+        self._session: requests.Session | None = None
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Send one request; after a 401 once more, if the key is another one now.
+
+        :raises Unavailable: if there is no answer.
+        :raises Held: if the configuration makes every attempt vain.
+        """
+        reply = self._attempt(method, url, data, headers)
+        if reply.status == 401 and self._renew_key():
+            reply = self._attempt(method, url, data, headers)
+        return reply._replace(body=self._without_key(reply.body))
+
+    def close(self) -> None:
+        """Close the connections. The next request opens new ones."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _attempt(
+        self,
+        method: str,
+        url: str,
+        data: bytes | None,
+        headers: Mapping[str, str] | None,
+    ) -> Reply:
+        if self._session is None:
+            self._session = requests.Session()
+            self._session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
+        try:
+            response = self._session.request(
+                method,
+                url,
+                data=data,
+                headers=headers,
+                auth=_Bearer(self._current_key()),
+                timeout=self._timeout,
+                allow_redirects=False,
+                stream=True,
+            )
+        except OSError as error:
+            raise _no_answer(error, url) from error
+        body = _read(response, self._max_answer_bytes)
+        return Reply(response.status_code, response.headers, body)
+
+    def _without_key(self, body: bytes) -> bytes:
+        key = self._key.known
+        return body.replace(key.encode(), b"[api_key]") if key else body
+
+    def _current_key(self) -> str | None:
+        try:
+            return self._key.current()
+        except ValueError as error:
+            raise Held(str(error)) from error
+
+    def _renew_key(self) -> bool:
+        try:
+            return self._key.renew()
+        except ValueError as error:
+            raise Held(str(error), status=401) from error
+
+
+def _read(response: requests.Response, at_most: int) -> bytes:
+    """Read the start of an answer; the status alone already says the most."""
+    try:
+        body: bytes = response.raw.read(at_most, decode_content=True)
+    except (urllib3.exceptions.HTTPError, OSError):
+        body = b""
+        response.close()
+    else:
+        if len(body) == at_most:
+            response.close()  # the rest stays unread, so the connection ends here
+    return body
+
+
+def _no_answer(error: OSError, url: str) -> DeliveryError:
+    """Say what an attempt without an answer means, and if it may have arrived."""
+    reason = f"{type(error).__name__}: {error}"
+    if not isinstance(error, requests.RequestException) or isinstance(
+        error, requests.exceptions.SSLError | ValueError
+    ):
+        # What is no RequestException is a CA bundle that is not there.
+        return Held(f"cannot talk to {url}: {reason}")
+    cause = error.args[0] if error.args else None
+    cause = getattr(cause, "reason", cause)
+    if isinstance(cause, urllib3.exceptions.ProxyError):
+        # A connection lost after the request was sent is called one, too.
+        cause = cause.original_error
+    never_connected = isinstance(
+        cause,
+        urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError,
+    )
+    # A tunnel that a proxy refuses is an OSError and none of its subclasses.
+    return Unavailable(
+        reason, ambiguous=not never_connected and type(cause) is not OSError
+    )
+
+
+def failure(reply: Reply) -> Unavailable | Held:
+    """Return what an answer means that is not what was hoped for."""
+    status, headers, body = reply
+    if status < 300 and reply.is_page:
+        return Held("a web page instead of an OpenMeter server", status=status)
+    said = reason(body)
+    if status in _TRY_LATER or 500 <= status <= 599:
+        return Unavailable(
+            said,
+            status=status,
+            retry_after=_retry_after(headers.get("Retry-After")),
+            # OpenMeter stops at the first event that it cannot process: those
+            # before it are taken. A 503 comes from a proxy that asked nobody.
+            ambiguous=status >= 500 and status != 503,
+        )
+    if 300 <= status <= 399:
+        said = f"a redirect to {headers.get('Location')!r}, which is not followed"
+    return Held(said, status=status)
+
+
+def reason(body: bytes) -> str:
+    """Return what the server said, from a problem document (RFC 9457) if it is one."""
+    text = body.decode(errors="replace")
+    try:
+        problem = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        problem = None
+    if isinstance(problem, dict):
+        text = str(problem.get("detail") or problem.get("title") or text)
+    # One line, whatever is in it: control characters could forge another.
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()[:_MAX_REASON]
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After asks for (RFC 9110, 10.2.3)."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return min(float(value), MAX_RETRY_AFTER)
+    try:
+        moment = parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)
