@@ -4,13 +4,13 @@ import threading
 
 import pytest
 
-from openmeter_wsgi.delivery.ownership import Owner, elected, is_alive, remove_lock
+from openmeter_wsgi.ownership import Owner, elected, is_alive, remove_lock
 from spooling import Process, until
 
 OWNING = """
 import sys
 from pathlib import Path
-from openmeter_wsgi.delivery.ownership import Owner
+from openmeter_wsgi.ownership import Owner
 
 owner = Owner.register(Path(sys.argv[1]))
 print(owner.token, flush=True)
@@ -20,7 +20,7 @@ sys.stdin.read()
 ELECTED = """
 import sys
 from pathlib import Path
-from openmeter_wsgi.delivery.ownership import elected
+from openmeter_wsgi.ownership import elected
 
 print("waits", flush=True)
 with elected(Path(sys.argv[1])) as won:
@@ -46,7 +46,7 @@ def test_an_owner_of_this_process_lives_and_asking_does_not_kill_it(tmp_path):
     owner = Owner.register(tmp_path)
     asking = f"""
 from pathlib import Path
-from openmeter_wsgi.delivery.ownership import is_alive
+from openmeter_wsgi.ownership import is_alive
 print(is_alive(Path({str(tmp_path)!r}), {owner.token!r}))
 """
     assert is_alive(tmp_path, owner.token)
@@ -143,7 +143,7 @@ def test_two_directories_may_wait_for_each_others_senders(tmp_path):
 BOTH = """
 import sys, threading
 from pathlib import Path
-from openmeter_wsgi.delivery.ownership import elected
+from openmeter_wsgi.ownership import elected
 
 def wait_for_a():
     with elected(Path(sys.argv[1])):

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from openmeter_wsgi.delivery import ownership
+from openmeter_wsgi import ownership
 from openmeter_wsgi.delivery.dead_letters import DeadLetters
 from openmeter_wsgi.delivery.doubt import RecordingClient
 from openmeter_wsgi.delivery.journal import Journal, JournalClosed

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi.commands.locks import holder
 from openmeter_wsgi.delivery import progress
-from openmeter_wsgi.delivery.ownership import ELECTION, LOCK
 from openmeter_wsgi.delivery.segment import (
     Piece,
     SegmentName,
@@ -18,6 +17,7 @@ from openmeter_wsgi.delivery.segment import (
     read_live,
     read_name,
 )
+from openmeter_wsgi.ownership import ELECTION, LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

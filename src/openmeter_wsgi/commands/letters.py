@@ -16,8 +16,8 @@ import msgspec
 
 from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS
 from openmeter_wsgi.delivery.journal import Journal
-from openmeter_wsgi.delivery.ownership import elected
 from openmeter_wsgi.delivery.segment import WRITTEN, is_event, open_file, read_name
+from openmeter_wsgi.ownership import elected
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -23,8 +23,8 @@ from openmeter_wsgi.commands.opening import (
     spool_options,
 )
 from openmeter_wsgi.commands.output import printable
-from openmeter_wsgi.delivery.ownership import ELECTION
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.ownership import ELECTION
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Protocol
 
-from openmeter_wsgi.delivery.segment import MAPPED, SEALED, UNFINISHED, SegmentName
+from openmeter_wsgi.delivery.segment import MAPPED, SEALED, SegmentName
+from openmeter_wsgi.ownership import UNFINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable

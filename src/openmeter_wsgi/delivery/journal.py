@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.forms import Segment, make_segment
-from openmeter_wsgi.delivery.ownership import Owner
 from openmeter_wsgi.delivery.segment import SEGMENT_BYTES, SegmentName, read_name
 from openmeter_wsgi.errors import SpoolError, SpoolFull
+from openmeter_wsgi.ownership import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable

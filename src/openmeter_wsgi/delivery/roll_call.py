@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.delivery.ownership import is_alive, owner_of_lock, remove_lock
+from openmeter_wsgi.ownership import is_alive, owner_of_lock, remove_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

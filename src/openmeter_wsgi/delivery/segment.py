@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from openmeter_wsgi.ownership import UNFINISHED
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -22,8 +24,6 @@ SEGMENT_BYTES = 2 * 1024 * 1024
 
 MAPPED, WRITTEN = "mapped", "written"
 SEALED = ".sealed"
-#: Follows the name of a file that is being made.
-UNFINISHED = ".new"
 _CHUNK_BYTES = 256 * 1024
 _NAME = re.compile(
     r"(\d{13,})-([0-9a-f]{24})-(\d{8,})\.(mapped|written)(\.sealed)?(\.new)?"

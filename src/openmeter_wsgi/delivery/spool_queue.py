@@ -16,11 +16,11 @@ from openmeter_wsgi.delivery.dead_letters import DeadLetters
 from openmeter_wsgi.delivery.doubt import RecordingClient
 from openmeter_wsgi.delivery.intake import Intake
 from openmeter_wsgi.delivery.keeper import FLUSH, Keeper
-from openmeter_wsgi.delivery.ownership import elected
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
 from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Sender
 from openmeter_wsgi.delivery.spool import Spool
+from openmeter_wsgi.ownership import elected
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,14 +19,14 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from openmeter_wsgi.delivery.segment import UNFINISHED, open_file
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 LOCK = ".lock"
 ELECTION = "sender.lock"
+#: Follows the name of a file that is being made.
+UNFINISHED = ".new"
 _OWNER = re.compile(r"([0-9a-f]{24})\.lock(\.new)?")
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -48,16 +48,17 @@ class Owner:
         self._fd = fd
 
     @classmethod
-    def register(cls, directory: Path) -> Self:
-        """Make a new owner.
+    def register(cls, directory: Path, token: str | None = None) -> Self:
+        """Make a new owner; *token*, if given, must be one of `new_token`.
 
         The file appears under its name only when it is locked: nobody can take it
         for that of a dead one.
 
         :raises OSError: if the directory cannot take it.
         """
+        given = token
         while True:
-            token = secrets.token_hex(12)
+            token = given or new_token()
             path = directory / (token + LOCK)
             unfinished = path.with_name(path.name + UNFINISHED)
             _held.add((os.getpid(), token))
@@ -73,6 +74,11 @@ class Owner:
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
         _held.discard((os.getpid(), self.token))
+
+
+def new_token() -> str:
+    """Return a name that no other owner has, on any host."""
+    return secrets.token_hex(12)
 
 
 def owner_of_lock(name: str) -> str | None:
@@ -143,7 +149,7 @@ def _election_lock(path: Path, *, wait: bool) -> Iterator[bool]:
 def _try_lock(path: Path) -> Iterator[bool]:
     """Lock the file if nobody holds it; a file that is not there is free."""
     try:
-        fd = open_file(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True
         return
