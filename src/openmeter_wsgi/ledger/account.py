@@ -1,0 +1,290 @@
+"""One balance as one process sees it: a leased chunk, and what became of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from openmeter_wsgi import log
+from openmeter_wsgi.ledger.spending import Spending
+from openmeter_wsgi.ledger.terms import Answer, Lease, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+logger = log.get_logger(__name__)
+
+#: What is leased and lies idle for so many seconds goes back.
+IDLE = 0.5
+#: What was spent is handed in after so many seconds at the latest.
+HAND_IN = 1.0
+#: "Nothing left" is believed for so many seconds.
+REFUSAL = 0.25
+#: No request waits longer for others that ask for the same account.
+_PATIENCE = 0.25
+
+
+class Refusal(NamedTuple):
+    """Not enough is left."""
+
+    #: Only because of what is in flight or leased and may come back: within a second
+    #: or two another try may go better. Else it takes a new answer.
+    held_back: bool
+    #: What is left all the same.
+    available: float
+
+
+class Reservation:
+    """An amount set aside for one request."""
+
+    __slots__ = ("_account", "_amount")
+
+    def __init__(self, account: Account, amount: float) -> None:
+        self._account = account
+        self._amount: float | None = amount
+
+    def settle(self, amount: float) -> None:
+        """Say what it came to, 0 if nothing. Once; later calls do nothing.
+
+        Any thread, finalisers too; never asks the store.
+        """
+        account = self._account
+        now = account.clock()
+        account.acquire()
+        try:
+            reserved, self._amount = self._amount, None
+            if reserved is None:
+                return
+            account.in_flight -= reserved
+            account.chunk += reserved - amount
+            if amount:
+                spending = account.spending
+                if 0.0 <= now - spending.second < 1.0:
+                    spending.amount += amount
+                else:
+                    spending.add(int(now), amount)
+        finally:
+            account.release()
+
+
+class Begun(NamedTuple):
+    """An exchange that is under way."""
+
+    request: Request
+    #: What goes back with it.
+    chunk: float
+
+
+class Account:
+    """What one process may spend of one balance. Any thread.
+
+    The lock is held for a few instructions, never while a store is asked. It can be
+    taken again by a finaliser that settles in the middle of them: each instruction
+    changes one amount, so none is lost.
+    """
+
+    __slots__ = (
+        "_answer", "_asking", "_available", "_exchange", "_handed_in_at", "_refusal",
+        "_store", "_used_at", "_visibility_lag", "_wanted", "_was_used", "acquire",
+        "chunk", "clock", "in_flight", "key", "lock", "release", "spending",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: str,
+        exchange: Callable[[Sequence[Request]], list[Lease]],
+        *,
+        visibility_lag: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.key = key
+        self.clock = clock
+        self.lock = threading.RLock()
+        #: On the fast path: a with statement costs as much as all of the rest.
+        self.acquire, self.release = self.lock.acquire, self.lock.release
+        #: Leased and free. Below zero: spent beyond what was leased.
+        self.chunk = 0.0
+        #: Leased and reserved.
+        self.in_flight = 0.0
+        self.spending = Spending()
+        self._exchange = exchange
+        self._visibility_lag = visibility_lag
+        self._answer: Answer | None = None
+        #: One at a time asks the store; the others find what it brings.
+        self._asking = threading.Lock()
+        self._store: str | None = None
+        self._available = 0.0
+        self._refusal: tuple[float, float, Refusal] | None = None
+        self._was_used = False
+        self._used_at = self._handed_in_at = clock()
+        #: The amount last asked for: a chunk should be worth some of these.
+        self._wanted = 0.0
+
+    def reserve(self, amount: float) -> Reservation | Refusal:
+        """Set *amount* aside; 0 if anything at all must be left.
+
+        Without any answer of OpenMeter it is granted. Waits for the store where the
+        leased chunk does not suffice, some tenths of a second at the very most.
+        """
+        self.acquire()
+        try:
+            if suffices := self.chunk >= amount and self.chunk > 0:
+                self.chunk -= amount
+                self.in_flight += amount
+                self._was_used = True
+        finally:
+            self.release()
+        return Reservation(self, amount) if suffices else self._ask(amount)
+
+    def spend(self, amount: float) -> None:
+        """Count usage that was settled and never reserved."""
+        Reservation(self, 0.0).settle(amount)
+
+    def answered(self, balance: float, asked_at: float) -> None:
+        """Take what OpenMeter said was left, asked at *asked_at* (wall clock).
+
+        The newest one counts, whichever process has it; an older one is ignored.
+        """
+        known = self._answer
+        if known is not None and asked_at <= known.asked_at:
+            return
+        self._answer = Answer(balance, asked_at, asked_at - self._visibility_lag)
+        # Else the one who is asking now, or the next one, hands it in.
+        if self._asking.acquire(timeout=_PATIENCE):
+            try:
+                with self.lock:
+                    self.spending.forget_before(asked_at - 2 * self._visibility_lag)
+                self._refusal = None
+                self._renew(self._wanted if self._is_busy else None)
+            finally:
+                self._asking.release()
+
+    def available(self) -> float:
+        """Return about how much is left, without asking the store."""
+        return max(self._available + self.chunk, 0.0)
+
+    # -- Asking the store
+
+    def _ask(self, amount: float) -> Reservation | Refusal:
+        if refusal := self._remembered(amount):
+            return refusal
+        if not self._asking.acquire(timeout=_PATIENCE):
+            return self._overdraw(amount)
+        try:
+            with self.lock:
+                if self.chunk >= amount and self.chunk > 0:  # another one has asked
+                    return self._overdraw(amount)
+            if refusal := self._remembered(amount):
+                return refusal
+            self._wanted = amount
+            self._was_used = True
+            lease = self._renew(amount)
+            if lease is None or lease.granted is not None:
+                return self._overdraw(amount)
+            return self._refuse(amount, lease)
+        finally:
+            self._asking.release()
+
+    def _overdraw(self, amount: float) -> Reservation:
+        """Take what was granted, though another one may be faster and take it, too.
+
+        Where no store can say anything in time, nobody is refused for that.
+        """
+        with self.lock:
+            self.chunk -= amount
+            self.in_flight += amount
+        return Reservation(self, amount)
+
+    def _remembered(self, amount: float) -> Refusal | None:
+        known = self._refusal
+        if known is None:
+            return None
+        at, refused, refusal = known
+        if amount >= refused and 0 <= self.clock() - at < REFUSAL:
+            return refusal
+        return None
+
+    def _refuse(self, amount: float, lease: Lease) -> Refusal:
+        held_back = lease.room >= amount and lease.room > 0
+        refusal = Refusal(held_back, max(lease.available, 0.0))
+        self._refusal = (self.clock(), amount, refusal)
+        return refusal
+
+    def _renew(self, wanted: float | None) -> Lease | None:
+        """Exchange what there is for a new chunk; None if that was impossible."""
+        begun = self.begin(wanted)
+        try:
+            (lease,) = self._exchange([begun.request])
+            return self.finish(begun, lease)
+        except Exception:
+            logger.exception("%s: broke off, and nobody is refused for it", "ledger")
+            self.fail(begun)
+            return None
+
+    # -- One exchange, in steps: the ledger makes many at once
+
+    def begin(self, wanted: float | None) -> Begun:
+        """Take out what is to be handed in, and the chunk that goes back with it."""
+        with self.lock:
+            chunk, self.chunk = self.chunk, 0.0
+            spent = self.spending.take()
+            held = self.in_flight
+        return Begun(Request(self.key, held, wanted, spent, self._answer), chunk)
+
+    def finish(self, begun: Begun, lease: Lease) -> Lease:
+        """Put in what the store granted."""
+        request = begun.request
+        if self._store is not None and self._store != lease.store:
+            # Another store, or one that was lost: it is told what it should know.
+            with self.lock:
+                recent = self.spending.recent(but=request.spent)
+            (lease,) = self._exchange([request._replace(spent=recent)])
+        self._store = lease.store
+        granted = lease.granted or 0.0
+        with self.lock:
+            self.chunk += granted
+        self._available = lease.available - granted
+        self._handed_in_at = self.clock()
+        return lease
+
+    def fail(self, begun: Begun) -> None:
+        """Put back what could not be handed in."""
+        with self.lock:
+            self.chunk += begun.chunk
+            self.spending.put_back(begun.request.spent)
+
+    # -- Tending
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._was_used or 0 <= self.clock() - self._used_at < IDLE
+
+    def due(self, now: float) -> bool:
+        """Say whether there is something to hand in or to give back now."""
+        if self._was_used:
+            self._was_used = False
+            self._used_at = now
+        if self.chunk and not 0 <= now - self._used_at < IDLE:
+            return True
+        if self.chunk or self.spending:
+            return not 0 <= now - self._handed_in_at < HAND_IN
+        return False
+
+    def try_begin(self, *, giving_up: bool = False) -> Begun | None:
+        """Begin an exchange, unless a request is about it just now.
+
+        It is over with `end`.
+        """
+        if not self._asking.acquire(blocking=False):
+            return None
+        renew = self._is_busy and not giving_up
+        return self.begin(self._wanted if renew else None)
+
+    def end(self) -> None:
+        """Let others ask."""
+        self._asking.release()
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing would be missed if it were forgotten."""
+        return not (self.chunk or self.in_flight or self.spending)

@@ -1,0 +1,110 @@
+"""One store in place of another, for as long as that one is away."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+from openmeter_wsgi import log
+from openmeter_wsgi.ledger.terms import StoreAway
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from openmeter_wsgi.ledger.terms import Lease, Lessee, Request, Store
+
+logger = log.get_logger(__name__)
+
+_Result = TypeVar("_Result")
+
+#: A store that failed is left alone for so many seconds.
+RETRY_DELAY = 2.0
+
+
+class FallingBack:
+    """Asks the first store that can be asked; the last one always can.
+
+    A store that comes back finds out from the ledgers what it missed.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self._stores = stores
+        #: Until when each is left alone, by the monotonic clock; 0.0: it is well.
+        self._away_until = [0.0] * len(stores)
+
+    @property
+    def origin(self) -> str | None:
+        """The name of the spool, if a store is beside one and can be read."""
+        for store in self._stores:
+            with contextlib.suppress(StoreAway):
+                if (origin := store.origin) is not None:
+                    return origin
+        return None
+
+    def exchange(
+        self, lessee: Lessee, requests: Sequence[Request], now: float
+    ) -> list[Lease]:
+        """See :class:`Store`."""
+        if not requests:
+            return []
+        return self._ask(lambda store: store.exchange(lessee, requests, now), lessee)
+
+    def publish(self, lessee: Lessee, until: float, now: float) -> None:
+        """See :class:`Store`."""
+        self._ask(lambda store: store.publish(lessee, until, now), lessee)
+
+    def look(self, lessee: Lessee, now: float) -> bool:
+        """See :class:`Store`."""
+        return self._ask(lambda store: store.look(lessee, now), lessee)
+
+    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+        """See :class:`Store`."""
+        return self._ask(lambda store: store.take_question(rate, reserve=reserve))
+
+    def leave(self, lessee: Lessee, now: float) -> None:
+        """Leave all of them."""
+        for store in self._stores:
+            with contextlib.suppress(StoreAway):
+                store.leave(lessee, now)
+
+    def close(self) -> None:
+        """Close all of them."""
+        for store in self._stores:
+            store.close()
+
+    def _ask(
+        self, call: Callable[[Store], _Result], lessee: Lessee | None = None
+    ) -> _Result:
+        *others, last = self._stores
+        for number, store in enumerate(others):
+            away_until = self._away_until[number]
+            if time.monotonic() < away_until:
+                continue
+            if away_until:  # one tries it, the others go on as before
+                self._away_until[number] = time.monotonic() + RETRY_DELAY
+            try:
+                result = call(store)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is away
+                self._away_until[number] = time.monotonic() + RETRY_DELAY
+                self._say_away(error, self._stores[number + 1])
+                continue
+            if away_until:
+                self._came_back(number, lessee)
+            return result
+        return call(last)
+
+    def _say_away(self, error: Exception, other: Store) -> None:
+        logger.error(
+            "%s: quotas are counted by %s until that is mended, and may be overshot",
+            error, other,
+            exc_info=None if isinstance(error, StoreAway) else error,
+        )  # fmt: skip
+
+    def _came_back(self, number: int, lessee: Lessee | None) -> None:
+        self._away_until[number] = 0.0
+        logger.warning("%s: quotas are counted here again", self._stores[number])
+        if lessee is not None:  # or its leases would stay there, and be in the way
+            for store in self._stores[number + 1 :]:
+                with contextlib.suppress(StoreAway):
+                    store.leave(lessee, time.time())

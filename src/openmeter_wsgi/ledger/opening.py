@@ -1,0 +1,30 @@
+"""Which stores there are, and which stands in for which."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.ledger.falling_back import FallingBack
+from openmeter_wsgi.ledger.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.ledger.terms import Store
+
+
+def open_store(
+    spool_dir: str | os.PathLike[str] | None = None, redis_url: str | None = None
+) -> Store:
+    """Return the store of many hosts (Redis), of this one, or of this process.
+
+    With Redis and a spool the store in *spool_dir* stands in while Redis is away;
+    in the place of both, and without either, each process counts for itself. What is
+    returned never raises StoreAway, and touches nothing before its first use.
+    """
+    stores: list[Store] = []
+    if redis_url is not None:
+        raise NotImplementedError("redis_url")
+    if spool_dir is not None:
+        stores.append(SqliteStore(Path(os.path.abspath(spool_dir))))
+    return FallingBack([*stores, SqliteStore()])
