@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.segment import open_file, read_name, whole_end
 from openmeter_wsgi.delivery.waking import Signal
+from openmeter_wsgi.delivery.watermark import Watermark
 from openmeter_wsgi.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Keeper:
         #: How far each segment is on the disk, by its key.
         self._synced: dict[str, int] = {}
         self._names: set[str] = set()
+        self._watermark = Watermark(directory)
 
     def start(self) -> None:
         """Start the thread. Without one, writers prepare segments themselves."""
@@ -92,17 +94,20 @@ class Keeper:
     def look(self) -> None:
         """See who asks for delivery; bring on the disk what was put.
 
-        From then on it survives a loss of power.
+        From then on it survives a loss of power. Say how far all is delivered.
         """
+        moment = self._watermark.begin_look()
         entries = os.listdir(self._directory)
         if FLUSH in entries:
             (self._directory / FLUSH).unlink(missing_ok=True)
             self._hurry()
         names = {entry: name for entry in entries if (name := read_name(entry))}
+        saw_all = True
         for entry, name in names.items():
             try:
                 fd = open_file(self._directory / entry)
             except FileNotFoundError:  # sealed or delivered meanwhile
+                saw_all = False
                 continue
             try:
                 synced = self._synced.get(name.key, 0)
@@ -117,6 +122,8 @@ class Keeper:
             keys = {name.key for name in names.values()}
             self._synced = {k: v for k, v in self._synced.items() if k in keys}
             self._sync_directory()
+        if moment is not None and saw_all:
+            self._watermark.publish(moment, dict(self._synced))
 
     def _sync_directory(self) -> None:
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
+
+from openmeter_wsgi.delivery.watermark import Marks
 
 if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
@@ -37,6 +40,11 @@ class MemoryQueue:
         self._done = 0
         self._done_bytes = 0
         self._moved = threading.Condition()
+        #: How many were ever taken, and the numbers of those that are not done, by
+        #: their object's id.
+        self._last_taken = 0
+        self._numbers: dict[int, int] = {}
+        self._marks: Marks[int] = Marks()
 
     def put(self, event: bytes) -> int:
         """Append *event* and return how many wait now; 0 if there was no room.
@@ -75,7 +83,10 @@ class MemoryQueue:
                 size += len(self._events[0])
                 if batch and size > max_bytes:
                     break
-                batch.append(self._events.popleft())
+                event = self._events.popleft()
+                batch.append(event)
+                self._last_taken += 1
+                self._numbers[id(event)] = self._last_taken
             self._taken += len(batch)
         return batch
 
@@ -85,7 +96,17 @@ class MemoryQueue:
             self._taken -= len(events)
             self._done += len(events)
             self._done_bytes += sum(map(len, events))
+            for event in events:
+                self._numbers.pop(id(event), None)
             self._moved.notify_all()
+
+    def delivered_until(self) -> float:
+        """Return a moment (wall clock) before which all that was put is done."""
+        with self._moved:
+            moment = time.time()  # before the count: what comes later belongs to it
+            self._marks.add(moment, self._last_taken + len(self._events))
+            oldest = min(self._numbers.values(), default=self._last_taken + 1)
+            return self._marks.reached(lambda put: put < oldest)
 
     def wait_until_done(self, timeout: float | None) -> bool:
         """Wait until all that waits now is done, and say whether it is."""

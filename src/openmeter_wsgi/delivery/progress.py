@@ -106,6 +106,11 @@ def add(ranges: Ranges, start: int, end: int) -> None:
     ranges[at:after] = [(start, end)]
 
 
+def first_gap(ranges: Ranges) -> int:
+    """Return up to where all is done, from the beginning."""
+    return ranges[0][1] if ranges and ranges[0][0] == 0 else 0
+
+
 def subtract(ranges: Ranges, start: int, end: int) -> Ranges:
     """Return *ranges* without what is from *start* to *end*."""
     left: Ranges = []

@@ -67,6 +67,13 @@ class DeliveryQueue(BackgroundDelivery):
         """How many events are not delivered yet."""
         return self._events.waiting
 
+    def delivered_until(self) -> float:
+        """Return a moment (wall clock) before which all that was put is delivered.
+
+        It moves on only when it is asked for, best about twice a second.
+        """
+        return self._events.delivered_until()
+
     def flush(self, timeout: float | None = None) -> bool:
         """Send what waits now, and say whether all of it is done within *timeout*."""
         if not self.waiting:

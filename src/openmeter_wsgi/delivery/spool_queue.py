@@ -10,7 +10,7 @@ from time import monotonic as now
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import watching
+from openmeter_wsgi.delivery import watching, watermark
 from openmeter_wsgi.delivery.background import BackgroundDelivery
 from openmeter_wsgi.delivery.dead_letters import DeadLetters
 from openmeter_wsgi.delivery.doubt import RecordingClient
@@ -109,6 +109,16 @@ class SpoolQueue(BackgroundDelivery):
         """
         fallback = self._intake.fallback
         return watching.waiting(self._directory) + (fallback.waiting if fallback else 0)
+
+    def delivered_until(self) -> float:
+        """Return a moment (wall clock) before which all that was put is delivered.
+
+        By any process; 0.0 if none is known. What waits in the memory of another
+        process, because the disk takes nothing, is not seen.
+        """
+        until = watermark.read(self._directory)
+        fallback = self._intake.fallback
+        return min(until, fallback.delivered_until()) if fallback else until
 
     def flush(self, timeout: float | None = None) -> bool:
         """Have delivered what waits now, and say whether it is within *timeout*.

@@ -30,7 +30,7 @@ def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
     done = _done(directory)
     for name in _names(directory):
         if owner in {None, name.owner}:
-            start = _first_gap(done.get(name.key, []))
+            start = progress.first_gap(done.get(name.key, []))
             if (fd := _opened(directory, name)) is not None:
                 with open(fd, "rb", buffering=0):
                     found[name.key] = whole_end(fd, start)
@@ -45,7 +45,7 @@ def all_done(directory: Path, ends: dict[str, int]) -> bool:
     there = {name.key for name in _names(directory)}
     done = _done(directory)
     return all(
-        key not in there or _first_gap(done.get(key, [])) >= end
+        key not in there or progress.first_gap(done.get(key, [])) >= end
         for key, end in ends.items()
     )
 
@@ -73,7 +73,7 @@ def waiting(directory: Path) -> int:
         with open(fd, "rb", buffering=0):
             size = os.fstat(fd).st_size
             if counted > _COUNTED_BYTES:
-                rest += size - _first_gap(ranges)
+                rest += size - progress.first_gap(ranges)
                 continue
             start = 0
             for low, high in [*ranges, (size, size)]:
@@ -110,7 +110,3 @@ def _opened(directory: Path, name: SegmentName) -> int | None:
         except OSError:  # sealed or deleted meanwhile
             continue
     return None
-
-
-def _first_gap(done: progress.Ranges) -> int:
-    return done[0][1] if done and done[0][0] == 0 else 0

@@ -84,9 +84,9 @@ class Account:
     """
 
     __slots__ = (
-        "_answer", "_asking", "_available", "_exchange", "_handed_in_at", "_refusal",
-        "_store", "_used_at", "_visibility_lag", "_wanted", "_was_used", "acquire",
-        "chunk", "clock", "in_flight", "key", "lock", "release", "spending",
+        "_answer", "_asking", "_available", "_exchange", "_handed_in_at", "_name",
+        "_refusal", "_store", "_used_at", "_visibility_lag", "_wanted", "_was_used",
+        "acquire", "chunk", "clock", "in_flight", "key", "lock", "release", "spending",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +98,8 @@ class Account:
         clock: Callable[[], float],
     ) -> None:
         self.key = key
+        # A subject may hold what no database takes as text.
+        self._name = key.encode(errors="backslashreplace").decode()
         self.clock = clock
         self.lock = threading.RLock()
         #: On the fast path: a with statement costs as much as all of the rest.
@@ -229,7 +231,7 @@ class Account:
             chunk, self.chunk = self.chunk, 0.0
             spent = self.spending.take()
             held = self.in_flight
-        return Begun(Request(self.key, held, wanted, spent, self._answer), chunk)
+        return Begun(Request(self._name, held, wanted, spent, self._answer), chunk)
 
     def finish(self, begun: Begun, lease: Lease) -> Lease:
         """Put in what the store granted."""

@@ -18,8 +18,10 @@ logger = log.get_logger(__name__)
 
 _Result = TypeVar("_Result")
 
-#: A store that failed is left alone for so many seconds.
+#: A store that failed is tried again after so many seconds, in the background.
 RETRY_DELAY = 2.0
+#: After so many more it is tried by a request: nobody works in the background.
+_TENDED = 10.0
 
 
 class FallingBack:
@@ -56,7 +58,7 @@ class FallingBack:
 
     def look(self, lessee: Lessee, now: float) -> bool:
         """See :class:`Store`."""
-        return self._ask(lambda store: store.look(lessee, now), lessee)
+        return self._ask(lambda store: store.look(lessee, now), lessee, late=0.0)
 
     def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
         """See :class:`Store`."""
@@ -74,12 +76,16 @@ class FallingBack:
             store.close()
 
     def _ask(
-        self, call: Callable[[Store], _Result], lessee: Lessee | None = None
+        self,
+        call: Callable[[Store], _Result],
+        lessee: Lessee | None = None,
+        *,
+        late: float = _TENDED,
     ) -> _Result:
         *others, last = self._stores
         for number, store in enumerate(others):
             away_until = self._away_until[number]
-            if time.monotonic() < away_until:
+            if away_until and time.monotonic() < away_until + late:
                 continue
             if away_until:  # one tries it, the others go on as before
                 self._away_until[number] = time.monotonic() + RETRY_DELAY

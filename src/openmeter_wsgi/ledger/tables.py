@@ -28,7 +28,7 @@ KEPT_WATERMARKS = 600.0
 #: Accounts that nobody used for so many seconds are forgotten.
 KEPT_ACCOUNTS = 3_600.0
 #: Watermarks of one origin are at least so many seconds apart.
-_INTERVAL = 0.2
+WATERMARKS = 0.2
 #: The origin of all who share the spool beside this file.
 _HOST = "host"
 
@@ -68,7 +68,9 @@ def name(db: sqlite3.Connection, what: str) -> str:
 def enter(db: sqlite3.Connection, lessee: Lessee) -> None:
     """Write down that the lessee is there."""
     row = (lessee.token, _origin(lessee))
-    db.execute("INSERT OR IGNORE INTO lessees VALUES (?, ?)", row)
+    entered = db.execute("INSERT OR IGNORE INTO lessees VALUES (?, ?)", row).rowcount
+    if entered and lessee.is_alone:  # it had been given up, and is back
+        db.execute("DELETE FROM watermarks WHERE origin = ?", (lessee.token,))
 
 
 def lessees(db: sqlite3.Connection) -> list[Lessee]:
@@ -114,7 +116,7 @@ def publish(db: sqlite3.Connection, lessee: Lessee, until: float, now: float) ->
         "SELECT at, until FROM watermarks WHERE origin = ? ORDER BY at DESC LIMIT 1",
         (origin,),
     ).fetchone()
-    if newest and (until <= newest[1] or now < newest[0] + _INTERVAL):
+    if newest and (until <= newest[1] or now < newest[0] + WATERMARKS):
         return
     row = (origin, now, until)
     db.execute("INSERT OR REPLACE INTO watermarks VALUES (?, ?, ?)", row)

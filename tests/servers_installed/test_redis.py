@@ -1,0 +1,210 @@
+"""The ledger on a real Redis."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+import redis
+
+from ledger_contract import START, LedgerContract
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
+from openmeter_wsgi.ledger.redis_store import LIFETIME, SILENCE, RedisStore
+from spooling import until
+
+
+class Redis:
+    """A server of our own, on 127.0.0.1."""
+
+    def __init__(self, directory):
+        self._directory = directory
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        self._process = subprocess.Popen(
+            [
+                "/usr/bin/redis-server", "--port", str(self.port), "--save", "",
+                "--bind", "127.0.0.1", "--dir", str(self._directory),
+            ],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        until(self._answers)
+
+    def _answers(self):
+        with redis.Redis.from_url(self.url) as client:
+            try:
+                return client.ping()
+            except redis.ConnectionError:
+                return False
+
+    def stop(self):
+        with self._process:
+            self._process.kill()
+
+    def pause(self):
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self):
+        self._process.send_signal(signal.SIGCONT)
+
+    def keys(self):
+        with redis.Redis.from_url(self.url, decode_responses=True) as client:
+            return {key: client.ttl(key) for key in client.scan_iter()}
+
+    def flush(self):
+        with redis.Redis.from_url(self.url) as client:
+            client.flushall()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Redis(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _empty(server):
+    server.flush()
+
+
+class TestRedisStore(LedgerContract):
+    @pytest.fixture
+    def new_store(self, clock, server):
+        stores = []
+
+        def new():
+            stores.append(RedisStore(server.url, clock))
+            return stores[-1]
+
+        yield new
+        for store in stores:
+            store.close()
+
+    @pytest.fixture
+    def crash(self, clock):
+        def crash(ledger):
+            """Let its lease expire; the others renew theirs meanwhile."""
+            ledger._known = None
+            clock.now += LIFETIME + 1
+
+        return crash
+
+    def test_a_host_that_is_never_heard_of_again_is_not_waited_for(
+        self, new_ledger, clock
+    ):
+        never = 0.0
+        gone = new_ledger(origin="host-1", delivered_until=lambda: never)
+        here = new_ledger(origin="host-2")
+        account = gone.account("acme")
+        account.answered(10.0, START)
+        account.reserve(10.0).settle(10.0)
+        clock.now += 1
+        gone.tend()
+        other = here.account("acme")
+        clock.now += 60
+        here.tend()
+        other.answered(10.0, clock.now)
+        assert isinstance(other.reserve(1.0), Refusal)
+        gone._known = None
+        clock.now += SILENCE + 60
+        here.tend()
+        other.answered(10.0, clock.now)
+        assert isinstance(other.reserve(10.0), Reservation)
+
+    def test_a_process_that_was_given_up_and_is_back_is_believed(
+        self, new_ledger, clock
+    ):
+        ours, others = new_ledger(delivered_until=lambda: START), new_ledger()
+        ours._origin = ours._token
+        account = ours.account("acme")
+        account.answered(10.0, START)
+        account.reserve(10.0)
+        clock.now += LIFETIME + 1
+        others.account("acme").available()
+        others.account("other").reserve(0.0)
+        others.tend()
+        clock.now += 1
+        account.spend(10.0)
+        for _ in range(20):
+            clock.now += 1
+            ours.tend()
+            others.tend()
+        account.answered(10.0, clock.now)
+        assert isinstance(account.reserve(1.0), Refusal)  # it is not delivered
+
+    def test_all_keys_share_one_hash_tag_and_those_of_accounts_expire(
+        self, new_ledger, server
+    ):
+        account = new_ledger().account("acme")
+        account.answered(1_000.0, START)
+        account.reserve(1.0).settle(1.0)
+        account.reserve(500.0)
+        kept = server.keys()
+        assert all(key.startswith("{openmeter_wsgi}:") for key in kept)
+        accounts = [key for key in kept if "acme" in key]
+        assert len(accounts) == 3
+        assert all(kept[key] > 0 for key in accounts)
+
+
+def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog):
+    ledger = Ledger(open_store(tmp_path, server.url), delivered_until=time.time)
+    account = ledger.account("acme")
+    account.answered(100.0, time.time())
+    account.reserve(40.0).settle(40.0)
+    server.stop()
+    began = time.monotonic()
+    outcome = account.reserve(50.0)
+    assert time.monotonic() - began < 1
+    assert isinstance(outcome, Reservation)
+    assert isinstance(account.reserve(20.0), Refusal)  # it knows of the 40
+    assert "Redis at 127.0.0.1" in caplog.text
+    outcome.settle(50.0)
+
+    server.start()  # and has forgotten everything
+    ledger.tend()
+    until(lambda: ledger.tend() or "counted here again" in caplog.text)
+    assert isinstance(account.reserve(20.0), Refusal)  # it was told of the 90
+    assert isinstance(account.reserve(10.0), Reservation)
+    ledger.close()
+
+
+def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplog):
+    ledger = Ledger(open_store(redis_url=server.url), delivered_until=time.time)
+    account = ledger.account("acme")
+    account.answered(100.0, time.time())
+    server.pause()
+    try:
+        began = time.monotonic()
+        assert isinstance(account.reserve(100.0), Reservation)
+        assert time.monotonic() - began < 0.5
+        began = time.monotonic()
+        for _ in range(100):
+            ledger.account("other").reserve(1.0)
+        assert time.monotonic() - began < 0.5
+    finally:
+        server.resume()
+    ledger.close()
+
+
+def test_a_password_is_not_logged(caplog):
+    ledger = Ledger(
+        open_store(redis_url="redis://:hunter2@127.0.0.1:1/0"),
+        delivered_until=time.time,
+    )
+    assert isinstance(ledger.account("acme").reserve(1.0), Reservation)
+    assert "127.0.0.1" in caplog.text
+    assert "hunter2" not in caplog.text
+    ledger.close()
+
+
+def test_a_url_of_something_else_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="redis_url"):
+        open_store(redis_url="http://127.0.0.1")
