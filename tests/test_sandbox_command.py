@@ -52,8 +52,23 @@ def test_the_options_reach_the_sandbox(tmp_path):
     with running(*options, "--fail-rate", "0") as (_, url), Api(url) as api:
         overview = api.overview()
 
-    assert overview["faults"] == {"failRate": 0.0, "latency": 0.01}
+    assert overview["faults"]["ingest"]["latency"] == 0.01
     assert (overview["dedupe"], overview["persistent"]) == (False, True)
+
+
+def test_faults_can_be_there_from_the_start():
+    faults = ["entitlements:outage", "ingest:retry-after=5", "both:latency=0.01"]
+    options = [word for fault in faults for word in ("--fault", fault)]
+    with running(*options, "--visible-after", "2.5") as (_, url), Api(url) as api:
+        overview = api.overview()
+
+    ingest, entitlements = overview["faults"].values()
+    assert (ingest["outage"], ingest["retryAfter"], ingest["latency"]) == (
+        False, 5, 0.01,
+    )  # fmt: skip
+    assert (entitlements["outage"], entitlements["retryAfter"]) == (True, None)
+    assert entitlements["latency"] == 0.01
+    assert overview["visibleAfter"] == 2.5
 
 
 def test_a_port_in_use_is_one_line_that_says_how_to_choose_another():
@@ -75,6 +90,11 @@ def test_a_port_in_use_is_one_line_that_says_how_to_choose_another():
         (["--database", "/nowhere/x.sqlite"], "--database /nowhere/x.sqlite: unable"),
         (["--database", __file__], "file is not a database"),
         (["--fail-rate", "2"], "2.0 is not in the range"),
+        (["--fault", "outage"], "'outage': expected ingest|entitlements|both:"),
+        (["--fault", "both:hang"], "'both:hang': it needs a value"),
+        (["--fault", "both:hang=long"], "could not convert string to float: 'long'"),
+        (["--fault", "both:hang=700"], "hang: expected a number from 0 to 600"),
+        (["--fault", "both:outage=1"], "an outage has no value"),
     ],
     ids=str,
 )

@@ -3,9 +3,22 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from corehttp.exceptions import HttpResponseError, ResourceExistsError
+from corehttp.exceptions import (
+    HttpResponseError,
+    ResourceExistsError,
+    ResourceNotFoundError,
+)
 from openmeter import Client
-from openmeter.models import Event, MeterCreate
+from openmeter.models import (
+    EntitlementBooleanCreateInputs,
+    EntitlementGrantCreateInputV2,
+    EntitlementMeteredV2CreateInputs,
+    EntitlementStaticCreateInputs,
+    Event,
+    MeterCreate,
+    RecurringPeriodCreateInput,
+    ResetEntitlementUsageInput,
+)
 
 from openmeter_wsgi.sandbox import Sandbox
 
@@ -97,3 +110,96 @@ def test_the_official_client_manages_customers_features_and_subjects(client):
     assert client.subjects.get("acme").key == "acme"
     client.meters.delete("tokens")
     assert client.meters.list() == []
+
+
+@pytest.fixture
+def acme(client):
+    """A customer with one entitlement of each kind."""
+    client.meters.create(meter())
+    client.customers.create({"name": "Acme", "key": "acme"})
+    client.subjects.upsert([{"key": "acme"}])
+    for key in ("sso", "plan"):
+        client.features.create({"key": key, "name": key})
+    client.features.create({"key": "tokens", "name": "T", "meterSlug": "tokens"})
+    # The models do not fill in their type, although it can only be one.
+    boolean = EntitlementBooleanCreateInputs(type="boolean", feature_key="sso")
+    static = EntitlementStaticCreateInputs(
+        type="static", feature_key="plan", config='{"seats": 3}'
+    )
+    metered = EntitlementMeteredV2CreateInputs(
+        type="metered",
+        feature_key="tokens",
+        usage_period=RecurringPeriodCreateInput(interval="MONTH"),
+        issue_after_reset=100,
+        is_soft_limit=False,
+    )
+    for entitlement in (boolean, static, metered):
+        client.customer_entitlements_v2.post("acme", entitlement)
+    client.events.ingest_event(event(3, subject="acme"))
+    return client
+
+
+def test_the_official_client_asks_for_the_value_of_an_entitlement(acme):
+    for values in (acme.customer_entitlement, acme.customer_entitlement_v2):
+        value = values.get_customer_entitlement_value("acme", "tokens")
+        assert (value.has_access, value.balance, value.usage) == (True, 70, 30)
+        assert (value.overage, value.total_available_grant_amount) == (0, 100)
+        static = values.get_customer_entitlement_value("acme", "plan")
+        assert (static.has_access, static.config) == (True, '{"seats": 3}')
+        nothing = values.get_customer_entitlement_value("acme", "misspelt")
+        assert (nothing.has_access, nothing.balance) == (False, None)
+        with pytest.raises(ResourceNotFoundError):
+            values.get_customer_entitlement_value("nobody", "tokens")
+
+    newest = acme.customer_entitlement_v2.get_customer_entitlement_value(
+        "acme", "tokens"
+    )
+    assert list(newest.grant_balances.values()) == [70]
+
+
+def test_the_official_client_asks_for_all_access_of_a_customer(acme):
+    access = acme.customer.get_customer_access("acme").entitlements
+
+    assert set(access) == {"sso", "plan", "tokens"}
+    assert access["sso"].has_access is True
+    assert access["tokens"].balance == 70
+
+
+def test_the_official_client_reads_lists_grants_resets_and_deletes(acme):
+    entitlements, one = acme.customer_entitlements_v2, acme.customer_entitlement_v2
+    found = entitlements.get("acme", "tokens")
+    assert found["isSoftLimit"] is False
+    assert entitlements.list("acme").total_count == 3
+
+    made = one.create_customer_entitlement_grant(
+        "acme",
+        "tokens",
+        EntitlementGrantCreateInputV2(amount=5, effective_at=datetime.now(UTC)),
+    )
+    granted = one.get_grants("acme", "tokens")
+
+    assert [grant.amount for grant in granted.items_property] == [100, 5]
+    assert made.entitlement_id == found["id"]
+    with pytest.raises(HttpResponseError) as refused:
+        one.reset_customer_entitlement(
+            "acme",
+            "tokens",
+            ResetEntitlementUsageInput(effective_at=datetime(2020, 1, 1, tzinfo=UTC)),
+        )
+    assert refused.value.status_code == 400
+    entitlements.delete("acme", "tokens")
+    value = one.get_customer_entitlement_value("acme", "tokens")
+    assert value.has_access is False
+
+
+def test_the_official_client_sees_a_deleted_customer(acme):
+    id_ = acme.customers.get("acme").id
+    for feature in ("sso", "plan", "tokens"):
+        acme.customer_entitlements_v2.delete("acme", feature)
+    acme.customers.delete("acme")
+
+    with pytest.raises(HttpResponseError) as refused:
+        acme.customer_entitlement.get_customer_entitlement_value(id_, "tokens")
+    assert refused.value.status_code == 412
+    with pytest.raises(ResourceNotFoundError):
+        acme.customer.get_customer_access("acme")

@@ -8,6 +8,8 @@ from flask import Flask
 
 from openmeter_wsgi.sandbox import (
     catalog,
+    customers,
+    entitlement_routes,
     events,
     guard,
     ingest,
@@ -15,8 +17,12 @@ from openmeter_wsgi.sandbox import (
     overview,
     problems,
 )
+from openmeter_wsgi.sandbox.access import Access
+from openmeter_wsgi.sandbox.customers import Customers
 from openmeter_wsgi.sandbox.dashboard_cache import DashboardCache
+from openmeter_wsgi.sandbox.entitlements import Entitlements
 from openmeter_wsgi.sandbox.parts import Parts
+from openmeter_wsgi.sandbox.questions import Questions
 from openmeter_wsgi.sandbox.resources import Resources
 from openmeter_wsgi.sandbox.tally import Tally
 
@@ -28,15 +34,16 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
-    catalog.customers,
+    customers.routes,
+    entitlement_routes.routes,
     catalog.features,
     catalog.subjects,
     overview.routes,
 )
 
 
-def create_app(store: Store, faults: Faults, *, host: str) -> Flask:
-    """Return the application that serves *store* at the address *host*."""
+def create_app(parts: Parts, *, host: str) -> Flask:
+    """Return the application that serves *parts* at the address *host*."""
     # No static folder: the page's few files are routes of their own.
     app = Flask("openmeter_wsgi.sandbox", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -45,13 +52,14 @@ def create_app(store: Store, faults: Faults, *, host: str) -> Flask:
     app.url_map.merge_slashes = False
     guard.install(app, host)
     problems.install(app)
-    _parts(store, faults).install(app)
+    parts.install(app)
     for routes in ROUTES:
         app.register_blueprint(routes)
     return app
 
 
-def _parts(store: Store, faults: Faults) -> Parts:
+def create_parts(store: Store, faults: Faults) -> Parts:
+    """Return the parts of a sandbox that keeps everything in *store*."""
     meters = Resources(store, "meter", key="slug")
     return Parts(
         store=store,
@@ -59,7 +67,10 @@ def _parts(store: Store, faults: Faults) -> Parts:
         faults=faults,
         dashboards=DashboardCache(store, meters),
         meters=meters,
-        customers=Resources(store, "customer", key="key"),
+        customers=Customers(store),
+        entitlements=Entitlements(store),
+        access=Access(store, meters),
+        questions=Questions(),
         features=Resources(store, "feature", key="key"),
         subjects=Resources(store, "subject", key="key"),
     )

@@ -1,14 +1,13 @@
-"""The routes of customers, features and subjects: create, list, read, delete."""
+"""The routes of features and subjects: create, list, read, delete."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox import documents
-from openmeter_wsgi.sandbox.listing import subjects_of
-from openmeter_wsgi.sandbox.parameters import integer, page
+from openmeter_wsgi.sandbox.parameters import integer, paged
 from openmeter_wsgi.sandbox.parts import parts
 from openmeter_wsgi.sandbox.problems import Problem
 from openmeter_wsgi.sandbox.schema import KEY, Flaw, Schema, check
@@ -18,28 +17,6 @@ if TYPE_CHECKING:
 
 _TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 _SLUG: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
-_SUBJECT_KEYS: Schema = {
-    "type": "array",
-    "items": {"type": "string", "minLength": 1},
-}
-CUSTOMER: Schema = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 256},
-        "description": {"type": "string", "maxLength": 1024},
-        "metadata": _TEXTS | {"nullable": True},
-        "key": {"type": "string", "minLength": 1, "maxLength": 256},
-        "usageAttribution": {
-            "type": "object",
-            "required": ["subjectKeys"],
-            "properties": {"subjectKeys": _SUBJECT_KEYS},
-        },
-        "primaryEmail": {"type": "string"},
-        "currency": {"type": "string", "pattern": "^[A-Z]{3}$"},
-        "billingAddress": {"type": "object"},
-    },
-}
 FEATURE: Schema = {
     "type": "object",
     "required": ["key", "name"],
@@ -66,68 +43,6 @@ SUBJECT: Schema = {
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
 
 
-customers = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
-
-
-@customers.post("")
-def _create_customer() -> tuple[Response, int]:
-    customer = documents.read(request.get_data(), CUSTOMER, "CustomerCreate")
-    _check_subjects(customer, parts().customers.all())
-    return jsonify(parts().customers.create(customer)), 201
-
-
-@customers.get("")
-def _list_customers() -> Response:
-    return jsonify(_page([c for c in parts().customers.all() if _matches(c)]))
-
-
-@customers.get("/<customer>")
-def _get_customer(customer: str) -> Response:
-    found = parts().customers.find(customer)
-    if found is None:
-        detail = f"customer with id or key {customer} not found in default namespace"
-        raise Problem(404, detail)
-    return jsonify(found)
-
-
-@customers.delete("/<customer>")
-def _delete_customer(customer: str) -> tuple[str, int]:
-    parts().customers.delete(customer)
-    return "", 204
-
-
-def _check_subjects(customer: Document, others: list[Document]) -> None:
-    mine = subjects_of(customer)
-    if not mine:
-        raise Problem(
-            400, "validation error: either key or usageAttribution.subjectKeys required"
-        )
-    taken = {subject for other in others for subject in subjects_of(other)}
-    if both := sorted(taken.intersection(mine)):
-        raise Problem(409, f"subject keys are already in use: {', '.join(both)}")
-
-
-def _matches(customer: Document) -> bool:
-    """Return whether the parameters choose *customer*, by parts of its texts."""
-    wanted = request.args
-    for name in ("key", "name", "primaryEmail"):
-        part = wanted.get(name, "").lower()
-        if part not in customer.get(name, "").lower():
-            return False
-    subject = wanted.get("subject", "").lower()
-    return any(subject in one.lower() for one in subjects_of(customer))
-
-
-def _page(items: list[Document]) -> dict[str, Any]:
-    number, size = page(request.args)
-    return {
-        "totalCount": len(items),
-        "page": number,
-        "pageSize": size,
-        "items": items[(number - 1) * size : number * size],
-    }
-
-
 features = Blueprint("features", __name__, url_prefix="/api/v1/features")
 
 
@@ -146,7 +61,7 @@ def _list_features() -> Response:
     ]
     # Whoever asks for a page gets one; OpenMeter's older form is a bare list.
     if "page" in request.args:
-        return jsonify(_page(found))
+        return jsonify(paged(found, request.args))
     offset = integer(request.args, "offset", 0, 0, 10**9)
     limit = integer(request.args, "limit", 100, 1, 1000)
     return jsonify(found[offset : offset + limit])

@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 import re
-import time
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -49,8 +48,11 @@ class InvalidEvent(ValueError):
     """An event that passes the schema but not the CloudEvents SDK."""
 
 
-def decode(document: dict[str, Any]) -> Event:
-    """Return the event in *document*, which has passed the schema."""
+def decode(document: dict[str, Any], now: int) -> Event:
+    """Return the event in *document*, which has passed the schema.
+
+    :param now: its time where it names none, in Unix seconds.
+    """
     version = document["specversion"]
     if version not in ("1.0", "0.3"):
         raise InvalidEvent(f"specversion: unknown value: {version}")
@@ -66,7 +68,7 @@ def decode(document: dict[str, Any]) -> Event:
         source=source,
         type=well_formed(document["type"]),
         subject=well_formed(document["subject"]),
-        time=_seconds(document.get("time")),
+        time=_seconds(document.get("time"), now),
         data=data,
         broken=broken,
     )
@@ -86,9 +88,9 @@ def _check_extension(name: str, value: Any) -> None:
         raise InvalidEvent(f"cannot convert {value} to int32: out of range")
 
 
-def _seconds(moment: str | None) -> int:
+def _seconds(moment: str | None, now: int) -> int:
     if moment is None:
-        return int(time.time())
+        return now
     try:
         return parse_time(moment)
     except ValueError:

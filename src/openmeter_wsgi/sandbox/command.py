@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from openmeter_wsgi.sandbox.command_faults import Fault, FaultType
 from openmeter_wsgi.sandbox.server import Sandbox
 
 if TYPE_CHECKING:
@@ -52,7 +53,22 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 60),
     help="Seconds by which ingest answers are late.",
 )
-def command(host: str, port: int, **options: Any) -> None:
+@click.option(
+    "--visible-after",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600),
+    help="Seconds until meters and balances count an event; OpenMeter takes 2 to 3.",
+)
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    type=FaultType(),
+    help="A fault of ingest, entitlements or both: latency=2, fail-rate=0.1, hang=30,"
+    " outage, retry-after=5. May be repeated: --fault entitlements:outage.",
+)
+def command(host: str, port: int, faults: tuple[Fault, ...], **options: Any) -> None:
     """Serve OpenMeter's API on this machine, with a page that shows the usage.
 
     For development and tests: point your application at the address it prints.
@@ -67,6 +83,9 @@ def command(host: str, port: int, **options: Any) -> None:
             raise click.ClickException(
                 f"--database {options['database']}: {error}"
             ) from None
+        for groups, setting in faults:
+            for group in groups:
+                getattr(sandbox.faults, group).set(**setting)
         with sandbox:
             console.print(f"OpenMeter sandbox listens on {sandbox.url}")
             console.file.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.sandbox.dashboard import dashboard
@@ -27,12 +26,13 @@ class DashboardCache:
     def read(self, span: int) -> dict[str, Any]:
         """Return the dashboard of the last *span* seconds, at most a second old."""
         with self._lock:
-            state = (self._store.version, int(time.time()))
+            now = int(self._store.clock())
+            state = (self._store.version, now)
             known, shown = self._known.get(span, (None, {}))
             if known != state:
                 with self._store.reading() as connection:
                     meters = self._meters.within(connection)
-                    shown = dashboard(connection, meters, span)
+                    shown = dashboard(connection, meters, span, now)
                 if len(self._known) > 10:
                     self._known.clear()
                 self._known[span] = (state, shown)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, jsonify, request
@@ -90,7 +89,7 @@ def _v1_filter() -> Filter:
 
 def _period() -> Filter:
     chosen = Filter()
-    horizon = int(time.time()) - HORIZON
+    horizon = int(parts().store.clock()) - HORIZON
     start = moment(request.args.get("from"), "from")
     # A minute of grace, for a client that counts the days itself.
     if start is not None and start < horizon - 60:

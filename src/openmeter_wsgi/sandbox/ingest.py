@@ -17,6 +17,7 @@ from openmeter_wsgi.sandbox.schema import Flaw, Schema, check
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from openmeter_wsgi.sandbox.faults import GroupFaults
     from openmeter_wsgi.sandbox.store import Store
     from openmeter_wsgi.sandbox.tally import Tally
 
@@ -44,24 +45,38 @@ EVENT: Schema = {
 EVENT_V3: Schema = EVENT | {"additionalProperties": False}
 
 
+#: Answers that say something of the request; the others are faults on purpose.
+REFUSALS = range(400, 429)
+
+
 routes = Blueprint("ingest", __name__)
 
 
 def _answer(*, v3: bool) -> Response:
     here = parts()
+    faults = here.faults.ingest
     here.tally.add(requests=1)
     try:
-        _ingest(here.store, here.tally, here.faults.draw(), v3=v3)
+        _check_order(here.tally, faults)
+        _ingest(here.store, here.tally, faults.draw(), v3=v3)
     except Problem as problem:
-        if problem.status < 500:
+        if problem.status in REFUSALS:
             here.tally.refuse(problem.reason)
         raise
     finally:
-        here.faults.delay()
+        faults.delay()
     # Without a content type, as an answer without content should be.
     response = Response(status=202 if v3 else 204)
     del response.headers["Content-Type"]
     return response
+
+
+def _check_order(tally: Tally, faults: GroupFaults) -> None:
+    try:
+        faults.check()
+    except Problem:
+        tally.add(failed=1)
+        raise
 
 
 @routes.post("/api/v1/events")
@@ -80,7 +95,8 @@ def _ingest(store: Store, tally: Tally, fault: Fault | None, *, v3: bool) -> Non
         tally.add(failed=1)
         raise Problem(500)
     content_type = request.headers.get("Content-Type", "")
-    events = accept(request.get_data(), content_type, v3=v3)
+    body = request.get_data()
+    events = accept(body, content_type, now=int(store.clock()), v3=v3)
     # OpenMeter takes one event after the other until the first that it cannot
     # serialize; what stands before that is taken, whatever it then answers.
     whole = next((n for n, event in enumerate(events) if event.broken), len(events))
@@ -91,8 +107,11 @@ def _ingest(store: Store, tally: Tally, fault: Fault | None, *, v3: bool) -> Non
         raise Problem(500)
 
 
-def accept(body: bytes, content_type: str, *, v3: bool) -> list[Event]:
-    """Return the events in *body*, or raise the problem OpenMeter answers with."""
+def accept(body: bytes, content_type: str, *, now: int, v3: bool) -> list[Event]:
+    """Return the events in *body*, or raise the problem OpenMeter answers with.
+
+    :param now: the time of an event that has none, in Unix seconds.
+    """
     documents.require(body)
     kind = (
         parse_options_header(content_type)[0] if ";" in content_type else content_type
@@ -105,7 +124,7 @@ def accept(body: bytes, content_type: str, *, v3: bool) -> list[Event]:
     if not v3 and kind != content_type:
         # The v1 handler compares the whole header, parameters included.
         raise Problem(400, f"invalid content type: {content_type}")
-    return _decode(document, kind)
+    return _decode(document, kind, now)
 
 
 def _check_schema(document: Any, kind: str, event: Schema) -> None:
@@ -127,9 +146,9 @@ def _check_schema(document: Any, kind: str, event: Schema) -> None:
     raise Problem(400, detail, flaw=flaw, reason=reason)
 
 
-def _decode(document: Any, kind: str) -> list[Event]:
+def _decode(document: Any, kind: str, now: int) -> list[Event]:
     try:
-        events = list(_events(document))
+        events = list(_events(document, now))
     except InvalidEvent as error:
         # For application/json OpenMeter throws the reason away.
         detail = "no events found" if kind == EITHER else str(error)
@@ -140,6 +159,6 @@ def _decode(document: Any, kind: str) -> list[Event]:
     return events
 
 
-def _events(document: Any) -> Iterator[Event]:
+def _events(document: Any, now: int) -> Iterator[Event]:
     for item in document if isinstance(document, list) else [document]:
-        yield decode(item)
+        yield decode(item, now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zoneinfo
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -71,7 +72,8 @@ def _query_meter(meter: str) -> Response:
     found = parts().meters.get(meter)
     chosen = _query(found, asked)
     with parts().store.reading() as connection:
-        rows = usage(connection, found, chosen)
+        seen = parts().store.horizon(connection)
+        rows = usage(connection, found, replace(chosen, horizon=seen))
     return jsonify(_echo(asked) | {"data": rows})
 
 

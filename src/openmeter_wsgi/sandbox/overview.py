@@ -36,6 +36,7 @@ def _overview() -> Response:
         {
             "dedupe": here.store.dedupe,
             "persistent": here.store.persistent,
+            "visibleAfter": here.store.visible_after,
             "faults": here.faults.document(),
             "counts": here.tally.counts(),
             "refusals": here.tally.refusals(),

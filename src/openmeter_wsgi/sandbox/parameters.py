@@ -12,6 +12,8 @@ from openmeter_wsgi.sandbox.schema import DATE_TIME, matches
 if TYPE_CHECKING:
     from werkzeug.datastructures import MultiDict
 
+    from openmeter_wsgi.sandbox.resources import Document
+
     Arguments = MultiDict[str, str]
 
 
@@ -50,7 +52,27 @@ def moment(text: str | None, name: str) -> int | None:
         raise wrong from None
 
 
+def parse_moment(text: str) -> int:
+    """Return a time in a document, which has passed the schema, in Unix seconds."""
+    try:
+        return parse_time(text)
+    except ValueError:
+        detail = f'parsing time "{text}": not in RFC3339 format'
+        raise Problem(400, f"request body has an error: {detail}") from None
+
+
 def page(arguments: Arguments) -> tuple[int, int]:
     """Return the number of the page, from 1, and how many items are on one."""
     number = integer(arguments, "page", 1, 1, 10**9)
     return number, integer(arguments, "pageSize", 100, 1, 1000)
+
+
+def paged(items: list[Document], arguments: Arguments) -> Document:
+    """Return the page of *items* that is asked for, as the API wraps it."""
+    number, size = page(arguments)
+    return {
+        "totalCount": len(items),
+        "page": number,
+        "pageSize": size,
+        "items": items[(number - 1) * size : number * size],
+    }

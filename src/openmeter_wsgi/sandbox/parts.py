@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, cast
 from flask import Flask, current_app
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.sandbox.access import Access
+    from openmeter_wsgi.sandbox.customers import Customers
     from openmeter_wsgi.sandbox.dashboard_cache import DashboardCache
+    from openmeter_wsgi.sandbox.entitlements import Entitlements
     from openmeter_wsgi.sandbox.faults import Faults
+    from openmeter_wsgi.sandbox.questions import Questions
     from openmeter_wsgi.sandbox.resources import Resources
     from openmeter_wsgi.sandbox.store import Store
     from openmeter_wsgi.sandbox.tally import Tally
@@ -26,7 +30,10 @@ class Parts:
     faults: Faults
     dashboards: DashboardCache
     meters: Resources
-    customers: Resources
+    customers: Customers
+    entitlements: Entitlements
+    access: Access
+    questions: Questions
     features: Resources
     subjects: Resources
 

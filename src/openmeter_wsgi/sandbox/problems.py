@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ class Problem(Exception):
     :param flaw: what the schema says against the body. Such answers of the v1 API
         have no ``instance``, those of v3 name the field.
     :param reason: what the page shows where *detail* says too little.
+    :param retry_after: seconds for the header of that name.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Problem(Exception):
         *,
         flaw: Flaw | None = None,
         reason: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(detail or HTTPStatus(status).phrase)
         self.status = status
         self.detail = detail
         self.flaw = flaw
         self.reason = reason or str(self)
+        self.retry_after = retry_after
 
     def v1(self) -> dict[str, Any]:
         """Return the body as the v1 and v2 APIs write it."""
@@ -89,9 +93,12 @@ def answer(problem: Problem) -> Response:
     """Return *problem* in the dialect of the path that was asked."""
     v3 = request.path.startswith(("/api/v3/", "/v3/"))
     body = problem.v3() if v3 else problem.v1()
-    return Response(
+    response = Response(
         json.dumps(body), problem.status, content_type="application/problem+json"
     )
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(math.ceil(problem.retry_after))
+    return response
 
 
 def install(app: Flask) -> None:

@@ -1,4 +1,4 @@
-"""What is created by hand rather than by use: meters, customers, features, subjects."""
+"""What is created by hand rather than by use: meters, customers, entitlements."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from openmeter_wsgi.sandbox.problems import Problem
 from openmeter_wsgi.sandbox.windows import rfc3339
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openmeter_wsgi.sandbox.store import Store
 
 Document = dict[str, Any]
@@ -39,7 +41,7 @@ class Resources:
 
     def create(self, document: Document) -> Document:
         """Store *document* with an id and times of its own, and return that."""
-        now = rfc3339(time.time())
+        now = rfc3339(self._store.clock())
         created = {"id": ulid(), "createdAt": now, "updatedAt": now, **document}
         try:
             self._insert(created)
@@ -61,9 +63,28 @@ class Resources:
                 ),
             )
 
+    def change(self, id_: str, edit: Callable[[Document], None]) -> Document:
+        """Let *edit* change the one with this id, while nobody else does.
+
+        What *edit* raises is raised, and then nothing is changed.
+        """
+        with self._store.writing() as connection:
+            (text,) = connection.execute(
+                "SELECT document FROM resources WHERE kind = ? AND id = ?",
+                (self._kind, id_),
+            ).fetchone()
+            document: Document = json.loads(text)
+            edit(document)
+            document["updatedAt"] = rfc3339(self._store.clock())
+            connection.execute(
+                "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
+                (json.dumps(document), self._kind, id_),
+            )
+        return document
+
     def update(self, document: Document) -> Document:
         """Replace what has the id of *document*."""
-        updated = {**document, "updatedAt": rfc3339(time.time())}
+        updated = {**document, "updatedAt": rfc3339(self._store.clock())}
         with self._store.writing() as connection:
             connection.execute(
                 "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
@@ -100,6 +121,24 @@ class Resources:
         if found is None:
             raise Problem(404, f"{self._kind} with id or key {id_or_key} not found")
         return found
+
+    def with_prefix(self, prefix: str) -> list[Document]:
+        """Return those whose key begins with *prefix*, oldest first."""
+        with self._store.reading() as connection:
+            rows = connection.execute(
+                "SELECT document FROM resources WHERE kind = ?"
+                " AND key >= ? AND key < ? ORDER BY rowid",
+                (self._kind, prefix, prefix + "\U0010ffff"),
+            )
+            return [json.loads(document) for (document,) in rows]
+
+    def retire(self, id_: str) -> None:
+        """Delete the one with this id, but remember that it was there."""
+        with self._store.writing() as connection:
+            connection.execute(
+                "UPDATE resources SET kind = ?, key = NULL WHERE kind = ? AND id = ?",
+                (f"deleted {self._kind}", self._kind, id_),
+            )
 
     def delete(self, id_or_key: str) -> None:
         """Remove the one with this id or key, or answer 404."""

@@ -109,8 +109,31 @@ def _array(schema: Schema, value: Any, pointer: str) -> Flaw | None:
     return None
 
 
+def _number(schema: Schema, value: Any, pointer: str) -> Flaw | None:
+    whole = schema["type"] == "integer"
+    # A document's whole numbers are ints, whatever way they were written.
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "an integer" if whole else "a number"
+        return Flaw(pointer, "type", f"value must be {kind}")
+    if value < (least := schema.get("minimum", value)):
+        return Flaw(pointer, "minimum", f"number must be at least {least}")
+    if value > (most := schema.get("maximum", value)):
+        return Flaw(pointer, "maximum", f"number must be at most {most}")
+    return None
+
+
+def _boolean(_: Schema, value: Any, pointer: str) -> Flaw | None:
+    if isinstance(value, bool):
+        return None
+    return Flaw(pointer, "type", "value must be a boolean")
+
+
 _TYPES: dict[str, Callable[[Schema, Any, str], Flaw | None]] = {
     "string": _string,
     "object": _object,
     "array": _array,
+    "number": _number,
+    "integer": _number,
+    "boolean": _boolean,
 }

@@ -16,7 +16,7 @@ from openmeter_wsgi.sandbox.metering import to_float
 from openmeter_wsgi.sandbox.windows import window_start
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from openmeter_wsgi.sandbox.cloudevent import Event
 
@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS events (
     ingested_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
+CREATE INDEX IF NOT EXISTS events_by_arrival ON events (type, subject, seq);
 CREATE INDEX IF NOT EXISTS events_by_time ON events (time, seq);
 CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS resources (
@@ -46,6 +47,10 @@ CREATE TABLE IF NOT EXISTS resources (
     UNIQUE (kind, key)
 );
 """
+
+
+#: Greater than the number of any event.
+EVERYTHING = 2**63 - 1
 
 
 class Added(NamedTuple):
@@ -93,10 +98,22 @@ class Store:
 
     :param path: the file, or None for a temporary one that goes with the store.
     :param dedupe: whether an event with a known source and id is dropped.
+    :param visible_after: seconds from an event's arrival until meters and balances
+        count it; may be changed at any time.
+    :param clock: returns now in Unix seconds.
     """
 
-    def __init__(self, path: str | Path | None = None, *, dedupe: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        dedupe: bool = True,
+        visible_after: float = 0.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.dedupe = dedupe
+        self.visible_after = visible_after
+        self.clock = clock
         self.persistent = path is not None
         #: Grows with every change, so that a reader can tell whether to look again.
         self.version = 0
@@ -152,10 +169,10 @@ class Store:
 
     def add(self, events: Sequence[Event]) -> Added:
         """Store *events*, the first of each key only."""
-        now = time.time()
         duplicates = dropped = 0
         rows: list[tuple[Any, ...]] = []
         with self.writing() as connection:
+            now = self.clock()
             for event in events:
                 if self._is_duplicate(connection, event.key):
                     duplicates += 1
@@ -174,6 +191,20 @@ class Store:
                 rows,
             )
         return Added(len(rows), duplicates, dropped)
+
+    def horizon(self, connection: sqlite3.Connection) -> int:
+        """Return the number of the newest event that meters count by now.
+
+        OpenMeter's sink writes events down some seconds after it was told that they
+        are taken; until then neither a meter nor a balance knows of them.
+        """
+        if not self.visible_after:
+            return EVERYTHING
+        row = connection.execute(
+            "SELECT seq FROM events WHERE ingested_at <= ? ORDER BY seq DESC LIMIT 1",
+            (self.clock() - self.visible_after,),
+        ).fetchone()
+        return row[0] if row else 0
 
     @staticmethod
     def _is_duplicate(connection: sqlite3.Connection, key: str) -> bool:

@@ -53,6 +53,8 @@ class Query:
     group_by: Sequence[str] = ()
     #: Group-by name to the values that count.
     filters: Mapping[str, Sequence[str]] | None = None
+    #: The number of the last event that counts; None for all of them.
+    horizon: int | None = None
 
 
 def usage(connection: sqlite3.Connection, meter: Meter, query: Query) -> list[Row]:
@@ -105,6 +107,8 @@ class _Statement:
             conditions.append(f"time >= :{self._bind(start)}")
         if query.end is not None:
             conditions.append(f"time < :{self._bind(query.end)}")
+        if query.horizon is not None:
+            conditions.append(f"seq <= :{self._bind(query.horizon)}")
         if query.subjects is not None:
             conditions.append(f"subject IN ({self._list(query.subjects)})")
         for name, values in (query.filters or {}).items():

@@ -1,0 +1,190 @@
+"""The routes of entitlements: create, list, read, delete, grant, reset, and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flask import Blueprint, Response, jsonify, request
+
+from openmeter_wsgi.sandbox import documents, grants
+from openmeter_wsgi.sandbox.access import NO_ACCESS, v1
+from openmeter_wsgi.sandbox.entitlement_schema import (
+    CUSTOMER,
+    ENTITLEMENTS,
+    FEATURE_KEY,
+    GRANT,
+    KIND,
+    RESET,
+    ULID,
+)
+from openmeter_wsgi.sandbox.parameters import moment, paged
+from openmeter_wsgi.sandbox.parts import parts
+from openmeter_wsgi.sandbox.problems import Problem
+from openmeter_wsgi.sandbox.questions import question
+from openmeter_wsgi.sandbox.schema import check, matches
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.sandbox.resources import Document
+
+routes = Blueprint("entitlements", __name__, url_prefix="/api")
+_V1_SUBJECT = "/v1/subjects/<subject>/entitlements"
+_V1 = "/v1/customers/<customer>"
+_V2 = "/v2/customers/<customer>/entitlements"
+_ONE = f"{_V2}/<feature>"
+
+
+@routes.post(_V2)
+def _create(customer: str) -> tuple[Response, int]:
+    found = _customer(customer)
+    return jsonify(_created(found, v2=True)), 201
+
+
+@routes.post(_V1_SUBJECT)
+def _create_of_subject(subject: str) -> tuple[Response, int]:
+    shown = _created(_customer_of(subject), v2=False)
+    shown = {k: v for k, v in shown.items() if not k.startswith("customer")}
+    return jsonify(shown | {"subjectKey": subject}), 201
+
+
+def _created(customer: Document, *, v2: bool) -> Document:
+    body = request.get_data()
+    kind = documents.read(body, KIND, "EntitlementV2CreateInputs")["type"]
+    suffix = "V2" if v2 and kind == "metered" else ""
+    name = f"Entitlement{kind.title()}{suffix}CreateInputs"
+    asked = documents.read(body, ENTITLEMENTS[kind], name)
+    here = parts()
+    wanted = asked.get("featureId", asked.get("featureKey"))
+    if wanted is None:
+        raise Problem(400, "validation error: feature ID or key is required")
+    feature = here.features.find(wanted)
+    if feature is None:
+        raise Problem(404, f"feature not found: {wanted}")
+    return here.entitlements.document(
+        here.entitlements.create(customer, feature, asked)
+    )
+
+
+@routes.get(_V2)
+@question("entitlements")
+def _list(customer: str) -> Response:
+    here = parts()
+    found = here.entitlements.of(_customer(customer))
+    return jsonify(paged([here.entitlements.document(e) for e in found], request.args))
+
+
+@routes.get(_ONE)
+@question("entitlement")
+def _get(customer: str, feature: str) -> Response:
+    _, found = _found(customer, feature)
+    return jsonify(parts().entitlements.document(found))
+
+
+@routes.delete(_ONE)
+def _delete(customer: str, feature: str) -> tuple[str, int]:
+    _, found = _found(customer, feature)
+    parts().entitlements.delete(found)
+    return "", 204
+
+
+@routes.post(f"{_ONE}/grants")
+def _grant(customer: str, feature: str) -> tuple[Response, int]:
+    _, found = _found(customer, feature)
+    asked = documents.read(request.get_data(), GRANT, "EntitlementGrantCreateInputV2")
+    here = parts()
+    made = here.entitlements.grant(found, asked)
+    return jsonify(grants.document(made, here.store.clock())), 201
+
+
+@routes.get(f"{_ONE}/grants")
+def _grants(customer: str, feature: str) -> Response:
+    _, found = _found(customer, feature)
+    now = parts().store.clock()
+    made = [grants.document(g, now) for g in found.get("_", {}).get("grants", [])]
+    return jsonify(paged(made, request.args))
+
+
+@routes.post(f"{_ONE}/reset")
+def _reset(customer: str, feature: str) -> tuple[str, int]:
+    _, found = _found(customer, feature)
+    asked = documents.read(request.get_data(), RESET, "ResetEntitlementUsageInput")
+    parts().entitlements.reset(found, asked)
+    return "", 204
+
+
+@routes.get(f"{_V1_SUBJECT}/<feature>/value")
+@question("subject_value")
+def _value_of_subject(subject: str, feature: str) -> Response:
+    customer = _customer_of(subject)
+    found = parts().entitlements.get(customer, feature)
+    return jsonify(v1(parts().access.value(customer, found, _time())))
+
+
+@routes.get(f"{_V1}/entitlements/<feature>/value")
+@question("value")
+def _value_v1(customer: str, feature: str) -> Response:
+    _check_feature(feature, ulid=False)
+    return jsonify(v1(_value(customer, feature)))
+
+
+@routes.get(f"{_ONE}/value")
+@question("value_v2")
+def _value_v2(customer: str, feature: str) -> Response:
+    _check_feature(feature, ulid=True)
+    return jsonify(_value(customer, feature))
+
+
+@routes.get(f"{_V1}/access")
+@question("access")
+def _access(customer: str) -> Response:
+    here = parts()
+    found = _customer(customer)
+    values = {
+        entitlement["featureKey"]: here.access.value(found, entitlement)
+        for entitlement in here.entitlements.of(found)
+    }
+    return jsonify({"entitlements": values})
+
+
+def _value(customer: str, feature: str) -> Document:
+    here = parts()
+    at = _time()
+    found = _customer(customer)
+    entitlement = here.entitlements.find(found, feature)
+    # Also where no such feature exists: OpenMeter does not tell these apart here.
+    if entitlement is None:
+        return NO_ACCESS
+    return here.access.value(found, entitlement, at)
+
+
+def _time() -> int | None:
+    return moment(request.args.get("time"), "time")
+
+
+def _customer(id_or_key: str) -> Document:
+    if flaw := check(CUSTOMER, id_or_key):
+        raise _refused("customerIdOrKey", flaw.reason)
+    return parts().customers.get(id_or_key)
+
+
+def _customer_of(subject: str) -> Document:
+    """Return who pays for *subject*, which has to exist as an entity of its own."""
+    found = parts().subjects.find(subject)
+    if found is None:
+        raise Problem(404, f"subject not found: {subject}")
+    return parts().customers.of_subject(found["key"])
+
+
+def _found(customer: str, feature: str) -> tuple[Document, Document]:
+    found = _customer(customer)
+    return found, parts().entitlements.get(found, feature)
+
+
+def _check_feature(feature: str, *, ulid: bool) -> None:
+    flaw = check(FEATURE_KEY, feature)
+    if flaw is not None and not (ulid and matches(ULID, feature)):
+        name = "entitlementIdOrFeatureKey" if ulid else "featureKey"
+        raise _refused(name, flaw.reason)
+
+
+def _refused(name: str, reason: str) -> Problem:
+    return Problem(400, f'parameter "{name}" in path has an error: {reason}')
