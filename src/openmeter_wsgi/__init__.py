@@ -1,5 +1,14 @@
 """Usage metering for WSGI applications, billed by what was delivered."""
 
+from openmeter_wsgi.entitlements.decision import Decision as Decision
+from openmeter_wsgi.entitlements.decision import Denial as Denial
+from openmeter_wsgi.entitlements.handlers import EntitlementDenied as EntitlementDenied
+from openmeter_wsgi.entitlements.handlers import (
+    check_entitlements as check_entitlements,
+)
+from openmeter_wsgi.entitlements.handlers import (
+    require_entitlements as require_entitlements,
+)
 from openmeter_wsgi.errors import ConfigError as ConfigError
 from openmeter_wsgi.errors import MeterValueError as MeterValueError
 from openmeter_wsgi.errors import OpenMeterWSGIError as OpenMeterWSGIError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
 
 #: A list: empty until a handler states usage, then its :class:`RunTimeMeters`.
 #: After the settlement: what counts usage that came too late.
@@ -14,6 +14,12 @@ METERS = "openmeter_wsgi.meters"
 SUBJECT = "openmeter_wsgi.subject"
 #: What :func:`set_user` was given.
 USER = "openmeter_wsgi.user"
+#: What asks for entitlements in the handler of this request.
+GATE = "openmeter_wsgi.gate"
+#: The :class:`Decision` that was made last for this request.
+DECISION = "openmeter_wsgi.decision"
+#: What this request has reserved, by feature.
+RESERVED = "openmeter_wsgi.reserved"
 
 
 def environ_of(request: object) -> MutableMapping[str, Any] | None:
@@ -28,3 +34,8 @@ def environ_of(request: object) -> MutableMapping[str, Any] | None:
         if isinstance(environ, dict):
             return environ
     return None
+
+
+def is_options(environ: Mapping[str, Any]) -> bool:
+    """Say whether this is a request that browsers make by themselves (CORS)."""
+    return environ.get("REQUEST_METHOD") == "OPTIONS"

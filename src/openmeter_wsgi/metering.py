@@ -11,6 +11,9 @@ from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.delivery.directory import prepare_directory
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.entitlements.gate import Gate
+from openmeter_wsgi.entitlements.making import entitlements_of
+from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.events import RequestIds, StaticEvents, encode_events
 from openmeter_wsgi.stats import Counts, Stats
 from openmeter_wsgi.subject import subject_finder
@@ -65,10 +68,20 @@ class Metering:
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         self._static_meters = policy.static_meters
         plain = all(meter.plain for meter in self._static_meters)
+        self._counts_down = bool(policy.entitlement_meters)
         self._static = (
-            StaticEvents(self._static_meters, policy.event_source) if plain else None
+            StaticEvents(self._static_meters, policy.event_source)
+            if plain and not self._counts_down
+            else None
         )
         self._find_subject = subject_finder(policy)
+        self.entitlements = entitlements_of(policy, self.queue.delivered_until)
+        self.gate = Gate(
+            policy,
+            self.entitlements,
+            find_subject=self._find_subject,
+            counts=self.counts,
+        )
         self._new_id = RequestIds().new
         header = policy.trusted_request_id_header
         self._id_key = header and "HTTP_" + header.upper().replace("-", "_")
@@ -103,7 +116,7 @@ class Metering:
         try:
             if status is None or status[:3] not in self._codes:
                 return self._not_metered("status" if status else "no_status")
-            if environ.get("REQUEST_METHOD") == "OPTIONS":
+            if not self._policy.meter_options and is_options(environ):
                 return self._not_metered("options")
             if outcome is COMPLETED and stated is None and self._static:
                 return self._static_events(environ, self._static)
@@ -113,6 +126,20 @@ class Metering:
                 "%s: usage of a request is lost by our own fault", "events"
             )
             return self._not_metered("error")
+        finally:
+            if self._counts_down and RESERVED in environ:
+                self.gate.settle(environ, (), None)  # nothing is billed
+
+    def must_ask(self, environ: Environ) -> bool:
+        """Say whether a request may begin only after a decision."""
+        if not self.gate.required:
+            return False
+        return self._policy.meter_options or not is_options(environ)
+
+    def count_denial(self) -> None:
+        """Count a request that was refused: it has ended, and is never billed."""
+        self.counts.settled += 1
+        self._not_metered("denied")
 
     def put(self, events: Sequence[bytes]) -> None:
         """Hand the events to delivery. May be repeated with the same events."""
@@ -123,6 +150,11 @@ class Metering:
         """Count usage stated after its request was settled."""
         self.counts.dropped["late"] += 1
         logger.error("%s: called after the response had ended; not billed", helper)
+
+    def close(self, timeout: float | None) -> None:
+        """Give back what is set apart, send what waits, and stop."""
+        self.entitlements.close()
+        self.queue.close(timeout)
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
@@ -141,6 +173,9 @@ class Metering:
             ambiguous=counts.ambiguous,
             retries=counts.retries,
             unspooled=counts.unspooled,
+            allowed=dict(counts.allowed),
+            denied=dict(counts.denied),
+            let_through=dict(counts.let_through),
         )
 
     def _static_events(self, environ: Environ, static: StaticEvents) -> Sequence[bytes]:
@@ -154,12 +189,11 @@ class Metering:
     def _stated_events(
         self, environ: Environ, stated: RunTimeMeters | None, outcome: str
     ) -> Sequence[bytes]:
-        billed = "all"
-        if outcome is not COMPLETED:
-            policy = self._policy
-            billed = policy.on_failure if outcome is FAILED else policy.on_abort
+        billed = self._part_billed(outcome)
         if billed == "none":
             return self._not_metered(outcome)
+        if stated is not None and stated.denied:
+            return self._not_metered("denied")
         meters: Sequence[Meter]
         if stated is None:
             meters = self._static_meters if billed == "all" else ()
@@ -174,12 +208,20 @@ class Metering:
             if not meters:
                 return self._no_subject()
             self.counts.dropped["no_subject"] += len(all_meters) - len(meters)
+        if self._counts_down:
+            self.gate.settle(environ, meters, subject)
         return encode_events(
             meters,
             request_id=self._request_id(environ),
             subject=subject,
             source=self._policy.event_source,
         )
+
+    def _part_billed(self, outcome: str) -> str:
+        if outcome is COMPLETED:
+            return "all"
+        policy = self._policy
+        return policy.on_failure if outcome is FAILED else policy.on_abort
 
     def _request_id(self, environ: Environ) -> str:
         if self._id_key:

@@ -18,9 +18,11 @@ class RunTimeMeters:
     Belongs to the thread that serves the request, so it takes no lock.
     """
 
-    __slots__ = ("_documents", "_flat", "_measured", "_overridden")
+    __slots__ = ("_documents", "_flat", "_measured", "_overridden", "denied")
 
     def __init__(self) -> None:
+        #: Whether the request was denied, so that nothing of it is billed.
+        self.denied = False
         self._overridden: set[str] = set()
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
@@ -105,6 +107,12 @@ def get_meters(request: object) -> list[dict[str, Any]]:
     """Return the run-time usage stated so far, in a form `set_meters` takes."""
     stated = _run_time_meters(request, "get_meters")
     return [] if stated is None else stated.stated()
+
+
+def bill_nothing(request: object) -> None:
+    """Bill nothing of this request: it was denied, whatever is answered."""
+    if (stated := _run_time_meters(request, "require_entitlements")) is not None:
+        stated.denied = True
 
 
 def _run_time_meters(request: object, helper: str) -> RunTimeMeters | None:

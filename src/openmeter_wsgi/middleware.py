@@ -8,7 +8,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import METERS
+from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
+from openmeter_wsgi.environ import GATE, METERS
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.settlement import Settlement
@@ -61,7 +62,16 @@ class OpenMeterMiddleware:
             return self._pass_through(environ, start_response)
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
-        settlement = Settlement(self.metering(), environ, start_response, stated)
+        metering = self.metering()
+        environ[GATE] = metering.gate
+        if metering.must_ask(environ):
+            decision = metering.gate.admit(environ)
+            if not decision.allowed and self.policy.enforce:
+                metering.count_denial()
+                return Refusal(decision, self.policy)(environ, start_response)
+            if self.policy.usage_headers:
+                start_response = _with(quota_headers(decision.quota), start_response)
+        settlement = Settlement(metering, environ, start_response, stated)
         wrapper: Any = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, type):
             wrapper = environ[_FILE_WRAPPER] = _WrappedFiles(wrapper)
@@ -95,7 +105,15 @@ class OpenMeterMiddleware:
         *timeout* is ``shutdown_timeout`` by default. Called at exit by itself; may
         be called again. A later request starts delivery anew.
         """
-        self.metering().queue.close(timeout)
+        self.metering().close(timeout)
+
+    def invalidate(self, subject: str, feature: str | None = None) -> None:
+        """Forget what OpenMeter said of *subject*: its next request asks.
+
+        For webhooks: what was bought, granted or revoked shows at once, in the
+        process that is told.
+        """
+        self.metering().gate.invalidate(subject, feature)
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
@@ -115,6 +133,21 @@ class OpenMeterMiddleware:
             type(self).__name__,
         )
         return self.app(environ, start_response)
+
+
+def _with(
+    headers: list[tuple[str, str]], start_response: StartResponse
+) -> StartResponse:
+    """Return a start_response that adds *headers* to those of the application."""
+    if not headers:
+        return start_response
+
+    def start(
+        status: str, given: list[tuple[str, str]], *exc_info: Any
+    ) -> Callable[[bytes], object]:
+        return start_response(status, [*given, *headers], *exc_info)
+
+    return start
 
 
 class _WrappedFiles:

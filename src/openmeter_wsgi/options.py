@@ -52,6 +52,26 @@ def url(value: Any) -> str:
     return value.strip().rstrip("/")
 
 
+def optional_url(value: Any) -> str | None:
+    """Return a base URL, or None."""
+    return None if value is None else url(value)
+
+
+def redis_url(value: Any) -> str | None:
+    """Read the address of a Redis. It may hold a password, so it is never shown."""
+    schemes = ("redis://", "rediss://", "unix://")
+    if value is None or (isinstance(value, str) and value.startswith(schemes)):
+        return value
+    raise ValueError(f"expected a URL that begins with one of {', '.join(schemes)}")
+
+
+def function(value: Any) -> Any:
+    """Read a callable, or None."""
+    if value is None or callable(value):
+        return value
+    raise ValueError(f"expected a callable, got {value!r}")
+
+
 def source(value: Any) -> str:
     """Read the source of events."""
     if problem := source_problem(value):

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_type_hints
 
 import msgspec
 
+from openmeter_wsgi import entitlement_options as read_entitlement
 from openmeter_wsgi import options as read
 from openmeter_wsgi.api_key import ApiKey
+from openmeter_wsgi.contradictions import contradictions
+from openmeter_wsgi.entitlement_options import CountedMeter  # noqa: TC001 - a hint
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy_files import read_file, read_variables
 from openmeter_wsgi.status_codes import StatusCodes
@@ -19,6 +22,8 @@ from openmeter_wsgi.usage import Meter, Usage, number_meter, read_usage
 
 Billed: TypeAlias = Literal["all", "measured", "none"]
 ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
+FailMode: TypeAlias = Literal["open", "closed", "stale"]
+EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
 #: From an environ to the subject of its request, empty or None if it has none.
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
@@ -72,6 +77,8 @@ class Policy:
     on_failure: Billed = "measured"
     #: What of a response that the client did not take to its end is billed.
     on_abort: Billed = "all"
+    #: Whether OPTIONS requests, which browsers send by themselves, count as others do.
+    meter_options: bool = False
     #: The service that the events come from, constant per service.
     event_source: str = dataclasses.field(
         default=_DEFAULT_SOURCE, metadata={"read": read.source}
@@ -91,6 +98,62 @@ class Policy:
     #: ``"skip"``, or the subject that is billed instead.
     on_missing_subject: str = dataclasses.field(
         default="skip", metadata={"read": read.text}
+    )
+
+    # -- Who may
+    #: The features that a request's customer must have access to, all of them.
+    required_entitlements: tuple[str, ...] = dataclasses.field(
+        default=(), metadata={"read": read_entitlement.features}
+    )
+    #: From a subject to the key of its customer: a callable or a mapping. Default:
+    #: the subject itself.
+    customer: Callable[[str], str | None] | Mapping[str, str] | None = (
+        dataclasses.field(default=None, metadata={"read": read_entitlement.customer})
+    )
+    #: What decides where OpenMeter does not answer and nothing is known: let through,
+    #: answer 503, or go by the last known answer however old it is.
+    fail_mode: FailMode = "open"
+    #: False: decide, count and log, and let everything through.
+    enforce: bool = True
+    #: The status of a denial for a quota that is used up.
+    limit_status: Literal[429, 402, 403] = 429
+    #: A callable on environ and decision; the WSGI application it returns answers.
+    denied_response: Callable[[dict[str, Any], Any], Any] | None = dataclasses.field(
+        default=None, metadata={"read": read.function}
+    )
+    #: Whether responses tell limit, remaining and reset in RateLimit headers.
+    usage_headers: bool = False
+    #: Features whose quota is counted down between two answers, and the meter types
+    #: that they count (a list where both have the same name).
+    entitlement_meters: Mapping[str, CountedMeter] = dataclasses.field(
+        default_factory=dict, metadata={"read": read_entitlement.counted_meters}
+    )
+    #: What a request sets apart when it begins, by feature, where the policy's own
+    #: meters do not say it; or a callable on the environ that says so.
+    reserve: Mapping[str, float] | Callable[[dict[str, Any]], Any] | None = (
+        dataclasses.field(default=None, metadata={"read": read_entitlement.reserved})
+    )
+    #: Where entitlements are asked for; default: ``api_url``.
+    entitlements_url: str | None = dataclasses.field(
+        default=None, metadata={"read": read.optional_url}
+    )
+    #: Customers of v2 or v1, or the deprecated subjects of v1.
+    entitlements_path: EntitlementsPath = "v2"
+    #: Seconds that a request waits for an answer never heard before.
+    entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
+    #: Seconds for which an allowance, a denial holds.
+    allow_ttl: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    #: Seconds for which either holds longer while OpenMeter does not answer.
+    max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
+    entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    #: Questions a second that one host asks at most. OpenMeter Cloud allows 30.
+    question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
+    #: Seconds after which OpenMeter has counted what was delivered to it.
+    visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    #: A Redis that hosts share, so that a quota holds across all of them.
+    redis_url: str | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.redis_url}
     )
 
     # -- Delivery
@@ -119,6 +182,8 @@ class Policy:
 
     #: The key, from wherever it comes.
     key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
+    #: The key for questions: its own object, because other threads use it.
+    questions_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
     #: ``meter`` and ``meters`` together.
     static: Usage = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -138,7 +203,8 @@ class Policy:
         values, problems = _read_options(given)
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        problems += [] if problems else self._contradictions()
+        if not problems:
+            problems = [*contradictions(self, _DEFAULT_SOURCE), *self._keys()]
         if problems:
             raise ConfigError(problems)
         object.__setattr__(self, "static", self._static_usage())
@@ -181,31 +247,28 @@ class Policy:
         numbers = read_usage(self.meters).numbers if self.meters else {}
         return Usage(numbers, documents)
 
-    def _contradictions(self) -> list[str]:
-        """Say what is wrong between options that are each right."""
-        problems = []
-        if self.trusted_request_id_header and self.event_source == _DEFAULT_SOURCE:
-            problems.append(
-                "event_source: expected a name of this service's own, got the "
-                "default: with trusted_request_id_header two services behind one "
-                "proxy would share ids"
-            )
-        if self.delivery == "ship" and self.spool_dir is None:
-            problems.append("spool_dir: expected a directory for delivery='ship'")
+    def _keys(self) -> list[str]:
+        """Make the keys of ingest and questions; say what is wrong with them."""
         if self.api_key is not None and self.api_key_file is not None:
-            problems.append("api_key_file: expected api_key or a file, got both")
-            return problems
+            return ["api_key_file: expected api_key or a file, got both"]
         try:
             key = ApiKey.from_options(self.api_key, self.api_key_file)
+            own = self.entitlements_api_key
+            questions_key = (
+                ApiKey.from_options(self.api_key, self.api_key_file)
+                if own is None
+                else ApiKey.from_options(own, None)
+            )
         except ValueError as error:
-            return [*problems, str(error)]
+            return [str(error)]
         object.__setattr__(self, "key", key)
+        object.__setattr__(self, "questions_key", questions_key)
         if key.required_by(self.api_url, self.api_flavor) and not self.dry_run:
-            problems.append(
+            return [
                 f"api_key: expected a key, which {self.api_url} requires, got none "
                 "(or set OPENMETER_API_KEY)"
-            )
-        return problems
+            ]
+        return []
 
 
 def _names() -> list[str]:

@@ -39,6 +39,12 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     retries: int
     #: Events that the spool could not take and that waited in memory instead.
     unspooled: int = 0
+    #: Decisions about entitlements: allowed, by where the answer came from …
+    allowed: dict[str, int] = {}
+    #: … denied, by reason …
+    denied: dict[str, int] = {}
+    #: … and let through all the same, by the reason that there was.
+    let_through: dict[str, int] = {}
 
 
 class Counts:
@@ -50,8 +56,8 @@ class Counts:
     """
 
     __slots__ = (
-        "ambiguous", "dead_lettered", "delivered", "dropped", "not_metered",
-        "retries", "settled", "unspooled",
+        "allowed", "ambiguous", "dead_lettered", "delivered", "denied", "dropped",
+        "let_through", "not_metered", "retries", "settled", "unspooled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -63,3 +69,6 @@ class Counts:
         self.unspooled = 0
         self.not_metered: defaultdict[str, int] = defaultdict(int)
         self.dropped: defaultdict[str, int] = defaultdict(int)
+        self.allowed: defaultdict[str, int] = defaultdict(int)
+        self.denied: defaultdict[str, int] = defaultdict(int)
+        self.let_through: defaultdict[str, int] = defaultdict(int)

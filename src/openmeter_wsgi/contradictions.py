@@ -1,0 +1,65 @@
+"""What is wrong between options that are each right."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlement_options import unaddressable
+
+#: Its options are read, and nothing of it is known here.
+Policy: TypeAlias = Any
+
+logger = log.get_logger(__name__)
+
+
+def contradictions(policy: Policy, default_source: str) -> list[str]:
+    """Return a sentence for each contradiction; warn of what only looks like one."""
+    _warn_of_features(policy)
+    return [*_sources(policy, default_source), *_places(policy), *_quotas(policy)]
+
+
+def _sources(policy: Policy, default: str) -> list[str]:
+    if policy.trusted_request_id_header and policy.event_source == default:
+        return [
+            "event_source: expected a name of this service's own, got the default: "
+            "with trusted_request_id_header two services behind one proxy would "
+            "share ids"
+        ]
+    return []
+
+
+def _places(policy: Policy) -> list[str]:
+    problems = []
+    if policy.delivery == "ship" and policy.spool_dir is None:
+        problems.append("spool_dir: expected a directory for delivery='ship'")
+    if policy.required_entitlements and policy.api_flavor == "konnect":
+        problems.append(
+            "required_entitlements: Kong Konnect answers no questions about single "
+            "entitlements; set entitlements_url to an OpenMeter server that does, and "
+            "api_flavor to its own"
+        )
+    return problems
+
+
+def _quotas(policy: Policy) -> list[str]:
+    if not isinstance(policy.reserve, dict):
+        return []
+    counted = policy.entitlement_meters
+    return [
+        f"reserve: {feature!r} is not in entitlement_meters, so nothing counts it"
+        for feature in policy.reserve
+        if feature not in counted
+    ]
+
+
+def _warn_of_features(policy: Policy) -> None:
+    named = {*policy.required_entitlements, *policy.entitlement_meters}
+    if policy.entitlements_path == "subjects":
+        return
+    for feature in unaddressable(sorted(named)):
+        logger.warning(
+            "%s: OpenMeter refuses this feature key on its customer paths (expected "
+            "a-z, 0-9 and _, at most 64); entitlements_path='subjects' accepts it",
+            feature,
+        )

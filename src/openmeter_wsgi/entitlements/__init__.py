@@ -1,0 +1,1 @@
+"""Who may: the right answer, fast, also when OpenMeter is away."""

@@ -1,0 +1,200 @@
+"""Asking OpenMeter: off the request's thread, each thing once, and never too much."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.breaker import Breaker
+from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from openmeter_wsgi.questions import QuestionClient
+
+logger = log.get_logger(__name__)
+
+#: Of customers seen for the first time so many wait for an answer at once; were there
+#: no bound, a client that makes up names would occupy every thread of the server.
+FIRST_SIGHTS = 4
+_REFRESHES = 2
+#: After a 429 without Retry-After, in seconds.
+_SLOW_DOWN = 1.0
+#: For so long nobody asks again for features that OpenMeter calls a mistake.
+_MISTAKE_HOLDS = 5.0
+
+
+class Question(NamedTuple):
+    """What is asked: these features of that customer."""
+
+    customer: str
+    features: tuple[str, ...]
+
+
+#: Puts the question to OpenMeter and remembers the answer. The callable that it is
+#: given says, once, that who waits need wait no longer.
+Answering: TypeAlias = "Callable[[QuestionClient, Question, Callable[[], None]], None]"
+
+
+class Asker:
+    """Puts questions to OpenMeter, each in a thread that ends with it.
+
+    Belongs to one process; any thread. There is no pool: questions are few, because
+    answers are kept, and a thread costs less than the request that it makes.
+    """
+
+    def __init__(
+        self,
+        *,
+        new_client: Callable[[], QuestionClient],
+        answering: Answering,
+        take_question: Callable[[float], float],
+        timeout: float,
+        reserve: float,
+    ) -> None:
+        self.breaker = Breaker()
+        self._new_client = new_client
+        self._answering = answering
+        #: Takes a token of the host's and says how long to wait for one.
+        self._take_question = take_question
+        self._timeout = timeout
+        #: How many tokens a first sight leaves to customers that are known.
+        self._reserve = reserve
+        self._clients: deque[QuestionClient] = deque()
+        self._under_way: dict[Question, threading.Event] = {}
+        #: Until when not to ask for features that OpenMeter calls a mistake.
+        self._mistaken: dict[tuple[str, ...], float] = {}
+        self._starting = threading.Lock()
+        self._first_sights = threading.Semaphore(FIRST_SIGHTS)
+        self._refreshes = threading.Semaphore(_REFRESHES)
+
+    def ask(self, question: Question) -> None:
+        """Ask, and wait for the answer within the timeout, if asking makes sense now.
+
+        Those who come while the same is being asked wait for that answer.
+        """
+        if self.breaker.is_open:
+            self.refresh(question)  # who tries is nobody's request
+            return
+        done = self._under_way.get(question)
+        if done is None:
+            done = self._start(question, self._first_sights, reserve=self._reserve)
+        if done is not None:
+            done.wait(self._timeout)
+
+    def refresh(self, question: Question) -> None:
+        """Ask without waiting, unless that is being done or must not be done now."""
+        if question not in self._under_way:
+            self._start(question, self._refreshes, reserve=0)
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        while self._clients:
+            self._clients.popleft().close()
+
+    def _start(
+        self, question: Question, slots: threading.Semaphore, *, reserve: float
+    ) -> threading.Event | None:
+        """Start the thread that asks; None where nobody may ask now."""
+        with self._starting:
+            if (under_way := self._under_way.get(question)) is not None:
+                return under_way
+            if time.monotonic() < self._mistaken.get(question.features, 0):
+                return None
+            if not slots.acquire(blocking=False):
+                return None
+            if not self.breaker.may_try():
+                slots.release()
+                return None
+            done = self._under_way[question] = threading.Event()
+        thread = threading.Thread(
+            target=self._run,
+            args=(question, done, slots, reserve),
+            name="openmeter_wsgi.question",
+            daemon=True,
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.error("%s: no thread can be started to ask OpenMeter", error)
+            self._end(question, done, slots)
+        return done
+
+    def _run(
+        self,
+        question: Question,
+        done: threading.Event,
+        slots: threading.Semaphore,
+        reserve: float,
+    ) -> None:
+        try:
+            if self._has_token(reserve):
+                self._put(question, done)
+        except Exception:
+            logger.exception("%s: a question about %s broke off", "entitlements",
+                             question.customer)  # fmt: skip
+        finally:
+            self._end(question, done, slots)
+
+    def _end(
+        self, question: Question, done: threading.Event, slots: threading.Semaphore
+    ) -> None:
+        self._under_way.pop(question, None)
+        slots.release()
+        done.set()
+
+    def _has_token(self, reserve: float) -> bool:
+        deadline = time.monotonic() + self._timeout
+        while wait := self._take_question(reserve):
+            if time.monotonic() + wait > deadline:
+                logger.warning(
+                    "%s: more questions than question_rate allows; some requests are "
+                    "decided without an answer",
+                    "entitlements",
+                )
+                return False
+            time.sleep(wait)
+        return True
+
+    def _put(self, question: Question, done: threading.Event) -> None:
+        try:
+            client = self._clients.pop()
+        except IndexError:
+            client = self._new_client()
+        try:
+            self._answering(client, question, done.set)
+        except DeliveryError as error:
+            client.close()
+            self._failed(error, question)
+        else:
+            if self.breaker.is_open:
+                logger.warning("%s: OpenMeter answers again", "entitlements")
+            self.breaker.succeeded()
+            self._clients.append(client)
+
+    def _failed(self, error: DeliveryError, question: Question) -> None:
+        if isinstance(error, Unavailable) and error.status == 429:
+            pause = error.retry_after or _SLOW_DOWN
+            self.breaker.slow_down(pause)
+            logger.warning(
+                "%s: OpenMeter was asked too often, no questions for %.1f s; what is "
+                "known goes on to hold",
+                "entitlements", pause,
+            )  # fmt: skip
+            return
+        if error.status == 400:
+            # Of these features alone; of the others it may know all there is.
+            self._mistaken[question.features] = time.monotonic() + _MISTAKE_HOLDS
+        else:
+            self.breaker.failed()
+        logger.log(
+            logging.ERROR if isinstance(error, Held) else logging.WARNING,
+            "%s: OpenMeter does not say what %r may (status %s: %s); known answers "
+            "hold for max_stale, then fail_mode decides",
+            "entitlements", question.customer, error.status or "none", error.reason,
+        )  # fmt: skip

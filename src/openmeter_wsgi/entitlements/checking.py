@@ -1,0 +1,242 @@
+"""Deciding whether a customer may use features, from what OpenMeter said of them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.asking import Asker, Question
+from openmeter_wsgi.entitlements.decision import Decision, Denial, Source
+from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
+from openmeter_wsgi.errors import DeliveryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from openmeter_wsgi.entitlements.countdown import Countdown
+    from openmeter_wsgi.policy import FailMode
+    from openmeter_wsgi.questions import Answer, QuestionClient, Terms
+
+logger = log.get_logger(__name__)
+
+#: The terms of an entitlement are asked for anew when they are older than this, in
+#: seconds, and when so small a part of the grant is left that they may decide.
+_TERMS_HOLD = 600.0
+_LITTLE = 0.2
+
+
+class QuestionLimits(NamedTuple):
+    """How OpenMeter may be asked."""
+
+    #: Seconds that a request waits for an answer.
+    timeout: float
+    #: Tokens that first sights leave to customers that are known.
+    reserve: float
+
+
+class Entitlements:
+    """What one process knows of entitlements, and how it learns more.
+
+    Any thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        new_client: Callable[[], QuestionClient],
+        take_question: Callable[[float], float],
+        countdown: Countdown,
+        lifetimes: Lifetimes,
+        limits: QuestionLimits,
+        cache_size: int,
+    ) -> None:
+        self.countdown = countdown
+        self._answers = KnownAnswers(cache_size)
+        self._lifetimes = lifetimes
+        self._asker = Asker(
+            new_client=new_client,
+            answering=self._answer,
+            take_question=take_question,
+            timeout=limits.timeout,
+            reserve=limits.reserve,
+        )
+
+    def decide(
+        self, customer: str, features: tuple[str, ...], fail_mode: FailMode
+    ) -> Decision:
+        """Say whether *customer* may use all of *features*. Never raises.
+
+        Waits only for an answer that has never been heard or has outlived its time,
+        and at most ``entitlement_timeout``.
+        """
+        now = time.monotonic()
+        found = self._found(customer, features, now, fail_mode)
+        return _together(
+            [
+                _decision(feature, known, now, fail_mode)
+                for feature, known in zip(features, found, strict=True)
+            ]
+        )
+
+    def fresh(self, feature: str) -> Callable[[str], Decision | None]:
+        """Return what finds a decision that needs no question, by customer."""
+        return self._answers.fresh(feature)
+
+    def known(self, customer: str, feature: str) -> Known | None:
+        """Return what is known, however old it is."""
+        return self._answers.get(customer, feature)
+
+    def refresh(self, customer: str, feature: str) -> None:
+        """Ask anew, behind the request's back."""
+        self._asker.refresh(Question(customer, (feature,)))
+
+    def invalidate(self, customer: str, feature: str | None = None) -> None:
+        """Forget what was said of *customer*: the next request asks."""
+        self._answers.forget(customer, feature)
+
+    def close(self) -> None:
+        """Close connections, and hand back what was set apart for this process."""
+        self._asker.close()
+        self.countdown.close()
+
+    def _found(
+        self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
+    ) -> list[Known | None]:
+        found = [self._answers.get(customer, feature) for feature in features]
+        pairs = list(zip(features, found, strict=True))
+        if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
+            self._asker.ask(Question(customer, tuple(missing)))
+            found = [self._answers.get(customer, feature) for feature in features]
+            after = time.monotonic()
+            any_age = fail_mode == "stale"
+            return [k if k and (any_age or after < k.usable_until) else None
+                    for k in found]  # fmt: skip
+        if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
+            self._asker.refresh(Question(customer, tuple(aged)))
+        return found
+
+    # -- In the thread of a question
+
+    def _answer(
+        self, client: QuestionClient, question: Question, answered: Callable[[], None]
+    ) -> None:
+        asked_at, asked_wall = time.monotonic(), time.time()
+        customer = question.customer
+        answers = client.answers(customer, question.features)
+        later = []
+        for feature, answer in answers.items():
+            self.countdown.answered(customer, feature, answer.balance, asked_wall)
+            before = self._answers.get(customer, feature)
+            terms, terms_at = (before.terms, before.terms_at) if before else (None, 0.0)
+            self._remember(
+                question.customer, feature, answer, asked_at, terms, terms_at
+            )
+            if self._wants_terms(feature, answer, asked_at - terms_at, terms):
+                if answer.has_access:
+                    later.append(feature)
+                else:
+                    # The first denial already says when the quota is granted anew.
+                    self._learn_terms(client, customer, feature, answer, asked_at)
+        answered()
+        for feature in later:
+            self._learn_terms(client, customer, feature, answers[feature], asked_at)
+
+    def _remember(
+        self,
+        customer: str,
+        feature: str,
+        answer: Answer,
+        asked_at: float,
+        terms: Terms | None,
+        terms_at: float,
+    ) -> None:
+        known = Known(
+            feature,
+            answer,
+            terms,
+            asked_at=asked_at,
+            terms_at=terms_at,
+            lifetimes=self._lifetimes,
+        )
+        self._answers.put(customer, feature, known)
+
+    def _wants_terms(
+        self, feature: str, answer: Answer, age: float, terms: Terms | None
+    ) -> bool:
+        if answer.balance is None:
+            return False
+        if not answer.has_access:
+            return True
+        if feature not in self.countdown.meters:
+            return False
+        granted = answer.total_available_grant_amount or 0.0
+        is_low = answer.balance <= granted * _LITTLE
+        return terms is None or is_low or age > _TERMS_HOLD
+
+    def _learn_terms(
+        self,
+        client: QuestionClient,
+        customer: str,
+        feature: str,
+        answer: Answer,
+        asked_at: float,
+    ) -> None:
+        try:
+            terms = client.terms(customer, feature)
+        except DeliveryError as error:
+            logger.warning(
+                "%s: OpenMeter does not say when the period of %r ends (status %s: %s)",
+                "entitlements", feature, error.status or "none", error.reason,
+            )  # fmt: skip
+            return
+        self._remember(customer, feature, answer, asked_at, terms, time.monotonic())
+
+
+def unanswered(features: Iterable[str], fail_mode: FailMode) -> Decision:
+    """Return the decision where OpenMeter says nothing and nothing is known."""
+    denied = tuple(Denial(feature, "unavailable") for feature in features)
+    return Decision(fail_mode != "closed", denied, source="fail_mode")
+
+
+def _decision(
+    feature: str, known: Known | None, now: float, fail_mode: FailMode
+) -> Decision:
+    if known is None:
+        return unanswered((feature,), fail_mode)
+    source: Source = "cache"
+    if known.asked_at >= now:
+        source = "openmeter"
+    else:
+        known.used = True
+    if now >= known.fresh_until:
+        source = "stale"
+    decision = known.decision
+    return Decision(
+        decision.allowed,
+        decision.denied,
+        source=source,
+        answered_at=known.asked_at,
+        quota=decision.quota,
+    )
+
+
+#: The source of which least can be said comes last.
+_SOURCES: tuple[Source, ...] = (
+    "request", "openmeter", "cache", "countdown", "stale", "fail_mode",
+)  # fmt: skip
+
+
+def _together(decisions: Sequence[Decision]) -> Decision:
+    """Return the decision that several features make together."""
+    if len(decisions) == 1:
+        return decisions[0]
+    times = [d.answered_at for d in decisions if d.answered_at is not None]
+    quotas = [d.quota for d in decisions if d.quota is not None]
+    return Decision(
+        all(decision.allowed for decision in decisions),
+        tuple(denial for decision in decisions for denial in decision.denied),
+        source=max((d.source for d in decisions), key=_SOURCES.index),
+        answered_at=min(times, default=None),
+        quota=min(quotas, key=lambda quota: quota.remaining, default=None),
+    )

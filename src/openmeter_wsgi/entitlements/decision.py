@@ -1,0 +1,109 @@
+"""What was decided of one request, and why."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import msgspec
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.questions import Answer
+
+#: ``no_access``: OpenMeter says no. ``limit_reached``: the quota is used up.
+#: ``unknown_customer``: OpenMeter has no such customer. ``no_subject``: nobody was
+#: named who could be asked for. ``unavailable``: there is no answer.
+Reason: TypeAlias = Literal[
+    "no_access", "limit_reached", "unknown_customer", "no_subject", "unavailable"
+]
+#: ``openmeter``: asked just now. ``cache``: a known answer. ``stale``: one that has
+#: outlived its time. ``countdown``: counted from a known balance. ``fail_mode``: there
+#: was no answer. ``request``: nothing had to be asked.
+Source: TypeAlias = Literal[
+    "openmeter", "cache", "stale", "countdown", "fail_mode", "request"
+]
+
+
+class Denial(msgspec.Struct, frozen=True):
+    """One feature that was denied, and what is known of it."""
+
+    feature: str
+    reason: Reason
+    #: Of metered features, as far as OpenMeter said it.
+    balance: float | None = None
+    usage: float | None = None
+    overage: float | None = None
+    #: The wall clock's time from which on asking again makes sense, where it is known.
+    retry_at: float | None = None
+
+    @property
+    def retry_after(self) -> int | None:
+        """How many seconds from now that is, at least one."""
+        if self.retry_at is None:
+            return None
+        return max(math.ceil(self.retry_at - time.time()), 1)
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Whether a request may pass."""
+
+    allowed: bool
+    #: What was denied. Not empty although allowed: the fail mode let it through.
+    denied: tuple[Denial, ...] = ()
+    source: Source = "openmeter"
+    #: The monotonic time of the oldest answer in it.
+    answered_at: float | None = None
+    #: Of the feature of which least is left: what was granted, what remains, and the
+    #: seconds until it is granted anew. None where nothing is metered.
+    quota: Quota | None = None
+
+    @property
+    def age(self) -> float | None:
+        """How many seconds ago OpenMeter said so, None if it said nothing."""
+        if self.answered_at is None:
+            return None
+        return max(time.monotonic() - self.answered_at, 0.0)
+
+
+class Quota(msgspec.Struct, frozen=True):
+    """How much of a metered feature there is."""
+
+    feature: str
+    limit: float | None
+    remaining: float
+    #: The wall clock's time at which the usage period ends.
+    period_end: float | None = None
+
+    @property
+    def reset(self) -> int | None:
+        """How many seconds from now that is."""
+        if self.period_end is None:
+            return None
+        return max(math.ceil(self.period_end - time.time()), 0)
+
+
+def denial_of(
+    feature: str,
+    answer: Answer,
+    reason: Reason | None = None,
+    retry_at: float | None = None,
+) -> Denial:
+    """Return the denial of *feature*, for the reason that *answer* has or another."""
+    return Denial(
+        feature,
+        reason or reason_of(answer),
+        balance=answer.balance,
+        usage=answer.usage,
+        overage=answer.overage,
+        retry_at=retry_at,
+    )
+
+
+def reason_of(answer: Answer) -> Reason:
+    """Return why *answer* denies."""
+    if not answer.known_customer:
+        return "unknown_customer"
+    # The value carries no reason: only a metered entitlement has these.
+    is_metered = answer.balance is not None or answer.usage is not None
+    return "limit_reached" if is_metered else "no_access"

@@ -1,0 +1,261 @@
+"""The gate of one policy: from a request to the decision whether it may pass."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from msgspec.structs import replace
+
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlement_options import amounts as read_amounts
+from openmeter_wsgi.entitlements.amounts import amount_of
+from openmeter_wsgi.entitlements.checking import unanswered
+from openmeter_wsgi.entitlements.countdown import Reserved
+from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of
+from openmeter_wsgi.environ import DECISION, RESERVED
+
+if TYPE_CHECKING:
+    from collections.abc import (
+        Callable,
+        Iterable,
+        Mapping,
+        MutableMapping,
+        Sequence,
+    )
+
+    from openmeter_wsgi.entitlements.checking import Entitlements
+    from openmeter_wsgi.entitlements.known import Known
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.stats import Counts
+    from openmeter_wsgi.subject import FindSubject
+    from openmeter_wsgi.usage import Meter
+
+logger = log.get_logger(__name__)
+
+Environ: TypeAlias = "MutableMapping[str, Any]"
+
+_NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
+#: Seconds after which a reservation of another request may have come back.
+_SOON = 1.0
+
+
+class Gate:
+    """Decides which requests of one policy may pass. One process, any thread."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        entitlements: Entitlements,
+        *,
+        find_subject: FindSubject,
+        counts: Counts,
+    ) -> None:
+        self.policy = policy
+        self.required = policy.required_entitlements
+        self._entitlements = entitlements
+        self._find_subject = find_subject
+        self._customer_of = customer_finder(policy)
+        self._counts = counts
+        self._countdown = entitlements.countdown
+        self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
+        self._usual = _usual_amounts(policy)
+        #: The short way of most requests: one feature, and nothing to be counted.
+        self._fresh = None
+        if len(self.required) == 1 and not self._is_counted and not policy.customer:
+            self._fresh = entitlements.fresh(self.required[0])
+
+    def admit(self, environ: Environ) -> Decision:
+        """Decide whether a request may begin. Never raises."""
+        if self._fresh is not None:
+            subject = self._find_subject(environ)  # type: ignore[arg-type]
+            decision = subject and self._fresh(subject)
+            if decision and decision.allowed:
+                environ[DECISION] = decision
+                self._counts.allowed["cache"] += 1
+                return decision
+        return self.check(environ, self.required)
+
+    def check(
+        self,
+        environ: Environ,
+        features: Iterable[str],
+        reserve: Mapping[str, float] | None = None,
+    ) -> Decision:
+        """Decide whether the subject of *environ* may use *features*, all of them.
+
+        *reserve* says how much is set apart of a counted feature, in place of what
+        the policy says.
+
+        :raises ValueError: if an amount in *reserve* is none.
+        """
+        if reserve is not None:
+            reserve = read_amounts(reserve)
+        names = tuple(dict.fromkeys(features))
+        subject = self._find_subject(environ)  # type: ignore[arg-type]
+        decision = _NO_SUBJECT
+        if subject is not None:
+            decision = self._decide(environ, subject, names, reserve)
+        environ[DECISION] = decision
+        self._account_for(decision, subject)
+        return decision
+
+    def _decide(
+        self,
+        environ: Environ,
+        subject: str,
+        features: tuple[str, ...],
+        reserve: Mapping[str, float] | None,
+    ) -> Decision:
+        try:
+            customer = self._customer_of(subject)
+        except Exception as error:  # noqa: BLE001 - the user's code, on our path
+            logger.error("customer: raised %r; nobody can be asked for", error)
+            return unanswered(features, self.policy.fail_mode)
+        if not customer:
+            denied = tuple(Denial(feature, "unknown_customer") for feature in features)
+            return Decision(False, denied, source="request")
+        decision = self._entitlements.decide(customer, features, self.policy.fail_mode)
+        if not decision.allowed or not self._countdown.meters:
+            return decision
+        amounts = self._amounts(environ) if reserve is None else reserve
+        counted = [name for name in features if name in self._countdown.meters]
+        return self._reserve(environ, customer, counted, amounts, decision)
+
+    def invalidate(self, subject: str, feature: str | None = None) -> None:
+        """Forget what OpenMeter said of *subject*."""
+        self._entitlements.invalidate(self._customer_of(subject) or subject, feature)
+
+    # -- Counting down
+
+    def settle(
+        self, environ: Environ, meters: Sequence[Meter], subject: str | None
+    ) -> None:
+        """Let what the request has reserved become what it is billed: *meters*."""
+        policy = self.policy
+        used: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for feature, counted in self._countdown.meters.items():
+            for meter in meters:
+                if meter.type == counted.type and (who := meter.subject or subject):
+                    amount = amount_of((meter,), counted, policy.value_property)
+                    used[self._customer_of(who) or who, feature] += amount
+        reserved = environ.pop(RESERVED, {})
+        self._countdown.settle(reserved.values(), used)
+
+    def _amounts(self, environ: Environ) -> Mapping[str, float]:
+        """Return what the request sets apart, by feature."""
+        reserve = self.policy.reserve
+        if reserve is None:
+            return self._usual
+        if callable(reserve):
+            try:
+                return {**self._usual, **read_amounts(reserve(environ))}  # type: ignore[arg-type]
+            except Exception as error:  # noqa: BLE001 - the user's code, on our path
+                logger.error("reserve: %r raised %r; nothing is set apart",
+                             reserve, error)  # fmt: skip
+                return self._usual
+        return {**self._usual, **reserve}
+
+    def _reserve(
+        self,
+        environ: Environ,
+        customer: str,
+        features: Iterable[str],
+        amounts: Mapping[str, float],
+        decision: Decision,
+    ) -> Decision:
+        held: dict[str, Reserved] = environ.setdefault(RESERVED, {})
+        taken: dict[str, Reserved] = {}
+        for feature in features:
+            known = self._entitlements.known(customer, feature)
+            if known is None or not known.counts_down:
+                continue
+            if feature in held and feature not in amounts:
+                continue
+            outcome = self._countdown.reserve(
+                customer, feature, amounts.get(feature, 0.0)
+            )
+            if not isinstance(outcome, Reserved):
+                for reserved in taken.values():
+                    reserved.release()
+                return self._refused(
+                    customer, feature, known, held_back=outcome.held_back
+                )
+            taken[feature] = outcome
+        for feature, reserved in taken.items():
+            if (before := held.get(feature)) is not None:
+                before.release()
+            held[feature] = reserved
+        return self._with_remaining(customer, decision)
+
+    def _refused(
+        self, customer: str, feature: str, known: Known, *, held_back: bool
+    ) -> Decision:
+        """Deny what only we count so far: the next answer will say so, or not."""
+        policy = self.policy
+        if time.monotonic() - known.asked_at > policy.deny_ttl:
+            self._entitlements.refresh(customer, feature)
+        wait = _SOON if held_back else max(policy.visibility_lag, _SOON)
+        denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
+        quota = known.decision.quota and replace(known.decision.quota, remaining=0.0)
+        return Decision(
+            False,
+            (denial,),
+            source="countdown",
+            answered_at=known.asked_at,
+            quota=quota,
+        )
+
+    def _with_remaining(self, customer: str, decision: Decision) -> Decision:
+        quota = decision.quota
+        if not self.policy.usage_headers or quota is None:
+            return decision
+        if quota.feature not in self._countdown.meters:
+            return decision
+        remaining = self._countdown.remaining(customer, quota.feature)
+        return replace(decision, quota=replace(quota, remaining=remaining))
+
+    # -- Counting and telling
+
+    def _account_for(self, decision: Decision, subject: str | None) -> None:
+        counts = self._counts
+        if decision.allowed and not decision.denied:
+            counts.allowed[decision.source] += 1
+            return
+        passes = decision.allowed or not self.policy.enforce
+        told = counts.let_through if passes else counts.denied
+        for denial in decision.denied:
+            told[denial.reason] += 1
+            _tell(denial, subject, passes=passes)
+
+
+def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
+    logger.warning(
+        "%s: %s, %s (balance %s, usage %s, overage %s)",
+        f"subject {subject!r}, feature {denial.feature!r}",
+        denial.reason,
+        "let through" if passes else "denied",
+        _figure(denial.balance), _figure(denial.usage), _figure(denial.overage),
+    )  # fmt: skip
+
+
+def _figure(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:g}"
+
+
+def customer_finder(policy: Policy) -> Callable[[str], str | None]:
+    """Return what maps a subject to the key of its customer."""
+    customer = policy.customer
+    if customer is None:
+        return lambda subject: subject
+    return customer if callable(customer) else customer.get
+
+
+def _usual_amounts(policy: Policy) -> dict[str, float]:
+    """Return what each request uses of a feature by the policy's own meters."""
+    return {
+        feature: amount
+        for feature, meter in policy.entitlement_meters.items()
+        if (amount := amount_of(policy.static_meters, meter, policy.value_property))
+    }

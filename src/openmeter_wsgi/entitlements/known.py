@@ -1,0 +1,178 @@
+"""The answers that are known, and for how long each of them holds."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from openmeter_wsgi.entitlements.decision import (
+    Decision,
+    Denial,
+    Quota,
+    denial_of,
+    reason_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from openmeter_wsgi.questions import Answer, Terms
+
+#: An allowance that has outlived its time is still given for as long again, while it
+#: is asked for anew behind the request's back.
+_GRACE = 2.0
+
+
+class Lifetimes(NamedTuple):
+    """Seconds for which an answer holds."""
+
+    allow: float
+    deny: float
+    #: How much longer it holds when OpenMeter cannot be asked.
+    max_stale: float
+
+
+class Known:
+    """One answer, and what follows from it. Any thread; nothing but `used` changes.
+
+    Times are monotonic, in seconds.
+    """
+
+    __slots__ = (
+        "answer", "asked_at", "decision", "fresh_until", "graceful_until", "terms",
+        "terms_at", "usable_until", "used",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        feature: str,
+        answer: Answer,
+        terms: Terms | None,
+        *,
+        asked_at: float,
+        terms_at: float,
+        lifetimes: Lifetimes,
+    ) -> None:
+        self.answer = answer
+        self.terms = terms
+        self.terms_at = terms_at
+        self.asked_at = asked_at
+        lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
+        self.fresh_until = asked_at + lifetime
+        # A denial is never given away on suspicion: its customer may have paid.
+        self.graceful_until = asked_at + lifetime * (_GRACE if answer.has_access else 1)
+        self.usable_until = self.fresh_until + lifetimes.max_stale
+        #: Whether a request went by it since this was last cleared.
+        self.used = False
+        #: Made once: this is all that a request with a known answer needs.
+        self.decision = Decision(
+            answer.has_access,
+            () if answer.has_access else (_denial(feature, answer, terms),),
+            source="cache",
+            answered_at=asked_at,
+            quota=_quota(feature, answer, terms),
+        )
+
+    @property
+    def counts_down(self) -> bool:
+        """Whether there is a balance that can be used up.
+
+        Access without one is a soft limit, whether the terms are known or not.
+        """
+        if not self.answer.balance or not self.answer.has_access:
+            return False
+        return self.terms is None or not self.terms.soft_limit
+
+
+class KnownAnswers:
+    """The known answers by feature and customer.
+
+    Belongs to one process; any thread. Of each feature so many are kept, and of too
+    many that one goes which was not used since it was last spared (a clock, as
+    operating systems do it): a hit then costs no more than setting a flag.
+    """
+
+    def __init__(
+        self, size: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._size = size
+        self._clock = clock
+        #: Reading needs no lock; a dictionary never moves once it is here.
+        self._tables: dict[str, dict[str, Known]] = {}
+        #: When customers were forgotten: an answer to an older question is not kept.
+        self._forgotten: dict[str, float] = {}
+        self._changing = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tables.values()))
+
+    def get(self, customer: str, feature: str) -> Known | None:
+        """Return what is known, however old it is."""
+        return self._table(feature).get(customer)
+
+    def fresh(self, feature: str) -> Callable[[str], Decision | None]:
+        """Return what finds the decision on a customer, None where it must be asked.
+
+        This is all that most requests pay for, so it is one call.
+        """
+        find = self._table(feature).get
+        clock = self._clock
+
+        def fresh(customer: str) -> Decision | None:
+            known = find(customer)
+            if known is None or clock() >= known.fresh_until:
+                return None
+            known.used = True
+            return known.decision
+
+        return fresh
+
+    def put(self, customer: str, feature: str, known: Known) -> None:
+        """Remember *known*, unless something newer is there."""
+        table = self._table(feature)
+        with self._changing:
+            before = table.get(customer)
+            if before is not None and before.asked_at > known.asked_at:
+                return
+            if known.asked_at <= self._forgotten.get(customer, -math.inf):
+                return
+            while before is None and len(table) >= self._size:
+                oldest = next(iter(table))
+                entry = table.pop(oldest)
+                if entry.used:
+                    entry.used = False
+                    table[oldest] = entry
+            table[customer] = known
+
+    def forget(self, customer: str, feature: str | None = None) -> None:
+        """Forget one feature of *customer*, or all of them."""
+        with self._changing:
+            self._forgotten.pop(customer, None)
+            self._forgotten[customer] = self._clock()
+            if len(self._forgotten) > self._size:
+                del self._forgotten[next(iter(self._forgotten))]
+            for name, table in self._tables.items():
+                if feature is None or name == feature:
+                    table.pop(customer, None)
+
+    def _table(self, feature: str) -> dict[str, Known]:
+        return self._tables.get(feature) or self._tables.setdefault(feature, {})
+
+
+def _denial(feature: str, answer: Answer, terms: Terms | None) -> Denial:
+    period_end = terms.period_end if terms else None
+    is_limit = reason_of(answer) == "limit_reached"
+    return denial_of(feature, answer, retry_at=period_end if is_limit else None)
+
+
+def _quota(feature: str, answer: Answer, terms: Terms | None) -> Quota | None:
+    if answer.balance is None:
+        return None
+    return Quota(
+        feature,
+        answer.total_available_grant_amount,
+        answer.balance,
+        terms.period_end if terms else None,
+    )

@@ -1,0 +1,46 @@
+"""From a policy to what its process knows of entitlements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.entitlements.checking import Entitlements, QuestionLimits
+from openmeter_wsgi.entitlements.countdown import Countdown
+from openmeter_wsgi.entitlements.known import Lifetimes
+from openmeter_wsgi.ledger import Ledger, open_store
+from openmeter_wsgi.questions import QuestionClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from openmeter_wsgi.policy import Policy
+
+#: First sights leave this part of the questions to customers that are known.
+_RESERVED_QUESTIONS = 0.5
+
+
+def entitlements_of(
+    policy: Policy, delivered_until: Callable[[], float]
+) -> Entitlements:
+    """Return the entitlements of one process. Opens nothing and starts no thread."""
+    rate = policy.question_rate
+    store = open_store(spool_dir=policy.spool_dir, redis_url=policy.redis_url)
+    ledger = Ledger(
+        store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
+    )
+    return Entitlements(
+        new_client=lambda: QuestionClient(
+            url=policy.entitlements_url or policy.api_url,
+            path=policy.entitlements_path,
+            key=policy.questions_key,
+            timeout=policy.entitlement_timeout,
+        ),
+        take_question=lambda reserve: store.take_question(rate, reserve=reserve),
+        countdown=Countdown(ledger, policy.entitlement_meters),
+        lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
+        limits=QuestionLimits(
+            policy.entitlement_timeout,
+            max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
+        ),
+        cache_size=policy.entitlement_cache_size,
+    )

@@ -1,0 +1,94 @@
+"""What OpenMeter says of entitlements, over real HTTP, and requests that need them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from openmeter_server import Answer, OpenMeterServer, problem
+from openmeter_wsgi import OpenMeterMiddleware
+from servers import Consumer, make_environ
+
+if TYPE_CHECKING:
+    from openmeter_server import Request
+
+YES: dict[str, Any] = {"hasAccess": True}
+NO: dict[str, Any] = {"hasAccess": False}
+
+
+def metered(balance: float, *, granted: float = 100, soft: bool = False) -> Any:
+    """The value of a metered entitlement."""
+    return {
+        "hasAccess": soft or balance > 0,
+        "balance": max(balance, 0),
+        "usage": granted - balance,
+        "overage": max(-balance, 0),
+        "totalAvailableGrantAmount": granted,
+    }
+
+
+def document(value: Any, status: int = 200) -> Answer:
+    return Answer(
+        status, json.dumps(value).encode(), {"Content-Type": "application/json"}, False
+    )
+
+
+class Entitled:
+    """The rule of a server that knows some customers and their entitlements."""
+
+    def __init__(self, server: OpenMeterServer) -> None:
+        #: By customer, then by feature.
+        self.values: dict[str, dict[str, Any]] = {}
+        #: The entitlement itself, by customer and feature.
+        self.terms: dict[tuple[str, str], Any] = {}
+        #: What every question gets in place of an answer.
+        self.instead: Answer | None = None
+        #: The questions for values, by customer and feature (``access`` for all).
+        self.asked: Counter[tuple[str, str]] = Counter()
+        self.asked_terms: Counter[tuple[str, str]] = Counter()
+        server.rule = self
+
+    def __call__(self, request: Request) -> Answer | None:
+        if request.method != "GET":
+            return None
+        parts = [unquote(part) for part in request.target.split("?")[0].split("/")]
+        customer, what, feature = (*parts[4:], "", "")[:3]
+        is_terms = len(parts) == 7
+        (self.asked_terms if is_terms else self.asked)[customer, feature or what] += 1
+        if self.instead is not None:
+            return self.instead
+        if (values := self.values.get(customer)) is None:
+            return problem(404, f"customer with id or key {customer} not found")
+        if what == "access":
+            return document({"entitlements": values})
+        if is_terms:
+            terms = self.terms.get((customer, feature))
+            return document(terms) if terms else problem(404, "entitlement not found")
+        return document(values.get(feature, NO))
+
+    @property
+    def questions(self) -> int:
+        return self.asked.total()
+
+
+def middleware(server: OpenMeterServer, app: Any, **options: Any) -> Any:
+    """Return an application behind a middleware that asks *server*."""
+    options = {"required_entitlements": ["searches"], "flush_interval": 60, **options}
+    options.setdefault("shutdown_timeout", 0)
+    return OpenMeterMiddleware(
+        app, api_url=server.url, meters={"api_requests": 1}, **options
+    )
+
+
+def ask(app: Any, subject: str | None = "acme", **entries: Any) -> Consumer:
+    """Serve one request of *subject*."""
+    environ = make_environ(**entries)
+    if subject is None:
+        del environ["REMOTE_USER"]
+    else:
+        environ["REMOTE_USER"] = subject
+    consumer = Consumer()
+    consumer.serve(app, environ)
+    return consumer

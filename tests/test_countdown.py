@@ -1,0 +1,269 @@
+"""A quota that holds between two answers."""
+
+import threading
+import time
+
+import pytest
+
+from entitling import Entitled, ask, metered, middleware
+from openmeter_wsgi import add_meters, check_entitlements, set_meters, set_subject
+from test_entitlements import body, header, ok, wait_for
+
+TOKENS = {"required_entitlements": ["tokens"], "entitlement_meters": ["tokens"]}
+REQUESTS = {
+    "required_entitlements": ["api_requests"],
+    "entitlement_meters": ["api_requests"],
+}
+
+
+@pytest.fixture
+def entitled(openmeter):
+    return Entitled(openmeter)
+
+
+@pytest.fixture
+def make(openmeter, entitled):
+    made = []
+
+    def make(app=ok, **options):
+        made.append(middleware(openmeter, app, **{**REQUESTS, **options}))
+        return made[-1]
+
+    yield make
+    openmeter.heal()
+    for each in made:
+        each.close(10)
+
+
+def served(app, requests, subject="acme"):
+    statuses = [ask(app, subject).status for _ in range(requests)]
+    return sum(status == "200 OK" for status in statuses)
+
+
+def test_the_balance_of_one_answer_is_not_overshot(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    app = make()
+
+    assert served(app, 30) == 10
+
+    response = ask(app)
+    assert body(response)["reason"] == "limit_reached"
+    assert app.stats().denied == {"limit_reached": 21}
+    assert entitled.asked["acme", "api_requests"] == 1
+
+
+def test_without_counting_down_it_is(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+
+    assert served(make(entitlement_meters=[]), 30) == 30
+
+
+def test_what_is_in_flight_is_set_apart(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(1)}
+    inside, leave = threading.Event(), threading.Event()
+
+    def app(environ, start_response):
+        inside.set()
+        leave.wait(20)
+        return ok(environ, start_response)
+
+    app = make(app)
+    first = threading.Thread(target=ask, args=(app,))
+    first.start()
+    inside.wait(20)
+
+    response = ask(app)
+
+    assert response.status.startswith("429")
+    assert header(response, "Retry-After") == "1"
+    leave.set()
+    first.join(20)
+
+
+def test_what_is_not_billed_comes_back(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(1)}
+    status = ["500 Internal Server Error"]
+
+    def app(environ, start_response):
+        start_response(status[0], [])
+        return [b"!"]
+
+    app = make(app)
+    for _ in range(5):
+        assert ask(app).status == status[0]
+
+    status[0] = "200 OK"
+    assert served(app, 5) == 1
+
+
+def test_what_raises_comes_back(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(1)}
+
+    def app(environ, start_response):
+        raise RuntimeError("a mistake of the application")
+
+    app = make(app)
+
+    for _ in range(5):
+        assert isinstance(ask(app).raised, RuntimeError)
+
+
+def test_the_amount_is_what_the_handler_stated(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(100)}
+
+    def app(environ, start_response):
+        set_meters(environ, {"tokens": 40})
+        return ok(environ, start_response)
+
+    app = make(app, **TOKENS)
+
+    assert served(app, 10) == 3  # 40, 80, and the one that began with 20 left
+
+
+def test_an_amount_can_be_set_apart_before_it_is_known(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(100)}
+
+    def app(environ, start_response):
+        add_meters(environ, {"tokens": 40})
+        return ok(environ, start_response)
+
+    app = make(app, **TOKENS, reserve={"tokens": 50})
+
+    assert served(app, 10) == 2
+    by_callable = make(app.app, **TOKENS, reserve=lambda environ: {"tokens": 50})
+    assert served(by_callable, 10) == 2
+
+
+def test_a_callable_that_fails_sets_nothing_apart(make, entitled, caplog):
+    entitled.values["acme"] = {"tokens": metered(100)}
+
+    app = make(**TOKENS, reserve=lambda environ: {"tokens": "many"})
+
+    assert served(app, 3) == 3
+    assert "reserve" in caplog.text
+
+
+def test_the_property_that_counts_can_be_named(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(100)}
+
+    def app(environ, start_response):
+        data = {"model": "m", "used": "60"}
+        add_meters(environ, {"type": "llm", "data": data})
+        return ok(environ, start_response)
+
+    app = make(
+        app,
+        required_entitlements=["tokens"],
+        entitlement_meters={"tokens": {"type": "llm", "property": "used"}},
+    )
+
+    assert served(app, 10) == 2
+
+
+def test_two_subjects_of_one_customer_share_its_balance(make, entitled):
+    entitled.values["corp"] = {"api_requests": metered(10)}
+    app = make(customer=lambda subject: "corp")
+
+    assert served(app, 6, "alice") + served(app, 6, "bob") == 10
+
+
+def test_usage_of_another_subject_is_taken_from_its_own_balance(make, entitled):
+    entitled.values["alice"] = {"api_requests": metered(2)}
+    entitled.values["bob"] = {"api_requests": metered(2)}
+
+    def app(environ, start_response):
+        set_subject(environ, "bob")
+        return ok(environ, start_response)
+
+    app = make(app)
+    # Known to this process before alice's requests are billed to him.
+    environ = {"REMOTE_USER": "bob"}
+    app.metering().gate.check(environ, ["api_requests"], {"api_requests": 0})
+    app.metering().gate.settle(environ, (), None)
+
+    assert served(app, 5, "alice") == 5
+    assert ask(app, "bob").status.startswith("429")
+
+
+def test_a_soft_limit_is_never_counted_down(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(3, soft=True)}
+    entitled.terms["acme", "api_requests"] = {"isSoftLimit": True}
+    app = make()
+    ask(app)
+    known = app.metering().entitlements.known
+    wait_for(lambda: known("acme", "api_requests").terms is not None)
+
+    assert served(app, 20) == 20
+
+
+def test_access_without_balance_is_a_soft_limit(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(-5, soft=True)}
+
+    assert served(make(), 20) == 20
+
+
+def test_a_grant_shows_with_the_next_answer(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(5)}
+    app = make(deny_ttl=0.1)
+    assert served(app, 10) == 5
+
+    entitled.values["acme"] = {"api_requests": metered(500, granted=505)}
+    wait_for(lambda: ask(app).status == "200 OK")
+
+
+def test_the_balance_of_a_new_answer_covers_what_was_delivered(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    app = make(visibility_lag=0, deny_ttl=0.05, allow_ttl=0.05, flush_interval=0.01)
+    assert served(app, 4) == 4
+    entitled.values["acme"] = {"api_requests": metered(6)}
+    wait_for(lambda: app.stats().waiting == 0)
+    time.sleep(1.1)  # usage is kept by whole seconds
+
+    assert served(app, 2) == 2
+    wait_for(lambda: app.metering().gate._countdown.remaining("acme", "api_requests"))
+    assert 2 <= app.metering().gate._countdown.remaining("acme", "api_requests") <= 4
+
+
+def test_the_headers_count_down_too(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    app = make(usage_headers=True)
+
+    told = [int(header(ask(app), "RateLimit-Remaining")) for _ in range(10)]
+
+    assert told == list(range(9, -1, -1))
+    assert header(ask(app), "RateLimit-Remaining") == "0"
+
+
+def test_zero_checks_without_counting(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(1)}
+    app = make(**TOKENS)
+
+    assert served(app, 10) == 10
+
+
+def test_a_handler_reserves_what_only_it_knows(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(100)}
+
+    def app(environ, start_response):
+        decision = check_entitlements(environ, "tokens", reserve={"tokens": 60})
+        if decision.allowed:
+            add_meters(environ, {"tokens": 30})
+        return ok(environ, start_response)
+
+    app = make(app, **{**TOKENS, "required_entitlements": []})
+    for _ in range(5):
+        ask(app)
+
+    # 30, 60 left 40, which is less than 60.
+    assert app.stats().allowed["openmeter"] + app.stats().allowed.get("cache", 0) == 2
+    assert app.stats().denied == {"limit_reached": 3}
+
+
+def test_several_processes_share_a_balance_through_the_spool(make, entitled, tmp_path):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    one = make(spool_dir=str(tmp_path / "spool"), flush_interval=0.05)
+    other = make(spool_dir=str(tmp_path / "spool"), flush_interval=0.05)
+
+    total = sum(served(app, 1) for _ in range(20) for app in (one, other))
+
+    assert total == 10

@@ -1,0 +1,691 @@
+import json
+import logging
+import threading
+import time
+
+import flask
+import pytest
+
+from entitling import NO, YES, Entitled, ask, metered, middleware
+from openmeter_server import HANG, Answer, problem
+from openmeter_wsgi import (
+    ConfigError,
+    Policy,
+    check_entitlements,
+    require_entitlements,
+    set_user,
+)
+from openmeter_wsgi.environ import DECISION
+
+PROBLEM = ("Content-Type", "application/problem+json")
+
+
+def ok(environ, start_response):
+    start_response("200 OK", [("X-App", "yes")])
+    return [b"ok"]
+
+
+@pytest.fixture
+def entitled(openmeter):
+    return Entitled(openmeter)
+
+
+@pytest.fixture
+def make(openmeter, entitled):
+    made = []
+
+    def make(app=ok, **options):
+        made.append(middleware(openmeter, app, **options))
+        return made[-1]
+
+    yield make
+    openmeter.heal()
+    for each in made:
+        each.close(10)
+
+
+def body(response):
+    return json.loads(b"".join(response.body))
+
+
+def header(response, name):
+    return dict(response.headers).get(name)
+
+
+# -- The answer
+
+
+def test_a_customer_with_access_passes_and_is_billed(make, entitled, openmeter):
+    entitled.values["acme"] = {"searches": YES}
+    app = make()
+
+    response = ask(app)
+    app.close(5)
+
+    assert response.status == "200 OK"
+    assert response.body == [b"ok"]
+    assert response.headers == [("X-App", "yes")]
+    assert openmeter.subjects == ["acme"]
+    assert app.stats().allowed == {"openmeter": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "reason"),
+    [
+        (NO, "403 Forbidden", "no_access"),
+        (metered(0), "429 Too Many Requests", "limit_reached"),
+        (None, "403 Forbidden", "unknown_customer"),
+    ],
+)
+def test_a_denial_says_why_and_never_reaches_the_application(
+    make, entitled, openmeter, value, status, reason
+):
+    called = []
+    if value is not None:
+        entitled.values["acme"] = {"searches": value}
+    app = make(lambda *arguments: called.append(arguments))
+
+    response = ask(app)
+    app.close(5)
+
+    assert response.status == status
+    assert PROBLEM in response.headers
+    assert body(response) == {
+        "type": "about:blank",
+        "title": status[4:],
+        "status": int(status[:3]),
+        "detail": body(response)["detail"],
+        "reason": reason,
+        "feature": "searches",
+    }
+    assert "'searches'" in body(response)["detail"]
+    assert not called
+    assert openmeter.ids == []
+    assert app.stats().denied == {reason: 1}
+    assert app.stats().not_metered == {"denied": 1}
+    assert app.stats().settled == 1
+
+
+def test_nobody_is_asked_for_a_request_without_subject(make, entitled):
+    app = make()
+
+    response = ask(app, subject=None)
+
+    assert response.status == "401 Unauthorized"
+    assert header(response, "WWW-Authenticate") == "Bearer"
+    assert body(response)["reason"] == "no_subject"
+    assert entitled.questions == 0
+
+
+@pytest.mark.parametrize("status", [402, 403])
+def test_the_status_of_a_spent_quota_can_be_chosen(make, entitled, status):
+    entitled.values["acme"] = {"searches": metered(0)}
+
+    response = ask(make(limit_status=status))
+
+    assert response.status.startswith(str(status))
+    assert body(response)["reason"] == "limit_reached"
+
+
+def test_retry_after_is_the_end_of_the_usage_period(make, entitled):
+    entitled.values["acme"] = {"searches": metered(0)}
+    moment = time.gmtime(time.time() + 3_600)
+    entitled.terms["acme", "searches"] = {
+        "currentUsagePeriod": {"to": time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)}
+    }
+
+    response = ask(make())
+
+    assert 3_590 <= int(header(response, "Retry-After")) <= 3_600
+
+
+def test_a_head_request_is_denied_without_a_body(make, entitled):
+    response = ask(make(), REQUEST_METHOD="HEAD")
+
+    assert response.status == "403 Forbidden"
+    assert response.body == []
+    assert int(header(response, "Content-Length")) > 0
+
+
+def test_options_is_not_checked_unless_it_is_named(make, entitled):
+    assert ask(make(), REQUEST_METHOD="OPTIONS").status == "200 OK"
+    assert entitled.questions == 0
+    named = make(meter_options=True)
+    assert ask(named, REQUEST_METHOD="OPTIONS").status == "403 Forbidden"
+
+
+def test_a_response_of_ones_own_replaces_the_denial(make, entitled):
+    def own(environ, decision):
+        reason = decision.denied[0].reason
+        return flask.Response(f"go away: {reason}", status=418)
+
+    response = ask(make(denied_response=own))
+
+    assert response.status.startswith("418")
+    assert b"".join(response.body) == b"go away: unknown_customer"
+
+
+def test_a_response_of_ones_own_that_fails_is_replaced(make, entitled, caplog):
+    def own(environ, decision):
+        raise RuntimeError("a mistake")
+
+    assert ask(make(denied_response=own)).status == "403 Forbidden"
+    assert "denied_response" in caplog.text
+
+
+def test_the_log_says_once_who_was_denied_what(make, entitled, caplog):
+    entitled.values["acme"] = {"searches": metered(-7)}
+    app = make()
+
+    for _ in range(5):
+        ask(app)
+
+    lines = [r.getMessage() for r in caplog.records if "denied" in r.getMessage()]
+    assert lines == [
+        "subject 'acme', feature 'searches': limit_reached, denied "
+        "(balance 0, usage 107, overage 7)"
+    ]
+
+
+def test_the_handler_sees_the_decision(make, entitled):
+    entitled.values["acme"] = {"searches": metered(40)}
+    seen = []
+
+    def app(environ, start_response):
+        seen.append(environ[DECISION])
+        return ok(environ, start_response)
+
+    ask(make(app))
+
+    (decision,) = seen
+    assert decision.allowed
+    assert decision.denied == ()
+    assert decision.source == "openmeter"
+    assert 0 <= decision.age < 5
+    assert (decision.quota.limit, decision.quota.remaining) == (100, 40)
+
+
+def test_nothing_is_enforced_until_it_is_switched_on(make, entitled, openmeter, caplog):
+    app = make(enforce=False)
+
+    response = ask(app)
+    app.close(5)
+
+    assert response.status == "200 OK"
+    assert app.stats().let_through == {"unknown_customer": 1}
+    assert openmeter.subjects == ["acme"]
+    assert "let through" in caplog.text
+
+
+def test_usage_headers_tell_what_is_left(make, entitled):
+    entitled.values["acme"] = {"searches": metered(40)}
+
+    response = ask(make(usage_headers=True))
+
+    assert header(response, "RateLimit-Limit") == "100"
+    assert header(response, "RateLimit-Remaining") == "40"
+    assert header(response, "X-App") == "yes"
+
+
+def test_all_of_several_features_are_needed(make, entitled):
+    entitled.values["acme"] = {"searches": YES, "exports": metered(0)}
+
+    response = ask(make(required_entitlements=["searches", "exports"]))
+
+    assert response.status.startswith("429")
+    assert body(response)["feature"] == "exports"
+    assert entitled.asked == {("acme", "access"): 1}
+
+
+def test_of_several_reasons_that_is_told_which_would_stay(make, entitled):
+    entitled.values["acme"] = {"searches": metered(0), "exports": NO}
+
+    response = ask(make(required_entitlements=["searches", "exports"]))
+
+    assert response.status == "403 Forbidden"
+    assert body(response)["feature"] == "exports"
+
+
+# -- Who is asked for
+
+
+@pytest.mark.parametrize(
+    "customer", [{"acme": "customer-1"}, lambda subject: "customer-1"]
+)
+def test_a_subject_can_have_a_customer_of_another_key(make, entitled, customer):
+    entitled.values["customer-1"] = {"searches": YES}
+    app = make(customer=customer)
+
+    assert ask(app).status == "200 OK"
+    assert entitled.asked == {("customer-1", "searches"): 1}
+
+
+def test_a_subject_without_customer_is_denied_without_a_question(make, entitled):
+    response = ask(make(customer={}))
+
+    assert body(response)["reason"] == "unknown_customer"
+    assert entitled.questions == 0
+
+
+def test_a_mapping_that_fails_is_no_denial(make, entitled, caplog):
+    def customer(subject):
+        raise LookupError("the database is away")
+
+    assert ask(make(customer=customer)).status == "200 OK"
+    assert ask(make(customer=customer, fail_mode="closed")).status.startswith("503")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"HTTP_X_SUBJECT": "rich"},
+        {"HTTP_REMOTE_USER": "rich"},
+        {"QUERY_STRING": "subject=rich&customer=rich"},
+        {"HTTP_X_CUSTOMER_ID": "rich", "HTTP_AUTHORIZATION": "Bearer rich"},
+        {"HTTP_COOKIE": "subject=rich"},
+    ],
+)
+def test_nothing_that_a_client_sends_names_the_customer(make, entitled, entries):
+    entitled.values["rich"] = {"searches": YES}
+
+    assert ask(make(), subject="poor", **entries).status == "403 Forbidden"
+    assert ask(make(), subject=None, **entries).status == "401 Unauthorized"
+
+
+def test_a_header_names_the_customer_where_the_policy_says_so(make, entitled):
+    entitled.values["rich"] = {"searches": YES}
+    app = make(subject="header:X-Subject")
+
+    assert ask(app, subject=None, HTTP_X_SUBJECT="rich").status == "200 OK"
+
+
+# -- In the handler
+
+
+def flask_app(view):
+    app = flask.Flask("tests")
+    app.add_url_rule("/", "view", view)
+    return app.wsgi_app
+
+
+def test_a_handler_asks_once_it_knows_the_subject(make, entitled, openmeter):
+    entitled.values["acme"] = {"searches": YES}
+
+    def view():
+        set_user(flask.request, {"sub": "acme"})
+        return str(check_entitlements(flask.request, "searches").allowed)
+
+    app = make(flask_app(view), required_entitlements=[])
+    response = ask(app, subject=None)
+
+    assert b"".join(response.body) == b"True"
+
+
+@pytest.mark.parametrize("codes", ["200-299", "200-599"])
+def test_a_denial_in_the_handler_is_the_same_response_and_not_billed(
+    make, entitled, openmeter, codes
+):
+    entitled.values["acme"] = {"searches": metered(0)}
+
+    def view():
+        require_entitlements(flask.request, "searches")
+        raise AssertionError("not reached")
+
+    app = make(flask_app(view), required_entitlements=[], meter_on_status_codes=codes)
+    response = ask(app)
+    same = ask(make())
+    app.close(5)
+
+    assert response.status.upper() == same.status.upper()
+    assert b"".join(response.body) == b"".join(same.body)
+    assert header(response, "Retry-After") == header(same, "Retry-After")
+    assert openmeter.ids == []
+
+
+def test_without_features_a_handler_asks_for_those_of_the_policy(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+
+    def view():
+        return str(require_entitlements(flask.request).allowed)
+
+    assert ask(make(flask_app(view))).body == [b"True"]
+
+
+def test_outside_a_metered_request_there_is_no_answer(caplog):
+    decision = check_entitlements({}, "searches")
+
+    assert decision.allowed
+    assert decision.denied[0].reason == "unavailable"
+    assert "outside a metered request" in caplog.text
+
+
+# -- What is known
+
+
+def test_an_answer_is_asked_for_once(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+    app = make()
+
+    for _ in range(10):
+        assert ask(app).status == "200 OK"
+
+    assert entitled.questions == 1
+    assert app.stats().allowed == {"openmeter": 1, "cache": 9}
+
+
+def test_a_denial_holds_for_a_shorter_time(make, entitled, openmeter):
+    entitled.values["acme"] = {"searches": NO}
+    app = make(deny_ttl=0.05)
+    assert ask(app).status == "403 Forbidden"
+
+    entitled.values["acme"] = {"searches": YES}
+    wait_for(lambda: ask(app).status == "200 OK")
+
+
+def test_an_aged_allowance_is_renewed_behind_the_requests_back(
+    make, entitled, openmeter
+):
+    entitled.values["acme"] = {"searches": YES}
+    app = make(allow_ttl=0.2)
+    ask(app)
+    entitled.instead = HANG
+    wait_for(lambda: ask(app) and app.stats().allowed.get("stale"))
+
+    started = time.monotonic()
+    assert ask(app).status == "200 OK"
+
+    assert time.monotonic() - started < 0.5
+    openmeter.wait_until(lambda: entitled.questions == 2)
+
+
+def test_what_is_invalidated_is_asked_for_at_once(make, entitled):
+    entitled.values["acme"] = {"searches": NO}
+    app = make()
+    ask(app)
+    entitled.values["acme"] = {"searches": YES}
+    assert ask(app).status == "403 Forbidden"
+
+    app.invalidate("acme")
+
+    assert ask(app).status == "200 OK"
+
+
+def test_one_feature_can_be_invalidated_alone(make, entitled):
+    entitled.values["acme"] = {"searches": YES, "exports": YES}
+    app, other = make(), make(required_entitlements=["exports"])
+    ask(app)
+    app.invalidate("acme", "exports")
+    ask(app)
+
+    assert entitled.asked == {("acme", "searches"): 1}
+    assert other is not app
+
+
+def test_of_too_many_customers_the_oldest_are_forgotten(make, entitled):
+    for name in "abc":
+        entitled.values[name] = {"searches": YES}
+    app = make(entitlement_cache_size=2)
+
+    for name in "abac":  # "b" is the one that was used least recently
+        ask(app, name)
+    for name in "ac":
+        ask(app, name)
+    assert entitled.questions == 3
+    ask(app, "b")
+
+    assert entitled.asked["b", "searches"] == 2
+
+
+def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
+    entitled.values["acme"] = {"searches": YES}
+    openmeter.script.append(HANG)
+    app = make(entitlement_timeout=20)
+    statuses = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(ask(app).status))
+        for _ in range(200)
+    ]
+
+    for thread in threads:
+        thread.start()
+    openmeter.wait_for_requests(1)
+    openmeter.script.clear()
+    openmeter.heal()
+    for thread in threads:
+        thread.join(30)
+
+    assert len(statuses) == 200
+    assert len(openmeter.requests) <= 2  # the one that hung was closed, not answered
+
+
+# -- When OpenMeter is away
+
+
+def wait_for(condition, timeout=15.0):
+    """Wait for what only time brings about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        threading.Event().wait(0.01)
+
+
+AWAY = [HANG, problem(500), problem(401), problem(404), Answer(302), Answer(429)]
+
+
+@pytest.mark.parametrize("away", AWAY, ids=lambda answer: str(answer.status))
+@pytest.mark.parametrize(
+    ("mode", "status"),
+    [("open", "200 OK"), ("stale", "200 OK"), ("closed", "503 Service Unavailable")],
+)
+def test_with_nothing_known_the_fail_mode_decides(make, entitled, away, mode, status):
+    entitled.instead = away
+    app = make(fail_mode=mode, entitlement_timeout=0.2)
+
+    response = ask(app)
+
+    assert response.status == status
+    if mode == "closed":
+        assert body(response)["reason"] == "unavailable"
+        assert int(header(response, "Retry-After")) >= 1
+        assert app.stats().denied == {"unavailable": 1}
+    else:
+        assert app.stats().let_through == {"unavailable": 1}
+
+
+def test_a_mistake_in_the_configuration_is_loud_and_no_denial(make, entitled, caplog):
+    entitled.values["acme"] = {"searches": YES}
+    entitled.instead = problem(400, "feature key does not match")
+
+    assert ask(make()).status == "200 OK"
+
+    errors = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert "feature key does not match" in errors[0].getMessage()
+
+
+def test_a_mistake_in_one_feature_leaves_the_others_alone(make, entitled):
+    entitled.values["acme"] = {"exports": YES}
+    app = make(required_entitlements=[])
+    gate = app.metering().gate
+    entitled.instead = problem(400)
+    gate.check({"REMOTE_USER": "acme"}, ["searches"])
+    entitled.instead = None
+
+    decision = gate.check({"REMOTE_USER": "acme"}, ["exports"])
+
+    assert decision.source == "openmeter"
+    gate.check({"REMOTE_USER": "acme"}, ["searches"])
+    assert entitled.asked["acme", "searches"] == 1
+
+
+def test_an_outage_costs_one_question_and_not_one_a_request(make, entitled):
+    entitled.instead = HANG
+    app = make(entitlement_timeout=0.3)
+    ask(app)
+
+    started = time.monotonic()
+    for n in range(50):
+        assert ask(app, f"subject-{n}").status == "200 OK"
+
+    assert time.monotonic() - started < 5
+    assert entitled.questions < 10
+
+
+def test_a_known_answer_holds_through_an_outage(make, entitled):
+    entitled.values["good"] = {"searches": YES}
+    entitled.values["bad"] = {"searches": NO}
+    app = make(allow_ttl=0.01, deny_ttl=0.01, entitlement_timeout=0.2)
+    ask(app, "good"), ask(app, "bad")
+    entitled.instead = HANG
+    time.sleep(0.05)
+
+    assert ask(app, "good").status == "200 OK"
+    assert ask(app, "bad").status == "403 Forbidden"
+
+
+@pytest.mark.parametrize(
+    ("mode", "good", "bad"),
+    [("open", 200, 200), ("closed", 503, 503), ("stale", 200, 403)],
+)
+def test_past_max_stale_the_fail_mode_decides(make, entitled, mode, good, bad):
+    entitled.values["good"] = {"searches": YES}
+    entitled.values["bad"] = {"searches": NO}
+    app = make(
+        allow_ttl=0.01, deny_ttl=0.01, max_stale=0, entitlement_timeout=0.2,
+        fail_mode=mode,
+    )  # fmt: skip
+    ask(app, "good"), ask(app, "bad")
+    entitled.instead = HANG
+    time.sleep(0.05)
+
+    assert ask(app, "good").status.startswith(str(good))
+    assert ask(app, "bad").status.startswith(str(bad))
+
+
+def test_that_openmeter_is_back_is_noticed_within_seconds(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+    entitled.instead = problem(500)
+    app = make(fail_mode="closed")
+    assert ask(app).status.startswith("503")
+
+    entitled.instead = None
+
+    wait_for(lambda: ask(app).status == "200 OK", 5)
+
+
+def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
+    entitled.values["acme"] = {"searches": NO}
+    app = make(deny_ttl=0.01, fail_mode="closed")
+    ask(app)
+    entitled.instead = Answer(429, headers={"Retry-After": "30"})
+    time.sleep(0.05)
+
+    for _ in range(10):
+        assert ask(app).status == "403 Forbidden"
+
+    assert entitled.questions == 2
+
+
+def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
+    make, entitled, openmeter
+):
+    entitled.values["known"] = {"searches": YES}
+    app = make(entitlement_timeout=20, fail_mode="closed")
+    ask(app, "known")
+    entitled.instead = HANG
+    statuses = []
+    waiting = [
+        threading.Thread(
+            target=lambda n=n: statuses.append(ask(app, f"new-{n}").status)
+        )
+        for n in range(4)
+    ]
+    for thread in waiting:
+        thread.start()
+    openmeter.wait_for_requests(5)
+
+    assert ask(app, "one-more").status.startswith("503")
+    assert ask(app, "known").status == "200 OK"
+
+    openmeter.heal()
+    for thread in waiting:
+        thread.join(30)
+
+
+def test_questions_are_limited_per_second(make, entitled, caplog):
+    app = make(question_rate=4, entitlement_timeout=0.1)
+
+    for n in range(30):
+        ask(app, f"subject-{n}")
+
+    assert entitled.questions <= 4
+    assert "question_rate" in caplog.text
+
+
+# -- The configuration
+
+
+def test_features_that_openmeter_refuses_are_warned_of(caplog):
+    Policy(api_url="http://127.0.0.1:1", required_entitlements=["Api-Requests", "fine"])
+
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith("Api-Requests")
+    assert "entitlements_path='subjects'" in line
+
+
+def test_the_deprecated_path_takes_any_feature(caplog):
+    Policy(
+        api_url="http://127.0.0.1:1",
+        required_entitlements=["Api-Requests"],
+        entitlements_path="subjects",
+    )
+
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"required_entitlements": "searches"}, "expected a list of feature keys"),
+        ({"required_entitlements": [""]}, "expected text that is not empty"),
+        ({"customer": "acme"}, "customer: expected a callable"),
+        ({"entitlement_meters": {"tokens": 3}}, "'tokens': expected a meter type"),
+        ({"reserve": {"tokens": -1}, "entitlement_meters": ["tokens"]}, "not negative"),
+        ({"reserve": {"tokens": 1}}, "reserve: 'tokens' is not in entitlement_meters"),
+        ({"fail_mode": "ajar"}, "expected one of 'open', 'closed', 'stale'"),
+        ({"limit_status": 500}, "limit_status: expected one of 429, 402, 403"),
+        ({"denied_response": "no"}, "denied_response: expected a callable"),
+        ({"redis_url": "http://secret"}, "redis_url: expected a URL that begins with"),
+        ({"api_flavor": "konnect", "required_entitlements": ["a"]}, "Kong Konnect"),
+    ],
+)
+def test_what_is_wrong_is_named(options, said):
+    with pytest.raises(ConfigError) as caught:
+        Policy(api_url="http://127.0.0.1:1", api_key="k", **options)
+
+    assert said in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_variables_name_features(monkeypatch):
+    monkeypatch.setenv("OPENMETER_REQUIRED_ENTITLEMENTS", "searches, exports")
+    monkeypatch.setenv("OPENMETER_ENTITLEMENT_METERS", '{"tokens": "llm"}')
+
+    policy = Policy.from_env(api_url="http://127.0.0.1:1")
+
+    assert policy.required_entitlements == ("searches", "exports")
+    assert policy.entitlement_meters["tokens"].type == "llm"
+
+
+def test_questions_can_have_a_key_and_an_address_of_their_own(
+    make, openmeter, entitled
+):
+    entitled.values["acme"] = {"searches": YES}
+    app = make(
+        api_key="ingest", entitlements_api_key="ask", entitlements_url=openmeter.url
+    )
+
+    ask(app)
+    app.close(5)
+
+    keys = {r.method: r.headers["Authorization"] for r in openmeter.requests}
+    assert keys == {"GET": "Bearer ask", "POST": "Bearer ingest"}

@@ -1,0 +1,183 @@
+import pytest
+
+from entitling import NO, YES, Entitled, document, metered
+from openmeter_server import HANG, PAGE, Answer, problem, redirect
+from openmeter_wsgi.api_key import ApiKey
+from openmeter_wsgi.errors import Held, Unavailable
+from openmeter_wsgi.questions import (
+    NO_ACCESS,
+    UNKNOWN_CUSTOMER,
+    QuestionClient,
+    Terms,
+)
+
+KEY = ApiKey.from_options("secret-key", None)
+
+
+@pytest.fixture
+def entitled(openmeter):
+    return Entitled(openmeter)
+
+
+@pytest.fixture
+def connect(openmeter):
+    made = []
+
+    def connect(path="v2", *, key=KEY, timeout=10.0):
+        client = QuestionClient(url=openmeter.url, path=path, key=key, timeout=timeout)
+        made.append(client)
+        return client
+
+    yield connect
+    for client in made:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("v2", "/api/v2/customers/acme/entitlements/searches/value"),
+        ("v1", "/api/v1/customers/acme/entitlements/searches/value"),
+        ("subjects", "/api/v1/subjects/acme/entitlements/searches/value"),
+    ],
+)
+def test_the_value_is_asked_for_where_the_policy_says(openmeter, connect, path, target):
+    openmeter.script.append(document(YES))
+
+    answers = connect(path).answers("acme", ["searches"])
+
+    assert answers["searches"].has_access
+    assert openmeter.requests[0].target == target
+    assert openmeter.requests[0].headers["Authorization"] == "Bearer secret-key"
+
+
+def test_a_metered_value_says_how_much_is_left(entitled, connect):
+    entitled.values["acme"] = {"searches": metered(40)}
+
+    answer = connect().answers("acme", ["searches"])["searches"]
+
+    assert (answer.balance, answer.usage, answer.overage) == (40, 60, 0)
+    assert answer.total_available_grant_amount == 100
+
+
+def test_several_features_cost_one_question(openmeter, entitled, connect):
+    entitled.values["acme"] = {"searches": YES, "exports": metered(0)}
+
+    answers = connect().answers("acme", ["searches", "exports", "unheard_of"])
+
+    assert [r.target for r in openmeter.requests] == ["/api/v1/customers/acme/access"]
+    assert answers["searches"].has_access
+    assert answers["exports"].balance == 0
+    assert answers["unheard_of"] == NO_ACCESS
+
+
+@pytest.mark.parametrize("subject", ["../../x", "a/b", "a%2Fb", "ä b?c#d", "a..b", "%"])
+def test_a_key_never_leaves_its_place_in_the_path(entitled, connect, subject):
+    entitled.values[subject] = {"searches": YES}
+
+    answers = connect().answers(subject, ["searches"])
+
+    assert entitled.asked == {(subject, "searches"): 1}
+    assert answers["searches"].has_access
+
+
+@pytest.mark.parametrize("subject", ["", ".", "..", "...", "x" * 257])
+def test_nobody_is_asked_for_a_key_that_openmeter_cannot_have(
+    entitled, connect, subject
+):
+    client = connect()
+
+    assert client.answers(subject, ["searches"])["searches"] == UNKNOWN_CUSTOMER
+    assert entitled.questions == 0
+
+
+def test_a_customer_that_openmeter_does_not_know(entitled, connect):
+    client = connect()
+
+    assert client.answers("who", ["searches"]) == {"searches": UNKNOWN_CUSTOMER}
+    assert set(client.answers("who", ["a", "b"]).values()) == {UNKNOWN_CUSTOMER}
+
+
+def test_a_deleted_customer_is_unknown(openmeter, connect):
+    openmeter.script.append(problem(412, "customer is deleted"))
+
+    assert connect().answers("01J", ["searches"])["searches"] == UNKNOWN_CUSTOMER
+
+
+@pytest.mark.parametrize(
+    ("detail", "expected"),
+    [
+        ("customer with subject key feature-lab not found", UNKNOWN_CUSTOMER),
+        ("subject not found", UNKNOWN_CUSTOMER),
+        ("entitlement with id or key searches not found", NO_ACCESS),
+    ],
+)
+def test_on_the_deprecated_path_404_says_what_is_not_there(
+    openmeter, connect, detail, expected
+):
+    openmeter.script.append(problem(404, detail))
+
+    assert connect("subjects").answers("acme", ["searches"])["searches"] == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (problem(404), Held),  # the path itself is wrong
+        (problem(400, "bad key"), Held),
+        (problem(401), Held),
+        (problem(403), Held),
+        (redirect(301, "/elsewhere"), Held),
+        (PAGE, Held),
+        (document([]), Held),
+        (document({"hasAccess": "yes"}), Held),
+        (document({"balance": 3}), Held),
+        (problem(500), Unavailable),
+        (problem(503), Unavailable),
+        (Answer(429, headers={"Retry-After": "7"}), Unavailable),
+    ],
+)
+def test_what_is_no_answer_is_no_denial(openmeter, connect, answer, expected):
+    openmeter.script += [answer, answer]
+
+    with pytest.raises(expected) as caught:
+        connect().answers("acme", ["searches"])
+
+    if answer.status == 429:
+        assert caught.value.retry_after == 7
+
+
+def test_a_server_that_hangs_is_not_waited_for(openmeter, connect):
+    openmeter.script.append(HANG)
+
+    with pytest.raises(Unavailable):
+        connect(timeout=0.2).answers("acme", ["searches"])
+
+
+def test_the_key_is_read_again_after_a_401(openmeter, connect):
+    keys = iter(["old", "new"])
+    openmeter.script += [problem(401), document(NO)]
+
+    connect(key=ApiKey.from_options(lambda: next(keys), None)).answers("a", ["f"])
+
+    sent = [request.headers["Authorization"] for request in openmeter.requests]
+    assert sent == ["Bearer old", "Bearer new"]
+
+
+def test_the_terms_say_when_the_period_ends(entitled, connect):
+    entitled.values["acme"] = {}
+    entitled.terms["acme", "searches"] = {
+        "type": "metered",
+        "isSoftLimit": True,
+        "currentUsagePeriod": {
+            "from": "2026-01-01T00:00:00Z", "to": "2026-02-01T00:00:00Z",
+        },
+    }  # fmt: skip
+
+    assert connect().terms("acme", "searches") == Terms(True, 1_769_904_000.0)
+
+
+def test_an_entitlement_without_terms_has_none(entitled, connect):
+    entitled.values["acme"] = {}
+
+    assert connect().terms("acme", "searches") == Terms()
