@@ -1,0 +1,185 @@
+"""By how much a quota is overshot, with real servers and many clients at once.
+
+``python -m tests.overshoot [--redis URL]`` serves a quota of 1,000 with four workers
+of gunicorn, to 32 clients that come back when Retry-After says, while usage becomes
+visible in OpenMeter only 3 s late; with the address of a Redis, the same by two
+gunicorns that share nothing else; then the same with a plain cache of 60 seconds.
+"""
+
+# ruff: noqa: T201 - a program, too
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import requests
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from openmeter_wsgi.sandbox import Sandbox
+from servers import GUNICORN, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+QUOTA = 1_000
+CLIENTS = 32
+WORKERS = 4
+VISIBLE_AFTER = 3.0
+#: A Retry-After of more than this says that the quota is spent: the client goes home.
+SPENT = 60
+#: No measurement takes more requests, or more seconds.
+MAX_REQUESTS = 8_000
+MAX_SECONDS = 90.0
+
+LIMITED = {
+    "OPENMETER_REQUIRED_ENTITLEMENTS": "api_requests",
+    "OPENMETER_FLUSH_INTERVAL": "0.2",
+    "OPENMETER_SUBJECT": "header:X-Subject",
+}
+COUNTED = {**LIMITED, "OPENMETER_ENTITLEMENT_METERS": "api_requests"}
+
+
+class Served(NamedTuple):
+    """What came of one measurement."""
+
+    #: Requests that were let through.
+    served: int
+    denied: int
+    #: What OpenMeter counted in the end.
+    billed: float
+    seconds: float
+
+
+class Crowd:
+    """Clients of one customer that take all they can get."""
+
+    def __init__(self, addresses: Sequence[tuple[str, int]]) -> None:
+        self.served = self.denied = 0
+        self._lock = threading.Lock()
+        self._deadline = time.monotonic() + MAX_SECONDS
+        started = time.monotonic()
+        threads = [
+            threading.Thread(target=self._client, args=(addresses[n % len(addresses)],))
+            for n in range(CLIENTS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.seconds = time.monotonic() - started
+
+    def _client(self, address: tuple[str, int]) -> None:
+        connection = http.client.HTTPConnection(*address, timeout=30)
+        with contextlib.closing(connection):
+            wait: float | None = 0.0
+            while wait is not None and time.monotonic() + wait < self._deadline:
+                threading.Event().wait(wait)
+                wait = self._ask(connection)
+
+    def _ask(self, connection: http.client.HTTPConnection) -> float | None:
+        """Ask once; return the seconds to wait, None if there is no use in waiting."""
+        connection.request("GET", "/", headers={"X-Subject": "acme"})
+        response = connection.getresponse()
+        response.read()
+        with self._lock:
+            if response.status == 200:
+                self.served += 1
+            else:
+                self.denied += 1
+            if self.served + self.denied >= MAX_REQUESTS:
+                return None
+        if response.status == 200:
+            return 0.0
+        assert response.status == 429
+        wait = int(response.headers["Retry-After"])
+        return wait if wait <= SPENT else None
+
+
+@contextlib.contextmanager
+def quota() -> Iterator[Sandbox]:
+    """Serve an OpenMeter that has granted the quota to one customer."""
+    meter = {
+        "slug": "api_requests", "eventType": "api_requests", "aggregation": "SUM",
+        "valueProperty": "$.total",
+    }  # fmt: skip
+    with Sandbox(visible_after=VISIBLE_AFTER) as sandbox:
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=10)
+        made.raise_for_status()
+        sandbox.grant("acme", "api_requests", QUOTA)
+        yield sandbox
+
+
+def measure(directories: Sequence[Path], **options: str) -> Served:
+    """Serve with one gunicorn for each of *directories*, its spool among its files."""
+    threads = str(CLIENTS // WORKERS // len(directories))
+    command = [
+        *GUNICORN, "--workers", str(WORKERS), "--worker-class", "gthread",
+        "--threads", threads, "--keep-alive", "75",
+    ]  # fmt: skip
+    with quota() as sandbox, contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(
+                Server(
+                    command, "apps:limited", directory / "log",
+                    OPENMETER_API_URL=sandbox.url,
+                    OPENMETER_SPOOL_DIR=str(directory / "spool"),
+                    **options,
+                )
+            )
+            for directory in directories
+        ]  # fmt: skip
+        crowd = Crowd([server.address for server in servers])
+        for server in servers:
+            server.stop()
+        billed = _billed(sandbox, crowd.served)
+    return Served(crowd.served, crowd.denied, billed, crowd.seconds)
+
+
+def _billed(sandbox: Sandbox, expected: int) -> float:
+    """Return the usage once all is visible."""
+    deadline = time.monotonic() + 30
+    while True:
+        value = sandbox.value("acme", "api_requests")
+        usage = float(value["usage"])
+        if usage >= expected or time.monotonic() > deadline:
+            return usage
+        threading.Event().wait(0.1)
+
+
+def main(redis_url: str | None) -> None:
+    """Print what each way of limiting serves."""
+    print("| limit | served of 1,000 | denied | billed | seconds |")
+    print("|---|---:|---:|---:|---:|")
+    ways = [
+        ("counted down", 1, COUNTED),
+        ("a plain cache of 60 s, until 8,000 were asked for", 1, LIMITED),
+    ]
+    if redis_url is not None:
+        shared = {**COUNTED, "OPENMETER_REDIS_URL": redis_url}
+        ways.insert(1, ("counted down by two gunicorns with Redis", 2, shared))
+    for name, servers, options in ways:
+        with contextlib.ExitStack() as stack:
+            directories = [
+                Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                for _ in range(servers)
+            ]
+            found = measure(directories, **options)
+        print(
+            f"| {name} | {found.served:,} | {found.denied:,} | {found.billed:,.0f} "
+            f"| {found.seconds:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--redis", help="the address of a Redis that is empty")
+    main(parser.parse_args().redis)
