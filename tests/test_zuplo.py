@@ -338,6 +338,11 @@ def test_empty_options_say_nothing() -> None:
             "request would be billed once",
         ),
         (
+            openmeter(meter=[{"type": "b", "time": "2026-01-01T00:00:00Z"}]),
+            "policies[0].handler.options.meter: meter 'b': the same time for every "
+            "request would be billed once",
+        ),
+        (
             openmeter(requiredEntitlements="a"),
             "policies[0].handler.options.requiredEntitlements: expected a list of "
             "names, got 'a'",
@@ -360,6 +365,11 @@ def test_empty_options_say_nothing() -> None:
             monetization(cacheTtlSeconds="60"),
             "policies[0].options.cacheTtlSeconds: expected a number of seconds above "
             "0, got '60'",
+        ),
+        (
+            monetization(cacheTtlSeconds=True),
+            "policies[0].options.cacheTtlSeconds: expected a number of seconds above "
+            "0, got True",
         ),
         (
             {"name": 5, "type": "rate-limit-inbound"},
@@ -723,6 +733,8 @@ def test_a_path_that_no_rule_can_say_is_no_problem_where_nothing_meters() -> Non
     text = document(**{"/{": {"get": inbound("limit"), "post": inbound()}})
 
     assert read_routes(text, policies) == {}
+    with pytest.raises(ConfigError):
+        read_routes(text, read(group("limit", "monetization")))
     with pytest.raises(ConfigError):
         read_routes(text)
 
