@@ -21,6 +21,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "import": Command(
+        "openmeter_wsgi.commands.importing",
+        "cli",
+        "Print the configuration of another product as a file of options.",
+    ),
     "sandbox": Command(
         "openmeter_wsgi.sandbox.command",
         "sandbox",

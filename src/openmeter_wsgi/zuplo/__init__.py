@@ -1,0 +1,18 @@
+"""Zuplo's configuration, read as it is.
+
+``policies.json`` says what is metered, ``routes.oas.json`` which route each policy
+governs. Both are documents in, options out: nothing here runs during a request.
+
+::
+
+    policies.json ──► read_policies ──┐
+                                      ├──► translate ──► options per route, or TOML
+    routes.oas.json ► read_routes ────┘
+"""
+
+from openmeter_wsgi.zuplo.policies import ZuploPolicy as ZuploPolicy
+from openmeter_wsgi.zuplo.policies import read_policies as read_policies
+from openmeter_wsgi.zuplo.routes import read_routes as read_routes
+from openmeter_wsgi.zuplo.toml import to_toml as to_toml
+from openmeter_wsgi.zuplo.translation import Translation as Translation
+from openmeter_wsgi.zuplo.translation import translate as translate

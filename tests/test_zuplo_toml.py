@@ -1,0 +1,189 @@
+"""Zuplo's configuration as a file of ours, and the command that prints it."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openmeter_wsgi import ConfigError, Policy, cli
+from openmeter_wsgi.commands.importing import command
+from openmeter_wsgi.zuplo import Translation, read_policies, to_toml, translate
+
+FIXTURES = Path(__file__).parent / "fixtures" / "zuplo"
+
+
+def toml(name: str, **environ: str) -> str:
+    return to_toml(translate(read_policies(FIXTURES / name, environ)))
+
+
+def imported(*arguments: object, **environ: str | None) -> Result:
+    return CliRunner().invoke(command, ["zuplo", *map(str, arguments)], env=environ)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "openmeter-one-meter.json",
+        "openmeter-several-meters.json",
+        "openmeter-status-codes.json",
+        "monetization.json",
+        "monetization-without-handler.json",
+        "monetization-first-version.json",
+    ],
+)
+def test_the_file_makes_the_policy_that_zuplo_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "openmeter.toml"
+    file.write_text(toml(name))
+    said = translate(read_policies(FIXTURES / name, {})).default_options or {}
+    monkeypatch.setenv("OPENMETER_API_KEY", "key-in-the-file")
+
+    assert Policy.from_file(file) == Policy(**{"api_key": "key-in-the-file", **said})
+
+
+def test_the_key_is_never_written() -> None:
+    text = toml("openmeter.json", OPENMETER_API_KEY="om_secret")
+
+    assert "om_secret" not in text
+    assert text.startswith("# The key is read from the variable OPENMETER_API_KEY.\n")
+    assert "key-in-the-file" not in toml("openmeter-one-meter.json")
+    assert "OPENMETER_API_KEY" in toml("openmeter-one-meter.json")
+
+
+def test_a_variable_of_another_name_is_told() -> None:
+    policy = {"type": "openmeter-inbound", "options": {"apiKey": "$env(A)$env(B)"}}
+    text = to_toml(translate(read_policies(json.dumps(policy), {"A": "1", "B": "2"})))
+
+    assert (
+        text == "# Set the variable OPENMETER_API_KEY to what A and B held for Zuplo.\n"
+    )
+
+
+def test_routes_are_tables_and_false_where_nothing_is_metered() -> None:
+    result = imported(
+        FIXTURES / "gateway.policies.json",
+        "--routes",
+        FIXTURES / "gateway.routes.oas.json",
+        OPENMETER_SOURCE="maps",
+        OPENMETER_URL="https://openmeter.example",
+    )
+
+    assert result.exit_code == 0
+    assert result.stderr == "no policies that meter: mock, keys\n"
+    options = {
+        "subject_path": ".data.openmeter.subjectId",
+        "event_source": "maps",
+        "meter": {"type": "request", "data": {"value": 1}},
+        "required_entitlements": ["requests"],
+    }
+    assert tomllib.loads(result.stdout) == {
+        "api_url": "https://openmeter.example",
+        "routes": {
+            "PUT /maps/public": False,
+            "GET /maps": options,
+            "PUT /maps/<map_id>": options,
+        },
+    }
+    assert (
+        "# Not taken over: GET /maps: inbound[1]: no policy is named" in result.stdout
+    )
+
+
+def test_several_files_of_routes_are_one(tmp_path: Path) -> None:
+    files = []
+    for name, policy in [("a", "standard"), ("b", "language"), ("c", "bulk")]:
+        route = {"x-zuplo-route": {"policies": {"inbound": [policy]}}}
+        document = {"paths": {f"/{name}": {"get": route}, "/all": {"get": route}}}
+        file = tmp_path / f"{name}.oas.json"
+        file.write_text(json.dumps(document))
+        files += ["--routes", file]
+
+    result = imported(FIXTURES / "monetization-three.json", *files)
+
+    assert tomllib.loads(result.stdout)["routes"] == {
+        "GET /a": {"meters": {"searches": 1}},
+        "GET /all": {"meters": {"searches": 1}},
+        "GET /b": {"meters": {"searches": 1, "tokens": 1}},
+        "GET /c": {"meters": {"credits": 10}},
+    }
+
+
+def test_the_command_needs_no_key_and_says_what_else_is_missing() -> None:
+    result = imported(FIXTURES / "gateway.policies.json")
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[1:] == [
+        "  policies[1].handler.options.eventSource: the variable 'OPENMETER_SOURCE' is "
+        "not set, or is empty",
+        "  policies[1].handler.options.apiUrl: the variable 'OPENMETER_URL' is not "
+        "set, or is empty",
+    ]
+    assert imported(FIXTURES / "openmeter.json").exit_code == 0
+
+
+def test_the_command_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(FIXTURES / "monetization.json")
+    monkeypatch.setattr("sys.argv", ["openmeter-wsgi", "import", "zuplo", file])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert ended.value.code == 0
+    assert "meters = { searches = 1 }" in capsys.readouterr().out
+
+
+def test_nothing_in_a_file_steers_the_terminal_or_leaves_its_comment() -> None:
+    name = "\x1b[31m\napi_url = 1\x85\u2028"
+    text = to_toml(Translation({}, {}, [name]))
+
+    assert tomllib.loads(text) == {}
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_null_is_refused_with_its_place() -> None:
+    options = {"meter": [{"type": "a", "data": {"b": [None]}}]}
+
+    with pytest.raises(ConfigError) as refused:
+        to_toml(Translation(options, {}, []))
+
+    assert refused.value.problems == (
+        "meter[0].data.b[0]: expected what TOML can say, got null",
+    )
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+VALUES = st.recursive(
+    st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+OPTIONS = st.dictionaries(TEXT.map("x".__add__), VALUES, max_size=4)
+
+
+@given(OPTIONS)
+def test_whatever_it_says_is_read_back(options: dict[str, Any]) -> None:
+    assert tomllib.loads(to_toml(Translation(options, {}, []))) == options
+
+
+@given(st.dictionaries(TEXT, st.none() | OPTIONS, max_size=4))
+def test_whatever_its_routes_are_is_read_back(routes: dict[str, Any]) -> None:
+    read = tomllib.loads(to_toml(Translation(None, routes, [])))
+
+    assert read.get("routes", {}) == {
+        rule: False if options is None else options for rule, options in routes.items()
+    }
