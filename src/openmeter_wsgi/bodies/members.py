@@ -28,13 +28,8 @@ _FLAT = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _TEXT
 _DEEP = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _FLAT, _FLAT)
 _DEEPER = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _DEEP, _FLAT)
 _NESTED = re.compile(_DEEPER, re.DOTALL)
-_MEMBER = (
-    rb'[^"}]*+"(?!(?:%%b)")[^"\\]*+"\s*+:\s*+(?:%b|[{\[]%b[}\]]|[^][{}",\s]++(?=[],}\s]))'
-    % (
-        _TEXT,
-        _DEEPER,
-    )
-)
+_VALUE = rb"(?:%b|[{\[]%b[}\]]|[^][{}\",\s]++(?=[],}\s]))" % (_TEXT, _DEEPER)
+_MEMBER = rb'[^"}]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+%b'
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
 _TO_DOCUMENT = re.compile(rb"[^{\[]*+")
@@ -54,7 +49,7 @@ class Wanted:
         self.members = members
         names = b"|".join(map(re.escape, members))
         #: Passes over what is not wanted, member by member.
-        self.others = re.compile(rb"(?:%b)*+" % (_MEMBER % names), re.DOTALL)
+        self.others = re.compile(rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL)
 
 
 EACH = Wanted({})

@@ -20,11 +20,6 @@ def status_code(status: object) -> int | None:
     return None
 
 
-def succeeds(code: int) -> bool:
-    """Say whether *code* is 2xx."""
-    return 200 <= code <= 299
-
-
 class Tally:
     """How many parts have succeeded so far, how many have not."""
 
@@ -33,6 +28,11 @@ class Tally:
     def __init__(self) -> None:
         self.succeeded = 0
         self.failed = 0
+
+    def count_code(self, code: int | None) -> None:
+        """Count a part with this status; one without counts as neither."""
+        if code is not None:
+            self.count(is_success=200 <= code <= 299)
 
     def count(self, *, is_success: bool) -> None:
         """Count one more part."""

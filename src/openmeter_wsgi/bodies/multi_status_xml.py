@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.parsers import expat
 
-from openmeter_wsgi.bodies.multi_status_codes import Tally, status_code, succeeds
+from openmeter_wsgi.bodies.multi_status_codes import Tally, status_code
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +41,6 @@ class MultiStatusXML:
 
     def __init__(self) -> None:
         self._responses = _Responses()
-        self.tally = self._responses.tally
         self._problem = ""
         self._fed = 0
         self._names: dict[str, str] = {}
@@ -52,9 +51,11 @@ class MultiStatusXML:
         parser.CharacterDataHandler = self._responses.text
         self._parser = parser
 
-    def problem(self) -> str:
-        """Say why the counts are not to be believed, or nothing."""
-        return self._problem or ("" if self._responses.has_root else "not_multi_status")
+    def counted(self) -> Tally | str:
+        """Return the counts, or why there are none to be believed."""
+        if self._problem or self._responses.has_root:
+            return self._problem or self._responses.tally
+        return "not_multi_status"
 
     def feed(self, text: bytes) -> None:
         """Read the next bytes of the document."""
@@ -118,15 +119,15 @@ class _Responses:
             if path == _OWN_STATUS:
                 self._own = code
             elif code is not None:
-                self._propstats.add(succeeds(code))
+                self._propstats.add(200 <= code <= 299)
         path.pop()
 
     def _count(self) -> None:
         """Count the response that ends. One that states no status counts as neither."""
-        if self._own is not None:
-            self.tally.count(is_success=succeeds(self._own))
-        elif self._propstats:
+        if self._own is None and self._propstats:
             self.tally.count(is_success=any(self._propstats))
+        else:
+            self.tally.count_code(self._own)
 
 
 def _refuse_doctype(*_declaration: object) -> None:

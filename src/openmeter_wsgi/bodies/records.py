@@ -10,8 +10,6 @@ from openmeter_wsgi.bodies.reader import BodyReader, Reader, Unreadable
 #: Media types that say nothing of the lines.
 _UNSAID = frozenset({"", "text/plain", "application/octet-stream"})
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*(?=\n)")
-#: How a blank line begins.
-_BLANK = (b"\n\n", b"\n\r", b"\n ", b"\n\t")
 _SPACE = b" \t\r"
 
 
@@ -45,9 +43,11 @@ class RecordsReader(Reader[int]):
         if self._has_open or piece[:first].strip(_SPACE):
             self._ended += 1
         # Of the lines that begin and end in here, all but the blank ones.
+        self._has_open = False
+        if first == len(piece) - 1:
+            return  # a line a chunk, as most streams are sent
         self._ended += piece.count(b"\n", first + 1)
-        if any(begin in piece for begin in _BLANK):
-            self._ended -= len(_BLANK_LINE.findall(piece, first))
+        self._ended -= len(_BLANK_LINE.findall(piece, first))
         self._has_open = bool(piece[piece.rfind(b"\n") + 1 :].strip(_SPACE))
 
     def _result(self) -> int:
