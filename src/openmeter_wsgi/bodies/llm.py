@@ -11,7 +11,7 @@ from openmeter_wsgi.bodies.frames import EventStream, Frames
 from openmeter_wsgi.bodies.llm_reports import LLMReports
 from openmeter_wsgi.bodies.llm_usage import LLMUsage
 from openmeter_wsgi.bodies.media_types import NDJSON, is_compressed, media_type
-from openmeter_wsgi.bodies.members import MemberScanner, Wanted
+from openmeter_wsgi.bodies.members import EACH, MemberScanner, Wanted
 from openmeter_wsgi.bodies.reader import (
     BodyReader,
     Reader,
@@ -26,9 +26,13 @@ _REPORT = dict.fromkeys(
         b"prompt_eval_count", b"eval_count",
     )
 )  # fmt: skip
-_WRAPPED = (b"response", b"message", b"delta", b"interaction")
+_WRAPPED = (b"response", b"message", b"delta", b"interaction", b"x_groq")
 #: What of a document that is too large to be kept can matter.
-WANTED = Wanted({**_REPORT, **dict.fromkeys(_WRAPPED, Wanted(_REPORT))})
+WANTED = Wanted({
+    **_REPORT,
+    **dict.fromkeys(_WRAPPED, Wanted(_REPORT)),
+    b"choices": EACH,
+})  # fmt: skip
 
 
 def llm_reader(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: A value that is kept is not larger, in bytes: a usage object has a few hundred.
 MAX_VALUE_BYTES = 2**14
 _MAX_NAME_BYTES = 64
+#: What is nested deeper is not read to its end: it would only cost time.
+MAX_NESTING = 1_000
 
 # What is passed over at once, down to some depth, for a step in Python costs as much
 # as a hundred bytes here. Possessive, so that going back takes no memory.
@@ -78,7 +80,7 @@ class MemberScanner:
     def __init__(self, wanted: Wanted, found: Callable[[bytes, bool], object]) -> None:
         self._wanted = wanted
         self._found = found
-        #: Values that were asked for and are too large to be kept.
+        #: Values that were asked for and are too large to be kept, or nested too deep.
         self.too_large = 0
         self.reset()
 
@@ -191,11 +193,17 @@ class MemberScanner:
             self._step = MemberScanner._in_string
         elif last in (b"{", b"["):
             self._nesting += 1
+            if self._nesting > MAX_NESTING:
+                self.too_large += 1
+                self._step = MemberScanner._ignore
         elif last:
             self._nesting -= 1
             if not self._nesting:
                 self._end_value()
         return end + 1
+
+    def _ignore(self, text: bytes, _position: int) -> int:
+        return len(text)
 
     def _in_string(self, text: bytes, position: int) -> int:
         end = self._end_of_string(text, position)

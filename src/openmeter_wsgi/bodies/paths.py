@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.wire import is_finite
 
 
 class NumberPath:
@@ -36,14 +36,17 @@ class NumberPath:
             return Unknown("no_match")
         if not all(map(_is_number, found)):
             return Unknown("not_a_number")
-        total = sum(found)
+        try:
+            total = sum(found)
+        except OverflowError:  # of integers that no float can hold, and a float
+            return Unknown("not_a_number")
         return total if _is_number(total) else Unknown("not_a_number")
 
 
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return isinstance(value, int) or math.isfinite(value)
+    return is_finite(value)
 
 
 def _compiled(path: str) -> Any:
@@ -55,8 +58,10 @@ def _compiled(path: str) -> Any:
             "run: pip install 'openmeter_wsgi[jsonpath]'"
         )
         raise ConfigError([problem]) from None
+    problem = f"expected a JSONPath such as '$.usage.total_tokens', got {path!r}"
+    if path == "":  # the library takes it for the whole document
+        raise ConfigError([problem])
     try:
         return jsonpath.compile(path)
     except (jsonpath.JSONPathError, ValueError, TypeError, AttributeError) as error:
-        problem = f"expected a JSONPath such as '$.usage.total_tokens', got {path!r}"
         raise ConfigError([f"{problem}: {error}"]) from None
