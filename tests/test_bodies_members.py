@@ -4,12 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cut
-from openmeter_wsgi.bodies.members import (
-    EACH,
-    MAX_VALUE_BYTES,
-    MemberScanner,
-    Wanted,
-)
+from openmeter_wsgi.bodies.members import MAX_VALUE_BYTES, MemberScanner
+from openmeter_wsgi.bodies.wanted import EACH, Wanted
 
 NAMES = ("usage", "model", "response", "items", "other", 'a "b" \\', "ü")
 KEPT = ("usage", "model")

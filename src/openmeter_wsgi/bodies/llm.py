@@ -11,13 +11,14 @@ from openmeter_wsgi.bodies.frames import EventStream, Frames
 from openmeter_wsgi.bodies.llm_reports import LLMReports
 from openmeter_wsgi.bodies.llm_usage import LLMUsage
 from openmeter_wsgi.bodies.media_types import NDJSON, is_compressed, media_type
-from openmeter_wsgi.bodies.members import EACH, MemberScanner, Wanted
+from openmeter_wsgi.bodies.members import MemberScanner
 from openmeter_wsgi.bodies.reader import (
     BodyReader,
     Reader,
     Unknown,
     Unreadable,
 )
+from openmeter_wsgi.bodies.wanted import EACH, Wanted
 
 _BOM = b"\xef\xbb\xbf"
 _REPORT = dict.fromkeys(
@@ -162,6 +163,6 @@ def _scan(reports: LLMReports, text: bytearray) -> str:
     scanner = MemberScanner(WANTED, add)
     scanner.feed(bytes(text))
     reports.add(scanner.unfinished())
-    if scanner.is_inside:
-        return "cut_off"
+    if scanner.too_large or scanner.is_inside:
+        return "too_large" if scanner.too_large else "cut_off"
     return "no_usage" if found else "not_json"

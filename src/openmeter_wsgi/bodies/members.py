@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi.bodies.wanted import EACH, NESTED, Wanted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -23,38 +25,13 @@ _MAX_NAME_BYTES = 64
 #: What is nested deeper is not read to its end: it would only cost time.
 MAX_NESTING = 1_000
 
-# What is passed over at once, down to some depth, for a step in Python costs as much
-# as a hundred bytes here. Possessive, so that going back takes no memory.
-_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_FLAT = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _TEXT
-_DEEP = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _FLAT, _FLAT)
-_DEEPER = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _DEEP, _FLAT)
-_NESTED = re.compile(_DEEPER, re.DOTALL)
-_VALUE = rb"(?:%b|[{\[]%b[}\]]|[^][{}\",\s]++(?=[],}\s]))" % (_TEXT, _DEEPER)
-_MEMBER = rb'[^"}]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+%b'
+# Possessive, so that going back takes no memory.
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
 _TO_DOCUMENT = re.compile(rb"[^{\[]*+")
 _TO_ELEMENT = re.compile(rb'[^"{\[\]]*+')
 _TO_NAME = re.compile(rb'[^"}]*+')
 _TO_VALUE = re.compile(rb"[\s:]*+")
-
-
-class Wanted:
-    """The members that are asked for.
-
-    None keeps a value, another `Wanted` looks into an object, :data:`EACH` makes
-    documents of the elements of a list, with what is wanted of the object around it.
-    """
-
-    def __init__(self, members: Mapping[bytes, Wanted | None]) -> None:
-        self.members = members
-        names = b"|".join(map(re.escape, members))
-        #: Passes over what is not wanted, member by member.
-        self.others = re.compile(rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL)
-
-
-EACH = Wanted({})
 
 
 class _Level:
@@ -186,7 +163,7 @@ class MemberScanner:
         return 1
 
     def _in_nested(self, text: bytes, position: int) -> int:
-        end = _NESTED.match(text, position).end()  # type: ignore[union-attr]
+        end = NESTED.match(text, position).end()  # type: ignore[union-attr]
         self._keep(text[position : end + 1])
         last = text[end : end + 1]
         if last == b'"':
@@ -202,8 +179,8 @@ class MemberScanner:
                 self._end_value()
         return end + 1
 
-    def _ignore(self, text: bytes, _position: int) -> int:
-        return len(text)
+    def _ignore(self, text: bytes, position: int) -> int:
+        return max(position, len(text))
 
     def _in_string(self, text: bytes, position: int) -> int:
         end = self._end_of_string(text, position)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import msgspec
 
 from openmeter_wsgi.bodies.frames import Frames
-from openmeter_wsgi.bodies.members import EACH, MemberScanner, Wanted
+from openmeter_wsgi.bodies.members import MemberScanner
 from openmeter_wsgi.bodies.multi_status_codes import Tally, status_code
+from openmeter_wsgi.bodies.wanted import EACH, Wanted
 
 _STATUSES = dict.fromkeys((b"status", b"statusCode", b"status_code", b"code"))
 #: Elasticsearch puts each result below the name of its action.
