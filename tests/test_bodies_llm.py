@@ -93,6 +93,33 @@ def test_data_may_be_spread_over_lines(name):
         assert read(LLMReader(), *in_steps(body, size)) == llm_expected(name)
 
 
+def test_a_line_that_ends_in_two_bytes_may_be_cut_between_them():
+    body = b'data: {"usage":\r\ndata: {"prompt_tokens": 1,\r\ndata: "total_tokens": 3}}'
+
+    for position in range(len(body)):
+        chunks = cut(body + b"\r\n\r\n", [position])
+        assert read(LLMReader("text/event-stream"), *chunks).total_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("media_type", "body"),
+    [
+        (None, b"data: %b"),
+        ("text/event-stream", b"data: %b"),
+        ("text/event-stream", b"data: [%b]"),
+        (None, b"%b"),
+        ("application/json", b" [%b]"),
+        ("application/x-ndjson", b"%b\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_body(media_type, body):
+    body = BOM + body % b'{"usage":{"prompt_tokens":1,"total_tokens":3}}'
+
+    for size in (1, 2, 3, 4, len(body)):
+        reader = LLMReader(media_type)
+        assert read(reader, *in_steps(body, size)).total_tokens == 3
+
+
 def test_fields_other_than_data_are_no_data():
     body = (
         b'event: {"usage":{"total_tokens":1}}\ndatas: {"usage":{"total_tokens":2}}\n\n'

@@ -126,8 +126,8 @@ class LLMReader(Reader[LLMUsage]):
         if self._frames is None:
             return
         for document in self._frames.documents(frames):
-            if self._matters(reports, document):
-                reports.add(document)
+            if self._matters(reports, document) and not reports.add(document):
+                reports.add_list(document)
 
     def _result(self) -> LLMUsage | Unknown:
         frames = self._frames
