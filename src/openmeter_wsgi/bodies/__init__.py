@@ -1,0 +1,1 @@
+"""What a response body says about usage, read as it passes."""

@@ -1,0 +1,122 @@
+"""A body cut into frames: the events of a stream, lines, or the body as one frame.
+
+A frame is held until it is whole. One that is larger than the bound is handed on
+in pieces instead, so that the memory of a stream does not depend on what is in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES, PIECE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: A larger event or line is read in pieces. Images travel in such events.
+MAX_FRAME_BYTES = 2**18
+
+
+class FrameSink(Protocol):
+    """Who reads the frames."""
+
+    def read_whole(self, frames: bytes) -> None:
+        """Read one or more whole frames, each with its separator."""
+
+    def read_piece(self, piece: bytes) -> None:
+        """Read a part of a frame that is too large."""
+
+    def end_large(self) -> None:
+        """Note that the frame whose parts were read is over."""
+
+
+class Frames:
+    """Frames that *separator* ends; without one, the body is a single frame."""
+
+    def __init__(self, separator: bytes = b"") -> None:
+        self.separator = separator
+        # A separator may begin in one chunk and end in the next.
+        self._overlap = max(0, len(separator) - 1)
+        self._bound = MAX_FRAME_BYTES if separator else MAX_DOCUMENT_BYTES
+        #: The frame that is not whole yet, or the end of one that is too large.
+        self.rest = bytearray()
+        #: That frame is read in pieces.
+        self.is_large = False
+
+    def feed(self, text: bytes, sink: FrameSink) -> None:
+        """Read the next bytes of the body, and hand to *sink* what they complete."""
+        rest, separator = self.rest, self.separator
+        if separator and not rest and not self.is_large and text.endswith(separator):
+            sink.read_whole(text)  # the form in which most streams are sent
+            return
+        start = max(0, len(rest) - self._overlap)
+        rest += text
+        if self.is_large:
+            start = self._end_large(start, sink)
+        if separator and not self.is_large:
+            end = rest.rfind(separator, start)
+            if end >= 0:
+                sink.read_whole(_taken(rest, end + len(separator)))
+        if self.is_large or len(rest) > self._bound:
+            self._hand_on(sink)
+
+    def documents(self, frames: bytes) -> Iterator[bytes]:
+        """Yield the document of each of some whole frames."""
+        yield from frames.split(self.separator) if self.separator else (frames,)
+
+    def _end_large(self, start: int, sink: FrameSink) -> int:
+        end = self.rest.find(self.separator, start) if self.separator else -1
+        if end < 0:
+            return start
+        sink.read_piece(_taken(self.rest, end))
+        sink.end_large()
+        self.is_large = False
+        return 0
+
+    def _hand_on(self, sink: FrameSink) -> None:
+        self.is_large = True
+        end = len(self.rest) - self._overlap
+        for start in range(0, end, PIECE_BYTES):
+            sink.read_piece(bytes(self.rest[start : min(end, start + PIECE_BYTES)]))
+        del self.rest[: max(0, end)]
+
+
+class EventStream(Frames):
+    """Server-sent events, by the rules of the WHATWG HTML standard, 9.2.6.
+
+    A line ends in LF, CR or both, a blank one ends the event; several ``data``
+    lines are one text; what begins with a colon is a comment.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(b"\n\n")
+        self._after_cr = False
+
+    def feed(self, text: bytes, sink: FrameSink) -> None:
+        """Read the next bytes of the body, and hand to *sink* what they complete."""
+        if self._after_cr and text:
+            self._after_cr = False
+            if text[0] == 0x0A:
+                text = text[1:]
+        if b"\r" in text:
+            self._after_cr = text.endswith(b"\r")
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        Frames.feed(self, text, sink)  # quicker than super(), for every chunk
+
+    def documents(self, frames: bytes) -> Iterator[bytes]:
+        """Yield the data of each event."""
+        for event in frames.split(b"\n\n"):
+            lines = [
+                line[5:] for line in event.split(b"\n") if line.startswith(b"data:")
+            ]
+            if lines:
+                # One space after the colon is no part of the data; JSON minds none.
+                yield b"\n".join(lines)
+
+
+def _taken(rest: bytearray, end: int) -> bytes:
+    """Take the first *end* bytes out, copying them once."""
+    with memoryview(rest) as view:
+        taken = bytes(view[:end])
+    del rest[:end]
+    return taken
