@@ -178,8 +178,8 @@ def test_usage_of_another_subject_is_taken_from_its_own_balance(make, entitled):
     app = make(app)
     # Known to this process before alice's requests are billed to him.
     environ = {"REMOTE_USER": "bob"}
-    app.metering().gate.check(environ, ["api_requests"], {"api_requests": 0})
-    app.metering().gate.settle(environ, (), None)
+    app.metering().billing.gate.check(environ, ["api_requests"], {"api_requests": 0})
+    app.metering().billing.gate.settle(environ, (), None)
 
     assert served(app, 5, "alice") == 5
     assert ask(app, "bob").status.startswith("429")
@@ -220,8 +220,14 @@ def test_the_balance_of_a_new_answer_covers_what_was_delivered(make, entitled):
     time.sleep(1.1)  # usage is kept by whole seconds
 
     assert served(app, 2) == 2
-    wait_for(lambda: app.metering().gate._countdown.remaining("acme", "api_requests"))
-    assert 2 <= app.metering().gate._countdown.remaining("acme", "api_requests") <= 4
+    wait_for(
+        lambda: app.metering().billing.gate._countdown.remaining("acme", "api_requests")
+    )
+    assert (
+        2
+        <= app.metering().billing.gate._countdown.remaining("acme", "api_requests")
+        <= 4
+    )
 
 
 def test_the_headers_count_down_too(make, entitled):

@@ -505,7 +505,7 @@ def test_a_mistake_in_the_configuration_is_loud_and_no_denial(make, entitled, ca
 def test_a_mistake_in_one_feature_leaves_the_others_alone(make, entitled):
     entitled.values["acme"] = {"exports": YES}
     app = make(required_entitlements=[])
-    gate = app.metering().gate
+    gate = app.metering().billing.gate
     entitled.instead = problem(400)
     gate.check({"REMOTE_USER": "acme"}, ["searches"])
     entitled.instead = None

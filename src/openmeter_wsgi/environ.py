@@ -14,6 +14,8 @@ METERS = "openmeter_wsgi.meters"
 SUBJECT = "openmeter_wsgi.subject"
 #: What :func:`set_user` was given.
 USER = "openmeter_wsgi.user"
+#: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
+ROUTE = "openmeter_wsgi.route"
 #: What asks for entitlements in the handler of this request.
 GATE = "openmeter_wsgi.gate"
 #: The :class:`Decision` that was made last for this request.

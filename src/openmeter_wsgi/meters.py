@@ -8,6 +8,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.environ import METERS, environ_of
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.usage import Meter, Meters, Number, Usage, add_numbers, read_usage
+from openmeter_wsgi.wire import text_problem
 
 logger = log.get_logger(__name__)
 
@@ -18,9 +19,16 @@ class RunTimeMeters:
     Belongs to the thread that serves the request, so it takes no lock.
     """
 
-    __slots__ = ("_documents", "_flat", "_measured", "_overridden", "denied")
+    __slots__ = (
+        "_documents", "_flat", "_measured", "_overridden", "denied", "idempotency_key",
+        "policy",
+    )  # fmt: skip
 
     def __init__(self) -> None:
+        #: What makes a repetition of this request the same to OpenMeter.
+        self.idempotency_key: str | None = None
+        #: What the view says of itself, in place of the policy of its route.
+        self.policy: object | None = None
         #: Whether the request was denied, so that nothing of it is billed.
         self.denied = False
         self._overridden: set[str] = set()
@@ -53,15 +61,16 @@ class RunTimeMeters:
         documents = [meter.document() for meter, _ in self._documents]
         return [*documents, numbers] if numbers else documents
 
-    def merged(self, static: Usage, *, with_flat: bool) -> Usage:
-        """Return *static* and this together, without flat parts if so told."""
-        numbers: dict[str, Number] = {}
-        documents: list[Meter] = []
+    def merged(self, policys: Usage, *, with_flat: bool) -> Usage:
+        """Return what the policy meters and this together.
+
+        Without *with_flat* the amounts that this calls flat are left out.
+        """
+        hidden = self._overridden
+        numbers = {k: v for k, v in policys.numbers.items() if k not in hidden}
+        documents = [m for m in policys.documents if m.type not in hidden]
         if with_flat:
-            hidden = self._overridden
-            numbers |= {k: v for k, v in static.numbers.items() if k not in hidden}
             numbers |= self._flat
-            documents += [m for m in static.documents if m.type not in hidden]
         for name, number in self._measured.items():
             if name not in numbers:
                 numbers[name] = number
@@ -107,6 +116,22 @@ def get_meters(request: object) -> list[dict[str, Any]]:
     """Return the run-time usage stated so far, in a form `set_meters` takes."""
     stated = _run_time_meters(request, "get_meters")
     return [] if stated is None else stated.stated()
+
+
+def set_idempotency_key(request: object, key: str) -> None:
+    """Let a repetition of this request be billed once: it has the same *key*.
+
+    The ids of its events are derived from subject, method, path, key and type, so
+    that OpenMeter drops those of the repetition; it must deduplicate. The application
+    says what a repetition is: no header does this by itself. Only a completed response
+    takes the place; an attempt that failed or was aborted is billed for itself.
+
+    :raises ValueError: if *key* is no text.
+    """
+    if problem := text_problem(key):
+        raise ValueError(f"idempotency key: {problem}")
+    if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
+        stated.idempotency_key = key
 
 
 def bill_nothing(request: object) -> None:

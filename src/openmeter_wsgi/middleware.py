@@ -12,12 +12,13 @@ from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
 from openmeter_wsgi.environ import GATE, METERS
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
-from openmeter_wsgi.settlement import Settlement
+from openmeter_wsgi.settlement import settlement_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIApplication
 
+    from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.stats import Stats
 
@@ -60,18 +61,20 @@ class OpenMeterMiddleware:
         """Serve one request (PEP 3333)."""
         if type(environ.get(METERS)) is list:
             return self._pass_through(environ, start_response)
+        metering = self.metering()
+        billing = metering.billing_for(environ)
+        if billing is None:
+            return self.app(environ, start_response)
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
-        metering = self.metering()
-        environ[GATE] = metering.gate
-        if metering.must_ask(environ):
-            decision = metering.gate.admit(environ)
-            if not decision.allowed and self.policy.enforce:
-                metering.count_denial()
-                return Refusal(decision, self.policy)(environ, start_response)
-            if self.policy.usage_headers:
-                start_response = _with(quota_headers(decision.quota), start_response)
-        settlement = Settlement(metering, environ, start_response, stated)
+        environ[GATE] = billing.gate
+        if billing.must_ask(environ):
+            decision = billing.gate.admit(environ)
+            if not decision.allowed and billing.policy.enforce:
+                billing.refuse(environ)
+                return Refusal(decision, billing.policy)(environ, start_response)
+            start_response = _told(decision, billing.policy, start_response)
+        settlement = settlement_of(metering, billing, environ, start_response, stated)
         wrapper: Any = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, type):
             wrapper = environ[_FILE_WRAPPER] = _WrappedFiles(wrapper)
@@ -113,7 +116,7 @@ class OpenMeterMiddleware:
         For webhooks: what was bought, granted or revoked shows at once, in the
         process that is told.
         """
-        self.metering().gate.invalidate(subject, feature)
+        self.metering().billing.gate.invalidate(subject, feature)
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
@@ -135,10 +138,11 @@ class OpenMeterMiddleware:
         return self.app(environ, start_response)
 
 
-def _with(
-    headers: list[tuple[str, str]], start_response: StartResponse
+def _told(
+    decision: Decision, policy: Policy, start_response: StartResponse
 ) -> StartResponse:
-    """Return a start_response that adds *headers* to those of the application."""
+    """Return a start_response that tells of the quota, if the policy wants that."""
+    headers = quota_headers(decision.quota) if policy.usage_headers else []
     if not headers:
         return start_response
 

@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from openmeter_wsgi.api_key import checked_key
+from openmeter_wsgi.measured_meters import split
+from openmeter_wsgi.measures import Measure
+from openmeter_wsgi.routes import RouteRule
 from openmeter_wsgi.source import source_problem
-from openmeter_wsgi.usage import read_usage
 from openmeter_wsgi.wire import text_problem
 
 _SECRET_HEADERS = {
@@ -115,19 +117,24 @@ def meter(value: Any) -> Any:
     """Read one document or several; numbers by type have their own option."""
     if value is None:
         return None
-    usage = read_usage(value)
-    if usage.numbers or not usage.documents:
+    documents = [value] if isinstance(value, Mapping) else list(value)
+    if not documents or not all(map(_is_document, documents)):
         raise ValueError(
             "expected {'type': …, 'data': {…}} or a list of them, got "
             f"{value!r}; numbers by type go to meters"
         )
-    for meter in usage.documents:
-        if meter.id or meter.time:
+    for document in documents:
+        if document.get("id") or document.get("time"):
             raise ValueError(
-                f"meter {meter.type!r}: an id or time that is the same for every "
+                f"meter {document['type']!r}: an id or time that is the same for every "
                 "request would be billed once"
             )
+    split(documents, None)
     return value
+
+
+def _is_document(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("type"), str)
 
 
 def meters(value: Any) -> Any:
@@ -138,8 +145,46 @@ def meters(value: Any) -> Any:
         raise ValueError(f"expected a mapping of type to number, got {value!r}")
     if not value:
         raise ValueError("expected at least one type and number, got {}; leave it out")
-    read_usage(value)
+    split(None, value)
     return value
+
+
+def routes(value: Any) -> Any:
+    """Read rules and the options of each; None or False: not metered."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected options by rule, got {value!r}")
+    for rule, own in value.items():
+        RouteRule(rule)
+        if own is not None and own is not False and not isinstance(own, Mapping):
+            raise ValueError(f"{rule!r}: expected options or None, got {own!r}")
+    return value
+
+
+def unmatched(value: Any) -> Any:
+    """Read what governs a request that no rule names."""
+    if value in {None, False, "none"}:
+        return None
+    if value == "policy":
+        return value
+    raise ValueError(f"expected 'policy' or None, got {value!r}")
+
+
+def meter_when(value: Any) -> Any:
+    """Read a predicate on the exchange: a callable or a measure."""
+    if value is None or isinstance(value, Measure) or callable(value):
+        return value
+    raise ValueError(f"expected a callable on the exchange, got {value!r}")
+
+
+def audit(value: Any) -> Any:
+    """Read a callable, or the path of a file."""
+    if value is None or callable(value):
+        return value
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return os.fspath(value)
+    raise ValueError(f"expected a callable or the path of a file, got {value!r}")
 
 
 def typed(value: Any, hint: Any) -> Any:

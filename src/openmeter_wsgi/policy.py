@@ -16,9 +16,12 @@ from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.contradictions import contradictions
 from openmeter_wsgi.entitlement_options import CountedMeter  # noqa: TC001 - a hint
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.measured_meters import MeasuredMeter, split
+from openmeter_wsgi.measures import Measure  # noqa: TC001 - a hint
 from openmeter_wsgi.policy_files import read_file, read_variables
+from openmeter_wsgi.routes import RouteRule
 from openmeter_wsgi.status_codes import StatusCodes
-from openmeter_wsgi.usage import Meter, Usage, number_meter, read_usage
+from openmeter_wsgi.usage import Meter, Usage, number_meter
 
 Billed: TypeAlias = Literal["all", "measured", "none"]
 ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
@@ -28,6 +31,14 @@ EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 _DEFAULT_SOURCE = "api-gateway"
+#: What a route can say of itself. All else is one for the whole process.
+PER_ROUTE = frozenset({
+    "audit", "billing_errors", "customer", "denied_response", "enforce",
+    "event_source", "fail_mode", "limit_status", "meter", "meter_on_status_codes",
+    "meter_options", "meter_when", "meters", "on_abort", "on_failure",
+    "on_missing_subject", "required_entitlements", "reserve", "subject",
+    "subject_path", "trusted_request_id_header", "usage_headers", "value_property",
+})  # fmt: skip
 _NAME = Annotated[str, msgspec.Meta(min_length=1)]
 _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
@@ -68,6 +79,11 @@ class Policy:
     meters: Mapping[str, float] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
     )
+    #: A predicate on the finished exchange besides the status: a callable, or
+    #: ``computed(callable, "json")`` where it looks at the body.
+    meter_when: Callable[[Any], object] | Measure | None = dataclasses.field(
+        default=None, metadata={"read": read.meter_when}
+    )
     #: The name of the number in the ``data`` of an event made from a number.
     value_property: _NAME = "total"
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
@@ -85,6 +101,23 @@ class Policy:
     )
     #: A header that your own proxy sets and clients cannot.
     trusted_request_id_header: _HEADER | None = None
+
+    #: Whether handlers call :func:`set_idempotency_key`: OpenMeter must deduplicate.
+    idempotency_keys: bool = False
+    #: Gets every settled request that became no event, and why: a callable on a
+    #: mapping, or a file that grows by a line of JSON for each.
+    audit: str | Callable[[dict[str, Any]], object] | None = dataclasses.field(
+        default=None, metadata={"read": read.audit}
+    )
+    #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
+    #: metered. What a route does not name it inherits.
+    routes: Mapping[str, Mapping[str, Any] | None] | None = dataclasses.field(
+        default=None, metadata={"read": read.routes}
+    )
+    #: Under what a request is that no rule names: this policy, or none.
+    unmatched: Literal["policy"] | None = dataclasses.field(
+        default="policy", metadata={"read": read.unmatched}
+    )
 
     # -- Who is billed
     #: A callable on the environ, or ``"header:Name"``.
@@ -184,8 +217,16 @@ class Policy:
     key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
     #: The key for questions: its own object, because other threads use it.
     questions_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
-    #: ``meter`` and ``meters`` together.
+    #: ``meter`` and ``meters`` together, as far as they are known beforehand …
     static: Usage = dataclasses.field(init=False, repr=False, compare=False)
+    #: … and what of them is known only at the end of a response.
+    measured: tuple[MeasuredMeter, ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
+    #: The policies of single routes.
+    of_routes: tuple[tuple[RouteRule, Policy | None], ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
 
     def __new__(cls, **options: Any) -> Self:
         """Refuse options that do not exist."""
@@ -205,9 +246,13 @@ class Policy:
             object.__setattr__(self, name, value)
         if not problems:
             problems = [*contradictions(self, _DEFAULT_SOURCE), *self._keys()]
-        if problems:
-            raise ConfigError(problems)
-        object.__setattr__(self, "static", self._static_usage())
+        of_routes, wrong = ((), []) if problems else self._of_routes()
+        if problems or wrong:
+            raise ConfigError([*problems, *wrong])
+        static, measured = split(self.meter, self.meters)
+        object.__setattr__(self, "static", static)
+        object.__setattr__(self, "measured", measured)
+        object.__setattr__(self, "of_routes", of_routes)
 
     @classmethod
     def from_env(
@@ -242,10 +287,30 @@ class Policy:
         )
         return (*filter(None, numbers), *usage.documents)
 
-    def _static_usage(self) -> Usage:
-        documents = read_usage(self.meter).documents if self.meter else ()
-        numbers = read_usage(self.meters).numbers if self.meters else {}
-        return Usage(numbers, documents)
+    def _of_routes(
+        self,
+    ) -> tuple[tuple[tuple[RouteRule, Policy | None], ...], list[str]]:
+        """Make the policies of the routes; say what is wrong with them."""
+        made: list[tuple[RouteRule, Policy | None]] = []
+        problems: list[str] = []
+        for text, own in (self.routes or {}).items():
+            rule = RouteRule(text)
+            if not isinstance(own, Mapping):
+                made.append((rule, None))
+                continue
+            problems += [
+                f"routes[{text!r}]: {name}: belongs to the middleware as a whole"
+                for name in own
+                if name in _names() and name not in PER_ROUTE
+            ]
+            options = {**own, "routes": None}
+            if rule.names_options:
+                options.setdefault("meter_options", True)
+            try:
+                made.append((rule, dataclasses.replace(self, **options)))
+            except ConfigError as error:
+                problems += [f"routes[{text!r}]: {each}" for each in error.problems]
+        return tuple(made), problems
 
     def _keys(self) -> list[str]:
         """Make the keys of ingest and questions; say what is wrong with them."""

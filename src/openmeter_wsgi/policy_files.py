@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _PREFIX = "OPENMETER_"
-_AS_JSON = ("meter", "meters", "customer", "reserve")
+_AS_JSON = ("meter", "meters", "customer", "reserve", "routes")
 #: A list of names with commas, or JSON.
 _AS_LIST = ("required_entitlements", "entitlement_meters")
 

@@ -6,12 +6,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.environ import METERS
-from openmeter_wsgi.metering import ABORTED, COMPLETED, FAILED
+from openmeter_wsgi.observation import Observation
+from openmeter_wsgi.outcome import ABORTED, COMPLETED, FAILED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from wsgiref.types import StartResponse
 
+    from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.metering import Metering
     from openmeter_wsgi.meters import RunTimeMeters
 
@@ -32,18 +34,21 @@ class Settlement:
     """
 
     __slots__ = (
-        "_environ", "_events", "_iterable", "_metering", "_outcome", "_server_start",
-        "_server_write", "_settled", "_started", "_stated", "_status",
+        "_billing", "_environ", "_events", "_iterable", "_metering", "_observation",
+        "_outcome", "_server_start", "_server_write", "_settled", "_started", "_stated",
+        "_status",
     )  # fmt: skip
 
     def __init__(
         self,
         metering: Metering,
+        billing: Billing,
         environ: dict[str, Any],
         start_response: StartResponse,
         stated: list[RunTimeMeters],
     ) -> None:
         self._metering = metering
+        self._billing = billing
         self._environ = environ
         self._server_start = start_response
         self._stated = stated
@@ -152,14 +157,20 @@ class Settlement:
         if self._settled or metering.pid != os.getpid():
             return
         if self._events is None:
-            stated = self._stated
-            self._events = metering.events(
-                environ, stated[0] if stated else None, self._status, self._ended()
-            )
+            if not metering.queue.started:
+                metering.queue.start()
+            self._events = self._made()
         if self._events:
             metering.put(self._events)
         self._settled = True
         environ[METERS] = metering
+
+    def _made(self) -> Sequence[bytes]:
+        """Return the events that this response comes to."""
+        stated = self._stated
+        return self._billing.events(
+            self._environ, stated[0] if stated else None, self._status, self._ended()
+        )
 
     def _ended(self) -> str:
         if self._outcome is ABORTED and self._status and not self._started:
@@ -181,3 +192,98 @@ class _SizedSettlement(Settlement):
 
     def __len__(self) -> int:
         return len(self._iterable)  # type: ignore[arg-type]
+
+
+class ObservedSettlement(Settlement):
+    """A settlement that sees the chunks, for measures to know of them in the end."""
+
+    __slots__ = ()
+
+    def observe(self) -> None:
+        """Look at the response from here on."""
+        self._observation = Observation(self._environ, self._billing.bodies or ())
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
+    ) -> Callable[[bytes], object]:
+        """Pass on to the server, and look at what the response will be."""
+        write = super().start_response(status, headers, exc_info)
+        self._observation.begin(status, headers)
+        return write
+
+    def _write(self, data: bytes) -> object:
+        written = super()._write(data)
+        self._observation.passed(data)
+        return written
+
+    def wrap(self, iterable: Iterable[bytes]) -> Settlement:
+        """Return what the server iterates in place of *iterable*."""
+        self._iterable = iterable
+        if hasattr(iterable, "__len__"):
+            self.__class__ = _SizedObservedSettlement
+        return self
+
+    def wrap_file(self, file: Any) -> Iterable[bytes]:
+        """Settle when the server closes *file*; nobody here sees its bytes."""
+        self._observation.hand_over()
+        return super().wrap_file(file)
+
+    def __iter__(self) -> Iterator[bytes]:
+        observation = self._observation
+        feeds: Sequence[Callable[[bytes], None]] | None = None
+        sent = 0
+        try:
+            for chunk in self._iterable:
+                if feeds is None and chunk:
+                    self._started = True
+                    feeds = observation.feeds
+                yield chunk
+                # The server is back for more: it has taken this one.
+                sent += len(chunk)
+                if feeds:
+                    for feed in feeds:
+                        feed(chunk)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self.fail()
+            raise
+        else:
+            self._outcome = COMPLETED
+        finally:
+            observation.add_sent(sent)
+
+    def _made(self) -> Sequence[bytes]:
+        stated = self._stated
+        outcome = self._ended()
+        return self._billing.events(
+            self._environ,
+            stated[0] if stated else None,
+            self._status,
+            outcome,
+            self._observation.exchange(self._status, outcome),
+        )
+
+
+class _SizedObservedSettlement(ObservedSettlement):
+    """A settlement of a sequence that sees its chunks."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(self._iterable)  # type: ignore[arg-type]
+
+
+def settlement_of(
+    metering: Metering,
+    billing: Billing,
+    environ: dict[str, Any],
+    start_response: StartResponse,
+    stated: list[RunTimeMeters],
+) -> Settlement:
+    """Return the settlement of one request, as much of one as its policy needs."""
+    if billing.bodies is None:
+        return Settlement(metering, billing, environ, start_response, stated)
+    observed = ObservedSettlement(metering, billing, environ, start_response, stated)
+    observed.observe()
+    return observed

@@ -27,7 +27,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     delivered: int
     #: Events in the queue, those being sent included. Of a large spool an estimate.
     waiting: int
-    #: Requests that became no event, by reason.
+    #: Requests that became no event, by reason …
     not_metered: dict[str, int]
     #: Events and meters lost, by reason.
     dropped: dict[str, int]
@@ -37,6 +37,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     ambiguous: int
     #: Attempts after the first one of a batch.
     retries: int
+    #: … and the same by policy (``default``, or the rule of a route), then by reason.
+    not_metered_by_policy: dict[str, dict[str, int]] = {}
     #: Events that the spool could not take and that waited in memory instead.
     unspooled: int = 0
     #: Decisions about entitlements: allowed, by where the answer came from …
@@ -57,7 +59,7 @@ class Counts:
 
     __slots__ = (
         "allowed", "ambiguous", "dead_lettered", "delivered", "denied", "dropped",
-        "let_through", "not_metered", "retries", "settled", "unspooled",
+        "let_through", "retries", "settled", "unspooled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -67,7 +69,6 @@ class Counts:
         self.ambiguous = 0
         self.retries = 0
         self.unspooled = 0
-        self.not_metered: defaultdict[str, int] = defaultdict(int)
         self.dropped: defaultdict[str, int] = defaultdict(int)
         self.allowed: defaultdict[str, int] = defaultdict(int)
         self.denied: defaultdict[str, int] = defaultdict(int)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import SUBJECT, USER, environ_of
+from openmeter_wsgi.environ import ROUTE, SUBJECT, USER, environ_of
 from openmeter_wsgi.wire import text_problem
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ def set_user(request: object, user: object) -> None:
     ``subject_path`` says where its subject is.
     """
     _write(request, USER, user, "set_user")
+
+
+def set_route(request: object, route: str) -> None:
+    """Say which template of an address this request has, such as ``/users/<id>``.
+
+    Flask's and Bottle's are found without it, and Django's by its middleware.
+    """
+    _write(request, ROUTE, route, "set_route")
 
 
 def _write(request: object, key: str, value: object, helper: str) -> None:

@@ -1,0 +1,138 @@
+"""One request and its response, when it has ended: what a measure can look at."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from openmeter_wsgi.bodies.json_value import Document, json_reader
+from openmeter_wsgi.bodies.llm import llm_reader
+from openmeter_wsgi.bodies.multi_status import MultiStatus, multi_status_reader
+from openmeter_wsgi.bodies.reader import BodyReader, Unknown
+from openmeter_wsgi.bodies.records import records_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from openmeter_wsgi.bodies.llm_usage import LLMUsage
+
+#: What is read only where a measure asks for it, because it costs something a chunk.
+Body: TypeAlias = Literal["json", "llm", "records", "multi_status"]
+
+#: From Content-Type and Content-Encoding of a response to what reads its body.
+READERS: Mapping[Body, Callable[[str | None, str | None], BodyReader[Any]]] = {
+    "json": json_reader,
+    "llm": llm_reader,
+    "records": records_reader,
+    "multi_status": multi_status_reader,
+}
+
+_NOT_READ = Unknown("not_read")
+
+
+class Exchange:
+    """What is known of a request whose response has ended.
+
+    Belongs to the thread that settles it. Measures and ``meter_when`` are given one.
+    """
+
+    __slots__ = (
+        "_bodies",
+        "_started_at",
+        "bytes_received",
+        "bytes_sent",
+        "environ",
+        "outcome",
+        "response_headers",
+        "route",
+        "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        environ: dict[str, Any],
+        *,
+        status: int,
+        outcome: str,
+        route: str | None,
+        response_headers: list[tuple[str, str]],
+        bytes_sent: int | None,
+        bytes_received: int | None,
+        started_at: float,
+        bodies: Mapping[str, BodyReader[Any]],
+    ) -> None:
+        #: The environ of the request (PEP 3333).
+        self.environ = environ
+        #: The status code that the client got.
+        self.status = status
+        #: ``completed``, ``failed`` or ``aborted``.
+        self.outcome = outcome
+        #: The template of the address, such as ``/users/<id>``, where it is known.
+        self.route = route
+        self.response_headers = response_headers
+        #: Of the body, as it left the application; None where the kernel sent it.
+        self.bytes_sent = bytes_sent
+        #: Of the request's body; None where nothing says how long it was.
+        self.bytes_received = bytes_received
+        self._started_at = started_at
+        self._bodies = bodies
+
+    @property
+    def method(self) -> str:
+        """The method of the request."""
+        return str(self.environ.get("REQUEST_METHOD", ""))
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the request's arrival until now."""
+        return round(time.perf_counter() - self._started_at, 6)
+
+    @property
+    def json(self) -> Any:
+        """The body, decoded.
+
+        :raises ValueError: saying why it is not known.
+        """
+        found = self.body("json")
+        if isinstance(found, Document):
+            return found.value
+        raise ValueError(f"the body is not known as JSON: {found.reason}")
+
+    @property
+    def llm(self) -> LLMUsage | Unknown:
+        """What the body says that a language model used."""
+        usage: LLMUsage | Unknown = self.body("llm")
+        return usage
+
+    @property
+    def multi_status(self) -> MultiStatus | Unknown:
+        """How many parts of a response to many succeeded."""
+        parts: MultiStatus | Unknown = self.body("multi_status")
+        return parts
+
+    @property
+    def records(self) -> int | Unknown:
+        """How many records a body of JSON lines has."""
+        count: int | Unknown = self.body("records")
+        return count
+
+    def body(self, kind: str) -> Any:
+        """Return what the reader of that kind found, or why it is unknown."""
+        reader = self._bodies.get(kind)
+        return _NOT_READ if reader is None else reader.result()
+
+    def request_header(self, name: str) -> str | None:
+        """Return a header of the request, None where it has none."""
+        key = name.upper().replace("-", "_")
+        if key not in {"CONTENT_TYPE", "CONTENT_LENGTH"}:
+            key = f"HTTP_{key}"
+        value = self.environ.get(key)
+        return None if value is None else str(value)
+
+    def response_header(self, name: str) -> str | None:
+        """Return a header of the response; several of one name as one list."""
+        wanted = name.lower()
+        values = [
+            value for key, value in self.response_headers if key.lower() == wanted
+        ]
+        return ", ".join(values) if values else None

@@ -1,0 +1,212 @@
+"""Measures: values of a meter that are known only when the response has ended.
+
+A policy names them where a number or a text would stand::
+
+    meter={"type": "transfer", "data": {"bytes": bytes_sent(), "route": route()}}
+    meters={"tokens": llm_usage("total_tokens")}
+
+A measure that has no value gives no event, which is counted; ``.default(0)`` gives it
+one. It is never guessed.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any, get_args
+
+import msgspec
+
+from openmeter_wsgi import log
+from openmeter_wsgi.bodies.llm_usage import LLMUsage
+from openmeter_wsgi.bodies.multi_status import MultiStatus
+from openmeter_wsgi.bodies.paths import NumberPath
+from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.exchange import Body, Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+logger = log.get_logger(__name__)
+
+_NONE: Any = object()
+_LLM_FIELDS = LLMUsage.__struct_fields__
+
+
+class Measure:
+    """A value that an :class:`Exchange` has, or lacks. Immutable; any thread."""
+
+    __slots__ = ("_default", "_find", "bodies", "is_quantity", "text")
+
+    def __init__(
+        self,
+        text: str,
+        find: Callable[[Exchange], object],
+        *,
+        bodies: Iterable[Body] = (),
+        is_quantity: bool = True,
+        default: object = _NONE,
+    ) -> None:
+        #: How it is written in a file.
+        self.text = text
+        #: The readers of the response's body that it needs.
+        self.bodies = frozenset(bodies)
+        #: Whether it says how much, rather than of what kind: a quantity is billed
+        #: also of a response that broke off.
+        self.is_quantity = is_quantity
+        self._find = find
+        self._default = default
+
+    def default(self, value: object) -> Measure:
+        """Return the same measure, with a value for where it has none."""
+        return Measure(
+            self.text,
+            self._find,
+            bodies=self.bodies,
+            is_quantity=self.is_quantity,
+            default=value,
+        )
+
+    def value(self, exchange: Exchange) -> object:
+        """Return the value, or an :class:`Unknown` that says why there is none."""
+        try:
+            found = self._find(exchange)
+        except Exception as error:  # noqa: BLE001 - the user's own code may be in it
+            logger.error("%s: raised %r; it has no value", self, error)
+            found = Unknown("failed")
+        if found is None:
+            found = Unknown("none")
+        if isinstance(found, Unknown) and self._default is not _NONE:
+            return self._default
+        return found
+
+    def __repr__(self) -> str:
+        if self._default is _NONE:
+            return self.text
+        return f"{self.text} ?? {self._default!r}"
+
+
+def bytes_sent() -> Measure:
+    """Bytes of the response's body, as far as the client took them."""
+    return Measure("$response.bytes", lambda exchange: exchange.bytes_sent)
+
+
+def bytes_received() -> Measure:
+    """Bytes of the request's body."""
+    return Measure("$request.bytes", lambda exchange: exchange.bytes_received)
+
+
+def duration() -> Measure:
+    """Seconds from the request's arrival to the end of its response."""
+    return Measure("$response.duration", lambda exchange: exchange.duration)
+
+
+def status() -> Measure:
+    """The status code, a number."""
+    return _kind("$response.status", lambda exchange: exchange.status)
+
+
+def method() -> Measure:
+    """The method of the request."""
+    return _kind("$request.method", lambda exchange: exchange.method)
+
+
+def route() -> Measure:
+    """The template of the address, as the framework has it: ``/users/<id>``."""
+    return _kind("$request.route", lambda exchange: exchange.route)
+
+
+def request_header(name: str) -> Measure:
+    """A header of the request. The client says it: bill by it only what it may say."""
+    return _kind(f"$request.header.{name}", lambda e: e.request_header(name))
+
+
+def response_header(name: str) -> Measure:
+    """A header of the response."""
+    return Measure(f"$response.header.{name}", lambda e: e.response_header(name))
+
+
+def response_json(path: str) -> Measure:
+    """The number that a JSONPath (RFC 9535) finds in the body; several are added up.
+
+    :raises ConfigError: if it is no JSONPath, or python-jsonpath is not installed.
+    """
+    numbers = NumberPath(path)
+
+    def find(exchange: Exchange) -> object:
+        document = exchange.body("json")
+        if isinstance(document, Unknown):
+            return document
+        return numbers.find_number(document.value)
+
+    return Measure(f"$response.json{path.removeprefix('$')}", find, bodies=["json"])
+
+
+def records() -> Measure:
+    """How many records a body of JSON lines has."""
+    return Measure("$response.records", lambda e: e.records, bodies=["records"])
+
+
+def multi_status(part: str = "succeeded") -> Measure:
+    """How many parts of a response to many ``succeeded``, or ``failed``."""
+    if part not in MultiStatus.__struct_fields__:
+        raise ValueError(f"expected 'succeeded' or 'failed', got {part!r}")
+
+    def find(exchange: Exchange) -> object:
+        parts = exchange.multi_status
+        return parts if isinstance(parts, Unknown) else getattr(parts, part)
+
+    return Measure(f"$response.{part}", find, bodies=["multi_status"])
+
+
+def llm_usage(field: str | None = None) -> Measure:
+    """What a language model used, by one field of :class:`LLMUsage`, or all of them.
+
+    Without a field it stands for the whole ``data``, in which there is what was
+    reported and nothing else.
+    """
+    if field is not None and field not in _LLM_FIELDS:
+        raise ValueError(f"expected one of {', '.join(_LLM_FIELDS)}, got {field!r}")
+
+    def find(exchange: Exchange) -> object:
+        usage = exchange.llm
+        if isinstance(usage, Unknown):
+            return usage
+        if field is None:
+            said = msgspec.structs.asdict(usage)
+            return {name: value for name, value in said.items() if value is not None}
+        found = getattr(usage, field)
+        return Unknown("not_reported") if found is None else found
+
+    return Measure("$llm" if field is None else f"$llm.{field}", find, bodies=["llm"])
+
+
+def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
+    """What *function* makes of the exchange, None where there is no value.
+
+    *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"``,
+    ``"records"``, ``"multi_status"``. Nothing of it is read unless it is named.
+    """
+    for body in bodies:
+        if body not in get_args(Body):
+            names = ", ".join(map(repr, get_args(Body)))
+            raise ValueError(f"expected one of {names}, got {body!r}")
+    name = getattr(function, "__name__", repr(function))
+    return Measure(f"computed({name})", function, bodies=bodies)
+
+
+def _kind(text: str, find: Callable[[Exchange], object]) -> Measure:
+    return Measure(text, find, is_quantity=False)
+
+
+def as_number(value: object) -> int | float | Decimal | Unknown:
+    """Return *value* as a number; text as the number that it says."""
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        try:
+            number = Decimal(value.strip())
+        except InvalidOperation:
+            return Unknown("not_a_number")
+        if number.is_finite():
+            return int(number) if number == number.to_integral_value() else number
+    return Unknown("not_a_number")

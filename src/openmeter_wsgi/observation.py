@@ -1,0 +1,152 @@
+"""What is seen of a response as it passes, for measures to look at in the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi.environ import ROUTE
+from openmeter_wsgi.exchange import READERS, Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from openmeter_wsgi.bodies.reader import BodyReader
+
+_WITHOUT_BODY = ("1", "204", "304")
+_CHUNKED = "HTTP_TRANSFER_ENCODING"
+
+
+class Observation:
+    """What one request's measures need. Belongs to the thread of the request."""
+
+    __slots__ = (
+        "_bodies", "_environ", "_headers", "_received", "_route", "_started_at",
+        "bytes_sent", "feeds",
+    )  # fmt: skip
+
+    def __init__(self, environ: dict[str, Any], bodies: Iterable[str]) -> None:
+        self._environ = environ
+        self._started_at = time.perf_counter()
+        self._bodies: dict[str, BodyReader[Any] | None] = dict.fromkeys(bodies)
+        self._headers: list[tuple[str, str]] = []
+        self._route: str | None = None
+        self._received = _received(environ)
+        #: Counted by the settlement. None: the kernel sends it, and nobody counts.
+        self.bytes_sent: int | None = 0
+        #: What takes each chunk.
+        self.feeds: list[Any] = []
+
+    def begin(self, status: str, headers: list[tuple[str, str]]) -> None:
+        """Take what start_response says, the last time that it is called."""
+        self._headers = headers
+        self._route = route_of(self._environ)
+        content_type, encoding = _values(headers, "content-type", "content-encoding")
+        is_read = not (
+            self._environ.get("REQUEST_METHOD") == "HEAD"
+            or status.startswith(_WITHOUT_BODY)
+        )
+        for kind in self._bodies:
+            self._bodies[kind] = READERS[kind](content_type, encoding)  # type: ignore[index]
+        self.feeds = [r.feed for r in self._bodies.values() if r] if is_read else []
+
+    def passed(self, chunk: bytes) -> None:
+        """Take in one chunk that the server has taken."""
+        self.add_sent(len(chunk))
+        for feed in self.feeds:
+            feed(chunk)
+
+    def add_sent(self, count: int) -> None:
+        """Count bytes that the server has taken."""
+        if self.bytes_sent is not None:
+            self.bytes_sent += count
+
+    def hand_over(self) -> None:
+        """Note that the kernel sends the body, which nobody reads here."""
+        (length,) = _values(self._headers, "content-length")
+        self.bytes_sent = int(length) if length and length.isdecimal() else None
+        self._bodies.clear()
+
+    def exchange(self, status: str | None, outcome: str) -> Exchange:
+        """Return the exchange, now that it has ended."""
+        environ = self._environ
+        sent = self.bytes_sent
+        if environ.get("REQUEST_METHOD") == "HEAD" or (status or "").startswith(
+            _WITHOUT_BODY
+        ):
+            sent = 0  # whatever the application made, no server sends it
+        return Exchange(
+            environ,
+            status=int(status[:3]) if status and status[:3].isdecimal() else 0,
+            outcome=outcome,
+            route=self._route or route_of(environ),
+            response_headers=self._headers,
+            bytes_sent=sent,
+            bytes_received=self._received.count if self._received else _length(environ),
+            started_at=self._started_at,
+            bodies={kind: each for kind, each in self._bodies.items() if each},
+        )
+
+
+class _CountedInput:
+    """A request's body of a length that nobody stated, counted as it is read."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self.count = 0
+
+    def _counted(self, read: bytes) -> bytes:
+        self.count += len(read)
+        return read
+
+    def read(self, *size: int) -> bytes:
+        return self._counted(self._body.read(*size))
+
+    def readline(self, *size: int) -> bytes:
+        return self._counted(self._body.readline(*size))
+
+    def readlines(self, *hint: int) -> list[bytes]:
+        return [self._counted(line) for line in self._body.readlines(*hint)]
+
+    def __iter__(self) -> Any:
+        return map(self._counted, self._body)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
+def _received(environ: dict[str, Any]) -> _CountedInput | None:
+    if environ.get("CONTENT_LENGTH") or _CHUNKED not in environ:
+        return None
+    counted = environ["wsgi.input"] = _CountedInput(environ.get("wsgi.input"))
+    return counted
+
+
+def _length(environ: dict[str, Any]) -> int | None:
+    length = str(environ.get("CONTENT_LENGTH") or "0")
+    return int(length) if length.isdecimal() else None
+
+
+def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:
+    found = {name.lower(): value for name, value in headers}
+    return [found.get(name) for name in names]
+
+
+def route_of(environ: dict[str, Any]) -> str | None:
+    """Return the template of the address, where a framework has said it.
+
+    Flask's can be read only while its request is served, as in start_response.
+    """
+    if (said := environ.get(ROUTE)) is not None:
+        return str(said)
+    if (bottle := environ.get("bottle.route")) is not None:
+        return str(bottle.rule)
+    if (flask := sys.modules.get("flask")) is not None and flask.has_request_context():
+        rule = flask.request.url_rule
+        # Another application's request may be the one that is served around this.
+        if rule is not None and flask.request.environ.get("PATH_INFO") == environ.get(
+            "PATH_INFO"
+        ):
+            return str(rule.rule)
+    return None

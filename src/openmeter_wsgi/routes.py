@@ -1,0 +1,146 @@
+"""Which policy governs a request: rules compiled once, werkzeug's own."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from werkzeug.exceptions import HTTPException
+from werkzeug.routing import Map, MapAdapter, Rule
+from werkzeug.routing.exceptions import RoutingException
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+T = TypeVar("T")
+
+_METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
+)
+_RULE = re.compile(r"(?:([A-Za-z][A-Za-z,-]*)\s+)?(/\S*)")
+#: Stands for every method that no rule names.
+_ANY = ""
+
+
+class RouteRule:
+    """One rule: the methods, none for all of them, and werkzeug's rule.
+
+    :raises ValueError: if *text* is none, such as ``POST /v1/analyze``.
+    """
+
+    __slots__ = ("methods", "path", "text")
+
+    def __init__(self, text: object) -> None:
+        found = _RULE.fullmatch(text.strip()) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(
+                "expected a rule such as '/v1/search' or 'POST /v1/users/<id>', got "
+                f"{text!r}"
+            )
+        self.text = found[0]
+        self.path = found[2]
+        self.methods = frozenset(filter(None, (found[1] or "").upper().split(",")))
+        if unknown := self.methods - _METHODS:
+            raise ValueError(
+                f"{text!r}: expected methods such as GET, got {', '.join(unknown)}"
+            )
+        try:
+            _bound([self.path])
+        except (ValueError, LookupError, TypeError, SyntaxError) as error:
+            raise ValueError(f"{text!r}: {error}") from None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it stands for one path alone."""
+        return "<" not in self.path
+
+    @property
+    def names_options(self) -> bool:
+        """Whether it names OPTIONS, which is metered nowhere else."""
+        return "OPTIONS" in self.methods
+
+
+class Routes(Generic[T]):
+    """What belongs to a request by its method and path. Immutable; any thread.
+
+    A rule with a method goes before one without, an exact path before a variable, and
+    among variables werkzeug's order decides: the most specific wins. GET means HEAD,
+    too, unless HEAD is named.
+    """
+
+    def __init__(self, rules: Iterable[tuple[RouteRule, T]], unmatched: T) -> None:
+        rules = list(rules)
+        self._unmatched = unmatched
+        self._tables = {
+            method: _Table(_for_method(rules, method))
+            for method in {
+                _ANY,
+                *(m for rule, _ in rules for m in rule.methods),
+                "HEAD",
+            }
+        }
+
+    def find(self, environ: Mapping[str, Any]) -> T:
+        """Return what belongs to the request. Never raises."""
+        tables = self._tables
+        table = tables.get(environ.get("REQUEST_METHOD", "")) or tables[_ANY]
+        path = environ.get("PATH_INFO", "")
+        found: T | _Table[T] = table.exact.get(path, table)
+        if not isinstance(found, _Table):
+            return found
+        if table.adapter is None:
+            return self._unmatched
+        try:
+            number, _ = table.adapter.match(_text(path))
+        except (HTTPException, RoutingException):
+            return self._unmatched
+        own: T = table.variable[number]
+        return own
+
+
+class _Table(Generic[T]):
+    """The rules of one method."""
+
+    __slots__ = ("adapter", "exact", "variable")
+
+    def __init__(self, rules: list[tuple[RouteRule, T]]) -> None:
+        self.exact: dict[str, Any] = {
+            rule.path.encode().decode("latin-1"): each
+            for rule, each in rules
+            if rule.is_exact
+        }
+        variable = [(rule.path, each) for rule, each in rules if not rule.is_exact]
+        #: By the number that is the endpoint of its rule.
+        self.variable = [each for _, each in variable]
+        #: Bound once: binding anew for each request costs more than matching.
+        self.adapter = _bound(path for path, _ in variable) if variable else None
+
+
+def _bound(paths: Iterable[str]) -> MapAdapter:
+    made = Map(strict_slashes=False, merge_slashes=False, redirect_defaults=False)
+    for number, path in enumerate(paths):
+        made.add(Rule(path, endpoint=number))
+    made.update()
+    return made.bind("")
+
+
+def _for_method(
+    rules: list[tuple[RouteRule, T]], method: str
+) -> list[tuple[RouteRule, T]]:
+    """Return the rules that a request of *method* can meet, one for each path."""
+    by_path: dict[str, tuple[RouteRule, T]] = {}
+    for wanted in (_ANY, "GET" if method == "HEAD" else method, method):
+        for rule, belongs in rules:
+            if wanted in rule.methods or (wanted == _ANY and not rule.methods):
+                by_path[rule.path] = (rule, belongs)
+    return list(by_path.values())
+
+
+def _text(path: str) -> str:
+    """Return a path as the text that it was sent as.
+
+    WSGI hands over its bytes, each as one character (PEP 3333).
+    """
+    if path.isascii():
+        return path
+    return path.encode("latin-1").decode(errors="replace")
