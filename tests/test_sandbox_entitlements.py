@@ -152,6 +152,16 @@ def test_a_deleted_customer_is_412_by_id_and_404_by_key(catalog, question):
     assert catalog.ask(question, "acme").status_code == 404
 
 
+def test_a_deleted_customer_can_still_be_read_by_id(catalog):
+    catalog.delete_customer()
+
+    path = "/api/v1/customers"
+    found = catalog.api.get(f"{path}/{catalog.customer['id']}").json()
+    assert found.pop("deletedAt") >= found["createdAt"]
+    assert found == catalog.customer
+    assert catalog.api.get(f"{path}/acme").status_code == 404
+
+
 def test_the_key_of_a_deleted_customer_can_be_used_again(catalog):
     catalog.delete_customer()
 

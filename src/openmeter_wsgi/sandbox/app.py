@@ -15,6 +15,7 @@ from openmeter_wsgi.sandbox import (
     ingest,
     meters,
     overview,
+    page_actions,
     problems,
 )
 from openmeter_wsgi.sandbox.access import Access
@@ -39,6 +40,7 @@ ROUTES = (
     catalog.features,
     catalog.subjects,
     overview.routes,
+    page_actions.routes,
 )
 
 

@@ -153,10 +153,7 @@ def _run(
     """Burn the usage of *period*, change after change of the grants."""
     start = period.start.time
     last = min(at, period.end.time - 1)
-    renewals = {
-        grant.id: grant.renewals(start, last) if grant.epoch <= period.epoch else []
-        for grant in grants
-    }
+    renewals = {grant.id: grant.renewals(start, last) for grant in grants}
     moments = {moment for times in renewals.values() for moment in times}
     moments |= {int(g.expires) for g in grants if start < g.expires <= last}
     for moment in sorted(moments):

@@ -50,16 +50,21 @@ class Customers(Resources):
         super().__init__(store, "customer", key="key")
         self._deleted = Resources(store, "deleted customer", key="key")
 
+    def look_up(self, id_or_key: str) -> Document:
+        """Return the one with this id, deleted or not, or this key; or answer 404."""
+        found = self.find(id_or_key) or self._deleted.find(id_or_key)
+        if found is None:
+            detail = f"customer with id or key {id_or_key} not found"
+            raise Problem(404, f"{detail} in default namespace")
+        return found
+
     def get(self, id_or_key: str) -> Document:
-        """Return the one with this id or key, or answer 404, or 412 once deleted."""
-        found = self.find(id_or_key)
-        if found is not None:
-            return found
-        if self._deleted.find(id_or_key):
+        """Return what `look_up` does, or answer 412 if it is deleted."""
+        found = self.look_up(id_or_key)
+        if "deletedAt" in found:
             detail = f"customer is deleted [namespace=default customer.id={id_or_key}]"
             raise Problem(412, detail)
-        detail = f"customer with id or key {id_or_key} not found in default namespace"
-        raise Problem(404, detail)
+        return found
 
     def of_subject(self, subject: str) -> Document:
         """Return the one that pays for *subject*, or answer 404."""
@@ -88,7 +93,8 @@ def _list_customers() -> Response:
 
 @routes.get("/<customer>")
 def _get_customer(customer: str) -> Response:
-    return jsonify(parts().customers.get(customer))
+    # A deleted one too, as OpenMeter does here and nowhere else.
+    return jsonify(parts().customers.look_up(customer))
 
 
 @routes.delete("/<customer>")

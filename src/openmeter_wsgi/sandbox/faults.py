@@ -88,12 +88,17 @@ class GroupFaults:
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
-        self.settings = replace(self.settings, **changes)
+        self.apply(replace(self.settings, **changes))
+
+    def apply(self, settings: Settings) -> None:
+        """Take *settings*, and answer what hangs where nothing is to hang any more."""
+        self.settings = settings
+        if not settings.hang:
+            self.release()
 
     def clear(self) -> None:
         """Set everything right, and answer what hangs."""
-        self.settings = Settings()
-        self.release()
+        self.apply(Settings())
 
     def release(self) -> None:
         """Answer what hangs now; what comes later hangs as is set."""
@@ -179,9 +184,7 @@ class Faults:
             for name, changes in _object(document, GROUPS).items()
         }
         for name, settings in wanted.items():
-            self._groups[name].settings = settings
-            if not settings.hang:
-                self._groups[name].release()
+            self._groups[name].apply(settings)
 
 
 def _options(changes: Any) -> dict[str, Any]:

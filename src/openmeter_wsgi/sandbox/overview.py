@@ -1,4 +1,4 @@
-"""The sandbox's own routes: the page, what it shows, and the faults it can set."""
+"""The sandbox's own routes: the page, and what it shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flask import Blueprint, Response, jsonify, request, send_from_directory
 
-from openmeter_wsgi.sandbox import documents
+from openmeter_wsgi.sandbox.entitlement_table import entitlement_table
 from openmeter_wsgi.sandbox.parameters import integer
 from openmeter_wsgi.sandbox.parts import parts
 
@@ -40,13 +40,7 @@ def _overview() -> Response:
             "faults": here.faults.document(),
             "counts": here.tally.counts(),
             "refusals": here.tally.refusals(),
+            "access": entitlement_table(here),
         }
         | here.dashboards.read(span)
     )
-
-
-@routes.put("/sandbox/api/faults")
-def _set_faults() -> Response:
-    faults = parts().faults
-    faults.update(documents.parse(request.get_data()))
-    return jsonify(faults.document())

@@ -134,10 +134,12 @@ class Resources:
 
     def retire(self, id_: str) -> None:
         """Delete the one with this id, but remember that it was there."""
+        deleted = {"deletedAt": rfc3339(self._store.clock())}
         with self._store.writing() as connection:
             connection.execute(
-                "UPDATE resources SET kind = ?, key = NULL WHERE kind = ? AND id = ?",
-                (f"deleted {self._kind}", self._kind, id_),
+                "UPDATE resources SET kind = ?, key = NULL,"
+                " document = json_patch(document, ?) WHERE kind = ? AND id = ?",
+                (f"deleted {self._kind}", json.dumps(deleted), self._kind, id_),
             )
 
     def delete(self, id_or_key: str) -> None:

@@ -1,45 +1,18 @@
-// The live page of the sandbox. What events contain is only ever text: nodes are
-// built here and filled through textContent.
+// The live page of the sandbox.
+import { onAccessChange, showAccess } from "./access.js";
+import { $, clock, many, node, number, redraw, send, show, write } from "./dom.js";
+import { onFaultChange, showFaults } from "./faults.js";
 import { colourOf, Plot } from "./plot.js";
 
-const $ = (id) => document.getElementById(id);
-const number = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
-const clock = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
-const show = (value) => (value === null ? "–" : number.format(value));
-const many = (count, word) => `${number.format(count)} ${word}${count === 1 ? "" : "s"}`;
-
-function node(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-// Replacing a text by itself would drop the reader's selection.
-function write(target, text) {
-  if (target.textContent !== text) target.textContent = text;
-}
-
-// Replace the children of a node only if what they show has changed.
-const drawn = new WeakMap();
-function redraw(target, state, make) {
-  const key = JSON.stringify(state);
-  if (drawn.get(target) === key) return;
-  drawn.set(target, key);
-  target.replaceChildren(...make());
-}
-
-function showCounts({ counts, dedupe, stored, persistent }) {
+function showCounts({ counts, dedupe, stored, persistent, access }) {
   const kept = dedupe ? "dropped, as with deduplication" : "counted again: no deduplication";
   const items = [
     ["Received", counts.received, `in ${many(counts.requests, "request")}`],
     ["Stored", stored, persistent ? "in the database, all runs" : "until the sandbox ends"],
     ["Duplicates", counts.duplicates, kept],
     ["Refused", counts.refused, "requests, none of their events taken", "bad"],
-    ["Failed on purpose", counts.failed, "requests answered with 500"],
+    ["Failed on purpose", counts.failed, "ingest requests: 500, 503, 429"],
+    ["Questions", access.questions, "about entitlements"],
   ];
   if (counts.dropped) items.push(["Too old", counts.dropped, "from 1970: dropped silently", "bad"]);
   redraw($("counts"), items, () => items.map(([name, count, note, mark]) =>
@@ -65,10 +38,7 @@ function showUncounted({ uncounted }) {
 }
 
 async function createMeter(meter) {
-  const answer = await fetch("/api/v1/meters", {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(meter),
-  });
-  write($("uncounted-error"), answer.ok ? "" : (await answer.json()).detail);
+  write($("uncounted-error"), await send("POST", "/api/v1/meters", meter) ?? "");
   await refresh();
 }
 
@@ -172,21 +142,6 @@ function eventRow(event) {
     node("td", { class: "data" }, event.data ?? "–"), node("td"));
 }
 
-function showFaults({ faults }) {
-  const form = $("faults");
-  if (form.contains(document.activeElement)) return;
-  form.rate.value = Number((faults.failRate * 100).toFixed(4));
-  form.latency.value = faults.latency;
-}
-
-$("faults").addEventListener("submit", async (submitted) => {
-  submitted.preventDefault();
-  const form = submitted.target;
-  const body = JSON.stringify({ failRate: form.rate.valueAsNumber / 100, latency: form.latency.valueAsNumber });
-  const answer = await fetch("/sandbox/api/faults", { method: "PUT", headers: { "Content-Type": "application/json" }, body });
-  write(form.querySelector("output"), answer.ok ? "Applied." : (await answer.json()).detail);
-});
-
 function status(text, mark) {
   write($("status"), text);
   $("status").className = mark;
@@ -197,7 +152,7 @@ async function refresh() {
     const answer = await fetch(`/sandbox/api/overview?span=${$("span").value}`);
     if (!answer.ok) throw new Error(`the sandbox answered ${answer.status}`);
     const overview = await answer.json();
-    for (const part of [showCounts, showRefusals, showUncounted, showEmpty, showMeters, showEvents, showFaults]) part(overview);
+    for (const part of [showCounts, showRefusals, showUncounted, showEmpty, showMeters, showAccess, showEvents, showFaults]) part(overview);
     status("Live", "live");
   } catch (error) {
     status(error instanceof TypeError ? "The sandbox does not answer; trying again" : error.message, "lost");
@@ -205,6 +160,8 @@ async function refresh() {
 }
 
 $("span").addEventListener("change", refresh);
+onAccessChange(refresh);
+onFaultChange(refresh);
 (async function poll() {
   if (!document.hidden) await refresh();
   setTimeout(poll, 1000);

@@ -1,0 +1,39 @@
+// Building the page. What events contain is only ever text: nodes are built here and
+// filled through textContent.
+export const $ = (id) => document.getElementById(id);
+export const number = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
+export const clock = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
+export const show = (value) => (value === null ? "–" : number.format(value));
+export const many = (count, word) => `${number.format(count)} ${word}${count === 1 ? "" : "s"}`;
+
+export function node(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+// Replacing a text by itself would drop the reader's selection.
+export function write(target, text) {
+  if (target.textContent !== text) target.textContent = text;
+}
+
+// Replace the children of a node only if what they show has changed.
+const drawn = new WeakMap();
+export function redraw(target, state, make) {
+  const key = JSON.stringify(state);
+  if (drawn.get(target) === key) return;
+  drawn.set(target, key);
+  target.replaceChildren(...make());
+}
+
+// Ask the sandbox for something; the answer says what became of it.
+export async function send(method, path, body) {
+  const answer = await fetch(path, {
+    method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+  });
+  return answer.ok ? null : (await answer.json()).detail ?? `the sandbox answered ${answer.status}`;
+}

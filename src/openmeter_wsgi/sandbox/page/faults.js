@@ -1,0 +1,70 @@
+// Faults on purpose: set as soon as they are changed, and named where nobody
+// overlooks them.
+import { $, number, send, write } from "./dom.js";
+
+const WHO = { ingest: "ingest", entitlements: "questions" };
+const RIGHT = { failRate: 0, latency: 0, hang: 0, outage: false, retryAfter: null };
+const groups = [...$("faults").querySelectorAll("[data-group]")];
+
+let changed = () => {};
+export function onFaultChange(callback) {
+  changed = callback;
+}
+
+// Who types is not interrupted.
+function fill(input, value) {
+  if (input === document.activeElement) return;
+  if (input.type === "checkbox") input.checked = value;
+  else input.value = value === null ? "" : Number((value * scale(input)).toFixed(4));
+}
+
+const scale = (input) => (input.name === "failRate" ? 100 : 1);
+
+export function showFaults({ faults, visibleAfter }) {
+  for (const group of groups) {
+    for (const input of group.querySelectorAll("input")) {
+      // A switch says what is, focused or not: it is set as soon as it is changed.
+      if (input.type === "checkbox") input.checked = faults[group.dataset.group][input.name];
+      else fill(input, faults[group.dataset.group][input.name]);
+    }
+  }
+  fill($("faults").visibleAfter, visibleAfter);
+  const wrong = Object.entries(faults).flatMap(([group, fault]) => names(WHO[group], fault));
+  if (visibleAfter) wrong.push(`usage is visible after ${number.format(visibleAfter)} s`);
+  write($("wrong"), wrong.length ? `On purpose: ${wrong.join(", ")}` : "");
+}
+
+function names(who, { outage, latency, failRate, hang, retryAfter }) {
+  const found = [];
+  if (outage) found.push(`outage of ${who}`);
+  else if (retryAfter !== null) found.push(`${who} limited`);
+  else if (failRate) found.push(`${number.format(failRate * 100)} % of ${who} fail`);
+  if (latency) found.push(`${who} ${number.format(latency)} s late`);
+  if (hang) found.push(`${who} hang for ${number.format(hang)} s`);
+  return found;
+}
+
+function read(input) {
+  if (input.type === "checkbox") return input.checked;
+  return input.value === "" ? null : input.valueAsNumber / scale(input);
+}
+
+async function set(path, body) {
+  const refused = await send("PUT", path, body);
+  const output = $("faults").querySelector("output");
+  output.className = refused ? "bad" : "";
+  write(output, refused ?? "Applied.");
+  await changed();
+}
+
+$("faults").addEventListener("submit", (submitted) => submitted.preventDefault());
+$("faults").addEventListener("change", async ({ target }) => {
+  if (!target.reportValidity()) return;
+  const group = target.closest("[data-group]")?.dataset.group;
+  if (group) await set("/sandbox/api/faults", { [group]: { [target.name]: read(target) } });
+  else await set("/sandbox/api/visibility", { visibleAfter: target.valueAsNumber });
+});
+$("all-right").addEventListener("click", async () => {
+  await send("PUT", "/sandbox/api/visibility", { visibleAfter: 0 });
+  await set("/sandbox/api/faults", { ingest: RIGHT, entitlements: RIGHT });
+});
