@@ -110,7 +110,9 @@ def collect(directory: Path) -> Found:
 class Writer(threading.Thread):
     """Puts numbered lines until it has put enough, for long enough."""
 
-    def __init__(self, journal: Journal, number: int, events: int, until: float) -> None:
+    def __init__(
+        self, journal: Journal, number: int, events: int, until: float
+    ) -> None:
         super().__init__()
         self._journal = journal
         self._number = number
@@ -151,9 +153,7 @@ def run(form: str, events: int, seconds: float, directory: Path) -> Result:
         )
         began = time.monotonic()
         share = -(-events // THREADS)
-        writers = [
-            Writer(journal, n, share, began + seconds) for n in range(THREADS)
-        ]
+        writers = [Writer(journal, n, share, began + seconds) for n in range(THREADS)]
         keeper = threading.Thread(target=_keep, args=(journal, writers))
         for thread in [*writers, keeper]:
             thread.start()

@@ -21,6 +21,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "check": Command(
+        "openmeter_wsgi.commands.check",
+        "cli",
+        "Say whether usage would be billed, and right; and what to do if not.",
+    ),
     "sandbox": Command(
         "openmeter_wsgi.sandbox.command",
         "sandbox",
