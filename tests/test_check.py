@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
 from openmeter_wsgi.commands.check import command
 from openmeter_wsgi.commands.checks import event as event_check
-from openmeter_wsgi.commands.checks import repetition
+from openmeter_wsgi.commands.checks import repetition, spool_directory
 from openmeter_wsgi.commands.checks.findings import MARK
 from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
 from openmeter_wsgi.delivery import directory
@@ -227,7 +227,8 @@ def test_a_key_that_is_refused_fails(openmeter, status, key):
 
 
 def test_a_key_that_is_accepted_is_told_from_none(sandbox):
-    assert found(api_url=sandbox.url, api_key="k")["key"]["found"] == "accepted"
+    accepted = found(api_url=sandbox.url, api_key="k")["key"]
+    assert accepted["found"] == "sent, and not refused"
     assert found(api_url=sandbox.url)["key"]["found"].startswith("none is sent")
 
 
@@ -511,7 +512,7 @@ def test_a_directory_on_an_overlaid_root_dies_with_its_container(
     mounts.write_text(f"1 0 0:1 / {tmp_path} rw - {kind} {kind} rw\n")
     monkeypatch.setattr(directory, "_MOUNTS", mounts)
 
-    assert is_on_layer(_made(tmp_path), root=tmp_path) is expected
+    assert is_on_layer(_made(tmp_path), tmp_path) is expected
 
 
 def test_a_directory_on_another_device_outlives_the_container(tmp_path, monkeypatch):
@@ -519,16 +520,29 @@ def test_a_directory_on_another_device_outlives_the_container(tmp_path, monkeypa
     mounts.write_text("1 0 0:1 / / rw - overlay overlay rw\n")
     monkeypatch.setattr(directory, "_MOUNTS", mounts)
 
-    assert not is_on_layer(Path("/proc"))
-    assert is_on_layer(Path("/"))
+    assert not is_on_layer(Path("/proc"), Path("/"))
+    assert is_on_layer(Path("/"), Path("/"))
 
 
-def test_the_layer_of_a_container_is_warned_of(sandbox, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "severity", "said"),
+    [
+        ("overlay", "warning", "the next deployment deletes it"),
+        ("tmpfs", "warning", "in memory (tmpfs)"),
+        ("ext4", "ok", "not on a container's own layer"),
+    ],
+)
+def test_a_place_that_the_spool_does_not_outlive_is_warned_of(
+    sandbox, tmp_path, monkeypatch, kind, severity, said
+):
     mounts = tmp_path / "mountinfo"
-    same = tmp_path.stat().st_dev == Path("/").stat().st_dev
-    mounts.write_text("1 0 0:1 / / rw - overlay overlay rw\n")
+    mounts.write_text(f"1 0 0:1 / / rw - {kind} {kind} rw\n")
     monkeypatch.setattr(directory, "_MOUNTS", mounts)
+    monkeypatch.setattr(spool_directory, "_ROOT", tmp_path)  # the same device
 
-    volume = found(api_url=sandbox.url, spool_dir=_made(tmp_path))["spool volume"]
+    volume = found("--no-dedupe-check", api_url=sandbox.url, spool_dir=_made(tmp_path))[
+        "spool volume"
+    ]
 
-    assert volume["severity"] == ("warning" if same else "ok")
+    assert volume["severity"] == severity
+    assert said in volume["found"]

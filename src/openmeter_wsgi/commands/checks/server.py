@@ -38,7 +38,12 @@ def look_at_server(situation: Situation) -> Iterator[Finding]:
         return
     took = situation.sent.at - began
     yield ok(_SERVER, f"{policy.api_url} answered within {took:.2f} s")
-    yield ok(_KEY, "accepted" if policy.key.known else "none is sent, and none needed")
+    yield ok(
+        _KEY,
+        "sent, and not refused"
+        if policy.key.known
+        else "none is sent, and none needed",
+    )
     yield ok(_ANSWER, "it takes events")
 
 

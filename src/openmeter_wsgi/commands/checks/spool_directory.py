@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NAME = "spool directory"
 _ROOT = Path("/")
+_MEMORY = ("tmpfs", "ramfs")
 
 
 def look_at_spool(situation: Situation) -> Iterator[Finding]:
@@ -88,19 +89,25 @@ def _try_to_write(directory: Path) -> None:
 
 
 def _look_beneath(directory: Path) -> Iterator[Finding]:
-    name = "spool volume"
-    if is_on_layer(directory):
+    name, kind = "spool volume", file_system(directory)
+    if is_on_layer(directory, _ROOT):
         yield warning(
             name,
             f"{directory} is in the container itself: the next deployment deletes it, "
             "with all that is not delivered",
             "mount a volume there that outlives the container",
         )
+    elif kind in _MEMORY:
+        yield warning(
+            name,
+            f"{directory} is in memory ({kind}) and gone when the machine restarts",
+            "set spool_dir to a directory on a disk",
+        )
     else:
-        yield ok(name, f"{directory} outlives a container")
+        yield ok(name, f"{directory} is not on a container's own layer")
 
 
-def is_on_layer(directory: Path, root: Path = _ROOT) -> bool:
+def is_on_layer(directory: Path, root: Path) -> bool:
     """Say whether *directory* is on the writable layer of a container.
 
     Of an overlay *root* it is, unless something is mounted in between.
