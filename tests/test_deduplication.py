@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from openmeter_wsgi import log
 from openmeter_wsgi.delivery import deduplication
 from spooling import event, spool_queue
 
@@ -33,7 +34,10 @@ def deliver(spool, openmeter, *, times=1):
         queue.close(5)
 
 
-def test_what_is_not_known_is_warned_of_once_a_process(spool, openmeter, caplog):
+def test_what_is_not_known_is_warned_of_once_a_process(
+    spool, openmeter, caplog, monkeypatch
+):
+    monkeypatch.setattr(log, "REPEAT_INTERVAL", 0)
     caplog.set_level(logging.INFO)
     deliver(spool, openmeter, times=3)
 

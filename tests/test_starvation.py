@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import types
 
 import pytest
@@ -80,8 +81,22 @@ def test_a_process_without_threads_delivers_at_flush_and_close(
     assert "enable-threads" in said[0].getMessage()
 
 
-def test_at_its_exit_it_waits_for_another_that_delivers(uwsgi, openmeter, tmp_path):
-    """And gives up when its time is over, for the spool keeps what waits."""
+def test_at_its_exit_it_waits_for_its_turn(uwsgi, openmeter, tmp_path):
+    uwsgi()
+    queue = spool_queue(tmp_path / "spool", openmeter.url)
+    queue.put(event("1"))
+    closing = threading.Thread(target=queue.close, args=(20,))
+    with ownership.elected(tmp_path / "spool"):
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+        assert openmeter.ids == []
+    closing.join()
+    assert openmeter.ids == ["1"]
+
+
+def test_at_its_exit_it_waits_no_longer_than_it_may(uwsgi, openmeter, tmp_path):
+    """The spool keeps what waits."""
     uwsgi()
     queue = spool_queue(tmp_path / "spool", openmeter.url)
     queue.put(event("1"))
