@@ -546,3 +546,12 @@ def test_a_place_that_the_spool_does_not_outlive_is_warned_of(
 
     assert volume["severity"] == severity
     assert said in volume["found"]
+
+
+def test_a_spool_of_another_user_fails(sandbox, tmp_path, monkeypatch):
+    _made(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    findings = found(code=3, api_url=sandbox.url, spool_dir=tmp_path / "spool")
+
+    assert "belongs to user" in findings["spool directory"]["found"]
+    assert list((tmp_path / "spool").iterdir()) == []

@@ -65,24 +65,22 @@ def _value(name: str, meter: Meter, counting: Document) -> Finding:
         return unknown(
             name, f"the meter {slug!r} reads {path!r}, which is not read here"
         )
-    data = msgspec.json.decode(meter.data)
-    value = _find(data, path)
+    value = _find(msgspec.json.decode(meter.data), path)
+    reads = f"the meter {slug!r} reads {path}"
     if value is _NOWHERE:
         return failure(
             name,
-            f"the meter {slug!r} reads {path}, which is not in {meter.data.decode()}: "
-            "it counts nothing",
+            f"{reads}, which is not in {meter.data.decode()}: it counts nothing",
             "send the property that the meter reads (value_property for numbers by "
             "type), or have the meter read what is sent",
         )
     if how != "UNIQUE_COUNT" and not _is_number(value):
         return failure(
             name,
-            f"the meter {slug!r} reads {path}, where {value!r} is no number: it "
-            "counts nothing",
+            f"{reads}, where {value!r} is no number: it counts nothing",
             "send a number there, or have the meter read another property",
         )
-    return ok(name, f"the meter {slug!r} reads {path}: {value!r}")
+    return ok(name, f"{reads}: {value!r}")
 
 
 def _find(data: Any, path: str) -> Any:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 _NAME = "spool directory"
 _ROOT = Path("/")
 _MEMORY = ("tmpfs", "ramfs")
+_REMEDY = (
+    "set spool_dir to a directory of the application's own, mode 0700, on a local file "
+    "system"
+)
 
 
 def look_at_spool(situation: Situation) -> Iterator[Finding]:
@@ -40,35 +44,19 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
 def _directory(directory: Path) -> Finding:
     if not os.path.lexists(directory):
         # Not made here: it would belong to whoever runs this.
-        if not directory.parent.is_dir():
-            return failure(
-                _NAME,
-                f"{directory} cannot be made, {directory.parent} is no directory",
-                f"make {directory.parent}, writable for the application's user",
-            )
-        return unknown(
+        return _absent(directory)
+    owner = directory.lstat().st_uid
+    if owner != os.geteuid():
+        return failure(
             _NAME,
-            f"{directory} is not there yet; the application makes it at its start",
-            "check again when the application has run",
+            f"{directory} belongs to user {owner}, this runs as {os.geteuid()}",
+            "run this and the application as one user, who owns the directory",
         )
-    if not directory.is_symlink() and directory.is_dir():
-        owner = directory.stat().st_uid
-        if owner != os.geteuid():
-            return failure(
-                _NAME,
-                f"{directory} belongs to user {owner}, this runs as {os.geteuid()}",
-                "run this and the application as one user, who owns the directory",
-            )
     try:
         prepare_directory(str(directory))
         _try_to_write(directory)
     except ConfigError as error:
-        return failure(
-            _NAME,
-            str(error).removeprefix("spool_dir: "),
-            "set spool_dir to a directory of the application's own, mode 0700, on a "
-            "local file system",
-        )
+        return failure(_NAME, str(error).removeprefix("spool_dir: "), _REMEDY)
     except OSError as error:
         return failure(
             _NAME,
@@ -76,6 +64,20 @@ def _directory(directory: Path) -> Finding:
             "let the application's user write there, and see that the disk has room",
         )
     return ok(_NAME, f"{directory} on {file_system(directory) or 'a file system'}")
+
+
+def _absent(directory: Path) -> Finding:
+    if directory.parent.is_dir():
+        return unknown(
+            _NAME,
+            f"{directory} is not there yet; the application makes it at its start",
+            "check again when the application has run",
+        )
+    return failure(
+        _NAME,
+        f"{directory} cannot be made, {directory.parent} is no directory",
+        f"make {directory.parent}, writable for the application's user",
+    )
 
 
 def _try_to_write(directory: Path) -> None:
