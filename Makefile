@@ -3,7 +3,8 @@
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
 #   make test-servers  uWSGI, gevent, Apache, a full disk: as root, on Debian
-#   make chaos         kill -9 under load, 200 times: what is lost, what comes twice
+#   make chaos         kill -9 under load, and ten million events through small segments:
+#                      what is lost, what comes twice
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist
 #   make check-dist    the same, installed alone in empty environments and tried
@@ -40,6 +41,7 @@ test-servers: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --kills 200
+	$(BIN)/python -m tests.seal_loop --seconds 60
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.request_cost

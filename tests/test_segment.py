@@ -1,4 +1,5 @@
 import os
+import tracemalloc
 
 import pytest
 
@@ -29,6 +30,29 @@ def written(tmp_path):
     yield write
     for fd in fds:
         os.close(fd)
+
+
+@pytest.mark.parametrize("start", [b"", event("1") + b"\n", event("torn")[:9]])
+def test_the_free_room_of_a_live_segment_is_not_read(written, start):
+    """It is looked at many times a second, and what it takes stays with the process."""
+    fd = written(start + b"\0" * 4_000_000)
+
+    tracemalloc.start()
+    try:
+        end = whole_end(fd, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert end == (len(start) if start.endswith(b"\n") else 0)
+    assert peak < 600_000
+
+
+def test_a_line_longer_than_what_is_read_at_once_is_read(written):
+    line = event("long", padding="x" * 900_000)
+    fd = written(line + b"\n" + line + b"\0" * 1_000_000)
+
+    assert [piece.text for piece in read_live(fd, 0)] == [line]
 
 
 @pytest.mark.parametrize("ending", ["", ".sealed", ".new"])

@@ -250,13 +250,12 @@ from spooling import event, spool_queue, until
 def anonymous():
     return re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 
+print(anonymous(), flush=True)
 queue = spool_queue(Path(sys.argv[1]), sys.argv[2], segment_bytes=SEGMENT_BYTES)
 queue.start()
-queue.put(event("0", padding="x" * 100))
-until(lambda: queue.counts.retries)  # all that a first attempt needs is there
-print(anonymous(), flush=True)
-for n in range(1, 50_000):
+for n in range(50_000):
     queue.put(event(str(n), padding="x" * 100))
+until(lambda: queue.counts.retries)
 print(anonymous(), flush=True)
 sys.stdin.read()
 """

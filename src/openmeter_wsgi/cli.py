@@ -26,6 +26,11 @@ COMMANDS = {
         "cli",
         "Print the configuration of another product as a file of options.",
     ),
+    "check": Command(
+        "openmeter_wsgi.commands.check",
+        "cli",
+        "Say whether usage would be billed, and right; and what to do if not.",
+    ),
     "sandbox": Command(
         "openmeter_wsgi.sandbox.command",
         "sandbox",

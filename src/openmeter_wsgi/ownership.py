@@ -178,7 +178,7 @@ def _waited(fd: int) -> bool:
     the sender of one directory and wait for that of the other, it sees a deadlock.
     Under gevent the thread is a greenlet, and waiting would stop all of its process.
     """
-    patient = fcntl.LOCK_EX | (fcntl.LOCK_NB if _threads_are_greenlets() else 0)
+    patient = fcntl.LOCK_EX | (fcntl.LOCK_NB if threads_are_greenlets() else 0)
     try:
         fcntl.lockf(fd, patient)
     except BlockingIOError:
@@ -190,6 +190,7 @@ def _waited(fd: int) -> bool:
     return True
 
 
-def _threads_are_greenlets() -> bool:
+def threads_are_greenlets() -> bool:
+    """Say whether gevent has taken the place of threads."""
     # Monkey-patched: the lock that threading makes is no longer the interpreter's.
     return type(threading.Lock()).__module__ != "_thread"

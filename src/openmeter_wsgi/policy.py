@@ -89,6 +89,9 @@ class Policy:
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
+    #: ``"intended"``: codes from 400 on among those are billed on purpose. Without it
+    #: ``openmeter-wsgi check`` takes them for a mistake.
+    billing_errors: Literal["intended"] | None = None
     #: What of a response that the application broke off is billed.
     on_failure: Billed = "measured"
     #: What of a response that the client did not take to its end is billed.

@@ -126,7 +126,26 @@ def test_without_threads_another_process_delivers_the_spool(
 
 
 @pytest.mark.parametrize("loading", LOADING)
-def test_without_threads_nothing_in_the_spool_is_lost_at_exit(
+def test_without_threads_an_idle_worker_keeps_nobody_from_delivering_the_spool(
+    loading: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    env = variables(openmeter, OPENMETER_SPOOL_DIR=str(tmp_path / "spool"))
+
+    with uwsgi(loading, "no-threads", tmp_path / "log", env) as server:
+        names = server.load()
+        assert openmeter.ids == []
+        deliver_from_elsewhere(env)
+        openmeter.wait_for(len(names))
+        server.stop()
+
+    assert_billed_once(openmeter, names)
+    log = (tmp_path / "log").read_text()
+    # Of each worker that has served, once.
+    assert 1 <= log.count("uWSGI leaves threads no time") <= 2
+
+
+@pytest.mark.parametrize("loading", LOADING)
+def test_without_threads_the_exit_delivers_the_spool(
     loading: str, openmeter: OpenMeterServer, tmp_path: Path
 ) -> None:
     env = variables(openmeter, OPENMETER_SPOOL_DIR=str(tmp_path / "spool"))
@@ -134,6 +153,19 @@ def test_without_threads_nothing_in_the_spool_is_lost_at_exit(
     with uwsgi(loading, "no-threads", tmp_path / "log", env) as server:
         names = server.load()
         server.stop()
-    deliver_from_elsewhere(env)
 
     assert_billed_once(openmeter, names)
+
+
+@pytest.mark.parametrize("running", WITH_THREADS)
+def test_where_threads_run_nothing_is_said_of_them(
+    running: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    env = variables(openmeter, OPENMETER_SPOOL_DIR=str(tmp_path / "spool"))
+
+    with uwsgi("lazy", running, tmp_path / "log", env) as server:
+        names = server.load()
+        openmeter.wait_for(len(names))
+        server.stop()
+
+    assert "leaves threads no time" not in (tmp_path / "log").read_text()

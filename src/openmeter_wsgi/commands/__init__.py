@@ -1,1 +1,1 @@
-"""The subcommands about a spool: deliver it, look into it, put it in order."""
+"""The subcommands: check the configuration; deliver a spool, put it in order."""

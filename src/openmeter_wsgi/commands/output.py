@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 Item = TypeVar("Item")
+
+#: Seconds between two movements of a bar.
+_STEP = 0.1
 
 
 def printable(text: str) -> str:
@@ -64,6 +68,13 @@ def progress(items: Iterable[Item], title: str, total: int | None) -> Iterator[I
         console=console, transient=True, disable=not console.is_terminal
     ) as p:
         yield from p.track(items, description=title, total=total)
+
+
+def pause(seconds: float, title: str) -> None:
+    """Wait, with a bar on stderr if that is a terminal."""
+    steps = max(round(seconds / _STEP), 1)
+    for _ in progress(range(steps), title, steps):
+        time.sleep(seconds / steps)
 
 
 def age(seconds: float | None) -> str | None:

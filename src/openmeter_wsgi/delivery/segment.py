@@ -78,7 +78,8 @@ def read_live(fd: int, start: int, end: int | None = None) -> list[Piece]:
 
     It stops at the first line that is not whole: the copy may be under way.
     """
-    text = _read(fd, start, end)
+    # A hole ends what is read as well: the rest of a mapped file is nothing else.
+    text = _read(fd, start, end, until=(b"\n", b"\0"))
     hole = text.find(b"\0")
     return _split(text if hole < 0 else text[:hole], start)
 
@@ -113,13 +114,16 @@ def is_event(line: bytes) -> bool:
     return isinstance(event, dict) and isinstance(event.get("id"), str)
 
 
-def _read(fd: int, start: int, end: int | None) -> bytes:
-    """Read on from *start* until there is a newline in it, if there is one."""
+def _read(
+    fd: int, start: int, end: int | None, until: tuple[bytes, ...] = (b"\n",)
+) -> bytes:
+    """Read on from *start* until one of *until* is in it, if there is one."""
     size = _CHUNK_BYTES
     while True:
         wanted = size if end is None else min(size, end - start)
         text = os.pread(fd, wanted, start)
-        if b"\n" in text or len(text) < wanted or wanted < size:
+        found = any(character in text for character in until)
+        if found or len(text) < wanted or wanted < size:
             return text
         size *= 2
 

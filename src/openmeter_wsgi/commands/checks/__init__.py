@@ -1,0 +1,1 @@
+"""What ``openmeter-wsgi check`` looks at: one module per kind of finding."""

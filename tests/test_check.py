@@ -1,0 +1,557 @@
+"""What ``openmeter-wsgi check`` finds, on servers that are right and wrong."""
+
+import json
+import os
+import pty
+import subprocess
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from openmeter_server import HANG, PAGE, Answer, problem, redirect
+from openmeter_wsgi.commands.check import command
+from openmeter_wsgi.commands.checks import event as event_check
+from openmeter_wsgi.commands.checks import repetition, spool_directory
+from openmeter_wsgi.commands.checks.findings import MARK
+from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
+from openmeter_wsgi.delivery import directory
+from openmeter_wsgi.sandbox import Sandbox
+from spool_support import COMMAND
+from test_sandbox_support import Api
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch):
+    """The sandbox stores at once, so nothing need be waited for."""
+    monkeypatch.setattr(repetition, "PAUSE", 0.01)
+    monkeypatch.setattr(repetition, "GRACE", 0.01)
+    for module in (event_check, repetition):
+        monkeypatch.setattr(module, "PATIENCE", 0.01)
+
+
+@pytest.fixture
+def sandbox():
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def api(sandbox):
+    with Api(sandbox.url) as api:
+        yield api
+
+
+def run(*arguments, **variables):
+    environ = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
+    return CliRunner().invoke(command, arguments, env=environ)
+
+
+def found(*arguments, code=0, **variables):
+    """Return the findings by name; of one name those that are not ok come last."""
+    result = run("--json", *arguments, **variables)
+    assert result.exit_code == code, (result.output, result.exception)
+    findings = json.loads(result.stdout)["findings"]
+    findings.sort(key=lambda finding: finding["severity"] != "ok")
+    return {finding["name"]: finding for finding in findings}
+
+
+def severities(findings):
+    return {name: finding["severity"] for name, finding in findings.items()}
+
+
+def date(seconds=0):
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return {"Date": format_datetime(moment, usegmt=True)}
+
+
+# -- As a whole
+
+
+def test_nothing_fails_where_all_is_right(sandbox, api, tmp_path):
+    api.meter("calls", "SUM", "$.total")
+    (tmp_path / "spool").mkdir(mode=0o700)
+
+    findings = found(
+        api_url=sandbox.url, meters='{"call": 1}', spool_dir=tmp_path / "spool"
+    )
+
+    volume = findings.pop("spool volume")
+    assert volume["severity"] in {"ok", "warning"}  # wherever these tests run
+    assert severities(findings) == dict.fromkeys(
+        [
+            "billed status codes", "spool directory", "server", "key", "answer",
+            "clock", "event", "meter 'call'", "deduplication",
+        ],
+        "ok",
+    )  # fmt: skip
+    assert all(finding["remedy"] is None for finding in findings.values())
+
+
+def test_no_more_is_sent_than_marked_events_that_nobody_pays_for(sandbox, api):
+    found(api_url=sandbox.url)
+
+    events = [listed["event"] for listed in api.events()]
+    assert [(one["type"], one["subject"]) for one in events] == [(MARK, MARK)] * 2
+
+
+def test_a_finding_stands_in_a_line_with_its_remedy_below():
+    result = run("--no-dedupe-check", api_url="http://127.0.0.1:9")
+
+    assert result.exit_code == 3
+    lines = result.stdout.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("failure"))
+    assert lines[at].startswith("failure  server: http://127.0.0.1:9 does not answer")
+    assert lines[at + 1].startswith("         → set api_url to")
+
+
+def test_what_a_server_says_does_not_steer_the_terminal(openmeter):
+    openmeter.rule = lambda request: problem(401, "\x1b[31mred\u202e")
+
+    result = run(api_url=openmeter.url)
+
+    assert "\x1b" not in result.output
+    assert "\u202e" not in result.output
+    assert r"\u202e" in result.output
+
+
+def test_on_a_terminal_it_is_coloured_and_wrapped(sandbox):
+    shown, terminal = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "check", "--no-dedupe-check"],
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"OPENMETER_API_URL": sandbox.url, "TERM": "xterm-256color"},
+    ) as process:
+        os.close(terminal)
+        said = b""
+        try:
+            while chunk := os.read(shown, 10_000):
+                said += chunk
+        except OSError:
+            pass  # the other end is closed
+        os.close(shown)
+        assert process.wait(20) == 0, said
+
+    assert b"\x1b[32mok" in said
+
+
+# -- The configuration
+
+
+def test_every_problem_of_a_configuration_is_told():
+    wrong = {"api_url": "nowhere", "meter_on_status_codes": "*"}
+
+    assert list(found(code=2, **wrong)) == ["configuration"]
+    assert "failure  configuration: api_url: expected a URL" in run(**wrong).output
+    assert "configuration: meter_on_status_codes: '*' would" in run(**wrong).output
+
+
+def test_a_file_is_read_and_variables_outdo_it(sandbox, tmp_path):
+    file = tmp_path / "policy.toml"
+    file.write_text('api_url = "http://127.0.0.1:9"\nmeter_on_status_codes = "201"\n')
+
+    findings = found("--config", str(file), api_url=sandbox.url)
+
+    assert findings["billed status codes"]["found"] == "201"
+    assert findings["server"]["severity"] == "ok"
+
+
+def test_a_file_that_is_not_there_is_a_problem_of_the_configuration(tmp_path):
+    findings = found("--config", str(tmp_path / "none.toml"), code=2)
+
+    assert "No such file" in findings["configuration"]["found"]
+
+
+@pytest.mark.parametrize("codes", ["200-599", "2xx, 404", "500"])
+def test_billing_errors_fails_unless_it_is_intended(sandbox, codes):
+    findings = found(code=3, api_url=sandbox.url, meter_on_status_codes=codes)
+    assert findings["billed status codes"]["severity"] == "failure"
+    assert "billing_errors='intended'" in findings["billed status codes"]["remedy"]
+
+    findings = found(
+        api_url=sandbox.url, meter_on_status_codes=codes, billing_errors="intended"
+    )
+    assert findings["billed status codes"]["severity"] == "ok"
+
+
+def test_a_dry_run_is_warned_of(sandbox):
+    assert found(api_url=sandbox.url, dry_run=1)["dry run"]["severity"] == "warning"
+
+
+# -- The server
+
+
+def test_a_server_that_is_not_there_fails_and_the_rest_is_unknown(openmeter):
+    openmeter.down()
+    findings = found(code=3, api_url=openmeter.url)
+
+    assert severities(findings) == {
+        "billed status codes": "ok",
+        "spool directory": "ok",
+        "server": "failure",
+        "clock": "unknown",
+        "event": "unknown",
+        "meters": "unknown",
+        "deduplication": "unknown",
+    }
+    assert "Connection refused" in findings["server"]["found"]
+
+
+def test_a_server_that_is_silent_fails(openmeter):
+    openmeter.rule = lambda request: HANG
+    findings = found(code=3, api_url=openmeter.url, request_timeout=0.1)
+
+    assert "does not answer" in findings["server"]["found"]
+
+
+def test_a_server_that_breaks_fails_with_its_reason(openmeter):
+    openmeter.rule = lambda request: problem(503, "no room")
+    findings = found(code=3, api_url=openmeter.url)
+
+    assert "answers 503: no room" in findings["server"]["found"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("key", ["wrong", ""])
+def test_a_key_that_is_refused_fails(openmeter, status, key):
+    openmeter.rule = lambda request: problem(status, "who are you?")
+    findings = found(code=3, api_url=openmeter.url, api_key=key)
+
+    assert findings["server"]["severity"] == "ok"
+    assert findings["key"]["severity"] == "failure"
+    assert findings["key"]["found"] == f"refused with {status}: who are you?"
+    assert ("OPENMETER_API_KEY" in findings["key"]["remedy"]) is not key
+
+
+def test_a_key_that_is_accepted_is_told_from_none(sandbox):
+    accepted = found(api_url=sandbox.url, api_key="k")["key"]
+    assert accepted["found"] == "sent, and not refused"
+    assert found(api_url=sandbox.url)["key"]["found"].startswith("none is sent")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "remedy"),
+    [
+        (PAGE, "a web page", "address of the API"),
+        (problem(404), "Not Found", "api_flavor (now 'v1')"),
+        (redirect(301, "https://x/"), "'https://x/'", "https instead of http"),
+        (problem(400, "no events found"), "no events found", "look there"),
+    ],
+    ids=["page", "elsewhere", "redirect", "refused"],
+)
+def test_an_answer_that_is_no_openmeters_fails(openmeter, answer, said, remedy):
+    openmeter.rule = lambda request: answer
+    findings = found(code=3, api_url=openmeter.url)
+
+    assert findings["answer"]["severity"] == "failure"
+    assert said in findings["answer"]["found"]
+    assert remedy in findings["answer"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "severity", "said"),
+    [
+        (0, "ok", "agree"),
+        (-50, "ok", "agree"),
+        (-100, "warning", "s ahead of the server"),
+        (100, "warning", "s behind the server"),
+    ],
+)
+def test_a_clock_that_is_far_off_is_warned_of(openmeter, seconds, severity, said):
+    openmeter.rule = lambda request: (
+        Answer(200, b"[]", date(seconds)) if request.method == "GET" else None
+    )
+    clock = found(api_url=openmeter.url)["clock"]
+
+    assert clock["severity"] == severity
+    assert said in clock["found"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Date": "now"}])
+def test_without_a_date_the_clock_is_unknown(openmeter, headers):
+    openmeter.rule = lambda request: (
+        Answer(200, b"[]", headers) if request.method == "GET" else None
+    )
+
+    assert found(api_url=openmeter.url)["clock"]["severity"] == "unknown"
+
+
+# -- The event
+
+
+def test_an_event_that_is_taken_and_not_listed_is_warned_of(openmeter):
+    openmeter.rule = lambda request: (
+        Answer(200, b"[]") if request.method == "GET" else None
+    )
+    findings = found(api_url=openmeter.url)
+
+    assert findings["event"]["severity"] == "warning"
+    assert "sink worker" in findings["event"]["remedy"]
+    assert findings["deduplication"]["severity"] == "unknown"
+
+
+def test_what_openmeter_finds_wrong_with_the_event_is_told(sandbox, api):
+    api.meter("mistake", "SUM", "$.tokens", eventType=MARK)
+    event = found(api_url=sandbox.url)["event"]
+
+    assert event["severity"] == "warning"
+    assert 'missing value property: "$.tokens"' in event["found"]
+    assert "customer" not in event["found"]
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[1]", b"no json", b'[{"event": {}}]'])
+def test_a_list_that_is_none_leaves_the_event_unknown(openmeter, body):
+    openmeter.rule = lambda request: (
+        Answer(200, body) if request.method == "GET" else None
+    )
+
+    assert found(api_url=openmeter.url)["event"]["severity"] == "unknown"
+
+
+@pytest.mark.parametrize("flavor", ["v3", "konnect"])
+def test_without_v1_what_only_it_lists_is_unknown(sandbox, flavor):
+    findings = found(api_url=sandbox.url, api_flavor=flavor, api_key="k")
+
+    assert findings["answer"]["severity"] == "ok"
+    for name in ("event", "meters", "deduplication"):
+        assert findings[name]["severity"] == "unknown"
+        assert (
+            f"only v1 lists what has arrived, and api_flavor is '{flavor}'"
+            == (findings[name]["found"])
+        )
+
+
+# -- The meters
+
+
+def test_a_type_that_no_meter_counts_fails(sandbox, api):
+    api.meter("calls", "COUNT", eventType="api-request")
+    findings = found(code=3, api_url=sandbox.url, meters='{"api_request": 1}')
+
+    meter = findings["meter 'api_request'"]
+    assert meter["severity"] == "failure"
+    assert "there are meters for 'api-request'" in meter["found"]
+    assert "eventType 'api_request'" in meter["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "path", "data", "severity"),
+    [
+        ("COUNT", None, {}, "ok"),
+        ("SUM", "$.tokens", {"tokens": 3}, "ok"),
+        ("SUM", "$.tokens", {"tokens": "3.5"}, "ok"),
+        ("SUM", "$.usage.tokens", {"usage": {"tokens": 3}}, "ok"),
+        ("SUM", "$['usage'][1]", {"usage": [1, 2]}, "ok"),
+        ("UNIQUE_COUNT", "$.user", {"user": "carol"}, "ok"),
+        ("SUM", "$.tokens", {"token": 3}, "failure"),
+        ("SUM", "$.tokens", {}, "failure"),
+        ("SUM", "$.usage.tokens", {"usage": 3}, "failure"),
+        ("SUM", "$['usage'][1]", {"usage": [1]}, "failure"),
+        ("SUM", "$.tokens", {"tokens": "many"}, "failure"),
+        ("SUM", "$.tokens", {"tokens": True}, "failure"),
+        ("SUM", "$.tokens", {"tokens": None}, "failure"),
+    ],
+)
+def test_a_meter_must_find_its_value_in_the_data(
+    sandbox, api, aggregation, path, data, severity
+):
+    api.meter("calls", aggregation, path)
+    findings = found(
+        code=0 if severity == "ok" else 3,
+        api_url=sandbox.url,
+        meter=json.dumps({"type": "call", "data": data}),
+    )
+
+    assert findings["meter 'call'"]["severity"] == severity
+
+
+def test_a_path_that_is_not_read_here_is_unknown(openmeter):
+    meters = [{"slug": "m", "eventType": "a", "aggregation": "SUM"}]
+    meters[0]["valueProperty"] = "$..tokens"
+    openmeter.rule = lambda request: (
+        Answer(200, json.dumps(meters).encode()) if request.method == "GET" else None
+    )
+    findings = found(api_url=openmeter.url, meters='{"a": 1}')
+
+    assert findings["meter 'a'"]["severity"] == "unknown"
+
+
+def test_meters_that_the_policy_does_not_feed_are_told(sandbox, api):
+    api.meter("calls", "COUNT", eventType="call")
+    api.meter("tokens", "COUNT", eventType="llm")
+    others = found(api_url=sandbox.url, meters='{"call": 1}')["other meters"]
+
+    assert others["severity"] == "ok"
+    assert "'tokens' ('llm')" in others["found"]
+    assert "calls" not in others["found"]
+
+
+def test_all_pages_of_meters_are_read(openmeter):
+    meters = [
+        {"slug": f"m{n}", "eventType": f"t{n}", "aggregation": "COUNT"}
+        for n in range(1_001)
+    ]
+
+    def rule(request):
+        if request.method != "GET":
+            return None
+        page = meters[1_000:] if "page=2&" in request.target else meters[:1_000]
+        listed = page if "/meters" in request.target else []
+        return Answer(200, json.dumps(listed).encode())
+
+    openmeter.rule = rule
+    findings = found(api_url=openmeter.url, meters='{"t1000": 1}')
+
+    assert findings["meter 't1000'"]["severity"] == "ok"
+
+
+# -- Deduplication
+
+
+def test_a_server_that_stores_a_repetition_fails_with_the_remedy(tmp_path):
+    with Sandbox(dedupe=False) as sandbox:
+        findings = found(code=3, api_url=sandbox.url, spool_dir=_made(tmp_path))
+
+    assert findings["deduplication"]["severity"] == "failure"
+    assert "sink.dedupe" in findings["deduplication"]["remedy"]
+    assert _verdict(tmp_path)["deduplicates"] is False
+
+
+def test_a_server_that_drops_a_repetition_is_fine_and_the_spool_remembers(
+    sandbox, tmp_path
+):
+    findings = found(api_url=sandbox.url, spool_dir=_made(tmp_path))
+
+    assert findings["deduplication"]["severity"] == "ok"
+    verdict = _verdict(tmp_path)
+    assert (verdict["api_url"], verdict["deduplicates"]) == (sandbox.url, True)
+    assert datetime.fromisoformat(verdict["time"]) <= datetime.now(UTC)
+    (file,) = (tmp_path / "spool").glob("deduplication*")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_two_are_equal_and_five_seconds_apart(openmeter, monkeypatch):
+    """So far that they are in different flushes of OpenMeter's sink."""
+    monkeypatch.setattr(repetition, "PAUSE", 5.0)
+    stored = []
+
+    def rule(request):
+        if request.method == "GET" and "/events" in request.target:
+            return Answer(200, json.dumps([{"event": e} for e in stored]).encode())
+        stored.extend(request.events)
+        return None
+
+    openmeter.rule = rule
+    findings = found(code=3, api_url=openmeter.url)
+
+    posts = [request for request in openmeter.requests if request.method == "POST"]
+    assert posts[0].body == posts[1].body
+    assert posts[1].at - posts[0].at >= 5
+    assert findings["deduplication"]["severity"] == "failure"
+
+
+def test_a_repetition_is_not_sent_where_it_is_not_wanted(openmeter, tmp_path):
+    findings = found("--no-dedupe-check", api_url=openmeter.url)
+
+    assert len([r for r in openmeter.requests if r.method == "POST"]) == 1
+    assert "deduplication" not in findings
+
+
+def _made(tmp_path):
+    (tmp_path / "spool").mkdir(mode=0o700, exist_ok=True)
+    return tmp_path / "spool"
+
+
+def _verdict(tmp_path):
+    return json.loads((tmp_path / "spool" / "deduplication.json").read_text())
+
+
+# -- The spool
+
+
+def test_a_spool_that_others_could_write_fails(sandbox, tmp_path):
+    _made(tmp_path).chmod(0o777)
+    findings = found(code=3, api_url=sandbox.url, spool_dir=tmp_path / "spool")
+
+    assert findings["spool directory"]["severity"] == "failure"
+    assert "can be written by others" in findings["spool directory"]["found"]
+    assert not (tmp_path / "spool" / "deduplication.json").exists()
+
+
+def test_a_spool_that_is_a_link_or_a_file_fails(sandbox, tmp_path):
+    (tmp_path / "link").symlink_to(_made(tmp_path))
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        findings = found(code=3, api_url=sandbox.url, spool_dir=tmp_path / name)
+        assert "is no directory" in findings["spool directory"]["found"]
+
+
+def test_a_spool_that_is_not_there_is_not_made(sandbox, tmp_path):
+    findings = found(api_url=sandbox.url, spool_dir=tmp_path / "spool")
+    assert findings["spool directory"]["severity"] == "unknown"
+    assert not (tmp_path / "spool").exists()
+
+    findings = found(code=3, api_url=sandbox.url, spool_dir=tmp_path / "a" / "b")
+    assert "cannot be made" in findings["spool directory"]["found"]
+
+
+def test_a_try_to_write_leaves_nothing(sandbox, tmp_path):
+    found("--no-dedupe-check", api_url=sandbox.url, spool_dir=_made(tmp_path))
+
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == ["format"]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("overlay", True), ("ext4", False)])
+def test_a_directory_on_an_overlaid_root_dies_with_its_container(
+    tmp_path, monkeypatch, kind, expected
+):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"1 0 0:1 / {tmp_path} rw - {kind} {kind} rw\n")
+    monkeypatch.setattr(directory, "_MOUNTS", mounts)
+
+    assert is_on_layer(_made(tmp_path), tmp_path) is expected
+
+
+def test_a_directory_on_another_device_outlives_the_container(tmp_path, monkeypatch):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text("1 0 0:1 / / rw - overlay overlay rw\n")
+    monkeypatch.setattr(directory, "_MOUNTS", mounts)
+
+    assert not is_on_layer(Path("/proc"), Path("/"))
+    assert is_on_layer(Path("/"), Path("/"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "severity", "said"),
+    [
+        ("overlay", "warning", "the next deployment deletes it"),
+        ("tmpfs", "warning", "in memory (tmpfs)"),
+        ("ext4", "ok", "not on a container's own layer"),
+    ],
+)
+def test_a_place_that_the_spool_does_not_outlive_is_warned_of(
+    sandbox, tmp_path, monkeypatch, kind, severity, said
+):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"1 0 0:1 / / rw - {kind} {kind} rw\n")
+    monkeypatch.setattr(directory, "_MOUNTS", mounts)
+    monkeypatch.setattr(spool_directory, "_ROOT", tmp_path)  # the same device
+
+    volume = found("--no-dedupe-check", api_url=sandbox.url, spool_dir=_made(tmp_path))[
+        "spool volume"
+    ]
+
+    assert volume["severity"] == severity
+    assert said in volume["found"]
+
+
+def test_a_spool_of_another_user_fails(sandbox, tmp_path, monkeypatch):
+    _made(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    findings = found(code=3, api_url=sandbox.url, spool_dir=tmp_path / "spool")
+
+    assert "belongs to user" in findings["spool directory"]["found"]
+    assert list((tmp_path / "spool").iterdir()) == []

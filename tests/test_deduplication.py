@@ -1,0 +1,121 @@
+"""What the sender of a spool says at its start: does the server deduplicate?"""
+
+import json
+import logging
+
+import pytest
+
+from openmeter_wsgi import log
+from openmeter_wsgi.delivery import deduplication
+from spooling import event, spool_queue
+
+
+@pytest.fixture
+def spool(tmp_path):
+    path = tmp_path / "spool"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def lines(caplog):
+    """Return (level, text) of what was said about deduplication."""
+    return [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == deduplication.__name__
+    ]
+
+
+def deliver(spool, openmeter, *, times=1):
+    queue = spool_queue(spool, openmeter.url)
+    for n in range(times):
+        queue.put(event(str(n)))
+        assert queue.flush(10)
+        queue.close(5)
+
+
+def test_what_is_not_known_is_warned_of_once_a_process(
+    spool, openmeter, caplog, monkeypatch
+):
+    monkeypatch.setattr(log, "REPEAT_INTERVAL", 0)
+    caplog.set_level(logging.INFO)
+    deliver(spool, openmeter, times=3)
+
+    ((level, text),) = lines(caplog)
+    assert level == "WARNING"
+    assert text.startswith(f"whether OpenMeter at {openmeter.url} deduplicates is not")
+    assert "run 'openmeter-wsgi check'" in text
+    assert openmeter.ids == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("deduplicates", "level", "said"),
+    [(True, "INFO", "deduplicates, checked "), (False, "WARNING", "sink.dedupe")],
+)
+def test_what_a_check_has_found_is_said(
+    spool, openmeter, caplog, deduplicates, level, said
+):
+    caplog.set_level(logging.INFO)
+    deduplication.save(spool, "http://127.0.0.1:9", deduplicates=not deduplicates)
+    deduplication.save(spool, openmeter.url, deduplicates=deduplicates)
+    deliver(spool, openmeter)
+
+    ((found, text),) = lines(caplog)
+    assert found == level
+    assert said in text
+    assert deduplication.load(spool, openmeter.url).time in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no json",
+        b'{"deduplicates": true}',
+        b'\xff{"deduplicates": true}',
+        json.dumps(
+            {"api_url": "http://other", "deduplicates": True, "time": "2026"}
+        ).encode(),
+    ],
+)
+def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, content):
+    (spool / deduplication.NAME).write_bytes(content)
+    deduplication.say(spool, "http://here")
+
+    ((level, text),) = lines(caplog)
+    assert (level, "is not known" in text) == ("WARNING", True)
+
+
+def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
+    deduplication.save(tmp_path, "http://here", deduplicates=True)
+    (spool / deduplication.NAME).symlink_to(tmp_path / deduplication.NAME)
+
+    assert deduplication.load(spool, "http://here") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "known"),
+    [
+        ("https://openmeter.cloud", True),
+        ("https://eu.openmeter.cloud", True),
+        ("https://openmeter.cloud.example", False),
+        ("https://notopenmeter.cloud", False),
+    ],
+)
+def test_openmeter_cloud_deduplicates(spool, caplog, url, known):
+    caplog.set_level(logging.INFO)
+    deduplication.say(spool, url)
+
+    ((level, text),) = lines(caplog)
+    assert level == ("INFO" if known else "WARNING")
+    assert url in text
+
+
+def test_a_process_that_never_sends_says_nothing(spool, openmeter, caplog):
+    caplog.set_level(logging.INFO)
+    queue = spool_queue(spool, openmeter.url, delivery="ship")
+    queue.put(event("1"))
+    queue.start()
+    queue.close(1)
+
+    assert lines(caplog) == []
