@@ -10,7 +10,7 @@ import msgspec
 from openmeter_wsgi.bodies.llm_usage import LLMUsage, Provider, usage_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 #: A float, and so OpenMeter, holds no larger count exactly; it is none of tokens.
 _MAX_COUNT = 2**53
@@ -40,10 +40,11 @@ class _Document(msgspec.Struct, gc=False):
     delta: msgspec.Raw = _NONE
     interaction: msgspec.Raw = _NONE
 
-    def inner(self) -> Iterator[msgspec.Raw]:
-        """Yield what else may hold a report."""
-        yield from (self.response, self.message, self.delta, self.interaction)
-        yield self.x_groq
+    def inner(self) -> tuple[msgspec.Raw, ...]:
+        """Return what else may hold a report."""
+        return (
+            self.response, self.message, self.delta, self.interaction, self.x_groq
+        )  # fmt: skip
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -121,8 +122,7 @@ class LLMReports:
 
     def _add_inner(self, document: _Document, kind: bytes) -> None:
         for raw in document.inner():
-            text = b"" if raw is _NONE else bytes(raw)
-            if text.startswith(b"{"):
+            if raw is not _NONE and (text := bytes(raw)).startswith(b"{"):
                 try:
                     inner = _decode_document(text)
                 except UNDECODABLE:
@@ -156,9 +156,9 @@ class LLMReports:
             self._add_figures("openai", figures)
 
     def _add_figures(self, provider: Provider, figures: dict[str, int]) -> None:
-        if not any(map(_TOKENS.search, figures)):
-            return  # no tokens: seconds of audio, searches
         if provider != self._provider:
+            if not any(map(_TOKENS.search, figures)):
+                return  # no tokens: seconds of audio, searches
             self._provider, self._figures = provider, {}
         self._figures |= figures
 
