@@ -118,7 +118,8 @@ class Account:
         self._available = 0.0
         self._refusal: tuple[float, float, Refusal] | None = None
         self._was_used = False
-        self._used_at = self._handed_in_at = clock()
+        self._used_at = 0.0
+        self._handed_in_at = 0.0
         #: The amount last asked for: a chunk should be worth some of these.
         self._wanted = 0.0
 
