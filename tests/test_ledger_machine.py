@@ -140,11 +140,16 @@ class Machine(RuleBasedStateMachine):
         self.clock.now += on_the_way
         self.workers[who].account.answered(balance, asked_at)
 
-    @rule(who=st.integers(0, WORKERS - 1))
-    def crash(self, who):
+    @rule(who=st.integers(0, WORKERS - 1), in_the_middle=st.booleans())
+    def crash(self, who, in_the_middle):
         """What was settled is in the spool; what was in flight is never settled."""
+        if in_the_middle:  # settled, and not handed in
+            self.reserve(who, 1)
+            self.settle(who, 1)
         self.workers[who].crash()
         self.workers[who] = self.new_worker()
+        if in_the_middle:
+            self.tend((who + 1) % WORKERS)
 
     @precondition(lambda self: hasattr(self, "served"))
     @invariant()

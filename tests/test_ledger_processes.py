@@ -104,6 +104,17 @@ print("holds", flush=True)
 sys.stdin.read()
 """
 
+OPENING = """
+import logging, sys, time
+from openmeter_wsgi.ledger import Ledger, open_store
+
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+store = open_store(sys.argv[1])
+print("is there", flush=True)
+sys.stdin.readline()
+print(store.origin, flush=True)
+"""
+
 LOCKING = """
 import sqlite3, sys
 
@@ -233,6 +244,17 @@ def test_a_store_is_used_by_a_child_as_by_another_process(tmp_path):
     store.close()
 
 
+def test_many_that_open_a_new_store_at_once_all_meet_there(tmp_path):
+    workers = [Process(OPENING, str(tmp_path)) for _ in range(8)]
+    assert {worker.line() for worker in workers} == {"is there"}
+    for worker in workers:
+        worker.process.stdin.write(b"\n")
+        worker.process.stdin.flush()
+    (name,) = {worker.line() for worker in workers}
+    assert len(name) == 24
+    assert [worker.end() for worker in workers] == [0] * 8
+
+
 # -- Files that are no ledger
 
 
@@ -337,8 +359,8 @@ def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):
     assert "may be overshot" in caplog.text
 
 
-def test_a_full_disk_is_done_without(tmp_path, caplog):
-    """As a directory that only others may write to: root may write everywhere."""
+def test_a_place_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
+    """For root, who may write to every directory, as well."""
     (tmp_path / NAME).mkdir()
     assert served(tmp_path) < 1.0
     assert "may be overshot" in caplog.text

@@ -17,8 +17,7 @@ from openmeter_wsgi.ownership import new_token
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from openmeter_wsgi.ledger.account import Begun
-    from openmeter_wsgi.ledger.terms import Lease, Request, Store
+    from openmeter_wsgi.ledger.terms import Begun, Lease, Request, Store
 
 logger = log.get_logger(__name__)
 
@@ -71,17 +70,11 @@ class Ledger:
 
         Ask for it anew with every request: what nobody used for long gives way.
         """
-        with self._lock:
-            account = self._accounts.get(key)
-            if account is None:
-                account = self._accounts[key] = Account(
-                    key,
-                    self._exchange,
-                    visibility_lag=self._visibility_lag,
-                    clock=self._clock,
-                )
-            else:
-                self._accounts.move_to_end(key)
+        try:
+            account = self._accounts[key]
+            self._accounts.move_to_end(key)
+        except KeyError:
+            return self._new_account(key)
         return account
 
     def tend(self) -> None:
@@ -116,6 +109,16 @@ class Ledger:
             logger.exception("%s: could not be closed in order", "ledger")
         finally:
             self._known = None
+
+    def _new_account(self, key: str) -> Account:
+        account = Account(
+            key,
+            self._exchange,
+            visibility_lag=self._visibility_lag,
+            clock=self._clock,
+        )
+        with self._lock:
+            return self._accounts.setdefault(key, account)
 
     def _settle(self, accounts: list[Account], *, giving_up: bool = False) -> None:
         for start in range(0, len(accounts), _BATCH):

@@ -69,6 +69,14 @@ class Lease(NamedTuple):
     store: str
 
 
+class Begun(NamedTuple):
+    """An exchange that is under way."""
+
+    request: Request
+    #: What goes back with it.
+    chunk: float
+
+
 class Store(Protocol):
     """Where the ledgers of a host, or of many, agree on what is left.
 
