@@ -194,6 +194,32 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
     ledger.close()
 
 
+def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server):
+    ledgers = [
+        Ledger(open_store(redis_url=server.url), delivered_until=time.time)
+        for _ in range(2)
+    ]
+    ours, others = ledgers
+    account = ours.account("acme")
+    account.answered(100.0, time.time())
+    reservation = account.reserve(100.0)
+    server.pause()
+    try:
+        account.reserve(1.0)  # falls back
+        reservation.settle(0.0)
+        until(lambda: ours.tend() or not account.chunk)  # and gives back there
+    finally:
+        server.resume()
+
+    def come_back():
+        ours.tend()
+        return isinstance(others.account("acme").reserve(90.0), Reservation)
+
+    until(come_back)
+    for ledger in ledgers:
+        ledger.close()
+
+
 def test_a_password_is_not_logged(caplog):
     ledger = Ledger(
         open_store(redis_url="redis://:hunter2@127.0.0.1:1/0"),

@@ -64,6 +64,7 @@ class Ledger:
         #: The watermark last published.
         self._published = 0.0
         self._published_at = 0.0
+        self._returns = 0
 
     def account(self, key: str) -> Account:
         """Return the account of *key*: one customer's balance of one feature.
@@ -87,12 +88,15 @@ class Ledger:
         try:
             now = self._clock()
             lessee = self._lessee()
-            with self._lock:
-                accounts = list(self._accounts.values())
-            self._settle([account for account in accounts if account.due(now)])
-            self._make_room()
             if self._store.look(lessee, now):
                 self._settled_until = max(self._settled_until, now + 1)
+            returned, self._returns = self._returns, self._store.returns
+            with self._lock:
+                accounts = list(self._accounts.values())
+            if self._returns == returned:  # else all have something to say
+                accounts = [account for account in accounts if account.due(now)]
+            self._settle(accounts)
+            self._make_room()
             self._publish(lessee)
         except Exception:
             logger.exception("%s: could not be tended and is soon again", "ledger")

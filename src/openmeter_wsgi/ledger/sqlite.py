@@ -31,6 +31,8 @@ class SqliteStore:
     *clock* is for questions alone.
     """
 
+    returns = 0
+
     def __init__(
         self, directory: Path | None = None, clock: Callable[[], float] = time.time
     ) -> None:

@@ -87,6 +87,10 @@ class Store(Protocol):
     """
 
     @property
+    def returns(self) -> int:
+        """How often a store that was away has come back: it may know stale leases."""
+
+    @property
     def origin(self) -> str | None:
         """The name of the spool beside this store, None if there is none."""
 
