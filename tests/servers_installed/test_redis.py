@@ -9,8 +9,10 @@ import time
 
 import pytest
 import redis
+from hypothesis.stateful import run_state_machine_as_test
 
 from ledger_contract import START, LedgerContract
+from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.redis_store import LIFETIME, SILENCE, RedisStore
@@ -152,6 +154,30 @@ class TestRedisStore(LedgerContract):
         accounts = [key for key in kept if "acme" in key]
         assert len(accounts) == 3
         assert all(kept[key] > 0 for key in accounts)
+
+
+class RedisMachine(Machine):
+    """A host whose store is Redis; the dead are found out when their time is up."""
+
+    step = LIFETIME / 20
+    url = ""
+
+    def new_store(self):
+        return RedisStore(self.url, self.clock)
+
+    def end(self, worker):
+        worker.store.close()
+
+
+def test_whatever_happens_a_quota_in_redis_holds_and_is_served(server):
+    class OnServer(RedisMachine):
+        url = server.url
+
+        def __init__(self):
+            super().__init__()
+            server.flush()
+
+    run_state_machine_as_test(OnServer, settings=machine_settings(40))
 
 
 def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog):

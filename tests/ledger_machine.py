@@ -60,13 +60,12 @@ class Worker:
         self.account = self.ledger.account("acme")
         self.in_flight = []
 
-    def crash(self):
-        self.store._present.leave(self.ledger._token)
-        self.store.close()
-
 
 class Machine(RuleBasedStateMachine):
     """Several workers of one host and one customer; time goes when a rule says so."""
+
+    #: Seconds between two looks at the end; some stores find out late who is dead.
+    step = 0.5
 
     @initialize(quota=st.integers(0, 12), unit=st.sampled_from([1.0, 0.1, 7.0]))
     def begin(self, quota, unit):
@@ -79,8 +78,16 @@ class Machine(RuleBasedStateMachine):
         self.workers = [self.new_worker() for _ in range(WORKERS)]
         self.workers[0].account.answered(self.openmeter.quota, START)
 
+    def new_store(self):
+        return SqliteStore(self.directory, self.clock)
+
+    def end(self, worker):
+        """End a worker as kill -9 does."""
+        worker.store._present.leave(worker.ledger._token)
+        worker.store.close()
+
     def new_worker(self):
-        return Worker(SqliteStore(self.directory, self.clock), self.spool, self.clock)
+        return Worker(self.new_store(), self.spool, self.clock)
 
     @rule(who=st.integers(0, WORKERS - 1), units=st.integers(0, 8))
     def reserve(self, who, units):
@@ -146,7 +153,7 @@ class Machine(RuleBasedStateMachine):
         if in_the_middle:  # settled, and not handed in
             self.reserve(who, 1)
             self.settle(who, 1)
-        self.workers[who].crash()
+        self.end(self.workers[who])
         self.workers[who] = self.new_worker()
         if in_the_middle:
             self.tend((who + 1) % WORKERS)
@@ -167,7 +174,7 @@ class Machine(RuleBasedStateMachine):
         account = self.workers[-1].account
         account.reserve(0.0)  # somebody is there: else nobody tends
         for _ in range(25):
-            self.clock.now += 0.5
+            self.clock.now += self.step
             for worker in self.workers:
                 worker.ledger.tend()
         account.answered(self.openmeter.balance(self.clock.now), self.clock.now)
@@ -187,9 +194,9 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
 
-TestLedger = Machine.TestCase
-TestLedger.settings = settings(
-    max_examples=int(os.environ.get("LEDGER_EXAMPLES", "60")),
-    stateful_step_count=60,
-    deadline=None,
-)
+def machine_settings(examples):
+    return settings(
+        max_examples=int(os.environ.get("LEDGER_EXAMPLES", examples)),
+        stateful_step_count=60,
+        deadline=None,
+    )
