@@ -46,4 +46,4 @@ class TestHostStore(LedgerContract):
 
 
 TestLedgerMachine = Machine.TestCase
-TestLedgerMachine.settings = machine_settings(60)
+TestLedgerMachine.settings = machine_settings(40)

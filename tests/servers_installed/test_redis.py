@@ -177,7 +177,7 @@ def test_whatever_happens_a_quota_in_redis_holds_and_is_served(server):
             super().__init__()
             server.flush()
 
-    run_state_machine_as_test(OnServer, settings=machine_settings(40))
+    run_state_machine_as_test(OnServer, settings=machine_settings(25))
 
 
 def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog):
