@@ -2,7 +2,7 @@
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
-#   make test-servers  uWSGI, gevent, Apache, a full disk: as root, on Debian
+#   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
 #   make bench         what a metered request costs beside a bare one
@@ -34,7 +34,7 @@ contract: $(INSTALLED)
 unit: $(INSTALLED)
 	$(BIN)/python -X dev -m pytest
 
-# Needs root and Debian: it installs uWSGI, gevent and Apache first.
+# Needs root and Debian: it installs uWSGI, gevent, Redis and Apache first.
 test-servers: $(INSTALLED)
 	tests/servers_installed/install $(VENV)
 	$(BIN)/python -X dev -m pytest tests/servers_installed

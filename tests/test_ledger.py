@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ledger_contract import LedgerContract
+from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.ledger.sqlite import SqliteStore
 
 
@@ -42,3 +43,7 @@ class TestHostStore(LedgerContract):
     @pytest.fixture
     def crash(self):
         return _crash
+
+
+TestLedgerMachine = Machine.TestCase
+TestLedgerMachine.settings = machine_settings(40)

@@ -6,13 +6,13 @@ import time
 import pytest
 
 from openmeter_server import Answer
-from openmeter_wsgi.delivery import watermark
+from openmeter_wsgi.delivery import watching, watermark
 from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.watermark import Marks, Watermark
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.stats import Counts
-from spooling import event, new_client, spool_queue, until
+from spooling import event, new_client, spool_queue, threads, until
 
 
 @pytest.fixture(params=["memory", "spool"])
@@ -99,6 +99,27 @@ def test_a_spool_without_a_sender_has_no_watermark(tmp_path):
     queue.put(event("1"))
     assert queue.delivered_until() == 0.0
     queue.close()
+
+
+def test_the_watermark_of_a_spool_moves_when_what_a_mark_saw_is_delivered(
+    openmeter, tmp_path
+):
+    worker = spool_queue(tmp_path, openmeter.url, delivery="ship")
+    worker.put(event("1"))
+    mark = Watermark(tmp_path)
+    ends = watching.ends(tmp_path)
+    mark.publish(1_000.0, ends)
+    assert watermark.read(tmp_path) == 0.0
+
+    sender = spool_queue(tmp_path, openmeter.url, flush_interval=0.05)
+    sender.start()
+    until(lambda: watching.all_done(tmp_path, ends))
+    sender.close()
+    until(lambda: not threads("openmeter_wsgi.journal"))
+    (tmp_path / watermark.NAME).unlink(missing_ok=True)
+    mark.publish(2_000.0, {**ends, next(iter(ends)): 10**9})
+    assert watermark.read(tmp_path) == 1_000.0  # what came since is not
+    worker.close()
 
 
 def test_a_watermark_from_the_future_is_of_a_clock_that_was_put_back(tmp_path):

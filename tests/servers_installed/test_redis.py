@@ -9,8 +9,10 @@ import time
 
 import pytest
 import redis
+from hypothesis.stateful import run_state_machine_as_test
 
 from ledger_contract import START, LedgerContract
+from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.redis_store import LIFETIME, SILENCE, RedisStore
@@ -154,6 +156,30 @@ class TestRedisStore(LedgerContract):
         assert all(kept[key] > 0 for key in accounts)
 
 
+class RedisMachine(Machine):
+    """A host whose store is Redis; the dead are found out when their time is up."""
+
+    step = LIFETIME / 20
+    url = ""
+
+    def new_store(self):
+        return RedisStore(self.url, self.clock)
+
+    def end(self, worker):
+        worker.store.close()
+
+
+def test_whatever_happens_a_quota_in_redis_holds_and_is_served(server):
+    class OnServer(RedisMachine):
+        url = server.url
+
+        def __init__(self):
+            super().__init__()
+            server.flush()
+
+    run_state_machine_as_test(OnServer, settings=machine_settings(25))
+
+
 def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog):
     ledger = Ledger(open_store(tmp_path, server.url), delivered_until=time.time)
     account = ledger.account("acme")
@@ -192,6 +218,32 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
     finally:
         server.resume()
     ledger.close()
+
+
+def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server):
+    ledgers = [
+        Ledger(open_store(redis_url=server.url), delivered_until=time.time)
+        for _ in range(2)
+    ]
+    ours, others = ledgers
+    account = ours.account("acme")
+    account.answered(100.0, time.time())
+    reservation = account.reserve(100.0)
+    server.pause()
+    try:
+        account.reserve(1.0)  # falls back
+        reservation.settle(0.0)
+        until(lambda: ours.tend() or not account.chunk)  # and gives back there
+    finally:
+        server.resume()
+
+    def come_back():
+        ours.tend()
+        return isinstance(others.account("acme").reserve(90.0), Reservation)
+
+    until(come_back)
+    for ledger in ledgers:
+        ledger.close()
 
 
 def test_a_password_is_not_logged(caplog):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from openmeter_wsgi.delivery.segment import SegmentName
+
 #: By making this file a process asks the sender to deliver now.
 FLUSH = "flush"
 
@@ -102,28 +104,30 @@ class Keeper:
             (self._directory / FLUSH).unlink(missing_ok=True)
             self._hurry()
         names = {entry: name for entry in entries if (name := read_name(entry))}
-        saw_all = True
-        for entry, name in names.items():
-            try:
-                fd = open_file(self._directory / entry)
-            except FileNotFoundError:  # sealed or delivered meanwhile
-                saw_all = False
-                continue
-            try:
-                synced = self._synced.get(name.key, 0)
-                end = whole_end(fd, synced)
-                if end > synced:
-                    os.fdatasync(fd)
-                    self._synced[name.key] = end
-            finally:
-                os.close(fd)
+        missed = [entry for entry, name in names.items() if not self._sync(entry, name)]
         if names.keys() != self._names:
             self._names = set(names)
             keys = {name.key for name in names.values()}
             self._synced = {k: v for k, v in self._synced.items() if k in keys}
             self._sync_directory()
-        if moment is not None and saw_all:
+        if moment is not None and not missed:
             self._watermark.publish(moment, dict(self._synced))
+
+    def _sync(self, entry: str, name: SegmentName) -> bool:
+        """Bring one segment on the disk; False if it cannot be found any more."""
+        try:
+            fd = open_file(self._directory / entry)
+        except FileNotFoundError:  # sealed or delivered meanwhile
+            return False
+        try:
+            synced = self._synced.get(name.key, 0)
+            end = whole_end(fd, synced)
+            if end > synced:
+                os.fdatasync(fd)
+                self._synced[name.key] = end
+        finally:
+            os.close(fd)
+        return True
 
     def _sync_directory(self) -> None:
         fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

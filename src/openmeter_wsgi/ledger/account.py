@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
+from openmeter_wsgi.ledger.reservation import Refusal, Reservation
 from openmeter_wsgi.ledger.spending import Spending
-from openmeter_wsgi.ledger.terms import Answer, Lease, Request
+from openmeter_wsgi.ledger.terms import Answer, Begun, Lease, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,57 +23,6 @@ HAND_IN = 1.0
 REFUSAL = 0.25
 #: No request waits longer for others that ask for the same account.
 _PATIENCE = 0.25
-
-
-class Refusal(NamedTuple):
-    """Not enough is left."""
-
-    #: Only because of what is in flight or leased and may come back: within a second
-    #: or two another try may go better. Else it takes a new answer.
-    held_back: bool
-    #: What is left all the same.
-    available: float
-
-
-class Reservation:
-    """An amount set aside for one request."""
-
-    __slots__ = ("_account", "_amount")
-
-    def __init__(self, account: Account, amount: float) -> None:
-        self._account = account
-        self._amount: float | None = amount
-
-    def settle(self, amount: float) -> None:
-        """Say what it came to, 0 if nothing. Once; later calls do nothing.
-
-        Any thread, finalisers too; never asks the store.
-        """
-        account = self._account
-        now = account.clock()
-        account.acquire()
-        try:
-            reserved, self._amount = self._amount, None
-            if reserved is None:
-                return
-            account.in_flight -= reserved
-            account.chunk += reserved - amount
-            if amount:
-                spending = account.spending
-                if 0.0 <= now - spending.second < 1.0:
-                    spending.amount += amount
-                else:
-                    spending.add(int(now), amount)
-        finally:
-            account.release()
-
-
-class Begun(NamedTuple):
-    """An exchange that is under way."""
-
-    request: Request
-    #: What goes back with it.
-    chunk: float
 
 
 class Account:
@@ -118,7 +68,8 @@ class Account:
         self._available = 0.0
         self._refusal: tuple[float, float, Refusal] | None = None
         self._was_used = False
-        self._used_at = self._handed_in_at = clock()
+        self._used_at = 0.0
+        self._handed_in_at = 0.0
         #: The amount last asked for: a chunk should be worth some of these.
         self._wanted = 0.0
 
@@ -148,7 +99,8 @@ class Account:
         The newest one counts, whichever process has it; an older one is ignored.
         """
         known = self._answer
-        if known is not None and asked_at <= known.asked_at:
+        # One from the future is of a clock that was put back since.
+        if known and asked_at <= known.asked_at <= self.clock() + 1:
             return
         self._answer = Answer(balance, asked_at, asked_at - self._visibility_lag)
         # Else the one who is asking now, or the next one, hands it in.

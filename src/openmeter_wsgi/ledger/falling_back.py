@@ -34,6 +34,7 @@ class FallingBack:
         self._stores = stores
         #: Until when each is left alone, by the monotonic clock; 0.0: it is well.
         self._away_until = [0.0] * len(stores)
+        self.returns = 0
 
     @property
     def origin(self) -> str | None:
@@ -109,6 +110,7 @@ class FallingBack:
 
     def _came_back(self, number: int, lessee: Lessee | None) -> None:
         self._away_until[number] = 0.0
+        self.returns += 1
         logger.warning("%s: quotas are counted here again", self._stores[number])
         if lessee is not None:  # or its leases would stay there, and be in the way
             for store in self._stores[number + 1 :]:

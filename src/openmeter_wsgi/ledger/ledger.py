@@ -17,8 +17,7 @@ from openmeter_wsgi.ownership import new_token
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from openmeter_wsgi.ledger.account import Begun
-    from openmeter_wsgi.ledger.terms import Lease, Request, Store
+    from openmeter_wsgi.ledger.terms import Begun, Lease, Request, Store
 
 logger = log.get_logger(__name__)
 
@@ -65,23 +64,18 @@ class Ledger:
         #: The watermark last published.
         self._published = 0.0
         self._published_at = 0.0
+        self._returns = 0
 
     def account(self, key: str) -> Account:
         """Return the account of *key*: one customer's balance of one feature.
 
         Ask for it anew with every request: what nobody used for long gives way.
         """
-        with self._lock:
-            account = self._accounts.get(key)
-            if account is None:
-                account = self._accounts[key] = Account(
-                    key,
-                    self._exchange,
-                    visibility_lag=self._visibility_lag,
-                    clock=self._clock,
-                )
-            else:
-                self._accounts.move_to_end(key)
+        try:
+            account = self._accounts[key]
+            self._accounts.move_to_end(key)
+        except KeyError:
+            return self._new_account(key)
         return account
 
     def tend(self) -> None:
@@ -94,12 +88,15 @@ class Ledger:
         try:
             now = self._clock()
             lessee = self._lessee()
-            with self._lock:
-                accounts = list(self._accounts.values())
-            self._settle([account for account in accounts if account.due(now)])
-            self._make_room()
             if self._store.look(lessee, now):
                 self._settled_until = max(self._settled_until, now + 1)
+            returned, self._returns = self._returns, self._store.returns
+            with self._lock:
+                accounts = list(self._accounts.values())
+            if self._returns == returned:  # else all have something to say
+                accounts = [account for account in accounts if account.due(now)]
+            self._settle(accounts)
+            self._make_room()
             self._publish(lessee)
         except Exception:
             logger.exception("%s: could not be tended and is soon again", "ledger")
@@ -116,6 +113,16 @@ class Ledger:
             logger.exception("%s: could not be closed in order", "ledger")
         finally:
             self._known = None
+
+    def _new_account(self, key: str) -> Account:
+        account = Account(
+            key,
+            self._exchange,
+            visibility_lag=self._visibility_lag,
+            clock=self._clock,
+        )
+        with self._lock:
+            return self._accounts.setdefault(key, account)
 
     def _settle(self, accounts: list[Account], *, giving_up: bool = False) -> None:
         for start in range(0, len(accounts), _BATCH):

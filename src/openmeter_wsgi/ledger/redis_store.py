@@ -40,6 +40,7 @@ class RedisStore:
 
     #: Each host has its spool; there is none beside Redis.
     origin = None
+    returns = 0
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self._url = url

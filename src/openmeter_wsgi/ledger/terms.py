@@ -69,6 +69,14 @@ class Lease(NamedTuple):
     store: str
 
 
+class Begun(NamedTuple):
+    """An exchange that is under way."""
+
+    request: Request
+    #: What goes back with it.
+    chunk: float
+
+
 class Store(Protocol):
     """Where the ledgers of a host, or of many, agree on what is left.
 
@@ -77,6 +85,10 @@ class Store(Protocol):
 
     :raises StoreAway: what `open_store` returns never does.
     """
+
+    @property
+    def returns(self) -> int:
+        """How often a store that was away has come back: it may know stale leases."""
 
     @property
     def origin(self) -> str | None:
