@@ -139,7 +139,7 @@ def address(
 
 
 def without_date(received: bytes) -> bytes:
-    return re.sub(rb"(?im)^(Date|Server): [^\r]*", rb"\1", received)
+    return re.sub(rb"(?im)^(Date|Expires|Server): [^\r]*", rb"\1", received)
 
 
 def wire(address: tuple[str, int], kind: str, name: str, *request: str) -> bytes:
