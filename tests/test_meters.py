@@ -128,8 +128,10 @@ def test_flat_and_measured_parts_of_one_type_are_kept_apart() -> None:
     stated.add(read_usage({"a": 5}))
 
     assert stated.merged(static, with_flat=True).numbers == {"b": 1, "a": 15}
-    assert stated.merged(static, with_flat=False).numbers == {"a": 5}
-    assert stated.merged(static, with_flat=False).documents == ()
+    # Of a response that broke off the policy counts what it measured, if anything.
+    measured = read_usage({"c": 7})
+    assert stated.merged(measured, with_flat=False).numbers == {"a": 5, "c": 7}
+    assert stated.merged(measured, with_flat=False).documents == ()
 
 
 def test_data_is_as_it_was_when_it_was_stated(openmeter: OpenMeterServer) -> None:

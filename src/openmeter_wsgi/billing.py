@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections import defaultdict
@@ -19,7 +20,7 @@ from openmeter_wsgi.subject import subject_finder
 from openmeter_wsgi.usage import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.exchange import Exchange
@@ -49,6 +50,7 @@ class Billing:
         counts: Counts,
         entitlements: Entitlements,
         new_id: Callable[[], str],
+        vary: Callable[[Policy, str], Billing],
     ) -> None:
         self.policy = policy
         #: The rule of its route, or what else it is called in counts and log lines.
@@ -58,6 +60,9 @@ class Billing:
         self._counts = counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         self._new_id = new_id
+        self._vary = vary
+        #: What governs views that say more of themselves than their route does.
+        self._variants: dict[int, Billing] = {}
         self._find_subject = subject_finder(policy)
         self.gate = Gate(
             policy, entitlements, find_subject=self._find_subject, counts=counts
@@ -81,6 +86,16 @@ class Billing:
         if simple and all(meter.plain for meter in self._static_meters):
             return StaticEvents(self._static_meters, policy.event_source)
         return None
+
+    def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
+        """Return what bills under the same policy with other *options*."""
+        key = id(options)  # of a decorator, which lives as long as its view
+        found = self._variants.get(key)
+        if found is None:
+            policy = dataclasses.replace(self.policy, routes=None, **options)
+            # Two threads may come at once: one of them wins, for counts to be whole.
+            found = self._variants.setdefault(key, self._vary(policy, name))
+        return found
 
     def must_ask(self, environ: Environ) -> bool:
         """Say whether a request may begin only after a decision."""
@@ -173,8 +188,8 @@ class Billing:
         """Return why nothing at all is billed, None if something may be."""
         if self._part_billed(outcome) == "none":
             return outcome
-        if stated is not None and stated.denied:
-            return "denied"
+        if stated is not None and (stated.denied or stated.governed_by is None):
+            return "denied" if stated.denied else "no_meter"
         if self._when is None or exchange is None:
             return None
         wanted = self._when.value(exchange)

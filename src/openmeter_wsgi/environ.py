@@ -16,8 +16,8 @@ SUBJECT = "openmeter_wsgi.subject"
 USER = "openmeter_wsgi.user"
 #: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
 ROUTE = "openmeter_wsgi.route"
-#: What asks for entitlements in the handler of this request.
-GATE = "openmeter_wsgi.gate"
+#: What bills this request, and asks for entitlements in its handler.
+BILLING = "openmeter_wsgi.billing"
 #: The :class:`Decision` that was made last for this request.
 DECISION = "openmeter_wsgi.decision"
 #: What this request has reserved, by feature.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from functools import partial
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
 
@@ -44,6 +46,8 @@ class Metering:
         if policy.spool_dir is not None and not policy.dry_run:
             prepare_directory(policy.spool_dir)
         self._begin(policy)
+        for billing in self._billings:
+            _say_what_errors_are_billed(billing)
 
     def _begin(self, policy: Policy) -> None:
         self.pid = os.getpid()
@@ -77,6 +81,7 @@ class Metering:
             counts=self.counts,
             entitlements=self.entitlements,
             new_id=self._new_id,
+            vary=self.billing_of,
         )
         self._billings.append(billing)
         return billing
@@ -143,6 +148,19 @@ class Metering:
     def _log_instead(self, event: bytes) -> None:
         self.counts.dropped["dry_run"] += 1
         logger.info("dry run, would send %s", event.decode())
+
+
+def _say_what_errors_are_billed(billing: Billing) -> None:
+    codes: StatusCodes = billing.policy.meter_on_status_codes  # type: ignore[assignment]
+    if not any(code[0] in "45" for code in codes.codes):
+        return
+    intended = billing.policy.billing_errors == "intended"
+    logger.log(
+        logging.INFO if intended else logging.WARNING,
+        "%s: responses of %s are billed, errors among them%s",
+        f"policy {billing.name!r}", codes.text,
+        "" if intended else " (say billing_errors='intended' if that is meant)",
+    )  # fmt: skip
 
 
 def _queue(

@@ -13,6 +13,10 @@ from openmeter_wsgi.wire import text_problem
 logger = log.get_logger(__name__)
 
 
+#: A view that says nothing of itself.
+_ROUTE = object()
+
+
 class RunTimeMeters:
     """The usage that the handler of one request stated.
 
@@ -20,21 +24,32 @@ class RunTimeMeters:
     """
 
     __slots__ = (
-        "_documents", "_flat", "_measured", "_overridden", "denied", "idempotency_key",
-        "policy",
+        "_documents",
+        "_flat",
+        "_measured",
+        "_overridden",
+        "denied",
+        "governed_by",
+        "idempotency_key",
     )  # fmt: skip
 
     def __init__(self) -> None:
         #: What makes a repetition of this request the same to OpenMeter.
         self.idempotency_key: str | None = None
-        #: What the view says of itself, in place of the policy of its route.
-        self.policy: object | None = None
+        #: What governs the view, in place of what governs its route: a billing, or
+        #: None where the view is not metered.
+        self.governed_by: object | None = _ROUTE
         #: Whether the request was denied, so that nothing of it is billed.
         self.denied = False
         self._overridden: set[str] = set()
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
         self._documents: list[tuple[Meter, bool]] = []
+
+    @property
+    def is_governed(self) -> bool:
+        """Whether the view says how it is metered."""
+        return self.governed_by is not _ROUTE
 
     def set(self, usage: Usage, *, flat: bool) -> None:
         """Let *usage* be all that was stated, in place of static meters too."""
@@ -132,6 +147,12 @@ def set_idempotency_key(request: object, key: str) -> None:
         raise ValueError(f"idempotency key: {problem}")
     if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
         stated.idempotency_key = key
+
+
+def govern(request: object, billing: object | None) -> None:
+    """Let *billing* govern this request, None for not metered at all."""
+    if (stated := _run_time_meters(request, "meter")) is not None:
+        stated.governed_by = billing
 
 
 def bill_nothing(request: object) -> None:

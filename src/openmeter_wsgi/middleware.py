@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
-from openmeter_wsgi.environ import GATE, METERS
+from openmeter_wsgi.environ import BILLING, METERS
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.settlement import settlement_of
+from openmeter_wsgi.zuplo import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,6 +56,24 @@ class OpenMeterMiddleware:
         renew = weakref.WeakMethod(self._renew)
         os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
 
+    @classmethod
+    def from_zuplo(
+        cls,
+        app: WSGIApplication,
+        policies: str | os.PathLike[str],
+        *,
+        routes: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make one from Zuplo's ``policies.json`` and ``routes.oas.json``, as they are.
+
+        *options* change what they say. With routes, what none of them names is not
+        metered.
+
+        :raises ConfigError: with every problem, each with its place in the file.
+        """
+        return cls(app, **{**options_of(policies, routes, os.environ), **options})
+
     def __call__(
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
@@ -67,7 +86,7 @@ class OpenMeterMiddleware:
             return self.app(environ, start_response)
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
-        environ[GATE] = billing.gate
+        environ[BILLING] = billing
         if billing.must_ask(environ):
             decision = billing.gate.admit(environ)
             if not decision.allowed and billing.policy.enforce:

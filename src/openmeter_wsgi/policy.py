@@ -301,11 +301,7 @@ class Policy:
             if not isinstance(own, Mapping):
                 made.append((rule, None))
                 continue
-            problems += [
-                f"routes[{text!r}]: {name}: belongs to the middleware as a whole"
-                for name in own
-                if name in _names() and name not in PER_ROUTE
-            ]
+            problems += [f"routes[{text!r}]: {each}" for each in _misplaced(own)]
             options = {**own, "routes": None}
             if rule.names_options:
                 options.setdefault("meter_options", True)
@@ -337,6 +333,23 @@ class Policy:
                 "(or set OPENMETER_API_KEY)"
             ]
         return []
+
+
+def view_problems(options: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with the options of a single view."""
+    unknown = [name for name in options if name not in _names()]
+    known = {k: v for k, v in options.items() if k not in unknown}
+    misspelt = [read.unknown(name, sorted(PER_ROUTE)) for name in unknown]
+    return [*misspelt, *_misplaced(known), *_read_options(known)[1]]
+
+
+def _misplaced(options: Iterable[str]) -> list[str]:
+    """Say of each option that is one of the whole middleware that it is."""
+    return [
+        f"{name}: belongs to the middleware as a whole"
+        for name in options
+        if name in _names() and name not in PER_ROUTE
+    ]
 
 
 def _names() -> list[str]:

@@ -69,7 +69,23 @@ class Settlement:
         else:
             self._server_write = self._server_start(status, headers, exc_info)
         self._status = status
+        if self._stated and self._stated[0].is_governed:
+            self._follow(self._stated[0], status, headers)
         return self._write
+
+    def _follow(
+        self, stated: RunTimeMeters, status: str, headers: list[tuple[str, str]]
+    ) -> None:
+        """Let that govern which the view has named, from the response on."""
+        own: Any = stated.governed_by
+        if own is None or own is self._billing:
+            return
+        self._billing = own
+        if own.bodies is not None and type(self) is Settlement:
+            observed: Any = self
+            observed.__class__ = ObservedSettlement
+            observed.observe()
+            observed._observation.begin(status, headers)
 
     def _write(self, data: bytes) -> object:
         if data:

@@ -10,7 +10,7 @@ from werkzeug.wrappers import Response
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.checking import unanswered
 from openmeter_wsgi.entitlements.refusal import Refusal
-from openmeter_wsgi.environ import GATE, environ_of
+from openmeter_wsgi.environ import BILLING, environ_of
 from openmeter_wsgi.meters import bill_nothing
 
 if TYPE_CHECKING:
@@ -80,4 +80,5 @@ def require_entitlements(
 
 def _gate(request: object) -> tuple[MutableMapping[str, Any] | None, Gate | None]:
     environ = environ_of(request)
-    return environ, None if environ is None else environ.get(GATE)
+    billing = None if environ is None else environ.get(BILLING)
+    return environ, None if billing is None else billing.gate

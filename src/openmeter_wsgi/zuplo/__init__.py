@@ -10,6 +10,7 @@ governs. Both are documents in, options out: nothing here runs during a request.
     routes.oas.json ► read_routes ────┘
 """
 
+from openmeter_wsgi.zuplo.application import options_of as options_of
 from openmeter_wsgi.zuplo.policies import ZuploPolicy as ZuploPolicy
 from openmeter_wsgi.zuplo.policies import read_policies as read_policies
 from openmeter_wsgi.zuplo.routes import read_routes as read_routes

@@ -1,0 +1,83 @@
+"""A view that says of itself how it is metered, where it stands."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.environ import BILLING, environ_of
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.meters import govern
+from openmeter_wsgi.policy import view_problems
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping
+
+    from openmeter_wsgi.billing import Billing
+
+logger = log.get_logger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let *options* govern the requests of a view, as ``routes`` would.
+
+    What they do not name is inherited from the policy of the request. For views of
+    Flask and Django, and any other whose request is among its arguments. Entitlements
+    that they require are asked for when the view is called. `duration()` counts from
+    there.
+
+    :raises ConfigError: if an option is wrong, or is one of the whole middleware.
+    """
+    if problems := view_problems(options):
+        raise ConfigError(problems)
+
+    def decorate(view: Callable[P, R]) -> Callable[P, R]:
+        name = f"view {getattr(view, '__qualname__', view)}"
+
+        @functools.wraps(view)
+        def metered(*args: P.args, **kwargs: P.kwargs) -> R:
+            environ = _environ(args)
+            billing: Billing | None = None if environ is None else environ.get(BILLING)
+            if environ is None or billing is None:
+                logger.warning("%s: called outside a metered request", name)
+                return view(*args, **kwargs)
+            own = billing.variant(name, options)
+            environ[BILLING] = own
+            govern(environ, own)
+            if "required_entitlements" in options:
+                require_entitlements(environ)
+            return view(*args, **kwargs)
+
+        return metered
+
+    return decorate
+
+
+def no_meter(view: Callable[P, R]) -> Callable[P, R]:
+    """Let the requests of a view not be metered."""
+
+    @functools.wraps(view)
+    def unmetered(*args: P.args, **kwargs: P.kwargs) -> R:
+        environ = _environ(args)
+        if environ is not None and BILLING in environ:
+            govern(environ, None)
+        return view(*args, **kwargs)
+
+    return unmetered
+
+
+def _environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | None:
+    """Return the environ of the request that a view is called for."""
+    for argument in args:
+        if (environ := environ_of(argument)) is not None:
+            return environ
+    flask = sys.modules.get("flask")
+    if flask is not None and flask.has_request_context():
+        return environ_of(flask.request)
+    return None
