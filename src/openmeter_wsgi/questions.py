@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime  # noqa: TC003 - decoded into
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import msgspec
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from openmeter_wsgi.api_key import ApiKey
-
-#: Where the value of an entitlement is asked for. ``"v2"`` and ``"v1"`` know
-#: customers, ``"subjects"`` is the deprecated v1 path.
-EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
+    from openmeter_wsgi.options.entitlements import EntitlementsPath
 
 _VALUE = {
     "v2": "/api/v2/customers/{}/entitlements/{}/value",

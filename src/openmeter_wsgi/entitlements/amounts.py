@@ -10,7 +10,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from openmeter_wsgi.entitlement_options import CountedMeter
+    from openmeter_wsgi.options.entitlement_values import CountedMeter
     from openmeter_wsgi.usage import Meter
 
 

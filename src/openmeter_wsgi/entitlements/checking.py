@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from openmeter_wsgi.entitlements.countdown import Countdown
-    from openmeter_wsgi.policy import FailMode
+    from openmeter_wsgi.options.entitlements import FailMode
     from openmeter_wsgi.questions import Answer, QuestionClient, Terms
 
 logger = log.get_logger(__name__)

@@ -13,8 +13,8 @@ from openmeter_wsgi.ledger import Refusal
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from openmeter_wsgi.entitlement_options import CountedMeter
     from openmeter_wsgi.ledger import Ledger, Reservation
+    from openmeter_wsgi.options.entitlement_values import CountedMeter
 
 logger = log.get_logger(__name__)
 

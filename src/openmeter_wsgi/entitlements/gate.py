@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from msgspec.structs import replace
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlement_options import amounts as read_amounts
 from openmeter_wsgi.entitlements.amounts import amount_of
 from openmeter_wsgi.entitlements.checking import unanswered
 from openmeter_wsgi.entitlements.countdown import Reserved
 from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of
 from openmeter_wsgi.environ import DECISION, RESERVED
+from openmeter_wsgi.options.entitlement_values import amounts as read_amounts
 
 if TYPE_CHECKING:
     from collections.abc import (

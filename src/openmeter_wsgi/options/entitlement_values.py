@@ -1,4 +1,4 @@
-"""How the options on entitlements are read; see :mod:`openmeter_wsgi.options`."""
+"""How the options on entitlements are read; see :mod:`.values`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlement_options import unaddressable
+from openmeter_wsgi.options.billing import DEFAULT_SOURCE
+from openmeter_wsgi.options.entitlement_values import unaddressable
 
 #: Its options are read, and nothing of it is known here.
 Policy: TypeAlias = Any
@@ -13,14 +14,14 @@ Policy: TypeAlias = Any
 logger = log.get_logger(__name__)
 
 
-def contradictions(policy: Policy, default_source: str) -> list[str]:
+def contradictions(policy: Policy) -> list[str]:
     """Return a sentence for each contradiction; warn of what only looks like one."""
     _warn_of_features(policy)
-    return [*_sources(policy, default_source), *_places(policy), *_quotas(policy)]
+    return [*_sources(policy), *_places(policy), *_quotas(policy)]
 
 
-def _sources(policy: Policy, default: str) -> list[str]:
-    if policy.trusted_request_id_header and policy.event_source == default:
+def _sources(policy: Policy) -> list[str]:
+    if policy.trusted_request_id_header and policy.event_source == DEFAULT_SOURCE:
         return [
             "event_source: expected a name of this service's own, got the default: "
             "with trusted_request_id_header two services behind one proxy would "

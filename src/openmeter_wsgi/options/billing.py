@@ -1,0 +1,91 @@
+"""Options of a policy: what is billed, and to whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+
+from openmeter_wsgi.measures import Measure  # noqa: TC001 - a hint
+from openmeter_wsgi.options import values as read
+from openmeter_wsgi.status_codes import StatusCodes
+
+Billed: TypeAlias = Literal["all", "measured", "none"]
+#: From an environ to the subject of its request, empty or None if it has none.
+SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
+
+DEFAULT_SOURCE = "api-gateway"
+_NAME = Annotated[str, msgspec.Meta(min_length=1)]
+_HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BillingOptions:
+    """What is billed, and to whom."""
+
+    #: A document, ``{"type": …, "data": {…}}``, or a list of them.
+    meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
+        default=None, metadata={"read": read.meter}
+    )
+    #: Numbers by type.
+    meters: Mapping[str, float] | None = dataclasses.field(
+        default=None, metadata={"read": read.meters}
+    )
+    #: A predicate on the finished exchange besides the status: a callable, or
+    #: ``computed(callable, "json")`` where it looks at the body.
+    meter_when: Callable[[Any], object] | Measure | None = dataclasses.field(
+        default=None, metadata={"read": read.meter_when}
+    )
+    #: The name of the number in the ``data`` of an event made from a number.
+    value_property: _NAME = "total"
+    meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
+        default="200-299", metadata={"read": StatusCodes}
+    )
+    #: ``"intended"``: codes from 400 on among those are billed on purpose. Without it
+    #: ``openmeter-wsgi check`` takes them for a mistake.
+    billing_errors: Literal["intended"] | None = None
+    #: What of a response that the application broke off is billed.
+    on_failure: Billed = "measured"
+    #: What of a response that the client did not take to its end is billed.
+    on_abort: Billed = "all"
+    #: Whether OPTIONS requests, which browsers send by themselves, count as others do.
+    meter_options: bool = False
+    #: The service that the events come from, constant per service.
+    event_source: str = dataclasses.field(
+        default=DEFAULT_SOURCE, metadata={"read": read.source}
+    )
+    #: A header that your own proxy sets and clients cannot.
+    trusted_request_id_header: _HEADER | None = None
+
+    #: Whether handlers call :func:`set_idempotency_key`: OpenMeter must deduplicate.
+    idempotency_keys: bool = False
+    #: Gets every settled request that became no event, and why: a callable on a
+    #: mapping, or a file that grows by a line of JSON for each.
+    audit: str | Callable[[dict[str, Any]], object] | None = dataclasses.field(
+        default=None, metadata={"read": read.audit}
+    )
+    #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
+    #: metered. What a route does not name it inherits.
+    routes: Mapping[str, Mapping[str, Any] | None] | None = dataclasses.field(
+        default=None, metadata={"read": read.routes}
+    )
+    #: Under what a request is that no rule names: this policy, or none.
+    unmatched: Literal["policy"] | None = dataclasses.field(
+        default="policy", metadata={"read": read.unmatched}
+    )
+
+    # -- To whom
+    #: A callable on the environ, or ``"header:Name"``.
+    subject: str | SubjectCallable | None = dataclasses.field(
+        default=None, metadata={"read": read.subject}
+    )
+    #: Where the subject is in what :func:`set_user` was given.
+    subject_path: str = dataclasses.field(
+        default=".sub", metadata={"read": read.subject_path}
+    )
+    #: ``"skip"``, or the subject that is billed instead.
+    on_missing_subject: str = dataclasses.field(
+        default="skip", metadata={"read": read.text}
+    )

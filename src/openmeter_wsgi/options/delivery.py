@@ -1,0 +1,58 @@
+"""Options of a policy: how its events reach OpenMeter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable  # noqa: TC003 - a hint
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from openmeter_wsgi.options import values as read
+
+ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeliveryOptions:
+    """How events reach OpenMeter: one for the whole process."""
+
+    #: Text, or a callable that is called again after a 401.
+    api_key: str | Callable[[], str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.key}
+    )
+    #: A file that holds the key, read again after a 401.
+    api_key_file: str | None = None
+    #: The key for questions about entitlements; default: ``api_key``.
+    entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.key}
+    )
+    api_url: str = dataclasses.field(
+        default="https://openmeter.cloud", metadata={"read": read.url}
+    )
+    api_flavor: ApiFlavor = "v1"
+    #: Seconds until an attempt without an answer is given up.
+    request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
+
+    #: Events that make a batch go before ``flush_interval`` is over.
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+    #: Seconds that an event waits for others at most.
+    flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
+    max_queue_events: Annotated[int, msgspec.Meta(ge=1)] = 250_000
+    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
+    #: Seconds that the exit of a process may take for what still waits.
+    shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
+    #: Where settled usage waits, so that it survives the process; None: in memory.
+    #: One directory per OpenMeter server and key; any number of processes.
+    spool_dir: str | None = None
+    #: How a process appends there. ``"auto"``: the fastest form that is safe there.
+    journal: Literal["auto", "mmap", "write"] = "auto"
+    #: Of this size the spool takes no more; a segment per process more or less.
+    max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
+    #: Seconds for which a batch without an answer may be sent again. Longer than
+    #: OpenMeter remembers ids, it might be billed twice.
+    resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
+    #: ``"ship"``: another process delivers the spool, this one starts no thread.
+    delivery: Literal["thread", "ship"] = "thread"
+    #: Settle, count and log what would be billed, and send nothing.
+    dry_run: bool = False
