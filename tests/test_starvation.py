@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from openmeter_wsgi.delivery import ownership
+from openmeter_wsgi import ownership
 from openmeter_wsgi.delivery.starvation import threads_starve
 from spooling import event, spool_queue, threads
 
