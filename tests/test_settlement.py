@@ -631,8 +631,13 @@ def test_write_passes_through() -> None:
 # -- Length
 
 
+def _named(body: object) -> str:
+    # Without the address of an object: tests that run apart have to agree on names.
+    return type(body).__name__ if isinstance(body, SizedBody) else repr(body)
+
+
 @pytest.mark.parametrize(
-    "body", [[b"a"], (b"a", b"b"), [], SizedBody(b"a", b"b", b"c")], ids=repr
+    "body", [[b"a"], (b"a", b"b"), [], SizedBody(b"a", b"b", b"c")], ids=_named
 )
 def test_a_sized_response_keeps_its_length(body: Any) -> None:
     with recording(answering(body)) as billed:
