@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -101,6 +102,8 @@ class Asker:
         self, question: Question, slots: threading.Semaphore, *, reserve: float
     ) -> threading.Event | None:
         """Start the thread that asks; None where nobody may ask now."""
+        if sys.is_finalizing():  # it would not run, and its start() wait for it
+            return None
         with self._starting:
             if (under_way := self._under_way.get(question)) is not None:
                 return under_way
