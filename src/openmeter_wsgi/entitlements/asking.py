@@ -90,7 +90,7 @@ class Asker:
 
     def refresh(self, question: Question) -> None:
         """Ask without waiting, unless that is being done or must not be done now."""
-        if question not in self._under_way:
+        if self.breaker.is_due and question not in self._under_way:
             self._start(question, self._refreshes, reserve=0)
 
     def close(self) -> None:
