@@ -121,7 +121,7 @@ def test_ten_thousand_requests_of_a_new_subject_ask_once(
             found.update(mine)
 
     crowd(work)
-    app.close(0)
+    app.close(20)
 
     assert found == {"200 OK": REQUESTS}
     assert sandbox.asked(customer="acme", **question) == 1
@@ -141,7 +141,7 @@ def test_a_crowd_gets_a_quota_and_hardly_more(sandbox: Sandbox) -> None:
             found.update(mine)
 
     crowd(work)
-    app.close(0)
+    app.close(20)
 
     assert found.total() == THREADS * 50
     assert found.keys() == {"200 OK", "429 Too Many Requests"}
@@ -170,7 +170,7 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     answering = _times(app, "acme", 1)[1:]
     sandbox.faults.entitlements.set(hang=60)
     hanging = _times(app, "acme", 4)
-    app.close(0)
+    app.close(20)
     sandbox.faults.clear()
 
     assert app.stats().allowed["stale"] > 0
@@ -192,7 +192,7 @@ def test_each_new_subject_waits_once_at_most_and_then_nobody(
             times[number] = time.perf_counter() - started
 
     crowd(work, 20)
-    app.close(0)
+    app.close(20)
     asked = sandbox.asked()
     sandbox.faults.clear()
 
@@ -211,11 +211,11 @@ def test_a_request_after_close_works_as_before(
     app = limited(sandbox.url, spool_dir=str(tmp_path / "spool"))
     assert statuses(app, 4) == {"200 OK": 4}
 
-    app.close(0)
+    app.close(20)
 
     assert statuses(app, 10) == {"200 OK": 6, "429 Too Many Requests": 4}
     assert sandbox.asked(kind="value_v2") == 1
-    app.close(0)
+    app.close(20)
 
 
 # -- Forks
