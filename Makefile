@@ -5,6 +5,7 @@
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
+#   make overshoot     by how much a quota is overshot under load (REDIS=redis://…)
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist
 #   make check-dist    the same, installed alone in empty environments and tried
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers chaos bench dist check-dist clean
+.PHONY: demo test lint types contract unit test-servers chaos overshoot bench dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -45,6 +46,10 @@ chaos: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.request_cost
+	$(BIN)/python -m benchmarks.entitlements
+
+overshoot: $(INSTALLED)
+	$(BIN)/python -m tests.overshoot $(if $(REDIS),--redis $(REDIS))
 
 dist: $(INSTALLED)
 	rm -rf dist

@@ -75,11 +75,13 @@ class Entitled:
 
 def middleware(server: OpenMeterServer, app: Any, **options: Any) -> Any:
     """Return an application behind a middleware that asks *server*."""
-    options = {"required_entitlements": ["searches"], "flush_interval": 60, **options}
-    options.setdefault("shutdown_timeout", 0)
-    return OpenMeterMiddleware(
-        app, api_url=server.url, meters={"api_requests": 1}, **options
-    )
+    usual = {
+        "required_entitlements": ["searches"],
+        "meters": {"api_requests": 1},
+        "flush_interval": 60,
+        "shutdown_timeout": 0,
+    }
+    return OpenMeterMiddleware(app, api_url=server.url, **{**usual, **options})
 
 
 def ask(app: Any, subject: str | None = "acme", **entries: Any) -> Consumer:

@@ -61,14 +61,16 @@ class Served(NamedTuple):
 class Crowd:
     """Clients of one customer that take all they can get."""
 
-    def __init__(self, addresses: Sequence[tuple[str, int]]) -> None:
+    def __init__(
+        self, addresses: Sequence[tuple[str, int]], clients: int = CLIENTS
+    ) -> None:
         self.served = self.denied = 0
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + MAX_SECONDS
         started = time.monotonic()
         threads = [
             threading.Thread(target=self._client, args=(addresses[n % len(addresses)],))
-            for n in range(CLIENTS)
+            for n in range(clients)
         ]
         for thread in threads:
             thread.start()

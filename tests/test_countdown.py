@@ -273,3 +273,42 @@ def test_several_processes_share_a_balance_through_the_spool(make, entitled, tmp
     total = sum(served(app, 1) for _ in range(20) for app in (one, other))
 
     assert total == 10
+
+
+def test_a_mapping_that_fails_at_the_end_costs_no_bill(
+    make, entitled, openmeter, caplog
+):
+    entitled.values["corp"] = {"api_requests": metered(10)}
+    customers = ["corp"]
+    app = make(customer=lambda subject: customers.pop())
+
+    assert served(app, 1) == 1
+    app.close(5)
+
+    assert openmeter.subjects == ["acme"]
+    assert "customer: raised" in caplog.text
+
+
+def test_meters_of_several_subjects_are_taken_from_their_own_balances(make, entitled):
+    entitled.values["alice"] = {"api_requests": metered(10)}
+    entitled.values["bob"] = {"api_requests": metered(10)}
+    meters = [{"type": "api_requests", "data": {"total": 2}, "subject": "bob"}]
+    app = make(meters=None, meter=meters)
+    check = app.metering().gate.check
+    for name in ("alice", "bob"):
+        check({"REMOTE_USER": name}, ["api_requests"], {"api_requests": 0})
+
+    assert served(app, 3, "alice") == 3
+
+    remaining = app.metering().entitlements.countdown.remaining
+    assert remaining("alice", "api_requests") == 10
+    assert remaining("bob", "api_requests") == 4
+
+
+def test_what_is_reserved_by_name_replaces_what_the_meters_say(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+
+    app = make(reserve={"api_requests": 4})
+
+    # 10, 9, …, 4 are enough to begin with; 3 are not.
+    assert served(app, 20) == 7

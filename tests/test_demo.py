@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import requests
+from examples.demo import access
+from examples.demo.access import Scene
 from examples.demo.comparison import Billed, differences
 from examples.demo.expectation import Account, expect
 from examples.demo.load import Answer, Kind, Request, plan
+from examples.demo.report import conclude_access, make_console
 
+from openmeter_wsgi import Policy
 from openmeter_wsgi.sandbox.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +100,48 @@ def test_what_is_billed_is_what_clients_were_given():
     rows = re.findall(r"([\d,]+) +([\d,]+) +([✓✗])", usage)
     assert len(rows) == 4 * 4  # subjects by meters
     assert all(expected == billed and sign == "✓" for expected, billed, sign in rows)
+
+
+def test_who_may_is_tried_and_right():
+    run = demo("-m", "examples.demo", "--requests", "40")
+
+    access = run.stdout.partition("\nAccess")[2].partition("✓ Access is right.")[0]
+    rows = [line for line in access.splitlines() if "✓" in line]
+    assert "✗" not in access
+    assert len(rows) == 7
+    for said in (
+        "403 no_access",
+        "20x 200, 5x 429, Retry-After",
+        "acme 200, hooli 200",
+        "acme 503, hooli 503, Retry-After",
+        "acme 200, hooli 403",
+    ):
+        assert said in access
+
+
+def test_access_that_is_wrong_is_named(capsys):
+    scenes = [
+        Scene("acme", "200", "200"),
+        Scene("  hooli", "403 no_access", "200"),
+    ]
+
+    wrong = conclude_access(make_console(), scenes)
+
+    assert wrong == ["hooli: expected 403 no_access, got 200"]
+    assert "Access is wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["fail_mode", "entitlement_meters", "enforce"])
+def test_a_mistake_in_who_may_is_found(monkeypatch, name):
+    """Each of these options, were it ignored, would let somebody through."""
+    ignored = {"fail_mode": "open", "entitlement_meters": {}, "enforce": False}
+
+    def mistaken(**options):
+        return Policy(**{**options, name: ignored[name]})
+
+    monkeypatch.setattr(access, "Policy", mistaken)
+
+    assert not all(scene.is_right for scene in access.play())
 
 
 def test_a_log_file_gets_no_animation_and_no_long_lines():

@@ -15,6 +15,7 @@ from examples.demo.load import KEYS, Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from examples.demo.access import Scene
     from examples.demo.comparison import Billed
     from examples.demo.expectation import Account, Expectation
 
@@ -144,6 +145,35 @@ def conclude(console: Console, expected: Expectation, found: Sequence[str]) -> N
         "Not shown: without a spool a killed worker loses what waits in its memory.",
         style="dim",
     )
+
+
+def access_table(scenes: Sequence[Scene]) -> Table:
+    """Return who was let through, and who was not."""
+    table = _table("who asks", "answer", "")
+    for scene in scenes:
+        table.add_row(
+            escape(scene.label), escape(scene.got), YES if scene.is_right else NO
+        )
+    return table
+
+
+def conclude_access(console: Console, scenes: Sequence[Scene]) -> list[str]:
+    """Print whether those were let through who may; return what differs."""
+    wrong = [
+        f"{scene.label.strip()}: expected {scene.expected}, got {scene.got}"
+        for scene in scenes
+        if not scene.is_right
+    ]
+    if wrong:
+        console.print("[bold red]Access is wrong:[/]")
+        for sentence in wrong:
+            console.print(f"  {NO} {escape(sentence)}")
+    else:
+        console.print(
+            f"{YES} [bold]Access is right.[/] The quota was served to its end and not "
+            "beyond; with OpenMeter away the fail mode decides."
+        )
+    return wrong
 
 
 def say_addresses(console: Console, openmeter: str, app: str) -> None:

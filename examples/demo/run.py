@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from examples.demo import report
+from examples.demo import access, report
 from examples.demo.comparison import Billed, differences
 from examples.demo.expectation import expect
 from examples.demo.load import KEYS, plan, send_all
@@ -82,11 +82,13 @@ class Demo:
             billed = self._stop_and_read(gunicorn, openmeter)
         found = differences(expected, billed)
         self._print_tables(expected, billed, before)
+        scenes = self._try_access()
+        wrong = report.conclude_access(self._console, scenes)
         report.conclude(self._console, expected, found)
         if self._options.keep:
             report.say_addresses(self._console, openmeter.url, _url(address))
             self._wait_for_interrupt()
-        return found
+        return found + wrong
 
     def say_logs(self) -> None:
         """Print the end of what the processes wrote."""
@@ -165,6 +167,13 @@ class Demo:
         ):
             self._console.print(f"[bold]{title}[/]")
             self._console.print(table)
+
+    def _try_access(self) -> list[access.Scene]:
+        with self._console.status("trying who may"):
+            scenes = access.play()
+        self._console.print("[bold]Access[/]")
+        self._console.print(report.access_table(scenes))
+        return scenes
 
     def _wait_for_interrupt(self) -> None:
         """Wait for Ctrl-C, which is the way to end and no failure."""

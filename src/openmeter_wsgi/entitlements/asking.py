@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -89,7 +90,7 @@ class Asker:
 
     def refresh(self, question: Question) -> None:
         """Ask without waiting, unless that is being done or must not be done now."""
-        if question not in self._under_way:
+        if self.breaker.is_due and question not in self._under_way:
             self._start(question, self._refreshes, reserve=0)
 
     def close(self) -> None:
@@ -101,6 +102,8 @@ class Asker:
         self, question: Question, slots: threading.Semaphore, *, reserve: float
     ) -> threading.Event | None:
         """Start the thread that asks; None where nobody may ask now."""
+        if sys.is_finalizing():  # it would not run, and its start() wait for it
+            return None
         with self._starting:
             if (under_way := self._under_way.get(question)) is not None:
                 return under_way

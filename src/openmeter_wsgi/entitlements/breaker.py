@@ -29,6 +29,11 @@ class Breaker:
         """Whether the last question found nobody."""
         return self._pause > 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `may_try` may say yes."""
+        return self._clock() >= self._try_at
+
     def may_try(self) -> bool:
         """Say whether it is time for a question; one caller a pause gets a yes."""
         now = self._clock()

@@ -70,6 +70,9 @@ class Entitlements:
         Waits only for an answer that has never been heard or has outlived its time,
         and at most ``entitlement_timeout``.
         """
+        fresh = [self._answers.fresh(feature)(customer) for feature in features]
+        if None not in fresh:
+            return _together(fresh)  # type: ignore[arg-type]
         now = time.monotonic()
         found = self._found(customer, features, now, fail_mode)
         return _together(
@@ -233,10 +236,11 @@ def _together(decisions: Sequence[Decision]) -> Decision:
         return decisions[0]
     times = [d.answered_at for d in decisions if d.answered_at is not None]
     quotas = [d.quota for d in decisions if d.quota is not None]
+    sources = {d.source for d in decisions}
     return Decision(
-        all(decision.allowed for decision in decisions),
-        tuple(denial for decision in decisions for denial in decision.denied),
-        source=max((d.source for d in decisions), key=_SOURCES.index),
+        False not in [d.allowed for d in decisions],
+        tuple([denial for d in decisions for denial in d.denied]),
+        source=max(sources, key=_SOURCES.index),
         answered_at=min(times, default=None),
         quota=min(quotas, key=lambda quota: quota.remaining, default=None),
     )

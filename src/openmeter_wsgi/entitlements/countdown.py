@@ -5,33 +5,20 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.ledger import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from openmeter_wsgi.ledger import Ledger, Reservation
+    from openmeter_wsgi.ledger import Ledger, Refusal, Reservation
     from openmeter_wsgi.options.entitlement_values import CountedMeter
 
 logger = log.get_logger(__name__)
 
 #: Seconds between two looks after what is leased and not used.
 _TEND_INTERVAL = 0.5
-
-
-class Reserved(NamedTuple):
-    """What one request has reserved of one feature."""
-
-    customer: str
-    feature: str
-    reservation: Reservation
-
-    def release(self) -> None:
-        """Give all of it back."""
-        self.reservation.settle(0.0)
 
 
 class Countdown:
@@ -58,30 +45,29 @@ class Countdown:
             if self._tending is None:
                 self._start_tending()
 
-    def reserve(self, customer: str, feature: str, amount: float) -> Reserved | Refusal:
+    def reserve(
+        self, customer: str, feature: str, amount: float
+    ) -> Reservation | Refusal:
         """Set *amount* apart for a request that begins, or say why not."""
-        outcome = self._ledger.account(_key(customer, feature)).reserve(amount)
-        if isinstance(outcome, Refusal):
-            return outcome
-        return Reserved(customer, feature, outcome)
+        return self._ledger.account(_key(customer, feature)).reserve(amount)
 
     def remaining(self, customer: str, feature: str) -> float:
         """Return about how much is left."""
         return self._ledger.account(_key(customer, feature)).available()
 
     def settle(
-        self, reserved: Iterable[Reserved], used: dict[tuple[str, str], float]
+        self, reserved: Iterable[Reservation], used: dict[tuple[str, str], float]
     ) -> None:
         """Let reservations become what was *used*, by customer and feature.
 
         What was used without a reservation is counted, too.
         """
-        for each in reserved:
-            amount = used.pop((each.customer, each.feature), 0.0)
-            each.reservation.settle(amount)
-        for (customer, feature), amount in used.items():
+        left = {_key(*whose): amount for whose, amount in used.items()}
+        for reservation in reserved:
+            reservation.settle(left.pop(reservation.key, 0.0))
+        for key, amount in left.items():
             if amount:
-                self._ledger.account(_key(customer, feature)).spend(amount)
+                self._ledger.account(key).spend(amount)
 
     def close(self) -> None:
         """Hand back what is leased. A later answer begins anew.

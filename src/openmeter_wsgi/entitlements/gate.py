@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msgspec.structs import replace
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.amounts import amount_of
+from openmeter_wsgi.entitlements.amounts import Amounts
 from openmeter_wsgi.entitlements.checking import unanswered
-from openmeter_wsgi.entitlements.countdown import Reserved
 from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of
 from openmeter_wsgi.environ import DECISION, RESERVED
+from openmeter_wsgi.ledger import Refusal
 from openmeter_wsgi.options.entitlement_values import amounts as read_amounts
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        Callable,
-        Iterable,
-        Mapping,
-        MutableMapping,
-        Sequence,
-    )
+    from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.entitlements.known import Known
+    from openmeter_wsgi.ledger import Reservation
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
@@ -59,22 +53,28 @@ class Gate:
         self._customer_of = customer_finder(policy)
         self._counts = counts
         self._countdown = entitlements.countdown
+        self._amounts = Amounts(policy, self._customer_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
-        self._usual = _usual_amounts(policy)
-        #: The short way of most requests: one feature, and nothing to be counted.
+        #: The short way of most requests: they need one feature, whose decision is
+        #: known, and if it is counted down, what they usually use of it is there.
         self._fresh = None
-        if len(self.required) == 1 and not self._is_counted and not policy.customer:
+        is_usual = self._amounts.are_usual and not policy.usage_headers
+        is_plain = len(self.required) == 1 and not policy.customer
+        if is_plain and (is_usual or not self._is_counted):
             self._fresh = entitlements.fresh(self.required[0])
 
     def admit(self, environ: Environ) -> Decision:
         """Decide whether a request may begin. Never raises."""
-        if self._fresh is not None:
-            subject = self._find_subject(environ)  # type: ignore[arg-type]
-            decision = subject and self._fresh(subject)
-            if decision and decision.allowed:
-                environ[DECISION] = decision
-                self._counts.allowed["cache"] += 1
-                return decision
+        if (
+            self._fresh is not None
+            and (subject := self._find_subject(environ))  # type: ignore[arg-type]
+            and (decision := self._fresh(subject))
+            and decision.allowed
+            and (not self._is_counted or self._counts_one(environ, subject))
+        ):
+            environ[DECISION] = decision
+            self._counts.allowed["cache"] += 1
+            return decision
         return self.check(environ, self.required)
 
     def check(
@@ -119,7 +119,7 @@ class Gate:
         decision = self._entitlements.decide(customer, features, self.policy.fail_mode)
         if not decision.allowed or not self._countdown.meters:
             return decision
-        amounts = self._amounts(environ) if reserve is None else reserve
+        amounts = self._amounts.to_reserve(environ) if reserve is None else reserve
         counted = [name for name in features if name in self._countdown.meters]
         return self._reserve(environ, customer, counted, amounts, decision)
 
@@ -129,33 +129,26 @@ class Gate:
 
     # -- Counting down
 
+    def _counts_one(self, environ: Environ, customer: str) -> bool:
+        """Set apart what a request usually uses of the one feature, if it is there."""
+        (feature,) = self.required
+        known = self._entitlements.known(customer, feature)
+        if known is None or RESERVED in environ:
+            return False
+        if known.counts_down:
+            amount = self._amounts.usual.get(feature, 0.0)
+            outcome = self._countdown.reserve(customer, feature, amount)
+            if isinstance(outcome, Refusal):
+                return False
+            environ[RESERVED] = {feature: outcome}
+        return True
+
     def settle(
         self, environ: Environ, meters: Sequence[Meter], subject: str | None
     ) -> None:
         """Let what the request has reserved become what it is billed: *meters*."""
-        policy = self.policy
-        used: defaultdict[tuple[str, str], float] = defaultdict(float)
-        for feature, counted in self._countdown.meters.items():
-            for meter in meters:
-                if meter.type == counted.type and (who := meter.subject or subject):
-                    amount = amount_of((meter,), counted, policy.value_property)
-                    used[self._customer_of(who) or who, feature] += amount
         reserved = environ.pop(RESERVED, {})
-        self._countdown.settle(reserved.values(), used)
-
-    def _amounts(self, environ: Environ) -> Mapping[str, float]:
-        """Return what the request sets apart, by feature."""
-        reserve = self.policy.reserve
-        if reserve is None:
-            return self._usual
-        if callable(reserve):
-            try:
-                return {**self._usual, **read_amounts(reserve(environ))}  # type: ignore[arg-type]
-            except Exception as error:  # noqa: BLE001 - the user's code, on our path
-                logger.error("reserve: %r raised %r; nothing is set apart",
-                             reserve, error)  # fmt: skip
-                return self._usual
-        return {**self._usual, **reserve}
+        self._countdown.settle(reserved.values(), self._amounts.used(meters, subject))
 
     def _reserve(
         self,
@@ -165,8 +158,8 @@ class Gate:
         amounts: Mapping[str, float],
         decision: Decision,
     ) -> Decision:
-        held: dict[str, Reserved] = environ.setdefault(RESERVED, {})
-        taken: dict[str, Reserved] = {}
+        held: dict[str, Reservation] = environ.setdefault(RESERVED, {})
+        taken: dict[str, Reservation] = {}
         for feature in features:
             known = self._entitlements.known(customer, feature)
             if known is None or not known.counts_down:
@@ -176,17 +169,17 @@ class Gate:
             outcome = self._countdown.reserve(
                 customer, feature, amounts.get(feature, 0.0)
             )
-            if not isinstance(outcome, Reserved):
-                for reserved in taken.values():
-                    reserved.release()
+            if isinstance(outcome, Refusal):
+                for reservation in taken.values():
+                    reservation.settle(0.0)
                 return self._refused(
                     customer, feature, known, held_back=outcome.held_back
                 )
             taken[feature] = outcome
-        for feature, reserved in taken.items():
+        for feature, reservation in taken.items():
             if (before := held.get(feature)) is not None:
-                before.release()
-            held[feature] = reserved
+                before.settle(0.0)
+            held[feature] = reservation
         return self._with_remaining(customer, decision)
 
     def _refused(
@@ -250,12 +243,3 @@ def customer_finder(policy: Policy) -> Callable[[str], str | None]:
     if customer is None:
         return lambda subject: subject
     return customer if callable(customer) else customer.get
-
-
-def _usual_amounts(policy: Policy) -> dict[str, float]:
-    """Return what each request uses of a feature by the policy's own meters."""
-    return {
-        feature: amount
-        for feature, meter in policy.entitlement_meters.items()
-        if (amount := amount_of(policy.static_meters, meter, policy.value_property))
-    }

@@ -41,8 +41,8 @@ class Known:
     """
 
     __slots__ = (
-        "answer", "asked_at", "decision", "fresh_until", "graceful_until", "terms",
-        "terms_at", "usable_until", "used",
+        "answer", "asked_at", "counts_down", "decision", "fresh_until",
+        "graceful_until", "terms", "terms_at", "usable_until", "used",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +66,13 @@ class Known:
         self.usable_until = self.fresh_until + lifetimes.max_stale
         #: Whether a request went by it since this was last cleared.
         self.used = False
+        #: Whether there is a balance that can be used up. Access without one is a
+        #: soft limit, whether the terms are known or not.
+        self.counts_down = bool(
+            answer.balance
+            and answer.has_access
+            and (terms is None or not terms.soft_limit)
+        )
         #: Made once: this is all that a request with a known answer needs.
         self.decision = Decision(
             answer.has_access,
@@ -74,16 +81,6 @@ class Known:
             answered_at=asked_at,
             quota=_quota(feature, answer, terms),
         )
-
-    @property
-    def counts_down(self) -> bool:
-        """Whether there is a balance that can be used up.
-
-        Access without one is a soft limit, whether the terms are known or not.
-        """
-        if not self.answer.balance or not self.answer.has_access:
-            return False
-        return self.terms is None or not self.terms.soft_limit
 
 
 class KnownAnswers:
@@ -101,6 +98,7 @@ class KnownAnswers:
         self._clock = clock
         #: Reading needs no lock; a dictionary never moves once it is here.
         self._tables: dict[str, dict[str, Known]] = {}
+        self._finders: dict[str, Callable[[str], Decision | None]] = {}
         #: When customers were forgotten: an answer to an older question is not kept.
         self._forgotten: dict[str, float] = {}
         self._changing = threading.Lock()
@@ -117,6 +115,12 @@ class KnownAnswers:
 
         This is all that most requests pay for, so it is one call.
         """
+        finder = self._finders.get(feature)
+        if finder is None:
+            finder = self._finders[feature] = self._finder(feature)
+        return finder
+
+    def _finder(self, feature: str) -> Callable[[str], Decision | None]:
         find = self._table(feature).get
         clock = self._clock
 

@@ -123,24 +123,27 @@ class Account:
         if refusal := self._remembered(amount):
             return refusal
         if not self._asking.acquire(timeout=_PATIENCE):
-            return self._overdraw(amount)
+            # Among very many, others have been faster and know.
+            return self._remembered(amount) or self._overdraw(amount)
         try:
             with self.lock:
-                if self.chunk >= amount and self.chunk > 0:  # another one has asked
-                    return self._overdraw(amount)
+                if self.chunk >= amount and self.chunk > 0:
+                    return self._overdraw(amount)  # no: another one has asked
             if refusal := self._remembered(amount):
                 return refusal
             self._wanted = amount
             self._was_used = True
-            lease = self._renew(amount)
-            if lease is None or lease.granted is not None:
+            lease = self._renew(amount, take=amount)
+            if lease is None:
                 return self._overdraw(amount)
-            return self._refuse(amount, lease)
+            if lease.granted is None:
+                return self._refuse(amount, lease)
+            return Reservation(self, amount)
         finally:
             self._asking.release()
 
     def _overdraw(self, amount: float) -> Reservation:
-        """Take what was granted, though another one may be faster and take it, too.
+        """Take what nobody granted.
 
         Where no store can say anything in time, nobody is refused for that.
         """
@@ -164,12 +167,15 @@ class Account:
         self._refusal = (self.clock(), amount, refusal)
         return refusal
 
-    def _renew(self, wanted: float | None) -> Lease | None:
-        """Exchange what there is for a new chunk; None if that was impossible."""
+    def _renew(self, wanted: float | None, *, take: float = 0.0) -> Lease | None:
+        """Exchange what there is for a new chunk; None if that was impossible.
+
+        If it is granted, *take* of it is in flight before anybody else can have it.
+        """
         begun = self.begin(wanted)
         try:
             (lease,) = self._exchange([begun.request])
-            return self.finish(begun, lease)
+            return self.finish(begun, lease, take=take)
         except Exception:
             logger.exception("%s: broke off, and nobody is refused for it", "ledger")
             self.fail(begun)
@@ -185,8 +191,8 @@ class Account:
             held = self.in_flight
         return Begun(Request(self._name, held, wanted, spent, self._answer), chunk)
 
-    def finish(self, begun: Begun, lease: Lease) -> Lease:
-        """Put in what the store granted."""
+    def finish(self, begun: Begun, lease: Lease, *, take: float = 0.0) -> Lease:
+        """Put in what the store granted, *take* of it as being in flight."""
         request = begun.request
         if self._store is not None and self._store != lease.store:
             # Another store, or one that was lost: it is told what it should know.
@@ -195,8 +201,11 @@ class Account:
             (lease,) = self._exchange([request._replace(spent=recent)])
         self._store = lease.store
         granted = lease.granted or 0.0
+        if lease.granted is None:
+            take = 0.0
         with self.lock:
-            self.chunk += granted
+            self.in_flight += take
+            self.chunk += granted - take
         self._available = lease.available - granted
         self._handed_in_at = self.clock()
         return lease

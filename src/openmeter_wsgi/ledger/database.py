@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from openmeter_wsgi import log
 from openmeter_wsgi.ledger import tables
+from openmeter_wsgi.ledger.forking import tell_of_forks
 from openmeter_wsgi.ledger.terms import PATIENCE, StoreAway
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _Result = TypeVar("_Result")
 UNREADABLE = ".unreadable"
 #: Seconds between two tries to open it.
 _OPENING_PAUSE = 0.005
+#: So many seconds a fork waits for a transaction to end.
+_FORK_PATIENCE = 1.0
 #: Beside the file, and with it, are its log and what processes share of that.
 _PARTS = ("", "-wal", "-shm")
 #: The file is none of ours, damaged, or lacks our tables: a new one will do.
@@ -39,6 +42,7 @@ _UNREADABLE_CODES = {
 _BUSY_CODES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 #: A connection must neither be used nor closed by a child of its process: it stays.
+#: Only one that was open in memory, or at a fork that was made in C, gets here.
 _inherited: list[object] = []
 
 
@@ -51,6 +55,7 @@ class Database:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._forget()
+        tell_of_forks(self)
 
     def __str__(self) -> str:
         """Return where it is."""
@@ -74,6 +79,18 @@ class Database:
         if os.getpid() == self._pid:
             with self._lock:
                 self._disconnect()
+
+    def before_fork(self) -> bool:
+        """Close the file, and keep everybody out until `after_fork`."""
+        if os.getpid() != self._pid or not self._lock.acquire(timeout=_FORK_PATIENCE):
+            return False
+        if self._path is not None:  # else closing it would be forgetting
+            self._disconnect()
+        return True
+
+    def after_fork(self) -> None:
+        """Let others in again."""
+        self._lock.release()
 
     def within(
         self, work: Callable[[sqlite3.Connection], _Result], *, write: bool = True

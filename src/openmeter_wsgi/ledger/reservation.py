@@ -27,6 +27,11 @@ class Reservation:
         self._account = account
         self._amount: float | None = amount
 
+    @property
+    def key(self) -> str:
+        """The key of the account that it is of."""
+        return self._account.key
+
     def settle(self, amount: float) -> None:
         """Say what it came to, 0 if nothing. Once; later calls do nothing.
 

@@ -1,0 +1,167 @@
+"""Who may: a denial, a quota, and OpenMeter that is away, over real HTTP.
+
+A sandbox and an application of their own, in this process, so that what OpenMeter
+grants and when it is away can be changed while the application serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import requests
+
+from examples.demo.openmeter import OpenMeter
+from openmeter_wsgi import OpenMeterMiddleware, Policy
+from openmeter_wsgi.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from wsgiref.types import StartResponse
+
+QUOTA = 20
+ASKED = 25
+FEATURE = "api_requests"
+TIMEOUT = 30.0
+#: Seconds for which an answer holds; after twice as many it has to be asked again.
+LIFETIME = 0.2
+
+
+class Scene(NamedTuple):
+    """What was tried, what must come of it, and what came."""
+
+    label: str
+    expected: str
+    got: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.expected == self.got
+
+
+def play() -> list[Scene]:
+    """Try all of it. It takes some two seconds."""
+    logger = logging.getLogger("openmeter_wsgi")
+    silence = logging.NullHandler()  # denials are logged, and here they are printed
+    logger.addHandler(silence)
+    try:
+        with Sandbox() as sandbox:
+            with OpenMeter(sandbox.url) as openmeter:
+                openmeter.define([])
+            sandbox.grant("acme", FEATURE, QUOTA)
+            sandbox.grant("hooli", "exports", config={"formats": ["csv"]})
+            return [*_granted(sandbox), *_away(sandbox)]
+    finally:
+        logger.removeHandler(silence)
+
+
+def _granted(sandbox: Sandbox) -> Iterator[Scene]:
+    with _application(sandbox) as (url, app):
+        denial = _ask(url, "hooli")
+        yield Scene("hooli, who has no access", "403 no_access", _problem(denial))
+        answers = [_ask(url, "acme") for _ in range(ASKED)]
+        yield Scene(
+            f"acme, {ASKED} times, quota of {QUOTA}",
+            f"{QUOTA}x 200, {ASKED - QUOTA}x 429, Retry-After",
+            _counted(answers),
+        )
+        asked = sandbox.asked(customer="acme", kind="value_v2")
+        yield Scene(
+            "  questions for that to OpenMeter",
+            "1, counted down from there",
+            f"{asked}, counted down from there",
+        )
+        app.flush(TIMEOUT)
+        usage = sandbox.value("acme", FEATURE)["usage"]
+        yield Scene("  requests that were billed", f"{QUOTA}", f"{usage:g}")
+
+
+def _away(sandbox: Sandbox) -> Iterator[Scene]:
+    sandbox.grant("acme", FEATURE, 1_000)
+    short: Any = {"allow_ttl": LIFETIME, "deny_ttl": LIFETIME, "max_stale": 0.0}
+    with contextlib.ExitStack() as stack:
+        urls = {}
+        for mode in ("open", "closed", "stale"):
+            application = _application(sandbox, fail_mode=mode, **short)
+            urls[mode], _ = stack.enter_context(application)
+            for subject in ("acme", "hooli"):
+                _ask(urls[mode], subject)  # from now on both are known
+        sandbox.faults.entitlements.set(outage=True)
+        time.sleep(3 * LIFETIME)  # and now what is known has outlived its time
+        for mode, expected in (
+            ("open", "acme 200, hooli 200"),
+            ("closed", "acme 503, hooli 503, Retry-After"),
+            ("stale", "acme 200, hooli 403"),
+        ):
+            answers = {name: _ask(urls[mode], name) for name in ("acme", "hooli")}
+            got = ", ".join(f"{who} {a.status_code}" for who, a in answers.items())
+            label = f"OpenMeter is away, fail_mode={mode}"
+            yield Scene(label, expected, got + _wait(answers.values()))
+
+
+def _problem(answer: requests.Response) -> str:
+    """Say what a problem document (RFC 9457) says, the reason in a word."""
+    is_problem = answer.headers["Content-Type"] == "application/problem+json"
+    reason = answer.json()["reason"] if is_problem else "without a problem"
+    return f"{answer.status_code} {reason}"
+
+
+def _counted(answers: Sequence[requests.Response]) -> str:
+    """Say what came how often one after the other."""
+    runs = [
+        (status, list(run))
+        for status, run in itertools.groupby(answers, lambda a: a.status_code)
+    ]
+    return ", ".join(f"{len(run)}x {status}{_wait(run)}" for status, run in runs)
+
+
+def _wait(answers: Iterable[requests.Response]) -> str:
+    """Say whether all of them say when to come back."""
+    waits = [answer.headers.get("Retry-After", "") for answer in answers]
+    return ", Retry-After" if all(map(str.isdecimal, waits)) else ""
+
+
+def _ask(url: str, subject: str) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.get(url, headers={"X-Subject": subject}, timeout=TIMEOUT)
+
+
+def _hello(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"hello\n"]
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def _application(
+    sandbox: Sandbox, **options: Any
+) -> Iterator[tuple[str, OpenMeterMiddleware]]:
+    """Serve an application that needs the feature, and counts it down."""
+    policy = Policy(
+        api_url=sandbox.url,
+        subject="header:X-Subject",
+        meter={"type": "api-request", "data": {}},
+        required_entitlements=[FEATURE],  # type: ignore[arg-type]
+        entitlement_meters={FEATURE: "api-request"},  # type: ignore[dict-item]
+        **options,
+    )
+    app = OpenMeterMiddleware(_hello, policy)
+    with make_server("127.0.0.1", 0, app, handler_class=_Quiet) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", app
+        finally:
+            server.shutdown()
+            thread.join()
+            app.close()

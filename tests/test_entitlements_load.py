@@ -1,0 +1,402 @@
+"""Entitlements when much happens at once: crowds, outages, forks, the end.
+
+What forks or ends is a function that runs in an interpreter of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import requests
+
+import overshoot
+from entitling import ask
+from openmeter_wsgi import OpenMeterMiddleware
+from openmeter_wsgi.ledger.sqlite import SqliteStore
+from openmeter_wsgi.ledger.terms import Lessee, Request, StoreAway
+from openmeter_wsgi.sandbox import Sandbox
+from servers import GTHREAD, Consumer, Server, make_environ
+from test_entitlements import ok
+from test_fork import (
+    FORKS,
+    LATER,
+    finish,
+    start_code,
+    wait_for,
+    wait_until_threads_sleep,
+)
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+THREADS = 64
+REQUESTS = 10_000
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    meter = {
+        "slug": "api_requests", "eventType": "api_requests", "aggregation": "SUM",
+        "valueProperty": "$.total",
+    }  # fmt: skip
+    with Sandbox() as sandbox:
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=10)
+        made.raise_for_status()
+        yield sandbox
+
+
+def limited(url: str, **options: Any) -> OpenMeterMiddleware:
+    """An application that counts a quota down."""
+    usual: dict[str, Any] = {
+        "meters": {"api_requests": 1},
+        "required_entitlements": ["api_requests"],
+        "entitlement_meters": ["api_requests"],
+        "flush_interval": LATER,
+        "shutdown_timeout": 0,
+    }
+    return OpenMeterMiddleware(ok, api_url=url, **{**usual, **options})
+
+
+def statuses(app: OpenMeterMiddleware, requests: int, subject: str = "acme") -> Any:
+    """Serve so many requests one after the other."""
+    return Counter(ask(app, subject).status for _ in range(requests))
+
+
+def crowd(work: Callable[[int], None], threads: int = THREADS) -> None:
+    """Let so many threads work, all from the same moment on."""
+    together = threading.Barrier(threads)
+
+    def run(number: int) -> None:
+        together.wait(30)
+        work(number)
+
+    all_ = [threading.Thread(target=run, args=(n,)) for n in range(threads)]
+    for thread in all_:
+        thread.start()
+    for thread in all_:
+        thread.join()
+
+
+# -- A crowd
+
+
+@pytest.mark.parametrize(
+    ("features", "question"),
+    [
+        (["api_requests"], {"kind": "value_v2", "feature": "api_requests"}),
+        (["api_requests", "exports"], {"kind": "access"}),
+    ],
+    ids=["one feature", "two features"],
+)
+def test_ten_thousand_requests_of_a_new_subject_ask_once(
+    sandbox: Sandbox, features: list[str], question: dict[str, str]
+) -> None:
+    sandbox.grant("acme", "api_requests", 1_000_000)
+    sandbox.grant("acme", "exports", config={"yes": True})
+    sandbox.faults.entitlements.set(latency=0.3)
+    app = limited(
+        sandbox.url,
+        required_entitlements=features,
+        entitlement_meters=[],
+        entitlement_timeout=30,
+    )
+    found = Counter[str]()
+    counting = threading.Lock()
+
+    def work(number: int) -> None:
+        share = REQUESTS // THREADS + (number < REQUESTS % THREADS)
+        mine = statuses(app, share)
+        with counting:
+            found.update(mine)
+
+    crowd(work)
+    app.close(20)
+
+    assert found == {"200 OK": REQUESTS}
+    assert sandbox.asked(customer="acme", **question) == 1
+    assert sandbox.asked() == 1
+
+
+def test_a_crowd_gets_a_quota_and_hardly_more(sandbox: Sandbox) -> None:
+    """Nobody is refused who waits too long for others, which is all that is more."""
+    sandbox.grant("acme", "api_requests", 1_000)
+    app = limited(sandbox.url, entitlement_timeout=30)
+    found = Counter[str]()
+    counting = threading.Lock()
+
+    def work(number: int) -> None:
+        mine = statuses(app, 50)
+        with counting:
+            found.update(mine)
+
+    crowd(work)
+    app.close(20)
+
+    assert found.total() == THREADS * 50
+    assert found.keys() == {"200 OK", "429 Too Many Requests"}
+    assert 1_000 <= found["200 OK"] <= 1_000 + THREADS
+
+
+# -- An OpenMeter that takes every question and answers none
+
+
+def _times(app: OpenMeterMiddleware, subject: str, seconds: float) -> list[float]:
+    times = []
+    end = time.perf_counter() + seconds
+    while (started := time.perf_counter()) < end:
+        assert ask(app, subject).status == "200 OK"
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
+    sandbox: Sandbox,
+) -> None:
+    sandbox.grant("acme", "api_requests", 1_000_000)
+    # It outlives its time while nobody answers, and is asked for behind the back.
+    app = limited(sandbox.url, allow_ttl=2, entitlement_timeout=1.5)
+
+    answering = _times(app, "acme", 1)[1:]
+    sandbox.faults.entitlements.set(hang=60)
+    hanging = _times(app, "acme", 4)
+    app.close(20)
+    sandbox.faults.clear()
+
+    assert app.stats().allowed["stale"] > 0
+    assert statistics.median(hanging) < 5 * statistics.median(answering)
+    assert max(hanging) < 1.2
+
+
+def test_each_new_subject_waits_once_at_most_and_then_nobody(
+    sandbox: Sandbox,
+) -> None:
+    sandbox.faults.entitlements.set(hang=60)
+    app = limited(sandbox.url, entitlement_timeout=1)
+    first, again = [0.0] * 20, [0.0] * 20
+
+    def work(number: int) -> None:
+        for times in (first, again):
+            started = time.perf_counter()
+            assert ask(app, f"subject-{number}").status == "200 OK"
+            times[number] = time.perf_counter() - started
+
+    crowd(work, 20)
+    app.close(20)
+    asked = sandbox.asked()
+    sandbox.faults.clear()
+
+    assert max(first) < 2.5  # a timeout, and what a busy machine adds
+    assert max(again) < 1
+    assert 1 <= asked <= 8
+
+
+# -- Closing
+
+
+def test_a_request_after_close_works_as_before(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    sandbox.grant("acme", "api_requests", 10)
+    app = limited(sandbox.url, spool_dir=str(tmp_path / "spool"))
+    assert statuses(app, 4) == {"200 OK": 4}
+
+    app.close(20)
+
+    assert statuses(app, 10) == {"200 OK": 6, "429 Too Many Requests": 4}
+    assert sandbox.asked(kind="value_v2") == 1
+    app.close(20)
+
+
+# -- Forks
+
+
+def start(case: Callable[..., None], *arguments: str) -> subprocess.Popen[str]:
+    name = case.__name__
+    call = f"import sys, test_entitlements_load as t; t.{name}(*sys.argv[1:])"
+    return start_code(call, *arguments)
+
+
+def fork_after_use(url: str, spool_dir: str, fork: str, leave: str) -> None:
+    app = limited(url, spool_dir=spool_dir or None)
+    assert statuses(app, 3) == {"200 OK": 3}
+    children = []
+    for _ in range(2):
+        wait_until_threads_sleep()
+        child = FORKS[fork]()
+        if child == 0:
+            before = set(threading.enumerate())
+            assert statuses(app, 5) == {"200 OK": 5}
+            own = {thread.name for thread in set(threading.enumerate()) - before}
+            assert "openmeter_wsgi.ledger" in own
+            assert app.stats().allowed == {"openmeter": 1, "cache": 4}
+            if leave == "_exit":
+                app.close(0)
+                os._exit(0)
+            sys.exit(0)
+        children.append(child)
+    wait_for(*children)
+    assert app.stats().allowed == {"openmeter": 1, "cache": 2}
+    served = 0
+    while (response := ask(app)).status == "200 OK" or _is_soon(response):
+        served += response.status == "200 OK"
+    print(served, end="", flush=True)  # noqa: T201
+    app.close(0)
+    os._exit(0)  # what waits for delivery is not the subject here
+
+
+def _is_soon(response: Any) -> bool:
+    """Say whether another try makes sense, after a moment."""
+    threading.Event().wait(0.05)
+    return int(dict(response.headers)["Retry-After"]) == 1
+
+
+@pytest.mark.parametrize("leave", ["_exit", "sys_exit"])
+@pytest.mark.parametrize("fork", FORKS)
+def test_processes_that_share_a_spool_serve_one_quota(
+    sandbox: Sandbox, tmp_path: Path, fork: str, leave: str
+) -> None:
+    sandbox.grant("acme", "api_requests", 30)
+    spool = str(tmp_path / "spool")
+
+    process = start(fork_after_use, sandbox.url, spool, fork, leave)
+
+    # The parent gets all that its children left: none closed what it had leased.
+    assert served_by(process) == 30 - 3 - 2 * 5
+    assert sandbox.asked(kind="value_v2") == 3
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_without_a_spool_each_process_counts_for_itself(
+    sandbox: Sandbox, fork: str
+) -> None:
+    sandbox.grant("acme", "api_requests", 30)
+
+    process = start(fork_after_use, sandbox.url, "", fork, "_exit")
+
+    assert served_by(process) == 30 - 3
+    assert sandbox.asked(kind="value_v2") == 3
+
+
+def served_by(process: subprocess.Popen[str]) -> int:
+    with process:
+        output, said = process.communicate(timeout=40)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    return int(output)
+
+
+def fork_while_tended(directory: str) -> None:
+    """Fork again and again while other threads are within SQLite."""
+    from pathlib import Path
+
+    where = Path(directory) if directory else None
+    store = SqliteStore(where)
+    stop = threading.Event()
+
+    def busy(number: int) -> None:
+        while not stop.is_set():
+            _exchange(store, f"{number:024x}")
+
+    threads = [threading.Thread(target=busy, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(100):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            for _ in range(3):
+                _exchange(SqliteStore(where), f"{number + 10:024x}")
+            os._exit(0)
+        wait_for(child)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    store.close()
+
+
+def _exchange(store: SqliteStore, token: str) -> None:
+    now = time.time()
+    request = Request("acme\0api_requests", 0.0, 1.0, {int(now): 1.0})
+    try:
+        store.exchange(Lessee(token, "host"), [request], now)
+        store.take_question(25.0)
+    except StoreAway:
+        pass  # busy: it is many at once
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_fork_while_threads_are_within_sqlite_hangs_nobody(
+    tmp_path: Path, kind: str
+) -> None:
+    directory = str(tmp_path) if kind == "file" else ""
+
+    finish(start(fork_while_tended, directory))
+
+    assert not list(tmp_path.glob("*unreadable*"))
+
+
+def test_workers_of_a_preloaded_application_serve_one_quota(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    sandbox.grant("acme", "api_requests", 100)
+    command = [*GTHREAD, "--preload", "--keep-alive", "75"]
+
+    with Server(
+        command, "apps:limited", tmp_path / "log",
+        OPENMETER_API_URL=sandbox.url,
+        OPENMETER_SPOOL_DIR=str(tmp_path / "spool"),
+        **overshoot.COUNTED,
+    ) as server:  # fmt: skip
+        found = overshoot.Crowd([server.address], clients=8)
+        assert server.stop() == 0
+
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert found.served == 100, log
+    assert 1 <= sandbox.asked(kind="value_v2") <= 2 + found.denied
+
+
+# -- The end of the interpreter
+
+
+class Late:
+    """Serves a request when it is torn down, with what it has: nothing is imported."""
+
+    def __init__(self, app: OpenMeterMiddleware) -> None:
+        self._serve = functools.partial(Consumer().serve, app, make_environ())
+        self._write = functools.partial(os.write, 1)
+
+    def __del__(self) -> None:
+        self._write(self._serve().status.encode())
+
+
+def ask_in_teardown(url: str, used: str) -> None:
+    app = limited(url, fail_mode="closed")
+    if used:
+        assert ask(app, "someone").status == "403 Forbidden"
+    module: Any = sys.modules[__name__]
+    module.held = Late(app)
+
+
+@pytest.mark.parametrize("used", ["", "used"], ids=["unused", "used"])
+def test_a_request_in_teardown_gets_the_fail_mode(sandbox: Sandbox, used: str) -> None:
+    sandbox.grant("acme", "api_requests", 10)
+    process = start(ask_in_teardown, sandbox.url, used)
+
+    with process:
+        output, said = process.communicate(timeout=40)
+
+    assert (process.returncode, output) == (0, "503 Service Unavailable")
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
