@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,12 @@ from openmeter_wsgi.stats import Counts, Stats
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
 
-#: Reasons for which an event is dropped, and not a meter before it became one.
-_AFTER_ENCODING = ("queue_full", "dry_run", "spool_full", "spool_error", "too_large")
 #: What the policy of the middleware itself is called in counts.
 DEFAULT = "default"
 
@@ -52,6 +51,18 @@ class Metering:
     def _begin(self, policy: Policy) -> None:
         self.pid = os.getpid()
         self.counts = Counts()
+        self.queue = self._new_queue(policy)
+        self._put = self._log_instead if policy.dry_run else self.queue.put
+        self._policy = policy
+        self.entitlements = self._new_entitlements(policy)
+        self._new_id = self._new_ids()
+        self._billings: list[Billing] = []
+        self.billing = self.billing_of(policy, DEFAULT)
+        self._routes = self._compiled(policy)
+
+    # -- What it is made of, which may be something else in a test
+
+    def _new_queue(self, policy: Policy) -> DeliveryQueue | SpoolQueue:
         new_client = partial(
             OpenMeterClient,
             url=policy.api_url,
@@ -59,14 +70,17 @@ class Metering:
             key=policy.key,
             timeout=policy.request_timeout,
         )
-        self.queue = _queue(policy, new_client, self.counts)
-        self._put = self._log_instead if policy.dry_run else self.queue.put
-        self._policy = policy
-        self.entitlements = entitlements_of(policy, self.queue.delivered_until)
-        self._new_id = RequestIds().new
-        self._billings: list[Billing] = []
-        self.billing = self.billing_of(policy, DEFAULT)
-        self._routes = self._compiled(policy)
+        if policy.spool_dir is None or policy.dry_run:
+            return DeliveryQueue(policy, new_client(), self.counts)
+        return SpoolQueue(policy, new_client, self.counts)
+
+    def _new_entitlements(self, policy: Policy) -> Entitlements:
+        return entitlements_of(policy, self.queue.delivered_until)
+
+    def _new_ids(self) -> Callable[[], str]:
+        return RequestIds().new
+
+    # -- Requests
 
     def billing_for(self, environ: Mapping[str, Any]) -> Billing | None:
         """Return what governs a request, None if it is not metered."""
@@ -100,14 +114,30 @@ class Metering:
 
         The threads of a new process may come here together: one of them wins.
         """
-        made = Metering.__new__(Metering)
-        # Not __init__: what is wrong with the spool now must not hurt a request.
-        made._begin(self._policy)
+        made = self.another()
         successor: Metering = self.__dict__.setdefault("_successor", made)
         return successor
 
+    def another(self) -> Metering:
+        """Return one under the same policy."""
+        return self.later(self._policy)
+
+    @classmethod
+    def later(cls, policy: Policy) -> Metering:
+        """Return one that is made after the start of the application.
+
+        Not __init__: what is wrong with the spool now must not hurt a request.
+        """
+        made = Metering.__new__(Metering)
+        made._begin(policy)
+        return made
+
     def put(self, events: Sequence[bytes]) -> None:
         """Hand the events to delivery. May be repeated with the same events."""
+        counts = self.counts
+        n = len(events)
+        counts.metered += 1
+        counts.events += n
         for event in events:
             self._put(event)
 
@@ -123,26 +153,14 @@ class Metering:
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
-        counts = self.counts
-        waiting = self.queue.waiting
-        dropped = {reason: n for reason, n in counts.dropped.items() if n}
-        made = sum(dropped.get(reason, 0) for reason in _AFTER_ENCODING)
-        by_policy = {b.name: dict(b.not_metered) for b in self._billings}
-        return Stats(
-            settled=counts.settled,
-            events=counts.delivered + waiting + counts.dead_lettered + made,
-            delivered=counts.delivered,
-            waiting=waiting,
-            not_metered=dict(sum(map(Counter, by_policy.values()), Counter())),
-            not_metered_by_policy={k: v for k, v in by_policy.items() if v},
-            dropped=dropped,
-            dead_lettered=counts.dead_lettered,
-            ambiguous=counts.ambiguous,
-            retries=counts.retries,
-            unspooled=counts.unspooled,
-            allowed=dict(counts.allowed),
-            denied=dict(counts.denied),
-            let_through=dict(counts.let_through),
+        by_policy: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for billing in list(self._billings):  # several may have one name
+            by_policy[billing.name].update(dict(billing.not_metered))
+        in_spool = self.queue.waiting_in_spool
+        return self.counts.stats(
+            waiting=in_spool + self.queue.waiting_in_memory,
+            waiting_in_spool=in_spool,
+            not_metered={name: dict(found) for name, found in by_policy.items()},
         )
 
     def _log_instead(self, event: bytes) -> None:
@@ -161,11 +179,3 @@ def _say_what_errors_are_billed(billing: Billing) -> None:
         f"policy {billing.name!r}", codes.text,
         "" if intended else " (say billing_errors='intended' if that is meant)",
     )  # fmt: skip
-
-
-def _queue(
-    policy: Policy, new_client: Callable[[], OpenMeterClient], counts: Counts
-) -> DeliveryQueue | SpoolQueue:
-    if policy.spool_dir is None or policy.dry_run:
-        return DeliveryQueue(policy, new_client(), counts)
-    return SpoolQueue(policy, new_client, counts)

@@ -79,7 +79,17 @@ class BackgroundDelivery:
     @property
     def waiting(self) -> int:
         """How many events are not delivered yet."""
-        raise NotImplementedError
+        return self.waiting_in_spool + self.waiting_in_memory
+
+    @property
+    def waiting_in_spool(self) -> int:
+        """How many of them any process that shares the spool can deliver."""
+        return 0
+
+    @property
+    def waiting_in_memory(self) -> int:
+        """How many of them are lost if this process dies."""
+        return 0
 
     def close(self, timeout: float | None = None) -> None:
         """Send what waits until *timeout*, then stop and say what is left.

@@ -63,7 +63,7 @@ class DeliveryQueue(BackgroundDelivery):
             )
 
     @property
-    def waiting(self) -> int:
+    def waiting_in_memory(self) -> int:
         """How many events are not delivered yet."""
         return self._events.waiting
 

@@ -132,7 +132,8 @@ class Sender:
         batch = self._pending.popleft()
         self._accepted += 1
         self._refused_in_a_row = 0
-        self._counts.delivered += len(batch.events)
+        n = len(batch.events)
+        self._counts.delivered += n
         self._done(batch.events)
         self.retry_suspects()
 
@@ -191,7 +192,8 @@ class Sender:
         if self._keep_buried is not None:
             for event in events:
                 self._keep_buried(event, error)
-        self._counts.dead_lettered += len(events)
+        n = len(events)
+        self._counts.dead_lettered += n
         self._done(events)
 
     def _bury(self, events: list[bytes], error: DeliveryError) -> None:

@@ -77,13 +77,18 @@ class SpoolQueue(SpoolSender):
     # -- Waiting for delivery
 
     @property
-    def waiting(self) -> int:
+    def waiting_in_spool(self) -> int:
         """How many events of the directory are not delivered, by any process.
 
         An estimate where it is more than some ten thousand.
         """
+        return watching.waiting(self._directory)
+
+    @property
+    def waiting_in_memory(self) -> int:
+        """How many events wait here because the disk did not take them."""
         fallback = self._intake.fallback
-        return watching.waiting(self._directory) + (fallback.waiting if fallback else 0)
+        return fallback.waiting if fallback else 0
 
     def delivered_until(self) -> float:
         """Return a moment (wall clock) before which all that was put is delivered.
