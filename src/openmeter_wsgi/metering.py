@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter, defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
+from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.routes import Routes
 from openmeter_wsgi.stats import Counts, Stats
 
@@ -50,6 +52,7 @@ class Metering:
 
     def _begin(self, policy: Policy) -> None:
         self.pid = os.getpid()
+        self._followers: list[Callable[[Metering], None]] = []
         self.counts = Counts()
         self.queue = self._new_queue(policy)
         self._put = self._log_instead if policy.dry_run else self.queue.put
@@ -119,8 +122,19 @@ class Metering:
         return successor
 
     def another(self) -> Metering:
-        """Return one under the same policy."""
-        return self.later(self._policy)
+        """Return one under the same policy, with the same followers."""
+        made = self.later(self._policy)
+        for begin in self._followers:
+            made.follow(begin)
+        return made
+
+    def follow(self, begin: Callable[[Metering], None]) -> None:
+        """Have *begin* called with the first request that is settled.
+
+        In this process, and in each one that is forked from it, with its own metering.
+        """
+        self._followers.append(begin)
+        self.queue.announce(lambda: begin(self))
 
     @classmethod
     def later(cls, policy: Policy) -> Metering:
@@ -156,12 +170,28 @@ class Metering:
         by_policy: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for billing in list(self._billings):  # several may have one name
             by_policy[billing.name].update(dict(billing.not_metered))
-        in_spool = self.queue.waiting_in_spool
+        in_spool, in_memory = self.queue.in_spool, self.queue.in_memory
+        moments = {in_spool.oldest_at, in_memory.oldest_at} - {None}
         return self.counts.stats(
-            waiting=in_spool + self.queue.waiting_in_memory,
-            waiting_in_spool=in_spool,
+            waiting=in_spool.events + in_memory.events,
+            waiting_in_spool=in_spool.events,
+            waiting_bytes=in_spool.bytes + in_memory.bytes,
+            oldest_at=min(moments, default=None),  # type: ignore[type-var]
             not_metered={name: dict(found) for name, found in by_policy.items()},
         )
+
+    def health(self, max_age: float) -> Health:
+        """Return what is wrong now."""
+        problems = [*self.queue.problems, *self.entitlements.problems]
+        stats = self.stats()
+        if stats.oldest_at and (age := time.time() - stats.oldest_at) > max_age:
+            problems.append(
+                Problem(
+                    "backlog",
+                    f"{stats.waiting} events wait, the oldest for {age:.0f} s",
+                )
+            )
+        return Health(tuple(problems))
 
     def _log_instead(self, event: bytes) -> None:
         self.counts.dropped["dry_run"] += 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from openmeter_wsgi import log, substitution
 from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
 from openmeter_wsgi.environ import BILLING, METERS
+from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.settlement import settlement_of
@@ -149,6 +150,21 @@ class OpenMeterMiddleware:
     def stats(self) -> Stats:
         """Return the counts of this process."""
         return self.metering().stats()
+
+    def health(self, *, max_age: float = MAX_AGE) -> Health:
+        """Return what is wrong in this process now. Waits for nothing.
+
+        :param max_age: seconds that the oldest event may wait.
+        """
+        return self.metering().health(max_age)
+
+    def follow(self, begin: Callable[[Metering], None]) -> None:
+        """Have *begin* called in each process that settles a request, with its first.
+
+        For what has to be done once in a process that serves: there a thread may be
+        started, which a server that forks later would not take along.
+        """
+        self.metering().follow(begin)
 
     def exchange(self, substitute: Substitute | None) -> Callable[[], None]:
         """Let *substitute* meter (see `substitution`), or its own metering again.

@@ -74,6 +74,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     not_metered_by_policy: dict[str, ByReason] = {}
     #: Of the events that wait, those in the spool: all of its processes see the same.
     waiting_in_spool: int = 0
+    #: The size of what waits, in bytes, and the time of the oldest of it in seconds
+    #: since 1970. An event to which you gave a time counts by that.
+    waiting_bytes: int = 0
+    oldest_at: float | None = None
     #: Events that the spool could not take and that waited in memory instead.
     unspooled: int = 0
     #: Decisions about entitlements: allowed, by where the answer came from …
@@ -111,6 +115,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         in_spool = max(self.waiting_in_spool, other.waiting_in_spool)
         added["waiting"] -= added["waiting_in_spool"] - in_spool
         added["waiting_in_spool"] = in_spool
+        if self.oldest_at and other.oldest_at:
+            added["oldest_at"] = min(self.oldest_at, other.oldest_at)
         return Stats(**added)
 
 
@@ -187,6 +193,8 @@ class Counts:
         *,
         waiting: int,
         waiting_in_spool: int,
+        waiting_bytes: int,
+        oldest_at: float | None,
         not_metered: dict[str, ByReason],
     ) -> Stats:
         """Return the counts as they are now, with what only others know."""
@@ -200,6 +208,8 @@ class Counts:
             delivered=self.delivered,
             waiting=waiting,
             waiting_in_spool=waiting_in_spool,
+            waiting_bytes=waiting_bytes,
+            oldest_at=oldest_at,
             not_metered=dict(by_reason),
             not_metered_by_policy={k: v for k, v in not_metered.items() if v},
             dropped={reason: n for reason, n in dropped.items() if n},

@@ -41,6 +41,21 @@ def timestamp() -> str:
     return text + _MILLISECONDS[int((now - second) * 1000)]
 
 
+class _Timed(msgspec.Struct):
+    time: datetime
+
+
+def moment_of(event: bytes) -> float | None:
+    """Return the time of an encoded event, in seconds since 1970, None if it has none.
+
+    That of its request, or what the application has stated instead.
+    """
+    try:
+        return msgspec.json.decode(event, type=_Timed).time.timestamp()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
 def rfc3339(value: object, what: str) -> str:
     """Return the point in time *value* as text.
 

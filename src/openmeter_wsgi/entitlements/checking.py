@@ -10,6 +10,7 @@ from openmeter_wsgi.entitlements.asking import Question
 from openmeter_wsgi.entitlements.decision import Decision, Denial, Source
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
 from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.health import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -81,6 +82,17 @@ class Entitlements:
     def invalidate(self, customer: str, feature: str | None = None) -> None:
         """Forget what was said of *customer*: the next request asks."""
         self._answers.forget(customer, feature)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with asking now."""
+        if not self._asker.breaker.is_open:
+            return []
+        text = (
+            "OpenMeter does not say who may; known answers hold for max_stale, then "
+            "fail_mode decides"
+        )
+        return [Problem("entitlements", text)]
 
     def close(self) -> None:
         """Close connections, and hand back what was set apart for this process."""

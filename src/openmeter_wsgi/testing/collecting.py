@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi.audit import Audit
+from openmeter_wsgi.delivery.watching import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
@@ -22,6 +23,7 @@ from openmeter_wsgi.testing.responses import OpenResponses, WatchedSettlement
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
@@ -136,7 +138,9 @@ class _Queue:
     """Hands over what is put. Nothing ever waits in it."""
 
     started = True
-    waiting = waiting_in_spool = waiting_in_memory = 0
+    waiting = 0
+    in_spool = in_memory = Backlog()
+    problems: tuple[Problem, ...] = ()
 
     def __init__(self, collect: Callable[[bytes], None], counts: Counts) -> None:
         self._collect = collect
