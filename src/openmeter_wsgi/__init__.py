@@ -13,6 +13,9 @@ from openmeter_wsgi.errors import ConfigError as ConfigError
 from openmeter_wsgi.errors import MeterValueError as MeterValueError
 from openmeter_wsgi.errors import OpenMeterWSGIError as OpenMeterWSGIError
 from openmeter_wsgi.exchange import Exchange as Exchange
+from openmeter_wsgi.health import Health as Health
+from openmeter_wsgi.health import HealthEndpoint as HealthEndpoint
+from openmeter_wsgi.health import Problem as Problem
 from openmeter_wsgi.measures import Measure as Measure
 from openmeter_wsgi.measures import bytes_received as bytes_received
 from openmeter_wsgi.measures import bytes_sent as bytes_sent

@@ -172,7 +172,8 @@ class Billing:
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
                 return self._no_subject()
-            self._counts.dropped["no_subject"] += len(all_meters) - len(meters)
+            without = len(all_meters) - len(meters)
+            self._counts.dropped["no_subject"] += without
         if self._counts_down:
             self.gate.settle(environ, meters, subject)
         return encode_events(

@@ -7,6 +7,9 @@ import time
 
 #: An outage of an hour under load is a line a minute, not a line a request.
 REPEAT_INTERVAL = 60.0
+#: As the ``extra`` of a line: what went before is over. It is written in any case, and
+#: so is what begins anew after it.
+OVER = {"is_over": True}
 #: Distinct lines remembered; past it all is forgotten, which costs a repeated line.
 MEMORY = 1_000
 
@@ -26,6 +29,9 @@ class RepeatFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether *record* is written. Any thread; takes no lock."""
         if record.levelno < logging.INFO:
+            return True
+        if getattr(record, "is_over", False):
+            self._seen.clear()
             return True
         args = record.args
         topic = str(args[0]) if isinstance(args, tuple) and args else None

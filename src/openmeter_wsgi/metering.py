@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,19 @@ from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
+from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.routes import Routes
 from openmeter_wsgi.stats import Counts, Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
 
-#: Reasons for which an event is dropped, and not a meter before it became one.
-_AFTER_ENCODING = ("queue_full", "dry_run", "spool_full", "spool_error", "too_large")
 #: What the policy of the middleware itself is called in counts.
 DEFAULT = "default"
 
@@ -51,7 +52,20 @@ class Metering:
 
     def _begin(self, policy: Policy) -> None:
         self.pid = os.getpid()
+        self._followers: list[Callable[[Metering], None]] = []
         self.counts = Counts()
+        self.queue = self._new_queue(policy)
+        self._put = self._log_instead if policy.dry_run else self.queue.put
+        self._policy = policy
+        self.entitlements = self._new_entitlements(policy)
+        self._new_id = self._new_ids()
+        self._billings: list[Billing] = []
+        self.billing = self.billing_of(policy, DEFAULT)
+        self._routes = self._compiled(policy)
+
+    # -- What it is made of, which may be something else in a test
+
+    def _new_queue(self, policy: Policy) -> DeliveryQueue | SpoolQueue:
         new_client = partial(
             OpenMeterClient,
             url=policy.api_url,
@@ -59,14 +73,17 @@ class Metering:
             key=policy.key,
             timeout=policy.request_timeout,
         )
-        self.queue = _queue(policy, new_client, self.counts)
-        self._put = self._log_instead if policy.dry_run else self.queue.put
-        self._policy = policy
-        self.entitlements = entitlements_of(policy, self.queue.delivered_until)
-        self._new_id = RequestIds().new
-        self._billings: list[Billing] = []
-        self.billing = self.billing_of(policy, DEFAULT)
-        self._routes = self._compiled(policy)
+        if policy.spool_dir is None or policy.dry_run:
+            return DeliveryQueue(policy, new_client(), self.counts)
+        return SpoolQueue(policy, new_client, self.counts)
+
+    def _new_entitlements(self, policy: Policy) -> Entitlements:
+        return entitlements_of(policy, self.queue.delivered_until)
+
+    def _new_ids(self) -> Callable[[], str]:
+        return RequestIds().new
+
+    # -- Requests
 
     def billing_for(self, environ: Mapping[str, Any]) -> Billing | None:
         """Return what governs a request, None if it is not metered."""
@@ -100,14 +117,41 @@ class Metering:
 
         The threads of a new process may come here together: one of them wins.
         """
-        made = Metering.__new__(Metering)
-        # Not __init__: what is wrong with the spool now must not hurt a request.
-        made._begin(self._policy)
+        made = self.another()
         successor: Metering = self.__dict__.setdefault("_successor", made)
         return successor
 
+    def another(self) -> Metering:
+        """Return one under the same policy, with the same followers."""
+        made = self.later(self._policy)
+        for begin in self._followers:
+            made.follow(begin)
+        return made
+
+    def follow(self, begin: Callable[[Metering], None]) -> None:
+        """Have *begin* called with the first request that is settled.
+
+        In this process, and in each one that is forked from it, with its own metering.
+        """
+        self._followers.append(begin)
+        self.queue.announce(lambda: begin(self))
+
+    @classmethod
+    def later(cls, policy: Policy) -> Metering:
+        """Return one that is made after the start of the application.
+
+        Not __init__: what is wrong with the spool now must not hurt a request.
+        """
+        made = Metering.__new__(Metering)
+        made._begin(policy)
+        return made
+
     def put(self, events: Sequence[bytes]) -> None:
         """Hand the events to delivery. May be repeated with the same events."""
+        counts = self.counts
+        n = len(events)
+        counts.metered += 1
+        counts.events += n
         for event in events:
             self._put(event)
 
@@ -123,27 +167,31 @@ class Metering:
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
-        counts = self.counts
-        waiting = self.queue.waiting
-        dropped = {reason: n for reason, n in counts.dropped.items() if n}
-        made = sum(dropped.get(reason, 0) for reason in _AFTER_ENCODING)
-        by_policy = {b.name: dict(b.not_metered) for b in self._billings}
-        return Stats(
-            settled=counts.settled,
-            events=counts.delivered + waiting + counts.dead_lettered + made,
-            delivered=counts.delivered,
-            waiting=waiting,
-            not_metered=dict(sum(map(Counter, by_policy.values()), Counter())),
-            not_metered_by_policy={k: v for k, v in by_policy.items() if v},
-            dropped=dropped,
-            dead_lettered=counts.dead_lettered,
-            ambiguous=counts.ambiguous,
-            retries=counts.retries,
-            unspooled=counts.unspooled,
-            allowed=dict(counts.allowed),
-            denied=dict(counts.denied),
-            let_through=dict(counts.let_through),
+        by_policy: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for billing in list(self._billings):  # several may have one name
+            by_policy[billing.name].update(dict(billing.not_metered))
+        in_spool, in_memory = self.queue.in_spool, self.queue.in_memory
+        moments = {in_spool.oldest_at, in_memory.oldest_at} - {None}
+        return self.counts.stats(
+            waiting=in_spool.events + in_memory.events,
+            waiting_in_spool=in_spool.events,
+            waiting_bytes=in_spool.bytes + in_memory.bytes,
+            oldest_at=min(moments, default=None),  # type: ignore[type-var]
+            not_metered={name: dict(found) for name, found in by_policy.items()},
         )
+
+    def health(self, max_age: float) -> Health:
+        """Return what is wrong now."""
+        problems = [*self.queue.problems, *self.entitlements.problems]
+        stats = self.stats()
+        if stats.oldest_at and (age := time.time() - stats.oldest_at) > max_age:
+            problems.append(
+                Problem(
+                    "backlog",
+                    f"{stats.waiting} events wait, the oldest for {age:.0f} s",
+                )
+            )
+        return Health(tuple(problems))
 
     def _log_instead(self, event: bytes) -> None:
         self.counts.dropped["dry_run"] += 1
@@ -161,11 +209,3 @@ def _say_what_errors_are_billed(billing: Billing) -> None:
         f"policy {billing.name!r}", codes.text,
         "" if intended else " (say billing_errors='intended' if that is meant)",
     )  # fmt: skip
-
-
-def _queue(
-    policy: Policy, new_client: Callable[[], OpenMeterClient], counts: Counts
-) -> DeliveryQueue | SpoolQueue:
-    if policy.spool_dir is None or policy.dry_run:
-        return DeliveryQueue(policy, new_client(), counts)
-    return SpoolQueue(policy, new_client, counts)

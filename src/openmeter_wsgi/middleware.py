@@ -7,9 +7,10 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
-from openmeter_wsgi import log
+from openmeter_wsgi import log, substitution
 from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
 from openmeter_wsgi.environ import BILLING, METERS
+from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.settlement import settlement_of
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.meters import RunTimeMeters
+    from openmeter_wsgi.settlement import Settlement
     from openmeter_wsgi.stats import Stats
+    from openmeter_wsgi.substitution import Substitute
 
 logger = log.get_logger(__name__)
 
@@ -50,7 +53,12 @@ class OpenMeterMiddleware:
         elif options:
             policy = dataclasses.replace(policy, **options)
         self.policy = policy
-        self._metering = Metering(policy)
+        self._metering: Metering
+        self._settlement_of: Callable[..., Settlement] = settlement_of
+        if (substitute := substitution.present(self)) is None:
+            self._metering = Metering(policy)
+        else:
+            self.exchange(substitute)
         # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
         # every request compares the process id as well.
         renew = weakref.WeakMethod(self._renew)
@@ -93,7 +101,9 @@ class OpenMeterMiddleware:
                 billing.refuse(environ)
                 return Refusal(decision, billing.policy)(environ, start_response)
             start_response = _told(decision, billing.policy, start_response)
-        settlement = settlement_of(metering, billing, environ, start_response, stated)
+        settlement = self._settlement_of(
+            metering, billing, environ, start_response, stated
+        )
         wrapper: Any = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, type):
             wrapper = environ[_FILE_WRAPPER] = _WrappedFiles(wrapper)
@@ -140,6 +150,41 @@ class OpenMeterMiddleware:
     def stats(self) -> Stats:
         """Return the counts of this process."""
         return self.metering().stats()
+
+    def health(self, *, max_age: float = MAX_AGE) -> Health:
+        """Return what is wrong in this process now. Waits for nothing.
+
+        :param max_age: seconds that the oldest event may wait.
+        """
+        return self.metering().health(max_age)
+
+    def follow(self, begin: Callable[[Metering], None]) -> None:
+        """Have *begin* called in each process that settles a request, with its first.
+
+        For what has to be done once in a process that serves: there a thread may be
+        started, which a server that forks later would not take along.
+        """
+        self.metering().follow(begin)
+
+    def exchange(self, substitute: Substitute | None) -> Callable[[], None]:
+        """Let *substitute* meter (see `substitution`), or its own metering again.
+
+        Returns what takes that back. For tests; between two requests.
+        """
+        before: Any = getattr(self, "_metering", None)
+        settlement_before = self._settlement_of
+        if substitute is not None:
+            self._metering = substitute.metering(self.policy)
+            self._settlement_of = substitute.settlement_of
+        else:
+            self._metering = Metering.later(self.policy)
+            self._settlement_of = settlement_of
+
+        def restore() -> None:
+            self._metering = before
+            self._settlement_of = settlement_before
+
+        return restore
 
     def _renew(self) -> Metering:
         """Leave the parent's queue to the parent, and start with an empty one."""

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from bisect import bisect_left
+from collections import Counter, defaultdict, deque
+from typing import Any, TypeAlias
 
 import msgspec
 
+#: Reasons for which an event is lost, and not a meter before it became one.
+LOSSES = ("queue_full", "dry_run", "spool_full", "spool_error", "too_large")
+#: The upper bounds, in seconds, of the classes in which durations are counted.
+BOUNDS = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+    1_800.0, 3_600.0,
+)  # fmt: skip
+#: Durations that are kept one by one until somebody fetches them.
+_RECENT = 10_000
+
+ByReason: TypeAlias = dict[str, int]
+
+
+class Durations(msgspec.Struct, frozen=True):
+    """How often something took how long."""
+
+    #: One class for each of ``BOUNDS``, and one for what is longer.
+    counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
+    #: Of all of them together, in seconds.
+    seconds: float = 0.0
+
+    def __add__(self, other: Durations) -> Durations:
+        return Durations(
+            tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)),
+            self.seconds + other.seconds,
+        )
+
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """The counts of one process since its start.
+    """The counts of one process since its start, or of several, added with ``+``.
 
-    ``settled`` = requests that became events + the sum of ``not_metered``;
-    ``events`` = ``delivered`` + ``waiting`` + ``dead_lettered`` + what was dropped
-    after it had become an event (``queue_full``, ``dry_run``,
-    ``spool_full``, ``spool_error``, ``too_large``).
+    Nothing is derived from anything else, so these two equations are a proof::
 
-    With a spool ``delivered``, ``waiting`` and so ``events`` are of the directory: what
-    this process delivered for all, and what any process has still in it.
+        settled == metered + sum(not_metered.values())
+        events == delivered + waiting + dead_lettered + lost
+
+    They hold for a process that delivers from memory. With a spool ``delivered`` is
+    what this process delivered for all, and ``waiting`` is of the directory: the
+    second equation holds for all of its processes together, from an empty spool on.
+    Between two looks a batch may be on its way from one figure to the other.
     """
 
     #: Requests whose response has ended.
     settled: int
+    #: Requests that became events.
+    metered: int
     #: Events made of them.
     events: int
     #: Events that OpenMeter took.
@@ -28,9 +61,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     #: Events in the queue, those being sent included. Of a large spool an estimate.
     waiting: int
     #: Requests that became no event, by reason …
-    not_metered: dict[str, int]
+    not_metered: ByReason
     #: Events and meters lost, by reason.
-    dropped: dict[str, int]
+    dropped: ByReason
     #: Events that OpenMeter refuses for good.
     dead_lettered: int
     #: Attempts that may have arrived although no answer said so.
@@ -38,15 +71,88 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     #: Attempts after the first one of a batch.
     retries: int
     #: … and the same by policy (``default``, or the rule of a route), then by reason.
-    not_metered_by_policy: dict[str, dict[str, int]] = {}
+    not_metered_by_policy: dict[str, ByReason] = {}
+    #: Of the events that wait, those in the spool: all of its processes see the same.
+    waiting_in_spool: int = 0
+    #: The size of what waits, in bytes, and the time of the oldest of it in seconds
+    #: since 1970. An event to which you gave a time counts by that.
+    waiting_bytes: int = 0
+    oldest_at: float | None = None
     #: Events that the spool could not take and that waited in memory instead.
     unspooled: int = 0
     #: Decisions about entitlements: allowed, by where the answer came from …
-    allowed: dict[str, int] = {}
-    #: … denied, by reason …
-    denied: dict[str, int] = {}
+    allowed: ByReason = {}
+    #: … features denied, by reason …
+    denied: ByReason = {}
     #: … and let through all the same, by the reason that there was.
-    let_through: dict[str, int] = {}
+    let_through: ByReason = {}
+    #: Decisions that denied, by where the answer came from …
+    denied_by_source: ByReason = {}
+    #: … and those that let through all the same.
+    let_through_by_source: ByReason = {}
+    #: How old the oldest event of a batch was when OpenMeter took it.
+    delivery_seconds: Durations = Durations()
+    #: How long OpenMeter took for an attempt, whatever it answered.
+    attempt_seconds: Durations = Durations()
+
+    @property
+    def lost(self) -> int:
+        """Events that were made and dropped, for the reasons in `LOSSES`."""
+        return sum(self.dropped.get(reason, 0) for reason in LOSSES)
+
+    @property
+    def unaccounted(self) -> int:
+        """Events of which nothing is known any more: 0, but for a crash."""
+        known = self.delivered + self.waiting + self.dead_lettered + self.lost
+        return self.events - known
+
+    def __add__(self, other: Stats) -> Stats:
+        """Return the counts of two processes together."""
+        added = {
+            name: _added(getattr(self, name), getattr(other, name))
+            for name in self.__struct_fields__
+        }
+        in_spool = max(self.waiting_in_spool, other.waiting_in_spool)
+        added["waiting"] -= added["waiting_in_spool"] - in_spool
+        added["waiting_in_spool"] = in_spool
+        if self.oldest_at and other.oldest_at:
+            added["oldest_at"] = min(self.oldest_at, other.oldest_at)
+        return Stats(**added)
+
+
+def _added(left: Any, right: Any) -> Any:
+    if left is None or right is None:
+        return right if left is None else left
+    if not isinstance(left, dict):
+        return left + right
+    return {k: _added(left.get(k), right.get(k)) for k in {**left, **right}}
+
+
+class RunningDurations:
+    """The running counts behind `Durations`. Added to as `Counts` are."""
+
+    __slots__ = ("_counts", "_recent", "_seconds")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BOUNDS) + 1)
+        self._seconds = 0.0
+        self._recent: deque[float] | None = None
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(BOUNDS, seconds)] += 1
+        self._seconds += seconds
+        if self._recent is not None:
+            self._recent.append(seconds)
+
+    def fetch_recent(self) -> list[float]:
+        """Return each one since the last call, the first call excepted."""
+        recent, self._recent = self._recent, deque(maxlen=_RECENT)
+        return list(recent or ())
+
+    def snapshot(self) -> Durations:
+        """Return the counts as they are now."""
+        return Durations(tuple(self._counts), self._seconds)
 
 
 class Counts:
@@ -54,16 +160,20 @@ class Counts:
 
     Request threads and the sender add to them without a lock: `x.n += 1` calls
     nothing, and CPython 3.10 and later hand over the GIL only at calls and at
-    jumps backwards.
+    jumps backwards. So what is added is never worked out in the same statement.
     """
 
     __slots__ = (
-        "allowed", "ambiguous", "dead_lettered", "delivered", "denied", "dropped",
-        "let_through", "retries", "settled", "unspooled",
+        "allowed", "ambiguous", "attempt_seconds", "dead_lettered", "delivered",
+        "delivery_seconds", "denied", "denied_by_source", "dropped", "events",
+        "let_through", "let_through_by_source", "metered", "retries", "settled",
+        "unspooled",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.settled = 0
+        self.metered = 0
+        self.events = 0
         self.delivered = 0
         self.dead_lettered = 0
         self.ambiguous = 0
@@ -73,3 +183,45 @@ class Counts:
         self.allowed: defaultdict[str, int] = defaultdict(int)
         self.denied: defaultdict[str, int] = defaultdict(int)
         self.let_through: defaultdict[str, int] = defaultdict(int)
+        self.denied_by_source: defaultdict[str, int] = defaultdict(int)
+        self.let_through_by_source: defaultdict[str, int] = defaultdict(int)
+        self.delivery_seconds = RunningDurations()
+        self.attempt_seconds = RunningDurations()
+
+    def stats(
+        self,
+        *,
+        waiting: int,
+        waiting_in_spool: int,
+        waiting_bytes: int,
+        oldest_at: float | None,
+        not_metered: dict[str, ByReason],
+    ) -> Stats:
+        """Return the counts as they are now, with what only others know."""
+        by_reason: Counter[str] = sum(map(Counter, not_metered.values()), Counter())
+        # A dictionary is copied in one call: others go on adding to it.
+        dropped = dict(self.dropped)
+        return Stats(
+            settled=self.settled,
+            metered=self.metered,
+            events=self.events,
+            delivered=self.delivered,
+            waiting=waiting,
+            waiting_in_spool=waiting_in_spool,
+            waiting_bytes=waiting_bytes,
+            oldest_at=oldest_at,
+            not_metered=dict(by_reason),
+            not_metered_by_policy={k: v for k, v in not_metered.items() if v},
+            dropped={reason: n for reason, n in dropped.items() if n},
+            dead_lettered=self.dead_lettered,
+            ambiguous=self.ambiguous,
+            retries=self.retries,
+            unspooled=self.unspooled,
+            allowed=dict(self.allowed),
+            denied=dict(self.denied),
+            let_through=dict(self.let_through),
+            denied_by_source=dict(self.denied_by_source),
+            let_through_by_source=dict(self.let_through_by_source),
+            delivery_seconds=self.delivery_seconds.snapshot(),
+            attempt_seconds=self.attempt_seconds.snapshot(),
+        )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from openmeter_wsgi.errors import MeterValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MILLISECONDS = tuple(f".{n:03}Z" for n in range(1000))
 #: The running second and its text: formatting it costs more than the rest of an
@@ -15,16 +19,41 @@ _MILLISECONDS = tuple(f".{n:03}Z" for n in range(1000))
 _second: tuple[int, str] = (0, "1970-01-01T00:00:00")
 
 
+_now: Callable[[], float] = time.time
+
+
+def go_by(clock: Callable[[], float]) -> Callable[[], float]:
+    """Let *clock* say what time it is (seconds since 1970); return what did before."""
+    global _now
+    before, _now = _now, clock
+    return before
+
+
 def timestamp() -> str:
     """Return the present moment, to the millisecond. Any thread."""
     global _second  # noqa: PLW0603 - a cache, see above
-    now = time.time()
+    now = _now()
     second = int(now)
     known, text = _second
     if second != known:
         text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         _second = (second, text)
     return text + _MILLISECONDS[int((now - second) * 1000)]
+
+
+class _Timed(msgspec.Struct):
+    time: datetime
+
+
+def moment_of(event: bytes) -> float | None:
+    """Return the time of an encoded event, in seconds since 1970, None if it has none.
+
+    That of its request, or what the application has stated instead.
+    """
+    try:
+        return msgspec.json.decode(event, type=_Timed).time.timestamp()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def rfc3339(value: object, what: str) -> str:

@@ -10,11 +10,15 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.beginning import Beginning
 from openmeter_wsgi.delivery.sender import MAX_DELAY
 from openmeter_wsgi.delivery.waking import Signal
+from openmeter_wsgi.delivery.watching import Backlog
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openmeter_wsgi.client import OpenMeterClient
     from openmeter_wsgi.delivery.sender import Sender
     from openmeter_wsgi.policy import Policy
@@ -48,6 +52,8 @@ class BackgroundDelivery:
 
     _events: Source
     _sender: Sender
+    #: Whether all was done that the first settled request brings about.
+    started = True
     #: None: whoever puts wakes the thread, and an idle one waits for ever.
     _poll: float | None = None
 
@@ -74,12 +80,28 @@ class BackgroundDelivery:
         self._exiting = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._beginning = Beginning()
         self._sending = threading.Lock()
+
+    def announce(self, begin: Callable[[], None]) -> None:
+        """Have *begin* called once, when the first request is settled."""
+        self._beginning.add(begin)
+        self.started = False
 
     @property
     def waiting(self) -> int:
         """How many events are not delivered yet."""
-        raise NotImplementedError
+        return self.in_spool.events + self.in_memory.events
+
+    @property
+    def in_spool(self) -> Backlog:
+        """What of them any process that shares the spool can deliver."""
+        return Backlog()
+
+    @property
+    def in_memory(self) -> Backlog:
+        """What of them is lost if this process dies."""
+        return Backlog()
 
     def close(self, timeout: float | None = None) -> None:
         """Send what waits until *timeout*, then stop and say what is left.

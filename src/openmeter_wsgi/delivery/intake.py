@@ -17,6 +17,7 @@ from openmeter_wsgi.delivery.journal import (
 )
 from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
 from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
+from openmeter_wsgi.health import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,8 @@ class Intake:
         self._fallbacks: dict[str, DeliveryQueue] = {}
         self._failure = SpoolError("not tried yet")
         self._retry_at = 0.0
+        #: Since when the disk takes nothing, how many events it did not, and why.
+        self._failing: tuple[float, int, SpoolError] | None = None
 
     def put(self, event: bytes) -> None:
         """Take *event*. Any thread; never raises, never waits for delivery."""
@@ -79,6 +82,9 @@ class Intake:
         except Exception as error:
             logger.exception("%s: the spool failed by our own fault", "put")
             self._put_elsewhere(event, SpoolError(str(error)))
+        else:
+            if self._failing is not None:
+                self._recovered()
         self._moved_on()
 
     def _append(self, line: bytes) -> None:
@@ -124,18 +130,56 @@ class Intake:
         reason = "spool_full" if isinstance(error, SpoolFull) else "spool_error"
         if self._policy.delivery == "ship":
             self._counts.dropped[reason] += 1
-            logger.error("%s: the spool takes no event; they are dropped", error)
+            self._note(error)
+            logger.error(
+                "%s: the spool takes no event; new ones are lost and counted as %s "
+                "until it does",
+                error, reason,
+            )  # fmt: skip
             return
         self._counts.unspooled += 1
+        self._note(error)
         logger.error(
-            "%s: the spool takes no event; they wait in memory and are lost if this "
-            "process dies",
+            "%s: the spool takes no event; until it does, new ones are sent from "
+            "memory and are lost if this process dies",
             error,
         )
         fallback = self.fallback or self._fallbacks.setdefault(
             "queue", self._new_fallback(reason)
         )
         fallback.put(event)
+
+    def _note(self, error: SpoolError) -> None:
+        since, events, _ = self._failing or (time.monotonic(), 0, error)
+        self._failing = (since, events + 1, error)
+
+    def _recovered(self) -> None:
+        failing, self._failing = self._failing, None
+        if failing is not None:
+            since, events, _ = failing
+            logger.warning(
+                "%s: the spool takes events again after %.0f s, in which %d were %s",
+                self._directory, time.monotonic() - since, events, self._fate,
+                extra=log.OVER,
+            )  # fmt: skip
+
+    @property
+    def _fate(self) -> str:
+        return "lost" if self._policy.delivery == "ship" else "left to memory"
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why the disk did not take the last event, None if it did."""
+        if self._failing is None:
+            return None
+        since, events, error = self._failing
+        loses = self._policy.delivery == "ship"
+        return Problem(
+            "spool_dropping" if loses else "spool_failing",
+            f"the spool takes no event for {time.monotonic() - since:.0f} s now "
+            f"({error}); {events} were {self._fate}",
+            loses=loses,
+        )
 
     @property
     def owner(self) -> str | None:

@@ -12,6 +12,8 @@ from openmeter_wsgi.delivery.watermark import Marks
 if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
 
+_TYPICAL_EVENT = 250
+
 
 class MemoryQueue:
     """Encoded events of one process, waiting or being sent.
@@ -73,6 +75,27 @@ class MemoryQueue:
         """How many events wait or are being sent."""
         with self._moved:
             return len(self._events) + self._taken
+
+    @property
+    def size(self) -> int:
+        """The size of all events that wait or are being sent."""
+        return self._put_bytes - self._done_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an event of usual size would find no room."""
+        return (
+            self.waiting >= self._max_events
+            or self.size + _TYPICAL_EVENT > self._max_bytes
+        )
+
+    @property
+    def first(self) -> list[bytes]:
+        """The event that is taken next, if there is one."""
+        try:
+            return [self._events[0]]
+        except IndexError:
+            return []
 
     def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
         """Return the oldest events, as many as one batch may hold, at least one."""

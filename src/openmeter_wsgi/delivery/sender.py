@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.trouble import Trouble
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
+from openmeter_wsgi.timestamps import moment_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,6 +89,12 @@ class Sender:
         self._suspects: deque[_Batch] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
+        self.trouble = Trouble()
+
+    @property
+    def oldest(self) -> list[bytes]:
+        """The first event of each batch that is being tried or stands aside."""
+        return [batch.events[0] for batch in [*self._pending, *self._suspects]]
 
     @property
     def busy(self) -> bool:
@@ -111,6 +120,7 @@ class Sender:
         batch = self._pending[0]
         if batch.failures:
             self._counts.retries += 1
+        began = time.perf_counter()
         try:
             self._client.ingest(batch.events)
         except Expired as error:
@@ -119,6 +129,8 @@ class Sender:
             return self._refused(error)
         except DeliveryError as error:
             return self._failed(batch, error)
+        finally:
+            self._counts.attempt_seconds.add(time.perf_counter() - began)
         self._delivered()
         return 0.0
 
@@ -132,7 +144,10 @@ class Sender:
         batch = self._pending.popleft()
         self._accepted += 1
         self._refused_in_a_row = 0
-        self._counts.delivered += len(batch.events)
+        n = len(batch.events)
+        self._counts.delivered += n
+        self._counts.delivery_seconds.add(max(_age(batch.events[0]), 0.0))
+        self.trouble.is_over(n)
         self._done(batch.events)
         self.retry_suspects()
 
@@ -146,7 +161,8 @@ class Sender:
         delay = self._backoff(batch.failures)
         if error.retry_after is not None:
             delay = max(delay, error.retry_after)  # 0 is no leave to hammer
-        self._say_failed(error, delay)
+        self.trouble.note(error)
+        self._say_failed(batch, error, delay)
         return delay
 
     def _refused(self, error: DeliveryError) -> float:
@@ -164,6 +180,7 @@ class Sender:
             self._refused_in_a_row += 1
         if self._refused_in_a_row < 2:
             return 0.0
+        self.trouble.note(error, refused=True)
         delay = self._backoff(self._refused_in_a_row)
         logger.error(
             "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
@@ -191,7 +208,8 @@ class Sender:
         if self._keep_buried is not None:
             for event in events:
                 self._keep_buried(event, error)
-        self._counts.dead_lettered += len(events)
+        n = len(events)
+        self._counts.dead_lettered += n
         self._done(events)
 
     def _bury(self, events: list[bytes], error: DeliveryError) -> None:
@@ -208,15 +226,21 @@ class Sender:
         """Full jitter: what failed together is not tried again together."""
         return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
 
-    def _say_failed(self, error: DeliveryError, delay: float) -> None:
+    def _say_failed(self, batch: _Batch, error: DeliveryError, delay: float) -> None:
         answer = f"answered {error.status}" if error.status else "did not answer"
-        level = logging.ERROR if isinstance(error, Held) else logging.WARNING
+        held = isinstance(error, Held)
         logger.log(
-            level,
-            "OpenMeter %s (%s); its batch and all behind it are kept, next attempt in "
-            "%.1f s",
-            answer, error.reason, delay,
+            logging.ERROR if held else logging.WARNING,
+            "OpenMeter %s (%s); %d events and all behind them are kept%s, next attempt "
+            "in %.1f s",
+            answer, error.reason, len(batch.events),
+            " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
+
+
+def _age(event: bytes) -> float:
+    moment = moment_of(event)
+    return 0.0 if moment is None else time.time() - moment
 
 
 def _shortened(event: bytes) -> bytes:

@@ -18,11 +18,13 @@ from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
 from openmeter_wsgi.delivery.spool_sender import SpoolSender
 from openmeter_wsgi.delivery.starvation import threads_starve
+from openmeter_wsgi.delivery.watching import Backlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.client import OpenMeterClient
+    from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
@@ -61,6 +63,7 @@ class SpoolQueue(SpoolSender):
 
     def start(self) -> None:
         """Start the threads, if this process has any: see to what others left."""
+        self._beginning.make()
         self._start()
 
     def _new_fallback(self, when_full: str) -> DeliveryQueue:
@@ -77,13 +80,30 @@ class SpoolQueue(SpoolSender):
     # -- Waiting for delivery
 
     @property
-    def waiting(self) -> int:
-        """How many events of the directory are not delivered, by any process.
+    def in_spool(self) -> Backlog:
+        """What of the directory is not delivered, by any process.
 
         An estimate where it is more than some ten thousand.
         """
+        return watching.backlog(self._directory)
+
+    @property
+    def in_memory(self) -> Backlog:
+        """What waits here because the disk did not take it."""
         fallback = self._intake.fallback
-        return watching.waiting(self._directory) + (fallback.waiting if fallback else 0)
+        return fallback.in_memory if fallback else Backlog()
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong now, as far as this process knows."""
+        found = []
+        sender = getattr(self, "_sender", None)  # there while it is this one's turn
+        if sender is not None and (problem := sender.trouble.problem) is not None:
+            found.append(problem)
+        if (problem := self._intake.problem) is not None:
+            found.append(problem)
+        fallback = self._intake.fallback
+        return found + fallback.problems if fallback else found
 
     def delivered_until(self) -> float:
         """Return a moment (wall clock) before which all that was put is delivered.
@@ -161,6 +181,7 @@ class SpoolQueue(SpoolSender):
     def _start(self) -> None:
         self._closing = self._stopping = False
         if self._policy.delivery == "ship":
+            self.started = True
             return
         if threads_starve():
             self._do_without_threads()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi.delivery import progress
 from openmeter_wsgi.delivery.segment import (
@@ -13,6 +13,7 @@ from openmeter_wsgi.delivery.segment import (
     read_name,
     whole_end,
 )
+from openmeter_wsgi.timestamps import moment_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 #: So many bytes are counted exactly; of more, the number of events is estimated.
 _COUNTED_BYTES = 16 * 1024 * 1024
 _TYPICAL_EVENT = 250
+#: An event that is longer is not asked for its time.
+_FIRST_LINE = 65_536
 #: Seconds between two looks; nothing wakes one process when another delivers.
 _INTERVAL = 0.02
 
@@ -62,18 +65,30 @@ def wait_until_done(
     return True
 
 
-def waiting(directory: Path) -> int:
-    """Return how many events are not delivered; an estimate where there are many."""
+class Backlog(NamedTuple):
+    """What waits for delivery."""
+
+    events: int = 0
+    bytes: int = 0
+    #: The time of the oldest of them, in seconds since 1970, None if there is none.
+    oldest_at: float | None = None
+
+
+def backlog(directory: Path) -> Backlog:
+    """Return what is not delivered; an estimate where that is much."""
     done = _done(directory)
     events = counted = rest = 0
+    moments: list[float] = []
     for name in _names(directory):
         ranges = done.get(name.key, [])
         if (fd := _opened(directory, name)) is None:
             continue
         with open(fd, "rb", buffering=0):
             size = os.fstat(fd).st_size
+            first = progress.first_gap(ranges)
+            moments += _moments(os.pread(fd, _FIRST_LINE, first))
             if counted > _COUNTED_BYTES:
-                rest += size - progress.first_gap(ranges)
+                rest += size - first
                 continue
             start = 0
             for low, high in [*ranges, (size, size)]:
@@ -83,7 +98,16 @@ def waiting(directory: Path) -> int:
                 counted += len(text.rstrip(b"\0"))
                 start = high
     per_event = counted / events if events else _TYPICAL_EVENT
-    return events + round(rest / per_event)
+    return Backlog(
+        events + round(rest / per_event), counted + rest, min(moments, default=None)
+    )
+
+
+def _moments(text: bytes) -> list[float]:
+    """Return the time of the first event in *text*, if there is one."""
+    line, newline, _ = text.lstrip(b"\n").partition(b"\n")
+    moment = moment_of(line) if newline else None
+    return [] if moment is None else [moment]
 
 
 def _names(directory: Path) -> list[SegmentName]:

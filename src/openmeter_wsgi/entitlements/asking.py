@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.breaker import Breaker
@@ -40,6 +40,21 @@ class Question(NamedTuple):
 #: Puts the question to OpenMeter and remembers the answer. The callable that it is
 #: given says, once, that who waits need wait no longer.
 Answering: TypeAlias = "Callable[[QuestionClient, Question, Callable[[], None]], None]"
+
+
+class Asks(Protocol):
+    """Puts questions to OpenMeter, or to what stands in for it. Any thread."""
+
+    breaker: Breaker
+
+    def ask(self, question: Question) -> None:
+        """Ask, and wait for the answer, if asking makes sense now."""
+
+    def refresh(self, question: Question) -> None:
+        """Ask without waiting, if asking makes sense now."""
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
 
 
 class Asker:

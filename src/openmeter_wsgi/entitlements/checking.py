@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.asking import Asker, Question
+from openmeter_wsgi.entitlements.asking import Question
 from openmeter_wsgi.entitlements.decision import Decision, Denial, Source
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
 from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.health import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from openmeter_wsgi.entitlements.asking import Answering, Asks
     from openmeter_wsgi.entitlements.countdown import Countdown
     from openmeter_wsgi.options.entitlements import FailMode
     from openmeter_wsgi.questions import Answer, QuestionClient, Terms
@@ -26,15 +28,6 @@ _TERMS_HOLD = 600.0
 _LITTLE = 0.2
 
 
-class QuestionLimits(NamedTuple):
-    """How OpenMeter may be asked."""
-
-    #: Seconds that a request waits for an answer.
-    timeout: float
-    #: Tokens that first sights leave to customers that are known.
-    reserve: float
-
-
 class Entitlements:
     """What one process knows of entitlements, and how it learns more.
 
@@ -44,23 +37,15 @@ class Entitlements:
     def __init__(
         self,
         *,
-        new_client: Callable[[], QuestionClient],
-        take_question: Callable[[float], float],
+        new_asker: Callable[[Answering], Asks],
         countdown: Countdown,
         lifetimes: Lifetimes,
-        limits: QuestionLimits,
         cache_size: int,
     ) -> None:
         self.countdown = countdown
         self._answers = KnownAnswers(cache_size)
         self._lifetimes = lifetimes
-        self._asker = Asker(
-            new_client=new_client,
-            answering=self._answer,
-            take_question=take_question,
-            timeout=limits.timeout,
-            reserve=limits.reserve,
-        )
+        self._asker = new_asker(self._answer)
 
     def decide(
         self, customer: str, features: tuple[str, ...], fail_mode: FailMode
@@ -97,6 +82,17 @@ class Entitlements:
     def invalidate(self, customer: str, feature: str | None = None) -> None:
         """Forget what was said of *customer*: the next request asks."""
         self._answers.forget(customer, feature)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with asking now."""
+        if not self._asker.breaker.is_open:
+            return []
+        text = (
+            "OpenMeter does not say who may; known answers hold for max_stale, then "
+            "fail_mode decides"
+        )
+        return [Problem("entitlements", text)]
 
     def close(self) -> None:
         """Close connections, and hand back what was set apart for this process."""

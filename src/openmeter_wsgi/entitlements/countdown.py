@@ -28,10 +28,18 @@ class Countdown:
     balance.
     """
 
-    def __init__(self, ledger: Ledger, meters: Mapping[str, CountedMeter]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        meters: Mapping[str, CountedMeter],
+        *,
+        tends: bool = True,
+    ) -> None:
         #: By feature.
         self.meters = meters
         self._ledger = ledger
+        #: Whether a thread looks after what is leased: in a short life none is needed.
+        self._tends = tends
         self._tending: threading.Thread | None = None
         self._closed = threading.Event()
         self._pid = os.getpid()
@@ -42,7 +50,7 @@ class Countdown:
         """Take over the balance that OpenMeter said; *asked_at* is wall clock."""
         if balance is not None and feature in self.meters:
             self._ledger.account(_key(customer, feature)).answered(balance, asked_at)
-            if self._tending is None:
+            if self._tending is None and self._tends:
                 self._start_tending()
 
     def reserve(

@@ -218,6 +218,8 @@ class Gate:
             return
         passes = decision.allowed or not self.policy.enforce
         told = counts.let_through if passes else counts.denied
+        by_source = counts.let_through_by_source if passes else counts.denied_by_source
+        by_source[decision.source] += 1
         for denial in decision.denied:
             told[denial.reason] += 1
             _tell(denial, subject, passes=passes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.entitlements.checking import Entitlements, QuestionLimits
+from openmeter_wsgi.entitlements.asking import Asker
+from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
 from openmeter_wsgi.ledger import Ledger, open_store
@@ -28,19 +30,22 @@ def entitlements_of(
     ledger = Ledger(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
     )
+    new_client = partial(
+        QuestionClient,
+        url=policy.entitlements_url or policy.api_url,
+        path=policy.entitlements_path,
+        key=policy.questions_key,
+        timeout=policy.entitlement_timeout,
+    )
     return Entitlements(
-        new_client=lambda: QuestionClient(
-            url=policy.entitlements_url or policy.api_url,
-            path=policy.entitlements_path,
-            key=policy.questions_key,
+        new_asker=lambda answering: Asker(
+            new_client=new_client,
+            answering=answering,
+            take_question=lambda reserve: store.take_question(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
+            reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
-        take_question=lambda reserve: store.take_question(rate, reserve=reserve),
         countdown=Countdown(ledger, policy.entitlement_meters),
         lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
-        limits=QuestionLimits(
-            policy.entitlement_timeout,
-            max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
-        ),
         cache_size=policy.entitlement_cache_size,
     )

@@ -1,0 +1,25 @@
+"""The fixture ``openmeter``: what an application would bill, in its own tests.
+
+This module is imported in every run of pytest where the package is installed, whether
+it is needed there or not: so it stands outside of it, and imports nothing of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openmeter_wsgi.testing import OpenMeter
+
+
+@pytest.fixture
+def openmeter() -> Iterator[OpenMeter]:
+    """Stand in for OpenMeter: collect what every OpenMeterMiddleware would send."""
+    from openmeter_wsgi.testing import OpenMeter
+
+    with OpenMeter() as stand_in:
+        yield stand_in
