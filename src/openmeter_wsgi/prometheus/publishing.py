@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ class _Publisher:
 
     def publish(self) -> None:
         """Write what has changed. Any thread."""
-        if os.getpid() != self._metering.pid:
+        if not self._metering.is_own[0]:
             return
         with self._writing:
             stats = self._metering.stats()
