@@ -20,7 +20,7 @@ from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
 from openmeter_wsgi.delivery import directory
 from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND
-from test_sandbox_support import Api
+from test_sandbox_support import Api, event
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,10 @@ def test_on_a_terminal_it_is_coloured_and_wrapped(sandbox):
         os.close(shown)
         assert process.wait(20) == 0, said
 
-    assert b"\x1b[32mok" in said
+    lines = said.decode().splitlines()
+    assert lines[0] == f"\x1b[1mChecking {sandbox.url}\x1b[0m"
+    assert any(line.startswith("\x1b[32m✓\x1b[0m  server ") for line in lines)
+    assert "\x1b[32m8 ok\x1b[0m" in lines[-1]
 
 
 # -- The configuration
@@ -195,9 +198,10 @@ def test_a_server_that_is_not_there_fails_and_the_rest_is_unknown(openmeter):
         "clock": "unknown",
         "event": "unknown",
         "meters": "unknown",
+        "features": "unknown",
         "deduplication": "unknown",
     }
-    assert "Connection refused" in findings["server"]["found"]
+    assert findings["server"]["found"].endswith("does not answer: connection refused")
 
 
 def test_a_server_that_is_silent_fails(openmeter):
@@ -379,9 +383,10 @@ def test_a_path_that_is_not_read_here_is_unknown(openmeter):
     assert findings["meter 'a'"]["severity"] == "unknown"
 
 
-def test_meters_that_the_policy_does_not_feed_are_told(sandbox, api):
+def test_meters_that_something_else_feeds_are_told(sandbox, api):
     api.meter("calls", "COUNT", eventType="call")
     api.meter("tokens", "COUNT", eventType="llm")
+    api.ingest(event(type="llm"))
     others = found(api_url=sandbox.url, meters='{"call": 1}')["other meters"]
 
     assert others["severity"] == "ok"

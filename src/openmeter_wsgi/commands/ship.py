@@ -14,14 +14,10 @@ from typing import TYPE_CHECKING
 import click
 
 from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.commands.exit_codes import EXIT_CODES
 from openmeter_wsgi.commands.letters import DeadLetterFile
 from openmeter_wsgi.commands.locks import holder
-from openmeter_wsgi.commands.opening import (
-    EXIT_CODES,
-    open_spool,
-    read_policy,
-    spool_options,
-)
+from openmeter_wsgi.commands.opening import open_spool, read_policy, spool_options
 from openmeter_wsgi.commands.output import printable
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.ownership import ELECTION
