@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 def spool_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which spool, and under which policy."""
-    directory = click.option(
+    return spool_dir_option(policy_option(command))
+
+
+def spool_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says which spool."""
+    return click.option(
         "--spool-dir",
         envvar="OPENMETER_SPOOL_DIR",
         show_envvar=True,
         type=click.Path(),
         help="Directory of the spool.",
-    )
-    return directory(policy_option(command))
+    )(command)
 
 
 def policy_option(command: Callable[..., Any]) -> Callable[..., Any]:
