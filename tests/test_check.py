@@ -12,12 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
-from openmeter_wsgi.commands.check import command
+from openmeter_wsgi.commands.check import command, look
 from openmeter_wsgi.commands.checks import event as event_check
 from openmeter_wsgi.commands.checks import repetition, spool_directory
 from openmeter_wsgi.commands.checks.findings import MARK
 from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
 from openmeter_wsgi.delivery import directory
+from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND
 from test_sandbox_support import Api, event
@@ -142,6 +143,26 @@ def test_on_a_terminal_it_is_coloured_and_wrapped(sandbox):
 
 
 # -- The configuration
+
+
+def test_a_command_of_a_framework_brings_the_policy_of_its_settings(sandbox):
+    made = []
+
+    def policy_of_settings():
+        made.append(Policy(api_url=sandbox.url, meter_on_status_codes="201"))
+        return made[0]
+
+    result = CliRunner().invoke(
+        command, ["--json", "--no-dedupe-check"], obj=policy_of_settings
+    )
+
+    findings = json.loads(result.stdout)["findings"]
+    assert (result.exit_code, len(made)) == (0, 1)
+    assert ["billed status codes", "201"] in [
+        [one["name"], one["found"]] for one in findings
+    ]
+    names = [finding.name for finding in look(made[0])]
+    assert [one["name"] for one in findings] == names
 
 
 def test_every_problem_of_a_configuration_is_told():

@@ -99,7 +99,7 @@ def command(
         raise click.UsageError("--app has its own policy: leave the other one out.")
     try:
         with warnings_told() as before:
-            policy, found = _configured(policy_file, api_url, app_name)
+            policy, found = _configured(policy_file, api_url, app_name, context.obj)
     except (ConfigError, NoApplication) as error:
         print_findings(_problems(error), None, as_json=as_json)
         context.exit(2)
@@ -165,13 +165,19 @@ def _obstacle(check: Check, situation: Situation) -> str | None:
 
 
 def _configured(
-    file: str | None, url: str | None, app_name: str | None
+    file: str | None,
+    url: str | None,
+    app_name: str | None,
+    policy_of_framework: Callable[[], Policy] | None,
 ) -> tuple[Policy | None, list[Finding]]:
     """Return the policy that is checked, and what is found of the application.
 
     :raises ConfigError: if the policy is none.
     :raises NoApplication: if there is no application of this name.
     """
+    if policy_of_framework is not None:
+        # A framework's own command has the policy of its settings.
+        return policy_of_framework(), []
     if app_name is not None:
         found = middlewares(load_application(app_name))
         policy = found[0].policy if found else None
