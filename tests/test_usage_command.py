@@ -74,6 +74,13 @@ def test_all_meters_are_shown_in_lines_of_fields(sandbox):
     ]
 
 
+def test_a_meter_that_has_counted_nothing_is_shown_too(sandbox):
+    result = usage(sandbox, "calls", "tokens", "--subject", "hooli", "--from", "1h")
+
+    assert result.output.splitlines()[1:] == ["calls\t-\t-\t-\t-", "tokens\t-\t-\t-\t-"]
+    assert rows(sandbox, "calls", "--from", "1h") == []
+
+
 def test_usage_is_cut_by_subject_and_dimension(sandbox):
     found = rows(sandbox, "tokens", "--group-by", "subject", "--group-by", "model")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.commands.exit_codes import EXIT_CODES
+from openmeter_wsgi.commands.exit_codes import EXIT_CODES, BadConfiguration
 from openmeter_wsgi.commands.letters import DeadLetterFile
 from openmeter_wsgi.commands.locks import holder
 from openmeter_wsgi.commands.opening import open_spool, read_policy, spool_options
@@ -46,7 +46,7 @@ def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> No
     directory = open_spool(spool_dir, may_be_empty=True)
     policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
     if policy.dry_run:
-        raise click.ClickException("dry_run is set, under which nothing is sent")
+        raise BadConfiguration("dry_run is set, under which nothing is sent")
     _log_to_stderr(_JsonLines() if as_json else _Lines())
     _erase_settled(directory)
     with stop_signals() as stopped:

@@ -107,6 +107,9 @@ def command(
     if as_json:
         print_json(rows)
     else:
+        counted = {row["meter"] for row in rows}
+        # Nothing is an answer, too.
+        rows += [_row(name, {}) for name in names if name not in counted]
         _print(rows, what)
 
 
@@ -184,6 +187,6 @@ def _print(rows: list[Document], what: dict[str, Any]) -> None:
     print_table(list(columns), cells, numbers=("value",))
 
 
-def _number(value: object) -> str:
+def _number(value: object) -> object:
     """Return a number with all its digits, and no power of ten."""
-    return f"{Decimal(repr(value)):f}" if isinstance(value, float) else str(value)
+    return f"{Decimal(repr(value)):f}" if isinstance(value, float) else value
