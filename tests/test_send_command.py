@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 from datetime import datetime
 
 import pytest
 from click.testing import CliRunner
 
-from openmeter_server import Answer, problem
+from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.commands import sending
 from openmeter_wsgi.commands.send import command
 from openmeter_wsgi.sandbox import Sandbox
@@ -237,7 +238,7 @@ def test_it_gives_up_when_the_time_is_over_and_says_what_is_left(openmeter):
     assert result.exit_code == 1
     assert result.stdout == "sent 1 of 3 events\n"
     assert result.stderr.startswith(
-        "Error: OpenMeter answers 503: no room; 2 events are not sent"
+        "Error: OpenMeter answers 503: no room; not sent: 2. Send the same again"
     )
 
 
@@ -255,6 +256,27 @@ def test_a_wrong_key_or_address_is_one_line_that_names_it(openmeter, answer, tol
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     assert told in result.stderr
+
+
+def test_an_interruption_says_what_is_left(openmeter, tmp_path):
+    openmeter.script += [Answer(204), HANG]
+    file = tmp_path / "events.jsonl"
+    file.write_text(lines(event("a"), event("b")))
+    variables = {"OPENMETER_API_URL": openmeter.url, "OPENMETER_BATCH_SIZE": "1"}
+    with subprocess.Popen(
+        [*COMMAND, "send", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+    ) as process:
+        openmeter.wait_for_requests(2)
+
+        process.send_signal(signal.SIGINT)
+
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "sent 1 of 2 events\n")
+    assert err.startswith("Error: interrupted; not sent: 1.")
 
 
 def test_a_key_never_shows(openmeter):

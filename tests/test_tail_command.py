@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -188,3 +189,21 @@ def test_without_a_spool_it_is_one_line(tmp_path, name, code, said):
     assert result.returncode == code
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_segment_that_its_sender_deletes_is_read_to_its_end_and_let_go(tmp_path):
+    spool = tmp_path / "spool"
+    with worker(spool) as living, Following(spool, everything=True) as following:
+        living.put(event("1"))
+        assert [json.loads(line)["id"] for line in following.poll()] == ["1"]
+        living.put(event("2"))
+        for segment in spool.glob("*.mapped"):
+            segment.unlink()
+
+        assert [json.loads(line)["id"] for line in following.poll()] == ["2"]
+
+        held = [
+            os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.exists()
+        ]
+        assert not [path for path in held if path.startswith(str(spool))]
+        assert list(following.poll()) == []

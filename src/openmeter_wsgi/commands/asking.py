@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _LIMIT = 100
 #: OpenMeter gives no longer pages.
 _PAGE = 1_000
+#: Whoever has more says the same page again and again.
+_MAX_PAGES = 100
 
 Document = dict[str, Any]
 Parameters = dict[str, str | int | list[str]]
@@ -77,13 +79,12 @@ class Listing:
         :raises NoAnswer: if the answer is none.
         """
         meters: list[Document] = []
-        page = 1
-        while True:
+        for page in range(1, _MAX_PAGES + 1):
             found = self._list("meters", page=page, pageSize=_PAGE)
             meters += found
             if len(found) < _PAGE:
-                return meters
-            page += 1
+                break
+        return meters
 
     def features(self) -> list[Document]:
         """Return all features.
@@ -91,11 +92,12 @@ class Listing:
         :raises NoAnswer: if the answer is none.
         """
         features: list[Document] = []
-        while True:
+        for _ in range(_MAX_PAGES):
             found = self._list("features", limit=_PAGE, offset=len(features))
             features += found
             if len(found) < _PAGE:
-                return features
+                break
+        return features
 
     def usage(self, meter: str, query: Mapping[str, str | list[str]]) -> list[Document]:
         """Return the rows of a meter.

@@ -142,6 +142,8 @@ class Outcome:
             sending.send(progress(self._events, "Sending", self._events.count))
         except GaveUp as error:
             self._error = str(error)
+        except KeyboardInterrupt:
+            self._error = "interrupted"
         finally:
             client.close()
         self._sent, self._refused = sending.sent, sending.refused
@@ -168,9 +170,9 @@ class Outcome:
         if self._error is not None:
             rest = count - self._sent - len(self._refused)
             click.echo(
-                f"Error: {printable(self._error)}; {rest} events are not sent: send "
-                "the same again, what has arrived is dropped by its id where "
-                "deduplication is on",
+                f"Error: {printable(self._error)}; not sent: {rest}. Send the same "
+                "again: what has arrived is dropped by its id, where deduplication is "
+                "on",
                 err=True,
             )
 

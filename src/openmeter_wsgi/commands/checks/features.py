@@ -106,6 +106,11 @@ def _look_at_one(
     meter = meters.get(str(found.get("meterSlug")))
     if meter is None:
         return ok(name, "there, and not measured by a meter")
+    return _quota(name, feature, meter, situation)
+
+
+def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Finding:
+    """Say whether what the policies send uses the quota up."""
     counted = situation.policy.entitlement_meters.get(feature)
     kind = event_type(meter)
     counts_down = getattr(counted, "type", kind)

@@ -66,15 +66,13 @@ def _look_at_one(
 def _value(name: str, sample: Sample, counting: Document) -> Finding:
     slug, path = counting.get("slug"), counting.get("valueProperty")
     how = counting.get("aggregation")
+    reads = f"the meter {slug!r} reads {path}"
     if how == "COUNT" or path is None:
         return ok(name, f"the meter {slug!r} counts its events")
-    reads = f"the meter {slug!r} reads {path}"
     if sample.data is None:
         return unknown(name, f"{reads}; what is in the data is known only at the end")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
-        return unknown(
-            name, f"the meter {slug!r} reads {path!r}, which is not read here"
-        )
+        return unknown(name, f"{reads}, which is not read here")
     value = _find(sample.data, path)
     if value is _NOWHERE:
         return failure(
@@ -115,8 +113,12 @@ def _unfed(situation: Situation, others: list[Document]) -> Iterator[Finding]:
     """Say of the meters that no policy feeds whether handlers or others feed them."""
     fed: list[Document] = []
     unfed: list[Document] = []
-    for meter in others[:_MAX_ASKED]:
-        (fed if _has_usage(situation, meter) else unfed).append(meter)
+    try:
+        for meter in others[:_MAX_ASKED]:
+            (fed if _has_usage(situation, meter) else unfed).append(meter)
+    except NoAnswer as error:
+        yield unknown("other meters", str(error), "use a key that may query meters")
+        return
     if unfed:
         yield warning(
             "meters without usage",
@@ -134,10 +136,7 @@ def _has_usage(situation: Situation, meter: Document) -> bool:
         hour=0, minute=0, second=0, microsecond=0
     )
     since = (today - datetime.timedelta(days=DAYS)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    try:
-        return bool(situation.listing.usage(str(meter.get("slug")), {"from": since}))
-    except NoAnswer:
-        return False
+    return bool(situation.listing.usage(str(meter.get("slug")), {"from": since}))
 
 
 def _named(meters: list[Document]) -> str:
