@@ -20,6 +20,7 @@ from openmeter_wsgi.commands.checks import event as event_check
 from openmeter_wsgi.commands.checks import repetition, spool_directory
 from openmeter_wsgi.delivery import directory
 from openmeter_wsgi.sandbox import Sandbox
+from spool_support import event, put, shipping
 from test_sandbox_support import Api
 
 NOBODY = 65534
@@ -422,6 +423,23 @@ def test_a_spool_on_the_own_layer_of_a_container(sandbox, tmp_path, monkeypatch)
     assert "mount a volume" in remedy
 
 
+def test_a_spool_that_nobody_ships(openmeter, tmp_path):
+    spool = tmp_path / "spool"
+    put(spool, event("1"))
+    options = {"api_url": openmeter.url, "spool_dir": spool, "delivery": "ship"}
+
+    _, wrong = check("--no-dedupe-check", **options)
+    with shipping(spool, openmeter) as ship:
+        ship.wait_for("is the sender")
+        _, shipped = check("--no-dedupe-check", **options)
+
+    severity, found, remedy = wrong["sender of the spool"]
+    assert severity == "warning"
+    assert "none is there: usage waits in the spool" in found
+    assert remedy == f"run openmeter-wsgi ship --spool-dir {spool}"
+    assert "sender of the spool" not in shipped
+
+
 # -- The application
 
 METERED = """
@@ -472,6 +490,15 @@ def test_a_middleware_that_is_wrapped_twice(sandbox, application, layers):
     assert f"{name} is wrapped 2 times; the outermost alone bills" in found
     assert ("never billed" in found) is apart
     assert "remove the others" in remedy
+
+
+def test_what_an_application_prints_is_not_taken_for_a_finding(application):
+    name = application("print('hello'); app = lambda environ, start_response: []")
+
+    result = CliRunner().invoke(command, ["--json", "--app", name])
+
+    assert json.loads(result.stdout)["findings"][0]["name"] == "application"
+    assert result.stderr == "hello\n"
 
 
 def test_an_application_that_is_not_wrapped(application):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -41,10 +42,12 @@ def load_application(name: str) -> Any:
     path = path.removesuffix("()") or "application"
     sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module_name)
-        for attribute in path.split("."):
-            found = getattr(found, attribute)
-        found = found() if made else found  # type: ignore[operator]
+        # What it prints must not be taken for what is found.
+        with contextlib.redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module_name)
+            for attribute in path.split("."):
+                found = getattr(found, attribute)
+            found = found() if made else found
     except (Exception, SystemExit) as error:
         # The application's own code may fail in any way.
         raise NoApplication(f"{name!r}: {type(error).__name__}: {error}") from error
