@@ -9,9 +9,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import get_completion_class
 from click.testing import CliRunner
 
 from openmeter_wsgi import cli
+from openmeter_wsgi.commands.completion import VARIABLE
 from openmeter_wsgi.version import VERSION
 from spool_support import COMMAND
 
@@ -117,45 +119,38 @@ def test_wrong_usage_ends_with_2_and_no_stack(name):
         ["send", "--type", "a", "--subject", "b"],
         ["usage"],
         ["check"],
-        ["ship", "--spool-dir", "."],
+        ["ship", "--spool-dir", "{empty}"],
     ],
     ids=lambda arguments: arguments[0],
 )
 def test_a_configuration_that_cannot_work_ends_with_2_everywhere(tmp_path, arguments):
-    process = run(*arguments, cwd=tmp_path, OPENMETER_API_URL="nowhere")
+    words = [word.format(empty=tmp_path) for word in arguments]
 
-    assert process.returncode == 2
-    assert "expected a URL" in process.stdout + process.stderr
-    assert "Traceback" not in process.stderr
+    result = CliRunner().invoke(GROUP, words, env={"OPENMETER_API_URL": "nowhere"})
+
+    assert result.exit_code == 2
+    assert "expected a URL" in result.output
 
 
 def test_the_version_is_told():
-    assert run("--version").stdout == f"{VERSION}\n"
-
-
-def run(*arguments, cwd=None, **variables):
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        cwd=cwd,
-        env=os.environ | variables,
-    )
+    assert CliRunner().invoke(GROUP, ["--version"]).output == f"{VERSION}\n"
 
 
 # -- Completion
 
 
-def completed(shell, *words):
-    """Return what the program answers to a shell that asks what fits."""
-    if shell == "fish":
-        typed = {"COMP_WORDS": " ".join(words[:-1]), "COMP_CWORD": words[-1]}
-    else:
-        typed = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
-    asked = {"_OPENMETER_WSGI_COMPLETE": f"{shell}_complete"}
-    return run(**typed, **asked).stdout
+@pytest.fixture
+def completed(monkeypatch):
+    """Return a function that answers a shell that asks what fits."""
+
+    def ask(shell, *words):
+        incomplete, number = words[-1], str(len(words) - 1)
+        monkeypatch.setenv("COMP_WORDS", " ".join(words))
+        monkeypatch.setenv("COMP_CWORD", incomplete if shell == "fish" else number)
+        kind = get_completion_class(shell)
+        return kind(GROUP, {}, "openmeter-wsgi", VARIABLE).complete()
+
+    return ask
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -167,7 +162,7 @@ def test_a_script_asks_the_program_for_what_fits(shell):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_commands_and_options_are_completed(shell):
+def test_commands_and_options_are_completed(completed, shell):
     commands = completed(shell, "openmeter-wsgi", "s")
     options = completed(shell, "openmeter-wsgi", "send", "--skip")
 

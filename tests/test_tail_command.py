@@ -94,13 +94,14 @@ def test_events_are_filtered_by_type_and_subject(tmp_path):
             assert tail.ids(2) == ["1", "4"]
 
 
-def test_in_a_pipe_a_line_has_its_fields_between_tabs(tmp_path):
+def test_in_a_pipe_a_line_has_its_fields_between_tabs_and_ctrl_c_ends_it(tmp_path):
     with worker(tmp_path / "spool") as living, tailing(tmp_path / "spool") as tail:
         living.put(event("1", time="2026-11-01T10:00:00Z", subject="\x1b[31mred"))
 
         assert tail.read() == [
             '2026-11-01T10:00:00Z\tcall\t\\x1b[31mred\t1\t{"total": 1}\n'
         ]
+        assert tail.end(signal.SIGINT) == (0, "", "")
 
 
 def test_on_a_terminal_it_is_coloured_and_does_not_steer_it(tmp_path):
@@ -122,12 +123,6 @@ def test_on_a_terminal_it_is_coloured_and_does_not_steer_it(tmp_path):
 
     assert b"\x1b[36mcall\x1b[0m" in said
     assert rb"\x1b[31mred" in said
-
-
-def test_ctrl_c_ends_it_as_done(tmp_path):
-    put(tmp_path / "spool", event("1"))
-    with tailing(tmp_path / "spool") as tail:
-        assert tail.end(signal.SIGINT) == (0, "", "")
 
 
 def test_it_reads_on_while_a_sender_delivers_and_deletes(tmp_path, openmeter):
