@@ -14,7 +14,21 @@ from wsgiref.util import FileWrapper
 
 import flask
 
-from openmeter_wsgi import OpenMeterMiddleware, add_meters
+from openmeter_wsgi import (
+    OpenMeterMiddleware,
+    add_meters,
+    bytes_received,
+    bytes_sent,
+    duration,
+    llm_usage,
+    method,
+    multi_status,
+    records,
+    response_header,
+    response_json,
+    route,
+    status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -274,13 +288,31 @@ def metered(app: WSGIApplication, **options: Any) -> OpenMeterMiddleware:
     return OpenMeterMiddleware(app, **options)
 
 
+#: All that can be measured, so that all of a response is looked at.
+MEASURED = {
+    "type": "measured",
+    "data": {
+        repr(measure): measure.default(None)
+        for measure in (
+            bytes_received(), bytes_sent(), duration(), llm_usage(), method(),
+            multi_status(), records(), response_header("X"), response_json("$.answer"),
+            route(), status(),
+        )
+    },
+}  # fmt: skip
+
+
 def one_of_many() -> WSGIApplication:
-    """Serve `/bare/NAME` and `/metered/NAME`, the same twice."""
+    """Serve `/bare/NAME`, `/metered/NAME` and `/measured/NAME`, the same thrice."""
     both: dict[str, dict[str, Callable[..., Iterable[bytes]]]] = {
         "bare": {**SERVED, "gated": gated, "large": large},
     }
     both["metered"] = {
         name: metered(app, dry_run=True) for name, app in both["bare"].items()
+    }
+    both["measured"] = {
+        name: metered(app, dry_run=True, meter=MEASURED)
+        for name, app in both["bare"].items()
     }
 
     def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:

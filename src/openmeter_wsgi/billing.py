@@ -209,7 +209,7 @@ class Billing:
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
         usage = policy.static if with_flat else Usage({}, ())
-        missing = 0
+        missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
             found = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
@@ -218,29 +218,30 @@ class Billing:
                 {**usage.numbers, **found.usage.numbers},
                 (*usage.documents, *found.usage.documents),
             )
-            missing = len(found.missing)
-            for meter_type, measure, reason in found.missing:
-                self._warn_of_missing(exchange, meter_type, measure, reason)
+            missing = found.missing
+            for each in found.missing:
+                self._warn_of_missing(exchange, *each)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
         if meters := policy.as_meters(usage):
-            self._counts.dropped["no_value"] += missing
+            for _, _, reason in missing:
+                self._counts.dropped[f"no_value_{reason}"] += 1
             return meters
         if missing:
-            return "no_value"
+            return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
     def _warn_of_missing(
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
-        where = exchange.route or self.name
+        where = f"{exchange.method} {exchange.route or self.name}"
         if where in self._warned or len(self._warned) >= _MAX_WARNED:
             return
         self._warned.add(where)
         logger.warning(
             "%s: %r has no value (%s), so no %r is billed; said once, then counted as "
-            "no_value",
-            f"{exchange.method} {where}", measure, reason, meter_type,
+            "no_value_%s",
+            where, measure, reason, meter_type, reason,
         )  # fmt: skip
 
     def _request_id(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from openmeter_wsgi import log
@@ -30,6 +31,7 @@ class RunTimeMeters:
         "_overridden",
         "denied",
         "governed_by",
+        "governed_since",
         "idempotency_key",
     )  # fmt: skip
 
@@ -39,6 +41,8 @@ class RunTimeMeters:
         #: What governs the view, in place of what governs its route: a billing, or
         #: None where the view is not metered.
         self.governed_by: object | None = _ROUTE
+        #: When that view was called.
+        self.governed_since = 0.0
         #: Whether the request was denied, so that nothing of it is billed.
         self.denied = False
         self._overridden: set[str] = set()
@@ -153,6 +157,7 @@ def govern(request: object, billing: object | None) -> None:
     """Let *billing* govern this request, None for not metered at all."""
     if (stated := _run_time_meters(request, "meter")) is not None:
         stated.governed_by = billing
+        stated.governed_since = time.perf_counter()
 
 
 def bill_nothing(request: object) -> None:

@@ -81,11 +81,15 @@ class Settlement:
         if own is None or own is self._billing:
             return
         self._billing = own
-        if own.bodies is not None and type(self) is Settlement:
-            observed: Any = self
+        if own.bodies is None:
+            return
+        observed: Any = self
+        if type(self) is Settlement:
             observed.__class__ = ObservedSettlement
-            observed.observe()
+            observed.observe(stated.governed_since)
             observed._observation.begin(status, headers)
+        else:
+            observed._observation.look_at(own.bodies)
 
     def _write(self, data: bytes) -> object:
         if data:
@@ -215,9 +219,11 @@ class ObservedSettlement(Settlement):
 
     __slots__ = ()
 
-    def observe(self) -> None:
+    def observe(self, started_at: float | None = None) -> None:
         """Look at the response from here on."""
-        self._observation = Observation(self._environ, self._billing.bodies or ())
+        self._observation = Observation(
+            self._environ, self._billing.bodies or (), started_at
+        )
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
@@ -247,15 +253,15 @@ class ObservedSettlement(Settlement):
     def __iter__(self) -> Iterator[bytes]:
         observation = self._observation
         feeds: Sequence[Callable[[bytes], None]] | None = None
-        sent = 0
         try:
             for chunk in self._iterable:
                 if feeds is None and chunk:
                     self._started = True
                     feeds = observation.feeds
                 yield chunk
-                # The server is back for more: it has taken this one.
-                sent += len(chunk)
+                # The server is back for more: it has taken this one. Counted at once,
+                # as some close the response before they let go of this.
+                observation.taken += len(chunk)
                 if feeds:
                     for feed in feeds:
                         feed(chunk)
@@ -264,10 +270,7 @@ class ObservedSettlement(Settlement):
         except BaseException:
             self.fail()
             raise
-        else:
-            self._outcome = COMPLETED
-        finally:
-            observation.add_sent(sent)
+        self._outcome = COMPLETED
 
     def _made(self) -> Sequence[bytes]:
         stated = self._stated
