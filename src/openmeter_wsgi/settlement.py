@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ERROR_STATUS = "500"
 _WITHOUT_BODY = ("204", "304")
+_NOT_YET: tuple[bytes, ...] = ()
 
 
 class Settlement:
@@ -52,7 +53,7 @@ class Settlement:
         self._environ = environ
         self._server_start = start_response
         self._stated = stated
-        self._iterable: Iterable[bytes] = ()
+        self._iterable: Iterable[bytes] = _NOT_YET
         self._status: str | None = None
         self._started = False
         self._outcome = ABORTED
@@ -83,13 +84,20 @@ class Settlement:
         self._billing = own
         if own.bodies is None:
             return
+        if isinstance(self, ObservedSettlement):
+            self._observation.look_at(own.bodies)
+            return
         observed: Any = self
-        if type(self) is Settlement:
-            observed.__class__ = ObservedSettlement
-            observed.observe(stated.governed_since)
-            observed._observation.begin(status, headers)
-        else:
-            observed._observation.look_at(own.bodies)
+        observed.__class__ = (
+            _SizedObservedSettlement
+            if isinstance(self, _SizedSettlement)
+            else ObservedSettlement
+        )
+        observed.observe(stated.governed_since)
+        observed._observation.begin(status, headers)
+        if self._iterable is not _NOT_YET:
+            # It is being iterated by what does not look at the chunks.
+            observed._observation.hand_over()
 
     def _write(self, data: bytes) -> object:
         if data:
@@ -98,6 +106,10 @@ class Settlement:
 
     def wrap(self, iterable: Iterable[bytes]) -> Settlement:
         """Return what the server iterates in place of *iterable*."""
+        if self._status is None and self._stated and self._stated[0].is_governed:
+            self._follow(self._stated[0], "", [])  # before it starts in a generator
+            if isinstance(self, ObservedSettlement):
+                return self.wrap(iterable)
         self._iterable = iterable
         if hasattr(iterable, "__len__"):
             # A server derives Content-Length from the length of a sequence, and
