@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.audit import Audit, audit_record
+from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.events import StaticEvents, encode_events
@@ -194,7 +195,8 @@ class Billing:
             return None
         wanted = self._when.value(exchange)
         # Where it cannot be said, the customer is not charged on suspicion.
-        return None if wanted is True or _truth(wanted) else "meter_when"
+        is_unknown = isinstance(wanted, Unknown)
+        return "meter_when" if is_unknown or not wanted else None
 
     def _part_billed(self, outcome: str) -> str:
         if outcome is COMPLETED:
@@ -299,11 +301,6 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
     if not measures:
         return None
     return frozenset().union(*(measure.bodies for measure in measures))
-
-
-def _truth(value: object) -> bool:
-    # An Unknown is an object, and so true.
-    return bool(value) and not hasattr(value, "reason")
 
 
 def _derived_id(environ: Environ, subject: str | None, key: str) -> str:
