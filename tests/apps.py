@@ -27,6 +27,7 @@ from openmeter_wsgi import (
     response_header,
     response_json,
     route,
+    set_idempotency_key,
     status,
 )
 
@@ -211,6 +212,18 @@ def gated(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
         yield connection.recv(100)
 
 
+def keyed(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
+    """Do what the query's key names, once; say who does it, and wait at a gate."""
+    query = parse_qs(environ["QUERY_STRING"])
+    set_idempotency_key(environ, query["key"][0])
+    start_response("200 OK", list(TEXT))
+    yield b"%d\n" % os.getpid()
+    if "gate" in query:
+        with socket.create_connection(("127.0.0.1", int(query["gate"][0]))) as gate:
+            gate.recv(1)
+    yield from [b"x" * 200_000] * 20
+
+
 def counted(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
     """Answer with what the query asks to be billed."""
     add_meters(environ, {"tokens": 5})
@@ -328,6 +341,9 @@ def __getattr__(name: str) -> Any:
     makers = {
         "bare_or_metered": one_of_many,
         "billed": lambda: metered(listed, flush_interval=0.05),
+        "billed_once": lambda: metered(
+            keyed, meters={"bytes": bytes_sent()}, idempotency_keys=True
+        ),
         "limited": lambda: OpenMeterMiddleware(listed, meters={"api_requests": 1}),
         "billed_at_exit": lambda: metered(stuck, flush_interval=3600, batch_size=1000),
     }

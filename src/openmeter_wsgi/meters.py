@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import METERS, environ_of
+from openmeter_wsgi.environ import BILLING, METERS, environ_of
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.usage import Meter, Meters, Number, Usage, add_numbers, read_usage
 from openmeter_wsgi.wire import text_problem
@@ -151,6 +151,13 @@ def set_idempotency_key(request: object, key: str) -> None:
         raise ValueError(f"idempotency key: {problem}")
     if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
         stated.idempotency_key = key
+        billing = (environ_of(request) or {}).get(BILLING)
+        if billing is not None and not billing.policy.idempotency_keys:
+            logger.warning(
+                "%s: used, and the policy does not say idempotency_keys=True, so "
+                "'openmeter-wsgi check' cannot tell if OpenMeter deduplicates",
+                "set_idempotency_key",
+            )
 
 
 def govern(request: object, billing: object | None) -> None:
