@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tracemalloc
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flask
@@ -34,6 +36,7 @@ from openmeter_wsgi import (
     set_route,
     status,
 )
+from openmeter_wsgi.bodies.llm_usage import LLMUsage
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.measure_texts import read_measure
 from openmeter_wsgi.measures import Measure, as_number
@@ -626,6 +629,18 @@ def test_a_text_names_a_measure(text: str) -> None:
     assert isinstance(made, Measure)
     assert repr(made) == repr(expected)
     assert (made.bodies, made.is_quantity) == (expected.bodies, expected.is_quantity)
+
+
+def test_the_page_on_measures_names_them_all() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "measures.md").read_text()
+    rows = re.findall(r"^\| `[^|]*\| `(\$[^`]+)` \|", page, re.MULTILINE)
+    made = [read_measure(text) for text in rows]
+
+    assert [repr(measure) for measure in made] == rows
+    assert {text for text in TEXTS if re.fullmatch(r"\$[a-z]+(\.[a-z]+)?", text)} <= {
+        *rows, "$llm.model",
+    }  # fmt: skip
+    assert all(f"`{field}`" in page for field in LLMUsage.__struct_fields__)
 
 
 def test_a_measure_says_how_it_is_written() -> None:
