@@ -567,7 +567,7 @@ def test_a_compressed_body_is_counted_as_that(openmeter: OpenMeterServer) -> Non
 
 
 def test_a_gigabyte_passes_without_being_held(openmeter: OpenMeterServer) -> None:
-    filler = b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % (b"x" * 2**16)
+    filler = b'data: {"choices": [{"delta": {"content": "%s"}}]}\n\n' % (b"x" * 2**15)
     pieces = 2**30 // len(filler) + 2
 
     def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:

@@ -263,26 +263,35 @@ class ObservedSettlement(Settlement):
         return super().wrap_file(file)
 
     def __iter__(self) -> Iterator[bytes]:
+        # A chunk counts when the server is back for more: it has taken that one. At
+        # once, as some servers close the response before they let go of this.
         observation = self._observation
-        feeds: Sequence[Callable[[bytes], None]] | None = None
         try:
-            for chunk in self._iterable:
-                if feeds is None and chunk:
-                    self._started = True
-                    feeds = observation.feeds
+            chunks = iter(self._iterable)
+            yield from self._until_begun(chunks)
+            if observation.feeds:
+                for chunk in chunks:
+                    yield chunk
+                    observation.passed(chunk)
+            for chunk in chunks:
                 yield chunk
-                # The server is back for more: it has taken this one. Counted at once,
-                # as some close the response before they let go of this.
                 observation.taken += len(chunk)
-                if feeds:
-                    for feed in feeds:
-                        feed(chunk)
         except GeneratorExit:
             raise
         except BaseException:
             self.fail()
             raise
         self._outcome = COMPLETED
+
+    def _until_begun(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on chunks until one is not empty: headers leave with that (PEP 3333)."""
+        for chunk in chunks:
+            if chunk:
+                self._started = True
+            yield chunk
+            self._observation.passed(chunk)
+            if chunk:
+                return
 
     def _made(self) -> Sequence[bytes]:
         stated = self._stated
