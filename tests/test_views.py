@@ -343,6 +343,16 @@ def test_bytes_that_nobody_looked_at_are_unknown_and_not_zero(
     assert stats.not_metered == {"no_value_none": 1}
 
 
+def test_options_that_are_gone_are_not_taken_for_others() -> None:
+    # A view may be made anew for each request, and its options where old ones were.
+    billing = OpenMeterMiddleware(generated, dry_run=True).metering().billing
+
+    for source in map(str, range(50)):
+        options = {"event_source": source}
+        assert billing.variant("view", options).policy.event_source == source
+        del options
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

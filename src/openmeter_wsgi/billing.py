@@ -63,7 +63,7 @@ class Billing:
         self._new_id = new_id
         self._vary = vary
         #: What governs views that say more of themselves than their route does.
-        self._variants: dict[int, Billing] = {}
+        self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
         self._find_subject = subject_finder(policy)
         self.gate = Gate(
             policy, entitlements, find_subject=self._find_subject, counts=counts
@@ -90,13 +90,15 @@ class Billing:
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
         """Return what bills under the same policy with other *options*."""
-        key = id(options)  # of a decorator, which lives as long as its view
-        found = self._variants.get(key)
+        found = self._variants.get(id(options))
         if found is None:
             policy = dataclasses.replace(self.policy, routes=None, **options)
             # Two threads may come at once: one of them wins, for counts to be whole.
-            found = self._variants.setdefault(key, self._vary(policy, name))
-        return found
+            # The options are kept, or others might be taken for them by their id.
+            found = self._variants.setdefault(
+                id(options), (options, self._vary(policy, name))
+            )
+        return found[1]
 
     def must_ask(self, environ: Environ) -> bool:
         """Say whether a request may begin only after a decision."""
