@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.audit import Audit, audit_record
+from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.events import StaticEvents, encode_events
@@ -69,7 +70,7 @@ class Billing:
         self._ids = ids
         self._vary = vary
         #: What governs views that say more of themselves than their route does.
-        self._variants: dict[int, Billing] = {}
+        self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
         self._find_subject = subject_finder(policy)
         self.gate = Gate(
             policy, entitlements, find_subject=self._find_subject, counts=counts
@@ -97,13 +98,15 @@ class Billing:
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
         """Return what bills under the same policy with other *options*."""
-        key = id(options)  # of a decorator, which lives as long as its view
-        found = self._variants.get(key)
+        found = self._variants.get(id(options))
         if found is None:
             policy = dataclasses.replace(self.policy, routes=None, **options)
             # Two threads may come at once: one of them wins, for counts to be whole.
-            found = self._variants.setdefault(key, self._vary(policy, name))
-        return found
+            # The options are kept, or others might be taken for them by their id.
+            found = self._variants.setdefault(
+                id(options), (options, self._vary(policy, name))
+            )
+        return found[1]
 
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
@@ -232,7 +235,8 @@ class Billing:
             return None
         wanted = self._when.value(exchange)
         # Where it cannot be said, the customer is not charged on suspicion.
-        return None if wanted is True or _truth(wanted) else "meter_when"
+        is_unknown = isinstance(wanted, Unknown)
+        return "meter_when" if is_unknown or not wanted else None
 
     def _part_billed(self, outcome: str) -> str:
         if outcome is COMPLETED:
@@ -247,7 +251,7 @@ class Billing:
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
         usage = policy.static if with_flat else Usage({}, ())
-        missing = 0
+        missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
             found = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
@@ -256,29 +260,30 @@ class Billing:
                 {**usage.numbers, **found.usage.numbers},
                 (*usage.documents, *found.usage.documents),
             )
-            missing = len(found.missing)
-            for meter_type, measure, reason in found.missing:
-                self._warn_of_missing(exchange, meter_type, measure, reason)
+            missing = found.missing
+            for each in found.missing:
+                self._warn_of_missing(exchange, *each)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
         if meters := policy.as_meters(usage):
-            self._counts.dropped["no_value"] += missing
+            for _, _, reason in missing:
+                self._counts.dropped[f"no_value_{reason}"] += 1
             return meters
         if missing:
-            return "no_value"
+            return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
     def _warn_of_missing(
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
-        where = exchange.route or self.name
+        where = f"{exchange.method} {exchange.route or self.name}"
         if where in self._warned or len(self._warned) >= _MAX_WARNED:
             return
         self._warned.add(where)
         logger.warning(
             "%s: %r has no value (%s), so no %r is billed; said once, then counted as "
-            "no_value",
-            f"{exchange.method} {where}", measure, reason, meter_type,
+            "no_value_%s",
+            where, measure, reason, meter_type, reason,
         )  # fmt: skip
 
     def _request_id(
@@ -336,11 +341,6 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
     if not measures:
         return None
     return frozenset().union(*(measure.bodies for measure in measures))
-
-
-def _truth(value: object) -> bool:
-    # An Unknown is an object, and so true.
-    return bool(value) and not hasattr(value, "reason")
 
 
 def _derived_id(environ: Environ, subject: str | None, key: str) -> str:

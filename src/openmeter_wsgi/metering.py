@@ -98,9 +98,14 @@ class Metering:
             counts=self.counts,
             entitlements=self.entitlements,
             ids=self._ids,
-            vary=self.billing_of,
+            vary=self._of_view,
         )
         self._billings.append(billing)
+        return billing
+
+    def _of_view(self, policy: Policy, name: str) -> Billing:
+        billing = self.billing_of(policy, name)
+        _say_what_errors_are_billed(billing)
         return billing
 
     def _compiled(self, policy: Policy) -> Routes[Billing | None] | None:

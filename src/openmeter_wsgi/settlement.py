@@ -84,11 +84,25 @@ class Settlement:
         if own is None or own is self._billing:
             return
         self._billing = own
-        if own.bodies is not None and not isinstance(self, ObservedSettlement):
-            observed: Any = self
-            observed.__class__ = ObservedSettlement
-            observed._observation = Observation(self._environ, own.bodies)
-            observed._observation.begin(status, headers)
+        if own.bodies is None:
+            return
+        if isinstance(self, ObservedSettlement):
+            self._observation.look_at(own.bodies)
+            return
+        is_late = self._iterable is not _UNKNOWN
+        observed: Any = self
+        observed.__class__ = (
+            _SizedObservedSettlement
+            if is_late and isinstance(self, SizedSettlement)
+            else ObservedSettlement
+        )
+        observed._observation = Observation(
+            self._environ, own.bodies, stated.governed_since
+        )
+        observed._observation.begin(status, headers)
+        if is_late:
+            # It is being iterated by what does not look at the chunks.
+            observed._observation.hand_over()
 
     def __call__(self, data: bytes) -> object:
         """Pass on what the application writes: the `write` of PEP 3333."""
@@ -98,6 +112,10 @@ class Settlement:
 
     def wrap(self, iterable: Iterable[bytes]) -> Settlement:
         """Return what the server iterates in place of *iterable*."""
+        if self._status is None and self._stated and self._stated[0].is_governed:
+            self._follow(self._stated[0], "", [])  # before it starts in a generator
+            if isinstance(self, ObservedSettlement):
+                return self.wrap(iterable)
         self._iterable = iterable
         # A server derives Content-Length from the length of a sequence, and only the
         # type of an object says whether it has one.
@@ -263,29 +281,35 @@ class ObservedSettlement(Settlement):
         return super().wrap_file(file)
 
     def __iter__(self) -> Iterator[bytes]:
+        # A chunk counts when the server is back for more: it has taken that one. At
+        # once, as some servers close the response before they let go of this.
         observation = self._observation
-        feeds: Sequence[Callable[[bytes], None]] | None = None
-        sent = 0
         try:
-            for chunk in self._iterable:
-                if feeds is None and chunk:
-                    self._outcome = ABORTED  # unless it goes on from here
-                    feeds = observation.feeds
+            chunks = iter(self._iterable)
+            yield from self._until_begun(chunks)
+            if observation.feeds:
+                for chunk in chunks:
+                    yield chunk
+                    observation.passed(chunk)
+            for chunk in chunks:
                 yield chunk
-                # The server is back for more: it has taken this one.
-                sent += len(chunk)
-                if feeds:
-                    for feed in feeds:
-                        feed(chunk)
+                observation.taken += len(chunk)
         except GeneratorExit:
             raise
         except BaseException:
             self.fail()
             raise
-        else:
-            self._outcome = COMPLETED
-        finally:
-            observation.add_sent(sent)
+        self._outcome = COMPLETED
+
+    def _until_begun(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on chunks until one is not empty: headers leave with that (PEP 3333)."""
+        for chunk in chunks:
+            if chunk:
+                self._outcome = ABORTED  # unless it goes on from here
+            yield chunk
+            self._observation.passed(chunk)
+            if chunk:
+                return
 
     def _made(self) -> Sequence[bytes]:
         stated = self._stated
