@@ -4,6 +4,7 @@ import logging
 import os
 
 import pytest
+from hypothesis import settings
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.log import RepeatFilter
@@ -12,6 +13,10 @@ _FOREIGN = {
     "http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc",
     "requests_ca_bundle", "curl_ca_bundle", "ssl_cert_file", "ssl_cert_dir",
 }  # fmt: skip
+
+#: A busy machine is no fault of the code: what is slow shows in the benchmarks.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)
