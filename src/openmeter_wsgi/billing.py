@@ -63,9 +63,10 @@ class Billing:
         self._vary = vary
         #: What governs views that say more of themselves than their route does.
         self._variants: dict[int, Billing] = {}
-        self._find_subject = subject_finder(policy)
+        #: From an environ to who is metered under this policy.
+        self.find_subject = subject_finder(policy)
         self.gate = Gate(
-            policy, entitlements, find_subject=self._find_subject, counts=counts
+            policy, entitlements, find_subject=self.find_subject, counts=counts
         )
         header = policy.trusted_request_id_header
         self._id_key = header and "HTTP_" + header.upper().replace("-", "_")
@@ -97,6 +98,10 @@ class Billing:
             found = self._variants.setdefault(key, self._vary(policy, name))
         return found
 
+    def bills(self, status: str) -> bool:
+        """Say whether responses of this status line are billed."""
+        return status[:3] in self._codes
+
     def must_ask(self, environ: Environ) -> bool:
         """Say whether a request may begin only after a decision."""
         if not self.gate.required:
@@ -124,6 +129,8 @@ class Billing:
         """
         self._counts.settled += 1
         try:
+            if stated is not None and stated.denied:
+                return self._not_metered("denied", environ, status)
             if status is None or status[:3] not in self._codes:
                 reason = "status" if status else "no_status"
                 return self._not_metered(reason, environ, status)
@@ -149,7 +156,7 @@ class Billing:
     ) -> Sequence[bytes]:
         if not self._static_meters:
             return self._not_metered("no_meters", environ, status)
-        subject = self._find_subject(environ)
+        subject = self.find_subject(environ)
         if subject is None:
             return self._not_metered(self._no_subject(), environ, status)
         return static.encode(self._request_id(environ), subject)
@@ -167,7 +174,7 @@ class Billing:
         meters = self._meters(stated, outcome, exchange)
         if isinstance(meters, str):
             return meters
-        subject = self._find_subject(environ)
+        subject = self.find_subject(environ)
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
@@ -188,8 +195,8 @@ class Billing:
         """Return why nothing at all is billed, None if something may be."""
         if self._part_billed(outcome) == "none":
             return outcome
-        if stated is not None and (stated.denied or stated.governed_by is None):
-            return "denied" if stated.denied else "no_meter"
+        if stated is not None and stated.governed_by is None:
+            return "no_meter"
         if self._when is None or exchange is None:
             return None
         wanted = self._when.value(exchange)

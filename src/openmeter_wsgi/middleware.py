@@ -41,6 +41,10 @@ class OpenMeterMiddleware:
     :raises ConfigError: with every problem of the configuration.
     """
 
+    #: Whether required entitlements are asked for before the application is called;
+    #: otherwise it asks, once it knows who is calling.
+    _asks_first = True
+
     def __init__(
         self, app: WSGIApplication, policy: Policy | None = None, **options: Any
     ) -> None:
@@ -87,7 +91,7 @@ class OpenMeterMiddleware:
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
         environ[BILLING] = billing
-        if billing.must_ask(environ):
+        if self._asks_first and billing.must_ask(environ):
             decision = billing.gate.admit(environ)
             if not decision.allowed and billing.policy.enforce:
                 billing.refuse(environ)
