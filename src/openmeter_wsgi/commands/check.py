@@ -87,7 +87,7 @@ def command(
     the user, of the application.
     """
     try:
-        policy = Policy.from_env() if config is None else Policy.from_file(config)
+        policy = _policy(context, config)
     except ConfigError as error:
         remedy = "see the fields of Policy, which say what each option takes"
         problems = [failure("configuration", said, remedy) for said in error.problems]
@@ -97,6 +97,14 @@ def command(
     findings = _print(look(policy, checks), policy.api_url, as_json=as_json)
     if any(finding.severity is Severity.FAILURE for finding in findings):
         context.exit(3)
+
+
+def _policy(context: click.Context, config: str | None) -> Policy:
+    # A framework's own command has the policy of its settings.
+    if context.obj is not None:
+        policy: Policy = context.obj()
+        return policy
+    return Policy.from_env() if config is None else Policy.from_file(config)
 
 
 def look(policy: Policy, checks: tuple[Check, ...]) -> Iterator[Finding]:

@@ -1,0 +1,55 @@
+"""Django's settings: what they say of metering, and what is wrong in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from django.conf import settings
+from django.utils.module_loading import import_string
+
+from openmeter_wsgi.django.subjects import authenticated_user, subject_from
+from openmeter_wsgi.django.view_middleware import ViewMiddleware
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.frameworks import make_policy
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.policy import Policy
+
+SETTING = "OPENMETER"
+VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
+
+
+def policy_of_settings(**options: Any) -> Policy:
+    """Return the policy of ``settings.OPENMETER``; *options* go before it.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+    said = getattr(settings, SETTING, {})
+    if not isinstance(said, dict):
+        raise ConfigError([f"{SETTING}: expected options by name, got {said!r}"])
+    return make_policy(
+        said, options, read_subject=subject_from, default_subject=authenticated_user
+    )
+
+
+def view_middleware_problem() -> str | None:
+    """Say what is wrong with the place of our middleware, None if it is right."""
+    found = [name for name in settings.MIDDLEWARE if _is_class(name, ViewMiddleware)]
+    if not found:
+        return (
+            f"MIDDLEWARE: expected {VIEW_MIDDLEWARE!r} among them, without which "
+            "neither subject nor route is known and no entitlement is asked for"
+        )
+    before = settings.MIDDLEWARE.index(found[0])
+    for name in settings.MIDDLEWARE[before:]:
+        if name == "django.contrib.auth.middleware.AuthenticationMiddleware":
+            return f"MIDDLEWARE: expected {found[0]!r} after {name!r}, got it before"
+    return None
+
+
+def _is_class(name: str, expected: type) -> bool:
+    try:
+        found = import_string(name)
+    except Exception:  # noqa: BLE001 - Django itself says what is wrong, and better
+        return False
+    return isinstance(found, type) and issubclass(found, expected)
