@@ -9,7 +9,11 @@ from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.urls import include, path, re_path
 from django.views import View
 from rest_framework.authentication import BaseAuthentication
-from rest_framework.decorators import api_view, permission_classes
+from rest_framework.decorators import (
+    api_view,
+    authentication_classes,
+    permission_classes,
+)
 from rest_framework.permissions import AllowAny, IsAuthenticated
 from rest_framework.renderers import BaseRenderer
 from rest_framework.request import clone_request
@@ -144,6 +148,7 @@ class ClassBased(View):
 
 
 @api_view()
+@authentication_classes([TokenAuthentication])
 @permission_classes([AllowAny])
 def function(request):
     return Response({})

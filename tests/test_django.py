@@ -215,11 +215,13 @@ def test_the_route_of_the_root_is_a_slash():
     assert template_of("") == "/"
 
 
-def test_a_request_that_came_by_another_way_is_served(make, caplog):
+def test_a_request_that_came_by_another_way_is_served_and_said(make, caplog):
     make()
+
     response = Client().get("/plain", headers={"X-User": "acme"})
 
     assert response.content == b"ok"
+    assert "a request did not come through openmeter_wsgi.django" in caplog.text
 
 
 # -- Who may
@@ -391,16 +393,6 @@ def test_without_the_view_middleware_there_is_no_application(make):
             {"OPENMETER": {"api_key": "om_x"}, "MIDDLEWARE": []},
             ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' among them"],
         ),
-        (
-            {
-                "OPENMETER": {"api_key": "om_x"},
-                "MIDDLEWARE": [
-                    VIEW_MIDDLEWARE,
-                    "django.contrib.auth.middleware.AuthenticationMiddleware",
-                ],
-            },
-            ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' after "],
-        ),
     ],
 )
 def test_a_check_reports_every_problem(said, expected):
@@ -412,3 +404,19 @@ def test_a_check_reports_every_problem(said, expected):
         assert message.msg.startswith(text), message
         assert message.is_serious()
         assert message.hint
+
+
+@pytest.mark.parametrize(
+    ("named", "warnings"),
+    [([], 1), (["openmeter_wsgi.django.rest_framework.HasEntitlements"], 0)],
+)
+def test_a_check_warns_of_views_that_authenticate_too_late(named, warnings):
+    with override_settings(
+        INSTALLED_APPS=["rest_framework"],
+        MIDDLEWARE=[VIEW_MIDDLEWARE],
+        OPENMETER={"api_key": "om_x", "required_entitlements": ["searches"]},
+        REST_FRAMEWORK={"DEFAULT_PERMISSION_CLASSES": named},
+    ):
+        found = check_configuration()
+
+    assert [message.id for message in found] == ["openmeter.W001"] * warnings

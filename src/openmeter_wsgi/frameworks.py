@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.subject import FindSubject
 
+#: Whether a request came through the middleware, metered or not.
+CAME_THROUGH = "openmeter_wsgi.came_through"
 #: Subjects that were read when the response started, by what read them.
 _REMEMBERED = "openmeter_wsgi.remembered_subjects"
 
@@ -45,6 +47,7 @@ class _StartingResponse:
     def __call__(
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
+        environ[CAME_THROUGH] = True
         if BILLING not in environ:
             return self._app(environ, start_response)
 

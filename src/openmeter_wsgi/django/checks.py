@@ -28,7 +28,10 @@ def check_configuration(**_: Any) -> list[checks.CheckMessage]:
     try:
         found += _rest_framework(policy_of_settings())
     except ConfigError as error:
-        hint = f"See {SETTING} in the settings, and the variables {SETTING}_…"
+        hint = (
+            f"See {SETTING} in the settings, and the variables {SETTING}_…; where "
+            f"nothing is to be sent, {SETTING}_DRY_RUN=1 needs no key."
+        )
         for said in error.problems:
             found.append(checks.Error(said, hint=hint, id="openmeter.E001"))
     if problem := view_middleware_problem():

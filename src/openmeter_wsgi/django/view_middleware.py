@@ -14,7 +14,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.django.subjects import remember_request
 from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
 from openmeter_wsgi.environ import METERS, environ_of
-from openmeter_wsgi.frameworks import must_ask
+from openmeter_wsgi.frameworks import CAME_THROUGH, must_ask
 from openmeter_wsgi.subject import set_route
 
 if TYPE_CHECKING:
@@ -44,9 +44,12 @@ class ViewMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
         """Serve one request."""
         environ: Any = environ_of(request)
-        if environ is None:
+        if environ is None or CAME_THROUGH not in environ:
+            # Under ASGI, in Django's test client, or with Django's own wsgi.py.
             logger.warning(
-                "%s: a request came by ASGI, which is not metered", "ViewMiddleware"
+                "%s: a request did not come through openmeter_wsgi.django."
+                "get_wsgi_application, so it is not metered",
+                type(self).__name__,
             )
         else:
             remember_request(request, environ)
