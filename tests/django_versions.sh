@@ -23,7 +23,8 @@ try() {
         --constraint "$constraints" --editable '.[test]' "$django"
     "$env/bin/python" -c 'import django, platform
 print("Django", django.__version__, "on Python", platform.python_version())'
-    "$env/bin/python" -X dev -m pytest tests/test_django*.py
+    "$env/bin/python" -X dev -m pytest tests/test_django.py
+    "$env/bin/python" -X dev -m pytest tests/test_example_projects.py -k django
 }
 
 try 4.2 "$python" 'django~=4.2.0'

@@ -154,7 +154,11 @@ class Database:
             self._inode = self._path.stat().st_ino
             where = f"file:{quote(str(self._path))}?mode=rw"
         db = sqlite3.connect(
-            where, PATIENCE, isolation_level=None, check_same_thread=False, uri=True
+            where,
+            timeout=PATIENCE,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=True,
         )
         try:
             self._prepare(db)
