@@ -172,7 +172,7 @@ urlpatterns = [
     path("api/entitled", NeedsSearches.as_view()),
     path("api/page", Page.as_view()),
     path("api/export", Export.as_view()),
-    path("api/open", NeedsSearches.as_view(permission_classes=(HasEntitlements,))),
+    path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),
     path("api/v1/", include(router.urls)),
     re_path(

@@ -178,6 +178,18 @@ def test_whoever_is_not_logged_in_has_no_subject(make):
     assert (stats.events, stats.not_metered) == (0, {"no_subject": 1})
 
 
+def test_whoever_is_not_logged_in_is_not_billed_under_the_name_of_a_guest(make):
+    class Guest(flask_login.AnonymousUserMixin):
+        id = "guest"
+
+    app = with_login(make(subject="current_user.id"))
+    app.login_manager.anonymous_user = Guest
+
+    get(app)
+
+    assert app.extensions["openmeter"].stats().not_metered == {"no_subject": 1}
+
+
 @pytest.mark.parametrize(
     ("subject", "expected"),
     [("current_user.company.customer", "acme-inc"), ("current_user", "acme")],
