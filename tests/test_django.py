@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import django
 import pytest
 from django.conf import settings
 from django.test import Client, override_settings
@@ -19,6 +20,7 @@ VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
 
 if not settings.configured:
     settings.configure(SECRET_KEY="example", ROOT_URLCONF=())
+django.setup()
 
 
 @pytest.fixture

@@ -55,9 +55,7 @@ class _StartingResponse:
             status: str, headers: list[tuple[str, str]], *exc_info: Any
         ) -> Callable[[bytes], object]:
             _remember_subject(environ, status)
-            told = {name.lower() for name, _ in headers}
-            quota = [each for each in _quota(environ) if each[0].lower() not in told]
-            return start_response(status, [*headers, *quota], *exc_info)
+            return start_response(status, _with_quota(environ, headers), *exc_info)
 
         return self._app(environ, start)
 
@@ -71,12 +69,17 @@ def _remember_subject(environ: dict[str, Any], status: str) -> None:
         billing.find_subject(environ)
 
 
-def _quota(environ: dict[str, Any]) -> list[tuple[str, str]]:
+def _with_quota(
+    environ: dict[str, Any], headers: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Return *headers* with what is known of the quota, if the policy wants that."""
     billing: Billing = environ[BILLING]
     decision = environ.get(DECISION)
     if decision is None or not billing.policy.usage_headers:
-        return []
-    return quota_headers(decision.quota)
+        return headers
+    told = {name.lower() for name, _ in headers}  # by a refusal
+    quota = quota_headers(decision.quota)
+    return [*headers, *(each for each in quota if each[0].lower() not in told)]
 
 
 class LastingSubject:
