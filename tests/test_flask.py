@@ -467,6 +467,16 @@ def test_entitlements_are_asked_for_after_authentication(make, entitled):
     assert app.extensions["openmeter"].stats().not_metered == {"denied": 1}
 
 
+def test_a_route_requires_what_its_policy_says(make, entitled):
+    app = make(
+        on_missing_subject="acme",
+        routes={"/reports": {"required_entitlements": ["reports"]}},
+    )
+
+    assert get(app, "/reports").status_code == 403
+    assert get(app, "/x").status_code == 200
+
+
 def test_whoever_is_nobody_is_answered_401(make, entitled):
     app = with_login(make(required_entitlements=["searches"]))
 

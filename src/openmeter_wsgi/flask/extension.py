@@ -42,10 +42,12 @@ class OpenMeter:
         """Meter *app*, whose configuration must be complete by now."""
         if _NAME in app.extensions:
             raise ConfigError([f"app {app.name!r}: is metered already"])
-        middleware = FrameworkMiddleware(app.wsgi_app, _policy(app, self._options))
+        policy = _policy(app, self._options)
+        middleware = FrameworkMiddleware(app.wsgi_app, policy)
         app.wsgi_app = middleware  # type: ignore[method-assign]
         app.extensions[_NAME] = middleware
-        _ask_before_views(app)
+        if _requires_anything(policy):
+            _ask_before_views(app)
         _settle_in_tests(app)
 
 
@@ -61,6 +63,11 @@ def _policy(app: flask.Flask, keywords: dict[str, Any]) -> Policy:
         read_subject=subject_from,
         default_subject=user_of_flask_login,
     )
+
+
+def _requires_anything(policy: Policy) -> bool:
+    policies = [policy, *(own for _, own in policy.of_routes)]
+    return any(own and own.required_entitlements for own in policies)
 
 
 def _ask_before_views(app: flask.Flask) -> None:
