@@ -3,6 +3,7 @@
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
+#   make test-django   the Django edge under Django 4.2, 5.2 and the newest
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
 #   make overshoot     by how much a quota is overshot under load (REDIS=redis://…)
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers chaos overshoot bench dist release-check clean
+.PHONY: demo test lint types contract unit test-servers test-django chaos overshoot bench dist release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -40,6 +41,9 @@ unit: $(INSTALLED)
 test-servers: $(INSTALLED)
 	tests/servers_installed/install $(VENV)
 	$(BIN)/python -X dev -m pytest tests/servers_installed
+
+test-django:
+	tests/django_versions.sh $(PYTHON) $(NEWEST_PYTHON)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --kills 200

@@ -65,15 +65,16 @@ class Billing:
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         #: Whether responses of a status line are billed, for those that were seen.
         self._is_billed: dict[str, bool] = {}
-        #: Whether requests may begin only after a decision.
+        #: Whether requests may begin only after a decision, but for OPTIONS.
         self.asks = bool(policy.required_entitlements)
         self._ids = ids
         self._vary = vary
         #: What governs views that say more of themselves than their route does.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
-        self._find_subject = subject_finder(policy)
+        #: From an environ to who is metered under this policy.
+        self.find_subject = subject_finder(policy)
         self.gate = Gate(
-            policy, entitlements, find_subject=self._find_subject, counts=counts
+            policy, entitlements, find_subject=self.find_subject, counts=counts
         )
         header = policy.trusted_request_id_header
         self._id_key = header and "HTTP_" + header.upper().replace("-", "_")
@@ -108,6 +109,14 @@ class Billing:
             )
         return found[1]
 
+    def bills(self, status: str) -> bool:
+        """Say whether responses of this status line are billed."""
+        return status[:3] in self._codes
+
+    def must_ask(self, environ: Environ) -> bool:
+        """Say whether a request may begin only after a decision."""
+        return self.asks and (self._meter_options or not is_options(environ))
+
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
         self._counts.settled += 1
@@ -129,6 +138,8 @@ class Billing:
         """
         self._counts.settled += 1
         try:
+            if stated is not None and stated.denied:
+                return self._not_metered("denied", environ, status)
             if reason := self._status_reason(environ, status):
                 return self._not_metered(reason, environ, status)
             made = self._stated_events(environ, stated, outcome, exchange)
@@ -160,7 +171,7 @@ class Billing:
                 return None
             if self._is_billed[status]:  # type: ignore[index]
                 if self._static_meters:
-                    subject = self._find_subject(environ)
+                    subject = self.find_subject(environ)
                     if subject is None:
                         return None
                     events = static.encode(subject)
@@ -192,7 +203,7 @@ class Billing:
         """Note whether a status line is billed: cutting it costs more than looking."""
         if len(self._is_billed) >= _MAX_STATUS_LINES:
             self._is_billed = {}  # an application that invents reasons
-        self._is_billed[status] = status[:3] in self._codes
+        self._is_billed[status] = self.bills(status)
 
     def _stated_events(
         self,
@@ -207,7 +218,7 @@ class Billing:
         meters = self._meters(stated, outcome, exchange)
         if isinstance(meters, str):
             return meters
-        subject = self._find_subject(environ)
+        subject = self.find_subject(environ)
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
@@ -229,8 +240,8 @@ class Billing:
         """Return why nothing at all is billed, None if something may be."""
         if self._part_billed(outcome) == "none":
             return outcome
-        if stated is not None and (stated.denied or stated.governed_by is None):
-            return "denied" if stated.denied else "no_meter"
+        if stated is not None and stated.governed_by is None:
+            return "no_meter"
         if self._when is None or exchange is None:
             return None
         wanted = self._when.value(exchange)

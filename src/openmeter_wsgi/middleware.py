@@ -42,6 +42,10 @@ class OpenMeterMiddleware:
     :raises ConfigError: with every problem of the configuration.
     """
 
+    #: Whether required entitlements are asked for before the application is called;
+    #: otherwise it asks, once it knows who is calling.
+    _asks_first = True
+
     def __init__(
         self, app: WSGIApplication, policy: Policy | None = None, **options: Any
     ) -> None:
@@ -99,7 +103,7 @@ class OpenMeterMiddleware:
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
         environ[BILLING] = billing
-        if billing.asks:
+        if billing.asks and self._asks_first:
             if (refusal := _refusal(billing, environ)) is not None:
                 return refusal(environ, start_response)
             if billing.policy.usage_headers:

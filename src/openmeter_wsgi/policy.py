@@ -159,6 +159,14 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return []
 
 
+def read_text_options(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options in texts that are named and written as variables are.
+
+    :raises ConfigError: naming each text that cannot be read.
+    """
+    return read_variables(texts, _hints())
+
+
 def view_problems(options: Mapping[str, Any]) -> list[str]:
     """Say what is wrong with the options of a single view."""
     unknown = [name for name in options if name not in _names()]

@@ -58,7 +58,7 @@ def subject_finder(policy: Policy) -> FindSubject:
         None if policy.on_missing_subject == "skip" else policy.on_missing_subject
     )
     from_policy = _policy_source(policy)
-    from_user = _path_reader(policy.subject_path)
+    from_user = path_reader(policy.subject_path)
 
     def find(environ: dict[str, Any]) -> str | None:
         if SUBJECT in environ and (text := _text(environ[SUBJECT])):
@@ -110,8 +110,11 @@ def _header_text(value: str) -> str:
         return value.strip()
 
 
-def _path_reader(path: str) -> Callable[[object], object]:
-    """Return what follows *path* through mappings, sequences and attributes."""
+def path_reader(path: str) -> Callable[[object], object]:
+    """Return what follows *path* through mappings, sequences and attributes.
+
+    What is not there is None.
+    """
     names = path.removeprefix(".").split(".")
 
     def read(user: object) -> object:

@@ -24,6 +24,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+#: What a decorated view says of itself: its options, None if it is not metered.
+#: Decorators around it hand it on (``functools.wraps``).
+_SAYS = "openmeter_wsgi_options"
+
+
 def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let *options* govern the requests of a view, as ``routes`` would.
 
@@ -58,6 +63,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 require_entitlements(environ)
             return view(*args, **kwargs)
 
+        setattr(metered, _SAYS, options)
         return metered
 
     return decorate
@@ -72,7 +78,17 @@ def no_meter(view: Callable[P, R]) -> Callable[P, R]:
             govern(environ, None)
         return view(*args, **kwargs)
 
+    setattr(unmetered, _SAYS, None)
     return unmetered
+
+
+def asks_itself(view: object) -> bool:
+    """Say whether a view sees to its entitlements, or is not metered at all.
+
+    If so, what its policy requires is not asked for before it is called.
+    """
+    options = getattr(view, _SAYS, {})
+    return options is None or "required_entitlements" in options
 
 
 def _metered_environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | None:

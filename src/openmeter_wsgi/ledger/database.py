@@ -80,6 +80,10 @@ class Database:
             with self._lock:
                 self._disconnect()
 
+    def __del__(self) -> None:
+        # Python warns of a connection that is left to it to close (from 3.13 on).
+        self.close()
+
     def before_fork(self) -> bool:
         """Close the file, and keep everybody out until `after_fork`."""
         if os.getpid() != self._pid or not self._lock.acquire(timeout=_FORK_PATIENCE):
@@ -154,7 +158,11 @@ class Database:
             self._inode = self._path.stat().st_ino
             where = f"file:{quote(str(self._path))}?mode=rw"
         db = sqlite3.connect(
-            where, PATIENCE, isolation_level=None, check_same_thread=False, uri=True
+            where,
+            timeout=PATIENCE,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=True,
         )
         try:
             self._prepare(db)

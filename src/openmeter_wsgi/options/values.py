@@ -229,7 +229,7 @@ def _choices(hint: Any) -> list[Any]:
 
 def unknown(name: str, names: Sequence[str]) -> str:
     """Say that *name* is no option, and which of *names* was probably meant."""
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name.lower(), names, n=1)
     return f"unknown option {name!r}" + (
         f" (did you mean {close[0]!r}?)" if close else ""
     )

@@ -1,0 +1,8 @@
+"""What a server serves: Django, metered as the settings say."""
+
+import os
+
+from openmeter_wsgi.django import get_wsgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "settings")
+application = get_wsgi_application()

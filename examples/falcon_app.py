@@ -1,0 +1,74 @@
+"""A Falcon application that bills what it delivers.
+
+::
+
+    OPENMETER_API_URL=http://127.0.0.1:8888 waitress-serve examples.falcon_app:app
+    curl -H 'X-API-Key: acme-key' http://127.0.0.1:8080/products/anvil
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import falcon
+
+from openmeter_wsgi import (
+    OpenMeterMiddleware,
+    add_meters,
+    route,
+    set_route,
+    set_subject,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: API key to customer. Yours are in a database, and hashed.
+CUSTOMERS = {"acme-key": "acme", "globex-key": "globex"}
+
+
+class Metered:
+    """Falcon's middleware: says who is calling, and which route is called."""
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Whoever is unknown is answered 401, and billed nothing."""
+        customer = CUSTOMERS.get(req.get_header("X-API-Key", default=""))
+        if customer is None:
+            raise falcon.HTTPUnauthorized
+        set_subject(req, customer)
+
+    def process_resource(
+        self, req: falcon.Request, resp: falcon.Response, *_: Any
+    ) -> None:
+        if req.uri_template is not None:
+            set_route(req, req.uri_template)
+
+
+class Product:
+    def on_get(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
+        """Not found is not billed."""
+        if name != "anvil":
+            raise falcon.HTTPNotFound
+        resp.media = {"name": name}
+
+
+class Export:
+    def on_get(self, req: falcon.Request, resp: falcon.Response, pages: int) -> None:
+        """Stream pages, a credit each."""
+
+        def stream() -> Iterator[bytes]:
+            for _ in range(pages):
+                yield b"x" * 1024
+                add_meters(req, {"credits": 1})
+
+        resp.content_type = falcon.MEDIA_TEXT
+        resp.stream = stream()
+
+
+shop = falcon.App(middleware=[Metered()])
+shop.add_route("/products/{name}", Product())
+shop.add_route("/export/{pages:int}", Export())
+
+app = OpenMeterMiddleware(
+    shop, meter={"type": "api-request", "data": {"route": route()}}
+)

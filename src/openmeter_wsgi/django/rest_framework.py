@@ -1,0 +1,39 @@
+"""For the REST framework, whose views authenticate by themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rest_framework.permissions import BasePermission  # type: ignore[import-untyped]
+
+from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.environ import environ_of
+from openmeter_wsgi.frameworks import must_ask
+
+if TYPE_CHECKING:
+    from rest_framework.request import Request  # type: ignore[import-untyped]
+
+
+class HasEntitlements(BasePermission):  # type: ignore[misc]
+    """Lets in whose customer has what the policy, or the view, requires.
+
+    A view names features of its own as ``required_entitlements``. To be named after
+    the permissions that authenticate; who is denied gets the same problem document as
+    everywhere.
+    """
+
+    #: Tells `ViewMiddleware` to leave it to this.
+    asks_for_entitlements = True
+
+    def has_permission(self, request: Request, view: Any) -> bool:
+        """Return True, or end the request.
+
+        :raises EntitlementDenied: unless the decision allows or is not enforced.
+        """
+        # Asked once: the browsable API asks again for each form that it shows.
+        if not getattr(view, "_has_entitlements", False):
+            features = tuple(getattr(view, "required_entitlements", ()))
+            if features or must_ask(environ_of(request), None):
+                require_entitlements(request, *features)
+            view._has_entitlements = True
+        return True

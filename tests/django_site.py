@@ -1,0 +1,181 @@
+"""A site of Django's, for tests: users are made up, so it needs no database.
+
+It is named in settings, and imported once there are some.
+"""
+
+from pathlib import Path
+
+from django.http import FileResponse, HttpResponse, StreamingHttpResponse
+from django.urls import include, path, re_path
+from django.views import View
+from rest_framework.authentication import BaseAuthentication
+from rest_framework.decorators import (
+    api_view,
+    authentication_classes,
+    permission_classes,
+)
+from rest_framework.permissions import AllowAny, IsAuthenticated
+from rest_framework.renderers import BaseRenderer
+from rest_framework.request import clone_request
+from rest_framework.response import Response
+from rest_framework.routers import SimpleRouter
+from rest_framework.views import APIView
+from rest_framework.viewsets import ViewSet
+
+from openmeter_wsgi import (
+    add_meters,
+    check_entitlements,
+    meter,
+    no_meter,
+    require_entitlements,
+    set_user,
+)
+from openmeter_wsgi.django import subject_from
+from openmeter_wsgi.django.rest_framework import HasEntitlements
+
+
+class User:
+    is_authenticated = is_active = True
+
+    def __init__(self, name):
+        self.pk = name
+        self.company = {"customer": f"{name}-inc"}
+
+
+class Authenticate:
+    """What an authenticating middleware does: an attribute of the request."""
+
+    def __init__(self, get_response):
+        self.get_response = get_response
+
+    def __call__(self, request):
+        if name := request.headers.get("X-User"):
+            request.user = User(name)
+        return self.get_response(request)
+
+
+class TokenAuthentication(BaseAuthentication):
+    def authenticate(self, request):
+        name = request.headers.get("X-Token")
+        return (User(name), {"sub": name, "aud": f"{name}-inc"}) if name else None
+
+    def authenticate_header(self, request):
+        return "Token"
+
+
+class Api(APIView):
+    authentication_classes = (TokenAuthentication,)
+    permission_classes = (IsAuthenticated,)
+
+    def get(self, request):
+        add_meters(request, {"credits": 2})
+        return Response({"user": request.user.pk})
+
+
+class NeedsSearches(Api):
+    permission_classes = (IsAuthenticated & HasEntitlements,)
+
+
+class Forms(BaseRenderer):
+    """Asks, as the browsable API does, which forms the user may see."""
+
+    media_type, format, charset = "text/html", "html", "utf-8"
+
+    def render(self, data, accepted_media_type=None, renderer_context=None):
+        view, request = renderer_context["view"], renderer_context["request"]
+        for _ in range(2):
+            view.check_permissions(clone_request(request, "POST"))
+        return "a page with 2 forms"
+
+
+class Page(NeedsSearches):
+    renderer_classes = (Forms,)
+
+
+class Export(Api):
+    permission_classes = (IsAuthenticated, HasEntitlements)
+    required_entitlements = ("exports",)
+
+
+class Products(ViewSet):
+    authentication_classes = (TokenAuthentication,)
+    permission_classes = (AllowAny,)
+
+    def retrieve(self, request, pk):
+        return Response({})
+
+
+def plain(request):
+    return HttpResponse("ok")
+
+
+def failing(request):
+    raise RuntimeError("the printer is on fire")
+
+
+def stream(request):
+    def pages():
+        for _ in range(3):
+            yield b"page"
+            add_meters(request, {"pages": 1})
+
+    return StreamingHttpResponse(pages())
+
+
+def file(request):
+    return FileResponse(Path(__file__).open("rb"))
+
+
+async def asynchronous(request):
+    return HttpResponse("ok")
+
+
+def partner(request):
+    set_user(request, {"sub": "globex"})
+    return HttpResponse("ok")
+
+
+def deciding(request):
+    if not check_entitlements(request, "searches").allowed:
+        require_entitlements(request, "searches")
+    return HttpResponse("all of it")
+
+
+class ClassBased(View):
+    @meter(meters={"reports": 1}, subject=subject_from("request.user.company.customer"))
+    def get(self, request):
+        return HttpResponse("ok")
+
+
+@api_view()
+@authentication_classes([TokenAuthentication])
+@permission_classes([AllowAny])
+def function(request):
+    return Response({})
+
+
+router = SimpleRouter()
+router.register("products", Products, basename="product")
+urlpatterns = [
+    path("plain", plain),
+    path("failing", failing),
+    path("stream", stream),
+    path("file", file),
+    path("asynchronous", asynchronous),
+    path("partner", partner),
+    path("deciding", deciding),
+    path("report", ClassBased.as_view()),
+    path("things/<slug:name>/", lambda request, **_: plain(request)),
+    path("free", no_meter(plain)),
+    path("export", meter(required_entitlements=["exports"])(plain)),
+    path("api/token", Api.as_view()),
+    path("api/entitled", NeedsSearches.as_view()),
+    path("api/page", Page.as_view()),
+    path("api/export", Export.as_view()),
+    path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
+    path("api/function", function),
+    path("api/v1/", include(router.urls)),
+    re_path(
+        r"^legacy/(?P<year>\d{4})/(\w+)/$", lambda request, *_, **__: plain(request)
+    ),
+]

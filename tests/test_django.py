@@ -1,0 +1,424 @@
+"""The Django edge, with views as people write them: see `django_site`."""
+
+import contextlib
+import json
+
+import django
+import pytest
+from django.conf import settings
+from django.test import Client, override_settings
+
+from entitling import NO, YES, Entitled
+from entitling import metered as metered_entitlement
+from openmeter_wsgi import ConfigError, route
+from openmeter_wsgi.django import get_wsgi_application
+from openmeter_wsgi.django.checks import check_configuration
+from openmeter_wsgi.django.view_middleware import template_of
+from servers import Consumer, make_environ
+
+VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
+
+if not settings.configured:
+    settings.configure(SECRET_KEY="example", ROOT_URLCONF=())
+django.setup()
+
+
+@pytest.fixture
+def entitled(openmeter):
+    return Entitled(openmeter)
+
+
+@pytest.fixture
+def make(openmeter):
+    """Return a function that makes the application; its keywords are settings."""
+    with contextlib.ExitStack() as stack:
+
+        def make(openmeter_settings=None, **options):
+            said = {
+                "MIDDLEWARE": ["django_site.Authenticate", VIEW_MIDDLEWARE],
+                "ROOT_URLCONF": "django_site",
+                "ALLOWED_HOSTS": ["*"],
+                "DEBUG_PROPAGATE_EXCEPTIONS": False,
+                "LOGGING_CONFIG": None,
+                "REST_FRAMEWORK": {"UNAUTHENTICATED_USER": None},
+                "OPENMETER": {
+                    "api_url": openmeter.url,
+                    "meters": {"api_requests": 1},
+                    "flush_interval": 60,
+                    **(openmeter_settings or {}),
+                },
+            }
+            stack.enter_context(override_settings(**said))
+            app = get_wsgi_application(**options)
+            stack.callback(app.close, 10)
+            return app
+
+        yield make
+
+
+def get(app, path="/plain", method="GET", **headers):
+    """Serve a request of whom the headers name."""
+    names = {f"HTTP_{k.upper().replace('-', '_')}": v for k, v in headers.items()}
+    environ = make_environ(method, PATH_INFO=path, **names)
+    del environ["REMOTE_USER"]
+    return Consumer().serve(app, environ)
+
+
+def by_user(name):
+    return {"x-user": name}
+
+
+def by_token(name):
+    return {"x-token": name}
+
+
+def billed(app, openmeter):
+    """Return what was billed: subject and usage."""
+    assert app.flush(20)
+    return [(event["subject"], event["type"]) for event in openmeter.taken]
+
+
+def answer(response):
+    """Return status, media type and document."""
+    headers = dict(response.headers)
+    body = json.loads(b"".join(response.body))
+    return response.status[:3], headers["Content-Type"], body
+
+
+# -- Who is billed
+
+
+def test_the_authenticated_user_is_the_subject(make, openmeter):
+    app = make()
+
+    response = get(app, **by_user("acme"))
+
+    assert response.body == [b"ok"]
+    assert billed(app, openmeter) == [("acme", "api_requests")]
+
+
+def test_whoever_is_nobody_has_no_subject(make, openmeter):
+    app = make()
+
+    get(app)
+
+    assert billed(app, openmeter) == []
+    assert app.stats().not_metered == {"no_subject": 1}
+
+
+def test_the_user_of_a_token_is_the_subject(make, openmeter):
+    app = make()
+
+    get(app, "/api/token", **by_token("acme"))
+
+    assert sorted(billed(app, openmeter)) == [
+        ("acme", "api_requests"),
+        ("acme", "credits"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("subject", "expected"),
+    [
+        ("request.user.company.customer", "acme-inc"),
+        ("request.headers.X-Token", "acme"),
+        ("header:X-Token", "acme"),
+        (lambda environ: environ["HTTP_X_TOKEN"].upper(), "ACME"),
+    ],
+)
+def test_the_settings_say_where_the_subject_is(make, openmeter, subject, expected):
+    app = make({"subject": subject, "meters": None, "meter": {"type": "request"}})
+
+    get(app, "/api/function", **by_user("acme"), **by_token("acme"))
+
+    assert billed(app, openmeter) == [(expected, "request")]
+
+
+def test_what_a_view_says_goes_before_its_user(make, openmeter):
+    app = make()
+
+    get(app, "/partner", **by_user("acme"))
+
+    assert billed(app, openmeter) == [("globex", "api_requests")]
+
+
+def test_a_class_based_view_says_how_it_is_metered(make, openmeter):
+    app = make()
+
+    get(app, "/report", **by_user("acme"))
+
+    assert billed(app, openmeter) == [("acme-inc", "reports")]
+
+
+def test_nobody_is_looked_up_for_what_is_not_billed(make):
+    read = []
+    app = make({"subject": read.append})
+
+    get(app, "/nowhere")
+
+    assert read == []
+    assert app.stats().not_metered == {"status": 1}
+
+
+# -- What is billed
+
+
+def test_a_stream_is_billed_as_far_as_it_was_sent(make, openmeter):
+    app = make({"on_abort": "measured"})
+
+    environ = make_environ(PATH_INFO="/stream", HTTP_X_USER="acme")
+    Consumer(stop_after=2).serve(app, environ)
+    response = get(app, "/stream", **by_user("acme"))
+
+    assert response.body == [b"page"] * 3
+    assert app.flush(20)
+    found = [(e["type"], e["data"]["total"]) for e in openmeter.taken]
+    assert found == [("pages", 1), ("api_requests", 1), ("pages", 3)]
+
+
+@pytest.mark.parametrize("path", ["/file", "/asynchronous"])
+def test_files_and_asynchronous_views_are_billed(make, openmeter, path):
+    app = make()
+
+    response = get(app, path, **by_user("acme"))
+
+    assert response.exhausted
+    assert billed(app, openmeter) == [("acme", "api_requests")]
+
+
+def test_a_view_that_raises_is_not_billed(make, openmeter):
+    app = make()
+
+    response = get(app, "/failing", **by_user("acme"))
+
+    assert response.status.startswith("500")
+    assert billed(app, openmeter) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/plain", "/plain"),
+        ("/things/red/", "/things/<slug:name>/"),
+        ("/api/v1/products/7/", "/api/v1/products/<pk>/"),
+        ("/legacy/1999/may/", "/legacy/<year>/<var>/"),
+    ],
+)
+def test_the_route_is_a_template(make, openmeter, path, expected):
+    app = make({"meters": None, "meter": {"type": "r", "data": {"route": route()}}})
+
+    get(app, path, **by_user("acme"), **by_token("acme"))
+
+    assert app.flush(20)
+    assert [event["data"] for event in openmeter.taken] == [{"route": expected}]
+
+
+def test_the_route_of_the_root_is_a_slash():
+    assert template_of("") == "/"
+
+
+def test_a_request_that_came_by_another_way_is_served_and_said(make, caplog):
+    make()
+
+    response = Client().get("/plain", headers={"X-User": "acme"})
+
+    assert response.content == b"ok"
+    assert "a request did not come through openmeter_wsgi.django" in caplog.text
+
+
+# -- Who may
+
+
+def test_entitlements_are_asked_for_after_authentication(make, entitled):
+    entitled.values = {"acme": {"searches": YES}, "globex": {"searches": NO}}
+    app = make({"required_entitlements": ["searches"]})
+
+    allowed = get(app, **by_user("acme"))
+    denied = get(app, **by_user("globex"))
+
+    assert allowed.body == [b"ok"]
+    status, media_type, problem = answer(denied)
+    assert (status, media_type) == ("403", "application/problem+json")
+    assert (problem["feature"], problem["reason"]) == ("searches", "no_access")
+    assert app.stats().not_metered == {"denied": 1}
+
+
+def test_a_token_is_asked_for_by_the_permission(make, entitled):
+    entitled.values = {"acme": {"searches": YES}, "globex": {"searches": NO}}
+    app = make({"required_entitlements": ["searches"]})
+
+    allowed = get(app, "/api/entitled", **by_token("acme"))
+    denied = get(app, "/api/entitled", **by_token("globex"))
+    nobody = get(app, "/api/entitled")
+
+    assert allowed.status.startswith("200")
+    assert answer(denied)[:2] == ("403", "application/problem+json")
+    assert answer(nobody)[0] == "401"
+    assert answer(nobody)[2].keys() == {"detail"}  # the framework's own answer
+
+
+def test_a_view_without_the_permission_is_asked_for_before_it(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, "/api/token", **by_token("acme"))
+
+    assert answer(response)[0] == "401"
+    assert answer(response)[2]["reason"] == "no_subject"
+
+
+def test_a_permission_asks_for_the_features_of_its_view(make, entitled):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    response = get(app, "/api/export", **by_token("acme"))
+
+    assert answer(response)[2]["feature"] == "exports"
+
+
+def test_a_permission_may_be_named_where_the_view_is_routed(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, "/api/open", **by_token("acme"))
+
+    assert response.status.startswith("200")
+
+
+def test_the_browsable_api_asks_once(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, "/api/page", **by_token("acme"))
+
+    assert b"".join(response.body) == b"a page with 2 forms"
+    assert app.stats().allowed == {"openmeter": 1}
+
+
+def test_a_view_decides_by_itself(make, entitled):
+    entitled.values = {"acme": {"searches": YES}, "globex": {"searches": NO}}
+    app = make()
+
+    allowed = get(app, "/deciding", **by_user("acme"))
+    denied = get(app, "/deciding", **by_user("globex"))
+
+    assert allowed.body == [b"all of it"]
+    assert answer(denied)[:2] == ("403", "application/problem+json")
+    assert app.stats().not_metered == {"denied": 1}
+
+
+@pytest.mark.parametrize(("path", "status"), [("/free", "200"), ("/nowhere", "404")])
+def test_nothing_is_asked_for_what_is_not_metered(make, entitled, path, status):
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, **by_user("acme"))
+
+    assert response.status.startswith(status)
+    assert entitled.questions == 0
+
+
+def test_a_decorated_view_is_asked_for_its_own_features_alone(make, entitled):
+    entitled.values["acme"] = {"exports": YES}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, "/export", **by_user("acme"))
+
+    assert response.body == [b"ok"]
+    assert set(entitled.asked) == {("acme", "exports")}
+
+
+def test_the_application_answers_in_its_own_way(make, entitled):
+    def denied_response(environ, decision):
+        def app(environ, start_response):
+            cookies = [("Set-Cookie", "a=1; Path=/"), ("Set-Cookie", "b=2")]
+            start_response("402 Payment Required", [("X-Plan", "free"), *cookies])
+            return [b"pay"]
+
+        return app
+
+    app = make({"required_entitlements": ["x"], "denied_response": denied_response})
+
+    response = get(app, **by_user("acme"))
+
+    assert (response.status, response.body) == ("402 Payment Required", [b"pay"])
+    assert ("X-Plan", "free") in response.headers
+    cookies = [v.strip() for name, v in response.headers if name == "Set-Cookie"]
+    assert cookies == ["a=1; Path=/", "b=2"]
+
+
+def test_the_quota_is_told(make, entitled):
+    entitled.values["acme"] = {"searches": metered_entitlement(70)}
+    app = make({"required_entitlements": ["searches"], "usage_headers": True})
+
+    response = get(app, **by_user("acme"))
+
+    assert ("RateLimit-Remaining", "70") in response.headers
+
+
+# -- Configuration
+
+
+def test_options_win_over_settings_and_settings_over_variables(make, monkeypatch):
+    for name in ("BATCH_SIZE", "EVENT_SOURCE", "VALUE_PROPERTY"):
+        monkeypatch.setenv(f"OPENMETER_{name}", "7")
+
+    app = make({"event_source": "said", "value_property": "n"}, value_property="given")
+
+    policy = app.policy
+    said = (policy.batch_size, policy.event_source, policy.value_property)
+    assert said == (7, "said", "given")
+
+
+def test_without_the_view_middleware_there_is_no_application(make):
+    make()
+
+    with override_settings(MIDDLEWARE=[]), pytest.raises(ConfigError) as raised:
+        get_wsgi_application()
+
+    assert "expected 'openmeter_wsgi.django.ViewMiddleware'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"OPENMETER": {"api_key": "om_x"}}, []),
+        ({"OPENMETER": ["meters"]}, ["OPENMETER: expected options by name, got"]),
+        (
+            {"OPENMETER": {"API_KEY": "om_x", "subject": "user.pk", "batch_size": 0}},
+            [
+                "subject: expected 'header:Name', a callable on the environ, or a path",
+                "unknown option 'API_KEY' (did you mean 'api_key'?)",
+                "batch_size: expected",
+            ],
+        ),
+        (
+            {"OPENMETER": {"api_key": "om_x"}, "MIDDLEWARE": []},
+            ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' among them"],
+        ),
+    ],
+)
+def test_a_check_reports_every_problem(said, expected):
+    with override_settings(**{"MIDDLEWARE": [VIEW_MIDDLEWARE], **said}):
+        found = check_configuration()
+
+    assert len(found) == len(expected)
+    for message, text in zip(found, expected, strict=True):
+        assert message.msg.startswith(text), message
+        assert message.is_serious()
+        assert message.hint
+
+
+@pytest.mark.parametrize(
+    ("named", "warnings"),
+    [([], 1), (["openmeter_wsgi.django.rest_framework.HasEntitlements"], 0)],
+)
+def test_a_check_warns_of_views_that_authenticate_too_late(named, warnings):
+    with override_settings(
+        INSTALLED_APPS=["rest_framework"],
+        MIDDLEWARE=[VIEW_MIDDLEWARE],
+        OPENMETER={"api_key": "om_x", "required_entitlements": ["searches"]},
+        REST_FRAMEWORK={"DEFAULT_PERMISSION_CLASSES": named},
+    ):
+        found = check_configuration()
+
+    assert [message.id for message in found] == ["openmeter.W001"] * warnings
