@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 if TYPE_CHECKING:
@@ -89,6 +90,13 @@ class Chromium(webdriver.Chrome):
 
     def press(self, *keys: str) -> None:
         ActionChains(self, duration=0).send_keys(*keys).perform()
+
+    def tab(self, *, back: bool = False) -> None:
+        keys = ActionChains(self, duration=0)
+        if back:
+            keys.key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+        else:
+            keys.send_keys(Keys.TAB).perform()
 
     def violations(self) -> Iterator[str]:
         """Yield what axe finds wrong with the page as it stands."""

@@ -102,11 +102,13 @@ def scrollbar(browser):
     )
 
 
-def tab_to(browser, selector, key=Keys.TAB):
+def tab_to(browser, selector, *, back=False):
     """Press Tab until *selector* has the focus; every stop must be visible."""
     for _ in range(TAB_STOPS):
-        browser.press(key)
+        browser.tab(back=back)
         focus = browser.execute_script(FOCUS, selector)
+        if focus["name"].startswith("<body"):
+            continue  # between the last and the first stop of the page
         assert focus["isMarked"], f"no visible focus: {focus['name']}"
         assert focus["isInSight"], f"out of sight: {focus['name']}"
         if focus["matches"]:
@@ -138,7 +140,7 @@ def test_everything_can_be_reached_and_used_by_keyboard_alone(browser, filled):
     assert not browser.find(".readout").is_displayed()
     tab_to(browser, ".meter summary")
 
-    tab_to(browser, "nav a[href='#events']", Keys.SHIFT + Keys.TAB)
+    tab_to(browser, "nav a[href='#events']", back=True)
     browser.press(Keys.ENTER)
     browser.until("return document.activeElement.id === 'events-title'")
     assert browser.title == "Events · OpenMeter sandbox"
@@ -168,7 +170,7 @@ def test_access_and_faults_can_be_set_by_keyboard_alone(browser, filled):
     browser.until("return document.querySelector('#grant output').textContent !== ''")
     assert filled.value("wayne", "requests")["balance"] == 7
 
-    tab_to(browser, "nav a[href='#faults']", Keys.SHIFT + Keys.TAB)
+    tab_to(browser, "nav a[href='#faults']", back=True)
     browser.press(Keys.ENTER)
     browser.until("return document.activeElement.id === 'faults-title'")
     tab_to(browser, "[name=outage]")

@@ -38,7 +38,7 @@ class MeterCard {
     this.times = node("table");
     this.details = node("details", { ontoggle: () => this.#values() },
       node("summary", {}, "The plot as a table"),
-      node("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The plot as a table" }, this.times));
+      node("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Table of the plot of ${slug}` }, this.times));
     this.root = node("article", { class: "meter", "aria-labelledby": `meter-${slug}` },
       node("header", {}, node("div", {}, this.name, this.definition), this.total),
       this.unusable,
@@ -46,7 +46,7 @@ class MeterCard {
         node("label", {}, "Divide by ", this.by), node("label", {}, "Subject ", this.subject), this.subjects),
       node("div", { class: "body" },
         node("figure", {}, this.unit, this.canvas),
-        node("div", { class: "groups", tabindex: "0", role: "region", "aria-label": "Legend and totals" }, this.table)),
+        node("div", { class: "groups", tabindex: "0", role: "region", "aria-label": `Legend and totals of ${slug}` }, this.table)),
       this.details);
   }
 
