@@ -3,6 +3,8 @@
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, tests
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
+#   make test-page     the sandbox's page in Chromium: as root, on Debian
+#   make screenshot    the picture of it in the documentation
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
 #   make overshoot     by how much a quota is overshot under load (REDIS=redis://…)
@@ -15,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers chaos overshoot bench dist check-dist clean
+.PHONY: demo test lint types contract unit test-servers test-page screenshot chaos overshoot bench dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -39,6 +41,15 @@ unit: $(INSTALLED)
 test-servers: $(INSTALLED)
 	tests/servers_installed/install $(VENV)
 	$(BIN)/python -X dev -m pytest tests/servers_installed
+
+# Needs root and Debian: it installs Chromium first.
+test-page: $(INSTALLED)
+	tests/in_chromium/install $(VENV)
+	$(BIN)/python -X dev -m pytest tests/in_chromium
+
+screenshot: $(INSTALLED)
+	tests/in_chromium/install $(VENV)
+	cd tests/in_chromium && PYTHONPATH=.. ../../$(BIN)/python -m screenshot ../../docs/_static/sandbox.png
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --kills 200

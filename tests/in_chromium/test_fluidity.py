@@ -34,11 +34,9 @@ def work(browser, sandbox, api, attempt):
     browser.until("return document.querySelector('.meter th').textContent === 'route'")
     browser.go("events")
     browser.find("#arrivals tbody tr")
-    for rows in range(200, 1001, 200):
+    for rows in range(200, 1001, 100):
         browser.execute_script("older.click()")
-        browser.until(
-            "return arrivals.tBodies[0].rows.length > arguments[0]", rows - 101
-        )
+        browser.until("return arrivals.tBodies[0].rows.length === arguments[0]", rows)
     for letter in "completion large":
         browser.find("[name=search]").send_keys(letter)
     browser.until("return found.textContent.endsWith('events found')")

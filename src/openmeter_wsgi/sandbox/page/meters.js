@@ -3,6 +3,7 @@ import { $, heads, many, node, options, redraw, show, write } from "./dom.js";
 import { isStacked, lookOf, swatch } from "./patterns.js";
 import { Plot } from "./plot.js";
 import { period } from "./readout.js";
+import { shown } from "./views.js";
 
 const SPANS = { 300: "5 minutes", 900: "15 minutes", 3600: "hour", 86400: "day", 604800: "week" };
 const WORDS = { SUM: "sum", COUNT: "number of events", AVG: "average", MIN: "least", MAX: "greatest", UNIQUE_COUNT: "different values", LATEST: "latest" };
@@ -109,12 +110,15 @@ class MeterCard {
 let repainted = 0;
 document.addEventListener("themechange", () => { repainted += 1; });
 
+// One card at a time: all plots at once would hold up a click or a key.
+const breathe = () => new Promise((resolve) => setTimeout(resolve));
+
 const cards = new Map();
-export function showMeters({ meters, times, step }) {
+export async function showMeters({ meters, times, step }) {
   const wanted = new Set(meters.map((meter) => meter.slug));
   for (const [slug, card] of cards) {
     if (wanted.has(slug)) continue;
-    card.plot.destroy();
+    card.plot?.destroy();
     card.root.remove();
     cards.delete(slug);
   }
@@ -125,6 +129,7 @@ export function showMeters({ meters, times, step }) {
     }
     // Looks are given in the order of the totals, the greatest first.
     for (const { group } of meter.curves) lookOf(group);
-    cards.get(meter.slug).update(meter, times, step);
+    if (shown() === "usage") cards.get(meter.slug).update(meter, times, step);
+    await breathe();
   }
 }

@@ -6,7 +6,7 @@ import { pollEvents } from "./events.js";
 import { onFaultChange, showFaults } from "./faults.js";
 import { refreshJourney } from "./journey.js";
 import { asked, onViewChange, showMeters } from "./meters.js";
-import { start } from "./views.js";
+import { onEnter, start } from "./views.js";
 
 const PARTS = [showCounts, showRefusals, showUncounted, showEmpty, showMeters, showAccess, showFaults];
 const EVERY = 1000;
@@ -16,10 +16,14 @@ function status(text, mark) {
   $("status").className = mark;
 }
 
+// Who asks later is answered with what is newer.
+let turns = 0;
 async function refresh() {
+  const turn = ++turns;
   try {
     const overview = await get("/sandbox/api/overview", asked());
-    for (const part of PARTS) part(overview);
+    if (turn !== turns) return;
+    for (const part of PARTS) await part(overview);
     await pollEvents();
     await refreshJourney();
     status("Live", "live");
@@ -34,6 +38,7 @@ onAccessChange(refresh);
 onFaultChange(refresh);
 onMeterCreated(refresh);
 onViewChange(refresh);
+onEnter("usage", refresh);
 start();
 (async function poll() {
   if (!document.hidden) await refresh();

@@ -25,17 +25,26 @@ export function lookOf(group) {
 
 export const dashOf = (look) => DASHES[look];
 
-// A custom property is only text until a real one takes it: the theme is resolved there.
-export function colour(name) {
-  const probe = document.createElement("span");
-  probe.style.color = `var(${name})`;
-  document.body.append(probe);
-  const resolved = getComputedStyle(probe).color;
-  probe.remove();
-  return resolved;
+// What a theme makes of the colours is asked once: each answer costs a layout.
+const known = new Map();
+document.addEventListener("themechange", () => known.clear());
+function once(key, make) {
+  if (!known.has(key)) known.set(key, make());
+  return known.get(key);
 }
 
-export function fillOf(look) {
+// A custom property is only text until a real one takes it: the theme is resolved there.
+const probe = document.createElement("span");
+probe.hidden = true;
+document.body.append(probe);
+export const colour = (name) => once(name, () => {
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
+});
+
+export const fillOf = (look) => once(look, () => paint(look));
+
+function paint(look) {
   const scale = devicePixelRatio;
   const tile = document.createElement("canvas");
   tile.width = tile.height = TILE * scale;
