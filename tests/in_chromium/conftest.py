@@ -30,26 +30,39 @@ def _chromium() -> Iterator[Chromium]:
 
 
 @pytest.fixture
-def browser(_chromium: Chromium) -> Iterator[Chromium]:
-    """A window as if it were new, whose console has to stay empty."""
-    _chromium.resize(1400, 900)
-    _chromium.prefer(dark=False)
-    _chromium.complaints()
-    yield _chromium
-    assert _chromium.complaints() == []
-    _chromium.get("about:blank")
-
-
-@pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox() as sandbox:
         yield sandbox
 
 
 @pytest.fixture
+def browser(_chromium: Chromium, sandbox: Sandbox) -> Iterator[Chromium]:
+    """A window as if it were new, whose console has to stay empty.
+
+    It lets go of the sandbox before that ends: a page whose server is gone complains.
+    """
+    _chromium.resize(1400, 900)
+    _chromium.prefer(dark=False)
+    _chromium.complaints()
+    yield _chromium
+    said = _chromium.complaints()
+    _chromium.get("about:blank")
+    assert said == []
+
+
+@pytest.fixture
 def api(sandbox: Sandbox) -> Iterator[Api]:
     with Api(sandbox.url) as api:
         yield api
+
+
+@pytest.fixture
+def varied(sandbox: Sandbox, api: Api) -> Sandbox:
+    """A sandbox with something of everything, and little of it: axe looks at each."""
+    from shown import fill
+
+    fill(sandbox, api, 30)
+    return sandbox
 
 
 @pytest.fixture

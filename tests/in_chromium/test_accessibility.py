@@ -38,12 +38,13 @@ def open_everything(browser, view):
         browser.find("#arrivals tbody tr")
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_axe_finds_nothing_wrong_with_any_view(browser, filled, dark, width):
+def test_axe_finds_nothing_wrong_with_any_view(browser, varied, dark, width):
     browser.prefer(dark=dark)
     browser.resize(width, 900)
-    browser.open(filled.url)
+    browser.open(varied.url)
 
     found = {}
     for view in VIEWS:
@@ -58,6 +59,7 @@ def test_axe_finds_nothing_wrong_with_any_view(browser, filled, dark, width):
     assert found == {view: [] for view in (*VIEWS, "journey")}
 
 
+@pytest.mark.timeout(180)
 def test_axe_finds_nothing_wrong_with_an_empty_sandbox(browser, sandbox):
     browser.open(sandbox.url)
     browser.find("#empty:not([hidden])")
@@ -70,9 +72,10 @@ def test_axe_finds_nothing_wrong_with_an_empty_sandbox(browser, sandbox):
     assert found == {view: [] for view in VIEWS}
 
 
-def test_the_chosen_colours_satisfy_axe_whatever_the_system_prefers(browser, filled):
+@pytest.mark.timeout(180)
+def test_the_chosen_colours_satisfy_axe_whatever_the_system_prefers(browser, varied):
     browser.prefer(dark=True)
-    browser.open(filled.url)
+    browser.open(varied.url)
     for theme in ("light", "dark"):
         browser.execute_script(
             "theme.value = arguments[0]; theme.dispatchEvent(new Event('change'))",

@@ -244,4 +244,5 @@ def test_the_page_says_that_the_sandbox_is_gone(browser):
     browser.until("return document.querySelector('#status').className === 'lost'")
 
     assert browser.text("#status") == "The sandbox does not answer; trying again"
+    browser.get("about:blank")
     assert all("ERR_" in complaint for complaint in browser.complaints())
