@@ -4,10 +4,13 @@
 #   make test          lint, types, import contract, tests
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make test-django   the Django edge under Django 4.2, 5.2 and the newest
+#   make test-page     the sandbox's page in Chromium: as root, on Debian
+#   make screenshot    the picture of it in the documentation
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
 #   make overshoot     by how much a quota is overshot under load (REDIS=redis://…)
 #   make bench         what a metered request costs beside a bare one
+#   make guard         whether a request still costs what it may, in instructions
 #   make dist          wheel and sdist
 #   make release-check the same, checked, installed alone in an empty environment, and
 #                      the quickstart run from it
@@ -17,7 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers test-django chaos overshoot bench dist release-check clean
+.PHONY: demo test lint types contract unit test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -45,16 +48,31 @@ test-servers: $(INSTALLED)
 test-django:
 	tests/django_versions.sh $(PYTHON) $(NEWEST_PYTHON)
 
+# Needs root and Debian: it installs Chromium first.
+test-page: $(INSTALLED)
+	tests/in_chromium/install $(VENV)
+	$(BIN)/python -X dev -m pytest tests/in_chromium
+
+screenshot: $(INSTALLED)
+	tests/in_chromium/install $(VENV)
+	cd tests/in_chromium && PYTHONPATH=.. ../../$(BIN)/python -m screenshot ../../docs/_static/sandbox.png
+
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos --kills 200
 	$(BIN)/python -m tests.seal_loop --seconds 60
 
 bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.instructions
 	$(BIN)/python -m benchmarks.request_cost
 	$(BIN)/python -m benchmarks.entitlements
 
 overshoot: $(INSTALLED)
 	$(BIN)/python -m tests.overshoot $(if $(REDIS),--redis $(REDIS))
+
+# Needs valgrind, which it installs as root on Debian.
+guard: $(INSTALLED)
+	command -v valgrind || apt-get install --quiet=2 --yes --no-install-recommends valgrind
+	$(BIN)/python -m benchmarks.instructions --guard
 
 dist: $(INSTALLED)
 	rm -rf dist

@@ -11,6 +11,7 @@ from openmeter_wsgi.sandbox.guard import is_allowed
 from test_sandbox_support import Api, event
 
 PAGE = Path(openmeter_wsgi.sandbox.__file__).with_name("page")
+OLD = "2020-01-01T00:00:00Z"
 HOSTILE = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
@@ -79,8 +80,10 @@ def test_the_plot_library_comes_with_its_licence():
 def test_every_answer_is_protected(api, path):
     headers = api.get(path).headers
 
-    assert "default-src 'self'" in headers["Content-Security-Policy"]
-    assert "unsafe" not in headers["Content-Security-Policy"]
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy
+    assert "unsafe" not in policy
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["X-Frame-Options"] == "DENY"
 
@@ -102,9 +105,8 @@ def test_hostile_texts_stay_texts(api, hostile):
     answer = api.get("/sandbox/api/overview")
     assert answer.headers["Content-Type"] == "application/json"
     overview = answer.json()
-    assert overview["meters"][0]["subjects"][0]["subject"] == hostile
+    assert overview["meters"][0]["groups"][0]["group"] == hostile
     assert overview["uncounted"][0]["type"] == f"{hostile} uncounted"
-    assert json.loads(overview["events"][1]["data"]) == {hostile: hostile}
 
 
 def test_the_overview_shows_usage_over_time_and_totals(api):
@@ -117,13 +119,73 @@ def test_the_overview_shows_usage_over_time_and_totals(api):
     (meter,) = api.overview()["meters"]
 
     assert (meter["value"], meter["events"], meter["unusable"]) == (45, 11, 1)
-    assert [(s["subject"], s["value"], s["events"]) for s in meter["subjects"]] == [
+    assert [(g["group"], g["value"], g["events"]) for g in meter["groups"]] == [
         ("b", 25, 5), ("a", 20, 6),
     ]  # fmt: skip
-    curves = {c["subject"]: [v for v in c["values"] if v] for c in meter["curves"]}
-    assert {subject: sum(values) for subject, values in curves.items()} == {
+    curves = {c["group"]: [v for v in c["values"] if v] for c in meter["curves"]}
+    assert {group: sum(values) for group, values in curves.items()} == {
         "a": 20, "b": 25,
     }  # fmt: skip
+
+
+def overview(api, **views):
+    parameters = {"views": json.dumps(views), "span": 300}
+    return api.get("/sandbox/api/overview", params=parameters).json()["meters"]
+
+
+def used(meter):
+    return {group["group"]: group["value"] for group in meter["groups"]}
+
+
+def test_usage_is_divided_by_a_dimension_and_for_one_subject(api):
+    api.meter("sum", "SUM", "$.n", groupBy={"region": "$.at.region"})
+    regions = [{"region": "eu"}, {"region": "us"}, {}, None]
+    api.ingest(
+        [event(n, subject="ab"[n % 2], data={"n": n, "at": regions[n % 4]})
+         for n in range(8)]
+    )  # fmt: skip
+
+    (by_region,) = overview(api, sum={"by": "region"})
+    (of_b,) = overview(api, sum={"by": "region", "subject": "b"})
+    (by_subject,) = overview(api, sum={"by": "no such dimension"})
+    (of_a,) = overview(api, sum={"subject": "a"})
+
+    assert (by_region["by"], by_region["dimensions"]) == ("region", ["region"])
+    assert used(by_region) == {"": 8 + 10, "us": 6, "eu": 4}
+    assert [curve["group"] for curve in by_region["curves"]] == ["", "us", "eu"]
+    assert (used(of_b), of_b["value"]) == ({"": 10, "us": 6}, 16)
+    assert (by_subject["by"], used(by_subject)) == ("subject", {"a": 12, "b": 16})
+    assert (used(of_a), of_a["value"], of_a["subject"]) == ({"a": 12}, 12, "a")
+
+
+def test_usage_of_the_time_shown_stands_beside_that_of_all_time(api):
+    api.meter("sum", "SUM", "$.n")
+    api.ingest([event(1, data={"n": 1}), event(2, data={"n": 2}, time=OLD)])
+
+    (meter,) = overview(api)
+
+    (group,) = meter["groups"]
+    assert (group["recent"], group["value"]) == (1, 3)
+
+
+def test_usage_is_shown_as_late_as_meters_count_it(api):
+    api.meter("calls", "COUNT")
+    api.put("/sandbox/api/visibility", json={"visibleAfter": 60})
+    api.ingest(event())
+
+    (meter,) = overview(api)
+
+    assert (meter["value"], meter["groups"]) == (None, [])
+
+
+@pytest.mark.parametrize(
+    "views", ["[]", "x", '{"a": 1}', '{"a": {"by": 1}}', '{"a": {"of": "b"}}']
+)
+def test_senseless_views_are_refused(api, views):
+    answer = api.get("/sandbox/api/overview", params={"views": views})
+
+    assert answer.status_code == 400
+    assert "views" in answer.json()["detail"]
 
 
 def test_events_that_nobody_counts_come_with_meters_that_would_count_them(api):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flask import Flask
 
 from openmeter_wsgi.sandbox import (
+    arrival_routes,
     catalog,
     customers,
     entitlement_routes,
@@ -40,6 +41,7 @@ ROUTES = (
     catalog.features,
     catalog.subjects,
     overview.routes,
+    arrival_routes.routes,
     page_actions.routes,
 )
 

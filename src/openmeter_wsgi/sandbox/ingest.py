@@ -13,11 +13,10 @@ from openmeter_wsgi.sandbox.faults import Fault
 from openmeter_wsgi.sandbox.parts import parts
 from openmeter_wsgi.sandbox.problems import Problem
 from openmeter_wsgi.sandbox.schema import Flaw, Schema, check
+from openmeter_wsgi.sandbox.turned_away import Outcome, of_request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from openmeter_wsgi.sandbox.faults import GroupFaults
+    from openmeter_wsgi.sandbox.parts import Parts
     from openmeter_wsgi.sandbox.store import Store
     from openmeter_wsgi.sandbox.tally import Tally
 
@@ -57,11 +56,10 @@ def _answer(*, v3: bool) -> Response:
     faults = here.faults.ingest
     here.tally.add(requests=1)
     try:
-        _check_order(here.tally, faults)
+        faults.check()
         _ingest(here.store, here.tally, faults.draw(), v3=v3)
     except Problem as problem:
-        if problem.status in REFUSALS:
-            here.tally.refuse(problem.reason)
+        _explain(here, problem)
         raise
     finally:
         faults.delay()
@@ -71,12 +69,17 @@ def _answer(*, v3: bool) -> Response:
     return response
 
 
-def _check_order(tally: Tally, faults: GroupFaults) -> None:
-    try:
-        faults.check()
-    except Problem:
-        tally.add(failed=1)
-        raise
+def _explain(here: Parts, problem: Problem) -> None:
+    """Count a request that is answered with an error, and remember what it held."""
+    refused = problem.status in REFUSALS
+    if refused:
+        here.tally.refuse(problem.reason)
+    else:
+        here.tally.add(failed=1)
+    outcome = Outcome.REFUSED if refused else Outcome.FAILED
+    reason = f"answered {problem.status}: {problem.reason}"
+    body = request.get_data()
+    here.store.turn_away(of_request(body, outcome, reason, problem.position))
 
 
 @routes.post("/api/v1/events")
@@ -92,8 +95,7 @@ def _ingest_v3() -> Response:
 
 def _ingest(store: Store, tally: Tally, fault: Fault | None, *, v3: bool) -> None:
     if fault is Fault.BEFORE:
-        tally.add(failed=1)
-        raise Problem(500)
+        raise Problem(500, reason="on purpose, before anything was stored")
     content_type = request.headers.get("Content-Type", "")
     body = request.get_data()
     events = accept(body, content_type, now=int(store.clock()), v3=v3)
@@ -102,9 +104,11 @@ def _ingest(store: Store, tally: Tally, fault: Fault | None, *, v3: bool) -> Non
     whole = next((n for n, event in enumerate(events) if event.broken), len(events))
     added = store.add(events[:whole])
     tally.add(received=whole, **added._asdict())
-    if whole < len(events) or fault is Fault.AFTER:
-        tally.add(failed=1)
-        raise Problem(500)
+    if whole < len(events):
+        reason = "data_base64 holds no JSON; the events before were taken"
+        raise Problem(500, reason=reason, position=whole + 1)
+    if fault is Fault.AFTER:
+        raise Problem(500, reason="on purpose, after the events were taken")
 
 
 def accept(body: bytes, content_type: str, *, now: int, v3: bool) -> list[Event]:
@@ -133,6 +137,7 @@ def _check_schema(document: Any, kind: str, event: Schema) -> None:
     flaw = check(schema, document)
     if flaw is None:
         return
+    position = flaw.pointer.split("/")[1:2]
     if kind == EITHER:
         # Two schemas could match and OpenMeter does not say why neither does; the
         # page of the sandbox does.
@@ -143,22 +148,25 @@ def _check_schema(document: Any, kind: str, event: Schema) -> None:
         reason = str(flaw)
         name = "" if several else " #/components/schemas/Event"
     detail = f"{documents.PREFIX}doesn't match schema{name}: {flaw}"
-    raise Problem(400, detail, flaw=flaw, reason=reason)
+    culprit = int(position[0]) + 1 if several and position else None
+    raise Problem(400, detail, flaw=flaw, reason=reason, position=culprit)
 
 
 def _decode(document: Any, kind: str, now: int) -> list[Event]:
+    several = isinstance(document, list)
+    events: list[Event] = []
     try:
-        events = list(_events(document, now))
+        for item in document if several else [document]:
+            events.append(decode(item, now))  # noqa: PERF401
     except InvalidEvent as error:
         # For application/json OpenMeter throws the reason away.
         detail = "no events found" if kind == EITHER else str(error)
-        reason = f"invalid event: {error}"
-        raise Problem(400, f"invalid event: {detail}", reason=reason) from None
+        raise Problem(
+            400,
+            f"invalid event: {detail}",
+            reason=f"invalid event: {error}",
+            position=len(events) + 1 if several else None,
+        ) from None
     if not events and kind == EITHER:
         raise Problem(400, "invalid event: no events found")
     return events
-
-
-def _events(document: Any, now: int) -> Iterator[Event]:
-    for item in document if isinstance(document, list) else [document]:
-        yield decode(item, now)

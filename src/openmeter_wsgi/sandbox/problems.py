@@ -29,6 +29,7 @@ class Problem(Exception):
     :param flaw: what the schema says against the body. Such answers of the v1 API
         have no ``instance``, those of v3 name the field.
     :param reason: what the page shows where *detail* says too little.
+    :param position: the place of the event that is to blame in its batch, from 1.
     :param retry_after: seconds for the header of that name.
     """
 
@@ -39,6 +40,7 @@ class Problem(Exception):
         *,
         flaw: Flaw | None = None,
         reason: str | None = None,
+        position: int | None = None,
         retry_after: float | None = None,
     ) -> None:
         super().__init__(detail or HTTPStatus(status).phrase)
@@ -46,6 +48,7 @@ class Problem(Exception):
         self.detail = detail
         self.flaw = flaw
         self.reason = reason or str(self)
+        self.position = position
         self.retry_after = retry_after
 
     def v1(self) -> dict[str, Any]:

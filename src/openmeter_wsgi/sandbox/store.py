@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sqlite3
 import tempfile
 import threading
 import time
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.sandbox.metering import to_float
-from openmeter_wsgi.sandbox.windows import window_start
+from openmeter_wsgi.sandbox import sql_functions, turned_away
+from openmeter_wsgi.sandbox.turned_away import Outcome, TurnedAway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +47,9 @@ CREATE TABLE IF NOT EXISTS resources (
 """
 
 
+#: The number of what arrived last, stored or not.
+NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
+    ifnull((SELECT max(seq) FROM turned_away), 0))"""
 #: Greater than the number of any event.
 EVERYTHING = 2**63 - 1
 
@@ -64,30 +65,27 @@ class Added(NamedTuple):
     dropped: int
 
 
-class Latest:
-    """SQL aggregate: the value of the newest event that has one."""
-
-    def __init__(self) -> None:
-        self._newest: tuple[int, int, float | None] = (-1, -1, None)
-
-    def step(self, moment: int, seq: int, value: float | None) -> None:
-        """Take one event."""
-        if value is not None:
-            self._newest = max(self._newest, (moment, seq, value))
-
-    def finalize(self) -> float | None:
-        """Return the newest value."""
-        return self._newest[2]
+_REASONS = {
+    Outcome.DUPLICATE: "an event with this source and id had arrived before",
+    Outcome.DROPPED: "its time is 1970 or earlier: OpenMeter drops it without a word",
+}
 
 
-@lru_cache(maxsize=4096)
-def to_number(text: str) -> float | None:
-    """Return *text* as ClickHouse's ``toFloat64OrNull`` does, infinities excluded."""
-    try:
-        value = to_float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _away(
+    event: Event, outcome: Outcome, position: int, batch: Sequence[Event]
+) -> TurnedAway:
+    return TurnedAway(
+        outcome,
+        _REASONS[outcome],
+        position,
+        len(batch),
+        event.id,
+        event.source,
+        event.type,
+        event.subject,
+        event.time,
+        event.data,
+    )
 
 
 class Store:
@@ -124,7 +122,7 @@ class Store:
         self._closed = False
         self._writer = self._connect()
         try:
-            self._writer.executescript(TABLES)
+            self._writer.executescript(TABLES + turned_away.TABLES)
         except BaseException:
             self.close()
             raise
@@ -133,9 +131,7 @@ class Store:
         connection = sqlite3.connect(
             self._path, timeout=10, isolation_level=None, check_same_thread=False
         )
-        connection.create_function("to_number", 1, to_number, deterministic=True)
-        connection.create_function("window_start", 3, window_start, deterministic=True)
-        connection.create_aggregate("latest", 3, Latest)  # type: ignore[arg-type]
+        sql_functions.install(connection)
         return connection
 
     @contextlib.contextmanager
@@ -169,28 +165,48 @@ class Store:
 
     def add(self, events: Sequence[Event]) -> Added:
         """Store *events*, the first of each key only."""
-        duplicates = dropped = 0
+        duplicates = 0
         rows: list[tuple[Any, ...]] = []
+        away: list[TurnedAway] = []
         with self.writing() as connection:
             now = self.clock()
-            for event in events:
+            for position, event in enumerate(events, 1):
                 if self._is_duplicate(connection, event.key):
                     duplicates += 1
                     if self.dedupe:
+                        away.append(_away(event, Outcome.DUPLICATE, position, events))
                         continue
                 if event.time <= 0:
-                    dropped += 1
+                    away.append(_away(event, Outcome.DROPPED, position, events))
                     continue
                 rows.append(
                     (event.id, event.source, event.type, event.subject, event.time,
                      event.data, now)
                 )  # fmt: skip
-            connection.executemany(
-                "INSERT INTO events (id, source, type, subject, time, data,"
-                " ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                rows,
-            )
+            self._insert(connection, rows, away, now)
+        dropped = sum(one.outcome is Outcome.DROPPED for one in away)
         return Added(len(rows), duplicates, dropped)
+
+    def turn_away(self, events: Sequence[TurnedAway]) -> None:
+        """Remember *events* that were not stored, to say what became of them."""
+        with self.writing() as connection:
+            self._insert(connection, [], events, self.clock())
+
+    @staticmethod
+    def _insert(
+        connection: sqlite3.Connection,
+        rows: Sequence[tuple[Any, ...]],
+        away: Sequence[TurnedAway],
+        now: float,
+    ) -> None:
+        (newest,) = connection.execute(NEWEST).fetchone()
+        connection.executemany(
+            "INSERT INTO events (seq, id, source, type, subject, time, data,"
+            " ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [(seq, *row) for seq, row in enumerate(rows, newest + 1)],
+        )
+        if away:
+            turned_away.insert(connection, away, newest + len(rows) + 1, now)
 
     def horizon(self, connection: sqlite3.Connection) -> int:
         """Return the number of the newest event that meters count by now.

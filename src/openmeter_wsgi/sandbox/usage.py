@@ -55,6 +55,8 @@ class Query:
     filters: Mapping[str, Sequence[str]] | None = None
     #: The number of the last event that counts; None for all of them.
     horizon: int | None = None
+    #: The number of the one event that counts; None for all of them.
+    only: int | None = None
 
 
 def usage(connection: sqlite3.Connection, meter: Meter, query: Query) -> list[Row]:
@@ -109,6 +111,8 @@ class _Statement:
             conditions.append(f"time < :{self._bind(query.end)}")
         if query.horizon is not None:
             conditions.append(f"seq <= :{self._bind(query.horizon)}")
+        if query.only is not None:
+            conditions.append(f"seq = :{self._bind(query.only)}")
         if query.subjects is not None:
             conditions.append(f"subject IN ({self._list(query.subjects)})")
         for name, values in (query.filters or {}).items():

@@ -49,7 +49,7 @@ class Row {
   // The button goes with its row, and the focus must not go with it.
   async #revoke() {
     await act("revoke", this.entry, "Revoked");
-    if (!this.root.isConnected) $("access").focus();
+    if (!this.root.isConnected) $("access-title").focus();
   }
 
   update(entry) {

@@ -16,7 +16,11 @@ export function node(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Replacing a text by itself would drop the reader's selection.
+export const heads = (...names) => node("thead", {}, node("tr", {}, ...names.map((name) =>
+  name.startsWith("#") ? node("th", { scope: "col", class: "number" }, name.slice(1))
+    : node("th", { scope: "col" }, name))));
+
+// Replacing a text by itself would drop the reader's selection, and be read out again.
 export function write(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
@@ -30,10 +34,24 @@ export function redraw(target, state, make) {
   target.replaceChildren(...make());
 }
 
+export const options = (target, values) =>
+  redraw(target, values, () => values.map((value) => node("option", { value }, value)));
+
+export async function get(path, parameters = {}) {
+  const answer = await fetch(`${path}?${new URLSearchParams(parameters)}`);
+  if (!answer.ok) throw new Error(await wrong(answer));
+  return answer.json();
+}
+
 // Ask the sandbox for something; the answer says what became of it.
 export async function send(method, path, body) {
   const answer = await fetch(path, {
     method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   });
-  return answer.ok ? null : (await answer.json()).detail ?? `the sandbox answered ${answer.status}`;
+  return answer.ok ? null : wrong(answer);
+}
+
+async function wrong(answer) {
+  const said = await answer.json().catch(() => ({}));
+  return said.detail ?? `the sandbox answered ${answer.status}`;
 }

@@ -1,0 +1,62 @@
+// What has arrived since the start, what was refused, and what no meter counts.
+import { $, many, node, number, redraw, send, show, write } from "./dom.js";
+
+let changed = () => {};
+export function onMeterCreated(callback) {
+  changed = callback;
+}
+
+function tiles({ counts, dedupe, stored, persistent, access }) {
+  const kept = dedupe ? "dropped, as with deduplication" : "counted again: no deduplication";
+  const items = [
+    { name: "Received", count: counts.received, note: `in ${many(counts.requests, "request")}` },
+    { name: "Stored", count: stored, note: persistent ? "in the database, all runs" : "until the sandbox ends" },
+    { name: "Duplicates", count: counts.duplicates, note: kept, outcome: dedupe ? "duplicate" : "stored" },
+    { name: "Refused", count: counts.refused, note: "requests, none of their events taken", outcome: "refused", bad: true },
+    { name: "Failed", count: counts.failed, note: "requests answered 500, 503 or 429", outcome: "failed" },
+    { name: "Questions", count: access.questions, note: "about entitlements" },
+  ];
+  if (counts.dropped) items.push({ name: "Too old", count: counts.dropped, note: "from 1970: dropped silently", outcome: "dropped", bad: true });
+  return items;
+}
+
+export function showCounts(overview) {
+  const items = tiles(overview);
+  redraw($("counts"), items, () => items.map(({ name, count, note, outcome, bad }) => {
+    const label = outcome && count ? node("a", { href: `#events?outcome=${outcome}` }, name) : name;
+    return node("div", bad && count ? { class: "bad" } : {},
+      node("dt", {}, label), node("dd", {}, show(count)), node("dd", { class: "note" }, note));
+  }));
+}
+
+export function showRefusals({ refusals }) {
+  $("refusals").hidden = !refusals.length;
+  redraw($("refusals").querySelector("ul"), refusals, () => refusals.slice(0, 8).map(({ reason, count }) =>
+    node("li", {}, `${number.format(count)} × `, node("code", {}, reason))));
+}
+
+export function showUncounted({ uncounted }) {
+  $("uncounted").hidden = !uncounted.length;
+  redraw($("uncounted").querySelector("ul"), uncounted, () => uncounted.map((entry) =>
+    node("li", {},
+      node("span", {}, node("strong", {}, entry.type),
+        ` · ${many(entry.events, "event")} of ${many(entry.subjects, "subject")}`),
+      ...entry.suggestions.map((meter) =>
+        node("button", { type: "button", onclick: () => create(meter) },
+          meter.valueProperty ? `Create meter: sum ${meter.valueProperty}` : "Create meter: count")))));
+}
+
+// The button goes with its row, and the focus must not go with it.
+async function create(meter) {
+  const refused = await send("POST", "/api/v1/meters", meter);
+  write($("uncounted-error"), refused ?? "");
+  await changed();
+  if (!refused) $("usage-title").focus();
+}
+
+export function showEmpty({ stored, meters, counts }) {
+  $("empty").hidden = stored > 0 || meters.length > 0 || counts.requests > 0;
+  const event = { id: "1", source: "shell", specversion: "1.0", type: "request", subject: "customer-1", data: { total: 1 } };
+  write($("address"), location.origin);
+  write($("example"), `curl ${location.origin}/api/v1/events \\\n  -H 'Content-Type: application/cloudevents+json' \\\n  -d '${JSON.stringify(event)}'`);
+}

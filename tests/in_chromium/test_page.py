@@ -1,0 +1,248 @@
+"""The sandbox's page in a browser: what it shows, and that texts stay texts."""
+
+import pytest
+
+from openmeter_wsgi.sandbox import Sandbox
+from test_sandbox_page import HOSTILE
+from test_sandbox_support import event
+
+ROWS = (
+    "return [...arrivals.tBodies[0].rows]"
+    ".map((row) => row.cells[arguments[0]].textContent)"
+)
+OUTCOME, ID = 1, 4
+# Which pixels of a swatch have the colour of its corner.
+SHAPES = """
+return [...document.querySelector(".meter").querySelectorAll(".groups canvas")]
+  .map((canvas) => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, 16, 14);
+    const pixels = Array.from({ length: 16 * 14 }, (_, at) =>
+      data.slice(4 * at, 4 * at + 3).join());
+    return pixels.map((pixel) => Number(pixel === pixels.at(-1))).join("");
+  });
+"""
+
+
+def rows(browser, column=ID):
+    return browser.execute_script(ROWS, column)
+
+
+def search(browser, **wanted):
+    for name, value in wanted.items():
+        browser.execute_script(
+            "const field = document.querySelector(`#search [name=${arguments[0]}]`);"
+            "field.value = arguments[1];"
+            "field.dispatchEvent(new Event('input', { bubbles: true }))",
+            name,
+            value,
+        )
+
+
+def shows(browser, *ids):
+    browser.until(
+        f"{ROWS.replace('return', 'const shown =')};"
+        "return JSON.stringify(shown) === JSON.stringify(arguments[1])",
+        ID,
+        list(ids),
+    )
+
+
+def test_the_page_loads_nothing_but_its_own_files(browser, filled):
+    browser.open(filled.url)
+    for view in ("events", "access", "faults"):
+        browser.go(view)
+
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(({ name }) => name)"
+    )
+
+    assert len(loaded) > 10
+    assert [name for name in loaded if not name.startswith(f"{filled.url}/")] == []
+
+
+def test_no_script_can_turn_a_text_into_markup(browser, sandbox):
+    browser.open(sandbox.url)
+
+    error = browser.execute_script(
+        "try { document.createElement('p').innerHTML = '<img>'; return 'it can'; }"
+        "catch (error) { return error.name; }"
+    )
+
+    assert error == "TypeError"
+    assert "TrustedHTML" in browser.complaints()[0]
+
+
+@pytest.mark.parametrize("view", ["usage", "events", "access"])
+def test_hostile_names_and_data_are_shown_as_they_are(browser, sandbox, api, view):
+    api.meter("calls", "COUNT", eventType=HOSTILE[0], name=HOSTILE[0])
+    for number, hostile in enumerate(HOSTILE):
+        texts = {
+            "id": f"{number}{hostile}",
+            "subject": hostile,
+            "data": {hostile: hostile},
+        }
+        api.ingest(event(**texts, type=HOSTILE[0]))
+        api.ingest(event(**texts, specversion=hostile))
+        sandbox.grant(hostile, "sso")
+
+    browser.open(sandbox.url, view)
+    browser.find(f"[data-view={view}] tbody tr:nth-child({len(HOSTILE)})")
+
+    shown = browser.text(f"[data-view={view}]")
+    assert [hostile for hostile in HOSTILE if hostile not in shown] == []
+    assert browser.execute_script("return document.images.length") == 0
+
+
+def test_events_are_found_by_what_they_hold_and_by_what_became_of_them(browser, filled):
+    browser.open(filled.url, "events")
+    browser.until("return arrivals.tBodies[0].rows.length === 100")
+
+    search(browser, search="pixels")
+    shows(browser, "event-image")
+    search(browser, search="", outcome="refused")
+    shows(browser, "not an event", "event-without a subject", "event-fine")
+    assert "event 2 of 2" in rows(browser, OUTCOME)[1]
+    assert "minimum string length is 1" in rows(browser, OUTCOME)[1]
+    assert "together with event 2 of its batch" in rows(browser, OUTCOME)[2]
+    search(browser, outcome="uncounted")
+    shows(browser, "event-no tokens", "event-image")
+    search(browser, outcome="", subject="oscorp", type="completion")
+    browser.until("return arrivals.tBodies[0].rows.length < 20")
+    browser.find("[type=reset]").click()
+    browser.until("return arrivals.tBodies[0].rows.length === 100")
+
+
+def test_the_counts_lead_to_the_events_they_count(browser, filled):
+    browser.open(filled.url)
+
+    browser.find("#counts a[href='#events?outcome=duplicate']").click()
+
+    browser.until("return arrivals.tBodies[0].rows.length === 3")
+    assert all("duplicate" in outcome for outcome in rows(browser, OUTCOME))
+    assert browser.find("[name=outcome]").get_property("value") == "duplicate"
+
+
+def journey(browser, id_, outcome):
+    search(browser, search=id_, outcome=outcome)
+    shows(browser, id_)
+    if outcome != "stored":
+        browser.until(f"{ROWS}[0].includes(arguments[1])", OUTCOME, outcome)
+    browser.find("#arrivals tbody button").click()
+    browser.until("return document.querySelector('#journey').open")
+    told = browser.text("#journey")
+    browser.find("#journey-close").click()
+    return told
+
+
+def test_a_journey_tells_why_an_event_is_counted_or_not(browser, filled):
+    browser.open(filled.url, "events")
+    request = "01000001:request"
+
+    counted = journey(browser, request, "stored")
+    duplicate = journey(browser, request, "duplicate")
+    lame = journey(browser, "event-no tokens", "stored")
+    refused = journey(browser, "event-without a subject", "refused")
+    alone = journey(browser, "event-image", "stored")
+
+    assert "Requests COUNT✓ yes1route = /v1/" in counted
+    assert "Latency AVG of $.seconds✓ yes0." in counted
+    assert "Duplicate of what arrived at" in duplicate
+    assert "not stored" in duplicate
+    assert "Event 2 of the 2 in its request. answered 400" in refused
+    assert 'no: invalid event: missing value property: "$.tokens"' in lame
+    assert "No meter counts events of type image.generated" in alone
+
+
+def test_events_arrive_while_one_looks_unless_one_has_paused(browser, sandbox, api):
+    browser.open(sandbox.url, "events")
+    api.ingest(event(1))
+    shows(browser, "event-1")
+    api.ingest(event(2))
+    shows(browser, "event-2", "event-1")
+
+    browser.find("#pause").click()
+    api.ingest([event(3), event(4)])
+    browser.until("return pause.textContent === 'Go on: 2 new events'")
+    assert rows(browser) == ["event-2", "event-1"]
+    browser.find("#pause").click()
+
+    shows(browser, "event-4", "event-3", "event-2", "event-1")
+
+
+def test_a_meter_made_by_a_button_counts_what_had_not_been_counted(
+    browser, sandbox, api
+):
+    api.ingest(event(type="image", data={"pixels": 5}))
+    browser.open(sandbox.url, "events")
+    browser.until("return arrivals.textContent.includes('no meter found')")
+
+    browser.go("usage")
+    browser.find("#uncounted button:last-child").click()
+    browser.until(
+        "return document.querySelector('.total')?.textContent.startsWith('5 ')"
+    )
+
+    browser.go("events")
+    browser.until("return arrivals.textContent.includes('counted')")
+
+
+def test_usage_is_divided_as_one_chooses(browser, filled):
+    browser.open(filled.url)
+    browser.find(".meter select option[value=status]")
+
+    browser.find(".meter select").send_keys("status")
+    browser.until("return document.querySelector('.meter th').textContent === 'status'")
+    names = "[...document.querySelector('.meter').querySelectorAll('.groups tbody th')]"
+    browser.until(
+        f"return {names}.map((name) => name.textContent).join() === '200,404'"
+    )
+    swatches = browser.execute_script(
+        f"return {names}.map((name) => name.querySelector('canvas').toDataURL())"
+    )
+
+    assert len(set(swatches)) == 2
+
+
+def test_looks_differ_without_colours(browser, filled):
+    browser.open(filled.url)
+    browser.find(".meter .groups canvas")
+
+    shapes = browser.execute_script(SHAPES)
+
+    assert len(shapes) == 8
+    assert len(set(shapes)) == 8
+
+
+def background(browser):
+    return browser.execute_script(
+        "return getComputedStyle(document.body).backgroundColor"
+    )
+
+
+def test_colours_follow_the_system_until_they_are_chosen_and_are_remembered(
+    browser, filled
+):
+    browser.open(filled.url)
+    light = background(browser)
+    browser.prefer(dark=True)
+    dark = background(browser)
+    browser.find("#theme option[value=light]").click()
+    chosen = background(browser)
+    browser.open(filled.url)
+    remembered = background(browser), browser.find("#theme").get_property("value")
+    browser.find("#theme option[value='']").click()
+
+    assert light != dark
+    assert chosen == light
+    assert remembered == (light, "light")
+    assert background(browser) == dark
+
+
+def test_the_page_says_that_the_sandbox_is_gone(browser):
+    with Sandbox() as sandbox:
+        browser.open(sandbox.url)
+    browser.until("return document.querySelector('#status').className === 'lost'")
+
+    assert browser.text("#status") == "The sandbox does not answer; trying again"
+    browser.get("about:blank")
+    assert all("ERR_" in complaint for complaint in browser.complaints())
