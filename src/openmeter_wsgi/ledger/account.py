@@ -65,6 +65,7 @@ class Account:
         #: One at a time asks the store; the others find what it brings.
         self._asking = threading.Lock()
         self._store: str | None = None
+        #: Left in the store, beside the chunk.
         self._available = 0.0
         self._refusal: tuple[float, float, Refusal] | None = None
         self._was_used = False
@@ -115,7 +116,8 @@ class Account:
 
     def available(self) -> float:
         """Return about how much is left, without asking the store."""
-        return max(self._available + self.chunk, 0.0)
+        with self.lock:
+            return max(self._available + self.chunk, 0.0)
 
     # -- Asking the store
 
@@ -187,6 +189,7 @@ class Account:
         """Take out what is to be handed in, and the chunk that goes back with it."""
         with self.lock:
             chunk, self.chunk = self.chunk, 0.0
+            self._available += chunk
             spent = self.spending.take()
             held = self.in_flight
         return Begun(Request(self._name, held, wanted, spent, self._answer), chunk)
@@ -206,7 +209,7 @@ class Account:
         with self.lock:
             self.in_flight += take
             self.chunk += granted - take
-        self._available = lease.available - granted
+            self._available = lease.available - granted
         self._handed_in_at = self.clock()
         return lease
 
@@ -214,6 +217,7 @@ class Account:
         """Put back what could not be handed in."""
         with self.lock:
             self.chunk += begun.chunk
+            self._available -= begun.chunk
             self.spending.put_back(begun.request.spent)
 
     # -- Tending
