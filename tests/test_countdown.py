@@ -294,7 +294,7 @@ def test_meters_of_several_subjects_are_taken_from_their_own_balances(make, enti
     entitled.values["bob"] = {"api_requests": metered(10)}
     meters = [{"type": "api_requests", "data": {"total": 2}, "subject": "bob"}]
     app = make(meters=None, meter=meters)
-    check = app.metering().gate.check
+    check = app.metering().billing.gate.check
     for name in ("alice", "bob"):
         check({"REMOTE_USER": name}, ["api_requests"], {"api_requests": 0})
 

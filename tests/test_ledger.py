@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from ledger_contract import START, Clock, LedgerContract
@@ -53,22 +55,23 @@ def test_what_is_left_is_known_also_while_the_store_is_asked():
 
     def exchange(requests):
         seen.append(account.available())
-        if fails:
+        if away.is_set():
             raise ConnectionError
         return store.exchange(Lessee("0" * 24, "spool"), requests, clock.now)
 
-    fails = False
+    away = threading.Event()
     account = Account("acme", exchange, visibility_lag=5.0, clock=clock)
     account.answered(100.0, START)
     account.reserve(10.0).settle(4.0)
     account.spend(30.0)
     del seen[:]
 
-    for fails in (False, True, False):
+    for change in (away.set, away.clear, away.clear):
         clock.now += 1
         account.answered(100.0, clock.now)
 
         assert account.available() == 66.0
+        change()
     assert seen == [66.0] * 3
     store.close()
 

@@ -233,7 +233,7 @@ def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server
     try:
         account.reserve(1.0)  # falls back
         reservation.settle(0.0)
-        until(lambda: ours.tend() or not account.chunk)  # and gives back there
+        until(lambda: ours.tend() or not account.chunk.free)  # and gives back there
     finally:
         server.resume()
 

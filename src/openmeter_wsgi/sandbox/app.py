@@ -8,7 +8,7 @@ from flask import Flask
 
 from openmeter_wsgi.sandbox import (
     catalog,
-    customers,
+    customer_routes,
     entitlement_routes,
     events,
     guard,
@@ -35,7 +35,7 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
-    customers.routes,
+    customer_routes.routes,
     entitlement_routes.routes,
     catalog.features,
     catalog.subjects,
