@@ -91,13 +91,13 @@ def timers(sandbox: Sandbox) -> dict[str, timeit.Timer]:
         "lock": threading.Lock(),
         "fresh": plain.entitlements.fresh(FEATURES[0]),
         "decide": plain.entitlements.decide,
-        "admit": plain.gate.admit,
-        "admit_counted": counted.gate.admit,
-        "settle": counted.gate.settle,
-        "static": counted.gate.policy.static_meters,
+        "admit": plain.billing.gate.admit,
+        "admit_counted": counted.billing.gate.admit,
+        "settle": counted.billing.gate.settle,
+        "static": counted.billing.gate.policy.static_meters,
     }
-    assert plain.gate.admit({}).allowed
-    assert counted.gate.admit({}).allowed
+    assert plain.billing.gate.admit({}).allowed
+    assert counted.billing.gate.admit({}).allowed
     assert plain.entitlements.decide("acme", FEATURES, "closed").allowed
     # Local variables of the loop, as they are those of a function elsewhere.
     setup = "; ".join(f"{name} = names['{name}']" for name in names)
