@@ -421,6 +421,18 @@ def test_one_feature_can_be_invalidated_alone(make, entitled):
     assert other is not app
 
 
+def test_what_is_invalidated_is_forgotten_under_every_policy(make, entitled):
+    entitled.values["of-route"] = {"searches": NO}
+    own = {"customer": {"acme": "of-route"}}
+    app = make(required_entitlements=["searches"], routes={"/search": own})
+    ask(app, PATH_INFO="/search")
+    entitled.values["of-route"] = {"searches": YES}
+
+    app.invalidate("acme")
+
+    assert ask(app, PATH_INFO="/search").status == "200 OK"
+
+
 def test_of_too_many_customers_the_oldest_are_forgotten(make, entitled):
     for name in "abc":
         entitled.values[name] = {"searches": YES}
@@ -515,6 +527,37 @@ def test_a_mistake_in_one_feature_leaves_the_others_alone(make, entitled):
     assert decision.source == "openmeter"
     gate.check({"REMOTE_USER": "acme"}, ["searches"])
     assert entitled.asked["acme", "searches"] == 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 500])
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a%2fb", "a\\b", "a;b", "a\0b"])
+def test_a_name_that_is_refused_on_its_way_stops_no_question_for_others(
+    make, entitled, name, status
+):
+    entitled.values["acme"] = {"searches": YES}
+    entitled.refused[name] = problem(status)
+    app = make(fail_mode="closed")
+
+    for _ in range(3):
+        assert ask(app, name).status.startswith("503")
+
+    assert entitled.asked[name, "searches"] == 1
+    assert ask(app, "acme").status == "200 OK"
+
+
+def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
+    entitled.values["acme"] = {"searches": YES}
+    entitled.instead = problem(500)
+    app = make(fail_mode="closed")
+    ask(app, "acme")
+    entitled.instead = None
+    names = [f"x/{n}" for n in range(1_000)]
+    entitled.refused = dict.fromkeys(names, problem(404))
+    asker = app.metering().entitlements._asker
+
+    wait_for(lambda: ask(app, names.pop()) and not asker.breaker.is_open, 5)
+
+    assert ask(app, "acme").status == "200 OK"
 
 
 def test_an_outage_costs_one_question_and_not_one_a_request(make, entitled):
