@@ -45,8 +45,8 @@ class Entitled:
         self.terms: dict[tuple[str, str], Any] = {}
         #: What every question gets in place of an answer.
         self.instead: Answer | None = None
-        #: The same for the questions of single customers.
-        self.refused: dict[str, Answer] = {}
+        #: The same for the questions of single customers, or of their features.
+        self.refused: dict[str | tuple[str, str], Answer] = {}
         #: The questions for values, by customer and feature (``access`` for all).
         self.asked: Counter[tuple[str, str]] = Counter()
         self.asked_terms: Counter[tuple[str, str]] = Counter()
@@ -61,6 +61,8 @@ class Entitled:
         (self.asked_terms if is_terms else self.asked)[customer, feature or what] += 1
         if self.instead is not None:
             return self.instead
+        if refusal := self.refused.get((customer, feature)):
+            return refusal
         if customer in self.refused:
             return self.refused[customer]
         if (values := self.values.get(customer)) is None:

@@ -129,14 +129,11 @@ def test_the_status_of_a_spent_quota_can_be_chosen(make, entitled, status):
 
 def test_retry_after_is_the_end_of_the_usage_period(make, entitled):
     entitled.values["acme"] = {"searches": metered(0)}
-    moment = time.gmtime(time.time() + 3_600)
-    entitled.terms["acme", "searches"] = {
-        "currentUsagePeriod": {"to": time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)}
-    }
+    entitled.terms["acme", "searches"] = in_an_hour()
 
     response = ask(make())
 
-    assert 3_590 <= int(header(response, "Retry-After")) <= 3_600
+    assert 3_500 <= int(header(response, "Retry-After")) <= 3_600
 
 
 def test_a_head_request_is_denied_without_a_body(make, entitled):
@@ -225,6 +222,46 @@ def test_usage_headers_tell_what_is_left(make, entitled):
     assert header(response, "RateLimit-Limit") == "100"
     assert header(response, "RateLimit-Remaining") == "40"
     assert header(response, "X-App") == "yes"
+
+
+def in_an_hour():
+    moment = time.gmtime(time.time() + 3_600)
+    to = time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
+    return {"currentUsagePeriod": {"to": to}}
+
+
+@pytest.mark.parametrize("where", ["everywhere", "on one route"])
+def test_usage_headers_tell_when_the_quota_is_granted_anew(make, entitled, where):
+    entitled.values["acme"] = {"searches": metered(40)}
+    entitled.terms["acme", "searches"] = in_an_hour()
+    on = {"usage_headers": True}
+    app = make(**on) if where == "everywhere" else make(routes={"/": on})
+
+    wait_for(lambda: header(ask(app), "RateLimit-Reset"))
+
+    assert 3_500 <= int(header(ask(app), "RateLimit-Reset")) <= 3_600
+    assert entitled.asked_terms["acme", "searches"] == 1
+
+
+def test_the_next_period_is_asked_for_when_one_is_over(make, entitled):
+    entitled.values["acme"] = {"searches": metered(40)}
+    over = "2026-01-01T00:00:00Z"
+    entitled.terms["acme", "searches"] = {"currentUsagePeriod": {"to": over}}
+    app = make(usage_headers=True, allow_ttl=0.05)
+    wait_for(lambda: header(ask(app), "RateLimit-Reset") == "0")
+
+    entitled.terms["acme", "searches"] = in_an_hour()
+
+    wait_for(lambda: int(header(ask(app), "RateLimit-Reset")) > 3_500)
+
+
+def test_nobody_asks_for_a_period_that_nobody_is_told(make, entitled):
+    entitled.values["acme"] = {"searches": metered(40)}
+    app = make(allow_ttl=0.05)
+
+    wait_for(lambda: ask(app) and entitled.questions == 5)
+
+    assert not entitled.asked_terms
 
 
 def test_all_of_several_features_are_needed(make, entitled):
@@ -514,6 +551,21 @@ def test_a_mistake_in_the_configuration_is_loud_and_no_denial(make, entitled, ca
     assert "feature key does not match" in errors[0].getMessage()
 
 
+def test_a_feature_key_that_openmeter_refuses_is_no_denial_among_others(
+    make, entitled, caplog
+):
+    entitled.values["acme"] = {"searches": YES}
+    entitled.refused["acme", "Api-Requests"] = problem(400, "no such key")
+    both = ["searches", "Api-Requests"]
+
+    assert ask(make(required_entitlements=both)).status == "200 OK"
+    response = ask(make(required_entitlements=both, fail_mode="closed"))
+
+    assert body(response)["feature"] == "Api-Requests"
+    assert body(response)["reason"] == "unavailable"
+    assert "no such key" in caplog.text
+
+
 def test_a_mistake_in_one_feature_leaves_the_others_alone(make, entitled):
     entitled.values["acme"] = {"exports": YES}
     app = make(required_entitlements=[])
@@ -657,11 +709,22 @@ def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
 def test_questions_are_limited_per_second(make, entitled, caplog):
     app = make(question_rate=4, entitlement_timeout=0.1)
 
+    started = time.monotonic()
     for n in range(30):
         ask(app, f"subject-{n}")
 
-    assert entitled.questions <= 4
+    assert entitled.questions <= 4 + 4 * (time.monotonic() - started)
     assert "question_rate" in caplog.text
+
+
+def test_what_else_is_asked_of_an_entitlement_is_a_question_too(make, entitled, caplog):
+    entitled.values["acme"] = {"searches": metered(0)}
+    app = make(question_rate=0.1, entitlement_timeout=1)
+
+    assert ask(app).status.startswith("429")
+
+    wait_for(lambda: "question_rate" in caplog.text)
+    assert not entitled.asked_terms
 
 
 # -- The configuration

@@ -59,6 +59,10 @@ class Terms(msgspec.Struct, frozen=True):
     #: When the usage period ends, in seconds since 1970; None where it has none.
     period_end: float | None = None
 
+    def is_over(self, now: float) -> bool:
+        """Say whether that period has ended."""
+        return self.period_end is not None and self.period_end <= now
+
 
 class _Period(msgspec.Struct):
     to: datetime.datetime

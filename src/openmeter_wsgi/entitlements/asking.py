@@ -154,7 +154,7 @@ class Asker:
         reserve: float,
     ) -> None:
         try:
-            if self._has_token(reserve):
+            if self.has_token(reserve):
                 self._put(question, done)
         except Exception:
             logger.exception("%s: a question about %s broke off", "entitlements",
@@ -169,7 +169,8 @@ class Asker:
         slots.release()
         done.set()
 
-    def _has_token(self, reserve: float) -> bool:
+    def has_token(self, reserve: float = 0.0) -> bool:
+        """Wait for leave to ask one thing more; say whether there was any in time."""
         deadline = time.monotonic() + self._timeout
         while wait := self._take_question(reserve):
             if time.monotonic() + wait > deadline:

@@ -43,4 +43,9 @@ def entitlements_of(
             max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
         cache_size=policy.entitlement_cache_size,
+        tells_periods=any(
+            each.usage_headers
+            for each in (policy, *(own for _, own in policy.of_routes))
+            if each is not None
+        ),
     )
