@@ -283,6 +283,17 @@ def test_of_several_reasons_that_is_told_which_would_stay(make, entitled):
     assert body(response)["feature"] == "exports"
 
 
+def test_of_several_spent_quotas_the_last_to_come_back_says_when(make, entitled):
+    features = ["searches", "exports", "reports"]
+    entitled.values["acme"] = dict.fromkeys(features, metered(0))
+    entitled.terms["acme", "exports"] = in_an_hour()
+
+    response = ask(make(required_entitlements=features))
+
+    assert 3_500 <= int(header(response, "Retry-After")) <= 3_600
+    assert body(response)["feature"] == "exports"
+
+
 # -- Who is asked for
 
 
@@ -379,6 +390,45 @@ def test_a_denial_in_the_handler_is_the_same_response_and_not_billed(
     assert openmeter.ids == []
 
 
+def test_a_denial_in_the_handler_has_no_body_for_head(make, entitled):
+    def view():
+        require_entitlements(flask.request, "searches")
+
+    app = make(flask_app(view), required_entitlements=[])
+    response = ask(app, REQUEST_METHOD="HEAD")
+
+    assert response.status.upper() == "403 FORBIDDEN"
+    assert b"".join(response.body) == b""
+    assert int(header(response, "Content-Length")) > 0
+
+
+def test_a_response_of_ones_own_replaces_the_denial_in_the_handler(make, entitled):
+    def own(environ, decision):
+        return flask.Response(f"go away: {decision.denied[0].reason}", status=418)
+
+    def view():
+        require_entitlements(flask.request, "searches")
+
+    app = make(flask_app(view), required_entitlements=[], denied_response=own)
+    response = ask(app)
+
+    assert response.status.startswith("418")
+    assert b"".join(response.body) == b"go away: unknown_customer"
+
+
+def test_a_handler_lets_through_what_is_not_enforced(make, entitled, openmeter):
+    def view():
+        return str(require_entitlements(flask.request, "searches").allowed)
+
+    app = make(flask_app(view), required_entitlements=[], enforce=False)
+    response = ask(app)
+    app.close(5)
+
+    assert b"".join(response.body) == b"False"
+    assert app.stats().let_through == {"unknown_customer": 1}
+    assert openmeter.subjects == ["acme"]
+
+
 def test_without_features_a_handler_asks_for_those_of_the_policy(make, entitled):
     entitled.values["acme"] = {"searches": YES}
 
@@ -423,15 +473,15 @@ def test_an_aged_allowance_is_renewed_behind_the_requests_back(
     make, entitled, openmeter
 ):
     entitled.values["acme"] = {"searches": YES}
-    app = make(allow_ttl=0.2)
+    app = make(allow_ttl=2)
     ask(app)
     entitled.instead = HANG
-    wait_for(lambda: ask(app) and app.stats().allowed.get("stale"))
 
     started = time.monotonic()
+    wait_for(lambda: ask(app) and app.stats().allowed.get("stale"))
     assert ask(app).status == "200 OK"
 
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 15  # half of what waiting would cost
     openmeter.wait_until(lambda: entitled.questions == 2)
 
 
@@ -516,6 +566,17 @@ def wait_for(condition, timeout=15.0):
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         threading.Event().wait(0.01)
+
+
+def wait_until_aged(app, *customers):
+    """Wait until what is known of them would be asked for anew."""
+    known = app.metering().entitlements.known
+    wait_for(
+        lambda: all(
+            time.monotonic() > known(name, "searches").graceful_until
+            for name in customers
+        )
+    )
 
 
 AWAY = [HANG, problem(500), problem(401), problem(404), Answer(302), Answer(429)]
@@ -607,31 +668,32 @@ def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
     entitled.refused = dict.fromkeys(names, problem(404))
     asker = app.metering().entitlements._asker
 
-    wait_for(lambda: ask(app, names.pop()) and not asker.breaker.is_open, 5)
+    wait_for(lambda: ask(app, names.pop()) and not asker.breaker.is_open)
 
     assert ask(app, "acme").status == "200 OK"
 
 
 def test_an_outage_costs_one_question_and_not_one_a_request(make, entitled):
     entitled.instead = HANG
-    app = make(entitlement_timeout=0.3)
+    app = make(entitlement_timeout=0.5)
     ask(app)
 
     started = time.monotonic()
     for n in range(50):
         assert ask(app, f"subject-{n}").status == "200 OK"
+    taken = time.monotonic() - started
 
-    assert time.monotonic() - started < 5
-    assert entitled.questions < 10
+    assert taken < 50 * 0.5 / 2
+    assert entitled.questions <= 3 + 2 * taken  # one try in half a second at most
 
 
 def test_a_known_answer_holds_through_an_outage(make, entitled):
     entitled.values["good"] = {"searches": YES}
     entitled.values["bad"] = {"searches": NO}
-    app = make(allow_ttl=0.01, deny_ttl=0.01, entitlement_timeout=0.2)
+    app = make(allow_ttl=0.01, deny_ttl=0.01)
     ask(app, "good"), ask(app, "bad")
-    entitled.instead = HANG
-    time.sleep(0.05)
+    entitled.instead = problem(500)
+    wait_until_aged(app, "good", "bad")
 
     assert ask(app, "good").status == "200 OK"
     assert ask(app, "bad").status == "403 Forbidden"
@@ -644,13 +706,10 @@ def test_a_known_answer_holds_through_an_outage(make, entitled):
 def test_past_max_stale_the_fail_mode_decides(make, entitled, mode, good, bad):
     entitled.values["good"] = {"searches": YES}
     entitled.values["bad"] = {"searches": NO}
-    app = make(
-        allow_ttl=0.01, deny_ttl=0.01, max_stale=0, entitlement_timeout=0.2,
-        fail_mode=mode,
-    )  # fmt: skip
+    app = make(allow_ttl=0.01, deny_ttl=0.01, max_stale=0, fail_mode=mode)
     ask(app, "good"), ask(app, "bad")
-    entitled.instead = HANG
-    time.sleep(0.05)
+    entitled.instead = problem(500)
+    wait_until_aged(app, "good", "bad")
 
     assert ask(app, "good").status.startswith(str(good))
     assert ask(app, "bad").status.startswith(str(bad))
@@ -664,7 +723,7 @@ def test_that_openmeter_is_back_is_noticed_within_seconds(make, entitled):
 
     entitled.instead = None
 
-    wait_for(lambda: ask(app).status == "200 OK", 5)
+    wait_for(lambda: ask(app).status == "200 OK", 10)
 
 
 def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
@@ -672,7 +731,7 @@ def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
     app = make(deny_ttl=0.01, fail_mode="closed")
     ask(app)
     entitled.instead = Answer(429, headers={"Retry-After": "30"})
-    time.sleep(0.05)
+    wait_until_aged(app, "acme")
 
     for _ in range(10):
         assert ask(app).status == "403 Forbidden"

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.breaker import Breaker
 from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
+from openmeter_wsgi.options.entitlement_values import unaddressable
 from openmeter_wsgi.questions import may_be_refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from openmeter_wsgi.questions import QuestionClient
 
@@ -40,6 +41,20 @@ class Question(NamedTuple):
 
     customer: str
     features: tuple[str, ...]
+
+
+def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
+    """Return what to ask: one question, and each key that OpenMeter refuses by itself.
+
+    Together with others such a key would only be missing from the answer, as if there
+    were no access; and what is known of the others does not depend on it.
+    """
+    if len(features) == 1:
+        return [Question(customer, (features[0],))]
+    refused = unaddressable(features)
+    fine = tuple(feature for feature in features if feature not in refused)
+    alone = [Question(customer, (feature,)) for feature in refused]
+    return [Question(customer, fine), *alone] if fine else alone
 
 
 #: Puts the question to OpenMeter and remembers the answer. The callable that it is

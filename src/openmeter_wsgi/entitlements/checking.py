@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.asking import Asker, Question
+from openmeter_wsgi.entitlements.asking import Asker, Question, questions_about
 from openmeter_wsgi.entitlements.decision import (
     Decision,
     Source,
@@ -15,7 +16,6 @@ from openmeter_wsgi.entitlements.decision import (
 )
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options.entitlement_values import unaddressable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,7 +118,7 @@ class Entitlements:
         found = [self._answers.get(customer, feature) for feature in features]
         pairs = list(zip(features, found, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            for question in _questions(customer, missing):
+            for question in questions_about(customer, missing):
                 self._asker.ask(question)
             found = [self._answers.get(customer, feature) for feature in features]
             after = time.monotonic()
@@ -126,7 +126,7 @@ class Entitlements:
             return [k if k and (any_age or after < k.usable_until) else None
                     for k in found]  # fmt: skip
         if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
-            for question in _questions(customer, aged):
+            for question in questions_about(customer, aged):
                 self._asker.refresh(question)
         return found
 
@@ -142,10 +142,8 @@ class Entitlements:
         for feature, answer in answers.items():
             self.countdown.answered(customer, feature, answer.balance, asked_wall)
             before = self._answers.get(customer, feature)
-            terms, terms_at = (before.terms, before.terms_at) if before else (None, 0.0)
-            self._remember(
-                question.customer, feature, answer, asked_at, terms, terms_at
-            )
+            terms, terms_at = _terms_for(answer, before)
+            self._remember(customer, feature, answer, asked_at, terms, terms_at)
             if self._wants_terms(feature, answer, asked_at - terms_at, terms):
                 if answer.has_access:
                     later.append(feature)
@@ -212,18 +210,14 @@ class Entitlements:
         self._remember(customer, feature, answer, asked_at, terms, time.monotonic())
 
 
-def _questions(customer: str, features: Sequence[str]) -> list[Question]:
-    """Return what to ask: one question, and each key that OpenMeter refuses by itself.
-
-    Together with others such a key would only be missing from the answer, as if there
-    were no access; and what is known of the others does not depend on it.
-    """
-    if len(features) == 1:
-        return [Question(customer, (features[0],))]
-    refused = unaddressable(features)
-    fine = tuple(feature for feature in features if feature not in refused)
-    alone = [Question(customer, (feature,)) for feature in refused]
-    return [Question(customer, fine), *alone] if fine else alone
+def _terms_for(answer: Answer, before: Known | None) -> tuple[Terms | None, float]:
+    """Return what is known of the terms, and since when."""
+    if before is None:
+        return None, -math.inf
+    granted = before.answer.total_available_grant_amount
+    if granted != answer.total_available_grant_amount:
+        return before.terms, -math.inf  # perhaps it is another entitlement now
+    return before.terms, before.terms_at
 
 
 def _decision(

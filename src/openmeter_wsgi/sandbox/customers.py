@@ -57,14 +57,24 @@ class Customers(Resources):
         """Return what `look_up` does, or answer 412 if it is deleted."""
         found = self.look_up(id_or_key)
         if "deletedAt" in found:
-            detail = f"customer is deleted [namespace=default customer.id={id_or_key}]"
-            raise Problem(412, detail)
+            raise _gone(found)
         return found
 
     def of_subject(self, subject: str) -> Document:
-        """Return the one that pays for *subject*, or answer 404."""
-        found = [one for one in self.all() if subject in subjects_of(one)]
+        """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
+        found = _payers(self, subject)
         if not found:
+            if deleted := _payers(self._deleted, subject):
+                raise _gone(deleted[-1])
             raise Problem(404, f"customer with subject key {subject} not found")
         # A key wins against the subjects that another customer names.
         return min(found, key=lambda one: one.get("key") != subject)
+
+
+def _payers(customers: Resources, subject: str) -> list[Document]:
+    return [one for one in customers.all() if subject in subjects_of(one)]
+
+
+def _gone(customer: Document) -> Problem:
+    where = f"namespace=default customer.id={customer['id']}"
+    return Problem(412, f"customer is deleted [{where}]")
