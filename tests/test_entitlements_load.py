@@ -313,7 +313,7 @@ def fork_while_tended(directory: str) -> None:
     threads = [threading.Thread(target=busy, args=(n,)) for n in range(3)]
     for thread in threads:
         thread.start()
-    for number in range(100):
+    for number in range(40):
         child = os.fork()
         if child == 0:
             signal.alarm(20)
