@@ -13,12 +13,15 @@ import pytest
 
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
+from openmeter_wsgi.ledger.terms import PATIENCE
 from spooling import Process, until
 
 QUOTA = 1_000
 PROCESSES, THREADS = 4, 8
 #: Seconds.
 VISIBILITY_LAG = 1.0
+#: No step takes so long, on whatever machine.
+LONG = 5.0
 
 HAMMER = """
 import json, random, sys, threading, time
@@ -349,7 +352,8 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
         assert isinstance(account.reserve(1.0), Reservation)
         for _ in range(100):
             ledger.account("other").reserve(1.0)
-        assert time.monotonic() - began < 1.0
+        # Half of what it would be if each waited for the store.
+        assert time.monotonic() - began < 50 * PATIENCE
         assert "may be overshot" in caplog.text
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
     # What was spent meanwhile is told.
@@ -358,14 +362,14 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
 
 
 def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):
-    assert served(tmp_path / "is" / "not" / "there") < 1.0
+    assert served(tmp_path / "is" / "not" / "there") < LONG
     assert "may be overshot" in caplog.text
 
 
 def test_a_place_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
     """For root, who may write to every directory, as well."""
     (tmp_path / NAME).mkdir()
-    assert served(tmp_path) < 1.0
+    assert served(tmp_path) < LONG
     assert "may be overshot" in caplog.text
 
 

@@ -16,7 +16,11 @@ from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.redis_store import LIFETIME, SILENCE, RedisStore
+from openmeter_wsgi.ledger.terms import PATIENCE
 from spooling import until
+
+#: No step takes so long, on whatever machine; a Redis that hangs, for ever.
+LONG = 5.0
 
 
 class Redis:
@@ -188,7 +192,7 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     server.stop()
     began = time.monotonic()
     outcome = account.reserve(50.0)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < LONG
     assert isinstance(outcome, Reservation)
     assert isinstance(account.reserve(20.0), Refusal)  # it knows of the 40
     assert "Redis at 127.0.0.1" in caplog.text
@@ -210,11 +214,12 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
     try:
         began = time.monotonic()
         assert isinstance(account.reserve(100.0), Reservation)
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < LONG
         began = time.monotonic()
         for _ in range(100):
             ledger.account("other").reserve(1.0)
-        assert time.monotonic() - began < 0.5
+        # Half of what it would be if each waited for the store.
+        assert time.monotonic() - began < 50 * PATIENCE
     finally:
         server.resume()
     ledger.close()
