@@ -88,6 +88,15 @@ def test_what_is_in_flight_is_set_apart(make, entitled):
     first.join(20)
 
 
+def test_what_is_spent_is_worth_another_try_when_openmeter_knows_of_it(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(2)}
+    app = make(visibility_lag=7)
+
+    assert served(app, 2) == 2
+
+    wait_for(lambda: header(ask(app), "Retry-After") == "7")
+
+
 def test_what_is_not_billed_comes_back(make, entitled):
     entitled.values["acme"] = {"api_requests": metered(1)}
     status = ["500 Internal Server Error"]
