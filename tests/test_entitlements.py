@@ -758,8 +758,11 @@ def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
         thread.start()
     openmeter.wait_for_requests(5)
 
+    started = time.monotonic()
     assert ask(app, "one-more").status.startswith("503")
     assert ask(app, "known").status == "200 OK"
+    assert time.monotonic() - started < 10  # half of what waiting would cost
+    assert not entitled.asked["one-more", "searches"]
 
     openmeter.heal()
     for thread in waiting:
