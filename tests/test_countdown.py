@@ -329,3 +329,33 @@ def test_what_is_reserved_by_name_replaces_what_the_meters_say(make, entitled):
 
     # 10, 9, …, 4 are enough to begin with; 3 are not.
     assert served(app, 20) == 7
+
+
+def test_a_request_that_lacks_one_quota_takes_nothing_of_another(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(10), "exports": metered(1)}
+    both = ["tokens", "exports"]
+    app = make(
+        meters=dict.fromkeys(both, 1),
+        required_entitlements=both,
+        entitlement_meters=both,
+    )
+
+    assert served(app, 5) == 1
+
+    assert app.metering().entitlements.countdown.remaining("acme", "tokens") == 9
+
+
+def test_what_a_handler_reserves_anew_replaces_what_it_had(make, entitled):
+    entitled.values["acme"] = {"tokens": metered(100)}
+
+    def app(environ, start_response):
+        for amount in (90, 5):
+            amounts = {"tokens": amount}
+            assert check_entitlements(environ, "tokens", reserve=amounts).allowed
+        add_meters(environ, {"tokens": 5})
+        return ok(environ, start_response)
+
+    app = make(app, **TOKENS)
+    assert ask(app).status == "200 OK"
+
+    assert app.metering().entitlements.countdown.remaining("acme", "tokens") == 95

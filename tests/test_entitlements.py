@@ -90,6 +90,7 @@ def test_a_denial_says_why_and_never_reaches_the_application(
 
     assert response.status == status
     assert PROBLEM in response.headers
+    assert ("Cache-Control", "no-store") in response.headers
     assert body(response) == {
         "type": "about:blank",
         "title": status[4:],
@@ -509,6 +510,26 @@ def test_one_feature_can_be_invalidated_alone(make, entitled):
 
     assert entitled.asked == {("acme", "searches"): 1}
     assert other is not app
+
+
+def test_an_answer_under_way_is_not_kept_if_its_customer_is_invalidated(
+    make, entitled, openmeter
+):
+    entitled.values["acme"] = {"searches": NO}
+    app = make()
+
+    def rule(request):
+        answer = entitled(request)
+        app.invalidate("acme")
+        entitled.values["acme"] = {"searches": YES}
+        return answer
+
+    openmeter.rule = rule
+    ask(app)
+    openmeter.rule = entitled
+
+    assert ask(app).status == "200 OK"
+    assert entitled.questions == 2
 
 
 def test_what_is_invalidated_is_forgotten_under_every_policy(make, entitled):
