@@ -5,6 +5,7 @@ What forks or ends is a function that runs in an interpreter of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,7 @@ import requests
 import overshoot
 from entitling import ask
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.ledger.sqlite import SqliteStore
+from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
 from openmeter_wsgi.ledger.terms import Lessee, Request, StoreAway
 from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
@@ -38,7 +40,6 @@ from test_fork import (
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 THREADS = 64
 REQUESTS = 10_000
@@ -206,18 +207,29 @@ def test_each_new_subject_waits_once_at_most_and_then_nobody(
 # -- Closing
 
 
+@pytest.mark.parametrize("spool", ["spool", ""], ids=["spool", "memory"])
 def test_a_request_after_close_works_as_before(
-    sandbox: Sandbox, tmp_path: Path
+    sandbox: Sandbox, tmp_path: Path, spool: str
 ) -> None:
     sandbox.grant("acme", "api_requests", 10)
-    app = limited(sandbox.url, spool_dir=str(tmp_path / "spool"))
+    app = limited(sandbox.url, spool_dir=str(tmp_path / spool) if spool else None)
     assert statuses(app, 4) == {"200 OK": 4}
 
     app.close(20)
+    assert open_files(tmp_path / "spool" / NAME) == []
 
     assert statuses(app, 10) == {"200 OK": 6, "429 Too Many Requests": 4}
     assert sandbox.asked(kind="value_v2") == 1
     app.close(20)
+
+
+def open_files(path: Path) -> list[str]:
+    """Return what this process has open of the file and what lies beside it."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return [name for name in found if name.startswith(str(path))]
 
 
 # -- Forks
@@ -300,8 +312,6 @@ def served_by(process: subprocess.Popen[str]) -> int:
 
 def fork_while_tended(directory: str) -> None:
     """Fork again and again while other threads are within SQLite."""
-    from pathlib import Path
-
     where = Path(directory) if directory else None
     store = SqliteStore(where)
     stop = threading.Event()

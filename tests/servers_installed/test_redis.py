@@ -173,6 +173,7 @@ class RedisMachine(Machine):
         worker.store.close()
 
 
+@pytest.mark.timeout(200)
 def test_whatever_happens_a_quota_in_redis_holds_and_is_served(server):
     class OnServer(RedisMachine):
         url = server.url

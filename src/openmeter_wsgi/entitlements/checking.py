@@ -57,8 +57,10 @@ class Entitlements:
         limits: QuestionLimits,
         cache_size: int,
         tells_periods: bool,
+        close_store: Callable[[], None],
     ) -> None:
         self.countdown = countdown
+        self._close_store = close_store
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = KnownAnswers(cache_size)
@@ -108,9 +110,10 @@ class Entitlements:
         self._answers.forget(customer, feature)
 
     def close(self) -> None:
-        """Close connections, and hand back what was set apart for this process."""
+        """Hand back what was set apart for this process, and close connections."""
         self._asker.close()
         self.countdown.close()
+        self._close_store()
 
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode

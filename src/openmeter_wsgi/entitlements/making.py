@@ -43,6 +43,7 @@ def entitlements_of(
             max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
         cache_size=policy.entitlement_cache_size,
+        close_store=store.close,
         tells_periods=any(
             each.usage_headers
             for each in (policy, *(own for _, own in policy.of_routes))
