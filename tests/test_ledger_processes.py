@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from ledger_contract import end
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
 from openmeter_wsgi.ledger.terms import PATIENCE
@@ -213,7 +214,7 @@ def test_what_a_killed_process_held_comes_back(tmp_path):
         return isinstance(account.reserve(100.0), Reservation)
 
     until(comes_back)
-    ledger.close()
+    end(ledger)
     assert not list(tmp_path.glob("*.lock"))
 
 
@@ -225,7 +226,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
     pid = os.fork()
     if not pid:
         ledger.tend()
-        ledger.close()
+        end(ledger)
         mine = new_ledger(tmp_path)
         refused = isinstance(mine.account("acme").reserve(50.0), Refusal)
         granted = isinstance(mine.account("acme").reserve(10.0), Reservation)
@@ -235,7 +236,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
     ledger.tend()
     assert isinstance(account.reserve(31.0), Refusal)
     assert isinstance(account.reserve(30.0), Reservation)
-    ledger.close()
+    end(ledger)
 
 
 def test_a_store_is_used_by_a_child_as_by_another_process(tmp_path):
@@ -276,7 +277,7 @@ def served(directory, times=3):
         ledger.tend()
         slowest = max(slowest, time.monotonic() - began)
     assert isinstance(account.reserve(11.0 - times), Refusal)
-    ledger.close()
+    end(ledger)
     return slowest
 
 
@@ -322,7 +323,7 @@ def test_a_file_that_is_damaged_while_it_is_used_is_replaced(tmp_path, caplog):
     assert isinstance(account.reserve(31.0), Refusal)
     assert isinstance(account.reserve(30.0), Reservation)
     assert "a new one is made" in caplog.text
-    ledger.close()
+    end(ledger)
 
 
 def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
@@ -337,7 +338,7 @@ def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
     ours.account("acme").reserve(20.0).settle(20.0)
     assert isinstance(others.account("acme").reserve(31.0), Refusal)
     for ledger in (ours, others):
-        ledger.close()
+        end(ledger)
 
 
 def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
@@ -358,7 +359,7 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
     # What was spent meanwhile is told.
     assert account.reserve(10.0).available == 9.0
-    ledger.close()
+    end(ledger)
 
 
 def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):
@@ -379,7 +380,7 @@ def test_the_file_is_for_its_owner_alone(tmp_path):
     made = [path for path in tmp_path.iterdir() if path.name.startswith(NAME)]
     assert {path.stat().st_mode & 0o777 for path in made} == {0o600}
     assert len(made) == 3
-    ledger.close()
+    end(ledger)
 
 
 def test_a_key_may_hold_what_no_database_takes_as_text(tmp_path, caplog):
@@ -389,7 +390,7 @@ def test_a_key_may_hold_what_no_database_takes_as_text(tmp_path, caplog):
     assert isinstance(account.reserve(1.0), Reservation)
     assert isinstance(account.reserve(1.0), Refusal)
     assert not caplog.text
-    ledger.close()
+    end(ledger)
 
 
 def test_long_gone_accounts_are_forgotten(tmp_path):
@@ -411,5 +412,5 @@ def test_long_gone_accounts_are_forgotten(tmp_path):
         assert keys == {"new", "newer"}
         assert db.execute("SELECT * FROM spent").fetchall() == []
     db.close()
-    ledger.close()
+    end(ledger)
     store.close()

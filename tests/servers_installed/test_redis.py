@@ -11,7 +11,7 @@ import pytest
 import redis
 from hypothesis.stateful import run_state_machine_as_test
 
-from ledger_contract import START, LedgerContract
+from ledger_contract import START, LedgerContract, end
 from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
@@ -204,7 +204,7 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
     assert isinstance(account.reserve(20.0), Refusal)  # it was told of the 90
     assert isinstance(account.reserve(10.0), Reservation)
-    ledger.close()
+    end(ledger)
 
 
 def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplog):
@@ -223,7 +223,7 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
         assert time.monotonic() - began < 50 * PATIENCE
     finally:
         server.resume()
-    ledger.close()
+    end(ledger)
 
 
 def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server):
@@ -249,7 +249,7 @@ def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server
 
     until(come_back)
     for ledger in ledgers:
-        ledger.close()
+        end(ledger)
 
 
 def test_a_password_is_not_logged(caplog):
@@ -260,7 +260,7 @@ def test_a_password_is_not_logged(caplog):
     assert isinstance(ledger.account("acme").reserve(1.0), Reservation)
     assert "127.0.0.1" in caplog.text
     assert "hunter2" not in caplog.text
-    ledger.close()
+    end(ledger)
 
 
 def test_a_url_of_something_else_is_a_configuration_error():
