@@ -45,6 +45,8 @@ class Entitled:
         self.terms: dict[tuple[str, str], Any] = {}
         #: What every question gets in place of an answer.
         self.instead: Answer | None = None
+        #: The same for the questions of single customers, or of their features.
+        self.refused: dict[str | tuple[str, str], Answer] = {}
         #: The questions for values, by customer and feature (``access`` for all).
         self.asked: Counter[tuple[str, str]] = Counter()
         self.asked_terms: Counter[tuple[str, str]] = Counter()
@@ -59,6 +61,10 @@ class Entitled:
         (self.asked_terms if is_terms else self.asked)[customer, feature or what] += 1
         if self.instead is not None:
             return self.instead
+        if refusal := self.refused.get((customer, feature)):
+            return refusal
+        if customer in self.refused:
+            return self.refused[customer]
         if (values := self.values.get(customer)) is None:
             return problem(404, f"customer with id or key {customer} not found")
         if what == "access":
@@ -80,6 +86,8 @@ def middleware(server: OpenMeterServer, app: Any, **options: Any) -> Any:
         "meters": {"api_requests": 1},
         "flush_interval": 60,
         "shutdown_timeout": 0,
+        # No test fails because the machine is busy.
+        "entitlement_timeout": 30,
     }
     return OpenMeterMiddleware(app, api_url=server.url, **{**usual, **options})
 

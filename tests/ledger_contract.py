@@ -22,6 +22,12 @@ class Clock:
         return self.now
 
 
+def end(ledger):
+    """Close a ledger, and the store that it has for itself."""
+    ledger.close()
+    ledger._store.close()
+
+
 class LedgerContract:
     """`new_store` is a fixture that returns a function: each call is a process."""
 

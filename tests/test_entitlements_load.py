@@ -5,6 +5,7 @@ What forks or ends is a function that runs in an interpreter of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,7 @@ import requests
 import overshoot
 from entitling import ask
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.ledger.sqlite import SqliteStore
+from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
 from openmeter_wsgi.ledger.terms import Lessee, Request, StoreAway
 from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
@@ -38,7 +40,6 @@ from test_fork import (
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 THREADS = 64
 REQUESTS = 10_000
@@ -64,6 +65,8 @@ def limited(url: str, **options: Any) -> OpenMeterMiddleware:
         "entitlement_meters": ["api_requests"],
         "flush_interval": LATER,
         "shutdown_timeout": 0,
+        # No test fails because the machine is busy.
+        "entitlement_timeout": 30,
     }
     return OpenMeterMiddleware(ok, api_url=url, **{**usual, **options})
 
@@ -109,7 +112,6 @@ def test_ten_thousand_requests_of_a_new_subject_ask_once(
         sandbox.url,
         required_entitlements=features,
         entitlement_meters=[],
-        entitlement_timeout=30,
     )
     found = Counter[str]()
     counting = threading.Lock()
@@ -131,7 +133,7 @@ def test_ten_thousand_requests_of_a_new_subject_ask_once(
 def test_a_crowd_gets_a_quota_and_hardly_more(sandbox: Sandbox) -> None:
     """Nobody is refused who waits too long for others, which is all that is more."""
     sandbox.grant("acme", "api_requests", 1_000)
-    app = limited(sandbox.url, entitlement_timeout=30)
+    app = limited(sandbox.url)
     found = Counter[str]()
     counting = threading.Lock()
 
@@ -165,24 +167,25 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
 ) -> None:
     sandbox.grant("acme", "api_requests", 1_000_000)
     # It outlives its time while nobody answers, and is asked for behind the back.
-    app = limited(sandbox.url, allow_ttl=2, entitlement_timeout=1.5)
+    app = limited(sandbox.url, allow_ttl=2)
 
     answering = _times(app, "acme", 1)[1:]
     sandbox.faults.entitlements.set(hang=60)
-    hanging = _times(app, "acme", 4)
+    hanging = _times(app, "acme", 2)
     app.close(20)
     sandbox.faults.clear()
 
     assert app.stats().allowed["stale"] > 0
     assert statistics.median(hanging) < 5 * statistics.median(answering)
-    assert max(hanging) < 1.2
+    assert max(hanging) < 15  # half of what waiting would cost
 
 
 def test_each_new_subject_waits_once_at_most_and_then_nobody(
     sandbox: Sandbox,
 ) -> None:
     sandbox.faults.entitlements.set(hang=60)
-    app = limited(sandbox.url, entitlement_timeout=1)
+    timeout = 3
+    app = limited(sandbox.url, entitlement_timeout=timeout)
     first, again = [0.0] * 20, [0.0] * 20
 
     def work(number: int) -> None:
@@ -196,26 +199,37 @@ def test_each_new_subject_waits_once_at_most_and_then_nobody(
     asked = sandbox.asked()
     sandbox.faults.clear()
 
-    assert max(first) < 2.5  # a timeout, and what a busy machine adds
-    assert max(again) < 1
+    assert max(first) < 2 * timeout  # once, and what a busy machine adds
+    assert max(again) < timeout
     assert 1 <= asked <= 8
 
 
 # -- Closing
 
 
+@pytest.mark.parametrize("spool", ["spool", ""], ids=["spool", "memory"])
 def test_a_request_after_close_works_as_before(
-    sandbox: Sandbox, tmp_path: Path
+    sandbox: Sandbox, tmp_path: Path, spool: str
 ) -> None:
     sandbox.grant("acme", "api_requests", 10)
-    app = limited(sandbox.url, spool_dir=str(tmp_path / "spool"))
+    app = limited(sandbox.url, spool_dir=str(tmp_path / spool) if spool else None)
     assert statuses(app, 4) == {"200 OK": 4}
 
     app.close(20)
+    assert open_files(tmp_path / "spool" / NAME) == []
 
     assert statuses(app, 10) == {"200 OK": 6, "429 Too Many Requests": 4}
     assert sandbox.asked(kind="value_v2") == 1
     app.close(20)
+
+
+def open_files(path: Path) -> list[str]:
+    """Return what this process has open of the file and what lies beside it."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return [name for name in found if name.startswith(str(path))]
 
 
 # -- Forks
@@ -298,8 +312,6 @@ def served_by(process: subprocess.Popen[str]) -> int:
 
 def fork_while_tended(directory: str) -> None:
     """Fork again and again while other threads are within SQLite."""
-    from pathlib import Path
-
     where = Path(directory) if directory else None
     store = SqliteStore(where)
     stop = threading.Event()
@@ -311,7 +323,7 @@ def fork_while_tended(directory: str) -> None:
     threads = [threading.Thread(target=busy, args=(n,)) for n in range(3)]
     for thread in threads:
         thread.start()
-    for number in range(100):
+    for number in range(40):
         child = os.fork()
         if child == 0:
             signal.alarm(20)

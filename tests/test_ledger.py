@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
-from ledger_contract import LedgerContract
+from ledger_contract import START, Clock, LedgerContract
 from ledger_machine import Machine, machine_settings
+from openmeter_wsgi.ledger import Account
 from openmeter_wsgi.ledger.sqlite import SqliteStore
+from openmeter_wsgi.ledger.terms import Lessee
 
 
 def _crash(ledger):
@@ -43,6 +47,33 @@ class TestHostStore(LedgerContract):
     @pytest.fixture
     def crash(self):
         return _crash
+
+
+def test_what_is_left_is_known_also_while_the_store_is_asked():
+    """A request that looks in the middle of an exchange is told the same."""
+    store, clock, seen = SqliteStore(), Clock(), []
+
+    def exchange(requests):
+        seen.append(account.available())
+        if away.is_set():
+            raise ConnectionError
+        return store.exchange(Lessee("0" * 24, "spool"), requests, clock.now)
+
+    away = threading.Event()
+    account = Account("acme", exchange, visibility_lag=5.0, clock=clock)
+    account.answered(100.0, START)
+    account.reserve(10.0).settle(4.0)
+    account.spend(30.0)
+    del seen[:]
+
+    for change in (away.set, away.clear, away.clear):
+        clock.now += 1
+        account.answered(100.0, clock.now)
+
+        assert account.available() == 66.0
+        change()
+    assert seen == [66.0] * 3
+    store.close()
 
 
 TestLedgerMachine = Machine.TestCase

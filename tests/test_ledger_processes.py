@@ -11,14 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from ledger_contract import end
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
+from openmeter_wsgi.ledger.terms import PATIENCE
 from spooling import Process, until
 
 QUOTA = 1_000
 PROCESSES, THREADS = 4, 8
 #: Seconds.
 VISIBILITY_LAG = 1.0
+#: No step takes so long, on whatever machine.
+LONG = 5.0
 
 HAMMER = """
 import json, random, sys, threading, time
@@ -210,7 +214,7 @@ def test_what_a_killed_process_held_comes_back(tmp_path):
         return isinstance(account.reserve(100.0), Reservation)
 
     until(comes_back)
-    ledger.close()
+    end(ledger)
     assert not list(tmp_path.glob("*.lock"))
 
 
@@ -222,7 +226,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
     pid = os.fork()
     if not pid:
         ledger.tend()
-        ledger.close()
+        end(ledger)
         mine = new_ledger(tmp_path)
         refused = isinstance(mine.account("acme").reserve(50.0), Refusal)
         granted = isinstance(mine.account("acme").reserve(10.0), Reservation)
@@ -232,7 +236,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
     ledger.tend()
     assert isinstance(account.reserve(31.0), Refusal)
     assert isinstance(account.reserve(30.0), Reservation)
-    ledger.close()
+    end(ledger)
 
 
 def test_a_store_is_used_by_a_child_as_by_another_process(tmp_path):
@@ -273,7 +277,7 @@ def served(directory, times=3):
         ledger.tend()
         slowest = max(slowest, time.monotonic() - began)
     assert isinstance(account.reserve(11.0 - times), Refusal)
-    ledger.close()
+    end(ledger)
     return slowest
 
 
@@ -319,7 +323,7 @@ def test_a_file_that_is_damaged_while_it_is_used_is_replaced(tmp_path, caplog):
     assert isinstance(account.reserve(31.0), Refusal)
     assert isinstance(account.reserve(30.0), Reservation)
     assert "a new one is made" in caplog.text
-    ledger.close()
+    end(ledger)
 
 
 def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
@@ -334,7 +338,7 @@ def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
     ours.account("acme").reserve(20.0).settle(20.0)
     assert isinstance(others.account("acme").reserve(31.0), Refusal)
     for ledger in (ours, others):
-        ledger.close()
+        end(ledger)
 
 
 def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
@@ -349,23 +353,24 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
         assert isinstance(account.reserve(1.0), Reservation)
         for _ in range(100):
             ledger.account("other").reserve(1.0)
-        assert time.monotonic() - began < 1.0
+        # Half of what it would be if each waited for the store.
+        assert time.monotonic() - began < 50 * PATIENCE
         assert "may be overshot" in caplog.text
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
     # What was spent meanwhile is told.
     assert account.reserve(10.0).available == 9.0
-    ledger.close()
+    end(ledger)
 
 
 def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):
-    assert served(tmp_path / "is" / "not" / "there") < 1.0
+    assert served(tmp_path / "is" / "not" / "there") < LONG
     assert "may be overshot" in caplog.text
 
 
 def test_a_place_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
     """For root, who may write to every directory, as well."""
     (tmp_path / NAME).mkdir()
-    assert served(tmp_path) < 1.0
+    assert served(tmp_path) < LONG
     assert "may be overshot" in caplog.text
 
 
@@ -375,7 +380,7 @@ def test_the_file_is_for_its_owner_alone(tmp_path):
     made = [path for path in tmp_path.iterdir() if path.name.startswith(NAME)]
     assert {path.stat().st_mode & 0o777 for path in made} == {0o600}
     assert len(made) == 3
-    ledger.close()
+    end(ledger)
 
 
 def test_a_key_may_hold_what_no_database_takes_as_text(tmp_path, caplog):
@@ -385,7 +390,7 @@ def test_a_key_may_hold_what_no_database_takes_as_text(tmp_path, caplog):
     assert isinstance(account.reserve(1.0), Reservation)
     assert isinstance(account.reserve(1.0), Refusal)
     assert not caplog.text
-    ledger.close()
+    end(ledger)
 
 
 def test_long_gone_accounts_are_forgotten(tmp_path):
@@ -407,5 +412,5 @@ def test_long_gone_accounts_are_forgotten(tmp_path):
         assert keys == {"new", "newer"}
         assert db.execute("SELECT * FROM spent").fetchall() == []
     db.close()
-    ledger.close()
+    end(ledger)
     store.close()

@@ -152,6 +152,17 @@ def test_a_deleted_customer_is_412_by_id_and_404_by_key(catalog, question):
     assert catalog.ask(question, "acme").status_code == 404
 
 
+def test_the_subject_of_a_deleted_customer_is_412_until_another_one_has_it(catalog):
+    catalog.delete_customer()
+    assert catalog.ask("E1").status_code == 412
+
+    catalog.make("customers", {"name": "Acme again", "key": "acme"})
+
+    answer = catalog.ask("E1")
+    assert answer.status_code == 404
+    assert "entitlement not found" in answer.json()["detail"]
+
+
 def test_a_deleted_customer_can_still_be_read_by_id(catalog):
     catalog.delete_customer()
 

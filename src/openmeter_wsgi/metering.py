@@ -151,6 +151,11 @@ class Metering:
         made._begin(policy)
         return made
 
+    def invalidate(self, subject: str, feature: str | None) -> None:
+        """Forget what is known of *subject*, whatever customer a policy makes of it."""
+        for billing in tuple(self._billings):
+            billing.gate.invalidate(subject, feature)
+
     def count_late(self, helper: str) -> None:
         """Count usage stated after its request was settled."""
         self.counts.dropped["late"] += 1

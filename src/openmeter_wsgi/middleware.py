@@ -137,7 +137,7 @@ class OpenMeterMiddleware:
         For webhooks: what was bought, granted or revoked shows at once, in the
         process that is told.
         """
-        self.metering().billing.gate.invalidate(subject, feature)
+        self.metering().invalidate(subject, feature)
 
     def stats(self) -> Stats:
         """Return the counts of this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime  # noqa: TC003 - decoded into
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -28,6 +29,8 @@ _TERMS = "/api/v2/customers/{}/entitlements/{}"
 _MAX_ANSWER_BYTES = 1_048_576
 #: OpenMeter's own bound, in characters.
 _MAX_KEY = 256
+#: What proxies, servers and databases on the way refuse in a path, encoded or not.
+_REFUSED_ON_THE_WAY = re.compile(r"[\x00-\x1f\x7f/\\%;]")
 #: 412: the customer was deleted.
 _UNKNOWN = {404, 412}
 
@@ -55,6 +58,10 @@ class Terms(msgspec.Struct, frozen=True):
     soft_limit: bool = False
     #: When the usage period ends, in seconds since 1970; None where it has none.
     period_end: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        """Say whether that period has ended."""
+        return self.period_end is not None and self.period_end <= now
 
 
 class _Period(msgspec.Struct):
@@ -143,6 +150,14 @@ def _is_key(customer: str) -> bool:
     names itself must not be able to bring that about.
     """
     return customer.strip(".") != "" and len(customer) <= _MAX_KEY
+
+
+def may_be_refused(customer: str) -> bool:
+    """Say whether an error may be the doing of this key alone.
+
+    Whoever chooses such a name for himself must not stop the questions for others.
+    """
+    return _REFUSED_ON_THE_WAY.search(customer) is not None
 
 
 def _decoded(reply: Reply, kind: type[Any]) -> Any:

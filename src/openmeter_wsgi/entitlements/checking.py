@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.asking import Question
-from openmeter_wsgi.entitlements.decision import Decision, Denial, Source
+from openmeter_wsgi.entitlements.asking import Question, questions_about
+from openmeter_wsgi.entitlements.decision import (
+    Decision,
+    Source,
+    together,
+    unanswered,
+)
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from openmeter_wsgi.entitlements.asking import Answering, Asks
     from openmeter_wsgi.entitlements.countdown import Countdown
@@ -41,8 +47,13 @@ class Entitlements:
         countdown: Countdown,
         lifetimes: Lifetimes,
         cache_size: int,
+        tells_periods: bool,
+        close_store: Callable[[], None],
     ) -> None:
         self.countdown = countdown
+        self._close_store = close_store
+        #: Whether responses say when a quota is granted anew.
+        self._tells_periods = tells_periods
         self._answers = KnownAnswers(cache_size)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
@@ -57,10 +68,10 @@ class Entitlements:
         """
         fresh = [self._answers.fresh(feature)(customer) for feature in features]
         if None not in fresh:
-            return _together(fresh)  # type: ignore[arg-type]
+            return together(fresh)  # type: ignore[arg-type]
         now = time.monotonic()
         found = self._found(customer, features, now, fail_mode)
-        return _together(
+        return together(
             [
                 _decision(feature, known, now, fail_mode)
                 for feature, known in zip(features, found, strict=True)
@@ -95,9 +106,10 @@ class Entitlements:
         return [Problem("entitlements", text)]
 
     def close(self) -> None:
-        """Close connections, and hand back what was set apart for this process."""
+        """Hand back what was set apart for this process, and close connections."""
         self._asker.close()
         self.countdown.close()
+        self._close_store()
 
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
@@ -105,14 +117,16 @@ class Entitlements:
         found = [self._answers.get(customer, feature) for feature in features]
         pairs = list(zip(features, found, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            self._asker.ask(Question(customer, tuple(missing)))
+            for question in questions_about(customer, missing):
+                self._asker.ask(question)
             found = [self._answers.get(customer, feature) for feature in features]
             after = time.monotonic()
             any_age = fail_mode == "stale"
             return [k if k and (any_age or after < k.usable_until) else None
                     for k in found]  # fmt: skip
         if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
-            self._asker.refresh(Question(customer, tuple(aged)))
+            for question in questions_about(customer, aged):
+                self._asker.refresh(question)
         return found
 
     # -- In the thread of a question
@@ -127,10 +141,8 @@ class Entitlements:
         for feature, answer in answers.items():
             self.countdown.answered(customer, feature, answer.balance, asked_wall)
             before = self._answers.get(customer, feature)
-            terms, terms_at = (before.terms, before.terms_at) if before else (None, 0.0)
-            self._remember(
-                question.customer, feature, answer, asked_at, terms, terms_at
-            )
+            terms, terms_at = _terms_for(answer, before)
+            self._remember(customer, feature, answer, asked_at, terms, terms_at)
             if self._wants_terms(feature, answer, asked_at - terms_at, terms):
                 if answer.has_access:
                     later.append(feature)
@@ -167,11 +179,14 @@ class Entitlements:
             return False
         if not answer.has_access:
             return True
-        if feature not in self.countdown.meters:
+        is_counted = feature in self.countdown.meters
+        if not is_counted and not self._tells_periods:
             return False
+        if terms is None or age > _TERMS_HOLD:
+            return True
         granted = answer.total_available_grant_amount or 0.0
-        is_low = answer.balance <= granted * _LITTLE
-        return terms is None or is_low or age > _TERMS_HOLD
+        is_low = is_counted and answer.balance <= granted * _LITTLE
+        return is_low or terms.is_over(time.time())
 
     def _learn_terms(
         self,
@@ -181,6 +196,8 @@ class Entitlements:
         answer: Answer,
         asked_at: float,
     ) -> None:
+        if not self._asker.has_token():
+            return
         try:
             terms = client.terms(customer, feature)
         except DeliveryError as error:
@@ -192,10 +209,14 @@ class Entitlements:
         self._remember(customer, feature, answer, asked_at, terms, time.monotonic())
 
 
-def unanswered(features: Iterable[str], fail_mode: FailMode) -> Decision:
-    """Return the decision where OpenMeter says nothing and nothing is known."""
-    denied = tuple(Denial(feature, "unavailable") for feature in features)
-    return Decision(fail_mode != "closed", denied, source="fail_mode")
+def _terms_for(answer: Answer, before: Known | None) -> tuple[Terms | None, float]:
+    """Return what is known of the terms, and since when."""
+    if before is None:
+        return None, -math.inf
+    granted = before.answer.total_available_grant_amount
+    if granted != answer.total_available_grant_amount:
+        return before.terms, -math.inf  # perhaps it is another entitlement now
+    return before.terms, before.terms_at
 
 
 def _decision(
@@ -217,26 +238,4 @@ def _decision(
         source=source,
         answered_at=known.asked_at,
         quota=decision.quota,
-    )
-
-
-#: The source of which least can be said comes last.
-_SOURCES: tuple[Source, ...] = (
-    "request", "openmeter", "cache", "countdown", "stale", "fail_mode",
-)  # fmt: skip
-
-
-def _together(decisions: Sequence[Decision]) -> Decision:
-    """Return the decision that several features make together."""
-    if len(decisions) == 1:
-        return decisions[0]
-    times = [d.answered_at for d in decisions if d.answered_at is not None]
-    quotas = [d.quota for d in decisions if d.quota is not None]
-    sources = {d.source for d in decisions}
-    return Decision(
-        False not in [d.allowed for d in decisions],
-        tuple([denial for d in decisions for denial in d.denied]),
-        source=max(sources, key=_SOURCES.index),
-        answered_at=min(times, default=None),
-        quota=min(quotas, key=lambda quota: quota.remaining, default=None),
     )

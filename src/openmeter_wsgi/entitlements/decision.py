@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from openmeter_wsgi.options.entitlements import FailMode
     from openmeter_wsgi.questions import Answer
 
 #: ``no_access``: OpenMeter says no. ``limit_reached``: the quota is used up.
@@ -81,6 +84,34 @@ class Quota(msgspec.Struct, frozen=True):
         if self.period_end is None:
             return None
         return max(math.ceil(self.period_end - time.time()), 0)
+
+
+def unanswered(features: Iterable[str], fail_mode: FailMode) -> Decision:
+    """Return the decision where OpenMeter says nothing and nothing is known."""
+    denied = tuple(Denial(feature, "unavailable") for feature in features)
+    return Decision(fail_mode != "closed", denied, source="fail_mode")
+
+
+#: The source of which least can be said comes last.
+_SOURCES: tuple[Source, ...] = (
+    "request", "openmeter", "cache", "countdown", "stale", "fail_mode",
+)  # fmt: skip
+
+
+def together(decisions: Sequence[Decision]) -> Decision:
+    """Return the decision that several features make together."""
+    if len(decisions) == 1:
+        return decisions[0]
+    times = [d.answered_at for d in decisions if d.answered_at is not None]
+    quotas = [d.quota for d in decisions if d.quota is not None]
+    sources = {d.source for d in decisions}
+    return Decision(
+        False not in [d.allowed for d in decisions],
+        tuple([denial for d in decisions for denial in d.denied]),
+        source=max(sources, key=_SOURCES.index),
+        answered_at=min(times, default=None),
+        quota=min(quotas, key=lambda quota: quota.remaining, default=None),
+    )
 
 
 def denial_of(

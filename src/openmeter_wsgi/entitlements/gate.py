@@ -9,8 +9,12 @@ from msgspec.structs import replace
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.amounts import Amounts
-from openmeter_wsgi.entitlements.checking import unanswered
-from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of
+from openmeter_wsgi.entitlements.decision import (
+    Decision,
+    Denial,
+    denial_of,
+    unanswered,
+)
 from openmeter_wsgi.environ import DECISION, RESERVED
 from openmeter_wsgi.ledger import Refusal
 from openmeter_wsgi.options.entitlement_values import amounts as read_amounts

@@ -8,7 +8,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.checking import unanswered
+from openmeter_wsgi.entitlements.decision import unanswered
 from openmeter_wsgi.entitlements.refusal import Refusal
 from openmeter_wsgi.environ import BILLING, environ_of
 from openmeter_wsgi.meters import bill_nothing

@@ -48,4 +48,10 @@ def entitlements_of(
         countdown=Countdown(ledger, policy.entitlement_meters),
         lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
         cache_size=policy.entitlement_cache_size,
+        close_store=store.close,
+        tells_periods=any(
+            each.usage_headers
+            for each in (policy, *(own for _, own in policy.of_routes))
+            if each is not None
+        ),
     )

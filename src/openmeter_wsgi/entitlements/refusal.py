@@ -44,7 +44,7 @@ class Refusal:
 
     def __init__(self, decision: Decision, policy: Policy) -> None:
         self.decision = decision
-        self.denial = min(decision.denied, key=lambda d: _FIRST.index(d.reason))
+        self.denial = min(decision.denied, key=_rank)
         self.status = _status(self.denial, policy)
         self.body = _problem(self.denial, self.status)
         self._policy = policy
@@ -97,6 +97,11 @@ def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
     if (reset := quota.reset) is not None:
         headers.append(("RateLimit-Reset", str(reset)))
     return headers
+
+
+def _rank(denial: Denial) -> tuple[int, float]:
+    """Return what sorts that denial first which stays longest."""
+    return _FIRST.index(denial.reason), -(denial.retry_at or 0.0)
 
 
 def _whole(number: float) -> str:

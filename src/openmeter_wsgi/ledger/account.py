@@ -1,4 +1,4 @@
-"""One balance as one process sees it: a leased chunk, and what became of it."""
+"""One balance as one process sees it: from requests to the store and back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
+from openmeter_wsgi.ledger.chunk import Chunk
 from openmeter_wsgi.ledger.reservation import Refusal, Reservation
-from openmeter_wsgi.ledger.spending import Spending
 from openmeter_wsgi.ledger.terms import Answer, Begun, Lease, Request
 
 if TYPE_CHECKING:
@@ -26,17 +26,11 @@ _PATIENCE = 0.25
 
 
 class Account:
-    """What one process may spend of one balance. Any thread.
-
-    The lock is held for a few instructions, never while a store is asked. It can be
-    taken again by a finaliser that settles in the middle of them: each instruction
-    changes one amount, so none is lost.
-    """
+    """What one process may spend of one balance. Any thread."""
 
     __slots__ = (
-        "_answer", "_asking", "_available", "_exchange", "_handed_in_at", "_name",
-        "_refusal", "_store", "_used_at", "_visibility_lag", "_wanted", "_was_used",
-        "acquire", "chunk", "clock", "in_flight", "key", "lock", "release", "spending",
+        "_answer", "_asking", "_clock", "_exchange", "_handed_in_at", "_name",
+        "_refusal", "_store", "_used_at", "_visibility_lag", "_wanted", "chunk", "key",
     )  # fmt: skip
 
     def __init__(
@@ -50,24 +44,15 @@ class Account:
         self.key = key
         # A subject may hold what no database takes as text.
         self._name = key.encode(errors="backslashreplace").decode()
-        self.clock = clock
-        self.lock = threading.RLock()
-        #: On the fast path: a with statement costs as much as all of the rest.
-        self.acquire, self.release = self.lock.acquire, self.lock.release
-        #: Leased and free. Below zero: spent beyond what was leased.
-        self.chunk = 0.0
-        #: Leased and reserved.
-        self.in_flight = 0.0
-        self.spending = Spending()
+        self.chunk = Chunk(key, clock)
+        self._clock = clock
         self._exchange = exchange
         self._visibility_lag = visibility_lag
         self._answer: Answer | None = None
         #: One at a time asks the store; the others find what it brings.
         self._asking = threading.Lock()
         self._store: str | None = None
-        self._available = 0.0
         self._refusal: tuple[float, float, Refusal] | None = None
-        self._was_used = False
         self._used_at = 0.0
         self._handed_in_at = 0.0
         #: The amount last asked for: a chunk should be worth some of these.
@@ -79,19 +64,12 @@ class Account:
         Without any answer of OpenMeter it is granted. Waits for the store where the
         leased chunk does not suffice, some tenths of a second at the very most.
         """
-        self.acquire()
-        try:
-            if suffices := self.chunk >= amount and self.chunk > 0:
-                self.chunk -= amount
-                self.in_flight += amount
-                self._was_used = True
-        finally:
-            self.release()
-        return Reservation(self, amount) if suffices else self._ask(amount)
+        chunk = self.chunk
+        return Reservation(chunk, amount) if chunk.take(amount) else self._ask(amount)
 
     def spend(self, amount: float) -> None:
         """Count usage that was settled and never reserved."""
-        Reservation(self, 0.0).settle(amount)
+        Reservation(self.chunk, 0.0).settle(amount)
 
     def answered(self, balance: float, asked_at: float) -> None:
         """Take what OpenMeter said was left, asked at *asked_at* (wall clock).
@@ -100,14 +78,13 @@ class Account:
         """
         known = self._answer
         # One from the future is of a clock that was put back since.
-        if known and asked_at <= known.asked_at <= self.clock() + 1:
+        if known and asked_at <= known.asked_at <= self._clock() + 1:
             return
         self._answer = Answer(balance, asked_at, asked_at - self._visibility_lag)
         # Else the one who is asking now, or the next one, hands it in.
         if self._asking.acquire(timeout=_PATIENCE):
             try:
-                with self.lock:
-                    self.spending.forget_before(asked_at - 2 * self._visibility_lag)
+                self.chunk.forget_before(asked_at - 2 * self._visibility_lag)
                 self._refusal = None
                 self._renew(self._wanted if self._is_busy else None)
             finally:
@@ -115,7 +92,7 @@ class Account:
 
     def available(self) -> float:
         """Return about how much is left, without asking the store."""
-        return max(self._available + self.chunk, 0.0)
+        return self.chunk.left()
 
     # -- Asking the store
 
@@ -126,19 +103,18 @@ class Account:
             # Among very many, others have been faster and know.
             return self._remembered(amount) or self._overdraw(amount)
         try:
-            with self.lock:
-                if self.chunk >= amount and self.chunk > 0:
-                    return self._overdraw(amount)  # no: another one has asked
+            if self.chunk.take(amount):  # another one has asked
+                return Reservation(self.chunk, amount)
             if refusal := self._remembered(amount):
                 return refusal
             self._wanted = amount
-            self._was_used = True
+            self.chunk.was_used = True
             lease = self._renew(amount, take=amount)
             if lease is None:
                 return self._overdraw(amount)
             if lease.granted is None:
                 return self._refuse(amount, lease)
-            return Reservation(self, amount)
+            return Reservation(self.chunk, amount)
         finally:
             self._asking.release()
 
@@ -147,24 +123,22 @@ class Account:
 
         Where no store can say anything in time, nobody is refused for that.
         """
-        with self.lock:
-            self.chunk -= amount
-            self.in_flight += amount
-        return Reservation(self, amount)
+        self.chunk.overdraw(amount)
+        return Reservation(self.chunk, amount)
 
     def _remembered(self, amount: float) -> Refusal | None:
         known = self._refusal
         if known is None:
             return None
         at, refused, refusal = known
-        if amount >= refused and 0 <= self.clock() - at < REFUSAL:
+        if amount >= refused and 0 <= self._clock() - at < REFUSAL:
             return refusal
         return None
 
     def _refuse(self, amount: float, lease: Lease) -> Refusal:
         held_back = lease.room >= amount and lease.room > 0
         refusal = Refusal(held_back, max(lease.available, 0.0))
-        self._refusal = (self.clock(), amount, refusal)
+        self._refusal = (self._clock(), amount, refusal)
         return refusal
 
     def _renew(self, wanted: float | None, *, take: float = 0.0) -> Lease | None:
@@ -185,51 +159,42 @@ class Account:
 
     def begin(self, wanted: float | None) -> Begun:
         """Take out what is to be handed in, and the chunk that goes back with it."""
-        with self.lock:
-            chunk, self.chunk = self.chunk, 0.0
-            spent = self.spending.take()
-            held = self.in_flight
-        return Begun(Request(self._name, held, wanted, spent, self._answer), chunk)
+        free, held, spent = self.chunk.give_back()
+        return Begun(Request(self._name, held, wanted, spent, self._answer), free)
 
     def finish(self, begun: Begun, lease: Lease, *, take: float = 0.0) -> Lease:
         """Put in what the store granted, *take* of it as being in flight."""
         request = begun.request
         if self._store is not None and self._store != lease.store:
             # Another store, or one that was lost: it is told what it should know.
-            with self.lock:
-                recent = self.spending.recent(but=request.spent)
+            recent = self.chunk.recently_spent(but=request.spent)
             (lease,) = self._exchange([request._replace(spent=recent)])
         self._store = lease.store
         granted = lease.granted or 0.0
-        if lease.granted is None:
-            take = 0.0
-        with self.lock:
-            self.in_flight += take
-            self.chunk += granted - take
-        self._available = lease.available - granted
-        self._handed_in_at = self.clock()
+        taken = 0.0 if lease.granted is None else take
+        self.chunk.put_in(granted, taken=taken, beside=lease.available - granted)
+        self._handed_in_at = self._clock()
         return lease
 
     def fail(self, begun: Begun) -> None:
         """Put back what could not be handed in."""
-        with self.lock:
-            self.chunk += begun.chunk
-            self.spending.put_back(begun.request.spent)
+        self.chunk.take_back(begun.free, begun.request.spent)
 
     # -- Tending
 
     @property
     def _is_busy(self) -> bool:
-        return self._was_used or 0 <= self.clock() - self._used_at < IDLE
+        return self.chunk.was_used or 0 <= self._clock() - self._used_at < IDLE
 
     def due(self, now: float) -> bool:
         """Say whether there is something to hand in or to give back now."""
-        if self._was_used:
-            self._was_used = False
+        chunk = self.chunk
+        if chunk.was_used:
+            chunk.was_used = False
             self._used_at = now
-        if self.chunk and not 0 <= now - self._used_at < IDLE:
+        if chunk.free and not 0 <= now - self._used_at < IDLE:
             return True
-        if self.chunk or self.spending:
+        if chunk.free or chunk.spending:
             return not 0 <= now - self._handed_in_at < HAND_IN
         return False
 
@@ -250,4 +215,4 @@ class Account:
     @property
     def is_at_rest(self) -> bool:
         """Whether nothing would be missed if it were forgotten."""
-        return not (self.chunk or self.in_flight or self.spending)
+        return self.chunk.is_empty

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.ledger.account import Account
+    from openmeter_wsgi.ledger.chunk import Chunk
 
 
 class Refusal(NamedTuple):
@@ -21,36 +21,36 @@ class Refusal(NamedTuple):
 class Reservation:
     """An amount set aside for one request."""
 
-    __slots__ = ("_account", "_amount")
+    __slots__ = ("_amount", "_chunk")
 
-    def __init__(self, account: Account, amount: float) -> None:
-        self._account = account
+    def __init__(self, chunk: Chunk, amount: float) -> None:
+        self._chunk = chunk
         self._amount: float | None = amount
 
     @property
     def key(self) -> str:
         """The key of the account that it is of."""
-        return self._account.key
+        return self._chunk.key
 
     def settle(self, amount: float) -> None:
         """Say what it came to, 0 if nothing. Once; later calls do nothing.
 
         Any thread, finalisers too; never asks the store.
         """
-        account = self._account
-        now = account.clock()
-        account.acquire()
+        chunk = self._chunk
+        now = chunk.clock()
+        chunk.acquire()
         try:
             reserved, self._amount = self._amount, None
             if reserved is None:
                 return
-            account.in_flight -= reserved
-            account.chunk += reserved - amount
+            chunk.in_flight -= reserved
+            chunk.free += reserved - amount
             if amount:
-                spending = account.spending
+                spending = chunk.spending
                 if 0.0 <= now - spending.second < 1.0:
                     spending.amount += amount
                 else:
                     spending.add(int(now), amount)
         finally:
-            account.release()
+            chunk.release()

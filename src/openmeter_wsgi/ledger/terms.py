@@ -73,8 +73,8 @@ class Begun(NamedTuple):
     """An exchange that is under way."""
 
     request: Request
-    #: What goes back with it.
-    chunk: float
+    #: What was free and goes back with it.
+    free: float
 
 
 class Store(Protocol):

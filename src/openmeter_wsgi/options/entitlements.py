@@ -66,7 +66,8 @@ class EntitlementOptions:
     #: Seconds for which either holds longer while OpenMeter does not answer.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
-    #: Questions a second that one host asks at most. OpenMeter Cloud allows 30.
+    #: Questions a second that all who share a spool or a Redis ask at most, and each
+    #: process where there is neither. OpenMeter Cloud allows 30.
     question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
     #: Seconds after which OpenMeter has counted what was delivered to it.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0

@@ -9,7 +9,7 @@ from flask import Flask
 from openmeter_wsgi.sandbox import (
     arrival_routes,
     catalog,
-    customers,
+    customer_routes,
     entitlement_routes,
     events,
     guard,
@@ -36,7 +36,7 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
-    customers.routes,
+    customer_routes.routes,
     entitlement_routes.routes,
     catalog.features,
     catalog.subjects,

@@ -1,15 +1,10 @@
-"""The customers: who pays, under which subjects, and the routes of their API."""
+"""The customers: who pays, and under which subjects."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flask import Blueprint, Response, jsonify, request
-
-from openmeter_wsgi.sandbox import documents
 from openmeter_wsgi.sandbox.listing import subjects_of
-from openmeter_wsgi.sandbox.parameters import paged
-from openmeter_wsgi.sandbox.parts import parts
 from openmeter_wsgi.sandbox.problems import Problem
 from openmeter_wsgi.sandbox.resources import Resources
 
@@ -62,69 +57,24 @@ class Customers(Resources):
         """Return what `look_up` does, or answer 412 if it is deleted."""
         found = self.look_up(id_or_key)
         if "deletedAt" in found:
-            detail = f"customer is deleted [namespace=default customer.id={id_or_key}]"
-            raise Problem(412, detail)
+            raise _gone(found)
         return found
 
     def of_subject(self, subject: str) -> Document:
-        """Return the one that pays for *subject*, or answer 404."""
-        found = [one for one in self.all() if subject in subjects_of(one)]
+        """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
+        found = _payers(self, subject)
         if not found:
+            if deleted := _payers(self._deleted, subject):
+                raise _gone(deleted[-1])
             raise Problem(404, f"customer with subject key {subject} not found")
         # A key wins against the subjects that another customer names.
         return min(found, key=lambda one: one.get("key") != subject)
 
 
-routes = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
+def _payers(customers: Resources, subject: str) -> list[Document]:
+    return [one for one in customers.all() if subject in subjects_of(one)]
 
 
-@routes.post("")
-def _create_customer() -> tuple[Response, int]:
-    customer = documents.read(request.get_data(), CUSTOMER, "CustomerCreate")
-    _check_subjects(customer, parts().customers.all())
-    return jsonify(parts().customers.create(customer)), 201
-
-
-@routes.get("")
-def _list_customers() -> Response:
-    found = [c for c in parts().customers.all() if _matches(c)]
-    return jsonify(paged(found, request.args))
-
-
-@routes.get("/<customer>")
-def _get_customer(customer: str) -> Response:
-    # A deleted one too, as OpenMeter does here and nowhere else.
-    return jsonify(parts().customers.look_up(customer))
-
-
-@routes.delete("/<customer>")
-def _delete_customer(customer: str) -> tuple[str, int]:
-    here = parts()
-    found = here.customers.get(customer)
-    if here.entitlements.of(found):
-        detail = f"customer {found['id']} still has active entitlements"
-        raise Problem(409, f"{detail}, please remove them before deleting the customer")
-    here.customers.retire(found["id"])
-    return "", 204
-
-
-def _check_subjects(customer: Document, others: list[Document]) -> None:
-    mine = subjects_of(customer)
-    if not mine:
-        raise Problem(
-            400, "validation error: either key or usageAttribution.subjectKeys required"
-        )
-    taken = {subject for other in others for subject in subjects_of(other)}
-    if both := sorted(taken.intersection(mine)):
-        raise Problem(409, f"subject keys are already in use: {', '.join(both)}")
-
-
-def _matches(customer: Document) -> bool:
-    """Return whether the parameters choose *customer*, by parts of its texts."""
-    wanted = request.args
-    for name in ("key", "name", "primaryEmail"):
-        part = wanted.get(name, "").lower()
-        if part not in customer.get(name, "").lower():
-            return False
-    subject = wanted.get("subject", "").lower()
-    return any(subject in one.lower() for one in subjects_of(customer))
+def _gone(customer: Document) -> Problem:
+    where = f"namespace=default customer.id={customer['id']}"
+    return Problem(412, f"customer is deleted [{where}]")

@@ -8,6 +8,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox import documents, grants
 from openmeter_wsgi.sandbox.access import NO_ACCESS, v1
+from openmeter_wsgi.sandbox.asked import question
 from openmeter_wsgi.sandbox.entitlement_schema import (
     CUSTOMER,
     ENTITLEMENTS,
@@ -20,7 +21,6 @@ from openmeter_wsgi.sandbox.entitlement_schema import (
 from openmeter_wsgi.sandbox.parameters import moment, paged
 from openmeter_wsgi.sandbox.parts import parts
 from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.questions import question
 from openmeter_wsgi.sandbox.schema import check, matches
 
 if TYPE_CHECKING:

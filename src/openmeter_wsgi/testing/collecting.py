@@ -118,8 +118,9 @@ class _CollectingMetering(Metering):
     def _new_entitlements(self, policy: Policy) -> Entitlements:
         """Return entitlements that ask the test, and each time anew."""
         client = GrantsClient(self._collected.grants)
+        store = open_store()
         ledger = Ledger(
-            open_store(),
+            store,
             visibility_lag=policy.visibility_lag,
             delivered_until=self.queue.delivered_until,
         )
@@ -128,6 +129,8 @@ class _CollectingMetering(Metering):
             countdown=Countdown(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             cache_size=policy.entitlement_cache_size,
+            close_store=store.close,
+            tells_periods=False,
         )
 
 

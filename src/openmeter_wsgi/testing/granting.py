@@ -113,6 +113,10 @@ class DirectAsker:
 
     refresh = ask
 
+    def has_token(self) -> bool:
+        """Ask as much as you like: nobody is at the other end."""
+        return True
+
     def close(self) -> None:
         """Do nothing: there is no connection."""
 

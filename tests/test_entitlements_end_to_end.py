@@ -1,0 +1,125 @@
+"""From a request to an OpenMeter that computes what it answers, and back."""
+
+import pytest
+import requests
+
+from entitling import ask
+from openmeter_wsgi import OpenMeterMiddleware
+from openmeter_wsgi.sandbox import Sandbox
+from test_entitlements import body, ok, wait_for
+
+FEATURE = "api_requests"
+
+
+@pytest.fixture
+def sandbox():
+    meter = {"slug": FEATURE, "eventType": FEATURE, "aggregation": "SUM",
+             "valueProperty": "$.total"}  # fmt: skip
+    with Sandbox() as sandbox:
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=10)
+        made.raise_for_status()
+        yield sandbox
+
+
+@pytest.fixture
+def make(sandbox):
+    made = []
+
+    def make(**options):
+        usual = {
+            "meters": {FEATURE: 1},
+            "required_entitlements": [FEATURE],
+            "entitlement_timeout": 30,
+            "shutdown_timeout": 0,
+        }
+        made.append(OpenMeterMiddleware(ok, api_url=sandbox.url, **usual | options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close(10)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("v2", "value_v2"), ("v1", "value"), ("subjects", "subject_value")],
+)
+def test_each_path_asks_for_customers_that_are_there_and_that_are_not(
+    sandbox, make, path, kind
+):
+    sandbox.grant("acme", FEATURE, 10)
+    subjects = f"{sandbox.url}/api/v1/subjects"
+    requests.post(subjects, json=[{"key": "acme"}], timeout=10).raise_for_status()
+    app = make(entitlements_path=path)
+
+    assert ask(app).status == "200 OK"
+    assert body(ask(app, "nobody"))["reason"] == "unknown_customer"
+    assert sandbox.asked(kind=kind) == 2
+
+
+def test_a_name_that_climbs_is_nobody_elses(sandbox, make):
+    for name in ("x", "acme"):
+        sandbox.grant(name, FEATURE, 10)
+    app = make(fail_mode="closed", subject="header:X-Subject")
+
+    climbing = f"../../../v2/customers/x/entitlements/{FEATURE}/value?"
+    for name in ("../../x", "../x", climbing, "x/", "./x", "..", "x%2f..%2fx"):
+        response = ask(app, None, HTTP_X_SUBJECT=name)
+        assert response.status[:3] in {"403", "503"}, name
+
+    assert sandbox.asked(customer="x") == 0
+    assert ask(app, None, HTTP_X_SUBJECT="acme").status == "200 OK"
+
+
+QUICK = {
+    "entitlement_meters": [FEATURE], "visibility_lag": 0, "flush_interval": 0.01,
+    "allow_ttl": 0.1, "deny_ttl": 0.1,
+}  # fmt: skip
+
+
+def use_up(app, sandbox, amount):
+    """Serve until so much is used, and see that no more is to be had."""
+    served = 0
+
+    def is_used_up():
+        nonlocal served
+        response = ask(app)
+        served += response.status == "200 OK"
+        return served >= amount
+
+    wait_for(is_used_up)
+    wait_for(lambda: sandbox.value("acme", FEATURE)["balance"] == 0)
+    for _ in range(20):
+        assert ask(app).status.startswith("429")
+    assert served == amount
+
+
+@pytest.mark.parametrize("change", ["grant", "reset", "soft", "replaced"])
+def test_what_changes_on_the_server_shows_with_the_next_answer(sandbox, make, change):
+    sandbox.grant("acme", FEATURE, 4)
+    app = make(**QUICK)
+    use_up(app, sandbox, 4)
+
+    if change == "grant":
+        sandbox.grant("acme", FEATURE, 3)
+        use_up(app, sandbox, 3)
+    elif change == "reset":
+        sandbox.reset("acme", FEATURE)
+        use_up(app, sandbox, 4)
+    elif change == "soft":
+        sandbox.revoke("acme", FEATURE)
+        sandbox.grant("acme", FEATURE, 2, soft=True)
+        wait_for(lambda: all(ask(app).status == "200 OK" for _ in range(20)))
+    else:
+        sandbox.revoke("acme", FEATURE)
+        wait_for(lambda: body(ask(app))["reason"] == "no_access")
+
+
+def test_a_revoked_access_ends_while_a_quota_is_counted_down(sandbox, make):
+    sandbox.grant("acme", FEATURE, 1_000_000)
+    app = make(**QUICK)
+    assert ask(app).status == "200 OK"
+
+    sandbox.revoke("acme", FEATURE)
+
+    wait_for(lambda: ask(app).status.startswith("403"))
