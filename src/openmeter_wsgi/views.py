@@ -45,7 +45,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
             environ = _environ(args)
             billing: Billing | None = None if environ is None else environ.get(BILLING)
             if environ is None or billing is None:
-                logger.warning("%s: called outside a metered request", name)
+                logger.warning("%s: called outside a metered request; not billed", name)
                 return view(*args, **kwargs)
             own = billing.variant(name, options)
             environ[BILLING] = own

@@ -89,7 +89,11 @@ class Keeper:
                 if self._elected:
                     self.look()
             except (SpoolError, OSError) as error:
-                logger.warning("%s: the spool cannot be kept in order", error)
+                logger.warning(
+                    "%s: the spool cannot be kept in order; until it can, a loss of "
+                    "power costs more than one flush_interval",
+                    error,
+                )
             except Exception:
                 logger.exception("%s: broke off and goes on", "journal")
 

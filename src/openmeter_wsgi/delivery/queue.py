@@ -47,7 +47,9 @@ class DeliveryQueue(BackgroundDelivery):
             counts=counts,
             when_full=when_full,
         )
-        self._sender = Sender(client, counts, self._done)
+        self._sender = Sender(
+            client, counts, self._done, waiting=lambda: self._events.waiting
+        )
         self._when_full = when_full
         #: Since when events are dropped, and how many had been before.
         self._full: tuple[float, int] | None = None
