@@ -163,14 +163,16 @@ class SpoolQueue(SpoolSender):
         self._wake.set()
         self._keeper.stop()
         self.started = self._policy.delivery == "ship"
-        self._say_what_stays()
+        self._say_what_stays(
+            unfinished=thread is not None and thread.is_alive() and not self._is_waiting
+        )
         if fallback := self._intake.fallback:
             fallback.close(max(deadline - now(), 0))
 
-    def _say_what_stays(self) -> None:
+    def _say_what_stays(self, *, unfinished: bool) -> None:
         """Say it where nobody may be there to deliver it, or could."""
-        problem = self._trouble.problem
-        if problem is not None and (left := self.in_spool.events):
+        in_trouble = unfinished or self._trouble.problem is not None
+        if in_trouble and (left := self.in_spool.events):
             logger.warning(
                 "%s: %d events stay in %s and are delivered as soon as a process that "
                 "uses it runs and OpenMeter takes them",
