@@ -14,7 +14,8 @@ from openmeter_wsgi.delivery.watching import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
-from openmeter_wsgi.ledger import Ledger, open_store
+from openmeter_wsgi.ledger import Ledger
+from openmeter_wsgi.ledger.sqlite import SqliteStore
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.settlement import settlement_of
 from openmeter_wsgi.testing.granting import DirectAsker, Grants, GrantsClient
@@ -59,7 +60,7 @@ class Collected:
         self.responses = OpenResponses()
         self.events: list[Event] = []
         self.unmetered: list[Unmetered] = []
-        self.meterings: list[Metering] = []
+        self.meterings: list[_CollectingMetering] = []
         self._numbers = itertools.count(1)
 
     # -- As a Substitute
@@ -73,6 +74,12 @@ class Collected:
     def settlement_of(self, *arguments: Any) -> WatchedSettlement:
         """Return a settlement that does not wait for a client to close it."""
         return self.responses.watch(settlement_of(*arguments))
+
+    def end(self) -> None:
+        """Finish what is open, and leave nothing behind."""
+        self.responses.finish()
+        for metering in self.meterings:
+            metering.end()
 
     # -- For the meterings
 
@@ -112,6 +119,10 @@ class _CollectingMetering(Metering):
         """Return one under the same policy: for a process that the test forks."""
         return self._collected.metering(self._original)
 
+    def end(self) -> None:
+        """Close the store of quotas."""
+        self._store.close()
+
     def _new_queue(self, policy: Policy) -> Any:  # noqa: ARG002
         return _Queue(self._collected.put, self.counts)
 
@@ -121,8 +132,9 @@ class _CollectingMetering(Metering):
     def _new_entitlements(self, policy: Policy) -> Entitlements:
         """Return entitlements that ask the test, and each time anew."""
         client = GrantsClient(self._collected.grants)
+        self._store = SqliteStore()
         ledger = Ledger(
-            open_store(),
+            self._store,
             visibility_lag=policy.visibility_lag,
             delivered_until=self.queue.delivered_until,
         )
