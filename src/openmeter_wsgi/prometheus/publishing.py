@@ -54,6 +54,7 @@ class _Publisher:
     """Writes the counts of one process into prometheus_client's metrics."""
 
     def __init__(self, metering: Metering, metrics: ProcessMetrics) -> None:
+        self._pid = os.getpid()
         self._metering = metering
         self._metrics = metrics
         self._written: dict[tuple[str, tuple[str, ...]], float] = {}
@@ -61,7 +62,7 @@ class _Publisher:
 
     def publish(self) -> None:
         """Write what has changed. Any thread."""
-        if os.getpid() != self._metering.pid:
+        if os.getpid() != self._pid:
             return
         with self._writing:
             stats = self._metering.stats()
