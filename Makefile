@@ -8,14 +8,15 @@
 #   make overshoot     by how much a quota is overshot under load (REDIS=redis://…)
 #   make bench         what a metered request costs beside a bare one
 #   make dist          wheel and sdist
-#   make check-dist    the same, installed alone in empty environments and tried
+#   make release-check the same, checked, installed alone in an empty environment, and
+#                      the quickstart run from it
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers chaos overshoot bench dist check-dist clean
+.PHONY: demo test lint types contract unit test-servers chaos overshoot bench dist release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -55,8 +56,9 @@ dist: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 
-check-dist: dist
-	packaging/check-dist $(PYTHON) dist
+release-check: dist
+	$(BIN)/twine check --strict dist/*
+	packaging/release-check $(PYTHON) dist
 
 clean:
 	rm -rf $(VENV) build dist

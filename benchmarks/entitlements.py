@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import requests
 from cachetools import TTLCache
 
-from benchmarks.request_cost import serve, trivial_app
+from benchmarks.paths import serve, trivial_app
 from openmeter_wsgi import OpenMeterMiddleware, Policy
 from openmeter_wsgi.sandbox import Sandbox
 

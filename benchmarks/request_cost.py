@@ -4,7 +4,9 @@
 
 Every round times all variants one after the other, so that what slows the machine
 down slows all of them; a figure is the median over the rounds of the ratio to the
-bare application of the same round, with the smallest and the largest.
+bare application of the same round, with the smallest and the largest. Of the trivial
+application, which takes a quarter of a microsecond, what is added is compared with
+what the naive wrapper adds in the same round.
 """
 
 from __future__ import annotations
@@ -14,100 +16,57 @@ import gc
 import platform
 import statistics
 import tempfile
-import time
-from typing import TYPE_CHECKING, Any
-from wsgiref.util import setup_testing_defaults
+from typing import TYPE_CHECKING, NamedTuple
 
-from flask import Flask
-
+from benchmarks import paths
 from benchmarks.sink import running_sink
 from openmeter_wsgi import OpenMeterMiddleware
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from wsgiref.types import StartResponse, WSGIApplication
-
-BODY = b"Hello, world!"
+    from wsgiref.types import WSGIApplication
 
 
-def trivial_app(
-    environ: dict[str, Any], start_response: StartResponse
-) -> Iterable[bytes]:
-    start_response("200 OK", [("Content-Length", str(len(BODY)))])
-    return [BODY]
+class Rounds(NamedTuple):
+    """What one variant took, round by round."""
 
-
-def flask_app() -> WSGIApplication:
-    app = Flask(__name__)
-    app.add_url_rule("/", view_func=lambda: BODY)
-    return app.wsgi_app
-
-
-def metered_variants(
-    app: WSGIApplication, url: str, spool_dir: str
-) -> dict[str, OpenMeterMiddleware]:
-    """Return the application under each policy that is compared."""
-    common: dict[str, Any] = {
-        "api_url": url,
-        "on_missing_subject": "acme",
-        "flush_interval": 3_600.0,
-        "batch_size": 100_000,
-        "max_queue_events": 10_000_000,
-        "max_queue_bytes": 4_000_000_000,
-    }
-    one = {"type": "api-request", "data": {"count": 1}}
-    three = {"api_requests": 1, "credits": 5, "searches": 2}
-    return {
-        "no meters": OpenMeterMiddleware(app, **common),
-        "filtered by status": OpenMeterMiddleware(
-            app, meter=one, meter_on_status_codes="201", **common
-        ),
-        "one meter": OpenMeterMiddleware(app, meter=one, **common),
-        "one meter, in a spool": OpenMeterMiddleware(
-            app, meter=one, spool_dir=spool_dir, **common
-        ),
-        "three meters": OpenMeterMiddleware(app, meters=three, **common),
-    }
-
-
-def serve(app: WSGIApplication, requests: int) -> float:
-    """Return the seconds that a server's part of so many requests takes."""
-    template: dict[str, Any] = {}
-    setup_testing_defaults(template)
-
-    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
-        return None
-
-    started = time.perf_counter()
-    for _ in range(requests):
-        response = app(dict(template), start_response)
-        for _chunk in response:
-            pass
-        close: Callable[[], None] | None = getattr(response, "close", None)
-        if close is not None:
-            close()
-    return time.perf_counter() - started
+    #: The ratio to the bare application.
+    ratios: list[float]
+    #: The microseconds that it adds, and the same as a part of the naive wrapper's.
+    added: list[float]
+    of_naive: list[float]
 
 
 def measure(
     app: WSGIApplication, url: str, spool_dir: str, *, rounds: int, requests: int
-) -> list[tuple[str, list[float], list[float]]]:
-    """Return for each variant its ratios to the bare one and what it adds in µs."""
-    variants = metered_variants(app, url, spool_dir)
-    ratios: dict[str, list[float]] = {name: [] for name in variants}
-    added: dict[str, list[float]] = {name: [] for name in variants}
+) -> dict[str, Rounds]:
+    """Return what each variant takes beside the bare one."""
+    variants = paths.applications(app, spool_dir, api_url=url)
+    found = {name: Rounds([], [], []) for name in variants}
     for turn in range(rounds + 1):
         gc.collect()
-        bare = serve(app, requests)
-        for name, variant in variants.items():
-            taken = serve(variant, requests)
-            variant.flush(60)
-            if turn:  # the first round warms up
-                ratios[name].append(taken / bare)
-                added[name].append((taken - bare) / requests * 1e6)
+        taken = {name: _serve(variant, requests) for name, variant in variants.items()}
+        if not turn:  # the first round warms up
+            continue
+        bare = taken[paths.BARE]
+        for name, seconds in taken.items():
+            found[name].ratios.append(seconds / bare)
+            found[name].added.append((seconds - bare) / requests * 1e6)
+            found[name].of_naive.append((seconds - bare) / (taken[paths.NAIVE] - bare))
     for variant in variants.values():
-        variant.close(60)
-    return [(name, ratios[name], added[name]) for name in variants]
+        if isinstance(variant, OpenMeterMiddleware):
+            variant.close(60)
+    return found
+
+
+def _serve(app: WSGIApplication, requests: int) -> float:
+    taken = paths.serve(app, requests)
+    if isinstance(app, OpenMeterMiddleware):
+        app.flush(60)
+    return taken
+
+
+def _spread(of: list[float]) -> str:
+    return f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
 
 
 def main() -> None:
@@ -117,17 +76,19 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{platform.python_implementation()} {platform.python_version()}, ", end="")
     print(f"{given.rounds} rounds of {given.requests} requests\n")
-    print("| application | metering | time, ratio to bare | added |")
-    print("|---|---|---|---:|")
-    with running_sink() as url, tempfile.TemporaryDirectory() as spool_dir:
-        for label, app in (("trivial", trivial_app), ("Flask", flask_app())):
-            for name, ratios, added in measure(
-                app, url, spool_dir, rounds=given.rounds, requests=given.requests
-            ):
-                spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print("| application | metering | time, ratio to bare | added | of naive |")
+    print("|---|---|---|---:|---|")
+    for label, app in (("trivial", paths.trivial_app), ("Flask", paths.flask_app())):
+        with running_sink() as url, tempfile.TemporaryDirectory() as directory:
+            found = measure(
+                app, url, directory, rounds=given.rounds, requests=given.requests
+            )
+        for name, each in found.items():
+            if name != paths.BARE:
                 print(
-                    f"| {label} | {name} | {statistics.median(ratios):.2f} ({spread}) "
-                    f"| {statistics.median(added):.1f} µs |"
+                    f"| {label} | {name} | {_spread(each.ratios)} "
+                    f"| {statistics.median(each.added):.1f} µs "
+                    f"| {statistics.median(each.of_naive):.2f} |"
                 )
 
 

@@ -14,7 +14,22 @@ from wsgiref.util import FileWrapper
 
 import flask
 
-from openmeter_wsgi import OpenMeterMiddleware, add_meters
+from openmeter_wsgi import (
+    OpenMeterMiddleware,
+    add_meters,
+    bytes_received,
+    bytes_sent,
+    duration,
+    llm_usage,
+    method,
+    multi_status,
+    records,
+    response_header,
+    response_json,
+    route,
+    set_idempotency_key,
+    status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -197,6 +212,18 @@ def gated(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
         yield connection.recv(100)
 
 
+def keyed(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
+    """Do what the query's key names, once; say who does it, and wait at a gate."""
+    query = parse_qs(environ["QUERY_STRING"])
+    set_idempotency_key(environ, query["key"][0])
+    start_response("200 OK", list(TEXT))
+    yield b"%d\n" % os.getpid()
+    if "gate" in query:
+        with socket.create_connection(("127.0.0.1", int(query["gate"][0]))) as gate:
+            gate.recv(1)
+    yield from [b"x" * 200_000] * 20
+
+
 def counted(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
     """Answer with what the query asks to be billed."""
     add_meters(environ, {"tokens": 5})
@@ -274,13 +301,31 @@ def metered(app: WSGIApplication, **options: Any) -> OpenMeterMiddleware:
     return OpenMeterMiddleware(app, **options)
 
 
+#: All that can be measured, so that all of a response is looked at.
+MEASURED = {
+    "type": "measured",
+    "data": {
+        repr(measure): measure.default(None)
+        for measure in (
+            bytes_received(), bytes_sent(), duration(), llm_usage(), method(),
+            multi_status(), records(), response_header("X"), response_json("$.answer"),
+            route(), status(),
+        )
+    },
+}  # fmt: skip
+
+
 def one_of_many() -> WSGIApplication:
-    """Serve `/bare/NAME` and `/metered/NAME`, the same twice."""
+    """Serve `/bare/NAME`, `/metered/NAME` and `/measured/NAME`, the same thrice."""
     both: dict[str, dict[str, Callable[..., Iterable[bytes]]]] = {
         "bare": {**SERVED, "gated": gated, "large": large},
     }
     both["metered"] = {
         name: metered(app, dry_run=True) for name, app in both["bare"].items()
+    }
+    both["measured"] = {
+        name: metered(app, dry_run=True, meter=MEASURED)
+        for name, app in both["bare"].items()
     }
 
     def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -296,6 +341,9 @@ def __getattr__(name: str) -> Any:
     makers = {
         "bare_or_metered": one_of_many,
         "billed": lambda: metered(listed, flush_interval=0.05),
+        "billed_once": lambda: metered(
+            keyed, meters={"bytes": bytes_sent()}, idempotency_keys=True
+        ),
         "limited": lambda: OpenMeterMiddleware(listed, meters={"api_requests": 1}),
         "billed_at_exit": lambda: metered(stuck, flush_interval=3600, batch_size=1000),
     }

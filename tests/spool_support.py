@@ -99,11 +99,11 @@ class Ship:
 
 
 @contextlib.contextmanager
-def shipping(directory, server, **variables):
+def shipping(directory, server, *options, **variables):
     said = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
     settings = {"OPENMETER_API_URL": server.url, "OPENMETER_FLUSH_INTERVAL": "0.01"}
     with subprocess.Popen(
-        [*COMMAND, "ship", "--spool-dir", str(directory)],
+        [*COMMAND, "ship", "--spool-dir", str(directory), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,15 +12,16 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
-from openmeter_wsgi.commands.check import command
+from openmeter_wsgi.commands.check import command, look
 from openmeter_wsgi.commands.checks import event as event_check
 from openmeter_wsgi.commands.checks import repetition, spool_directory
 from openmeter_wsgi.commands.checks.findings import MARK
 from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
 from openmeter_wsgi.delivery import directory
+from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND
-from test_sandbox_support import Api
+from test_sandbox_support import Api, event
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +136,33 @@ def test_on_a_terminal_it_is_coloured_and_wrapped(sandbox):
         os.close(shown)
         assert process.wait(20) == 0, said
 
-    assert b"\x1b[32mok" in said
+    lines = said.decode().splitlines()
+    assert lines[0] == f"\x1b[1mChecking {sandbox.url}\x1b[0m"
+    assert any(line.startswith("\x1b[32m✓\x1b[0m  server ") for line in lines)
+    assert "\x1b[32m8 ok\x1b[0m" in lines[-1]
 
 
 # -- The configuration
+
+
+def test_a_command_of_a_framework_brings_the_policy_of_its_settings(sandbox):
+    made = []
+
+    def policy_of_settings():
+        made.append(Policy(api_url=sandbox.url, meter_on_status_codes="201"))
+        return made[0]
+
+    result = CliRunner().invoke(
+        command, ["--json", "--no-dedupe-check"], obj=policy_of_settings
+    )
+
+    findings = json.loads(result.stdout)["findings"]
+    assert (result.exit_code, len(made)) == (0, 1)
+    assert ["billed status codes", "201"] in [
+        [one["name"], one["found"]] for one in findings
+    ]
+    names = [finding.name for finding in look(made[0])]
+    assert [one["name"] for one in findings] == names
 
 
 def test_every_problem_of_a_configuration_is_told():
@@ -195,9 +219,10 @@ def test_a_server_that_is_not_there_fails_and_the_rest_is_unknown(openmeter):
         "clock": "unknown",
         "event": "unknown",
         "meters": "unknown",
+        "features": "unknown",
         "deduplication": "unknown",
     }
-    assert "Connection refused" in findings["server"]["found"]
+    assert findings["server"]["found"].endswith("does not answer: connection refused")
 
 
 def test_a_server_that_is_silent_fails(openmeter):
@@ -379,9 +404,10 @@ def test_a_path_that_is_not_read_here_is_unknown(openmeter):
     assert findings["meter 'a'"]["severity"] == "unknown"
 
 
-def test_meters_that_the_policy_does_not_feed_are_told(sandbox, api):
+def test_meters_that_something_else_feeds_are_told(sandbox, api):
     api.meter("calls", "COUNT", eventType="call")
     api.meter("tokens", "COUNT", eventType="llm")
+    api.ingest(event(type="llm"))
     others = found(api_url=sandbox.url, meters='{"call": 1}')["other meters"]
 
     assert others["severity"] == "ok"

@@ -38,7 +38,7 @@ def test_static_and_stated_events_are_the_same_event(
 ) -> None:
     meters = meters_of({"type": kind, "data": data}, {"type": kind, "data": data})
 
-    static = StaticEvents(meters, "api").encode("r-1", subject)
+    static = StaticEvents(meters, "api", RequestIds("r")).encode(subject)
     stated = encode_events(meters, request_id="r-1", subject=subject, source="api")
 
     for n, (one, other) in enumerate(zip(static, stated, strict=True)):

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -54,6 +55,15 @@ def test_the_options_reach_the_sandbox(tmp_path):
 
     assert overview["faults"]["ingest"]["latency"] == 0.01
     assert (overview["dedupe"], overview["persistent"]) == (False, True)
+
+
+def test_the_address_can_be_json():
+    arguments = [*COMMAND, "sandbox", "--port", "0", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        url = json.loads(process.stdout.readline())["url"]
+        with Api(url) as api:
+            assert api.ingest(event()).status_code == 204
+        process.kill()
 
 
 def test_faults_can_be_there_from_the_start():

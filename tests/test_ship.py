@@ -1,6 +1,8 @@
+import json
 import os
 import signal
 import subprocess
+from datetime import datetime
 
 import pytest
 
@@ -165,4 +167,20 @@ def test_a_policy_that_cannot_work_is_one_line(tmp_path):
     assert "No such file" in missing.stderr
     assert "dry_run is set" in dry.stderr
     for result in (misspelt, missing, dry):
-        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+
+
+def test_its_log_can_be_json(tmp_path, openmeter):
+    spool = tmp_path / "spool"
+    put(spool, event("1"))
+    with shipping(spool, openmeter, "--json") as ship:
+        line = json.loads(ship.wait_for("is the sender"))
+        openmeter.wait_for(1)
+        code, log = ship.end(signal.SIGTERM)
+
+    assert line["level"] == "INFO"
+    assert line["logger"] == "openmeter_wsgi.commands.ship"
+    assert line["message"].startswith(f"this process is the sender of {spool}")
+    assert datetime.fromisoformat(line["time"]).tzinfo is not None
+    assert code == 0
+    assert {*map(type, map(json.loads, log.splitlines()))} == {dict}

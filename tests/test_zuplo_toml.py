@@ -128,6 +128,27 @@ def test_the_command_needs_no_key_and_says_what_else_is_missing() -> None:
     assert imported(FIXTURES / "openmeter.json").exit_code == 0
 
 
+def test_json_says_the_same_and_its_comments_go_elsewhere() -> None:
+    files = [
+        FIXTURES / "gateway.policies.json",
+        "--routes",
+        FIXTURES / "gateway.routes.oas.json",
+    ]
+    variables = {
+        "OPENMETER_SOURCE": "maps",
+        "OPENMETER_URL": "https://openmeter.example",
+    }
+    in_toml, in_json = (
+        imported(*files, *options, **variables) for options in ([], ["--json"])
+    )
+
+    lines = in_toml.stdout.splitlines()
+    comments = [line[2:] for line in lines if line.startswith("# ")]
+    assert json.loads(in_json.stdout) == tomllib.loads(in_toml.stdout)
+    assert comments
+    assert in_json.stderr.splitlines()[: len(comments)] == comments
+
+
 def test_the_command_is_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.audit import Audit, audit_record
+from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.events import StaticEvents, encode_events
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
+    from openmeter_wsgi.events import RequestIds
     from openmeter_wsgi.exchange import Exchange
     from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.policy import Policy
@@ -34,6 +36,8 @@ logger = log.get_logger(__name__)
 Environ: TypeAlias = dict[str, Any]
 #: Routes of which a warning was given are remembered up to this number.
 _MAX_WARNED = 1_000
+_MAX_STATUS_LINES = 1_000
+_LOST = "%s: usage of a request is lost by our own fault"
 
 
 class Billing:
@@ -49,7 +53,7 @@ class Billing:
         *,
         counts: Counts,
         entitlements: Entitlements,
-        new_id: Callable[[], str],
+        ids: RequestIds,
         vary: Callable[[Policy, str], Billing],
     ) -> None:
         self.policy = policy
@@ -59,10 +63,14 @@ class Billing:
         self.not_metered: defaultdict[str, int] = defaultdict(int)
         self._counts = counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        self._new_id = new_id
+        #: Whether responses of a status line are billed, for those that were seen.
+        self._is_billed: dict[str, bool] = {}
+        #: Whether requests may begin only after a decision.
+        self.asks = bool(policy.required_entitlements)
+        self._ids = ids
         self._vary = vary
         #: What governs views that say more of themselves than their route does.
-        self._variants: dict[int, Billing] = {}
+        self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
         self._find_subject = subject_finder(policy)
         self.gate = Gate(
             policy, entitlements, find_subject=self._find_subject, counts=counts
@@ -75,6 +83,7 @@ class Billing:
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
         self._static_meters = policy.static_meters
+        self._meter_options = policy.meter_options
         self._static = self._short_way()
         self._warned: set[str | None] = set()
         self._audit = Audit(policy.audit) if policy.audit is not None else None
@@ -84,24 +93,20 @@ class Billing:
         policy = self.policy
         simple = self.bodies is None and not self._counts_down
         if simple and all(meter.plain for meter in self._static_meters):
-            return StaticEvents(self._static_meters, policy.event_source)
+            return StaticEvents(self._static_meters, policy.event_source, self._ids)
         return None
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
         """Return what bills under the same policy with other *options*."""
-        key = id(options)  # of a decorator, which lives as long as its view
-        found = self._variants.get(key)
+        found = self._variants.get(id(options))
         if found is None:
             policy = dataclasses.replace(self.policy, routes=None, **options)
             # Two threads may come at once: one of them wins, for counts to be whole.
-            found = self._variants.setdefault(key, self._vary(policy, name))
-        return found
-
-    def must_ask(self, environ: Environ) -> bool:
-        """Say whether a request may begin only after a decision."""
-        if not self.gate.required:
-            return False
-        return self.policy.meter_options or not is_options(environ)
+            # The options are kept, or others might be taken for them by their id.
+            found = self._variants.setdefault(
+                id(options), (options, self._vary(policy, name))
+            )
+        return found[1]
 
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
@@ -124,35 +129,70 @@ class Billing:
         """
         self._counts.settled += 1
         try:
-            if status is None or status[:3] not in self._codes:
-                reason = "status" if status else "no_status"
+            if reason := self._status_reason(environ, status):
                 return self._not_metered(reason, environ, status)
-            if not self.policy.meter_options and is_options(environ):
-                return self._not_metered("options", environ, status)
-            if outcome is COMPLETED and stated is None and self._static:
-                return self._static_events(environ, self._static, status)
             made = self._stated_events(environ, stated, outcome, exchange)
-            if not isinstance(made, str):
-                return made
-            return self._not_metered(made, environ, status)
+            if isinstance(made, str):
+                return self._not_metered(made, environ, status)
         except Exception:
-            logger.exception(
-                "%s: usage of a request is lost by our own fault", "events"
-            )
+            logger.exception(_LOST, "events")
             return self._not_metered("error", environ, status)
+        else:
+            self._counts.metered += 1
+            return made
         finally:
             if self._counts_down and RESERVED in environ:
                 self.gate.settle(environ, (), None)  # nothing is billed
 
-    def _static_events(
-        self, environ: Environ, static: StaticEvents, status: str
-    ) -> Sequence[bytes]:
-        if not self._static_meters:
-            return self._not_metered("no_meters", environ, status)
-        subject = self._find_subject(environ)
-        if subject is None:
-            return self._not_metered(self._no_subject(), environ, status)
-        return static.encode(self._request_id(environ), subject)
+    def usual_events(
+        self, environ: Environ, status: str | None
+    ) -> Sequence[bytes] | None:
+        """Do as `events` for most requests; None for those that are not so simple.
+
+        The response has completed, the handler has stated nothing, its status was
+        seen before, and the policy's meters are known beforehand.
+        """
+        static = self._static
+        if static is None or self._id_key is not None:
+            return None
+        try:
+            if environ["REQUEST_METHOD"] == "OPTIONS":
+                return None
+            if self._is_billed[status]:  # type: ignore[index]
+                if self._static_meters:
+                    subject = self._find_subject(environ)
+                    if subject is None:
+                        return None
+                    events = static.encode(subject)
+                    counts = self._counts
+                    counts.settled += 1
+                    counts.metered += 1
+                    return events
+                reason = "no_meters"
+            else:
+                reason = "status"
+        except Exception:  # noqa: BLE001 - `events` finds out what it is, and says so
+            return None
+        self._counts.settled += 1
+        return self._not_metered(reason, environ, status)
+
+    def _status_reason(self, environ: Environ, status: str | None) -> str | None:
+        """Say why no response of that status to that request is billed."""
+        if not status:
+            return "no_status"
+        if status not in self._is_billed:
+            self._learn(status)
+        if not self._is_billed[status]:
+            return "status"
+        if is_options(environ) and not self._meter_options:
+            return "options"
+        return None
+
+    def _learn(self, status: str) -> None:
+        """Note whether a status line is billed: cutting it costs more than looking."""
+        if len(self._is_billed) >= _MAX_STATUS_LINES:
+            self._is_billed = {}  # an application that invents reasons
+        self._is_billed[status] = status[:3] in self._codes
 
     def _stated_events(
         self,
@@ -195,7 +235,8 @@ class Billing:
             return None
         wanted = self._when.value(exchange)
         # Where it cannot be said, the customer is not charged on suspicion.
-        return None if wanted is True or _truth(wanted) else "meter_when"
+        is_unknown = isinstance(wanted, Unknown)
+        return "meter_when" if is_unknown or not wanted else None
 
     def _part_billed(self, outcome: str) -> str:
         if outcome is COMPLETED:
@@ -210,7 +251,7 @@ class Billing:
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
         usage = policy.static if with_flat else Usage({}, ())
-        missing = 0
+        missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
             found = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
@@ -219,29 +260,30 @@ class Billing:
                 {**usage.numbers, **found.usage.numbers},
                 (*usage.documents, *found.usage.documents),
             )
-            missing = len(found.missing)
-            for meter_type, measure, reason in found.missing:
-                self._warn_of_missing(exchange, meter_type, measure, reason)
+            missing = found.missing
+            for each in found.missing:
+                self._warn_of_missing(exchange, *each)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
         if meters := policy.as_meters(usage):
-            self._counts.dropped["no_value"] += missing
+            for _, _, reason in missing:
+                self._counts.dropped[f"no_value_{reason}"] += 1
             return meters
         if missing:
-            return "no_value"
+            return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
     def _warn_of_missing(
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
-        where = exchange.route or self.name
+        where = f"{exchange.method} {exchange.route or self.name}"
         if where in self._warned or len(self._warned) >= _MAX_WARNED:
             return
         self._warned.add(where)
         logger.warning(
             "%s: %r has no value (%s), so no %r is billed; said once, then counted as "
-            "no_value",
-            f"{exchange.method} {where}", measure, reason, meter_type,
+            "no_value_%s",
+            where, measure, reason, meter_type, reason,
         )  # fmt: skip
 
     def _request_id(
@@ -258,7 +300,7 @@ class Billing:
             if given.isascii() and given.isprintable() and 0 < len(given) <= 128:
                 # A quote or backslash would need escaping where ids are pasted in.
                 return given.replace("\\", "_").replace('"', "_")
-        return self._new_id()
+        return self._ids.new()
 
     def _not_metered(
         self, reason: str, environ: Environ, status: str | None
@@ -299,11 +341,6 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
     if not measures:
         return None
     return frozenset().union(*(measure.bodies for measure in measures))
-
-
-def _truth(value: object) -> bool:
-    # An Unknown is an object, and so true.
-    return bool(value) and not hasattr(value, "reason")
 
 
 def _derived_id(environ: Environ, subject: str | None, key: str) -> str:

@@ -6,6 +6,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from openmeter_wsgi.version import VERSION
+
 if TYPE_CHECKING:
     import click
 
@@ -21,20 +23,25 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "import": Command(
-        "openmeter_wsgi.commands.importing",
-        "cli",
-        "Print the configuration of another product as a file of options.",
-    ),
     "check": Command(
         "openmeter_wsgi.commands.check",
         "cli",
         "Say whether usage would be billed, and right; and what to do if not.",
     ),
-    "sandbox": Command(
-        "openmeter_wsgi.sandbox.command",
-        "sandbox",
-        "Serve OpenMeter's API on this machine, with a page that shows the usage.",
+    "send": Command(
+        "openmeter_wsgi.commands.send",
+        "cli",
+        "Send an event, or those of a file.",
+    ),
+    "tail": Command(
+        "openmeter_wsgi.commands.tail",
+        "cli",
+        "Print the events of a spool as applications on this host settle them.",
+    ),
+    "usage": Command(
+        "openmeter_wsgi.commands.usage",
+        "cli",
+        "Print what the meters of the server have counted.",
     ),
     "ship": Command(
         "openmeter_wsgi.commands.ship",
@@ -45,6 +52,21 @@ COMMANDS = {
         "openmeter_wsgi.commands.spool",
         "cli",
         "Look into a spool, and put its dead letters in order.",
+    ),
+    "import": Command(
+        "openmeter_wsgi.commands.importing",
+        "cli",
+        "Print the configuration of another product as a file of options.",
+    ),
+    "sandbox": Command(
+        "openmeter_wsgi.sandbox.command",
+        "sandbox",
+        "Serve OpenMeter's API on this machine, with a page that shows the usage.",
+    ),
+    "completion": Command(
+        "openmeter_wsgi.commands.completion",
+        "cli",
+        "Print a script for the shell, to complete command lines.",
     ),
 }
 
@@ -62,12 +84,15 @@ def main() -> None:
 def _group() -> click.Group:
     # click is an extra: without it this module must still be able to say so.
     import click
+    from click.shell_completion import CompletionItem
+
+    from openmeter_wsgi.commands.exit_codes import exit_codes
 
     class Commands(click.Group):
         """The subcommands by name."""
 
         def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-            return sorted(COMMANDS)
+            return list(COMMANDS)
 
         def get_command(
             self,
@@ -84,10 +109,25 @@ def _group() -> click.Group:
             with formatter.section("Commands"):
                 formatter.write_dl([(name, COMMANDS[name].help) for name in COMMANDS])
 
-    return Commands(
+        def shell_complete(
+            self, ctx: click.Context, incomplete: str
+        ) -> list[CompletionItem]:
+            # Not the group's own, which would load every command.
+            return [
+                *(
+                    CompletionItem(name, help=known.help)
+                    for name, known in COMMANDS.items()
+                    if name.startswith(incomplete)
+                ),
+                *click.Command.shell_complete(self, ctx, incomplete),
+            ]
+
+    group = Commands(
         help="Usage metering for WSGI applications.",
+        epilog=exit_codes(_3="the answer is no; each command says what that means"),
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    return click.version_option(VERSION, message="%(version)s")(group)
 
 
 def _load(known: Command) -> click.Command:

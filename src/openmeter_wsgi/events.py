@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from itertools import count
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -34,38 +35,58 @@ class RequestIds:
     counter, which threads share without a lock.
     """
 
-    __slots__ = ("_count", "_process")
+    __slots__ = ("numbers", "prefix")
 
-    def __init__(self) -> None:
-        self._process = secrets.token_hex(12)
-        self._count = count(1)
+    def __init__(self, prefix: str | None = None) -> None:
+        self.prefix = f"{prefix or secrets.token_hex(12)}-"
+        self.numbers = count(1)
 
     def new(self) -> str:
         """Return an id that no other request has."""
-        return f"{self._process}-{next(self._count)}"
+        return f"{self.prefix}{next(self.numbers)}"
 
 
 class StaticEvents:
     """The events of a request that used nothing but the meters of its policy.
 
     All that such events have in common is encoded when the policy is made; a
-    request fills in its id, subject and time.
+    request fills in its number, time and subject.
     """
 
-    __slots__ = ("_templates",)
+    __slots__ = ("_numbers", "_only", "_prefix", "_templates")
 
-    def __init__(self, meters: Iterable[Meter], source: str) -> None:
-        numbered = _numbered(meters)
+    def __init__(self, meters: Iterable[Meter], source: str, ids: RequestIds) -> None:
+        self._numbers = ids.numbers
+        self._prefix = ids.prefix
         self._templates = tuple(
-            (_head(meter, source), _json(f":{suffix}")[1:-1] + '"}')
-            for meter, suffix in numbered
+            (
+                f'{_head(meter, source)},"id":"',
+                f'{_json(f":{suffix}")[1:-1]}","time":"',
+            )
+            for meter, suffix in _numbered(meters)
         )
+        #: Most policies have one meter.
+        self._only: tuple[str, str] | None = None
+        if len(self._templates) == 1:
+            ((head, middle),) = self._templates
+            self._only = (head + ids.prefix, middle)
 
-    def encode(self, request_id: str, subject: str) -> list[bytes]:
-        """Encode the events of one request."""
-        name = msgspec.json.encode(subject).decode()
-        middle = f'{name},"time":"{timestamp()}","id":"{request_id}'
-        return [f"{head}{middle}{tail}".encode() for head, tail in self._templates]
+    def encode(self, subject: str) -> Sequence[bytes]:
+        """Encode the events of one request, under a new id."""
+        if self._only is None:
+            return self.encode_for(f"{self._prefix}{next(self._numbers)}", subject)
+        head, middle = self._only
+        number = next(self._numbers)
+        event = f'{head}{number}{middle}{timestamp()}","subject":{_quoted(subject)}}}'
+        return (event.encode(),)
+
+    def encode_for(self, request_id: str, subject: str) -> Sequence[bytes]:
+        """Encode the events of one request of which the id is given."""
+        tail = f'{timestamp()}","subject":{_quoted(subject)}}}'
+        return [
+            f"{head}{request_id}{middle}{tail}".encode()
+            for head, middle in self._templates
+        ]
 
 
 def encode_events(
@@ -82,7 +103,9 @@ def encode_events(
         name = _json(meter.subject or subject or "")
         event_id = _json(meter.id or f"{request_id}:{suffix}")
         time = meter.time or now
-        event = f'{_head(meter, source)}{name},"time":"{time}","id":{event_id}}}'
+        event = (
+            f'{_head(meter, source)},"id":{event_id},"time":"{time}","subject":{name}}}'
+        )
         events.append(event.encode())
     return events
 
@@ -91,7 +114,7 @@ def _head(meter: Meter, source: str) -> str:
     return (
         f'{{"specversion":"1.0","type":{_json(meter.type)},'
         f'"source":{_json(meter.source or source)},'
-        f'"data":{meter.data.decode()},"subject":'
+        f'"data":{meter.data.decode()}'
     )
 
 

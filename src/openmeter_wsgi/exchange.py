@@ -96,7 +96,8 @@ class Exchange:
         found = self.body("json")
         if isinstance(found, Document):
             return found.value
-        raise ValueError(f"the body is not known as JSON: {found.reason}")
+        how = "; name it: computed(function, 'json')" if found is _NOT_READ else ""
+        raise ValueError(f"the body is not known as JSON: {found.reason}{how}")
 
     @property
     def llm(self) -> LLMUsage | Unknown:

@@ -41,6 +41,13 @@ class MeasuredMeter(NamedTuple):
         """Whether it says how much, and not only of what kind."""
         return any(measure.is_quantity for measure in self.measures)
 
+    def example(self, value_property: str) -> Any:
+        """Return its data with 1 for each measure; None where all of it is one."""
+        if isinstance(self.content, Measure):
+            return {value_property: _ANY_NUMBER}
+        data = self.content.get("data", {})
+        return None if isinstance(data, Measure) else _replaced(data)
+
 
 class Evaluated(NamedTuple):
     """What measured meters came to."""

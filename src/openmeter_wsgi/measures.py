@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _NONE: Any = object()
+#: More digits has no number that OpenMeter could read.
+_MAX_DIGITS = 310
 _LLM_FIELDS = LLMUsage.__struct_fields__
 
 
@@ -198,6 +200,16 @@ def _kind(text: str, find: Callable[[Exchange], object]) -> Measure:
     return Measure(text, find, is_quantity=False)
 
 
+def _plain(number: Decimal) -> int | Decimal:
+    """Return a whole number as one, unless it is larger than a float can be.
+
+    A client may send ``1e999999``, which as an integer takes minutes.
+    """
+    if number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
+        return number
+    return int(number)
+
+
 def as_number(value: object) -> int | float | Decimal | Unknown:
     """Return *value* as a number; text as the number that it says."""
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
@@ -208,5 +220,5 @@ def as_number(value: object) -> int | float | Decimal | Unknown:
         except InvalidOperation:
             return Unknown("not_a_number")
         if number.is_finite():
-            return int(number) if number == number.to_integral_value() else number
+            return _plain(number)
     return Unknown("not_a_number")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter, defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
@@ -17,12 +16,13 @@ from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
+from openmeter_wsgi.forks import mark_process
 from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.routes import Routes
 from openmeter_wsgi.stats import Counts, Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.policy import Policy
@@ -51,17 +51,22 @@ class Metering:
             _say_what_errors_are_billed(billing)
 
     def _begin(self, policy: Policy) -> None:
-        self.pid = os.getpid()
+        #: Whether this process is the one that it belongs to: see `mark_process`.
+        self.is_own = mark_process()
         self._followers: list[Callable[[Metering], None]] = []
         self.counts = Counts()
         self.queue = self._new_queue(policy)
-        self._put = self._log_instead if policy.dry_run else self.queue.put
+        #: Hand one event to delivery. May be repeated with the same event.
+        self.put: Callable[[bytes], object] = (
+            self._log_instead if policy.dry_run else self.queue.put
+        )
         self._policy = policy
         self.entitlements = self._new_entitlements(policy)
-        self._new_id = self._new_ids()
+        self._ids = self._new_ids()
         self._billings: list[Billing] = []
         self.billing = self.billing_of(policy, DEFAULT)
-        self._routes = self._compiled(policy)
+        #: What governs the requests of single routes, None if nothing else does.
+        self.routes = self._compiled(policy)
 
     # -- What it is made of, which may be something else in a test
 
@@ -80,15 +85,10 @@ class Metering:
     def _new_entitlements(self, policy: Policy) -> Entitlements:
         return entitlements_of(policy, self.queue.delivered_until)
 
-    def _new_ids(self) -> Callable[[], str]:
-        return RequestIds().new
+    def _new_ids(self) -> RequestIds:
+        return RequestIds()
 
     # -- Requests
-
-    def billing_for(self, environ: Mapping[str, Any]) -> Billing | None:
-        """Return what governs a request, None if it is not metered."""
-        routes = self._routes
-        return self.billing if routes is None else routes.find(environ)
 
     def billing_of(self, policy: Policy, name: str) -> Billing:
         """Make what bills under *policy*; its counts are part of `stats`."""
@@ -97,10 +97,15 @@ class Metering:
             name,
             counts=self.counts,
             entitlements=self.entitlements,
-            new_id=self._new_id,
-            vary=self.billing_of,
+            ids=self._ids,
+            vary=self._of_view,
         )
         self._billings.append(billing)
+        return billing
+
+    def _of_view(self, policy: Policy, name: str) -> Billing:
+        billing = self.billing_of(policy, name)
+        _say_what_errors_are_billed(billing)
         return billing
 
     def _compiled(self, policy: Policy) -> Routes[Billing | None] | None:
@@ -145,15 +150,6 @@ class Metering:
         made = Metering.__new__(Metering)
         made._begin(policy)
         return made
-
-    def put(self, events: Sequence[bytes]) -> None:
-        """Hand the events to delivery. May be repeated with the same events."""
-        counts = self.counts
-        n = len(events)
-        counts.metered += 1
-        counts.events += n
-        for event in events:
-            self._put(event)
 
     def count_late(self, helper: str) -> None:
         """Count usage stated after its request was settled."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import METERS, environ_of
+from openmeter_wsgi.environ import BILLING, METERS, environ_of
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.usage import Meter, Meters, Number, Usage, add_numbers, read_usage
 from openmeter_wsgi.wire import text_problem
@@ -30,6 +31,7 @@ class RunTimeMeters:
         "_overridden",
         "denied",
         "governed_by",
+        "governed_since",
         "idempotency_key",
     )  # fmt: skip
 
@@ -39,6 +41,8 @@ class RunTimeMeters:
         #: What governs the view, in place of what governs its route: a billing, or
         #: None where the view is not metered.
         self.governed_by: object | None = _ROUTE
+        #: When that view was called.
+        self.governed_since = 0.0
         #: Whether the request was denied, so that nothing of it is billed.
         self.denied = False
         self._overridden: set[str] = set()
@@ -147,12 +151,20 @@ def set_idempotency_key(request: object, key: str) -> None:
         raise ValueError(f"idempotency key: {problem}")
     if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
         stated.idempotency_key = key
+        billing = (environ_of(request) or {}).get(BILLING)
+        if billing is not None and not billing.policy.idempotency_keys:
+            logger.warning(
+                "%s: used, and the policy does not say idempotency_keys=True, so "
+                "'openmeter-wsgi check' cannot tell if OpenMeter deduplicates",
+                "set_idempotency_key",
+            )
 
 
 def govern(request: object, billing: object | None) -> None:
     """Let *billing* govern this request, None for not metered at all."""
     if (stated := _run_time_meters(request, "meter")) is not None:
         stated.governed_by = billing
+        stated.governed_since = time.perf_counter()
 
 
 def bill_nothing(request: object) -> None:

@@ -9,26 +9,24 @@ from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log, substitution
 from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
-from openmeter_wsgi.environ import BILLING, METERS
+from openmeter_wsgi.environ import BILLING, DECISION, METERS
 from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
-from openmeter_wsgi.settlement import settlement_of
+from openmeter_wsgi.settlement import serve
 from openmeter_wsgi.zuplo import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIApplication
 
+    from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.meters import RunTimeMeters
-    from openmeter_wsgi.settlement import Settlement
     from openmeter_wsgi.stats import Stats
     from openmeter_wsgi.substitution import Substitute
 
 logger = log.get_logger(__name__)
-
-_FILE_WRAPPER = "wsgi.file_wrapper"
 
 
 class OpenMeterMiddleware:
@@ -54,7 +52,8 @@ class OpenMeterMiddleware:
             policy = dataclasses.replace(policy, **options)
         self.policy = policy
         self._metering: Metering
-        self._settlement_of: Callable[..., Settlement] = settlement_of
+        #: What sees responses in a test before its client does.
+        self._watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None
         if (substitute := substitution.present(self)) is None:
             self._metering = Metering(policy)
         else:
@@ -86,43 +85,32 @@ class OpenMeterMiddleware:
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
         """Serve one request (PEP 3333)."""
-        if type(environ.get(METERS)) is list:
+        if METERS in environ and type(environ[METERS]) is list:
             return self._pass_through(environ, start_response)
-        metering = self.metering()
-        billing = metering.billing_for(environ)
-        if billing is None:
-            return self.app(environ, start_response)
+        metering = self._metering
+        if not metering.is_own[0]:
+            metering = self._renew()
+        billing = metering.billing
+        if metering.routes is not None:
+            governing = metering.routes.find(environ)
+            if governing is None:
+                return self.app(environ, start_response)
+            billing = governing
         stated: list[RunTimeMeters] = []
         environ[METERS] = stated
         environ[BILLING] = billing
-        if billing.must_ask(environ):
-            decision = billing.gate.admit(environ)
-            if not decision.allowed and billing.policy.enforce:
-                billing.refuse(environ)
-                return Refusal(decision, billing.policy)(environ, start_response)
-            start_response = _told(decision, billing.policy, start_response)
-        settlement = self._settlement_of(
-            metering, billing, environ, start_response, stated
-        )
-        wrapper: Any = environ.get(_FILE_WRAPPER)
-        if wrapper is not None and not isinstance(wrapper, type):
-            wrapper = environ[_FILE_WRAPPER] = _WrappedFiles(wrapper)
-        try:
-            iterable = self.app(environ, settlement.start_response)
-        except BaseException:
-            settlement.fail()
-            settlement.settle()
-            raise
-        if wrapper is not None and isinstance(iterable, wrapper):
-            return settlement.wrap_file(iterable)
-        return settlement.wrap(iterable)
+        if billing.asks:
+            if (refusal := _refusal(billing, environ)) is not None:
+                return refusal(environ, start_response)
+            if billing.policy.usage_headers:
+                start_response = _told(environ.get(DECISION), start_response)
+        response = serve(self.app, metering, billing, environ, start_response, stated)
+        return response if self._watch is None else self._watch(response)
 
     def metering(self) -> Metering:
         """Return the metering of the process that asks."""
         metering = self._metering
-        if metering.pid != os.getpid():
-            return self._renew()
-        return metering
+        return metering if metering.is_own[0] else self._renew()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send what waits now; say whether all of it is done within *timeout*.
@@ -172,23 +160,23 @@ class OpenMeterMiddleware:
         Returns what takes that back. For tests; between two requests.
         """
         before: Any = getattr(self, "_metering", None)
-        settlement_before = self._settlement_of
+        watch_before = self._watch
         if substitute is not None:
             self._metering = substitute.metering(self.policy)
-            self._settlement_of = substitute.settlement_of
+            self._watch = substitute.watch
         else:
             self._metering = Metering.later(self.policy)
-            self._settlement_of = settlement_of
+            self._watch = None
 
         def restore() -> None:
             self._metering = before
-            self._settlement_of = settlement_before
+            self._watch = watch_before
 
         return restore
 
     def _renew(self) -> Metering:
         """Leave the parent's queue to the parent, and start with an empty one."""
-        if self._metering.pid != os.getpid():
+        if not self._metering.is_own[0]:
             self._metering = self._metering.successor()
         return self._metering
 
@@ -202,11 +190,20 @@ class OpenMeterMiddleware:
         return self.app(environ, start_response)
 
 
-def _told(
-    decision: Decision, policy: Policy, start_response: StartResponse
-) -> StartResponse:
-    """Return a start_response that tells of the quota, if the policy wants that."""
-    headers = quota_headers(decision.quota) if policy.usage_headers else []
+def _refusal(billing: Billing, environ: dict[str, Any]) -> Refusal | None:
+    """Return what answers in place of the application, None if it may."""
+    if environ["REQUEST_METHOD"] == "OPTIONS" and not billing.policy.meter_options:
+        return None  # browsers ask by themselves (CORS)
+    decision = billing.gate.admit(environ)
+    if decision.allowed or not billing.policy.enforce:
+        return None
+    billing.refuse(environ)
+    return Refusal(decision, billing.policy)
+
+
+def _told(decision: Decision | None, start_response: StartResponse) -> StartResponse:
+    """Return a start_response that tells of the quota, if there is one."""
+    headers = quota_headers(decision.quota) if decision else []
     if not headers:
         return start_response
 
@@ -216,25 +213,3 @@ def _told(
         return start_response(status, [*given, *headers], *exc_info)
 
     return start
-
-
-class _WrappedFiles:
-    """A server's file wrapper that is a function, remembering what it made.
-
-    uWSGI's returns the file itself, which nothing else tells from an iterable of
-    the application's own. Held by the environ, so it holds nothing of the request.
-    """
-
-    __slots__ = ("_made", "_wrapper")
-
-    def __init__(self, wrapper: Callable[..., object]) -> None:
-        self._wrapper = wrapper
-        self._made: object = None
-
-    def __call__(self, file: object, *block_size: int) -> object:
-        self._made = self._wrapper(file, *block_size)
-        return self._made
-
-    def __instancecheck__(self, iterable: object) -> bool:
-        """Let isinstance() ask this as it asks a wrapper that is a class."""
-        return iterable is not None and iterable is self._made

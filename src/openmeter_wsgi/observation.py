@@ -22,21 +22,31 @@ class Observation:
     """What one request's measures need. Belongs to the thread of the request."""
 
     __slots__ = (
-        "_bodies", "_environ", "_headers", "_received", "_route", "_started_at",
-        "bytes_sent", "feeds",
+        "_bodies", "_environ", "_headers", "_is_handed_over", "_received", "_route",
+        "_started_at", "feeds", "taken",
     )  # fmt: skip
 
-    def __init__(self, environ: dict[str, Any], bodies: Iterable[str]) -> None:
+    def __init__(
+        self,
+        environ: dict[str, Any],
+        bodies: Iterable[str],
+        started_at: float | None = None,
+    ) -> None:
         self._environ = environ
-        self._started_at = time.perf_counter()
+        self._started_at = started_at or time.perf_counter()
         self._bodies: dict[str, BodyReader[Any] | None] = dict.fromkeys(bodies)
         self._headers: list[tuple[str, str]] = []
         self._route: str | None = None
         self._received = _received(environ)
-        #: Counted by the settlement. None: the kernel sends it, and nobody counts.
-        self.bytes_sent: int | None = 0
+        self._is_handed_over = False
+        #: Bytes that the server has taken; the settlement counts them.
+        self.taken = 0
         #: What takes each chunk.
         self.feeds: list[Any] = []
+
+    def look_at(self, bodies: Iterable[str]) -> None:
+        """Read the body in these ways too, if it has not begun."""
+        self._bodies = dict.fromkeys([*self._bodies, *bodies])
 
     def begin(self, status: str, headers: list[tuple[str, str]]) -> None:
         """Take what start_response says, the last time that it is called."""
@@ -53,25 +63,21 @@ class Observation:
 
     def passed(self, chunk: bytes) -> None:
         """Take in one chunk that the server has taken."""
-        self.add_sent(len(chunk))
+        self.taken += len(chunk)
         for feed in self.feeds:
             feed(chunk)
 
-    def add_sent(self, count: int) -> None:
-        """Count bytes that the server has taken."""
-        if self.bytes_sent is not None:
-            self.bytes_sent += count
-
     def hand_over(self) -> None:
         """Note that the kernel sends the body, which nobody reads here."""
-        (length,) = _values(self._headers, "content-length")
-        self.bytes_sent = int(length) if length and length.isdecimal() else None
+        self._is_handed_over = True
         self._bodies.clear()
 
     def exchange(self, status: str | None, outcome: str) -> Exchange:
         """Return the exchange, now that it has ended."""
         environ = self._environ
-        sent = self.bytes_sent
+        sent: int | None = self.taken
+        if self._is_handed_over:
+            sent = _number(*_values(self._headers, "content-length"))
         if environ.get("REQUEST_METHOD") == "HEAD" or (status or "").startswith(
             _WITHOUT_BODY
         ):
@@ -95,6 +101,8 @@ class _CountedInput:
     def __init__(self, body: Any) -> None:
         self._body = body
         self.count = 0
+        if hasattr(body, "readinto"):  # there only where it is there without this
+            self.readinto = self._readinto
 
     def _counted(self, read: bytes) -> bytes:
         self.count += len(read)
@@ -108,6 +116,11 @@ class _CountedInput:
 
     def readlines(self, *hint: int) -> list[bytes]:
         return [self._counted(line) for line in self._body.readlines(*hint)]
+
+    def _readinto(self, buffer: Any) -> int | None:
+        size: int | None = self._body.readinto(buffer)
+        self.count += size or 0
+        return size
 
     def __iter__(self) -> Any:
         return map(self._counted, self._body)
@@ -124,8 +137,12 @@ def _received(environ: dict[str, Any]) -> _CountedInput | None:
 
 
 def _length(environ: dict[str, Any]) -> int | None:
-    length = str(environ.get("CONTENT_LENGTH") or "0")
-    return int(length) if length.isdecimal() else None
+    return _number(str(environ.get("CONTENT_LENGTH") or "0"))
+
+
+def _number(length: str | None) -> int | None:
+    # No length has more digits, and from some thousands on int() raises.
+    return int(length) if length and length.isdecimal() and len(length) < 20 else None
 
 
 def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:

@@ -65,7 +65,8 @@ class Routes(Generic[T]):
 
     A rule with a method goes before one without, an exact path before a variable, and
     among variables werkzeug's order decides: the most specific wins. GET means HEAD,
-    too, unless HEAD is named.
+    too, unless HEAD is named. A slash at the end makes no difference unless both forms
+    are named: an application may serve both, and means the same price.
     """
 
     def __init__(self, rules: Iterable[tuple[RouteRule, T]], unmatched: T) -> None:
@@ -88,12 +89,15 @@ class Routes(Generic[T]):
         found: T | _Table[T] = table.exact.get(path, table)
         if not isinstance(found, _Table):
             return found
+        if path.startswith("//"):
+            # werkzeug's applications take it for one slash, and so must its price.
+            return self.find({**environ, "PATH_INFO": f"/{path.lstrip('/')}"})
         if table.adapter is None:
             return self._unmatched
         try:
             number, _ = table.adapter.match(_text(path))
-        except (HTTPException, RoutingException):
-            return self._unmatched
+        except (HTTPException, RoutingException, ValueError):
+            return self._unmatched  # ValueError: a converter's, of a value too long
         own: T = table.variable[number]
         return own
 
@@ -109,6 +113,9 @@ class _Table(Generic[T]):
             for rule, each in rules
             if rule.is_exact
         }
+        for path, each in list(self.exact.items()):
+            self.exact.setdefault(path.removesuffix("/"), each)
+            self.exact.setdefault(path.removesuffix("/") + "/", each)
         variable = [(rule.path, each) for rule, each in rules if not rule.is_exact]
         #: By the number that is the endpoint of its rule.
         self.variable = [each for _, each in variable]
@@ -143,4 +150,4 @@ def _text(path: str) -> str:
     """
     if path.isascii():
         return path
-    return path.encode("latin-1").decode(errors="replace")
+    return path.encode("latin-1", "replace").decode(errors="replace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.environ import METERS
@@ -11,14 +10,24 @@ from openmeter_wsgi.outcome import ABORTED, COMPLETED, FAILED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from wsgiref.types import StartResponse
+    from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.metering import Metering
     from openmeter_wsgi.meters import RunTimeMeters
 
+_FILE_WRAPPER = "wsgi.file_wrapper"
 _ERROR_STATUS = "500"
 _WITHOUT_BODY = ("204", "304")
+#: The outcome of a response of which no byte of the body has been seen yet.
+_UNSTARTED = "unstarted"
+#: Stands for what the application has not returned yet. Not empty: a settlement is
+#: its own `write`, and an application may ask whether it got one.
+_UNKNOWN = (b"",)
+#: Stands for what is closed already, and is nothing to close.
+_CLOSED: list[bytes] = []
+#: Stands for the events of a response that was settled.
+_SETTLED: Sequence[bytes] = ("settled",)  # type: ignore[assignment]
 
 
 class Settlement:
@@ -35,29 +44,22 @@ class Settlement:
 
     __slots__ = (
         "_billing", "_environ", "_events", "_iterable", "_metering", "_observation",
-        "_outcome", "_server_start", "_server_write", "_settled", "_started", "_stated",
-        "_status",
+        "_outcome", "_server_start", "_server_write", "_stated", "_status",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        metering: Metering,
-        billing: Billing,
-        environ: dict[str, Any],
-        start_response: StartResponse,
-        stated: list[RunTimeMeters],
-    ) -> None:
-        self._metering = metering
-        self._billing = billing
-        self._environ = environ
-        self._server_start = start_response
-        self._stated = stated
-        self._iterable: Iterable[bytes] = ()
-        self._status: str | None = None
-        self._started = False
-        self._outcome = ABORTED
-        self._events: Sequence[bytes] | None = None
-        self._settled = False
+    # Set by `serve`: an __init__ would cost as much again as all of it.
+    _metering: Metering
+    _billing: Billing
+    _environ: dict[str, Any]
+    _server_start: StartResponse
+    _server_write: Callable[[bytes], object]
+    _stated: list[RunTimeMeters]
+    _iterable: Iterable[bytes]
+    _status: str | None
+    _outcome: str
+    #: None until they are made, `_SETTLED` once they are handed to delivery.
+    _events: Sequence[bytes] | None
+    _observation: Observation
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
@@ -71,7 +73,8 @@ class Settlement:
         self._status = status
         if self._stated and self._stated[0].is_governed:
             self._follow(self._stated[0], status, headers)
-        return self._write
+        # It is its own `write`: a bound method would cost each response something.
+        return self
 
     def _follow(
         self, stated: RunTimeMeters, status: str, headers: list[tuple[str, str]]
@@ -81,24 +84,45 @@ class Settlement:
         if own is None or own is self._billing:
             return
         self._billing = own
-        if own.bodies is not None and type(self) is Settlement:
-            observed: Any = self
-            observed.__class__ = ObservedSettlement
-            observed.observe()
-            observed._observation.begin(status, headers)
+        if own.bodies is None:
+            return
+        if isinstance(self, ObservedSettlement):
+            self._observation.look_at(own.bodies)
+            return
+        is_late = self._iterable is not _UNKNOWN
+        observed: Any = self
+        observed.__class__ = (
+            _SizedObservedSettlement
+            if is_late and isinstance(self, SizedSettlement)
+            else ObservedSettlement
+        )
+        observed._observation = Observation(
+            self._environ, own.bodies, stated.governed_since
+        )
+        observed._observation.begin(status, headers)
+        if is_late:
+            # It is being iterated by what does not look at the chunks.
+            observed._observation.hand_over()
 
-    def _write(self, data: bytes) -> object:
-        if data:
-            self._started = True
+    def __call__(self, data: bytes) -> object:
+        """Pass on what the application writes: the `write` of PEP 3333."""
+        if data and self._outcome is _UNSTARTED:
+            self._outcome = ABORTED
         return self._server_write(data)
 
     def wrap(self, iterable: Iterable[bytes]) -> Settlement:
         """Return what the server iterates in place of *iterable*."""
+        if self._status is None and self._stated and self._stated[0].is_governed:
+            self._follow(self._stated[0], "", [])  # before it starts in a generator
+            if isinstance(self, ObservedSettlement):
+                return self.wrap(iterable)
         self._iterable = iterable
-        if hasattr(iterable, "__len__"):
-            # A server derives Content-Length from the length of a sequence, and
-            # only the type of an object says whether it has one.
-            self.__class__ = _SizedSettlement
+        # A server derives Content-Length from the length of a sequence, and only the
+        # type of an object says whether it has one.
+        wanted = SizedSettlement if hasattr(iterable, "__len__") else Settlement
+        if type(self) is not wanted:
+            global _usual  # noqa: PLW0603 - a guess, which the next response mends
+            _usual = self.__class__ = wanted
         return self
 
     def wrap_file(self, file: Any) -> Iterable[bytes]:
@@ -127,10 +151,10 @@ class Settlement:
 
     def fail(self) -> None:
         """The application raised: note it, with the status the client will see."""
-        self._outcome = FAILED
-        if not self._started:
+        if self._outcome is _UNSTARTED:
             # Nothing has been sent, so the server can still say what happened.
             self._status = _ERROR_STATUS
+        self._outcome = FAILED
 
     def __iter__(self) -> Iterator[bytes]:
         try:
@@ -138,7 +162,7 @@ class Settlement:
             # Headers leave with the first chunk that is not empty (PEP 3333).
             for chunk in chunks:
                 if chunk:
-                    self._started = True
+                    self._outcome = ABORTED  # unless it goes on from here
                     yield chunk
                     break
                 yield chunk
@@ -153,33 +177,47 @@ class Settlement:
         self._outcome = COMPLETED
 
     def close(self) -> None:
-        """Close the application's iterable, then settle, whatever that raised."""
-        iterable, self._iterable = self._iterable, ()
-        try:
-            if (close := getattr(iterable, "close", None)) is not None:
-                close()
-        finally:
-            self.settle()
-
-    def settle(self) -> None:
-        """Put the events of this request into the queue, once.
+        """Close the application's iterable, then settle, whatever that raised.
 
         The events are fixed first, then put, then it is noted: an exception from a
         signal may strike in between, and a repeated put has the same ids. A process
         forked in the middle has a copy of this, which is its parent's to settle.
         """
-        environ = self._environ
-        metering = self._metering
-        if self._settled or metering.pid != os.getpid():
+        if type(self._iterable) is not list:  # which has nothing to close
+            self._close_application()
             return
-        if self._events is None:
+        events = self._events
+        metering = self._metering
+        if events is _SETTLED or not metering.is_own[0]:
+            return
+        if events is None:
             if not metering.queue.started:
                 metering.queue.start()
-            self._events = self._made()
-        if self._events:
-            metering.put(self._events)
-        self._settled = True
-        environ[METERS] = metering
+            if self._outcome is COMPLETED and not self._stated:
+                events = self._billing.usual_events(self._environ, self._status)
+            if events is None:
+                events = self._made()
+            self._events = events
+        counts = metering.counts
+        for event in events:
+            counts.events += 1
+            metering.put(event)
+        self._events = _SETTLED
+        self._environ[METERS] = metering
+
+    def _close_application(self) -> None:
+        close = getattr(self._iterable, "close", None)
+        try:
+            if close is not None:
+                self._iterable = _CLOSED  # exactly once
+                close()
+        finally:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put the events of this request into the queue, once, and close nothing."""
+        self._iterable = _CLOSED
+        self.close()
 
     def _made(self) -> Sequence[bytes]:
         """Return the events that this response comes to."""
@@ -189,19 +227,20 @@ class Settlement:
         )
 
     def _ended(self) -> str:
-        if self._outcome is ABORTED and self._status and not self._started:
-            bodiless = self._status[:3] in _WITHOUT_BODY
-            if bodiless or self._environ.get("REQUEST_METHOD") == "HEAD":
-                return COMPLETED  # there was nothing to iterate
-        return self._outcome
+        if self._outcome is not _UNSTARTED:
+            return self._outcome
+        bodiless = self._status is not None and self._status[:3] in _WITHOUT_BODY
+        if bodiless or (self._status and self._environ["REQUEST_METHOD"] == "HEAD"):
+            return COMPLETED  # there was nothing to iterate
+        return ABORTED
 
     def __del__(self) -> None:
         # A test client or a server that never closed the response.
-        if not self._settled:
+        if self._events is not _SETTLED:
             self.settle()
 
 
-class _SizedSettlement(Settlement):
+class SizedSettlement(Settlement):
     """A settlement of a sequence: it has the length that the sequence has."""
 
     __slots__ = ()
@@ -215,10 +254,6 @@ class ObservedSettlement(Settlement):
 
     __slots__ = ()
 
-    def observe(self) -> None:
-        """Look at the response from here on."""
-        self._observation = Observation(self._environ, self._billing.bodies or ())
-
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
     ) -> Callable[[bytes], object]:
@@ -227,8 +262,9 @@ class ObservedSettlement(Settlement):
         self._observation.begin(status, headers)
         return write
 
-    def _write(self, data: bytes) -> object:
-        written = super()._write(data)
+    def __call__(self, data: bytes) -> object:
+        """Pass on what the application writes, and look at it."""
+        written = super().__call__(data)
         self._observation.passed(data)
         return written
 
@@ -245,29 +281,35 @@ class ObservedSettlement(Settlement):
         return super().wrap_file(file)
 
     def __iter__(self) -> Iterator[bytes]:
+        # A chunk counts when the server is back for more: it has taken that one. At
+        # once, as some servers close the response before they let go of this.
         observation = self._observation
-        feeds: Sequence[Callable[[bytes], None]] | None = None
-        sent = 0
         try:
-            for chunk in self._iterable:
-                if feeds is None and chunk:
-                    self._started = True
-                    feeds = observation.feeds
+            chunks = iter(self._iterable)
+            yield from self._until_begun(chunks)
+            if observation.feeds:
+                for chunk in chunks:
+                    yield chunk
+                    observation.passed(chunk)
+            for chunk in chunks:
                 yield chunk
-                # The server is back for more: it has taken this one.
-                sent += len(chunk)
-                if feeds:
-                    for feed in feeds:
-                        feed(chunk)
+                observation.taken += len(chunk)
         except GeneratorExit:
             raise
         except BaseException:
             self.fail()
             raise
-        else:
-            self._outcome = COMPLETED
-        finally:
-            observation.add_sent(sent)
+        self._outcome = COMPLETED
+
+    def _until_begun(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on chunks until one is not empty: headers leave with that (PEP 3333)."""
+        for chunk in chunks:
+            if chunk:
+                self._outcome = ABORTED  # unless it goes on from here
+            yield chunk
+            self._observation.passed(chunk)
+            if chunk:
+                return
 
     def _made(self) -> Sequence[bytes]:
         stated = self._stated
@@ -290,16 +332,68 @@ class _SizedObservedSettlement(ObservedSettlement):
         return len(self._iterable)  # type: ignore[arg-type]
 
 
-def settlement_of(
+#: What settled the last response.
+_usual: type[Settlement] = Settlement
+
+
+def serve(
+    app: WSGIApplication,
     metering: Metering,
     billing: Billing,
     environ: dict[str, Any],
     start_response: StartResponse,
     stated: list[RunTimeMeters],
-) -> Settlement:
-    """Return the settlement of one request, as much of one as its policy needs."""
+) -> Iterable[bytes]:
+    """Serve a request, and settle it at its end under the policy of *billing*."""
+    # Like the last response most are: to change a class costs more than to guess it.
     if billing.bodies is None:
-        return Settlement(metering, billing, environ, start_response, stated)
-    observed = ObservedSettlement(metering, billing, environ, start_response, stated)
-    observed.observe()
-    return observed
+        settlement = _usual()
+    else:
+        settlement = ObservedSettlement()
+        settlement._observation = Observation(environ, billing.bodies)
+    settlement._metering = metering
+    settlement._billing = billing
+    settlement._environ = environ
+    settlement._server_start = start_response
+    settlement._stated = stated
+    settlement._iterable = _UNKNOWN
+    settlement._status = None
+    settlement._outcome = _UNSTARTED
+    settlement._events = None
+    files = environ.get(_FILE_WRAPPER)
+    if files is not None and not isinstance(files, type):
+        files = environ[_FILE_WRAPPER] = _WrappedFiles(files)
+    try:
+        iterable = app(environ, settlement.start_response)
+    except BaseException:
+        settlement.fail()
+        settlement.settle()
+        raise
+    if type(iterable) is list and type(settlement) is SizedSettlement:
+        settlement._iterable = iterable
+        return settlement
+    if files is not None and isinstance(iterable, files):  # type: ignore[arg-type]
+        return settlement.wrap_file(iterable)
+    return settlement.wrap(iterable)
+
+
+class _WrappedFiles:
+    """A server's file wrapper that is a function, remembering what it made.
+
+    uWSGI's returns the file itself, which nothing else tells from an iterable of
+    the application's own. Held by the environ, so it holds nothing of the request.
+    """
+
+    __slots__ = ("_made", "_wrapper")
+
+    def __init__(self, wrapper: Callable[..., object]) -> None:
+        self._wrapper = wrapper
+        self._made: object = None
+
+    def __call__(self, file: object, *block_size: int) -> object:
+        self._made = self._wrapper(file, *block_size)
+        return self._made
+
+    def __instancecheck__(self, iterable: object) -> bool:
+        """Let isinstance() ask this as it asks a wrapper that is a class."""
+        return iterable is not None and iterable is self._made

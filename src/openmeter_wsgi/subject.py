@@ -64,13 +64,15 @@ def subject_finder(policy: Policy) -> FindSubject:
     from_user = _path_reader(policy.subject_path)
 
     def find(environ: dict[str, Any]) -> str | None:
-        if text := _text(environ.get(SUBJECT)):
+        if SUBJECT in environ and (text := _text(environ[SUBJECT])):
             return text
         if from_policy and (text := _text(from_policy(environ))):
             return text
-        if (user := environ.get(USER)) is not None and (text := _text(from_user(user))):
+        if USER in environ and (text := _text(from_user(environ[USER]))):
             return text
-        return _header_text(environ.get("REMOTE_USER", "")) or fallback
+        if "REMOTE_USER" in environ:
+            return _header_text(environ["REMOTE_USER"]) or fallback
+        return fallback
 
     return find
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from openmeter_wsgi.metering import Metering
     from openmeter_wsgi.policy import Policy
@@ -24,8 +24,8 @@ class Substitute(Protocol):
     def metering(self, policy: Policy) -> Metering:
         """Return what bills the requests under *policy*."""
 
-    def settlement_of(self, *arguments: Any) -> Any:
-        """Return the settlement of one request, as `settlement.settlement_of`."""
+    def watch(self, response: Iterable[bytes]) -> Iterable[bytes]:
+        """Return what the client of a test gets in place of *response*."""
 
 
 class Substitutable(Protocol):

@@ -42,11 +42,15 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(view)
         def metered(*args: P.args, **kwargs: P.kwargs) -> R:
-            environ = _environ(args)
-            billing: Billing | None = None if environ is None else environ.get(BILLING)
-            if environ is None or billing is None:
-                logger.warning("%s: called outside a metered request; not billed", name)
+            environ = _metered_environ(args)
+            if environ is None:
+                logger.warning(
+                    "%s: called outside a metered request, so it is not billed (see "
+                    "routes and unmatched)",
+                    name,
+                )
                 return view(*args, **kwargs)
+            billing: Billing = environ[BILLING]
             own = billing.variant(name, options)
             environ[BILLING] = own
             govern(environ, own)
@@ -64,20 +68,21 @@ def no_meter(view: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(view)
     def unmetered(*args: P.args, **kwargs: P.kwargs) -> R:
-        environ = _environ(args)
-        if environ is not None and BILLING in environ:
+        if (environ := _metered_environ(args)) is not None:
             govern(environ, None)
         return view(*args, **kwargs)
 
     return unmetered
 
 
-def _environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | None:
-    """Return the environ of the request that a view is called for."""
-    for argument in args:
-        if (environ := environ_of(argument)) is not None:
-            return environ
+def _metered_environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | None:
+    """Return the environ of the request that a view is called for, if it is metered."""
     flask = sys.modules.get("flask")
     if flask is not None and flask.has_request_context():
-        return environ_of(flask.request)
+        args = (*args, flask.request)
+    for argument in args:
+        # Another decorator may hand over a mapping of its own, such as a user.
+        environ = environ_of(argument)
+        if environ is not None and BILLING in environ:
+            return environ
     return None

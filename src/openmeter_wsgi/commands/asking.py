@@ -1,35 +1,55 @@
-"""Asking OpenMeter's v1 what it has: events that arrived, meters that count them."""
+"""Asking OpenMeter's v1 what it has: events, meters and their usage, features."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 import requests
 
+from openmeter_wsgi.commands.reasons import short_reason
+from openmeter_wsgi.connection import reason
 from openmeter_wsgi.version import VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from openmeter_wsgi.api_key import ApiKey
     from openmeter_wsgi.policy import Policy
 
 #: More ids than this that contain another one are not looked at.
 _LIMIT = 100
-#: OpenMeter gives no longer pages of meters.
+#: OpenMeter gives no longer pages.
 _PAGE = 1_000
+#: Whoever has more says the same page again and again.
+_MAX_PAGES = 100
 
 Document = dict[str, Any]
+Parameters = dict[str, str | int | list[str]]
 
 
 class NoAnswer(Exception):
     """OpenMeter did not say what it was asked."""
 
+    def __init__(self, said: str, status: int | None = None) -> None:
+        super().__init__(said)
+        #: The HTTP status, None where there was no answer or a wrong one.
+        self.status = status
+
 
 class Listing:
-    """OpenMeter's lists, under the key and address of a policy."""
+    """OpenMeter's lists, under the key and address of a policy.
 
-    def __init__(self, policy: Policy) -> None:
-        self._url = f"{policy.api_url}/api/v1/"
+    *url* and *key* are where and as whom entitlements are asked for, if that is not
+    where events are sent to.
+    """
+
+    def __init__(
+        self, policy: Policy, url: str | None = None, key: ApiKey | None = None
+    ) -> None:
+        self._url = f"{url or policy.api_url}/api/v1/"
         self._timeout = policy.request_timeout
-        self._key = policy.key
+        self._key = key or policy.key
         self._session = requests.Session()
         self._session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
 
@@ -50,8 +70,8 @@ class Listing:
         try:
             return [one for one in listed if _is_same(one["event"], event_id, source)]
         except (TypeError, KeyError) as error:
-            reason = f"{self._url}events: {type(error).__name__}: {error}"
-            raise NoAnswer(reason) from error
+            said = f"{self._url}events: {type(error).__name__}: {error}"
+            raise NoAnswer(said) from error
 
     def meters(self) -> list[Document]:
         """Return all meters.
@@ -59,13 +79,35 @@ class Listing:
         :raises NoAnswer: if the answer is none.
         """
         meters: list[Document] = []
-        page = 1
-        while True:
+        for page in range(1, _MAX_PAGES + 1):
             found = self._list("meters", page=page, pageSize=_PAGE)
             meters += found
             if len(found) < _PAGE:
-                return meters
-            page += 1
+                break
+        return meters
+
+    def features(self) -> list[Document]:
+        """Return all features.
+
+        :raises NoAnswer: if the answer is none.
+        """
+        features: list[Document] = []
+        for _ in range(_MAX_PAGES):
+            found = self._list("features", limit=_PAGE, offset=len(features))
+            features += found
+            if len(found) < _PAGE:
+                break
+        return features
+
+    def usage(self, meter: str, query: Mapping[str, str | list[str]]) -> list[Document]:
+        """Return the rows of a meter.
+
+        :raises NoAnswer: if the answer is none.
+        """
+        path = f"meters/{quote(meter, safe='')}/query"
+        answer = self._decoded(path, self._get(path, dict(query)))
+        rows = answer.get("data") if isinstance(answer, dict) else None
+        return self._documents(path, rows)
 
     def date(self) -> str | None:
         """Return when the server says it is, whatever else it answers.
@@ -75,19 +117,29 @@ class Listing:
         return self._get("events", {"limit": 1}).headers.get("Date")
 
     def _list(self, what: str, **parameters: str | int) -> list[Document]:
-        answer = self._get(what, parameters)
+        answer = self._decoded(what, self._get(what, {**parameters}))
+        return self._documents(what, answer)
+
+    def _decoded(self, what: str, answer: requests.Response) -> Any:
         if answer.status_code != requests.codes.ok:
-            raise NoAnswer(f"{self._url}{what} answered {answer.status_code}")
+            said = reason(answer.content)
+            raise NoAnswer(
+                f"{self._url}{what} answered {answer.status_code}"
+                f"{': ' if said else ''}{said}",
+                answer.status_code,
+            )
         try:
-            listed = answer.json()
+            return answer.json()
         except ValueError as error:
-            reason = f"{self._url}{what}: {type(error).__name__}: {error}"
-            raise NoAnswer(reason) from error
+            said = f"{self._url}{what}: {type(error).__name__}: {error}"
+            raise NoAnswer(said) from error
+
+    def _documents(self, what: str, listed: Sequence[Any] | None) -> list[Document]:
         if not isinstance(listed, list) or not all(map(_is_document, listed)):
             raise NoAnswer(f"{self._url}{what} answered with no list of documents")
         return listed
 
-    def _get(self, what: str, parameters: dict[str, str | int]) -> requests.Response:
+    def _get(self, what: str, parameters: Parameters) -> requests.Response:
         try:
             return self._session.get(
                 self._url + what,
@@ -97,8 +149,7 @@ class Listing:
                 allow_redirects=False,
             )
         except (OSError, ValueError) as error:
-            reason = f"{self._url}{what}: {type(error).__name__}: {error}"
-            raise NoAnswer(reason) from error
+            raise NoAnswer(f"{self._url}{what}: {short_reason(error)}") from error
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         # Set always, or requests would look into a .netrc.

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.commands.asking import Listing
+from openmeter_wsgi.commands.checks.application import (
+    NoApplication,
+    load_application,
+    look_at_layers,
+    middlewares,
+)
 from openmeter_wsgi.commands.checks.billing import look_at_dry_run, look_at_status_codes
+from openmeter_wsgi.commands.checks.configuration import (
+    problems_of,
+    warnings_told,
+)
 from openmeter_wsgi.commands.checks.event import look_at_event
+from openmeter_wsgi.commands.checks.features import look_at_features
 from openmeter_wsgi.commands.checks.findings import (
     Check,
     Finding,
@@ -24,14 +32,17 @@ from openmeter_wsgi.commands.checks.findings import (
 )
 from openmeter_wsgi.commands.checks.meters import look_at_meters
 from openmeter_wsgi.commands.checks.repetition import look_at_repetition
+from openmeter_wsgi.commands.checks.report import print_findings
 from openmeter_wsgi.commands.checks.server import look_at_clock, look_at_server
 from openmeter_wsgi.commands.checks.spool_directory import look_at_spool
-from openmeter_wsgi.commands.output import pause, print_json, printable
+from openmeter_wsgi.commands.exit_codes import ANSWER_IS_NO, exit_codes
+from openmeter_wsgi.commands.opening import options_given, server_options
+from openmeter_wsgi.commands.output import busy
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 #: In this order: what a check needs is found out by those before it.
 CHECKS = (
@@ -39,35 +50,28 @@ CHECKS = (
     Check(look_at_status_codes, "billed status codes"),
     Check(look_at_spool, "spool directory"),
     Check(look_at_server, "server"),
-    Check(look_at_clock, "clock"),
+    Check(look_at_clock, "clock", needs_answer=True),
     Check(look_at_event, "event", needs_event=True, needs_listing=True),
-    Check(look_at_meters, "meters", needs_listing=True),
+    Check(look_at_meters, "meters", needs_answer=True, needs_listing=True),
+    Check(look_at_features, "features", needs_answer=True, needs_listing=True),
 )
 REPETITION = Check(
     look_at_repetition, "deduplication", needs_event=True, needs_listing=True
 )
-
-_EXIT_CODES = """\b
-Exit codes:
-  0  nothing fails; there may be warnings, and what could not be found out
-  2  wrong usage, or a configuration that cannot work
-  3  something fails"""
-_STYLES = {
-    Severity.OK: "green",
-    Severity.WARNING: "yellow",
-    Severity.FAILURE: "bold red",
-    Severity.UNKNOWN: "cyan",
-}
-_WIDTH = max(map(len, Severity))
+_EXIT_CODES = exit_codes(
+    _0="nothing fails; there may be warnings, and what could not be found out",
+    _3="something fails",
+)
 
 
 @click.command("check", epilog=_EXIT_CODES)
+@server_options
 @click.option(
-    "--config",
-    "config",
-    type=click.Path(),
-    metavar="FILE",
-    help="TOML or JSON file with options; OPENMETER_… variables outdo it.",
+    "--app",
+    "app_name",
+    metavar="MODULE:APP",
+    help="Check this WSGI application and the policy it is wrapped in; with () at the "
+    "end what makes one.",
 )
 @click.option(
     "--dedupe-check/--no-dedupe-check",
@@ -78,7 +82,12 @@ _WIDTH = max(map(len, Severity))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(
-    context: click.Context, config: str | None, repeat: bool, as_json: bool
+    context: click.Context,
+    policy_file: str | None,
+    api_url: str | None,
+    app_name: str | None,
+    repeat: bool,
+    as_json: bool,
 ) -> None:
     """Say whether usage would be billed, and right; and what to do if not.
 
@@ -86,21 +95,31 @@ def command(
     which no meter counts and nobody pays for. Run it with the configuration, and as
     the user, of the application.
     """
+    if app_name and (policy_file or api_url):
+        raise click.UsageError("--app has its own policy: leave the other one out.")
     try:
-        policy = Policy.from_env() if config is None else Policy.from_file(config)
-    except ConfigError as error:
-        remedy = "see the fields of Policy, which say what each option takes"
-        problems = [failure("configuration", said, remedy) for said in error.problems]
-        _print(problems, None, as_json=as_json)
+        with warnings_told() as before:
+            policy, found = _configured(policy_file, api_url, app_name, context.obj)
+    except (ConfigError, NoApplication) as error:
+        print_findings(_problems(error), None, as_json=as_json)
         context.exit(2)
-    checks = (*CHECKS, REPETITION) if repeat else CHECKS
-    findings = _print(look(policy, checks), policy.api_url, as_json=as_json)
-    if any(finding.severity is Severity.FAILURE for finding in findings):
-        context.exit(3)
+    findings = (
+        finding
+        for part in (before, found, look(policy, repeat=repeat) if policy else ())
+        for finding in part
+    )
+    told = print_findings(findings, policy.api_url if policy else None, as_json=as_json)
+    if any(finding.severity is Severity.FAILURE for finding in told):
+        context.exit(ANSWER_IS_NO)
 
 
-def look(policy: Policy, checks: tuple[Check, ...]) -> Iterator[Finding]:
-    """Yield what *checks* find under *policy*, as they find it."""
+def look(
+    policy: Policy, checks: tuple[Check, ...] = CHECKS, *, repeat: bool = False
+) -> Iterator[Finding]:
+    """Yield what is found under *policy*, as it is found.
+
+    With *repeat* an event is sent twice, which takes some seconds.
+    """
     client = OpenMeterClient(
         url=policy.api_url,
         flavor=policy.api_flavor,
@@ -108,15 +127,29 @@ def look(policy: Policy, checks: tuple[Check, ...]) -> Iterator[Finding]:
         timeout=policy.request_timeout,
     )
     with Listing(policy) as listing:
-        situation = Situation(policy, client, listing, pause)
+        situation = Situation(policy, client, listing, _waiting(lambda _: None))
         try:
-            for check in checks:
-                if reason := _obstacle(check, situation):
-                    yield unknown(check.name, reason)
-                else:
-                    yield from check.look(situation)
+            for check in (*checks, REPETITION) if repeat else checks:
+                yield from _found(check, situation)
         finally:
             client.close()
+
+
+def _found(check: Check, situation: Situation) -> list[Finding]:
+    """Return what one check finds; meanwhile a terminal shows what it looks at."""
+    if reason := _obstacle(check, situation):
+        return [unknown(check.name, reason)]
+    with busy(f"Looking at: {check.name}") as say:
+        situation.wait = _waiting(say)
+        return list(check.look(situation))
+
+
+def _waiting(say: Callable[[str], None]) -> Callable[[float, str], None]:
+    def wait(seconds: float, title: str) -> None:
+        say(title)
+        time.sleep(seconds)
+
+    return wait
 
 
 def _obstacle(check: Check, situation: Situation) -> str | None:
@@ -124,36 +157,40 @@ def _obstacle(check: Check, situation: Situation) -> str | None:
     flavor = situation.policy.api_flavor
     if check.needs_listing and flavor != "v1":
         return f"only v1 lists what has arrived, and api_flavor is {flavor!r}"
+    if (check.needs_answer or check.needs_event) and not situation.answers:
+        return "not looked at: the server does not answer"
     if check.needs_event and situation.sent is None:
         return "OpenMeter has not taken the event that this looks at"
     return None
 
 
-def _print(
-    findings: Iterator[Finding] | list[Finding], url: str | None, *, as_json: bool
-) -> list[Finding]:
-    """Print findings, for people as they come, and return them."""
-    told = []
-    console = Console(markup=False, highlight=False)
-    for finding in findings:
-        told.append(finding)
-        if not as_json:
-            _print_one(finding, console)
-    if as_json:
-        print_json({"api_url": url, "findings": [one._asdict() for one in told]})
-    return told
+def _configured(
+    file: str | None,
+    url: str | None,
+    app_name: str | None,
+    policy_of_framework: Callable[[], Policy] | None,
+) -> tuple[Policy | None, list[Finding]]:
+    """Return the policy that is checked, and what is found of the application.
+
+    :raises ConfigError: if the policy is none.
+    :raises NoApplication: if there is no application of this name.
+    """
+    if policy_of_framework is not None:
+        # A framework's own command has the policy of its settings.
+        return policy_of_framework(), []
+    if app_name is not None:
+        found = middlewares(load_application(app_name))
+        policy = found[0].policy if found else None
+        return policy, list(look_at_layers(app_name, found))
+    options = options_given(api_url=url)
+    if file is None:
+        return Policy.from_env(**options), []
+    return Policy.from_file(file, **options), []
 
 
-def _print_one(finding: Finding, console: Console) -> None:
-    label = f"{finding.severity:{_WIDTH}}"
-    said = [f"{printable(finding.name)}: {printable(finding.found)}"]
-    if finding.remedy and finding.severity is not Severity.OK:
-        said.append(f"→ {printable(finding.remedy)}")
-    if not sys.stdout.isatty():
-        click.echo(f"{label}  {said[0]}")
-        for line in said[1:]:
-            click.echo(f"{'':{_WIDTH}}  {line}")
-        return
-    table = Table.grid(padding=(0, 2))
-    table.add_row(Text(label, _STYLES[finding.severity]), Text("\n".join(said)))
-    console.print(table)
+def _problems(error: ConfigError | NoApplication) -> list[Finding]:
+    cause = error if isinstance(error, ConfigError) else error.__cause__
+    if isinstance(cause, ConfigError):
+        return problems_of(cause)
+    remedy = "name it as the server does: MODULE:APP, importable from here"
+    return [failure("application", str(error), remedy)]

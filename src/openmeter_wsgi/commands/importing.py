@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.commands.output import printable
+from openmeter_wsgi.commands.exit_codes import EXIT_CODES
+from openmeter_wsgi.commands.output import print_json, printable
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.zuplo import read_policies, read_routes, to_toml, translate
 
@@ -17,12 +19,12 @@ if TYPE_CHECKING:
     from openmeter_wsgi.zuplo import ZuploPolicy
 
 
-@click.group("import")
+@click.group("import", epilog=EXIT_CODES)
 def command() -> None:
     """Print the configuration of another product as a file of options."""
 
 
-@command.command("zuplo")
+@command.command("zuplo", epilog=EXIT_CODES)
 @click.argument("policies", type=click.Path(dir_okay=False), metavar="POLICIES")
 @click.option(
     "--routes",
@@ -31,7 +33,8 @@ def command() -> None:
     metavar="FILE",
     help="A routes.oas.json; may be given several times.",
 )
-def _zuplo(policies: str, routes: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def _zuplo(policies: str, routes: tuple[str, ...], as_json: bool) -> None:
     """Print what Zuplo's POLICIES, a policies.json, say as TOML.
 
     Variables that the file refers to must be set, but for the key's: the key is
@@ -43,10 +46,21 @@ def _zuplo(policies: str, routes: tuple[str, ...]) -> None:
     except ConfigError as error:
         problems = "\n  ".join(map(printable, error.problems))
         raise click.ClickException(f"{printable(policies)}\n  {problems}") from None
-    click.echo(text, nl=False)
+    if as_json:
+        # What a comment says must not be lost, and JSON has none.
+        _print_comments(text)
+        print_json(tomllib.loads(text), indent=2)
+    else:
+        click.echo(text, nl=False)
     if others := [policy for policy in read if not policy.metered]:
         names = ", ".join(policy.name or policy.kind for policy in others)
         click.echo(printable(f"no policies that meter: {names}"), err=True)
+
+
+def _print_comments(text: str) -> None:
+    for line in text.splitlines():
+        if line.startswith("# "):
+            click.echo(line.removeprefix("# "), err=True)
 
 
 def _read_routes(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from openmeter_wsgi.commands.exit_codes import BadConfiguration
 from openmeter_wsgi.commands.output import printable
 from openmeter_wsgi.delivery.directory import FORMAT, prepare_directory
 from openmeter_wsgi.errors import ConfigError
@@ -17,31 +18,48 @@ from openmeter_wsgi.policy import Policy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: How commands end, told at the foot of their help.
-EXIT_CODES = """\b
-Exit codes:
-  0  done
-  1  it could not be done; one line on stderr says why
-  2  wrong usage"""
-
 
 def spool_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which spool, and under which policy."""
-    directory = click.option(
+    return spool_dir_option(policy_option(command))
+
+
+def spool_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says which spool."""
+    return click.option(
         "--spool-dir",
         envvar="OPENMETER_SPOOL_DIR",
         show_envvar=True,
         type=click.Path(),
         help="Directory of the spool.",
-    )
-    policy = click.option(
+    )(command)
+
+
+def policy_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says which file holds the policy."""
+    return click.option(
+        "--config",
         "--policy",
         "policy_file",
         type=click.Path(),
         metavar="FILE",
         help="TOML or JSON file with options; OPENMETER_… variables outdo it.",
+    )(command)
+
+
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which server, and under which policy."""
+    url = click.option(
+        "--api-url",
+        metavar="URL",
+        help="Address of the server, instead of OPENMETER_API_URL's.",
     )
-    return directory(policy(command))
+    return policy_option(url(command))
+
+
+def options_given(**options: Any) -> dict[str, Any]:
+    """Return those of *options* that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
@@ -68,20 +86,20 @@ def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
     except OSError as error:
         raise click.ClickException(f"{_shown(path)}: {error.strerror}") from None
     except ConfigError as error:
-        raise _refusal(error) from None
+        raise click.ClickException(_told(error)) from None
 
 
 def read_policy(file: str | None, **options: Any) -> Policy:
     """Return the policy that a file, if any, and variables say.
 
-    :raises ClickException: naming everything that is wrong with it.
+    :raises BadConfiguration: naming everything that is wrong with it.
     """
     try:
         if file is None:
             return Policy.from_env(**options)
         return Policy.from_file(file, **options)
     except ConfigError as error:
-        raise _refusal(error) from None
+        raise BadConfiguration(_told(error)) from None
 
 
 def _is_spool(directory: Path, may_be_empty: bool) -> bool:
@@ -90,8 +108,8 @@ def _is_spool(directory: Path, may_be_empty: bool) -> bool:
     return FORMAT in entries or (may_be_empty and not entries)
 
 
-def _refusal(error: ConfigError) -> click.ClickException:
-    return click.ClickException(printable("; ".join(error.problems)))
+def _told(error: ConfigError) -> str:
+    return printable("; ".join(error.problems))
 
 
 def _shown(path: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-import time
-from typing import TYPE_CHECKING, Any, TypeVar
+import threading
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from rich.console import Console
@@ -14,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 Item = TypeVar("Item")
 
-#: Seconds between two movements of a bar.
-_STEP = 0.1
+#: What takes no longer than so many seconds would only flicker.
+_UNNOTICED = 0.4
 
 
 def printable(text: str) -> str:
@@ -42,8 +43,15 @@ def print_json(document: object, *, indent: int | None = None) -> None:
     click.echo(text.replace("\x7f", "\\u007f"))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows: a table on a terminal, else lines of fields with tabs between."""
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Collection[str] = (),
+) -> None:
+    """Print rows: a table on a terminal, else lines of fields with tabs between.
+
+    The columns named in *numbers* are aligned at their right.
+    """
     cells = [[_cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
         for line in [list(columns), *cells]:
@@ -51,7 +59,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        table.add_column(column, overflow="fold", justify=justify)
     for line in cells:
         table.add_row(*(Text(cell) for cell in line))
     Console(markup=False, highlight=False).print(table)
@@ -70,11 +79,25 @@ def progress(items: Iterable[Item], title: str, total: int | None) -> Iterator[I
         yield from p.track(items, description=title, total=total)
 
 
-def pause(seconds: float, title: str) -> None:
-    """Wait, with a bar on stderr if that is a terminal."""
-    steps = max(round(seconds / _STEP), 1)
-    for _ in progress(range(steps), title, steps):
-        time.sleep(seconds / steps)
+@contextlib.contextmanager
+def busy(title: str) -> Iterator[Callable[[str], None]]:
+    """Show that something takes its time, on stderr if that is a terminal.
+
+    Yields what changes the title. Nothing else may be printed meanwhile.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    status = console.status(Text(printable(title)))
+    shown = threading.Timer(_UNNOTICED, status.start)
+    shown.start()
+    try:
+        yield lambda text: status.update(Text(printable(text)))
+    finally:
+        shown.cancel()
+        shown.join()
+        status.stop()
 
 
 def age(seconds: float | None) -> str | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import logging
-import signal
-import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,21 +13,18 @@ from typing import TYPE_CHECKING
 import click
 
 from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.commands.exit_codes import EXIT_CODES, BadConfiguration
 from openmeter_wsgi.commands.letters import DeadLetterFile
 from openmeter_wsgi.commands.locks import holder
-from openmeter_wsgi.commands.opening import (
-    EXIT_CODES,
-    open_spool,
-    read_policy,
-    spool_options,
-)
+from openmeter_wsgi.commands.opening import open_spool, read_policy, spool_options
 from openmeter_wsgi.commands.output import printable
+from openmeter_wsgi.commands.stop_signals import stop_signals
 from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.ownership import ELECTION
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import threading
     from pathlib import Path
 
     from openmeter_wsgi.policy import Policy
@@ -38,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 @click.command("ship", epilog=EXIT_CODES)
 @spool_options
-def command(spool_dir: str | None, policy_file: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Log in JSON, a line a message.")
+def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> None:
     """Deliver a spool to OpenMeter, in the foreground, until SIGTERM or SIGINT.
 
     One process at a time is the sender of a directory. While another one is, this
@@ -49,10 +46,10 @@ def command(spool_dir: str | None, policy_file: str | None) -> None:
     directory = open_spool(spool_dir, may_be_empty=True)
     policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
     if policy.dry_run:
-        raise click.ClickException("dry_run is set, under which nothing is sent")
-    _log_to_stderr()
+        raise BadConfiguration("dry_run is set, under which nothing is sent")
+    _log_to_stderr(_JsonLines() if as_json else _Lines())
     _erase_settled(directory)
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         _ship(policy, directory, stopped)
 
 
@@ -104,6 +101,9 @@ def _erase_settled(directory: Path) -> None:
 class _Lines(logging.Formatter):
     """One line a message, whatever is in it; a stack keeps its own."""
 
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+
     @staticmethod
     def converter(timestamp: float | None) -> time.struct_time:
         """Return UTC."""
@@ -113,25 +113,23 @@ class _Lines(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def _log_to_stderr() -> None:
+class _JsonLines(_Lines):
+    """One document a message, the stack within it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {
+            "time": self.formatTime(record, self.datefmt),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["stack"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
+def _log_to_stderr(formatter: logging.Formatter) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        _Lines("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-    )
+    handler.setFormatter(formatter)
     logging.getLogger().addHandler(handler)
     logging.getLogger("openmeter_wsgi").setLevel(logging.INFO)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set instead of ending the process."""
-    stopped = threading.Event()
-    previous = {
-        number: signal.signal(number, lambda *_: stopped.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield stopped
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from openmeter_wsgi.commands import inspection, repair, verification
-from openmeter_wsgi.commands.opening import (
-    EXIT_CODES,
-    open_spool,
-    read_policy,
-    spool_options,
-)
+from openmeter_wsgi.commands.exit_codes import EXIT_CODES, exit_codes
+from openmeter_wsgi.commands.opening import open_spool, read_policy, spool_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +18,7 @@ if TYPE_CHECKING:
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _ids = click.argument("ids", nargs=-1, metavar="[ID]...")
 _all = click.option("--all", "everything", is_flag=True, help="Every dead letter.")
-_NOT_ALL = f"{EXIT_CODES}\n  3  OpenMeter does not list some of them"
+_NOT_ALL = exit_codes(_3="OpenMeter does not list some of them")
 
 
 @click.group("spool", epilog=EXIT_CODES)

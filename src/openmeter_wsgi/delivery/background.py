@@ -68,9 +68,6 @@ class BackgroundDelivery:
         self._flush_interval = policy.flush_interval
         self._shutdown_timeout = policy.shutdown_timeout
         self._wake = Signal()
-        #: From how many waiting events on a put wakes the thread. A Signal.set()
-        #: costs as much as the rest of an event, so there is one per batch.
-        self._wake_at = 1
         #: Whether what waits now goes without waiting for more.
         self._hurried = False
         #: Whether the next wait after a failure is left out.
@@ -102,6 +99,13 @@ class BackgroundDelivery:
     def in_memory(self) -> Backlog:
         """What of them is lost if this process dies."""
         return Backlog()
+
+    def _wake_from(self, waiting: int) -> None:
+        """Have the thread woken by a put from so many *waiting* events on.
+
+        A Signal.set() costs as much as the rest of an event, so there is one per
+        batch. Nothing to do where nobody wakes the thread.
+        """
 
     def close(self, timeout: float | None = None) -> None:
         """Send what waits until *timeout*, then stop and say what is left.
@@ -186,7 +190,7 @@ class BackgroundDelivery:
                     self._step()
                 self._client.close()
         finally:
-            self._wake_at = 1
+            self._wake_from(1)
             self._at_exit = False
             atexit.unregister(self.close_at_exit)
             self._thread = None  # from here on a put starts another, at exit as well
@@ -238,7 +242,7 @@ class BackgroundDelivery:
         hold a lock at the moment of a fork.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._wake_at = events
+        self._wake_from(events)
         while not self._ready(events):
             self._wake.clear()
             if self._ready(events):
@@ -247,7 +251,7 @@ class BackgroundDelivery:
             if left is not None and left <= 0:
                 break
             self._wake.wait(self._at_most(left))
-        self._wake_at = _NEVER
+        self._wake_from(_NEVER)
 
     def _at_most(self, left: float | None) -> float | None:
         if left is None or self._poll is None:
@@ -287,5 +291,5 @@ class BackgroundDelivery:
                 self._wake.clear()
                 self._wake.wait(min(delay, left))
         finally:
-            self._wake_at = 1  # the next put tries to start the thread
+            self._wake_from(1)  # the next put tries to start the thread
             self._sending.release()

@@ -7,11 +7,17 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi import log
 from openmeter_wsgi.delivery.watermark import Marks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openmeter_wsgi.stats import Counts
 
+logger = log.get_logger(__name__)
+#: What bounds it, for the log.
+_BOUNDS = "max_queue_events or max_queue_bytes"
 _TYPICAL_EVENT = 250
 
 
@@ -30,12 +36,21 @@ class MemoryQueue:
         max_bytes: int,
         counts: Counts,
         when_full: str = "queue_full",
+        rouse: Callable[[], object] = lambda: None,
     ) -> None:
         self._max_events = max_events
         self._max_bytes = max_bytes
         self._counts = counts
         self._when_full = when_full
         self._events: deque[bytes] = deque()
+        #: From how many waiting events on a put calls *rouse*.
+        self._wake_at = 1
+        self._rouse = rouse
+        #: Up to how many waiting events, and put bytes, a put has nothing to look at.
+        self._easy_events = 0
+        self._easy_bytes = max_bytes
+        #: Since when events are dropped, and how many had been before.
+        self._full: tuple[float, int] | None = None
         self._put_bytes = 0
         # Written by the taking thread alone.
         self._taken = 0
@@ -56,15 +71,47 @@ class MemoryQueue:
         """
         events = self._events
         size = len(event)
-        if (
-            len(events) + self._taken >= self._max_events
-            or self._put_bytes - self._done_bytes + size > self._max_bytes
-        ):
-            self._counts.dropped[self._when_full] += 1
-            return 0
+        waiting = len(events) + 1
+        if waiting > self._easy_events or self._put_bytes + size > self._easy_bytes:
+            return self._put_with_care(event, waiting)
         events.append(event)
         self._put_bytes += size
-        return len(events) or 1  # or it is taken already
+        return waiting
+
+    def _put_with_care(self, event: bytes, waiting: int) -> int:
+        size = len(event)
+        if (
+            waiting + self._taken > self._max_events
+            or self._put_bytes - self._done_bytes + size > self._max_bytes
+        ):
+            return self._refuse()
+        self._events.append(event)
+        self._put_bytes += size
+        if waiting >= self._wake_at:
+            self._rouse()
+        return waiting
+
+    def wake_from(self, waiting: int) -> None:
+        """Have a put call *rouse* from so many waiting events on. One thread."""
+        self._wake_at = waiting
+        self._ease()
+
+    def _ease(self) -> None:
+        """Say up to where a put has nothing to look at."""
+        self._easy_events = min(self._wake_at - 1, self._max_events - self._taken)
+        self._easy_bytes = self._max_bytes + self._done_bytes
+
+    def _refuse(self) -> int:
+        self._counts.dropped[self._when_full] += 1
+        if self._full is None:
+            dropped = self._counts.dropped[self._when_full] - 1
+            self._full = (time.monotonic(), dropped)
+        logger.error(
+            "%s: the queue is full, %d events wait in memory; new ones are lost "
+            "and counted as %s until some are delivered",
+            _BOUNDS, len(self._events) + self._taken, self._when_full,
+        )  # fmt: skip
+        return 0
 
     def __len__(self) -> int:
         """Return how many events wait to be taken."""
@@ -111,6 +158,7 @@ class MemoryQueue:
                 self._last_taken += 1
                 self._numbers[id(event)] = self._last_taken
             self._taken += len(batch)
+            self._ease()
         return batch
 
     def done(self, events: list[bytes]) -> None:
@@ -119,9 +167,18 @@ class MemoryQueue:
             self._taken -= len(events)
             self._done += len(events)
             self._done_bytes += sum(map(len, events))
+            self._ease()
             for event in events:
                 self._numbers.pop(id(event), None)
             self._moved.notify_all()
+        if self._full is not None and not self.is_full:
+            (since, dropped), self._full = self._full, None
+            logger.warning(
+                "%s: there is room again after %.0f s, in which %d events were lost",
+                _BOUNDS, time.monotonic() - since,
+                self._counts.dropped[self._when_full] - dropped,
+                extra=log.OVER,
+            )  # fmt: skip
 
     def delivered_until(self) -> float:
         """Return a moment (wall clock) before which all that was put is done."""

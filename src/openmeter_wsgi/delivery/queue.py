@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi import log
 from openmeter_wsgi.delivery.background import BackgroundDelivery
 from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.sender import Sender
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
-
-logger = log.get_logger(__name__)
 
 
 class DeliveryQueue(BackgroundDelivery):
@@ -39,54 +35,29 @@ class DeliveryQueue(BackgroundDelivery):
         *,
         when_full: str = "queue_full",
     ) -> None:
-        super().__init__(policy, client)
-        self.counts = counts
         self._events = MemoryQueue(
             max_events=policy.max_queue_events,
             max_bytes=policy.max_queue_bytes,
             counts=counts,
             when_full=when_full,
+            rouse=self._rouse,
         )
+        super().__init__(policy, client)
+        self.counts = counts
+        #: Take an event. Any thread; never raises, never waits for delivery. Past
+        #: this layer: a put is one call less.
+        self.put = self._events.put
         self._sender = Sender(
-            client, counts, self._done, waiting=lambda: self._events.waiting
+            client, counts, self._events.done, waiting=lambda: self._events.waiting
         )
-        self._when_full = when_full
-        #: Since when events are dropped, and how many had been before.
-        self._full: tuple[float, int] | None = None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Do what is done with the first request. The first put starts the thread."""
         self.started = True
         self._beginning.make()
-        self._start()
 
-    def put(self, event: bytes) -> None:
-        """Take *event*. Any thread; never raises, never waits for delivery."""
-        waiting = self._events.put(event)
-        if waiting >= self._wake_at:
-            self._rouse()
-        elif not waiting:
-            if self._full is None:
-                dropped = self.counts.dropped[self._when_full] - 1
-                self._full = (time.monotonic(), dropped)
-            logger.error(
-                "%s: the queue is full, %d events wait in memory; new ones are lost "
-                "and counted as %s until some are delivered",
-                "max_queue_events or max_queue_bytes", self.waiting, self._when_full,
-            )  # fmt: skip
-
-    def _done(self, events: list[bytes]) -> None:
-        self._events.done(events)
-        full = self._full
-        if full is not None and not self._events.is_full:
-            self._full = None
-            since, dropped = full
-            logger.warning(
-                "%s: there is room again after %.0f s, in which %d events were lost",
-                "max_queue_events or max_queue_bytes",
-                time.monotonic() - since,
-                self.counts.dropped[self._when_full] - dropped,
-            )
+    def _wake_from(self, waiting: int) -> None:
+        self._events.wake_from(waiting)
 
     @property
     def waiting(self) -> int:

@@ -33,9 +33,10 @@ class BillingOptions:
     meters: Mapping[str, float] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
     )
-    #: A predicate on the finished exchange besides the status: a callable, or
-    #: ``computed(callable, "json")`` where it looks at the body.
-    meter_when: Callable[[Any], object] | Measure | None = dataclasses.field(
+    #: A predicate on the finished exchange besides the status: a callable,
+    #: ``computed(callable, "json")`` where it looks at the body, or a measure, which
+    #: may be text (``"$response.succeeded"``).
+    meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
         default=None, metadata={"read": read.meter_when}
     )
     #: The name of the number in the ``data`` of an event made from a number.

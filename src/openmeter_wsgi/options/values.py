@@ -11,12 +11,13 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
 
 from openmeter_wsgi.api_key import checked_key
+from openmeter_wsgi.measure_texts import read_measure
 from openmeter_wsgi.measured_meters import split
 from openmeter_wsgi.measures import Measure
 from openmeter_wsgi.routes import RouteRule
@@ -172,10 +173,15 @@ def unmatched(value: Any) -> Any:
 
 
 def meter_when(value: Any) -> Any:
-    """Read a predicate on the exchange: a callable or a measure."""
+    """Read a predicate on the exchange: a callable, a measure, or its text."""
+    if isinstance(value, str):
+        value = read_measure(value)
     if value is None or isinstance(value, Measure) or callable(value):
         return value
-    raise ValueError(f"expected a callable on the exchange, got {value!r}")
+    raise ValueError(
+        "expected a callable on the exchange or a measure such as "
+        f"'$response.succeeded', got {value!r}"
+    )
 
 
 def audit(value: Any) -> Any:
@@ -202,13 +208,23 @@ def typed(value: Any, hint: Any) -> Any:
 
 
 def _expected(message: str, hint: Any) -> str:
-    if choices := getattr(hint, "__args__", None) if _is_literal(hint) else None:
+    if choices := _choices(hint):
         return "expected one of " + ", ".join(map(repr, choices))
     return "e" + message.split(", got")[0].removeprefix("E")
 
 
-def _is_literal(hint: Any) -> bool:
-    return getattr(hint, "__origin__", None) is Literal
+def _choices(hint: Any) -> list[Any]:
+    """Return the values that a Literal allows, or one of Literals and None."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    parts = get_args(hint)
+    if not any(get_origin(part) is Literal for part in parts):
+        return []
+    return [
+        choice
+        for part in parts
+        for choice in ([None] if part is type(None) else _choices(part))
+    ]
 
 
 def unknown(name: str, names: Sequence[str]) -> str:

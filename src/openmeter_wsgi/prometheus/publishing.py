@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -54,7 +53,6 @@ class _Publisher:
     """Writes the counts of one process into prometheus_client's metrics."""
 
     def __init__(self, metering: Metering, metrics: ProcessMetrics) -> None:
-        self._pid = os.getpid()
         self._metering = metering
         self._metrics = metrics
         self._written: dict[tuple[str, tuple[str, ...]], float] = {}
@@ -62,7 +60,7 @@ class _Publisher:
 
     def publish(self) -> None:
         """Write what has changed. Any thread."""
-        if os.getpid() != self._pid:
+        if not self._metering.is_own[0]:
             return
         with self._writing:
             stats = self._metering.stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import signal
 import sqlite3
 import threading
@@ -18,8 +19,14 @@ from openmeter_wsgi.sandbox.server import Sandbox
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_EXIT_CODES = """\b
+Exit codes:
+  0  ended by SIGTERM or SIGINT
+  1  it could not be done; one line on stderr says why
+  2  wrong usage, or a configuration that cannot work"""
 
-@click.command("sandbox")
+
+@click.command("sandbox", epilog=_EXIT_CODES)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address.")
 @click.option(
     "--port",
@@ -68,7 +75,10 @@ if TYPE_CHECKING:
     help="A fault of ingest, entitlements or both: latency=2, fail-rate=0.1, hang=30,"
     " outage, retry-after=5. May be repeated: --fault entitlements:outage.",
 )
-def command(host: str, port: int, faults: tuple[Fault, ...], **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
+def command(
+    host: str, port: int, faults: tuple[Fault, ...], as_json: bool, **options: Any
+) -> None:
     """Serve OpenMeter's API on this machine, with a page that shows the usage.
 
     For development and tests: point your application at the address it prints.
@@ -87,7 +97,8 @@ def command(host: str, port: int, faults: tuple[Fault, ...], **options: Any) -> 
             for group in groups:
                 getattr(sandbox.faults, group).set(**setting)
         with sandbox:
-            console.print(f"OpenMeter sandbox listens on {sandbox.url}")
+            said = f"OpenMeter sandbox listens on {sandbox.url}"
+            console.print(json.dumps({"url": sandbox.url}) if as_json else said)
             console.file.flush()
             stopped.wait()
 

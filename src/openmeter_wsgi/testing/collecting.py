@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime  # noqa: TC003 - decoded into
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,19 +13,20 @@ from openmeter_wsgi.delivery.watching import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
+from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.ledger import Ledger
 from openmeter_wsgi.ledger.sqlite import SqliteStore
 from openmeter_wsgi.metering import Metering
-from openmeter_wsgi.settlement import settlement_of
 from openmeter_wsgi.testing.granting import DirectAsker, Grants, GrantsClient
-from openmeter_wsgi.testing.responses import OpenResponses, WatchedSettlement
+from openmeter_wsgi.testing.responses import OpenResponses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
+    from openmeter_wsgi.testing.responses import Response
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -61,7 +61,8 @@ class Collected:
         self.events: list[Event] = []
         self.unmetered: list[Unmetered] = []
         self.meterings: list[_CollectingMetering] = []
-        self._numbers = itertools.count(1)
+        #: Of all requests of the test: request-1, request-2, …
+        self.ids = RequestIds("request")
 
     # -- As a Substitute
 
@@ -71,9 +72,9 @@ class Collected:
         self.meterings.append(made)
         return made
 
-    def settlement_of(self, *arguments: Any) -> WatchedSettlement:
-        """Return a settlement that does not wait for a client to close it."""
-        return self.responses.watch(settlement_of(*arguments))
+    def watch(self, response: Iterable[bytes]) -> Response:
+        """Return what does not wait for a client to close it."""
+        return self.responses.watch(response)
 
     def end(self) -> None:
         """Finish what is open, and leave nothing behind."""
@@ -90,10 +91,6 @@ class Collected:
     def tell(self, record: Mapping[str, Any]) -> None:
         """Take what is told of a request that became no event."""
         self.unmetered.append(msgspec.convert(record, Unmetered))
-
-    def new_id(self) -> str:
-        """Return the id of the next request."""
-        return f"request-{next(self._numbers)}"
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -113,7 +110,7 @@ class _CollectingMetering(Metering):
         self._collected = collected
         self._original = policy
         self._begin(_observed(policy, collected.tell))
-        self._put = self.queue.put  # also of a dry run: a test wants to see it
+        self.put = self.queue.put  # also of a dry run: a test wants to see it
 
     def another(self) -> Metering:
         """Return one under the same policy: for a process that the test forks."""
@@ -126,8 +123,8 @@ class _CollectingMetering(Metering):
     def _new_queue(self, policy: Policy) -> Any:  # noqa: ARG002
         return _Queue(self._collected.put, self.counts)
 
-    def _new_ids(self) -> Callable[[], str]:
-        return self._collected.new_id
+    def _new_ids(self) -> RequestIds:
+        return self._collected.ids
 
     def _new_entitlements(self, policy: Policy) -> Entitlements:
         """Return entitlements that ask the test, and each time anew."""

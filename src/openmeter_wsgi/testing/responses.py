@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from openmeter_wsgi.settlement import Settlement
-
 #: A stream that has so many chunks may have no end: it is closed in the middle.
 _MAX_CHUNKS = 10_000
 
@@ -28,13 +25,12 @@ class OpenResponses:
             weakref.WeakValueDictionary()
         )
 
-    def watch(self, settlement: Settlement) -> WatchedSettlement:
-        """Return what stands in for *settlement* in the middleware."""
-        return WatchedSettlement(settlement, self)
-
-    def add(self, response: Response) -> None:
-        """Remember a response as long as it lives."""
+    def watch(self, settled: Iterable[bytes]) -> Response:
+        """Return what a test client gets in place of a response that settles."""
+        kind = _SizedResponse if hasattr(settled, "__len__") else Response
+        response = kind(settled)
         self._open[next(self._numbers)] = response
+        return response
 
     def finish(self) -> None:
         """Take each response of this thread to its end; what is read stays readable."""
@@ -42,26 +38,6 @@ class OpenResponses:
         for _, response in sorted(self._open.items()):
             if response.thread == mine:  # others have a server that closes theirs
                 response.finish()
-
-
-class WatchedSettlement:
-    """A settlement whose response can be finished by others than its reader."""
-
-    def __init__(self, settlement: Settlement, responses: OpenResponses) -> None:
-        self._settlement = settlement
-        self._responses = responses
-        self.start_response = settlement.start_response
-        self.fail = settlement.fail
-        self.settle = settlement.settle
-        self.wrap_file = settlement.wrap_file
-
-    def wrap(self, iterable: Iterable[bytes]) -> Response:
-        """Return what the test client iterates in place of *iterable*."""
-        settled: Any = self._settlement.wrap(iterable)
-        kind = _SizedResponse if hasattr(settled, "__len__") else Response
-        response = kind(settled)
-        self._responses.add(response)
-        return response
 
 
 class Response:

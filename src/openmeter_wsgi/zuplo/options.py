@@ -88,7 +88,16 @@ def _read_document(entry: Any) -> dict[str, Any]:
                 f"meter {entry['type']!r}: the same {key} for every request would "
                 "be billed once"
             )
-    return document
+    return {key: _as_text(value) for key, value in document.items()}
+
+
+def _as_text(value: Any) -> Any:
+    """Return *value* with texts that would name a measure here marked as texts."""
+    if isinstance(value, Mapping):
+        return {key: _as_text(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_text(each) for each in value]
+    return f"${value}" if isinstance(value, str) and value.startswith("$") else value
 
 
 def _unread(value: Any) -> Any:

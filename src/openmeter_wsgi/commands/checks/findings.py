@@ -12,7 +12,7 @@ from openmeter_wsgi.events import encode_events
 from openmeter_wsgi.usage import Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from openmeter_wsgi.client import OpenMeterClient
@@ -83,10 +83,20 @@ class Situation:
     listing: Listing
     #: Wait so many seconds, and say on a terminal what for.
     wait: Callable[[float, str], None]
+    #: Whether the server has answered anything at all.
+    answers: bool = False
     #: The marked event, once OpenMeter has taken it.
     sent: Sent | None = None
     #: The directory of the spool, if it can be one.
     spool: Path | None = None
+
+    def policies(self) -> Iterator[tuple[str | None, Policy]]:
+        """Yield every policy that governs requests, with the rule of its route."""
+        if self.policy.routes is None or self.policy.unmatched is not None:
+            yield None, self.policy
+        for rule, policy in self.policy.of_routes:
+            if policy is not None:
+                yield rule.text, policy
 
     def send(self) -> Sent:
         """Send a marked event.
@@ -111,6 +121,8 @@ class Check(NamedTuple):
     look: Callable[[Situation], Iterable[Finding]]
     #: What its finding is called where it cannot look.
     name: str
+    #: Whether it looks at what the server says, which must answer.
+    needs_answer: bool = False
     #: Whether it looks at the marked event, which OpenMeter must have taken.
     needs_event: bool = False
     #: Whether it looks at lists that OpenMeter's v1 alone has.

@@ -1,76 +1,83 @@
-"""The meters on the server, beside what the policy sends."""
+"""The meters on the server, beside what the policies send."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from openmeter_wsgi.commands.asking import NoAnswer
-from openmeter_wsgi.commands.checks.findings import failure, ok, unknown
+from openmeter_wsgi.commands.checks.feeding import event_type, samples, types_stated
+from openmeter_wsgi.commands.checks.findings import failure, ok, unknown, warning
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
+    from openmeter_wsgi.commands.asking import Document
+    from openmeter_wsgi.commands.checks.feeding import Sample
     from openmeter_wsgi.commands.checks.findings import Finding, Situation
-    from openmeter_wsgi.usage import Meter
-
-    Document = dict[str, Any]
 
 _PATH = re.compile(r"\$(?:\.[\w-]+|\['[^'\\]+'\]|\[\d+\])+")
 _STEP = re.compile(r"\.([\w-]+)|\['([^'\\]+)'\]|\[(\d+)\]")
 _NOWHERE = object()
+#: Of a meter that no policy feeds is asked whether anybody has, for so many days.
+DAYS = 7
+#: More of them than this are not asked for.
+_MAX_ASKED = 50
 
 
 def look_at_meters(situation: Situation) -> Iterator[Finding]:
-    """Say of each static meter whether OpenMeter counts it."""
+    """Say which meters of the policies OpenMeter counts, and which it has besides."""
     try:
         there = situation.listing.meters()
     except NoAnswer as error:
         yield unknown("meters", str(error), "use a key that may list meters")
         return
-    sent = situation.policy.static_meters
+    sent = samples(situation)
     if not sent:
         yield ok("meters", "the policy states none; what handlers state is not known")
-    for meter in sent:
-        counting = [one for one in there if one.get("eventType") == meter.type]
-        yield from _look_at_one(meter, counting, there)
-    yield from _others(there, {meter.type for meter in sent})
+    for sample in sent:
+        counting = [one for one in there if event_type(one) == sample.type]
+        yield from _look_at_one(sample, counting, there)
+    stated = types_stated(situation)
+    yield from _unfed(
+        situation, [one for one in there if event_type(one) not in stated]
+    )
 
 
 def _look_at_one(
-    meter: Meter, counting: list[Document], there: list[Document]
+    sample: Sample, counting: list[Document], there: list[Document]
 ) -> Iterator[Finding]:
-    name = f"meter {meter.type!r}"
+    name = f"meter {sample.type!r}"
     if not counting:
-        types = sorted({repr(one.get("eventType")) for one in there})
+        types = sorted({repr(event_type(one)) for one in there})
         yield failure(
             name,
             "no meter on the server counts events of this type: they are stored and "
             f"never billed; there are meters for {', '.join(types) or 'nothing'}",
-            f"create a meter with eventType {meter.type!r}, or name the type here as "
+            f"create a meter with eventType {sample.type!r}, or name the type here as "
             "it is called there",
         )
     for one in counting:
-        yield _value(name, meter, one)
+        yield _value(name, sample, one)
 
 
-def _value(name: str, meter: Meter, counting: Document) -> Finding:
+def _value(name: str, sample: Sample, counting: Document) -> Finding:
     slug, path = counting.get("slug"), counting.get("valueProperty")
     how = counting.get("aggregation")
+    reads = f"the meter {slug!r} reads {path}"
     if how == "COUNT" or path is None:
         return ok(name, f"the meter {slug!r} counts its events")
+    if sample.data is None:
+        return unknown(name, f"{reads}; what is in the data is known only at the end")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
-        return unknown(
-            name, f"the meter {slug!r} reads {path!r}, which is not read here"
-        )
-    value = _find(msgspec.json.decode(meter.data), path)
-    reads = f"the meter {slug!r} reads {path}"
+        return unknown(name, f"{reads}, which is not read here")
+    value = _find(sample.data, path)
     if value is _NOWHERE:
         return failure(
             name,
-            f"{reads}, which is not in {meter.data.decode()}: it counts nothing",
+            f"{reads}, which is not in {json.dumps(sample.data)}: it counts nothing",
             "send the property that the meter reads (value_property for numbers by "
             "type), or have the meter read what is sent",
         )
@@ -102,10 +109,35 @@ def _is_number(value: object) -> bool:
     return True
 
 
-def _others(there: Iterable[Document], sent: set[str]) -> Iterator[Finding]:
-    others = [one for one in there if one.get("eventType") not in sent]
-    if others:
-        named = ", ".join(
-            f"{one.get('slug')!r} ({one.get('eventType')!r})" for one in others
+def _unfed(situation: Situation, others: list[Document]) -> Iterator[Finding]:
+    """Say of the meters that no policy feeds whether handlers or others feed them."""
+    fed: list[Document] = []
+    unfed: list[Document] = []
+    try:
+        for meter in others[:_MAX_ASKED]:
+            (fed if _has_usage(situation, meter) else unfed).append(meter)
+    except NoAnswer as error:
+        yield unknown("other meters", str(error), "use a key that may query meters")
+        return
+    if unfed:
+        yield warning(
+            "meters without usage",
+            f"no policy feeds {_named(unfed)}, and nothing else has for {DAYS} days: "
+            "they bill nothing",
+            "name the type in meters, or state it in a handler with set_meters; delete "
+            "the meter if it is not needed",
         )
-        yield ok("other meters", f"what handlers or other services must state: {named}")
+    if fed:
+        yield ok("other meters", f"fed by handlers or other services: {_named(fed)}")
+
+
+def _has_usage(situation: Situation, meter: Document) -> bool:
+    today = datetime.datetime.now(datetime.UTC).replace(
+        hour=0, minute=0, second=0, microsecond=0
+    )
+    since = (today - datetime.timedelta(days=DAYS)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return bool(situation.listing.usage(str(meter.get("slug")), {"from": since}))
+
+
+def _named(meters: list[Document]) -> str:
+    return ", ".join(f"{one.get('slug')!r} ({event_type(one)!r})" for one in meters)

@@ -43,9 +43,21 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
             "because its answer was lost is billed twice",
             deduplication.REMEDY,
         )
+        yield from _keys_in_vain(situation)
     else:
         yield ok(_NAME, f"of an event sent twice, {PAUSE:g} s apart, one is stored")
     yield from _keep(situation, deduplicates=times == 1)
+
+
+def _keys_in_vain(situation: Situation) -> Iterator[Finding]:
+    """Say what becomes of set_idempotency_key, where it is used."""
+    if any(policy.idempotency_keys for _, policy in situation.policies()):
+        yield failure(
+            "idempotency keys",
+            "set_idempotency_key has no effect: a request that is repeated under its "
+            "key is billed again, since nothing drops the second event",
+            "switch deduplication on, or do not let customers repeat requests for free",
+        )
 
 
 def _times_stored(situation: Situation, sent: Sent) -> int:

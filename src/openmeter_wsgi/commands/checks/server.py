@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from openmeter_wsgi.commands.asking import NoAnswer
 from openmeter_wsgi.commands.checks.findings import failure, ok, unknown, warning
-from openmeter_wsgi.errors import DeliveryError, Rejected, Unavailable
+from openmeter_wsgi.commands.checks.refusals import ANSWER, KEY, SERVER, explain
+from openmeter_wsgi.errors import DeliveryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,10 +19,9 @@ if TYPE_CHECKING:
     from openmeter_wsgi.commands.checks.findings import Finding, Situation
     from openmeter_wsgi.policy import Policy
 
-_SERVER, _KEY, _ANSWER, _CLOCK = "server", "key", "answer", "clock"
+_CLOCK = "clock"
 #: Further apart than this many seconds, usage may be billed in another period.
 MAX_CLOCK_DIFFERENCE = 60.0
-_ACCEPTED = range(200, 300)
 
 
 def look_at_server(situation: Situation) -> Iterator[Finding]:
@@ -28,76 +30,41 @@ def look_at_server(situation: Situation) -> Iterator[Finding]:
     try:
         policy.key.current()
     except ValueError as error:
-        yield failure(_KEY, str(error), "give a key in api_key or api_key_file")
+        yield failure(KEY, str(error), "give a key in api_key or api_key_file")
         return
     began = time.monotonic()
     try:
         situation.sent = situation.send()
     except DeliveryError as error:
-        yield from _explain(error, policy)
+        situation.answers = error.status is not None
+        yield from explain(error, policy)
         return
+    situation.answers = True
     took = situation.sent.at - began
-    yield ok(_SERVER, f"{policy.api_url} answered within {took:.2f} s")
-    yield ok(
-        _KEY,
-        "sent, and not refused"
-        if policy.key.known
-        else "none is sent, and none needed",
-    )
-    yield ok(_ANSWER, "it takes events")
+    yield ok(SERVER, f"{policy.api_url} answered within {took:.2f} s")
+    yield _accepted(policy)
+    yield ok(ANSWER, "it takes events")
 
 
-def _explain(error: DeliveryError, policy: Policy) -> Iterator[Finding]:
-    """Say what a refusal means, from the outside in: server, key, answer."""
-    status = error.status
-    if status is None:
-        yield failure(
-            _SERVER,
-            f"{policy.api_url} does not answer: {error.reason}",
-            "set api_url to the address of the server, and let this machine reach it",
-        )
-        return
-    if isinstance(error, Unavailable):
-        yield failure(
-            _SERVER,
-            f"{policy.api_url} answers {status}: {error.reason}",
-            "it cannot take events now: look into the server's own log",
-        )
-        return
-    yield ok(_SERVER, f"{policy.api_url} answers")
-    if status in {401, 403}:
-        yield failure(
-            _KEY, f"refused with {status}: {error.reason}", _key_remedy(policy)
-        )
-        return
-    yield failure(_ANSWER, *_answer(error, status, policy))
-
-
-def _key_remedy(policy: Policy) -> str:
+def _accepted(policy: Policy) -> Finding:
     if not policy.key.known:
-        return "give a key in api_key or OPENMETER_API_KEY"
-    return "give a key of this server that may ingest events"
+        return ok(KEY, "none is sent, and none needed")
+    parts = urlsplit(policy.api_url)
+    if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
+        return warning(
+            KEY,
+            f"accepted, and sent unencrypted to {parts.hostname}: who is between can "
+            "read it",
+            f"set api_url to 'https://{parts.netloc}'",
+        )
+    return ok(KEY, "sent, and not refused")
 
 
-def _answer(error: DeliveryError, status: int, policy: Policy) -> tuple[str, str]:
-    """Return what an answer means that speaks of the address or the event."""
-    said = f"{status}: {error.reason}"
-    if isinstance(error, Rejected):
-        return said, "something between here and OpenMeter changes events: look there"
-    if status in _ACCEPTED:
-        return said, (
-            "set api_url to the address of the API; this is one of a page, a login or "
-            "a proxy"
-        )
-    if 300 <= status < 400:
-        return said, (
-            "set api_url to where the API is itself: https instead of http, or another "
-            "host"
-        )
-    return said, (
-        f"nothing takes events there: set api_url to the server's address alone, and "
-        f"api_flavor (now {policy.api_flavor!r}) to the API it speaks"
-    )
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def look_at_clock(situation: Situation) -> Iterator[Finding]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.commands.checks.findings import failure, ok, unknown, warning
+from openmeter_wsgi.commands.locks import holder
 from openmeter_wsgi.delivery.directory import file_system, prepare_directory
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.ownership import ELECTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +38,25 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
     yield finding
     if finding.severity == "ok":
         situation.spool = directory
+        yield from _look_for_sender(situation, directory)
     existing = directory if directory.exists() else directory.parent
     if existing.exists():
         yield from _look_beneath(existing)
+
+
+def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]:
+    if situation.policy.delivery != "ship":
+        return
+    name = "sender of the spool"
+    if holder(directory / ELECTION) is None:
+        yield warning(
+            name,
+            "delivery='ship' leaves it to another process, and none is there: usage "
+            "waits in the spool",
+            f"run openmeter-wsgi ship --spool-dir {directory}",
+        )
+    else:
+        yield ok(name, "there is one")
 
 
 def _directory(directory: Path) -> Finding:

@@ -1,0 +1,145 @@
+"""The features that requests must have, beside those on the server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.commands.asking import Listing, NoAnswer
+from openmeter_wsgi.commands.checks.feeding import event_type, types_stated
+from openmeter_wsgi.commands.checks.findings import (
+    MARK,
+    failure,
+    ok,
+    unknown,
+    warning,
+)
+from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.options.entitlement_values import unaddressable
+from openmeter_wsgi.questions import QuestionClient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openmeter_wsgi.commands.asking import Document
+    from openmeter_wsgi.commands.checks.findings import Finding, Situation
+    from openmeter_wsgi.policy import Policy
+
+_QUESTIONS = "entitlements"
+
+
+def look_at_features(situation: Situation) -> Iterator[Finding]:
+    """Say of each feature whether OpenMeter can be asked for it, and the reverse."""
+    needed = _needed(situation)
+    policy = situation.policy
+    refused = [] if policy.entitlements_path == "subjects" else unaddressable(needed)
+    for feature in refused:
+        yield failure(
+            _name(feature),
+            "OpenMeter refuses this key (expected a-z, 0-9 and _, at most 64): every "
+            f"question fails, and fail_mode={policy.fail_mode!r} decides",
+            f"name it {_addressable(feature)!r} here and in OpenMeter, or ask by "
+            "entitlements_path='subjects'",
+        )
+    asked = [feature for feature in needed if feature not in refused]
+    if asked:
+        yield from _look_at_questions(policy, asked)
+    try:
+        with Listing(policy, policy.entitlements_url, policy.questions_key) as listing:
+            there = {str(one.get("key")): one for one in listing.features()}
+            meters = {str(one.get("slug")): one for one in listing.meters()}
+    except NoAnswer as error:
+        if needed:
+            yield unknown("features", str(error), "use a key that may list features")
+        return
+    for feature in asked:
+        yield _look_at_one(feature, there.get(feature), meters, situation)
+    yield from _others(there, needed)
+
+
+def _needed(situation: Situation) -> list[str]:
+    required = [
+        feature
+        for _, policy in situation.policies()
+        for feature in (*policy.required_entitlements, *policy.entitlement_meters)
+    ]
+    return list(dict.fromkeys(required))
+
+
+def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
+    """Ask for a customer who does not exist, as a request would ask."""
+    url = policy.entitlements_url or policy.api_url
+    client = QuestionClient(
+        url=url,
+        path=policy.entitlements_path,
+        key=policy.questions_key,
+        timeout=policy.request_timeout,
+    )
+    try:
+        client.answers(MARK, features)
+    except DeliveryError as error:
+        answered = "does not answer" if error.status is None else error.status
+        yield failure(
+            _QUESTIONS,
+            f"{url} is asked who may, and says {answered}: {error.reason}",
+            "give entitlements_api_key a key that may ask, and entitlements_url the "
+            "address of a server that answers",
+        )
+    else:
+        yield ok(_QUESTIONS, f"{url} answers who may")
+    finally:
+        client.close()
+
+
+def _look_at_one(
+    feature: str,
+    found: Document | None,
+    meters: dict[str, Document],
+    situation: Situation,
+) -> Finding:
+    name = _name(feature)
+    if found is None:
+        return failure(
+            name,
+            "OpenMeter has no feature of this key: it denies every customer",
+            f"create the feature {feature!r}, or name here what it is called there",
+        )
+    meter = meters.get(str(found.get("meterSlug")))
+    if meter is None:
+        return ok(name, "there, and not measured by a meter")
+    return _quota(name, feature, meter, situation)
+
+
+def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Finding:
+    """Say whether what the policies send uses the quota up."""
+    counted = situation.policy.entitlement_meters.get(feature)
+    kind = event_type(meter)
+    counts_down = getattr(counted, "type", kind)
+    if counts_down != kind:
+        return failure(
+            name,
+            f"{counts_down!r} is counted down here, and {kind!r} by OpenMeter",
+            f"set entitlement_meters to {{{feature!r}: {kind!r}}}",
+        )
+    if kind not in types_stated(situation):
+        return warning(
+            name,
+            f"its meter {meter.get('slug')!r} counts {kind!r}, which no policy sends: "
+            "its quota is never used up",
+            f"name {kind!r} in meters, unless handlers or another service send it",
+        )
+    return ok(name, f"there; {kind!r} uses its quota up")
+
+
+def _others(there: dict[str, Document], needed: list[str]) -> Iterator[Finding]:
+    if others := sorted(map(repr, there.keys() - {*needed})):
+        yield ok("other features", f"required by no policy: {', '.join(others)}")
+
+
+def _name(feature: str) -> str:
+    return f"feature {feature!r}"
+
+
+def _addressable(feature: str) -> str:
+    """Return a key like *feature* that OpenMeter takes."""
+    words = "".join(c if c.isascii() and c.isalnum() else "_" for c in feature.lower())
+    return "_".join(filter(None, words.split("_")))[:64] or "feature"

@@ -1,0 +1,551 @@
+"""Mistakes that people make: ``check`` finds, names and explains each of them."""
+
+import contextlib
+import json
+import os
+import ssl
+import sys
+import tempfile
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+import trustme
+from click.testing import CliRunner
+
+from openmeter_server import Answer, OpenMeterServer, problem, redirect
+from openmeter_wsgi.commands.check import command
+from openmeter_wsgi.commands.checks import event as event_check
+from openmeter_wsgi.commands.checks import repetition, spool_directory
+from openmeter_wsgi.delivery import directory
+from openmeter_wsgi.sandbox import Sandbox
+from spool_support import event, put, shipping
+from test_sandbox_support import Api
+
+NOBODY = 65534
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch):
+    monkeypatch.setattr(repetition, "PAUSE", 0.01)
+    monkeypatch.setattr(repetition, "GRACE", 0.01)
+    for module in (event_check, repetition):
+        monkeypatch.setattr(module, "PATIENCE", 0.01)
+
+
+@pytest.fixture
+def sandbox():
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def api(sandbox):
+    with Api(sandbox.url) as api:
+        yield api
+
+
+@pytest.fixture
+def certificate():
+    return trustme.CA().issue_cert("127.0.0.1")
+
+
+@pytest.fixture
+def secure_openmeter(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    with OpenMeterServer(context) as server:
+        yield server
+
+
+@pytest.fixture
+def application(tmp_path, monkeypatch):
+    """Return a function that writes a module and names it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="app"):
+        module = f"checked_{tmp_path.name.replace('-', '_')}"
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        (tmp_path / f"{module}.py").write_text(text)
+        return f"{module}:{name}"
+
+    return write
+
+
+def check(*arguments, **variables):
+    """Return the exit code, and what is no ``ok``: by name, as (what, remedy)."""
+    environ = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
+    result = CliRunner().invoke(command, ["--json", *arguments], env=environ)
+    assert result.stderr == ""
+    findings = json.loads(result.stdout)["findings"]
+    wrong = {
+        one["name"]: (one["severity"], one["found"], one["remedy"])
+        for one in findings
+        if one["severity"] in {"failure", "warning"}
+    }
+    return result.exit_code, wrong
+
+
+def date(seconds):
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return {"Date": format_datetime(moment, usegmt=True)}
+
+
+# -- The server
+
+
+def test_a_wrong_key(openmeter):
+    openmeter.rule = lambda request: problem(401, "the key is unknown")
+
+    code, wrong = check(api_url=openmeter.url, api_key="om_wrong")
+
+    assert (code, [*wrong]) == (3, ["key"])
+    assert wrong["key"] == (
+        "failure",
+        "refused with 401: the key is unknown",
+        "give a key of this server that may ingest events",
+    )
+
+
+def test_a_key_of_kong_konnect_for_another_api(openmeter):
+    openmeter.rule = lambda request: problem(401)
+
+    _, wrong = check(api_url=openmeter.url, api_key="kpat_secret")
+
+    assert "api_flavor to 'konnect'" in wrong["key"][2]
+    assert "kpat_secret" not in str(wrong)
+
+
+def test_a_wrong_url_where_nobody_listens(openmeter):
+    openmeter.down()
+
+    code, wrong = check(api_url=openmeter.url)
+
+    assert (code, [*wrong]) == (3, ["server"])
+    assert wrong["server"] == (
+        "failure",
+        f"{openmeter.url} does not answer: connection refused",
+        "set api_url to the address of the server, and let this machine reach it",
+    )
+
+
+def test_a_wrong_url_whose_host_is_misspelt():
+    _, wrong = check(api_url="https://openmeter.invalid")
+
+    assert wrong["server"][1].endswith("does not answer: no such host is known")
+    assert "is 'openmeter.invalid' misspelt?" in wrong["server"][2]
+
+
+def test_the_path_of_ingest_in_the_url(sandbox):
+    code, wrong = check(api_url=f"{sandbox.url}/api/v1/events")
+
+    assert (code, [*wrong]) == (2, ["configuration"])
+    assert "its path is added, got" in wrong["configuration"][1]
+    assert "write scheme, host and port alone" in wrong["configuration"][2]
+
+
+def test_a_part_of_the_path_in_the_url(sandbox):
+    code, wrong = check(api_url=f"{sandbox.url}/api/v1")
+
+    assert (code, [*wrong]) == (3, ["answer"])
+    assert "404" in wrong["answer"][1]
+    assert wrong["answer"][2].startswith(f"set api_url to {sandbox.url!r}")
+
+
+def test_http_instead_of_https(secure_openmeter):
+    insecure = secure_openmeter.url.replace("https", "http")
+
+    code, wrong = check(api_url=insecure)
+
+    assert (code, [*wrong]) == (3, ["server"])
+    assert f"{insecure} is spoken to in http, and answers https" in wrong["server"][1]
+    assert wrong["server"][2] == f"set api_url to {secure_openmeter.url!r}"
+
+
+def test_https_instead_of_http_never_sends_the_key_in_the_clear(openmeter):
+    secure = openmeter.url.replace("http", "https")
+
+    code, wrong = check(api_url=secure, api_key="om_secret")
+
+    assert (code, [*wrong]) == (3, ["server"])
+    assert f"{secure} is spoken to in https, and answers http" in wrong["server"][1]
+    assert wrong["server"][2] == f"set api_url to {openmeter.url!r}"
+    assert openmeter.requests
+    assert not any("Authorization" in one.headers for one in openmeter.requests)
+
+
+def test_https_with_a_certificate_that_is_not_trusted(secure_openmeter):
+    _, wrong = check(api_url=secure_openmeter.url)
+
+    assert "its certificate is not trusted" in wrong["server"][1]
+    assert "REQUESTS_CA_BUNDLE" in wrong["server"][2]
+
+
+def test_http_that_is_redirected_to_https(openmeter):
+    openmeter.rule = lambda request: redirect(308, "https://openmeter.example/")
+
+    _, wrong = check(api_url=openmeter.url)
+
+    assert "redirect to 'https://openmeter.example/'" in wrong["answer"][1]
+    assert "https instead of http" in wrong["answer"][2]
+
+
+def test_a_key_that_travels_unencrypted():
+    server = OpenMeterServer()
+    host = f"http://0.0.0.0:{server.port}"  # this machine, but not its loopback
+    with server:
+        _, wrong = check(api_url=host, api_key="om_secret")
+
+    assert wrong["key"][0] == "warning"
+    assert "sent unencrypted to 0.0.0.0" in wrong["key"][1]
+
+
+def test_a_clock_that_is_an_hour_off(openmeter):
+    openmeter.rule = lambda request: (
+        Answer(200, b"[]", date(3_600)) if request.method == "GET" else None
+    )
+
+    _, wrong = check(api_url=openmeter.url)
+
+    severity, found, remedy = wrong["clock"]
+    assert (severity, remedy) == (
+        "warning",
+        "let NTP set the clock of this machine",
+    )
+    assert found.startswith("this machine is 3")
+    assert "s behind the server" in found
+
+
+# -- Meters and features
+
+
+def test_a_meter_type_that_no_meter_counts(sandbox, api):
+    api.meter("calls", "COUNT", eventType="api-request")
+
+    code, wrong = check(api_url=sandbox.url, meters='{"api_request": 1}')
+
+    assert code == 3
+    severity, found, remedy = wrong["meter 'api_request'"]
+    assert severity == "failure"
+    assert "no meter on the server counts events of this type" in found
+    assert "there are meters for 'api-request'" in found
+    assert "create a meter with eventType 'api_request'" in remedy
+
+
+def test_a_meter_type_of_a_single_route_that_no_meter_counts(sandbox, tmp_path):
+    file = tmp_path / "policy.toml"
+    file.write_text('[routes."POST /chat"]\nmeters = {tokens = "$response.bytes"}\n')
+
+    code, wrong = check("--config", str(file), api_url=sandbox.url)
+
+    assert (code, [*wrong]) == (3, ["meter 'tokens'"])
+
+
+def test_a_meter_that_no_policy_feeds(sandbox, api):
+    api.meter("tokens", "SUM", "$.tokens", eventType="llm")
+    api.meter("images", "COUNT", eventType="image")
+    api.ingest({"specversion": "1.0", "id": "1", "source": "other", "type": "image",
+                "subject": "acme"})  # fmt: skip
+
+    code, wrong = check(api_url=sandbox.url)
+
+    assert (code, [*wrong]) == (0, ["meters without usage"])
+    severity, found, remedy = wrong["meters without usage"]
+    assert severity == "warning"
+    assert found.startswith("no policy feeds 'tokens' ('llm'), and nothing else has")
+    assert "set_meters" in remedy
+
+
+def test_a_value_property_that_is_not_in_the_data(sandbox, api):
+    api.meter("calls", "SUM", "$.count")
+
+    code, wrong = check(api_url=sandbox.url, meters='{"call": 1}')
+
+    assert code == 3
+    severity, found, remedy = wrong["meter 'call'"]
+    assert severity == "failure"
+    assert found == (
+        "the meter 'calls' reads $.count, which is not in {\"total\": 1}: it counts "
+        "nothing"
+    )
+    assert "value_property" in remedy
+
+
+def test_a_hyphenated_feature(sandbox):
+    code, wrong = check(api_url=sandbox.url, required_entitlements="api-requests")
+
+    assert code == 3
+    severity, found, remedy = wrong["feature 'api-requests'"]
+    assert severity == "failure"
+    assert "OpenMeter refuses this key (expected a-z, 0-9 and _" in found
+    assert remedy.startswith("name it 'api_requests' here and in OpenMeter")
+
+
+def test_a_feature_that_openmeter_does_not_know(sandbox):
+    code, wrong = check(api_url=sandbox.url, required_entitlements="search")
+
+    assert code == 3
+    assert "it denies every customer" in wrong["feature 'search'"][1]
+    assert "create the feature 'search'" in wrong["feature 'search'"][2]
+
+
+@pytest.mark.parametrize(
+    ("counted", "severity", "said"),
+    [
+        ({"required_entitlements": "searches"}, "warning", "no policy sends"),
+        (
+            {"entitlement_meters": '{"searches": "find"}'},
+            "failure",
+            "'find' is counted",
+        ),
+    ],
+    ids=["nothing uses it up", "another type is counted down"],
+)
+def test_a_feature_whose_quota_is_not_used_up(sandbox, api, counted, severity, said):
+    api.meter("searches", "COUNT", eventType="search")
+    sandbox.grant("acme", "searches", 10)
+
+    _, wrong = check(api_url=sandbox.url, **counted)
+
+    assert wrong["feature 'searches'"][0] == severity
+    assert said in wrong["feature 'searches'"][1]
+
+
+def test_a_key_that_may_not_ask(openmeter):
+    openmeter.rule = lambda request: (
+        problem(403, "not yours") if "/entitlements/" in request.target else None
+    )
+
+    code, wrong = check(api_url=openmeter.url, required_entitlements="search")
+
+    assert code == 3
+    assert "says 403: not yours" in wrong["entitlements"][1]
+    assert "entitlements_api_key" in wrong["entitlements"][2]
+
+
+# -- Billed twice, or what is free
+
+
+def test_deduplication_that_is_off():
+    with Sandbox(dedupe=False) as sandbox:
+        code, wrong = check(api_url=sandbox.url)
+
+    assert (code, [*wrong]) == (3, ["deduplication"])
+    assert wrong["deduplication"][0] == "failure"
+    assert "is stored twice" in wrong["deduplication"][1]
+    assert "sink.dedupe" in wrong["deduplication"][2]
+
+
+def test_idempotency_keys_without_deduplication():
+    with Sandbox(dedupe=False) as sandbox:
+        code, wrong = check(api_url=sandbox.url, idempotency_keys="true")
+
+    assert (code, [*wrong]) == (3, ["deduplication", "idempotency keys"])
+    assert "set_idempotency_key has no effect" in wrong["idempotency keys"][1]
+    assert "switch deduplication on" in wrong["idempotency keys"][2]
+
+
+def test_a_status_range_that_is_widened(sandbox):
+    code, wrong = check(api_url=sandbox.url, meter_on_status_codes="200-499")
+
+    assert (code, [*wrong]) == (3, ["billed status codes"])
+    severity, found, remedy = wrong["billed status codes"]
+    assert (severity, found) == ("failure", "200-499 bills errors too, 400-499")
+    assert "'200-299'" in remedy
+
+
+def test_a_status_range_that_a_route_widens(sandbox, tmp_path):
+    file = tmp_path / "policy.toml"
+    file.write_text('[routes."/search"]\nmeter_on_status_codes = "2xx, 404"\n')
+
+    code, wrong = check("--config", str(file), api_url=sandbox.url)
+
+    assert (code, [*wrong]) == (3, ["billed status codes of '/search'"])
+
+
+def test_a_variable_that_is_misspelt(sandbox):
+    code, wrong = check(api_url=sandbox.url, batch_sise="3")
+
+    assert (code, [*wrong]) == (0, ["configuration"])
+    assert "did you mean OPENMETER_BATCH_SIZE?" in wrong["configuration"][1]
+
+
+# -- The spool
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Be nobody where the tests are run by root, whom no mode keeps out."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_spool_directory_that_is_not_writable(sandbox):
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        spool = Path(made)
+        if not os.geteuid():
+            os.chown(spool, NOBODY, NOBODY)
+        spool.chmod(0o500)
+
+        with as_nobody():
+            code, wrong = check(
+                "--no-dedupe-check", api_url=sandbox.url, spool_dir=made
+            )
+
+    wrong.pop("spool volume", None)  # wherever these tests run
+    assert (code, [*wrong]) == (3, ["spool directory"])
+    severity, found, remedy = wrong["spool directory"]
+    assert (severity, found) == ("failure", f"{made!r}: Permission denied")
+    assert "mode 0700" in remedy
+
+
+def test_a_spool_on_the_own_layer_of_a_container(sandbox, tmp_path, monkeypatch):
+    spool = tmp_path / "spool"
+    spool.mkdir(mode=0o700)
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text("1 0 0:1 / / rw - overlay overlay rw\n")
+    monkeypatch.setattr(directory, "_MOUNTS", mounts)
+    monkeypatch.setattr(spool_directory, "_ROOT", tmp_path)  # the same device
+
+    code, wrong = check("--no-dedupe-check", api_url=sandbox.url, spool_dir=spool)
+
+    assert (code, [*wrong]) == (0, ["spool volume"])
+    severity, found, remedy = wrong["spool volume"]
+    assert severity == "warning"
+    assert "the next deployment deletes it" in found
+    assert "mount a volume" in remedy
+
+
+def test_a_spool_that_nobody_ships(openmeter, tmp_path):
+    spool = tmp_path / "spool"
+    put(spool, event("1"))
+    options = {"api_url": openmeter.url, "spool_dir": spool, "delivery": "ship"}
+
+    _, wrong = check("--no-dedupe-check", **options)
+    with shipping(spool, openmeter) as ship:
+        ship.wait_for("is the sender")
+        _, shipped = check("--no-dedupe-check", **options)
+
+    severity, found, remedy = wrong["sender of the spool"]
+    assert severity == "warning"
+    assert "none is there: usage waits in the spool" in found
+    assert remedy == f"run openmeter-wsgi ship --spool-dir {spool}"
+    assert "sender of the spool" not in shipped
+
+
+# -- The application
+
+METERED = """
+from openmeter_wsgi import OpenMeterMiddleware
+
+def bare(environ, start_response):
+    start_response("200 OK", [])
+    return [b""]
+
+def metered(app, **options):
+    return OpenMeterMiddleware(app, api_url={url!r}, **options)
+"""
+LAYERS = {
+    "alike": "app = metered(metered(bare))",
+    "apart": "app = metered(metered(bare, meters={'call': 1}))",
+    "with another between": """
+from werkzeug.middleware.proxy_fix import ProxyFix
+app = ProxyFix(metered(ProxyFix(metered(bare))))
+""",
+    "in flask": """
+from flask import Flask
+app = Flask("app")
+app.wsgi_app = metered(app.wsgi_app)
+app.wsgi_app = metered(app.wsgi_app)
+""",
+    "in a closure": """
+def logged(app):
+    def call(environ, start_response):
+        return app(environ, start_response)
+    return call
+
+app = logged(metered(logged(metered(bare))))
+""",
+    "by a factory": "def make(): return metered(metered(bare))",
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_a_middleware_that_is_wrapped_twice(sandbox, application, layers):
+    text = METERED.format(url=sandbox.url) + LAYERS[layers]
+    name = application(text, "make()" if "factory" in layers else "app")
+
+    code, wrong = check("--no-dedupe-check", "--app", name)
+
+    severity, found, remedy = wrong["application"]
+    apart = layers == "apart"
+    assert (code, severity) == ((3, "failure") if apart else (0, "warning"))
+    assert f"{name} is wrapped 2 times; the outermost alone bills" in found
+    assert ("never billed" in found) is apart
+    assert "remove the others" in remedy
+
+
+def test_what_an_application_prints_is_not_taken_for_a_finding(application):
+    name = application("print('hello'); app = lambda environ, start_response: []")
+
+    result = CliRunner().invoke(command, ["--json", "--app", name])
+
+    assert json.loads(result.stdout)["findings"][0]["name"] == "application"
+    assert result.stderr == "hello\n"
+
+
+def test_an_application_that_is_not_wrapped(application):
+    name = application("def app(environ, start_response): return []")
+
+    code, wrong = check("--app", name)
+
+    assert (code, [*wrong]) == (3, ["application"])
+    assert "nothing is billed" in wrong["application"][1]
+
+
+def test_an_application_is_checked_under_its_own_policy(sandbox, application):
+    text = METERED.format(url=sandbox.url)
+    name = application(f"{text}\napp = metered(bare, meters={{'no_such_type': 1}})")
+
+    code, wrong = check("--no-dedupe-check", "--app", name)
+
+    assert (code, [*wrong]) == (3, ["meter 'no_such_type'"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import no_such_package", "No module named 'no_such_package'"),
+        ("other = 1", "has no attribute 'app'"),
+        ("app = 1", "expected a WSGI application, got 1"),
+        ("raise SystemExit('no database')", "SystemExit: no database"),
+    ],
+)
+def test_an_application_that_cannot_be_loaded(application, text, said):
+    code, wrong = check("--app", application(text))
+
+    assert (code, [*wrong]) == (2, ["application"])
+    assert said in wrong["application"][1]
+
+
+def test_an_application_whose_options_are_wrong(application):
+    name = application(METERED.format(url="nowhere") + "app = metered(bare)")
+
+    code, wrong = check("--app", name)
+
+    assert (code, [*wrong]) == (2, ["configuration"])
+    assert "expected a URL" in wrong["configuration"][1]
+
+
+def test_an_application_brings_its_own_configuration():
+    result = CliRunner().invoke(command, ["--app", "a:b", "--api-url", "http://x"])
+
+    assert result.exit_code == 2
+    assert "--app has its own policy" in result.output

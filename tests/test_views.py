@@ -1,0 +1,370 @@
+"""Views that say of themselves how they are metered: Flask's, Django's, others'."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import flask
+import pytest
+from django.conf import settings
+from django.core.wsgi import get_wsgi_application
+from django.http import HttpResponse, StreamingHttpResponse
+from django.test.utils import override_settings
+from django.urls import path
+from django.utils.decorators import method_decorator
+from django.views import View
+
+from billing import usage
+from openmeter_wsgi import (
+    ConfigError,
+    OpenMeterMiddleware,
+    add_meters,
+    bytes_sent,
+    duration,
+    llm_usage,
+    meter,
+    no_meter,
+    route,
+    set_route,
+)
+from servers import Consumer, make_environ
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from wsgiref.types import StartResponse, WSGIApplication
+
+    from openmeter_server import OpenMeterServer
+    from openmeter_wsgi import Stats
+
+Environ = dict[str, Any]
+EVENT = (
+    'data: {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}'
+    "\n\n"
+)
+
+if not settings.configured:
+    settings.configure(SECRET_KEY="tests")
+
+
+def with_user(view: Any) -> Any:
+    """Hand over a mapping of its own, as decorators for authentication do."""
+
+    @functools.wraps(view)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return view({"sub": "acme"}, *args, **kwargs)
+
+    return wrapped
+
+
+# -- Flask
+
+
+of_flask = flask.Flask(__name__)
+
+
+@of_flask.get("/plain")
+def flask_plain() -> str:
+    return "plain"
+
+
+@of_flask.get("/priced/<int:number>")
+@meter(meters={"credits": 5})
+def flask_priced(number: int) -> str:
+    return "priced"
+
+
+@of_flask.get("/free")
+@no_meter
+def flask_free() -> str:
+    return "free"
+
+
+@of_flask.get("/user")
+@with_user
+@meter(meters={"users": 1})
+def flask_user(user: dict[str, str]) -> str:
+    return "user"
+
+
+@of_flask.get("/free-user")
+@with_user
+@no_meter
+def flask_free_user(user: dict[str, str]) -> str:
+    return "user"
+
+
+@of_flask.get("/measured/<name>")
+@meter(meter={"type": "view", "data": {"bytes": bytes_sent(), "route": route()}})
+def flask_measured(name: str) -> Iterator[str]:
+    return iter(["12", "345"])
+
+
+@of_flask.get("/model")
+@meter(meters={"tokens": llm_usage("total_tokens")})
+def flask_model() -> flask.Response:
+    return flask.Response(iter([EVENT]), mimetype="text/event-stream")
+
+
+@of_flask.get("/slow")
+@meter(meters={"seconds": duration()})
+def flask_slow() -> str:
+    return str(sum(range(300_000)))
+
+
+@of_flask.get("/created")
+@meter(meter_on_status_codes="201")
+def flask_created() -> str:
+    return "not created"
+
+
+@of_flask.get("/streamed")
+def flask_streamed() -> flask.Response:
+    def stream() -> Iterator[str]:
+        for _ in range(3):
+            yield "page"
+            add_meters(flask.request, {"pages": 1})
+            if "broken" in flask.request.args:
+                raise ValueError("the database went away")
+
+    return flask.Response(flask.stream_with_context(stream()))
+
+
+# -- Django
+
+
+class Priced(View):
+    @method_decorator(meter(meters={"credits": 5}))
+    def get(self, request: Any, number: int) -> HttpResponse:
+        return HttpResponse("priced")
+
+
+def plain(request: Any) -> HttpResponse:
+    return HttpResponse("plain")
+
+
+@no_meter
+def free(request: Any) -> HttpResponse:
+    return HttpResponse("free")
+
+
+@with_user
+@meter(meters={"users": 1})
+def user(user: Any, request: Any) -> HttpResponse:
+    return HttpResponse("user")
+
+
+@with_user
+@no_meter
+def free_user(user: Any, request: Any) -> HttpResponse:
+    return HttpResponse("user")
+
+
+@meter(meter={"type": "view", "data": {"bytes": bytes_sent(), "route": route()}})
+def measured(request: Any, name: str) -> StreamingHttpResponse:
+    set_route(request, "/measured/<name>")
+    return StreamingHttpResponse(iter(["12", "345"]))
+
+
+@meter(meters={"tokens": llm_usage("total_tokens")})
+def model(request: Any) -> StreamingHttpResponse:
+    return StreamingHttpResponse(iter([EVENT]), content_type="text/event-stream")
+
+
+@meter(meter_on_status_codes="201")
+def created(request: Any) -> HttpResponse:
+    return HttpResponse("not created")
+
+
+def streamed(request: Any) -> StreamingHttpResponse:
+    def stream() -> Iterator[str]:
+        for _ in range(3):
+            yield "page"
+            add_meters(request, {"pages": 1})
+            if "broken" in request.GET:
+                raise ValueError("the database went away")
+
+    return StreamingHttpResponse(stream())
+
+
+class Urls:
+    urlpatterns = (
+        path("plain", plain), path("priced/<int:number>", Priced.as_view()),
+        path("free", free), path("user", user), path("free-user", free_user),
+        path("measured/<name>", measured), path("model", model),
+        path("created", created), path("streamed", streamed),
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["flask", "django"])
+def app(request: pytest.FixtureRequest) -> Iterator[WSGIApplication]:
+    if request.param == "flask":
+        yield of_flask.wsgi_app
+        return
+    with override_settings(ROOT_URLCONF=Urls, ALLOWED_HOSTS=["*"], MIDDLEWARE=[]):
+        yield get_wsgi_application()
+
+
+def billed(
+    openmeter: OpenMeterServer,
+    app: WSGIApplication,
+    *paths: str,
+    stop_after: int | None = None,
+    **options: Any,
+) -> tuple[list[tuple[str, Any]], Stats]:
+    """Request *paths*; return what is billed and the counts."""
+    options = {"meters": {"requests": 1}, **options}
+    middleware = OpenMeterMiddleware(
+        app, api_url=openmeter.url, flush_interval=60, **options
+    )
+    for path_ in paths:
+        name, _, query = path_.partition("?")
+        environ = make_environ(PATH_INFO=name, QUERY_STRING=query)
+        Consumer(stop_after=stop_after).serve(middleware, environ)
+    stats = middleware.stats()
+    middleware.close(10)
+    return usage(openmeter.taken), stats
+
+
+@pytest.mark.parametrize(
+    ("path_", "events"),
+    [
+        ("/plain", [("requests", {"total": 1})]),
+        ("/priced/7", [("credits", {"total": 5})]),
+        ("/user", [("users", {"total": 1})]),
+        (
+            "/measured/x",
+            [
+                ("requests", {"total": 1}),
+                ("view", {"bytes": 5, "route": "/measured/<name>"}),
+            ],
+        ),
+        ("/model", [("tokens", {"total": 2})]),
+        ("/free", []),
+        ("/free-user", []),
+        ("/created", []),
+    ],
+)
+def test_a_view_says_how_it_is_metered(
+    openmeter: OpenMeterServer, app: WSGIApplication, path_: str, events: list[Any]
+) -> None:
+    assert billed(openmeter, app, path_)[0] == events
+
+
+def test_a_view_measures_what_its_route_does_not(
+    openmeter: OpenMeterServer, app: WSGIApplication
+) -> None:
+    # The route looks at the length alone, the view at the body too.
+    events, _ = billed(
+        openmeter, app, "/model", "/plain", meters={"bytes": bytes_sent()}
+    )
+
+    assert events == [("tokens", {"total": 2}), ("bytes", {"total": 5})]
+
+
+def test_a_view_is_counted_under_its_name(
+    openmeter: OpenMeterServer, app: WSGIApplication
+) -> None:
+    _, stats = billed(openmeter, app, "/created", "/created", "/free")
+
+    by_policy = dict(stats.not_metered_by_policy)
+    assert by_policy.pop("default") == {"no_meter": 1}
+    assert by_policy in (
+        {"view flask_created": {"status": 2}},
+        {"view created": {"status": 2}},
+    )
+
+
+def test_without_meters_of_the_middleware_only_decorated_views_are_billed(
+    openmeter: OpenMeterServer, app: WSGIApplication
+) -> None:
+    events, stats = billed(openmeter, app, "/plain", "/priced/1", meters=None)
+
+    assert events == [("credits", {"total": 5})]
+    assert stats.not_metered == {"no_meters": 1}
+
+
+def test_a_view_on_a_route_that_is_not_metered_says_so(
+    openmeter: OpenMeterServer, app: WSGIApplication, caplog: pytest.LogCaptureFixture
+) -> None:
+    events, _ = billed(openmeter, app, "/priced/1", routes={}, unmatched=None)
+
+    assert events == []
+    assert "called outside a metered request, so it is not billed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("query", "stop_after", "pages"), [("", None, 3), ("?broken", None, 1), ("", 2, 1)]
+)
+def test_usage_stated_in_a_stream_counts_until_it_ends(
+    openmeter: OpenMeterServer,
+    app: WSGIApplication,
+    query: str,
+    stop_after: int | None,
+    pages: int,
+) -> None:
+    events, _ = billed(openmeter, app, f"/streamed{query}", stop_after=stop_after)
+
+    flat = [] if query else [("requests", {"total": 1})]
+    assert events == [*flat, ("pages", {"total": pages})]
+
+
+def test_a_duration_lasts_from_the_call_of_the_view(openmeter: OpenMeterServer) -> None:
+    events, _ = billed(openmeter, of_flask.wsgi_app, "/slow")
+
+    # What the view did, and not only what came after it.
+    assert events[0][1]["total"] > 0.0005
+
+
+# -- Any other
+
+
+@meter(meters={"bytes": bytes_sent()})
+def generated(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"12"
+    yield b"345"
+
+
+def test_a_generator_that_starts_late_is_measured(openmeter: OpenMeterServer) -> None:
+    assert billed(openmeter, generated, "/")[0] == [("bytes", {"total": 5})]
+
+
+def test_bytes_that_nobody_looked_at_are_unknown_and_not_zero(
+    openmeter: OpenMeterServer,
+) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        yield b""
+        yield from generated(environ, start_response)
+
+    events, stats = billed(openmeter, app, "/")
+
+    assert events == []
+    assert stats.not_metered == {"no_value_none": 1}
+
+
+def test_options_that_are_gone_are_not_taken_for_others() -> None:
+    # A view may be made anew for each request, and its options where old ones were.
+    billing = OpenMeterMiddleware(generated, dry_run=True).metering().billing
+
+    for source in map(str, range(50)):
+        options = {"event_source": source}
+        assert billing.variant("view", options).policy.event_source == source
+        del options
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"meter_s": 1}, "unknown option 'meter_s' (did you mean 'meters'?)"),
+        ({"meters": {"a": -1}}, "meters: meter 'a': expected a number"),
+        ({"api_url": "x"}, "api_url: belongs to the middleware as a whole"),
+    ],
+)
+def test_a_wrong_option_is_told_where_the_view_stands(
+    options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        meter(**options)
+
+    assert problem in str(refused.value)
