@@ -148,8 +148,9 @@ class Sender:
         n = len(batch.events)
         self._counts.delivered += n
         self._counts.delivery_seconds.add(max(_age(batch.events[0]), 0.0))
-        self._done(batch.events)
+        # Before that: what a flush says is delivered is no trouble any more.
         self.trouble.is_over(n)
+        self._done(batch.events)
         self.retry_suspects()
 
     def _failed(self, batch: _Batch, error: DeliveryError) -> float:

@@ -47,7 +47,7 @@ class Trouble:
         self._now = _Now(since, "refused" if refused else code, answer_of(error))
 
     def is_over(self, delivered: int) -> None:
-        """Note that so many events were taken."""
+        """Note that so many events were taken, of those that still count as waiting."""
         now, self._now = self._now, None
         if now is None:
             return
@@ -56,7 +56,7 @@ class Trouble:
             logger.warning(
                 "OpenMeter takes events again after %.0f s; delivered: %d, waiting and "
                 "following now: %d",
-                lasted, delivered, self._waiting(), extra=log.OVER,
+                lasted, delivered, max(self._waiting() - delivered, 0), extra=log.OVER,
             )  # fmt: skip
 
     @property
