@@ -33,7 +33,7 @@ def _make() -> Any:
         meters={"requests": 1},
         subject=lambda _: "acme",
         flush_interval=0.05,
-        shutdown_timeout=1,
+        shutdown_timeout=10,
     )
     export_metrics(metered, interval=0.1)
     registry = CollectorRegistry()

@@ -172,6 +172,7 @@ def test_a_response_of_ones_own_that_fails_is_replaced(make, entitled, caplog):
 
 
 def test_the_log_says_once_who_was_denied_what(make, entitled, caplog):
+    caplog.set_level(logging.INFO, "openmeter_wsgi")
     entitled.values["acme"] = {"searches": metered(-7)}
     app = make()
 

@@ -121,6 +121,23 @@ def test_what_waits_in_a_spool_is_seen_by_every_process(make, openmeter, tmp_pat
     assert found.text.startswith("1 events wait")
 
 
+def test_events_without_a_thread_to_deliver_them_are_told(make, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "openmeter_wsgi.delivery":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    app = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ask(app)
+        assert codes(app) == ["not_delivering"]
+    assert app.flush(10)
+    assert app.health().ok
+
+
 def test_a_spool_that_takes_nothing_is_told(make, tmp_path):
     spool = tmp_path / "spool"
     app = make(spool_dir=str(spool), flush_interval=60)

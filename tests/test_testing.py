@@ -2,6 +2,7 @@
 
 import datetime
 import threading
+from pathlib import Path
 
 import flask
 import pytest
@@ -18,6 +19,8 @@ from openmeter_wsgi import (
 from openmeter_wsgi.testing import OpenMeter
 
 pytest_plugins = ["pytester"]
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "flask_app.py"
 
 FLASK_APP = """
 import flask
@@ -547,3 +550,101 @@ def test_who_does_not_use_it_imports_nothing_of_it(pytester):
     )
 
     pytester.runpytest_subprocess("-p", "no:randomly").assert_outcomes(passed=1)
+
+
+# -- Applications as they are
+
+
+def test_the_flask_example_is_tested_with_it(pytester):
+    pytester.makepyfile(flask_app=EXAMPLE.read_text())
+    pytester.makeconftest("import os; os.environ['OPENMETER_API_KEY'] = 'test'")
+    pytester.makepyfile(
+        """
+        import pytest
+        from flask_app import app
+
+        ACME = {"X-API-Key": "acme-key"}
+
+        @pytest.fixture
+        def client(openmeter):
+            return app.test_client()
+
+        def test_products(client, openmeter):
+            client.get("/products", headers=ACME)
+            openmeter.assert_metered("api-request", subject="acme", times=1)
+
+        def test_chat(client, openmeter):
+            question = {"model": "large", "prompt": "a b c", "max_tokens": 7}
+            client.post("/chat", json=question, headers=ACME)
+            tokens = {"total": 10, "of": "tokens", "times": 2}
+            openmeter.assert_metered("tokens", **tokens, data={"model": "large"})
+            openmeter.assert_metered("credits", subject="acme", total=5)
+
+        def test_pages_that_nobody_reads(client, openmeter):
+            client.get("/export?pages=4", headers=ACME)
+            openmeter.assert_metered("credits", total=4)
+
+        def test_pages_until_it_breaks(client, openmeter):
+            response = client.get("/export?pages=4&break_after=2", headers=ACME)
+            openmeter.assert_metered("credits", total=2)
+            with pytest.raises(RuntimeError):
+                response.data
+
+        @pytest.mark.parametrize("path", ["/products/none", "/report"])
+        def test_what_costs_nothing(client, openmeter, path):
+            app.testing = False
+            client.get(path, headers=ACME)
+            openmeter.assert_not_metered(reason="status")
+
+        def test_strangers(client, openmeter):
+            client.get("/products")
+            openmeter.assert_not_metered(reason="status")
+        """
+    )
+
+    pytester.runpytest_subprocess("-n", "2").assert_outcomes(passed=7)
+
+
+def test_a_django_application_is_tested_with_it(pytester):
+    pytester.makepyfile(
+        shop_site="""
+        from django.conf import settings
+        from django.http import HttpResponse
+        from django.urls import path
+
+        from openmeter_wsgi import OpenMeterMiddleware, add_meters, set_subject
+
+        def export(request, rows):
+            set_subject(request, "acme")
+            add_meters(request, {"rows": rows})
+            return HttpResponse("rows")
+
+        urlpatterns = [path("export/<int:rows>", export)]
+        settings.configure(
+            ROOT_URLCONF=__name__, ALLOWED_HOSTS=["*"], SECRET_KEY="x"
+        )
+        from django.core.wsgi import get_wsgi_application
+
+        application = OpenMeterMiddleware(
+            get_wsgi_application(), api_key="k", meters={"requests": 1}
+        )
+        """
+    )
+    pytester.makepyfile(
+        """
+        from werkzeug.test import Client
+        from shop_site import application
+
+        def test_export(openmeter):
+            response = Client(application).get("/export/30")
+            openmeter.assert_metered("rows", subject="acme", total=30)
+            openmeter.assert_metered("requests", subject="acme", times=1)
+            assert response.text == "rows"
+
+        def test_missing(openmeter):
+            Client(application).get("/nowhere")
+            openmeter.assert_not_metered(reason="status")
+        """
+    )
+
+    pytester.runpytest_subprocess().assert_outcomes(passed=2)

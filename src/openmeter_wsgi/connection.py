@@ -173,8 +173,20 @@ def _no_answer(error: OSError, url: str) -> DeliveryError:
     )
     # A tunnel that a proxy refuses is an OSError and none of its subclasses.
     return Unavailable(
-        reason, ambiguous=not never_connected and type(cause) is not OSError
+        f"{url}: {_innermost(error)}",
+        ambiguous=not never_connected and type(cause) is not OSError,
     )
+
+
+def _innermost(error: BaseException) -> str:
+    """Return what the system said: libraries wrap it again and again."""
+    said = repr(error)
+    inner: BaseException | None = error
+    while inner is not None:
+        if str(inner):
+            said = f"{type(inner).__name__}: {inner}"
+        inner = inner.__cause__ or inner.__context__
+    return said
 
 
 def failure(reply: Reply) -> Unavailable | Held:

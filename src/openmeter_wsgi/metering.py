@@ -172,12 +172,12 @@ class Metering:
         for billing in list(self._billings):  # several may have one name
             by_policy[billing.name].update(dict(billing.not_metered))
         in_spool, in_memory = self.queue.in_spool, self.queue.in_memory
-        moments = {in_spool.oldest_at, in_memory.oldest_at} - {None}
+        moments = [at for at in (in_spool.oldest_at, in_memory.oldest_at) if at]
         return self.counts.stats(
             waiting=in_spool.events + in_memory.events,
             waiting_in_spool=in_spool.events,
             waiting_bytes=in_spool.bytes + in_memory.bytes,
-            oldest_at=min(moments, default=None),  # type: ignore[type-var]
+            oldest_at=min(moments, default=None),
             not_metered={name: dict(found) for name, found in by_policy.items()},
         )
 

@@ -42,7 +42,10 @@ def set_route(request: object, route: str) -> None:
 
 def _write(request: object, key: str, value: object, helper: str) -> None:
     if (environ := environ_of(request)) is None:
-        logger.warning("%s: %s carries no WSGI environ", helper, type(request).__name__)
+        logger.warning(
+            "%s: %s carries no WSGI environ; it says nothing of any request",
+            helper, type(request).__name__,
+        )  # fmt: skip
         return
     environ[key] = value
 

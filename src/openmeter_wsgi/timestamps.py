@@ -18,8 +18,7 @@ _MILLISECONDS = tuple(f".{n:03}Z" for n in range(1000))
 #: The running second and its text: formatting it costs more than the rest of an
 #: event. One tuple, replaced whole, so that threads never see half of it.
 _second: tuple[float, str] = (0.0, "1970-01-01T00:00:00")
-
-
+#: What says the time: in a test another clock.
 _now: Callable[[], float] = time.time
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.directory import journal_form, prepare_directory
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
 
 logger = log.get_logger(__name__)
+
+
+#: What the disk did not take longer ago than as many seconds says nothing of now: a
+#: smaller event may have found room since.
+_MOMENT = 60.0
+
+
+class _Failing(NamedTuple):
+    """Since when and until when the disk took none of so many events, and why."""
+
+    since: float
+    last: float
+    events: int
+    error: SpoolError
 
 
 class Intake:
@@ -61,8 +75,7 @@ class Intake:
         self._fallbacks: dict[str, DeliveryQueue] = {}
         self._failure = SpoolError("not tried yet")
         self._retry_at = 0.0
-        #: Since when the disk takes nothing, how many events it did not, and why.
-        self._failing: tuple[float, int, SpoolError] | None = None
+        self._failing: _Failing | None = None
 
     def put(self, event: bytes) -> None:
         """Take *event*. Any thread; never raises, never waits for delivery."""
@@ -150,17 +163,17 @@ class Intake:
         fallback.put(event)
 
     def _note(self, error: SpoolError) -> None:
-        since, events, _ = self._failing or (time.monotonic(), 0, error)
-        self._failing = (since, events + 1, error)
+        now = time.monotonic()
+        since, _, events, _ = self._failing or (now, now, 0, error)
+        self._failing = _Failing(since, now, events + 1, error)
 
     def _recovered(self) -> None:
         failing, self._failing = self._failing, None
         if failing is not None:
-            since, events, _ = failing
             logger.warning(
                 "%s: the spool takes events again after %.0f s, in which %d were %s",
-                self._directory, time.monotonic() - since, events, self._fate,
-                extra=log.OVER,
+                self._directory, time.monotonic() - failing.since, failing.events,
+                self._fate, extra=log.OVER,
             )  # fmt: skip
 
     @property
@@ -169,15 +182,15 @@ class Intake:
 
     @property
     def problem(self) -> Problem | None:
-        """Why the disk did not take the last event, None if it did."""
-        if self._failing is None:
+        """Why the disk took no event a moment ago, None if it did."""
+        failing, now = self._failing, time.monotonic()
+        if failing is None or now - failing.last > _MOMENT:
             return None
-        since, events, error = self._failing
         loses = self._policy.delivery == "ship"
         return Problem(
             "spool_dropping" if loses else "spool_failing",
-            f"the spool takes no event for {time.monotonic() - since:.0f} s now "
-            f"({error}); {events} were {self._fate}",
+            f"the spool takes no event since {now - failing.since:.0f} s "
+            f"({failing.error}); {failing.events} were {self._fate}",
             loses=loses,
         )
 
@@ -200,6 +213,8 @@ class Intake:
         if journal := self._slot.get("journal"):
             with contextlib.suppress(JournalClosed):
                 journal.prepare()
+                if self._failing is not None:
+                    self._recovered()
 
     def close(self) -> bool:
         """Give up what this process owns, and say if that was anything.

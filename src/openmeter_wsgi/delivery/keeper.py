@@ -88,8 +88,18 @@ class Keeper:
                 self._prepare()
                 if self._elected:
                     self.look()
-            except (SpoolError, OSError) as error:
-                logger.warning("%s: the spool cannot be kept in order", error)
+            except SpoolError as error:
+                logger.warning(
+                    "%s: the next segment cannot be made; events go into the last one "
+                    "as long as it has room, then they find none",
+                    error,
+                )
+            except OSError as error:
+                logger.warning(
+                    "%s: the spool cannot be kept in order; until it can, a loss of "
+                    "power costs more than one flush_interval",
+                    error,
+                )
             except Exception:
                 logger.exception("%s: broke off and goes on", "journal")
 

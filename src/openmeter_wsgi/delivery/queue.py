@@ -47,7 +47,9 @@ class DeliveryQueue(BackgroundDelivery):
         #: Take an event. Any thread; never raises, never waits for delivery. Past
         #: this layer: a put is one call less.
         self.put = self._events.put
-        self._sender = Sender(client, counts, self._events.done)
+        self._sender = Sender(
+            client, counts, self._events.done, waiting=lambda: self._events.waiting
+        )
 
     def start(self) -> None:
         """Do what is done with the first request. The first put starts the thread."""

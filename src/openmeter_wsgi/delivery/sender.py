@@ -20,7 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.trouble import Trouble
+from openmeter_wsgi.delivery.trouble import Trouble, reason_of
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 from openmeter_wsgi.timestamps import moment_of
 
@@ -79,6 +79,7 @@ class Sender:
         done: Callable[[list[bytes]], None],
         jitter: Callable[[float, float], float] = random.uniform,
         bury: Callable[[bytes, DeliveryError], None] | None = None,
+        waiting: Callable[[], int] = lambda: 0,
     ) -> None:
         self._client = client
         self._counts = counts
@@ -89,7 +90,7 @@ class Sender:
         self._suspects: deque[_Batch] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
-        self.trouble = Trouble()
+        self.trouble = Trouble(waiting)
 
     @property
     def oldest(self) -> list[bytes]:
@@ -147,6 +148,7 @@ class Sender:
         n = len(batch.events)
         self._counts.delivered += n
         self._counts.delivery_seconds.add(max(_age(batch.events[0]), 0.0))
+        # Before that: what a flush says is delivered is no trouble any more.
         self.trouble.is_over(n)
         self._done(batch.events)
         self.retry_suspects()
@@ -185,7 +187,7 @@ class Sender:
         logger.error(
             "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
             "speaking; all are kept, next attempt in %.1f s",
-            error.status, error.reason, delay,
+            error.status, reason_of(error), delay,
         )  # fmt: skip
         return delay
 
@@ -199,7 +201,10 @@ class Sender:
     def _expired(self, error: DeliveryError) -> float:
         """Set the batch aside: sent once more, it might be billed twice."""
         events = self._pending.popleft().events
-        logger.error("%s; %d events are set aside", error.reason, len(events))
+        logger.error(
+            "%s; %d events are not, and kept among the dead letters",
+            error.reason, len(events),
+        )  # fmt: skip
         self._set_aside(events, error)
         return 0.0
 
@@ -216,9 +221,11 @@ class Sender:
         # The event comes first: each one is a line of its own, never thinned.
         logger.error(
             "event %s is refused by OpenMeter for good (%s: %s) and not sent again; "
-            "others are accepted",
+            "others are accepted; it is %s",
             _shortened(events[0]).decode(errors="replace"),
-            error.status, error.reason,
+            error.status, reason_of(error),
+            "kept among the dead letters" if self._keep_buried else
+            "nowhere but in this line",
         )  # fmt: skip
         self._set_aside(events, error)
 
@@ -233,7 +240,7 @@ class Sender:
             logging.ERROR if held else logging.WARNING,
             "OpenMeter %s (%s); %d events and all behind them are kept%s, next attempt "
             "in %.1f s",
-            answer, error.reason, len(batch.events),
+            answer, reason_of(error), len(batch.events),
             " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
 

@@ -222,7 +222,10 @@ class Spool:
         except FileNotFoundError:
             return False  # sealed at this moment; the next scan finds it
         except OSError as error:
-            logger.error("%s: cannot be read (%s)", reading.name.key, error)
+            logger.error(
+                "%s: cannot be read (%s); its events wait until it can be",
+                reading.name.key, error,
+            )  # fmt: skip
             return False
         self._set_aside(reading, damaged)
         for piece in events:

@@ -97,8 +97,7 @@ class SpoolQueue(SpoolSender):
     def problems(self) -> list[Problem]:
         """What is wrong now, as far as this process knows."""
         found = []
-        sender = getattr(self, "_sender", None)  # there while it is this one's turn
-        if sender is not None and (problem := sender.trouble.problem) is not None:
+        if self._elected and (problem := self._trouble.problem) is not None:
             found.append(problem)
         if (problem := self._intake.problem) is not None:
             found.append(problem)
@@ -164,8 +163,21 @@ class SpoolQueue(SpoolSender):
         self._wake.set()
         self._keeper.stop()
         self.started = self._policy.delivery == "ship"
+        self._say_what_stays(
+            unfinished=thread is not None and thread.is_alive() and not self._is_waiting
+        )
         if fallback := self._intake.fallback:
             fallback.close(max(deadline - now(), 0))
+
+    def _say_what_stays(self, *, unfinished: bool) -> None:
+        """Say it where nobody may be there to deliver it, or could."""
+        in_trouble = unfinished or self._trouble.problem is not None
+        if in_trouble and (left := self.in_spool.events):
+            logger.warning(
+                "%s: %d events stay in %s and are delivered as soon as a process that "
+                "uses it runs and OpenMeter takes them",
+                "shutdown", left, self._directory,
+            )  # fmt: skip
 
     def _deliver_own(self, owner: str, deadline: float) -> None:
         """Deliver what this process has put, or see another process do it."""

@@ -16,6 +16,7 @@ from openmeter_wsgi.delivery.doubt import RecordingClient
 from openmeter_wsgi.delivery.keeper import Keeper
 from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Sender
 from openmeter_wsgi.delivery.spool import Spool
+from openmeter_wsgi.delivery.trouble import Trouble
 from openmeter_wsgi.ownership import elected
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class SpoolSender(BackgroundDelivery):
             interval=self._poll,
         )
         self._elected = False
+        #: That of this process's last turn.
+        self._trouble = Trouble()
         #: Whether it was said what is known of the server's deduplication.
         self._said = False
         #: Whether the thread sleeps until another process ends.
@@ -88,7 +91,11 @@ class SpoolSender(BackgroundDelivery):
             if not won:
                 self._wait_for_turn()
         except OSError as error:
-            logger.error("%s: no election for a sender is possible", error)
+            logger.error(
+                "%s: no election for a sender is possible; what is in the spool waits, "
+                "next try in %.0f s",
+                error, MAX_DELAY,
+            )  # fmt: skip
             self._pause(MAX_DELAY)
         except Exception:
             logger.exception("%s: broke off and begins anew", "delivery")
@@ -115,7 +122,14 @@ class SpoolSender(BackgroundDelivery):
         client = RecordingClient(
             self._client, spool, resend_window=self._policy.resend_window
         )
-        self._sender = Sender(client, self.counts, spool.done, bury=letters.bury)
+        self._sender = Sender(
+            client,
+            self.counts,
+            spool.done,
+            bury=letters.bury,
+            waiting=lambda: self.waiting,
+        )
+        self._trouble = self._sender.trouble
         self._spool = self._events = spool
         self._elected = self._keeper.elected = True
         try:
@@ -147,6 +161,8 @@ class SpoolSender(BackgroundDelivery):
                 if won:
                     self._deliver(now() + limit)
         except OSError as error:
-            logger.error("%s: nothing can be delivered now", error)
+            logger.error(
+                "%s: nothing can be delivered now; it stays in the spool", error
+            )
         finally:
             self._closing = closing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from http.client import responses
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
@@ -30,7 +31,12 @@ class _Now(NamedTuple):
 class Trouble:
     """What keeps one sender from delivering. Its thread notes it, any thread asks."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        waiting: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._waiting = waiting
         self._clock = clock
         self._now: _Now | None = None
 
@@ -41,16 +47,16 @@ class Trouble:
         self._now = _Now(since, "refused" if refused else code, answer_of(error))
 
     def is_over(self, delivered: int) -> None:
-        """Note that so many events were taken."""
+        """Note that so many events were taken, of those that still count as waiting."""
         now, self._now = self._now, None
         if now is None:
             return
         lasted = self._clock() - now.since
         if lasted >= WORTH_TELLING:
             logger.warning(
-                "OpenMeter takes events again after %.0f s; %d events delivered, what "
-                "waits follows",
-                lasted, delivered, extra=log.OVER,
+                "OpenMeter takes events again after %.0f s; delivered: %d, waiting and "
+                "following now: %d",
+                lasted, delivered, max(self._waiting() - delivered, 0), extra=log.OVER,
             )  # fmt: skip
 
     @property
@@ -75,6 +81,10 @@ _NEXT = {
 
 def answer_of(error: DeliveryError) -> str:
     """Return what OpenMeter did."""
-    if error.status:
-        return f"answered {error.status} ({error.reason})"
-    return f"did not answer ({error.reason})"
+    answer = f"answered {error.status}" if error.status else "did not answer"
+    return f"{answer} ({reason_of(error)})"
+
+
+def reason_of(error: DeliveryError) -> str:
+    """Return what it said, or else what its status says."""
+    return error.reason or responses.get(error.status or 0, "no reason")

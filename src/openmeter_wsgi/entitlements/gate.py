@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -230,7 +231,9 @@ class Gate:
 
 
 def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
-    logger.warning(
+    # A denial is what was asked for; what nobody was entitled to is not.
+    logger.log(
+        logging.WARNING if passes else logging.INFO,
         "%s: %s, %s (balance %s, usage %s, overage %s)",
         f"subject {subject!r}, feature {denial.feature!r}",
         denial.reason,

@@ -14,7 +14,8 @@ from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
 from openmeter_wsgi.events import RequestIds
-from openmeter_wsgi.ledger import Ledger, open_store
+from openmeter_wsgi.ledger import Ledger
+from openmeter_wsgi.ledger.sqlite import SqliteStore
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.testing.granting import DirectAsker, Grants, GrantsClient
 from openmeter_wsgi.testing.responses import OpenResponses
@@ -59,7 +60,7 @@ class Collected:
         self.responses = OpenResponses()
         self.events: list[Event] = []
         self.unmetered: list[Unmetered] = []
-        self.meterings: list[Metering] = []
+        self.meterings: list[_CollectingMetering] = []
         #: Of all requests of the test: request-1, request-2, …
         self.ids = RequestIds("request")
 
@@ -74,6 +75,12 @@ class Collected:
     def watch(self, response: Iterable[bytes]) -> Response:
         """Return what does not wait for a client to close it."""
         return self.responses.watch(response)
+
+    def end(self) -> None:
+        """Finish what is open, and leave nothing behind."""
+        self.responses.finish()
+        for metering in self.meterings:
+            metering.end()
 
     # -- For the meterings
 
@@ -109,6 +116,10 @@ class _CollectingMetering(Metering):
         """Return one under the same policy: for a process that the test forks."""
         return self._collected.metering(self._original)
 
+    def end(self) -> None:
+        """Close the store of quotas."""
+        self._store.close()
+
     def _new_queue(self, policy: Policy) -> Any:  # noqa: ARG002
         return _Queue(self._collected.put, self.counts)
 
@@ -118,9 +129,9 @@ class _CollectingMetering(Metering):
     def _new_entitlements(self, policy: Policy) -> Entitlements:
         """Return entitlements that ask the test, and each time anew."""
         client = GrantsClient(self._collected.grants)
-        store = open_store()
+        self._store = SqliteStore()
         ledger = Ledger(
-            store,
+            self._store,
             visibility_lag=policy.visibility_lag,
             delivered_until=self.queue.delivered_until,
         )
@@ -129,7 +140,7 @@ class _CollectingMetering(Metering):
             countdown=Countdown(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             cache_size=policy.entitlement_cache_size,
-            close_store=store.close,
+            close_store=self._store.close,
             tells_periods=False,
         )
 

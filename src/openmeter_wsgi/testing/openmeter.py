@@ -47,7 +47,7 @@ class OpenMeter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._collected.responses.finish()
+        self._collected.end()
         self._entered.close()
 
     # -- What was metered
