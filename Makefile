@@ -1,7 +1,8 @@
 # Everything a checkout needs, in an environment of its own.
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
-#   make test          lint, types, import contract, tests
+#   make test          lint, types, import contract, documentation, tests
+#   make docs          the documentation alone, in build/docs
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
@@ -15,12 +16,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers chaos overshoot bench dist check-dist clean
+.PHONY: demo test lint types contract docs unit test-servers chaos overshoot bench dist check-dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
 
-test: lint types contract unit
+test: lint types contract docs unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -31,6 +32,11 @@ types: $(INSTALLED)
 
 contract: $(INSTALLED)
 	$(BIN)/lint-imports
+
+# All anew each time: a page that is not read again would not warn again.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --fresh-env \
+		--write-all --quiet docs build/docs
 
 unit: $(INSTALLED)
 	$(BIN)/python -X dev -m pytest
@@ -64,5 +70,5 @@ clean:
 $(INSTALLED): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[test,check]'
+		--constraint constraints.txt --editable '.[test,check,docs]'
 	touch $@
