@@ -1,7 +1,8 @@
 # Everything a checkout needs, in an environment of its own.
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
-#   make test          lint, types, import contract, tests
+#   make test          lint, types, import contract, documentation, tests
+#   make docs          the documentation alone, in build/docs
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make test-django   the Django edge under Django 4.2, 5.2 and the newest
 #   make test-page     the sandbox's page in Chromium: as root, on Debian
@@ -20,12 +21,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract unit test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
+.PHONY: demo test lint types contract docs unit test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
 
-test: lint types contract unit
+test: lint types contract docs unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,6 +37,11 @@ types: $(INSTALLED)
 
 contract: $(INSTALLED)
 	$(BIN)/lint-imports
+
+# All anew each time: a page that is not read again would not warn again.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --fresh-env \
+		--write-all --quiet docs build/docs
 
 unit: $(INSTALLED)
 	$(BIN)/python -X dev -m pytest
@@ -88,5 +94,5 @@ clean:
 $(INSTALLED): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[test,check]'
+		--constraint constraints.txt --editable '.[test,check,docs]'
 	touch $@

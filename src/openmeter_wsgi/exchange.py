@@ -69,6 +69,7 @@ class Exchange:
         self.outcome = outcome
         #: The template of the address, such as ``/users/<id>``, where it is known.
         self.route = route
+        #: The headers of the response, as the application gave them.
         self.response_headers = response_headers
         #: Of the body, as it left the application; None where the kernel sent it.
         self.bytes_sent = bytes_sent

@@ -31,11 +31,15 @@ Source: TypeAlias = Literal[
 class Denial(msgspec.Struct, frozen=True):
     """One feature that was denied, and what is known of it."""
 
+    #: Its key; empty where the request names nobody.
     feature: str
+    #: Why.
     reason: Reason
-    #: Of metered features, as far as OpenMeter said it.
+    #: What is left of a metered feature, as far as OpenMeter said it …
     balance: float | None = None
+    #: … what was used of it …
     usage: float | None = None
+    #: … and what beyond the limit.
     overage: float | None = None
     #: The wall clock's time from which on asking again makes sense, where it is known.
     retry_at: float | None = None
@@ -51,9 +55,11 @@ class Denial(msgspec.Struct, frozen=True):
 class Decision(msgspec.Struct, frozen=True):
     """Whether a request may pass."""
 
+    #: Let it through, or not.
     allowed: bool
     #: What was denied. Not empty although allowed: the fail mode let it through.
     denied: tuple[Denial, ...] = ()
+    #: Where it comes from.
     source: Source = "openmeter"
     #: The monotonic time of the oldest answer in it.
     answered_at: float | None = None

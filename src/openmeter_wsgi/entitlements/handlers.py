@@ -30,6 +30,7 @@ class EntitlementDenied(HTTPException):
     """
 
     def __init__(self, decision: Decision, refusal: Refusal) -> None:
+        #: Why.
         self.decision = decision
         self.code = refusal.status.value
         response = Response(

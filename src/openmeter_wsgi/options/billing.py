@@ -25,11 +25,13 @@ _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 class BillingOptions:
     """What is billed, and to whom."""
 
-    #: A document, ``{"type": …, "data": {…}}``, or a list of them.
+    #: What each request is billed: a document, ``{"type": …, "data": {…}}``, or a
+    #: list of them. ``data`` is sent as it stands, with measures in it filled in.
     meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
         default=None, metadata={"read": read.meter}
     )
-    #: Numbers by type.
+    #: The same as numbers by type: ``{"api_requests": 1}`` sends ``{"total": 1}``.
+    #: Zero is allowed and sends nothing.
     meters: Mapping[str, float] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
     )
@@ -41,23 +43,29 @@ class BillingOptions:
     )
     #: The name of the number in the ``data`` of an event made from a number.
     value_property: _NAME = "total"
+    #: The status codes that are billed: ``"200-299"``, ``"2xx, 304"``, ``[200, 201]``.
+    #: Everything else is counted and not billed.
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
     #: ``"intended"``: codes from 400 on among those are billed on purpose. Without it
     #: ``openmeter-wsgi check`` takes them for a mistake.
     billing_errors: Literal["intended"] | None = None
-    #: What of a response that the application broke off is billed.
+    #: What of a response that the application broke off is billed: ``"measured"`` is
+    #: what handlers and measures counted, without the flat price of the request.
     on_failure: Billed = "measured"
-    #: What of a response that the client did not take to its end is billed.
+    #: What of a response that the client did not take to its end is billed. With less
+    #: than ``"all"`` a client that hangs up before the last byte pays less.
     on_abort: Billed = "all"
     #: Whether OPTIONS requests, which browsers send by themselves, count as others do.
     meter_options: bool = False
-    #: The service that the events come from, constant per service.
+    #: The service that the events come from, constant per service: together with an
+    #: event's id it is what OpenMeter deduplicates by.
     event_source: str = dataclasses.field(
         default=DEFAULT_SOURCE, metadata={"read": read.source}
     )
-    #: A header that your own proxy sets and clients cannot.
+    #: A header that your own proxy sets and clients cannot: its value becomes the id
+    #: of the request in the ids of its events. Wants an ``event_source`` of its own.
     trusted_request_id_header: _HEADER | None = None
 
     #: Whether handlers call :func:`set_idempotency_key`: OpenMeter must deduplicate.
@@ -78,7 +86,8 @@ class BillingOptions:
     )
 
     # -- To whom
-    #: A callable on the environ, or ``"header:Name"``.
+    #: Who is billed: a callable on the environ, or ``"header:Name"``. A header that
+    #: clients can set lets them bill each other.
     subject: str | SubjectCallable | None = dataclasses.field(
         default=None, metadata={"read": read.subject}
     )
@@ -86,7 +95,8 @@ class BillingOptions:
     subject_path: str = dataclasses.field(
         default=".sub", metadata={"read": read.subject_path}
     )
-    #: ``"skip"``, or the subject that is billed instead.
+    #: What becomes of a request without subject: ``"skip"`` counts it and bills
+    #: nobody, any other text is the subject that is billed instead.
     on_missing_subject: str = dataclasses.field(
         default="skip", metadata={"read": read.text}
     )

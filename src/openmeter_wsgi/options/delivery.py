@@ -17,7 +17,8 @@ ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
 class DeliveryOptions:
     """How events reach OpenMeter: one for the whole process."""
 
-    #: Text, or a callable that is called again after a 401.
+    #: The key of OpenMeter Cloud or Kong Konnect: text, or a callable that is called
+    #: again after a 401. A server of your own needs none.
     api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
     )
@@ -27,9 +28,12 @@ class DeliveryOptions:
     entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
     )
+    #: The server's address, without ``/api`` and what follows.
     api_url: str = dataclasses.field(
         default="https://openmeter.cloud", metadata={"read": read.url}
     )
+    #: Which of OpenMeter's APIs takes the events: ``"v1"`` of OpenMeter Cloud and of a
+    #: server of your own, ``"v3"`` of newer ones, ``"konnect"`` of Kong Konnect.
     api_flavor: ApiFlavor = "v1"
     #: Seconds until an attempt without an answer is given up.
     request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
@@ -38,7 +42,9 @@ class DeliveryOptions:
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
     #: Seconds that an event waits for others at most.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
+    #: Of so many events the queue in memory takes no more; what is dropped is counted.
     max_queue_events: Annotated[int, msgspec.Meta(ge=1)] = 250_000
+    #: The same as bytes. Whichever is reached first holds.
     max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
     #: Seconds that the exit of a process may take for what still waits.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0

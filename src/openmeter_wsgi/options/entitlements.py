@@ -60,11 +60,14 @@ class EntitlementOptions:
     entitlements_path: EntitlementsPath = "v2"
     #: Seconds that a request waits for an answer never heard before.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
-    #: Seconds for which an allowance, a denial holds.
+    #: Seconds for which an allowance holds; then it is asked for anew, behind the
+    #: back of a request.
     allow_ttl: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    #: Seconds for which a denial holds.
     deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
-    #: Seconds for which either holds longer while OpenMeter does not answer.
+    #: Seconds for which either answer holds longer while OpenMeter does not answer.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
+    #: Answers that a process keeps, one per customer and feature.
     entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     #: Questions a second that all who share a spool or a Redis ask at most, and each
     #: process where there is neither. OpenMeter Cloud allows 30.

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _PREFIX = "OPENMETER_"
-_AS_JSON = ("meter", "meters", "customer", "reserve", "routes")
+#: Options whose variable is written as JSON.
+AS_JSON = ("meter", "meters", "customer", "reserve", "routes")
 #: A list of names with commas, or JSON.
-_AS_LIST = ("required_entitlements", "entitlement_meters")
+AS_LIST = ("required_entitlements", "entitlement_meters")
 
 
 def read_variables(
@@ -52,9 +53,9 @@ def read_variables(
 
 
 def _read_text(name: str, text: str, hint: Any) -> Any:
-    if name in _AS_JSON:
+    if name in AS_JSON:
         return msgspec.json.decode(text)
-    if name in _AS_LIST:
+    if name in AS_LIST:
         if text.lstrip()[:1] in "[{":
             return msgspec.json.decode(text)
         return [part.strip() for part in text.split(",") if part.strip()]

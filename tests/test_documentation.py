@@ -1,0 +1,135 @@
+"""What the documentation names exists, and what exists is named."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+import openmeter_wsgi
+from documented import OPTIONS, ROOT, problems_of
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+#: Settings of servers and of what else is served, which pages may name as well.
+FOREIGN = {"preload_app", "stream_options", "threads", "worker_class", "workers"}
+_LITERAL = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+
+
+def literals(page: Path) -> list[str]:
+    """Return what a page sets as code within its text."""
+    text = _FENCE.sub("", page.read_text())
+    return [" ".join(literal.split()) for literal in _LITERAL.findall(text)]
+
+
+def is_there(target: Path, anchor: str) -> bool:
+    """Say whether a file is there, and the heading in it."""
+    if not anchor or not target.exists():
+        return target.exists()
+    text = target.read_text()
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.M)
+    slugs = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+    return anchor in slugs or any(
+        f"({anchor})=" in path.read_text() for path in target.parent.glob("*.md")
+    )
+
+
+@functools.cache
+def parameters() -> set[str]:
+    """Return the names of all that can be given to our own functions."""
+    modules = (ROOT / "src").rglob("*.py")
+    return {
+        node.arg
+        for module in modules
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.arg)
+    }
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.stem)
+def page(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def test_a_keyword_in_the_text_is_an_option_or_a_parameter(page: Path) -> None:
+    keywords = re.compile(r"(?:\w+\(|@meter\()?([a-z][a-z_]*)=")
+    named = {found[1] for text in literals(page) if (found := keywords.match(text))}
+
+    assert named <= OPTIONS | parameters() | FOREIGN
+
+
+def test_a_variable_in_the_text_sets_an_option(page: Path) -> None:
+    named = re.findall(r"\bOPENMETER_([A-Z_]+[A-Z])\b", page.read_text())
+
+    assert {name.lower() for name in named} <= OPTIONS
+
+
+def test_a_command_in_the_text_exists(page: Path) -> None:
+    commands = [
+        text
+        for text in literals(page)
+        if re.match(r"(openmeter-wsgi|make) [a-z]", text)
+    ]
+
+    assert [problem for text in commands for problem in problems_of(text)] == []
+
+
+def test_a_file_and_a_heading_that_are_linked_to_exist(page: Path) -> None:
+    text = _LITERAL.sub("", _FENCE.sub("", page.read_text()))
+    linked = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text)
+
+    missing = [
+        f"{name}#{anchor}"
+        for name, anchor in linked
+        if not is_there(page.parent / name if name else page, anchor)
+    ]
+    assert missing == []
+
+
+def test_the_page_on_the_api_has_all_that_is_public() -> None:
+    tree = ast.parse(Path(openmeter_wsgi.__file__).read_text())
+    public = {
+        alias.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    text = (ROOT / "docs" / "api.md").read_text()
+    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)", text, re.M))
+
+    assert documented == public - {"__version__"}
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("openmeter-wsgi chek", "no command 'chek'"),
+        ("openmeter-wsgi check --jsn", "No such option"),
+        ("openmeter-wsgi spool sow 1", "no command 'sow'"),
+        ("OPENMETER_API_URL=x openmeter-wsgi spool list --wating", "No such option"),
+        ("cd x && openmeter-wsgi ship --dir x", "No such option"),
+        ("make demmo KEEP=1", "no target 'demmo'"),
+        ("pip install 'openmeter_wsgi[clii]'", "no extra 'clii'"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(command: str, problem: str) -> None:
+    assert problem in "".join(problems_of(command))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "openmeter-wsgi check --config openmeter.toml --json | jq . > out.json",
+        "openmeter-wsgi --help",
+        "openmeter-wsgi spool …",
+        "openmeter-wsgi spool --spool-dir DIR requeue --all",
+        "openmeter-wsgi import zuplo a.json --routes b.json > c.toml",
+        "make demo KEEP=1",
+        "pip install 'openmeter_wsgi[sandbox]' gunicorn",
+        "curl http://127.0.0.1:8888/",
+    ],
+)
+def test_a_command_that_exists_is_none(command: str) -> None:
+    assert list(problems_of(command)) == []
