@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -798,10 +799,11 @@ def test_no_bytes_reach_the_application_as_an_exception(
     assert "error" not in stats.not_metered
 
 
+@settings(deadline=2_000)  # written out it took minutes
 @given(
     text=st.text(max_size=50) | st.from_regex(r"-?\d{1,9}(\.\d+)?([eE][+-]?\d{1,9})?")
 )
 def test_no_text_makes_a_number_expensive(text: str) -> None:
     number = as_number(text)
 
-    assert isinstance(number, Unknown) or abs(number) >= 0
+    assert isinstance(number, Unknown | int | Decimal)
