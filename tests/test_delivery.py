@@ -22,7 +22,7 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.delivery import background
+from openmeter_wsgi.delivery import gathering
 from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.stats import Counts
@@ -303,7 +303,7 @@ def test_after_a_flush_the_server_is_not_hammered(openmeter, serve):
 def test_what_was_refused_alone_is_tried_again_without_a_flush(
     openmeter, serve, monkeypatch
 ):
-    monkeypatch.setattr(background, "MAX_DELAY", 0.1)
+    monkeypatch.setattr(gathering, "MAX_DELAY", 0.1)
     service = serve()
     openmeter.script += [problem(400, "not now")] * 2
     service.request("alice")
