@@ -262,6 +262,45 @@ sys.stdin.read()
 """
 
 
+def test_an_outage_leaves_files_by_their_size_and_not_by_the_time(
+    queue, openmeter, spool
+):
+    openmeter.down()
+    workers = [queue(flush_interval=0.02) for _ in range(8)]
+    for n in range(30):
+        for worker in workers:
+            put(worker, str(n), padding="x" * 200)
+        threading.Event().wait(0.03)  # longer than the interval
+
+    # 12 kB of each worker: the segment in use, of 16 kB, and the next one.
+    assert len(segments(spool)) <= 16
+    assert sum(worker.counts.retries for worker in workers) >= 1
+    assert workers[0].waiting == 8 * 30
+
+
+def test_the_sender_brings_on_the_disk_what_any_process_puts(
+    queue, openmeter, spool, monkeypatch
+):
+    """Or a loss of power would cost more than what was put since the last look."""
+    synced = set()
+
+    def sync(fd, kernel=os.fdatasync):
+        kernel(fd)
+        synced.add(os.fstat(fd).st_ino)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    openmeter.down()
+    sender, other = queue(), queue(delivery="ship")
+    sender.start()
+    put(sender, "own")
+    put(other, "of another")
+
+    for id_ in ("own", "of another"):
+        (segment,) = [p for p in segments(spool) if event(id_) in p.read_bytes()]
+        inode = segment.stat().st_ino
+        until(lambda inode=inode: inode in synced)
+
+
 def test_at_most_one_batch_comes_twice_when_answers_are_lost(queue, openmeter):
     openmeter.script += [TAKEN_BUT_RESET]
     one = queue()
