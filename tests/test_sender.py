@@ -150,6 +150,19 @@ def test_a_failure_is_said_with_its_reason(caplog, error, level):
     assert error.reason in record.getMessage()
 
 
+def test_the_end_of_an_outage_is_said_once(caplog):
+    caplog.set_level(logging.INFO)
+    case = Case(ScriptedClient([NO_ANSWER, BUSY]))
+    case.load(named("a"))
+    case.load(named("b"))
+
+    case.run()
+
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert len(said) == 1
+    assert said[0].startswith("OpenMeter takes events again, after 0 s")
+
+
 # -- Refusals
 
 

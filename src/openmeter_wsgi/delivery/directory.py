@@ -86,7 +86,8 @@ def _problem(status: os.stat_result) -> str | None:
     if status.st_uid != os.geteuid():
         return f"belongs to user {status.st_uid}, expected {os.geteuid()}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written by others ({stat.filemode(status.st_mode)})"
+        mode = stat.filemode(status.st_mode)
+        return f"can be written by others ({mode}), expected mode 0700"
     return None
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -86,6 +87,8 @@ class Sender:
         self._suspects: deque[_Batch] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
+        #: Since when every attempt fails, by the monotonic clock.
+        self._failing_since: float | None = None
 
     @property
     def busy(self) -> bool:
@@ -132,12 +135,14 @@ class Sender:
         batch = self._pending.popleft()
         self._accepted += 1
         self._refused_in_a_row = 0
+        self._say_recovered()
         self._counts.delivered += len(batch.events)
         self._done(batch.events)
         self.retry_suspects()
 
     def _failed(self, batch: _Batch, error: DeliveryError) -> float:
         batch.failures += 1
+        self._failing_since = self._failing_since or time.monotonic()
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
         batch.server_errors = batch.server_errors + 1 if is_server_error else 0
@@ -217,6 +222,15 @@ class Sender:
             "%.1f s",
             answer, error.reason, delay,
         )  # fmt: skip
+
+    def _say_recovered(self) -> None:
+        since, self._failing_since = self._failing_since, None
+        if since is not None:
+            logger.info(
+                "OpenMeter takes events again, after %.0f s; what waits is delivered, "
+                "the oldest first",
+                time.monotonic() - since,
+            )
 
 
 def _shortened(event: bytes) -> bytes:
