@@ -54,7 +54,7 @@ def test_gunicorns_gevent_workers_deliver_what_still_waits_when_it_is_stopped(
     "uwsgi", [str(Path(sys.executable).with_name("uwsgi")), "/usr/bin/uwsgi_python3"],
     ids=["todays", "debians"],
 )  # fmt: skip
-def test_uwsgi_delivers_while_it_is_idle(
+def test_uwsgi_delivers_while_it_is_idle_and_at_its_end(
     uwsgi: str, openmeter: OpenMeterServer, tmp_path: Path
 ) -> None:
     env = settings(openmeter)
@@ -67,9 +67,10 @@ def test_uwsgi_delivers_while_it_is_idle(
     with serving(command, free_address(), tmp_path / "log", env) as server:
         names = server.load(REQUESTS, BODY)
         openmeter.wait_for(len(names))
+        server.get("/", subject="last")
         server.stop()
 
-    assert_billed_once(openmeter, names)
+    assert_billed_once(openmeter, names | {"last"})
 
 
 HOST = """
