@@ -44,8 +44,10 @@ def spool_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return directory(policy(command))
 
 
-def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
+def open_spool(path: str | None, *, to_ship: bool = False) -> Path:
     """Return the directory of a spool that is there; never make a directory.
+
+    One that is *to_ship* may be empty, but not read-only.
 
     :raises ClickException: if there is none, or it is not the caller's.
     """
@@ -60,11 +62,11 @@ def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
                 f"{_shown(path)} belongs to {_user(owner)}, and this is run by "
                 f"{_user(os.geteuid())}; run it as {_user(owner)}"
             )
-        if directory.is_dir() and not _is_spool(directory, may_be_empty):
+        if directory.is_dir() and not _is_spool(directory, to_ship):
             raise click.ClickException(
                 f"{_shown(path)} is no spool: it has no file {FORMAT!r}"
             )
-        return prepare_directory(path)
+        return prepare_directory(path, to_write=to_ship)
     except OSError as error:
         raise click.ClickException(f"{_shown(path)}: {error.strerror}") from None
     except ConfigError as error:

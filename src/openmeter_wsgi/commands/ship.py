@@ -46,7 +46,7 @@ def command(spool_dir: str | None, policy_file: str | None) -> None:
     directory belongs to, and give the applications delivery="ship" if none of
     their processes is to be the sender.
     """
-    directory = open_spool(spool_dir, may_be_empty=True)
+    directory = open_spool(spool_dir, to_ship=True)
     policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
     if policy.dry_run:
         raise click.ClickException("dry_run is set, under which nothing is sent")
