@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -72,12 +73,37 @@ class Writer:
         os.close(owner._fd)
 
 
+class Child:
+    """A forked process: it has all that its parent had open, and puts into its own."""
+
+    def __init__(self, directory, name, form, count):
+        told, tell = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            try:
+                writer = Writer(directory, name, form)
+                ids = [writer.put() for _ in range(count)]
+                os.write(tell, json.dumps([writer.journal.owner, ids]).encode())
+                os.close(tell)
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(tell)
+        with open(told, "rb") as said:
+            self.owner, self.ids = json.load(said)
+
+    def kill(self):
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+
+
 class SpoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(dir=ROOM))
         self.server = Server()
         self.writers = []
+        self.children = []
         self.put_ids = []
         self.crashes = 0
         self.names = 0
@@ -96,6 +122,8 @@ class SpoolMachine(RuleBasedStateMachine):
     def teardown(self):
         for writer in self.writers:
             writer.die()
+        for child in self.children:
+            child.kill()
         shutil.rmtree(self.directory)
 
     @precondition(lambda self: len(self.writers) < 3)
@@ -136,6 +164,20 @@ class SpoolMachine(RuleBasedStateMachine):
             with contextlib.suppress(ValueError):
                 writer.journal.write(event("torn")[:torn])
         writer.die()
+
+    @precondition(lambda self: len(self.children) < 2)
+    @rule(form=st.sampled_from([MAPPED, WRITTEN]), count=st.integers(1, 12))
+    def fork(self, form, count):
+        """The child lives on, whatever becomes of its parent's journals."""
+        self.names += 1
+        child = Child(self.directory, f"p{self.names}", form, count)
+        self.put_ids += child.ids
+        self.children.append(child)
+
+    @precondition(lambda self: self.children)
+    @rule()
+    def kill_a_child(self):
+        self.children.pop().kill()
 
     @precondition(lambda self: self.put_ids)
     @rule(data=st.data())
@@ -201,6 +243,7 @@ class SpoolMachine(RuleBasedStateMachine):
         missing = set(self.put_ids) - set(self.server.taken)
         assert missing <= self.server.poison
         alive = {writer.journal.owner for writer in self.writers}
+        alive |= {child.owner for child in self.children}
         if not self.server.poison:
             assert {p.name.split("-")[1] for p in segments(self.directory)} <= alive
 

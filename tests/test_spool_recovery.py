@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from openmeter_wsgi.delivery.dead_letters import UNREADABLE, DeadLetters
+from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS, UNREADABLE, DeadLetters
 from openmeter_wsgi.delivery.journal import Journal
 from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN, SegmentName
 from openmeter_wsgi.delivery.spool import Spool
+from openmeter_wsgi.errors import Rejected
 from openmeter_wsgi.stats import Counts
 from spooling import event, segments
 
@@ -151,6 +152,23 @@ def test_what_is_no_event_is_set_aside_once_with_its_place(tmp_path):
         (len(EVENTS[0]) + 1, "{torn}"),
         (len(EVENTS[0]) + 9 + len(EVENTS[1]) + 1, "tail"),
     ]
+
+
+def test_dead_letters_take_no_more_than_their_bound_and_say_what_is_lost(
+    tmp_path, caplog
+):
+    counts = Counts()
+    letters = DeadLetters(tmp_path, counts, max_bytes=1_000)
+    for n in range(20):
+        letters.bury(event(str(n)), Rejected("refused", status=400))
+
+    lines = (tmp_path / DEAD_LETTERS).read_bytes().splitlines(keepends=True)
+    kept = [json.loads(line)["event"]["id"] for line in lines]
+    assert kept == [str(n) for n in range(len(kept))]
+    assert 3 <= len(kept) <= 10
+    assert sum(map(len, lines)) <= 1_000
+    assert counts.dropped == {"dead_letters_full": 20 - len(kept)}
+    assert "has reached 1000 bytes" in caplog.text
 
 
 def test_a_crash_between_two_batches_sends_nothing_twice(tmp_path):
