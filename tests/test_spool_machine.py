@@ -12,7 +12,13 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from openmeter_wsgi import ownership
 from openmeter_wsgi.delivery.dead_letters import DeadLetters
@@ -109,6 +115,11 @@ class SpoolMachine(RuleBasedStateMachine):
         self.names = 0
         self.elect()
 
+    @initialize(poisonous=st.booleans())
+    def choose(self, poisonous):
+        # With poison less can be said of what must be there in the end.
+        self.poisonous = poisonous
+
     def elect(self):
         """A new sender: all that it knows, it reads."""
         self.counts = Counts()
@@ -179,7 +190,15 @@ class SpoolMachine(RuleBasedStateMachine):
     def kill_a_child(self):
         self.children.pop().kill()
 
-    @precondition(lambda self: self.put_ids)
+    @precondition(lambda self: self.writers and len(self.children) < 2)
+    @rule(data=st.data())
+    def fork_and_kill_the_parent(self, data):
+        """What the child has open keeps nothing of its parent's from being adopted."""
+        self.fork(MAPPED, 1)
+        self.kill(data, 0)
+        self.deliver_all()
+
+    @precondition(lambda self: self.put_ids and self.poisonous)
     @rule(data=st.data())
     def poison(self, data):
         if len(self.server.poison) < 2:
@@ -252,7 +271,7 @@ ROOM = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 TestSpoolMachine = SpoolMachine.TestCase
 TestSpoolMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
+    max_examples=50, stateful_step_count=40, deadline=None
 )
 
 
