@@ -129,12 +129,14 @@ def run_and_die(
 
 @pytest.mark.parametrize("form", [MAPPED, WRITTEN])
 def test_a_death_before_any_call_loses_nothing_and_repeats_one_batch_at_most(
-    form: str, tmp_path: Path
+    form: str, quick_path: Path
 ) -> None:
     for call in itertools.count(1):
-        directory = tmp_path / str(call)
+        directory = quick_path / str(call)
         directory.mkdir(mode=0o700)
-        settled, taken = (Note(tmp_path / f"{call}.{n}") for n in ("settled", "taken"))
+        settled, taken = (
+            Note(quick_path / f"{call}.{n}") for n in ("settled", "taken")
+        )
 
         ended = run_and_die(call, directory, form, settled, taken)
         deliver(directory, taken)
