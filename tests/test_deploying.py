@@ -19,6 +19,8 @@ from deployed import (
     shipper,
 )
 from installed import assert_billed_once
+from openmeter_wsgi.delivery import watching
+from spooling import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,6 +90,8 @@ def test_what_waitress_leaves_at_a_sigterm_is_shipped(
 
     with serving(command, address, tmp_path / "log", slow) as server:
         names = server.load(REQUESTS, BODY)
+        # Whoever has an answer may have it before the response is closed.
+        until(lambda: watching.waiting(spool) == REQUESTS)
         server.process.terminate()
         assert server.process.wait() == -signal.SIGTERM
     with shipper(ship.command, tmp_path / "ship.log", env | ship.variables):
