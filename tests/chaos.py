@@ -294,7 +294,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _wait_until(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
+def _wait_until(condition: Callable[[], bool], timeout: float = 40.0) -> bool:
     """Wait for something that other processes do, which can only be looked at."""
     deadline = time.monotonic() + timeout
     while not condition():

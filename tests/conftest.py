@@ -2,6 +2,8 @@
 
 import logging
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -38,6 +40,14 @@ def _fresh_log():
             for old in [f for f in logger.filters if isinstance(f, RepeatFilter)]:
                 logger.removeFilter(old)
                 logger.addFilter(RepeatFilter())
+
+
+@pytest.fixture
+def quick_path():
+    """A directory in memory, where there is one: to sync a file there takes no time."""
+    room = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=room) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

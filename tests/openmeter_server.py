@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 #: Longer than anything takes here; a test that waits for so long has failed.
-PATIENCE = 20.0
+PATIENCE = 40.0
 ACCEPTED = {200, 202, 204}
 _PATHS = {
     "/api/v1/events": 204,

@@ -93,7 +93,7 @@ class Ship:
 
     def end(self, signal):
         self.process.send_signal(signal)
-        _, rest = self.process.communicate(timeout=10)
+        _, rest = self.process.communicate(timeout=40)
         self.said.append(rest)
         return self.process.returncode, "".join(self.said)
 

@@ -18,7 +18,7 @@ from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.stats import Counts
 
 #: Longer than anything takes here.
-PATIENCE = 20.0
+PATIENCE = 40.0
 #: Small enough that a test goes through many of them.
 SMALL = 16 * 1024
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+# After each kill a server starts anew, which takes a busy machine its time.
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("server", "victim", "journal"),
     [

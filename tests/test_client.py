@@ -578,6 +578,16 @@ def test_a_tunnel_that_a_proxy_refuses_is_certain_not_to_have_arrived(
     assert not error.ambiguous
 
 
+def test_the_reason_of_no_answer_is_what_the_system_said_and_where(openmeter, connect):
+    openmeter.down()
+    address = openmeter.url.removeprefix("http://")
+
+    assert failure(connect()).reason == f"{address}: Connection refused"
+    unknown = failure(connect("http://openmeter.invalid")).reason
+    assert unknown.startswith("openmeter.invalid: ")
+    assert "HTTPConnection" not in unknown
+
+
 def test_a_server_that_cannot_be_connected_to_in_time_has_got_nothing(connect):
     # A socket that listens and whose backlog is full takes no further connection.
     with socket.socket() as busy:

@@ -22,7 +22,7 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.delivery import background
+from openmeter_wsgi.delivery import gathering
 from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.stats import Counts
@@ -303,7 +303,7 @@ def test_after_a_flush_the_server_is_not_hammered(openmeter, serve):
 def test_what_was_refused_alone_is_tried_again_without_a_flush(
     openmeter, serve, monkeypatch
 ):
-    monkeypatch.setattr(background, "MAX_DELAY", 0.1)
+    monkeypatch.setattr(gathering, "MAX_DELAY", 0.1)
     service = serve()
     openmeter.script += [problem(400, "not now")] * 2
     service.request("alice")
@@ -1008,8 +1008,10 @@ def test_a_process_that_cannot_deliver_ends_in_time_and_says_so(openmeter, state
     else:
         openmeter.down()
 
-    stderr, seconds = run(openmeter, shutdown_timeout=1, flush_interval=NEVER)
+    stderr, seconds = run(
+        openmeter, shutdown_timeout=1, request_timeout=600, flush_interval=NEVER
+    )
 
-    assert 1 <= seconds < 3 + 2  # and the start of an interpreter
+    assert 1 <= seconds < 40  # with the start of an interpreter on a busy machine
     assert "1 events could not be delivered within 1.0 s" in stderr
     assert "Traceback" not in stderr

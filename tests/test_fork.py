@@ -9,13 +9,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,9 +24,11 @@ import pytest
 from apps import listed, metered
 from openmeter_wsgi import delivery
 from servers import TIMEOUT, Consumer, Sink, environment, make_environ
+from spooling import segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
     from types import FrameType
 
     from openmeter_wsgi import OpenMeterMiddleware
@@ -307,6 +310,54 @@ def test_forks_among_busy_threads_neither_hang_nor_lose(sink: Sink) -> None:
     expected |= {f"child-{n}": 1 for n in range(30)}
     assert sink.subjects() == Counter(expected)
     assert sink.repeated() == []
+
+
+def fork_after_use_of_a_spool(directory: str, fork: str) -> None:
+    middleware = metered(
+        listed,
+        api_url="http://127.0.0.1:9",
+        spool_dir=directory,
+        flush_interval=LATER,
+        shutdown_timeout=0.0,
+    )
+    serve(middleware, "parent-before")
+    children = []
+    for n in range(2):
+        wait_until_threads_sleep()
+        child = FORKS[fork]()
+        if child == 0:
+            serve(middleware, f"child-{n}")
+            os._exit(0)
+        children.append(child)
+    serve(middleware, "parent-after")
+    wait_for(*children)
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_children_of_a_used_middleware_write_ids_and_segments_of_their_own(
+    sink: Sink, fork: str, tmp_path: Path
+) -> None:
+    spool = tmp_path / "spool"
+    case = start(fork_after_use_of_a_spool, str(spool), fork)
+    finish(case, errors="deduplicates is not known")
+
+    subjects: dict[str, list[str]] = defaultdict(list)
+    for path in segments(spool):
+        for line in path.read_bytes().rstrip(b"\0").splitlines():
+            subjects[path.name.split("-")[1]].append(json.loads(line)["subject"])
+    assert sorted(subjects.values()) == [
+        ["child-0"], ["child-1"], ["parent-before", "parent-after"],
+    ]  # fmt: skip
+    other = metered(listed, api_url=sink.url, spool_dir=str(spool))
+    try:
+        serve(other, "other")
+        assert other.flush(TIMEOUT)
+    finally:
+        other.close()
+    # By their ids: of two events under one id OpenMeter would drop one.
+    assert_billed_once(
+        sink, "parent-before", "child-0", "child-1", "parent-after", "other"
+    )
 
 
 # -- Code that interrupts itself

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -11,7 +12,13 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from openmeter_wsgi import ownership
 from openmeter_wsgi.delivery.dead_letters import DeadLetters
@@ -72,16 +79,46 @@ class Writer:
         os.close(owner._fd)
 
 
+class Child:
+    """A forked process: it has all that its parent had open, and puts into its own."""
+
+    def __init__(self, directory, name, form, count):
+        told, tell = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            try:
+                writer = Writer(directory, name, form)
+                ids = [writer.put() for _ in range(count)]
+                os.write(tell, json.dumps([writer.journal.owner, ids]).encode())
+                os.close(tell)
+                signal.pause()
+            finally:
+                os._exit(1)
+        os.close(tell)
+        with open(told, "rb") as said:
+            self.owner, self.ids = json.load(said)
+
+    def kill(self):
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+
+
 class SpoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(dir=ROOM))
         self.server = Server()
         self.writers = []
+        self.children = []
         self.put_ids = []
         self.crashes = 0
         self.names = 0
         self.elect()
+
+    @initialize(poisonous=st.booleans())
+    def choose(self, poisonous):
+        # With poison less can be said of what must be there in the end.
+        self.poisonous = poisonous
 
     def elect(self):
         """A new sender: all that it knows, it reads."""
@@ -96,6 +133,8 @@ class SpoolMachine(RuleBasedStateMachine):
     def teardown(self):
         for writer in self.writers:
             writer.die()
+        for child in self.children:
+            child.kill()
         shutil.rmtree(self.directory)
 
     @precondition(lambda self: len(self.writers) < 3)
@@ -137,7 +176,29 @@ class SpoolMachine(RuleBasedStateMachine):
                 writer.journal.write(event("torn")[:torn])
         writer.die()
 
-    @precondition(lambda self: self.put_ids)
+    @precondition(lambda self: len(self.children) < 2)
+    @rule(form=st.sampled_from([MAPPED, WRITTEN]), count=st.integers(1, 12))
+    def fork(self, form, count):
+        """The child lives on, whatever becomes of its parent's journals."""
+        self.names += 1
+        child = Child(self.directory, f"p{self.names}", form, count)
+        self.put_ids += child.ids
+        self.children.append(child)
+
+    @precondition(lambda self: self.children)
+    @rule()
+    def kill_a_child(self):
+        self.children.pop().kill()
+
+    @precondition(lambda self: self.writers and len(self.children) < 2)
+    @rule(data=st.data())
+    def fork_and_kill_the_parent(self, data):
+        """What the child has open keeps nothing of its parent's from being adopted."""
+        self.fork(MAPPED, 1)
+        self.kill(data, 0)
+        self.deliver_all()
+
+    @precondition(lambda self: self.put_ids and self.poisonous)
     @rule(data=st.data())
     def poison(self, data):
         if len(self.server.poison) < 2:
@@ -201,6 +262,7 @@ class SpoolMachine(RuleBasedStateMachine):
         missing = set(self.put_ids) - set(self.server.taken)
         assert missing <= self.server.poison
         alive = {writer.journal.owner for writer in self.writers}
+        alive |= {child.owner for child in self.children}
         if not self.server.poison:
             assert {p.name.split("-")[1] for p in segments(self.directory)} <= alive
 
@@ -209,7 +271,7 @@ ROOM = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 TestSpoolMachine = SpoolMachine.TestCase
 TestSpoolMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
+    max_examples=50, stateful_step_count=40, deadline=None
 )
 
 

@@ -6,10 +6,11 @@ import random
 
 import pytest
 
-from openmeter_wsgi.delivery.dead_letters import UNREADABLE, DeadLetters
+from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS, UNREADABLE, DeadLetters
 from openmeter_wsgi.delivery.journal import Journal
 from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN, SegmentName
 from openmeter_wsgi.delivery.spool import Spool
+from openmeter_wsgi.errors import Rejected
 from openmeter_wsgi.stats import Counts
 from spooling import event, segments
 
@@ -54,16 +55,16 @@ def set_aside(directory):
 
 @pytest.mark.parametrize("form", [MAPPED, WRITTEN])
 @pytest.mark.parametrize("padding", [0, 100])
-def test_every_prefix_of_a_segment_gives_its_whole_lines(tmp_path, form, padding):
+def test_every_prefix_of_a_segment_gives_its_whole_lines(quick_path, form, padding):
     text = TEXT[: TEXT.index(EVENTS[8])]
     ends = [i + 1 for i, byte in enumerate(text) if byte == ord("\n")]
     for cut in range(len(text) + 1):
         counts = Counts()
-        leave(tmp_path, text[:cut] + bytes(padding), form=form)
+        leave(quick_path, text[:cut] + bytes(padding), form=form)
 
         whole = sum(end <= cut for end in ends)
-        assert drain(opened(tmp_path, counts)) == EVENTS[:whole], cut
-        assert segments(tmp_path) == [], cut
+        assert drain(opened(quick_path, counts)) == EVENTS[:whole], cut
+        assert segments(quick_path) == [], cut
         torn = cut not in {0, *ends}
         assert counts.dropped["unreadable"] == torn, cut
 
@@ -89,18 +90,18 @@ def test_a_page_of_zeros_costs_the_lines_in_it_and_no_other(tmp_path, page):
     assert segments(tmp_path) == []
 
 
-def test_random_bytes_anywhere_never_make_an_event_of_their_own(tmp_path):
+def test_random_bytes_anywhere_never_make_an_event_of_their_own(quick_path):
     dice = random.Random(7)
     for _ in range(200):
         content = bytearray(TEXT)
         at = dice.randrange(len(content))
         content[at : at + 40] = dice.randbytes(min(40, len(content) - at))
-        leave(tmp_path, bytes(content))
+        leave(quick_path, bytes(content))
 
-        delivered = drain(opened(tmp_path))
+        delivered = drain(opened(quick_path))
 
         assert len(delivered) == len(set(delivered)) >= len(EVENTS) - 3
-        assert segments(tmp_path) == []
+        assert segments(quick_path) == []
 
 
 def test_foreign_files_stay_as_they_are(tmp_path):
@@ -151,6 +152,23 @@ def test_what_is_no_event_is_set_aside_once_with_its_place(tmp_path):
         (len(EVENTS[0]) + 1, "{torn}"),
         (len(EVENTS[0]) + 9 + len(EVENTS[1]) + 1, "tail"),
     ]
+
+
+def test_dead_letters_take_no_more_than_their_bound_and_say_what_is_lost(
+    tmp_path, caplog
+):
+    counts = Counts()
+    letters = DeadLetters(tmp_path, counts, max_bytes=1_000)
+    for n in range(20):
+        letters.bury(event(str(n)), Rejected("refused", status=400))
+
+    lines = (tmp_path / DEAD_LETTERS).read_bytes().splitlines(keepends=True)
+    kept = [json.loads(line)["event"]["id"] for line in lines]
+    assert kept == [str(n) for n in range(len(kept))]
+    assert 3 <= len(kept) <= 10
+    assert sum(map(len, lines)) <= 1_000
+    assert counts.dropped == {"dead_letters_full": 20 - len(kept)}
+    assert "has reached 1000 bytes" in caplog.text
 
 
 def test_a_crash_between_two_batches_sends_nothing_twice(tmp_path):

@@ -9,6 +9,7 @@ import re
 import time
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 import requests
@@ -156,7 +157,7 @@ def _read(response: requests.Response, at_most: int) -> bytes:
 
 def _no_answer(error: OSError, url: str) -> DeliveryError:
     """Say what an attempt without an answer means, and if it may have arrived."""
-    reason = f"{type(error).__name__}: {error}"
+    reason = _said(error)
     if not isinstance(error, requests.RequestException) or isinstance(
         error, requests.exceptions.SSLError | ValueError
     ):
@@ -164,29 +165,27 @@ def _no_answer(error: OSError, url: str) -> DeliveryError:
         return Held(f"cannot talk to {url}: {reason}")
     cause = error.args[0] if error.args else None
     cause = getattr(cause, "reason", cause)
+    where = urlsplit(url).netloc.rpartition("@")[2]
     if isinstance(cause, urllib3.exceptions.ProxyError):
         # A connection lost after the request was sent is called one, too.
-        cause = cause.original_error
+        cause, where = cause.original_error, f"{where} through a proxy"
     never_connected = isinstance(
         cause,
         urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError,
     )
     # A tunnel that a proxy refuses is an OSError and none of its subclasses.
     return Unavailable(
-        f"{url}: {_innermost(error)}",
+        f"{where}: {reason}",
         ambiguous=not never_connected and type(cause) is not OSError,
     )
 
 
-def _innermost(error: BaseException) -> str:
-    """Return what the system said: libraries wrap it again and again."""
-    said = repr(error)
-    inner: BaseException | None = error
-    while inner is not None:
-        if str(inner):
-            said = f"{type(inner).__name__}: {inner}"
-        inner = inner.__cause__ or inner.__context__
-    return said
+def _said(error: BaseException) -> str:
+    """Return what the operating system said, without what each layer put around it."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    said = getattr(error, "strerror", None) or str(error)
+    return f"{said or type(error).__name__}"
 
 
 def failure(reply: Reply) -> Unavailable | Held:

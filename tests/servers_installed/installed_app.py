@@ -1,15 +1,19 @@
-"""What the servers here serve: `/` is billed, `/ticks` tells whether threads run."""
+"""What the servers here serve: `/` is billed, `/ticks` tells whether threads run.
+
+`/closes-slowly` is billed as well, when it is closed, which takes a while.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi import OpenMeterMiddleware
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from wsgiref.types import StartResponse
 
 INTERVAL = 0.02
@@ -43,9 +47,21 @@ def _app(environ: dict[str, Any], start_response: StartResponse) -> Iterable[byt
     body = b"all at once"
     if environ["PATH_INFO"] == "/ticks":
         body = str(_ticks.so_far()).encode()
+    slow = environ["PATH_INFO"] == "/closes-slowly"
     length = str(len(body))
     start_response("200 OK", [("Content-Length", length)])
-    return [body]
+    return _ClosesSlowly(body) if slow else [body]
+
+
+class _ClosesSlowly:
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._body
+
+    def close(self) -> None:
+        threading.Event().wait(0.5)
 
 
 #: Where to and by which way is in the server's environment.
@@ -53,6 +69,6 @@ application = OpenMeterMiddleware(
     _app,
     meters={"requests": 1},
     subject="header:X-Subject",
-    flush_interval=0.05,
+    flush_interval=float(os.environ.get("OPENMETER_FLUSH_INTERVAL", "0.05")),
     shutdown_timeout=4,
 )

@@ -8,13 +8,14 @@ import shutil
 import socket
 import sysconfig
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from installed import HERE, InstalledServer, assert_billed_once, variables
 
 import openmeter_wsgi
+from installed import HERE, InstalledServer, assert_billed_once, variables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,26 +49,32 @@ WSGIScriptAlias / {app}
 """
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A directory of the user as whom Apache's processes run, where root starts it."""
+@contextmanager
+def apache_directory() -> Iterator[Path]:
+    """Make a directory of the user as whom Apache's processes run."""
     with tempfile.TemporaryDirectory() as made:
-        user = _user()
-        os.chown(made, user.pw_uid, user.pw_gid)
+        owner = user()
+        os.chown(made, owner.pw_uid, owner.pw_gid)
         yield Path(made)
 
 
-def _user() -> pwd.struct_passwd:
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with apache_directory() as made:
+        yield made
+
+
+def user() -> pwd.struct_passwd:
     return pwd.getpwuid(os.getuid()) if os.getuid() else pwd.getpwnam("www-data")
 
 
-def _readable_copy(code: Path) -> Path:
+def readable_copy(code: Path, app: Path) -> Path:
     """Copy what the application imports: its user may not read the checkout."""
     packages = Path(sysconfig.get_path("platlib"))
     for name in _PACKAGES:
         shutil.copytree(packages / name, code / name)
     shutil.copytree(Path(openmeter_wsgi.__file__).parent, code / "openmeter_wsgi")
-    shutil.copy(HERE / "installed_app.py", code)
+    shutil.copy(app, code)
     for path in (code, *code.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return code
@@ -76,7 +83,7 @@ def _readable_copy(code: Path) -> Path:
 def apache(directory: Path, env: dict[str, str]) -> InstalledServer:
     with socket.create_server(("127.0.0.1", 0)) as free:
         host, port = free.getsockname()
-    code = _readable_copy(directory / "code")
+    code = readable_copy(directory / "code", HERE / "installed_app.py")
     configuration = directory / "apache.conf"
     configuration.write_text(
         _CONFIGURATION.format(
@@ -84,8 +91,8 @@ def apache(directory: Path, env: dict[str, str]) -> InstalledServer:
             host=host,
             port=port,
             modules="/usr/lib/apache2/modules",
-            user=_user().pw_name,
-            group=_user().pw_gid,
+            user=user().pw_name,
+            group=user().pw_gid,
             path=code,
             app=code / "installed_app.py",
         )

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+import openmeter_wsgi
 from installed import (
     InstalledServer,
     assert_billed_once,
@@ -19,8 +21,6 @@ from installed import (
     variables,
     wait_until,
 )
-
-import openmeter_wsgi
 
 if TYPE_CHECKING:
     from openmeter_server import OpenMeterServer
@@ -35,6 +35,8 @@ RUNNING = {
     "debians": [DEBIANS, "--enable-threads"],
     "no-threads": [DEBIANS],
 }
+#: By die-on-term a worker that is busy would end without its exit hooks.
+STOPPING = ("--hook-master-start", "unix_signal:15 gracefully_kill_them_all")
 WITH_THREADS = ("threaded", "todays", "debians")
 
 
@@ -49,8 +51,8 @@ def uwsgi(
     env = {**env, "PYTHONPATH": os.pathsep.join(path)}
     command = [
         *RUNNING[running], "--http-socket", f"{address[0]}:{address[1]}", "--master",
-        "--processes", str(processes), "--need-app", "--die-on-term",
-        "--disable-logging", "--module", "installed_app", *LOADING[loading],
+        "--processes", str(processes), "--need-app", *STOPPING, "--disable-logging",
+        "--module", "installed_app", *LOADING[loading],
     ]  # fmt: skip
     server = InstalledServer(command, address, log, env)
     # A worker that is told to stop while it still loads the application has failed.
@@ -104,6 +106,21 @@ def test_without_threads_the_exit_delivers_what_waits_in_memory(
         server.stop()
 
     assert_billed_once(openmeter, names)
+
+
+@pytest.mark.parametrize("running", RUNNING)
+def test_a_worker_that_is_stopped_in_the_middle_of_a_request_delivers_all(
+    running: str, openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    env = variables(openmeter, OPENMETER_FLUSH_INTERVAL="3600")
+
+    with uwsgi("lazy", running, tmp_path / "log", env, processes=1) as server:
+        server.get("/", subject="early")
+        # The client has the last byte; the worker is still in the close().
+        server.get("/closes-slowly", subject="late")
+        server.stop()
+
+    assert_billed_once(openmeter, {"early", "late"})
 
 
 @pytest.mark.parametrize("loading", LOADING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections import Counter
 from datetime import UTC, datetime
@@ -20,7 +21,9 @@ from openmeter_wsgi.commands.output import (
     print_table,
     printable,
     progress,
+    size,
 )
+from openmeter_wsgi.delivery.dead_letters import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.commands.census import Segment
 
+#: Of so many segments the table tells.
+_SHOWN_SEGMENTS = 20
+#: An event that is older than so many seconds waits for something.
+_LATE = 120
 _COLUMNS = ("state", "id", "type", "subject", "time", "status", "reason")
 
 
@@ -45,8 +52,10 @@ def print_status(directory: Path, *, as_json: bool) -> None:
         "oldest_age": max(ages, default=None),
         "in_doubt": sum(1 for _ in census.in_doubt()),
         "bytes": sum(one["bytes"] for one in told),
+        "disk_free": shutil.disk_usage(directory).free,
         "dead_letters": len(letters),
         "dead_letters_by_reason": dict(Counter(_kind(letter) for letter in letters)),
+        "unreadable": _lines(directory / UNREADABLE),
         "segments": told,
     }
     if as_json:
@@ -61,7 +70,13 @@ def print_list(directory: Path, *, waiting: bool, as_json: bool) -> None:
     if as_json:
         print_json(list(documents))
         return
-    print_table(_COLUMNS, map(_row, documents))
+    rows = [_row(one) for one in documents]
+    print_table(_COLUMNS, rows)
+    if not rows:
+        others = (
+            "no dead letters and no waiting events" if waiting else "no dead letters"
+        )
+        click.echo(f"{others} in {printable(str(directory))}", err=True)
 
 
 def print_event(directory: Path, id_: str, *, as_json: bool) -> None:
@@ -130,24 +145,36 @@ def _kind(letter: Letter) -> str:
     return "expired" if letter.expired else f"{letter.status}: {letter.reason}"
 
 
+def _lines(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except FileNotFoundError:
+        return 0
+
+
 def _print_status(status: dict[str, Any]) -> None:
     print_table(("spool", status["directory"]), _facts(status))
-    if status["segments"]:
+    if segments := status["segments"][:_SHOWN_SEGMENTS]:
         click.echo()
         print_table(
-            ("segment", "owner", "sealed", "bytes", "waiting", "oldest"),
+            ("segment", "owner", "sealed", "size", "waiting", "oldest"),
             (
                 (
                     one["segment"],
                     "alive" if one["owner_alive"] else "dead",
                     "yes" if one["sealed"] else "no",
-                    one["bytes"],
+                    size(one["bytes"]),
                     one["waiting"],
                     age(one["oldest_age"]),
                 )
-                for one in status["segments"]
+                for one in segments
             ),
         )
+    if (more := len(status["segments"]) - len(segments)) > 0:
+        click.echo(f"… and {more} younger segments, all of them with --json")
+    for line in _advice(status):
+        click.echo(line, err=True)
 
 
 def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
@@ -155,15 +182,39 @@ def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
     yield "events waiting", status["waiting"]
     yield "oldest of them", age(status["oldest_age"])
     yield "in doubt or under way", status["in_doubt"]
-    yield "bytes of segments", status["bytes"]
+    segments = f"{size(status['bytes'])} in {len(status['segments'])}"
+    yield "size of segments", segments
+    yield "free on the disk", size(status["disk_free"])
     yield "dead letters", status["dead_letters"]
     for reason, number in sorted(status["dead_letters_by_reason"].items()):
         yield f"  {reason}", number
+    yield "unreadable lines set aside", status["unreadable"]
+
+
+def _advice(status: dict[str, Any]) -> Iterator[str]:
+    """Say what to do next, where there is something to do."""
+    if status["waiting"] and not status["sender_alive"]:
+        yield (
+            "nothing is delivered before the application serves its next request, or "
+            "'openmeter-wsgi ship' runs"
+        )
+    elif (status["oldest_age"] or 0) > _LATE:
+        yield (
+            "events wait longer than they should: the log of the sender says why, "
+            "'openmeter-wsgi check' asks the server"
+        )
+    if status["dead_letters"]:
+        yield (
+            "OpenMeter refused events for good, or may have got them before: 'list' "
+            "names them, 'requeue' sends them again"
+        )
+    if status["unreadable"]:
+        yield f"{UNREADABLE} holds what a crash has cut short"
 
 
 def _sender(pid: int | None) -> str:
     if pid is None:
-        return "none: nothing is delivered now"
+        return "none"
     return f"process {pid}" if pid > 0 else "a process in another container"
 
 

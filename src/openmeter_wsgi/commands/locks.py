@@ -27,7 +27,7 @@ def holder(path: Path) -> int | None:
     It is 0 or less where that process is in another container.
     """
     try:
-        fd = open_file(path, os.O_RDWR)
+        fd = open_file(path)
     except FileNotFoundError:
         return None
     fields = [0] * 5

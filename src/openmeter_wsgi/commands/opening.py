@@ -62,10 +62,13 @@ def options_given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
+def open_spool(
+    path: str | None, *, may_be_empty: bool = False, to_write: bool = False
+) -> Path:
     """Return the directory of a spool that is there; never make a directory.
 
-    :raises ClickException: if there is none, or it is not the caller's.
+    :raises ClickException: if there is none, it is not the caller's, or it is read-only
+        and not only to be read.
     """
     if path is None:
         # Not by click: the help of a subcommand would not be shown without it.
@@ -82,7 +85,7 @@ def open_spool(path: str | None, *, may_be_empty: bool = False) -> Path:
             raise click.ClickException(
                 f"{_shown(path)} is no spool: it has no file {FORMAT!r}"
             )
-        return prepare_directory(path)
+        return prepare_directory(path, to_write=to_write)
     except OSError as error:
         raise click.ClickException(f"{_shown(path)}: {error.strerror}") from None
     except ConfigError as error:

@@ -110,6 +110,16 @@ def age(seconds: float | None) -> str | None:
     return f"{max(seconds, 0):.0f} s"
 
 
+def size(amount: float) -> str:
+    """Return a number of bytes as people say it."""
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if amount < 1_024:
+            break
+        amount, unit = amount / 1_024, larger
+    return f"{amount:.1f} {unit}"
+
+
 def name_of(event: Any, attribute: str) -> str | None:
     """Return an attribute of what may or may not be an event."""
     value = event.get(attribute) if isinstance(event, dict) else None

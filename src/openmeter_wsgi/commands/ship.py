@@ -43,7 +43,7 @@ def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> No
     directory belongs to, and give the applications delivery="ship" if none of
     their processes is to be the sender.
     """
-    directory = open_spool(spool_dir, may_be_empty=True)
+    directory = open_spool(spool_dir, may_be_empty=True, to_write=True)
     policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
     if policy.dry_run:
         raise BadConfiguration("dry_run is set, under which nothing is sent")

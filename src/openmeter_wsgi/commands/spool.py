@@ -40,7 +40,11 @@ def _opened(context: click.Context) -> Path:
     return opener()
 
 
-@command.command("status", epilog=EXIT_CODES)
+@command.command(
+    "status",
+    epilog=EXIT_CODES,
+    short_help="What waits, since when, who delivers it, what is dead.",
+)
 @_as_json
 @click.pass_context
 def _status(context: click.Context, as_json: bool) -> None:
@@ -57,7 +61,9 @@ def _list(context: click.Context, waiting: bool, as_json: bool) -> None:
     inspection.print_list(_opened(context), waiting=waiting, as_json=as_json)
 
 
-@command.command("show", epilog=EXIT_CODES)
+@command.command(
+    "show", epilog=EXIT_CODES, short_help="Everything that is there of one event."
+)
 @click.argument("id_", metavar="ID")
 @_as_json
 @click.pass_context
@@ -66,7 +72,11 @@ def _show(context: click.Context, id_: str, as_json: bool) -> None:
     inspection.print_event(_opened(context), id_, as_json=as_json)
 
 
-@command.command("export", epilog=EXIT_CODES)
+@command.command(
+    "export",
+    epilog=EXIT_CODES,
+    short_help="Write dead letters and waiting events to a file.",
+)
 @click.argument("file", type=click.Path(dir_okay=False))
 @_as_json
 @click.pass_context
@@ -79,7 +89,9 @@ def _export(context: click.Context, file: str, as_json: bool) -> None:
     inspection.export(_opened(context), file, as_json=as_json)
 
 
-@command.command("requeue", epilog=EXIT_CODES)
+@command.command(
+    "requeue", epilog=EXIT_CODES, short_help="Send dead letters again under their ids."
+)
 @_ids
 @_all
 @click.option(
@@ -132,7 +144,11 @@ def _purge(
     repair.purge_letters(_opened(context), choice, as_json=as_json)
 
 
-@command.command("verify", epilog=_NOT_ALL)
+@command.command(
+    "verify",
+    epilog=_NOT_ALL,
+    short_help="Ask OpenMeter which unanswered events arrived.",
+)
 @_as_json
 @click.pass_context
 def _verify(context: click.Context, as_json: bool) -> None:

@@ -63,6 +63,8 @@ def _print(found: list[dict[str, Any]]) -> None:
             for one in found
         ],
     )
+    if not found:
+        click.echo("no event was sent without an answer", err=True)
 
 
 def _questions(directory: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -23,8 +23,10 @@ _REFUSED = ("nfs", "cifs", "smb", "fuse")
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-def prepare_directory(path: str) -> Path:
+def prepare_directory(path: str, *, to_write: bool = True) -> Path:
     """Make the directory where there is none, and check it.
+
+    One that is only looked into need not be *to_write*.
 
     :raises ConfigError: if it cannot hold a spool, or others could write into it.
     """
@@ -38,6 +40,11 @@ def prepare_directory(path: str) -> Path:
             raise ConfigError(
                 [f"spool_dir: {path!r} is on {refused}, where locks fail"]
             )
+        if to_write and not _is_writable(directory):
+            raise ConfigError(
+                [f"spool_dir: {path!r} cannot be written: no permission, or a disk "
+                 "that is read-only"]
+            )  # fmt: skip
         _check_format(directory)
     except OSError as error:
         raise ConfigError([f"spool_dir: {path!r}: {error.strerror}"]) from error
@@ -86,8 +93,14 @@ def _problem(status: os.stat_result) -> str | None:
     if status.st_uid != os.geteuid():
         return f"belongs to user {status.st_uid}, expected {os.geteuid()}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written by others ({stat.filemode(status.st_mode)})"
+        mode = stat.filemode(status.st_mode)
+        return f"can be written by others ({mode}), expected mode 0700"
     return None
+
+
+def _is_writable(directory: Path) -> bool:
+    effective = os.access in os.supports_effective_ids
+    return os.access(directory, os.W_OK | os.X_OK, effective_ids=effective)
 
 
 def _check_format(directory: Path) -> None:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-_BUFFER = 2_000
-_BUFFER_BYTES = 2_000_000
-
 
 class _Place(NamedTuple):
     reading: Reading

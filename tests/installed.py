@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from openmeter_server import OpenMeterServer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "servers_installed"
 REQUESTS = 500
 #: Seconds that a server may take to start, or to stop, or another to deliver.
 PATIENCE = 20
@@ -36,12 +36,13 @@ class InstalledServer:
         address: tuple[str, int],
         log: Path,
         env: dict[str, str],
+        directory: Path | None = None,
     ) -> None:
         self.address = address
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, env=env, stdout=output, stderr=output
+                command, env=env, stdout=output, stderr=output, cwd=directory
             )
         try:
             wait_until(self._answers)
@@ -60,17 +61,17 @@ class InstalledServer:
         finally:
             connection.close()
 
-    def load(self) -> set[str]:
+    def load(self, requests: int = REQUESTS, body: bytes = b"all at once") -> set[str]:
         """Ask as often as it must be billed, and return to whom."""
-        names = {f"client-{n}" for n in range(REQUESTS)}
+        names = {f"client-{n}" for n in range(requests)}
         with ThreadPoolExecutor(CLIENTS) as clients:
             bodies = set(clients.map(lambda name: self.get("/", name), names))
-        assert bodies == {b"all at once"}
+        assert bodies == {body}
         return names
 
-    def stop(self) -> None:
+    def stop(self, signum: int = signal.SIGTERM) -> None:
         """Stop it as a deployment does; it must end well, and soon."""
-        self.process.terminate()
+        self.process.send_signal(signum)
         try:
             status: int | None = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,23 @@
+"""What the configurations beside it serve: your application stands in its place.
+
+Address, key, spool and subject come from ``OPENMETER_…`` variables, so the application
+and ``openmeter-wsgi ship`` read the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi import OpenMeterMiddleware
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from wsgiref.types import StartResponse
+
+
+def _hello(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Length", "6")])
+    return [b"hello\n"]
+
+
+application = OpenMeterMiddleware(_hello, meters={"api_requests": 1})
