@@ -59,6 +59,12 @@ def moment_of(event: bytes) -> float | None:
         return None
 
 
+def age_of(event: bytes) -> float:
+    """Return for how many seconds an encoded event is there, 0 if that is unknown."""
+    moment = moment_of(event)
+    return 0.0 if moment is None else max(time.time() - moment, 0.0)
+
+
 def rfc3339(value: object, what: str) -> str:
     """Return the point in time *value* as text.
 

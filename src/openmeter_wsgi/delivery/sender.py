@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.trouble import Trouble, reason_of
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
-from openmeter_wsgi.timestamps import moment_of
+from openmeter_wsgi.timestamps import age_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,9 +147,8 @@ class Sender:
         self._refused_in_a_row = 0
         n = len(batch.events)
         self._counts.delivered += n
-        self._counts.delivery_seconds.add(max(_age(batch.events[0]), 0.0))
-        # Before that: what a flush says is delivered is no trouble any more.
-        self.trouble.is_over(n)
+        self._counts.delivery_seconds.add(age_of(batch.events[0]))
+        self.trouble.is_over(n)  # before a flush says that all is done
         self._done(batch.events)
         self.retry_suspects()
 
@@ -243,11 +242,6 @@ class Sender:
             answer, reason_of(error), len(batch.events),
             " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
-
-
-def _age(event: bytes) -> float:
-    moment = moment_of(event)
-    return 0.0 if moment is None else time.time() - moment
 
 
 def _shortened(event: bytes) -> bytes:
