@@ -44,7 +44,7 @@ docs: $(INSTALLED)
 		--write-all --quiet docs build/docs
 
 unit: $(INSTALLED)
-	$(BIN)/python -X dev -m pytest
+	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal
 
 # Needs root and Debian: it installs uWSGI, gevent, Redis and Apache first.
 test-servers: $(INSTALLED)

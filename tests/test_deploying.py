@@ -91,7 +91,7 @@ def test_what_waitress_leaves_at_a_sigterm_is_shipped(
     with serving(command, address, tmp_path / "log", slow) as server:
         names = server.load(REQUESTS, BODY)
         # Whoever has an answer may have it before the response is closed.
-        until(lambda: watching.waiting(spool) == REQUESTS)
+        until(lambda: watching.backlog(spool).events == REQUESTS)
         server.process.terminate()
         assert server.process.wait() == -signal.SIGTERM
     with shipper(ship.command, tmp_path / "ship.log", env | ship.variables):

@@ -11,7 +11,8 @@ import openmeter_wsgi
 from documented import OPTIONS, ROOT, problems_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+#: Code, shown or not.
+_FENCE = re.compile(r"^```.*?^```$|^<!--.*?-->$", re.M | re.S)
 #: Settings of servers and of what else is served, which pages may name as well.
 FOREIGN = {"preload_app", "stream_options", "threads", "worker_class", "workers"}
 _LITERAL = re.compile(r"(?<!`)`([^`]+)`(?!`)")

@@ -57,7 +57,7 @@ def doubt(spool, openmeter, *events):
 def expire(spool, openmeter, *events):
     doubt(spool, openmeter, *events)
     with shipping(spool, openmeter, resend_window="0.000001") as ship:
-        ship.wait_for("set aside")
+        ship.wait_for("dead letters")
         ship.end(signal.SIGTERM)
 
 

@@ -107,9 +107,8 @@ def test_a_new_outage_is_told_although_the_last_began_a_moment_ago(caplog):
         ),
         (
             RESET,
-            r"WARNING OpenMeter did not answer \(http://127.0.0.1:\d+/api/v1/events: "
-            r"ConnectionResetError: \[Errno 104\] Connection reset by peer\); 1 events "
-            r"and all behind them are kept, next attempt in \d\.\d s",
+            r"WARNING OpenMeter did not answer \(127.0.0.1:\d+: Connection reset by "
+            r"peer\); 1 events and all behind them are kept, next attempt in \d\.\d s",
         ),
     ],
 )
