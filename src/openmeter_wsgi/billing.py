@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import logging
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi import log
-from openmeter_wsgi.audit import Audit, audit_record
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.events import StaticEvents, encode_events
+from openmeter_wsgi.identity import Identity
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
 from openmeter_wsgi.outcome import COMPLETED, FAILED
 from openmeter_wsgi.subject import subject_finder
+from openmeter_wsgi.unbilled import Unbilled
 from openmeter_wsgi.usage import Usage
 
 if TYPE_CHECKING:
@@ -59,15 +57,14 @@ class Billing:
         self.policy = policy
         #: The rule of its route, or what else it is called in counts and log lines.
         self.name = name
-        #: Requests that became no event, by reason.
-        self.not_metered: defaultdict[str, int] = defaultdict(int)
+        #: Requests that became no event.
+        self.unbilled = Unbilled(name, policy.audit)
         self._counts = counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         #: Whether responses of a status line are billed, for those that were seen.
         self._is_billed: dict[str, bool] = {}
         #: Whether requests may begin only after a decision, but for OPTIONS.
         self.asks = bool(policy.required_entitlements)
-        self._ids = ids
         self._vary = vary
         #: What governs views that say more of themselves than their route does.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
@@ -76,8 +73,7 @@ class Billing:
         self.gate = Gate(
             policy, entitlements, find_subject=self.find_subject, counts=counts
         )
-        header = policy.trusted_request_id_header
-        self._id_key = header and "HTTP_" + header.upper().replace("-", "_")
+        self._identity = Identity(policy, ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         #: The readers of bodies that a response needs, None where not even its
@@ -85,17 +81,21 @@ class Billing:
         self.bodies = _bodies(policy, self._when)
         self._static_meters = policy.static_meters
         self._meter_options = policy.meter_options
-        self._static = self._short_way()
+        self._static = self._short_way(ids)
         self._warned: set[str | None] = set()
-        self._audit = Audit(policy.audit) if policy.audit is not None else None
 
-    def _short_way(self) -> StaticEvents | None:
+    def _short_way(self, ids: RequestIds) -> StaticEvents | None:
         """Return what encodes the events of most requests, if they are that simple."""
         policy = self.policy
-        simple = self.bodies is None and not self._counts_down
-        if simple and all(meter.plain for meter in self._static_meters):
-            return StaticEvents(self._static_meters, policy.event_source, self._ids)
-        return None
+        simple = (
+            self.bodies is None
+            and not self._counts_down
+            and self._identity.is_ours
+            and all(meter.plain for meter in self._static_meters)
+        )
+        if not simple:
+            return None
+        return StaticEvents(self._static_meters, policy.event_source, ids)
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
         """Return what bills under the same policy with other *options*."""
@@ -120,7 +120,7 @@ class Billing:
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
         self._counts.settled += 1
-        self._not_metered("denied", environ, None)
+        self.unbilled.note("denied", environ, None)
 
     def events(
         self,
@@ -139,15 +139,15 @@ class Billing:
         self._counts.settled += 1
         try:
             if stated is not None and stated.denied:
-                return self._not_metered("denied", environ, status)
+                return self.unbilled.note("denied", environ, status)
             if reason := self._status_reason(environ, status):
-                return self._not_metered(reason, environ, status)
+                return self.unbilled.note(reason, environ, status)
             made = self._stated_events(environ, stated, outcome, exchange)
             if isinstance(made, str):
-                return self._not_metered(made, environ, status)
+                return self.unbilled.note(made, environ, status)
         except Exception:
             logger.exception(_LOST, "events")
-            return self._not_metered("error", environ, status)
+            return self.unbilled.note("error", environ, status)
         else:
             self._counts.metered += 1
             return made
@@ -164,7 +164,7 @@ class Billing:
         seen before, and the policy's meters are known beforehand.
         """
         static = self._static
-        if static is None or self._id_key is not None:
+        if static is None:
             return None
         try:
             if environ["REQUEST_METHOD"] == "OPTIONS":
@@ -185,7 +185,7 @@ class Billing:
         except Exception:  # noqa: BLE001 - `events` finds out what it is, and says so
             return None
         self._counts.settled += 1
-        return self._not_metered(reason, environ, status)
+        return self.unbilled.note(reason, environ, status)
 
     def _status_reason(self, environ: Environ, status: str | None) -> str | None:
         """Say why no response of that status to that request is billed."""
@@ -222,14 +222,14 @@ class Billing:
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
-                return self._no_subject()
+                return "no_subject"
             without = len(all_meters) - len(meters)
             self._counts.dropped["no_subject"] += without
         if self._counts_down:
             self.gate.settle(environ, meters, subject)
         return encode_events(
             meters,
-            request_id=self._request_id(environ, stated, subject, outcome),
+            request_id=self._identity.of(environ, stated, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
@@ -297,47 +297,6 @@ class Billing:
             where, measure, reason, meter_type, reason,
         )  # fmt: skip
 
-    def _request_id(
-        self,
-        environ: Environ,
-        stated: RunTimeMeters | None = None,
-        subject: str | None = None,
-        outcome: str = COMPLETED,
-    ) -> str:
-        if stated is not None and stated.idempotency_key and outcome is COMPLETED:
-            return _derived_id(environ, subject, stated.idempotency_key)
-        if self._id_key:
-            given = str(environ.get(self._id_key, ""))
-            if given.isascii() and given.isprintable() and 0 < len(given) <= 128:
-                # A quote or backslash would need escaping where ids are pasted in.
-                return given.replace("\\", "_").replace('"', "_")
-        return self._ids.new()
-
-    def _not_metered(
-        self, reason: str, environ: Environ, status: str | None
-    ) -> Sequence[bytes]:
-        self.not_metered[reason] += 1
-        if self._audit is not None or logger.isEnabledFor(logging.DEBUG):
-            self._explain(reason, environ, status)
-        return ()
-
-    def _explain(self, reason: str, environ: Environ, status: str | None) -> None:
-        record = audit_record(environ, policy=self.name, reason=reason, status=status)
-        logger.debug(
-            "not billed: %(method)s %(path)s (%(status)s): %(reason)s [%(policy)s]",
-            record,
-        )
-        if self._audit is not None:
-            self._audit.tell(record)
-
-    def _no_subject(self) -> str:
-        logger.warning(
-            "%s: a request without subject is not billed (see subject, subject_path, "
-            "set_subject and on_missing_subject)",
-            "no_subject",
-        )
-        return "no_subject"
-
 
 def _predicate(when: Any) -> Measure | None:
     if when is None or isinstance(when, Measure):
@@ -352,18 +311,3 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
     if not measures:
         return None
     return frozenset().union(*(measure.bodies for measure in measures))
-
-
-def _derived_id(environ: Environ, subject: str | None, key: str) -> str:
-    """Return the id that every completed attempt of one operation has."""
-    parts = (
-        subject or "",
-        str(environ.get("REQUEST_METHOD", "")),
-        f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
-        key,
-    )
-    digest = hashlib.sha256()
-    for part in parts:
-        encoded = part.encode(errors="surrogatepass")
-        digest.update(b"%d:" % len(encoded) + encoded)
-    return f"once-{digest.hexdigest()[:40]}"

@@ -53,39 +53,29 @@ class StaticEvents:
     request fills in its number, time and subject.
     """
 
-    __slots__ = ("_numbers", "_only", "_prefix", "_templates")
+    __slots__ = ("_numbers", "_only", "_templates")
 
     def __init__(self, meters: Iterable[Meter], source: str, ids: RequestIds) -> None:
         self._numbers = ids.numbers
-        self._prefix = ids.prefix
         self._templates = tuple(
             (
-                f'{_head(meter, source)},"id":"',
+                f'{_head(meter, source)},"id":"{ids.prefix}',
                 f'{_json(f":{suffix}")[1:-1]}","time":"',
             )
             for meter, suffix in _numbered(meters)
         )
         #: Most policies have one meter.
-        self._only: tuple[str, str] | None = None
-        if len(self._templates) == 1:
-            ((head, middle),) = self._templates
-            self._only = (head + ids.prefix, middle)
+        self._only = self._templates[0] if len(self._templates) == 1 else None
 
     def encode(self, subject: str) -> Sequence[bytes]:
         """Encode the events of one request, under a new id."""
-        if self._only is None:
-            return self.encode_for(f"{self._prefix}{next(self._numbers)}", subject)
-        head, middle = self._only
         number = next(self._numbers)
-        event = f'{head}{number}{middle}{timestamp()}","subject":{_quoted(subject)}}}'
-        return (event.encode(),)
-
-    def encode_for(self, request_id: str, subject: str) -> Sequence[bytes]:
-        """Encode the events of one request of which the id is given."""
         tail = f'{timestamp()}","subject":{_quoted(subject)}}}'
+        if self._only is not None:
+            head, middle = self._only
+            return (f"{head}{number}{middle}{tail}".encode(),)
         return [
-            f"{head}{request_id}{middle}{tail}".encode()
-            for head, middle in self._templates
+            f"{head}{number}{middle}{tail}".encode() for head, middle in self._templates
         ]
 
 

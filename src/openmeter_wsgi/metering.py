@@ -170,7 +170,7 @@ class Metering:
         """Return the counts of this process."""
         by_policy: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for billing in list(self._billings):  # several may have one name
-            by_policy[billing.name].update(dict(billing.not_metered))
+            by_policy[billing.name].update(dict(billing.unbilled.counts))
         in_spool, in_memory = self.queue.in_spool, self.queue.in_memory
         moments = [at for at in (in_spool.oldest_at, in_memory.oldest_at) if at]
         return self.counts.stats(

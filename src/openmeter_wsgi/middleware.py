@@ -13,7 +13,7 @@ from openmeter_wsgi.environ import BILLING, DECISION, METERS
 from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
-from openmeter_wsgi.settlement import serve
+from openmeter_wsgi.serving import serve
 from openmeter_wsgi.zuplo import options_of
 
 if TYPE_CHECKING:

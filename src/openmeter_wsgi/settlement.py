@@ -10,20 +10,19 @@ from openmeter_wsgi.outcome import ABORTED, COMPLETED, FAILED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from wsgiref.types import StartResponse, WSGIApplication
+    from wsgiref.types import StartResponse
 
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.metering import Metering
     from openmeter_wsgi.meters import RunTimeMeters
 
-_FILE_WRAPPER = "wsgi.file_wrapper"
 _ERROR_STATUS = "500"
 _WITHOUT_BODY = ("204", "304")
 #: The outcome of a response of which no byte of the body has been seen yet.
-_UNSTARTED = "unstarted"
+UNSTARTED = "unstarted"
 #: Stands for what the application has not returned yet. Not empty: a settlement is
 #: its own `write`, and an application may ask whether it got one.
-_UNKNOWN = (b"",)
+UNKNOWN = (b"",)
 #: Stands for what is closed already, and is nothing to close.
 _CLOSED: list[bytes] = []
 #: Stands for the events of a response that was settled.
@@ -43,23 +42,23 @@ class Settlement:
     """
 
     __slots__ = (
-        "_billing", "_environ", "_events", "_iterable", "_metering", "_observation",
-        "_outcome", "_server_start", "_server_write", "_stated", "_status",
+        "billing", "environ", "events", "iterable", "metering", "observation",
+        "outcome", "server_start", "server_write", "stated", "status",
     )  # fmt: skip
 
-    # Set by `serve`: an __init__ would cost as much again as all of it.
-    _metering: Metering
-    _billing: Billing
-    _environ: dict[str, Any]
-    _server_start: StartResponse
-    _server_write: Callable[[bytes], object]
-    _stated: list[RunTimeMeters]
-    _iterable: Iterable[bytes]
-    _status: str | None
-    _outcome: str
+    # Set by `serving.serve`: an __init__ would cost as much again as all of it.
+    metering: Metering
+    billing: Billing
+    environ: dict[str, Any]
+    server_start: StartResponse
+    server_write: Callable[[bytes], object]
+    stated: list[RunTimeMeters]
+    iterable: Iterable[bytes]
+    status: str | None
+    outcome: str
     #: None until they are made, `_SETTLED` once they are handed to delivery.
-    _events: Sequence[bytes] | None
-    _observation: Observation
+    events: Sequence[bytes] | None
+    observation: Observation
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
@@ -67,12 +66,12 @@ class Settlement:
         """Pass on to the server, and remember the status that it accepted."""
         # Two arguments where two were meant: some test clients take no third.
         if exc_info is None:
-            self._server_write = self._server_start(status, headers)
+            self.server_write = self.server_start(status, headers)
         else:
-            self._server_write = self._server_start(status, headers, exc_info)
-        self._status = status
-        if self._stated and self._stated[0].is_governed:
-            self._follow(self._stated[0], status, headers)
+            self.server_write = self.server_start(status, headers, exc_info)
+        self.status = status
+        if self.stated and self.stated[0].is_governed:
+            self._follow(self.stated[0], status, headers)
         # It is its own `write`: a bound method would cost each response something.
         return self
 
@@ -81,48 +80,47 @@ class Settlement:
     ) -> None:
         """Let that govern which the view has named, from the response on."""
         own: Any = stated.governed_by
-        if own is None or own is self._billing:
+        if own is None or own is self.billing:
             return
-        self._billing = own
+        self.billing = own
         if own.bodies is None:
             return
         if isinstance(self, ObservedSettlement):
-            self._observation.look_at(own.bodies)
+            self.observation.look_at(own.bodies)
             return
-        is_late = self._iterable is not _UNKNOWN
+        is_late = self.iterable is not UNKNOWN
         observed: Any = self
         observed.__class__ = (
             _SizedObservedSettlement
             if is_late and isinstance(self, SizedSettlement)
             else ObservedSettlement
         )
-        observed._observation = Observation(
-            self._environ, own.bodies, stated.governed_since
+        observed.observation = Observation(
+            self.environ, own.bodies, stated.governed_since
         )
-        observed._observation.begin(status, headers)
+        observed.observation.begin(status, headers)
         if is_late:
             # It is being iterated by what does not look at the chunks.
-            observed._observation.hand_over()
+            observed.observation.hand_over()
 
     def __call__(self, data: bytes) -> object:
         """Pass on what the application writes: the `write` of PEP 3333."""
-        if data and self._outcome is _UNSTARTED:
-            self._outcome = ABORTED
-        return self._server_write(data)
+        if data and self.outcome is UNSTARTED:
+            self.outcome = ABORTED
+        return self.server_write(data)
 
     def wrap(self, iterable: Iterable[bytes]) -> Settlement:
         """Return what the server iterates in place of *iterable*."""
-        if self._status is None and self._stated and self._stated[0].is_governed:
-            self._follow(self._stated[0], "", [])  # before it starts in a generator
+        if self.status is None and self.stated and self.stated[0].is_governed:
+            self._follow(self.stated[0], "", [])  # before it starts in a generator
             if isinstance(self, ObservedSettlement):
                 return self.wrap(iterable)
-        self._iterable = iterable
+        self.iterable = iterable
         # A server derives Content-Length from the length of a sequence, and only the
         # type of an object says whether it has one.
         wanted = SizedSettlement if hasattr(iterable, "__len__") else Settlement
         if type(self) is not wanted:
-            global _usual  # noqa: PLW0603 - a guess, which the next response mends
-            _usual = self.__class__ = wanted
+            self.__class__ = wanted
         return self
 
     def wrap_file(self, file: Any) -> Iterable[bytes]:
@@ -131,8 +129,8 @@ class Settlement:
         It must stay the server's, or the file is not sent by the kernel. How the
         sending ended is between kernel and client: it counts as completed.
         """
-        self._iterable = file
-        self._outcome = COMPLETED
+        self.iterable = file
+        self.outcome = COMPLETED
         close = getattr(file, "close", None)
 
         def close_and_settle() -> None:
@@ -151,18 +149,18 @@ class Settlement:
 
     def fail(self) -> None:
         """The application raised: note it, with the status the client will see."""
-        if self._outcome is _UNSTARTED:
+        if self.outcome is UNSTARTED:
             # Nothing has been sent, so the server can still say what happened.
-            self._status = _ERROR_STATUS
-        self._outcome = FAILED
+            self.status = _ERROR_STATUS
+        self.outcome = FAILED
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            chunks = iter(self._iterable)
+            chunks = iter(self.iterable)
             # Headers leave with the first chunk that is not empty (PEP 3333).
             for chunk in chunks:
                 if chunk:
-                    self._outcome = ABORTED  # unless it goes on from here
+                    self.outcome = ABORTED  # unless it goes on from here
                     yield chunk
                     break
                 yield chunk
@@ -174,7 +172,7 @@ class Settlement:
             # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
             self.fail()
             raise
-        self._outcome = COMPLETED
+        self.outcome = COMPLETED
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised.
@@ -183,60 +181,60 @@ class Settlement:
         signal may strike in between, and a repeated put has the same ids. A process
         forked in the middle has a copy of this, which is its parent's to settle.
         """
-        if type(self._iterable) is not list:  # which has nothing to close
+        if type(self.iterable) is not list:  # which has nothing to close
             self._close_application()
             return
-        events = self._events
-        metering = self._metering
+        events = self.events
+        metering = self.metering
         if events is _SETTLED or not metering.is_own[0]:
             return
         if events is None:
             if not metering.queue.started:
                 metering.queue.start()
-            if self._outcome is COMPLETED and not self._stated:
-                events = self._billing.usual_events(self._environ, self._status)
+            if self.outcome is COMPLETED and not self.stated:
+                events = self.billing.usual_events(self.environ, self.status)
             if events is None:
                 events = self._made()
-            self._events = events
+            self.events = events
         counts = metering.counts
         for event in events:
             counts.events += 1
             metering.put(event)
-        self._events = _SETTLED
-        self._environ[METERS] = metering
+        self.events = _SETTLED
+        self.environ[METERS] = metering
 
     def _close_application(self) -> None:
-        close = getattr(self._iterable, "close", None)
+        close = getattr(self.iterable, "close", None)
         try:
             if close is not None:
-                self._iterable = _CLOSED  # exactly once
+                self.iterable = _CLOSED  # exactly once
                 close()
         finally:
             self.settle()
 
     def settle(self) -> None:
         """Put the events of this request into the queue, once, and close nothing."""
-        self._iterable = _CLOSED
+        self.iterable = _CLOSED
         self.close()
 
     def _made(self) -> Sequence[bytes]:
         """Return the events that this response comes to."""
-        stated = self._stated
-        return self._billing.events(
-            self._environ, stated[0] if stated else None, self._status, self._ended()
+        stated = self.stated
+        return self.billing.events(
+            self.environ, stated[0] if stated else None, self.status, self._ended()
         )
 
     def _ended(self) -> str:
-        if self._outcome is not _UNSTARTED:
-            return self._outcome
-        bodiless = self._status is not None and self._status[:3] in _WITHOUT_BODY
-        if bodiless or (self._status and self._environ["REQUEST_METHOD"] == "HEAD"):
+        if self.outcome is not UNSTARTED:
+            return self.outcome
+        bodiless = self.status is not None and self.status[:3] in _WITHOUT_BODY
+        if bodiless or (self.status and self.environ["REQUEST_METHOD"] == "HEAD"):
             return COMPLETED  # there was nothing to iterate
         return ABORTED
 
     def __del__(self) -> None:
         # A test client or a server that never closed the response.
-        if self._events is not _SETTLED:
+        if self.events is not _SETTLED:
             self.settle()
 
 
@@ -246,7 +244,7 @@ class SizedSettlement(Settlement):
     __slots__ = ()
 
     def __len__(self) -> int:
-        return len(self._iterable)  # type: ignore[arg-type]
+        return len(self.iterable)  # type: ignore[arg-type]
 
 
 class ObservedSettlement(Settlement):
@@ -259,33 +257,33 @@ class ObservedSettlement(Settlement):
     ) -> Callable[[bytes], object]:
         """Pass on to the server, and look at what the response will be."""
         write = super().start_response(status, headers, exc_info)
-        self._observation.begin(status, headers)
+        self.observation.begin(status, headers)
         return write
 
     def __call__(self, data: bytes) -> object:
         """Pass on what the application writes, and look at it."""
         written = super().__call__(data)
-        self._observation.passed(data)
+        self.observation.passed(data)
         return written
 
     def wrap(self, iterable: Iterable[bytes]) -> Settlement:
         """Return what the server iterates in place of *iterable*."""
-        self._iterable = iterable
+        self.iterable = iterable
         if hasattr(iterable, "__len__"):
             self.__class__ = _SizedObservedSettlement
         return self
 
     def wrap_file(self, file: Any) -> Iterable[bytes]:
         """Settle when the server closes *file*; nobody here sees its bytes."""
-        self._observation.hand_over()
+        self.observation.hand_over()
         return super().wrap_file(file)
 
     def __iter__(self) -> Iterator[bytes]:
         # A chunk counts when the server is back for more: it has taken that one. At
         # once, as some servers close the response before they let go of this.
-        observation = self._observation
+        observation = self.observation
         try:
-            chunks = iter(self._iterable)
+            chunks = iter(self.iterable)
             yield from self._until_begun(chunks)
             if observation.feeds:
                 for chunk in chunks:
@@ -299,27 +297,27 @@ class ObservedSettlement(Settlement):
         except BaseException:
             self.fail()
             raise
-        self._outcome = COMPLETED
+        self.outcome = COMPLETED
 
     def _until_begun(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on chunks until one is not empty: headers leave with that (PEP 3333)."""
         for chunk in chunks:
             if chunk:
-                self._outcome = ABORTED  # unless it goes on from here
+                self.outcome = ABORTED  # unless it goes on from here
             yield chunk
-            self._observation.passed(chunk)
+            self.observation.passed(chunk)
             if chunk:
                 return
 
     def _made(self) -> Sequence[bytes]:
-        stated = self._stated
+        stated = self.stated
         outcome = self._ended()
-        return self._billing.events(
-            self._environ,
+        return self.billing.events(
+            self.environ,
             stated[0] if stated else None,
-            self._status,
+            self.status,
             outcome,
-            self._observation.exchange(self._status, outcome),
+            self.observation.exchange(self.status, outcome),
         )
 
 
@@ -329,71 +327,4 @@ class _SizedObservedSettlement(ObservedSettlement):
     __slots__ = ()
 
     def __len__(self) -> int:
-        return len(self._iterable)  # type: ignore[arg-type]
-
-
-#: What settled the last response.
-_usual: type[Settlement] = Settlement
-
-
-def serve(
-    app: WSGIApplication,
-    metering: Metering,
-    billing: Billing,
-    environ: dict[str, Any],
-    start_response: StartResponse,
-    stated: list[RunTimeMeters],
-) -> Iterable[bytes]:
-    """Serve a request, and settle it at its end under the policy of *billing*."""
-    # Like the last response most are: to change a class costs more than to guess it.
-    if billing.bodies is None:
-        settlement = _usual()
-    else:
-        settlement = ObservedSettlement()
-        settlement._observation = Observation(environ, billing.bodies)
-    settlement._metering = metering
-    settlement._billing = billing
-    settlement._environ = environ
-    settlement._server_start = start_response
-    settlement._stated = stated
-    settlement._iterable = _UNKNOWN
-    settlement._status = None
-    settlement._outcome = _UNSTARTED
-    settlement._events = None
-    files = environ.get(_FILE_WRAPPER)
-    if files is not None and not isinstance(files, type):
-        files = environ[_FILE_WRAPPER] = _WrappedFiles(files)
-    try:
-        iterable = app(environ, settlement.start_response)
-    except BaseException:
-        settlement.fail()
-        settlement.settle()
-        raise
-    if type(iterable) is list and type(settlement) is SizedSettlement:
-        settlement._iterable = iterable
-        return settlement
-    if files is not None and isinstance(iterable, files):  # type: ignore[arg-type]
-        return settlement.wrap_file(iterable)
-    return settlement.wrap(iterable)
-
-
-class _WrappedFiles:
-    """A server's file wrapper that is a function, remembering what it made.
-
-    uWSGI's returns the file itself, which nothing else tells from an iterable of
-    the application's own. Held by the environ, so it holds nothing of the request.
-    """
-
-    __slots__ = ("_made", "_wrapper")
-
-    def __init__(self, wrapper: Callable[..., object]) -> None:
-        self._wrapper = wrapper
-        self._made: object = None
-
-    def __call__(self, file: object, *block_size: int) -> object:
-        self._made = self._wrapper(file, *block_size)
-        return self._made
-
-    def __instancecheck__(self, iterable: object) -> bool:
-        """Let isinstance() ask this as it asks a wrapper that is a class."""
-        return iterable is not None and iterable is self._made
+        return len(self.iterable)  # type: ignore[arg-type]
