@@ -70,10 +70,13 @@ class StaticEvents:
     def encode(self, subject: str) -> Sequence[bytes]:
         """Encode the events of one request, under a new id."""
         number = next(self._numbers)
-        tail = f'{timestamp()}","subject":{_quoted(subject)}}}'
         if self._only is not None:
             head, middle = self._only
-            return (f"{head}{number}{middle}{tail}".encode(),)
+            event = (
+                f'{head}{number}{middle}{timestamp()}","subject":{_quoted(subject)}}}'
+            )
+            return (event.encode(),)
+        tail = f'{timestamp()}","subject":{_quoted(subject)}}}'
         return [
             f"{head}{number}{middle}{tail}".encode() for head, middle in self._templates
         ]
