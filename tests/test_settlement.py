@@ -1002,3 +1002,24 @@ def test_any_application_passes_unchanged_and_is_settled_once(
 def test_chunks_arrive_as_they_were_made() -> None:
     with recording(answering(Body(*CHUNKS))) as billed:
         assert billed.serve().body == CHUNKS
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_server_that_says_no_method_is_served_and_billed(is_read: bool) -> None:
+    app = OpenMeterMiddleware(
+        hello, meters={"a": 1}, on_missing_subject="acme", dry_run=True,
+    )  # fmt: skip
+    request = make_environ()
+    del request["REQUEST_METHOD"]
+
+    response = app(request, lambda *_: print)
+    chunks = list(response) if is_read else []
+    response.close()
+
+    assert chunks == ([b"hello"] if is_read else [])
+    assert app.stats().metered == 1
+
+
+def hello(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [b"hello"]

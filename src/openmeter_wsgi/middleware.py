@@ -196,8 +196,8 @@ class OpenMeterMiddleware:
 
 def _refusal(billing: Billing, environ: dict[str, Any]) -> Refusal | None:
     """Return what answers in place of the application, None if it may."""
-    if environ["REQUEST_METHOD"] == "OPTIONS" and not billing.policy.meter_options:
-        return None  # browsers ask by themselves (CORS)
+    if not billing.must_ask(environ):
+        return None
     decision = billing.gate.admit(environ)
     if decision.allowed or not billing.policy.enforce:
         return None

@@ -228,7 +228,7 @@ class Settlement:
         if self.outcome is not UNSTARTED:
             return self.outcome
         bodiless = self.status is not None and self.status[:3] in _WITHOUT_BODY
-        if bodiless or (self.status and self.environ["REQUEST_METHOD"] == "HEAD"):
+        if bodiless or (self.status and self.environ.get("REQUEST_METHOD") == "HEAD"):
             return COMPLETED  # there was nothing to iterate
         return ABORTED
 
