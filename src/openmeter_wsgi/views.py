@@ -59,8 +59,8 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
             own = billing.variant(name, options)
             environ[BILLING] = own
             govern(environ, own)
-            if "required_entitlements" in options:
-                require_entitlements(environ)
+            if required := options.get("required_entitlements"):
+                require_entitlements(environ, *required)
             return view(*args, **kwargs)
 
         setattr(metered, _SAYS, options)
