@@ -119,6 +119,18 @@ def flask_created() -> str:
     return "not created"
 
 
+@of_flask.get("/awaited")
+@meter(meters={"credits": 7})
+async def flask_awaited() -> str:
+    return "awaited"
+
+
+@of_flask.get("/free-awaited")
+@no_meter
+async def flask_free_awaited() -> str:
+    return "free"
+
+
 @of_flask.get("/streamed")
 def flask_streamed() -> flask.Response:
     def stream() -> Iterator[str]:
@@ -132,6 +144,16 @@ def flask_streamed() -> flask.Response:
 
 
 # -- Django
+
+
+@meter(meters={"credits": 7})
+async def awaited(request: Any) -> HttpResponse:
+    return HttpResponse("awaited")
+
+
+class FreeAwaited(View):
+    async def get(self, request: Any) -> HttpResponse:
+        return HttpResponse("free")
 
 
 class Priced(View):
@@ -194,6 +216,7 @@ class Urls:
         path("free", free), path("user", user), path("free-user", free_user),
         path("measured/<name>", measured), path("model", model),
         path("created", created), path("streamed", streamed),
+        path("awaited", awaited), path("free-awaited", no_meter(FreeAwaited.as_view())),
     )  # fmt: skip
 
 
@@ -232,6 +255,8 @@ def billed(
     [
         ("/plain", [("requests", {"total": 1})]),
         ("/priced/7", [("credits", {"total": 5})]),
+        ("/awaited", [("credits", {"total": 7})]),
+        ("/free-awaited", []),
         ("/user", [("users", {"total": 1})]),
         (
             "/measured/x",
