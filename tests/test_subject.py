@@ -45,7 +45,8 @@ def test_empty_means_missing(empty: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "subject"), [(None, None), (42, "42"), (b"acme", None), ("", None)]
+    ("said", "subject"),
+    [(None, None), (42, "42"), (b"acme", None), ("", None), ("acme\udc80", None)],
 )
 def test_what_an_application_leaves_in_remote_user_may_be_anything(
     said: Any, subject: str | None

@@ -113,7 +113,7 @@ def _header_text(value: object) -> str:
     try:
         return value.encode("latin-1").decode().strip()
     except UnicodeError:
-        return value.strip()
+        return _text(value.strip()) or ""
 
 
 def path_reader(path: str) -> Callable[[object], object]:
