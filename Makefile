@@ -43,8 +43,10 @@ docs: $(INSTALLED)
 	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --fresh-env \
 		--write-all --quiet docs build/docs
 
+# The blocks of a page build on each other, so they stay in one process.
 unit: $(INSTALLED)
-	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal tests
+	$(BIN)/python -X dev -m pytest README.md docs
 
 # Needs root and Debian: it installs uWSGI, gevent, Redis and Apache first.
 test-servers: $(INSTALLED)

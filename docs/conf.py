@@ -17,7 +17,6 @@ extensions = [
     "inline_diagrams",
     "option_links",
     "options_page",
-    "present_pages",
 ]
 exclude_patterns = ["extensions"]
 

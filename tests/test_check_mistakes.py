@@ -95,6 +95,22 @@ def date(seconds):
 # -- The server
 
 
+@pytest.mark.parametrize(("status", "names_the_key"), [(403, True), (404, False)])
+def test_a_key_is_blamed_only_for_what_a_key_may_not(openmeter, status, names_the_key):
+    openmeter.rule = lambda request: (
+        problem(status) if request.method == "GET" else None
+    )
+
+    result = CliRunner().invoke(
+        command, ["--json"], env={"OPENMETER_API_URL": openmeter.url}
+    )
+
+    remedies = {f["name"]: f["remedy"] for f in json.loads(result.stdout)["findings"]}
+    for name, what in (("meters", "list meters"), ("event", "list events")):
+        expected = f"use a key that may {what}" if names_the_key else None
+        assert remedies[name] == expected
+
+
 def test_a_wrong_key(openmeter):
     openmeter.rule = lambda request: problem(401, "the key is unknown")
 

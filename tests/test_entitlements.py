@@ -440,6 +440,16 @@ def test_without_features_a_handler_asks_for_those_of_the_policy(make, entitled)
     assert ask(make(flask_app(view))).body == [b"True"]
 
 
+def test_where_nothing_is_required_nothing_is_asked(make, openmeter):
+    def view():
+        return str(require_entitlements(flask.request).allowed)
+
+    app = make(flask_app(view), required_entitlements=[])
+
+    assert ask(app).body == [b"True"]
+    assert app.stats().allowed == {}
+
+
 def test_outside_a_metered_request_there_is_no_answer(caplog):
     decision = check_entitlements({}, "searches")
 

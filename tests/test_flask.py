@@ -292,6 +292,16 @@ def test_nobody_is_looked_up_for_what_is_not_billed(make, openmeter):
     assert loads == []
 
 
+def test_nobody_is_looked_up_for_a_view_that_is_not_metered(make, openmeter):
+    loads = []
+    app = with_login(make(no_meter(lambda: "free")), loads=loads)
+
+    get(app, Authorization="acme")
+
+    assert billed(app, openmeter) == []
+    assert loads == []
+
+
 def test_without_flask_login_a_session_is_not_touched(make):
     response = get(make())
 

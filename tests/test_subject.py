@@ -44,6 +44,17 @@ def test_empty_means_missing(empty: Any) -> None:
     assert find(request, subject=lambda _: "") is None
 
 
+@pytest.mark.parametrize(
+    ("said", "subject"),
+    [(None, None), (42, "42"), (b"acme", None), ("", None), ("acme\udc80", None)],
+)
+def test_what_an_application_leaves_in_remote_user_may_be_anything(
+    said: Any, subject: str | None
+) -> None:
+    assert find(environ(REMOTE_USER=said)) == subject
+    assert find(environ(HTTP_X_NAME=said), subject="header:X-Name") == subject
+
+
 def test_nothing_but_what_the_policy_names_is_read_from_the_client() -> None:
     request = environ(
         HTTP_X_CUSTOMER_ID="forged",

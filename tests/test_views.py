@@ -15,7 +15,7 @@ from django.urls import path
 from django.utils.decorators import method_decorator
 from django.views import View
 
-from billing import usage
+from billing import serve, usage
 from openmeter_wsgi import (
     ConfigError,
     OpenMeterMiddleware,
@@ -32,6 +32,7 @@ from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_server import OpenMeterServer
@@ -118,6 +119,18 @@ def flask_created() -> str:
     return "not created"
 
 
+@of_flask.get("/awaited")
+@meter(meters={"credits": 7})
+async def flask_awaited() -> str:
+    return "awaited"
+
+
+@of_flask.get("/free-awaited")
+@no_meter
+async def flask_free_awaited() -> str:
+    return "free"
+
+
 @of_flask.get("/streamed")
 def flask_streamed() -> flask.Response:
     def stream() -> Iterator[str]:
@@ -131,6 +144,16 @@ def flask_streamed() -> flask.Response:
 
 
 # -- Django
+
+
+@meter(meters={"credits": 7})
+async def awaited(request: Any) -> HttpResponse:
+    return HttpResponse("awaited")
+
+
+class FreeAwaited(View):
+    async def get(self, request: Any) -> HttpResponse:
+        return HttpResponse("free")
 
 
 class Priced(View):
@@ -193,6 +216,7 @@ class Urls:
         path("free", free), path("user", user), path("free-user", free_user),
         path("measured/<name>", measured), path("model", model),
         path("created", created), path("streamed", streamed),
+        path("awaited", awaited), path("free-awaited", no_meter(FreeAwaited.as_view())),
     )  # fmt: skip
 
 
@@ -231,6 +255,8 @@ def billed(
     [
         ("/plain", [("requests", {"total": 1})]),
         ("/priced/7", [("credits", {"total": 5})]),
+        ("/awaited", [("credits", {"total": 7})]),
+        ("/free-awaited", []),
         ("/user", [("users", {"total": 1})]),
         (
             "/measured/x",
@@ -368,3 +394,53 @@ def test_a_wrong_option_is_told_where_the_view_stands(
         meter(**options)
 
     assert problem in str(refused.value)
+
+
+def plain(environ: Environ, start_response: StartResponse) -> list[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"plain"]
+
+
+def test_a_view_may_require_nothing(openmeter: OpenMeterServer) -> None:
+    view = meter(required_entitlements=[])(plain)
+
+    events, stats = billed(openmeter, view, "/")
+
+    assert events == [("requests", {"total": 1})]
+    assert stats.allowed == {}
+
+
+def test_options_that_contradict_those_of_the_route_hurt_no_request(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Ids of a proxy need a source of events, which only the route's policy may have.
+    view = meter(
+        trusted_request_id_header="X-Request-Id", required_entitlements=["reports"]
+    )(plain)
+
+    events, stats = billed(openmeter, view, "/")
+
+    assert events == [("requests", {"total": 1})]
+    assert sum(stats.let_through.values()) == 1  # it was asked for all the same
+    assert "event_source: expected a name" in caplog.text
+    assert "its requests are billed as those of its route" in caplog.text
+
+
+def test_a_key_that_is_being_exchanged_hurts_no_first_call_of_a_view(
+    openmeter: OpenMeterServer, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("om_key")
+    view = meter(meters={"views": 1})(plain)
+    middleware = OpenMeterMiddleware(
+        view, api_url=openmeter.url, api_key_file=key, meters={"requests": 1}
+    )
+
+    key.unlink()
+    assert serve(middleware, make_environ()) == b"plain"
+    key.write_text("om_key")
+    assert serve(middleware, make_environ()) == b"plain"
+    middleware.close(10)
+
+    kinds = [kind for kind, _ in usage(openmeter.taken)]
+    assert kinds == ["requests", "views"]

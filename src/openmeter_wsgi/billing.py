@@ -9,6 +9,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
+from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import StaticEvents, encode_events
 from openmeter_wsgi.identity import Identity
 from openmeter_wsgi.measured_meters import evaluate
@@ -98,10 +99,20 @@ class Billing:
         return StaticEvents(self._static_meters, policy.event_source, ids)
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
-        """Return what bills under the same policy with other *options*."""
+        """Return what bills under the same policy with other *options*.
+
+        Never raises an Exception: where they contradict the policy, or its key cannot
+        be read now, it is the policy without them.
+        """
         found = self._variants.get(id(options))
         if found is None:
-            policy = dataclasses.replace(self.policy, routes=None, **options)
+            try:
+                policy = dataclasses.replace(self.policy, routes=None, **options)
+            except ConfigError as error:
+                logger.error(
+                    "%s: %s; its requests are billed as those of its route", name, error
+                )
+                return self
             # Two threads may come at once: one of them wins, for counts to be whole.
             # The options are kept, or others might be taken for them by their id.
             found = self._variants.setdefault(

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.entitlements.refusal import quota_headers
-from openmeter_wsgi.environ import BILLING, DECISION
+from openmeter_wsgi.environ import BILLING, DECISION, METERS
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, read_text_options
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
+    from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.subject import FindSubject
 
 #: Whether a request came through the middleware, metered or not.
@@ -64,9 +65,15 @@ def _remember_subject(environ: dict[str, Any], status: str) -> None:
     billing: Billing = environ[BILLING]  # a decorated view's, by now
     environ.pop(_REMEMBERED, None)
     # A user is not loaded from a database for what is not billed.
-    if billing.bills(status):
+    if billing.bills(status) and not _is_unmetered(environ):
         environ[_REMEMBERED] = {}
         billing.find_subject(environ)
+
+
+def _is_unmetered(environ: dict[str, Any]) -> bool:
+    stated: list[RunTimeMeters] | object = environ.get(METERS)
+    # After the settlement it is no list.
+    return isinstance(stated, list) and any(each.governed_by is None for each in stated)
 
 
 def _with_quota(

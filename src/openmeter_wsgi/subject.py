@@ -99,18 +99,21 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     return call
 
 
-def _header_text(value: str) -> str:
+def _header_text(value: object) -> str:
     """Return a header as the text it was sent as.
 
     WSGI hands over its bytes, each as one character (PEP 3333). What is no UTF-8
-    stays the Latin-1 that HTTP once meant.
+    stays the Latin-1 that HTTP once meant. What an application has put in its place
+    may be no text.
     """
+    if not isinstance(value, str):
+        return _text(value) or ""
     if value.isascii():
         return value.strip()
     try:
         return value.encode("latin-1").decode().strip()
     except UnicodeError:
-        return value.strip()
+        return _text(value.strip()) or ""
 
 
 def path_reader(path: str) -> Callable[[object], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -45,8 +46,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
 
-        @functools.wraps(view)
-        def metered(*args: P.args, **kwargs: P.kwargs) -> R:
+        def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
             if environ is None:
                 logger.warning(
@@ -54,17 +54,15 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     "routes and unmatched)",
                     name,
                 )
-                return view(*args, **kwargs)
+                return
             billing: Billing = environ[BILLING]
             own = billing.variant(name, options)
             environ[BILLING] = own
             govern(environ, own)
-            if "required_entitlements" in options:
-                require_entitlements(environ)
-            return view(*args, **kwargs)
+            if required := options.get("required_entitlements"):
+                require_entitlements(environ, *required)
 
-        setattr(metered, _SAYS, options)
-        return metered
+        return _beginning(view, begin, options)
 
     return decorate
 
@@ -72,14 +70,44 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:
     """Let the requests of a view not be metered."""
 
-    @functools.wraps(view)
-    def unmetered(*args: P.args, **kwargs: P.kwargs) -> R:
+    def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
             govern(environ, None)
+
+    return _beginning(view, begin, None)
+
+
+def _beginning(
+    view: Callable[P, R],
+    begin: Callable[[tuple[object, ...]], None],
+    says: dict[str, Any] | None,
+) -> Callable[P, R]:
+    """Return *view* with *begin* before it: awaited, if that is to be awaited."""
+
+    @functools.wraps(view)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        begin(args)
         return view(*args, **kwargs)
 
-    setattr(unmetered, _SAYS, None)
-    return unmetered
+    @functools.wraps(view)
+    async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+        begin(args)
+        return await view(*args, **kwargs)  # type: ignore[misc]
+
+    # A framework looks at a view to know whether it has to await what that returns.
+    begun: Any = awaited if _is_awaited(view) else called
+    setattr(begun, _SAYS, says)
+    wrapped: Callable[P, R] = begun
+    return wrapped
+
+
+def _is_awaited(view: object) -> bool:
+    # Django marks a function that only hands on to one with `async def`.
+    asgiref = sys.modules.get("asgiref.sync")
+    is_coroutine_function: Callable[[object], bool] = (
+        inspect.iscoroutinefunction if asgiref is None else asgiref.iscoroutinefunction
+    )
+    return is_coroutine_function(view)
 
 
 def asks_itself(view: object) -> bool:

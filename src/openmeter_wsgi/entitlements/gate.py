@@ -36,6 +36,8 @@ logger = log.get_logger(__name__)
 Environ: TypeAlias = "MutableMapping[str, Any]"
 
 _NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
+#: Where no feature is named there is nothing to ask, and nobody to ask for.
+_NOTHING_REQUIRED = Decision(True, source="request")
 #: Seconds after which a reservation of another request may have come back.
 _SOON = 1.0
 
@@ -98,6 +100,8 @@ class Gate:
         if reserve is not None:
             reserve = read_amounts(reserve)
         names = tuple(dict.fromkeys(features))
+        if not names:
+            return _NOTHING_REQUIRED
         subject = self._find_subject(environ)  # type: ignore[arg-type]
         decision = _NO_SUBJECT
         if subject is not None:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.commands.asking import NoAnswer
-from openmeter_wsgi.commands.checks.findings import MARK, ok, unknown, warning
+from openmeter_wsgi.commands.checks.findings import MARK, ok, unanswered, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ def look_at_event(situation: Situation) -> Iterator[Finding]:
     try:
         entries = listed(situation, situation.sent.id, PATIENCE)
     except NoAnswer as error:
-        yield unknown(_NAME, str(error), "use a key that may list events")
+        yield unanswered(_NAME, error, "list events")
         return
     if not entries:
         yield warning(

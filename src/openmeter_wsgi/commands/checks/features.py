@@ -10,7 +10,7 @@ from openmeter_wsgi.commands.checks.findings import (
     MARK,
     failure,
     ok,
-    unknown,
+    unanswered,
     warning,
 )
 from openmeter_wsgi.errors import DeliveryError
@@ -49,7 +49,7 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
             meters = {str(one.get("slug")): one for one in listing.meters()}
     except NoAnswer as error:
         if needed:
-            yield unknown("features", str(error), "use a key that may list features")
+            yield unanswered("features", error, "list features")
         return
     for feature in asked:
         yield _look_at_one(feature, there.get(feature), meters, situation)

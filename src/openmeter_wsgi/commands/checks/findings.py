@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openmeter_wsgi.client import OpenMeterClient
-    from openmeter_wsgi.commands.asking import Listing
+    from openmeter_wsgi.commands.asking import Listing, NoAnswer
     from openmeter_wsgi.policy import Policy
 
 #: The type and the subject of every event that a check sends. No meter counts the
 #: one, nobody pays for the other.
 MARK = "openmeter_wsgi.check"
+#: The answers to a key that may not, of all those that a list may get.
+_NOT_ALLOWED = (401, 403)
 
 
 class Severity(enum.StrEnum):
@@ -61,6 +63,12 @@ def failure(name: str, found: str, remedy: str) -> Finding:
 def unknown(name: str, found: str, remedy: str | None = None) -> Finding:
     """Say that a thing could not be found out, and why."""
     return Finding(name, Severity.UNKNOWN, found, remedy)
+
+
+def unanswered(name: str, error: NoAnswer, may: str) -> Finding:
+    """Say that OpenMeter did not tell; a key that *may* is no remedy for all of it."""
+    remedy = f"use a key that may {may}" if error.status in _NOT_ALLOWED else None
+    return unknown(name, str(error), remedy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.commands.asking import NoAnswer
 from openmeter_wsgi.commands.checks.feeding import event_type, samples, types_stated
-from openmeter_wsgi.commands.checks.findings import failure, ok, unknown, warning
+from openmeter_wsgi.commands.checks.findings import (
+    failure,
+    ok,
+    unanswered,
+    unknown,
+    warning,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +38,7 @@ def look_at_meters(situation: Situation) -> Iterator[Finding]:
     try:
         there = situation.listing.meters()
     except NoAnswer as error:
-        yield unknown("meters", str(error), "use a key that may list meters")
+        yield unanswered("meters", error, "list meters")
         return
     sent = samples(situation)
     if not sent:
@@ -117,7 +123,7 @@ def _unfed(situation: Situation, others: list[Document]) -> Iterator[Finding]:
         for meter in others[:_MAX_ASKED]:
             (fed if _has_usage(situation, meter) else unfed).append(meter)
     except NoAnswer as error:
-        yield unknown("other meters", str(error), "use a key that may query meters")
+        yield unanswered("other meters", error, "query meters")
         return
     if unfed:
         yield warning(
