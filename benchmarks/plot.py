@@ -1,8 +1,12 @@
-"""A plot as SVG: lines over a logarithmic axis, legible on light and on dark pages."""
+"""A plot as SVG: lines over a logarithmic axis.
+
+Alone it has colours of its own, inside a page those of the page.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
@@ -14,12 +18,20 @@ _LEFT, _RIGHT, _TOP = 64, 24, 24
 _LINE = 20
 _COLOURS = ("#3b82c4", "#d9730d", "#2f9e6e", "#a855c7")
 _STEPS = 4
+_STYLE = (
+    ":root:is(svg){color:#222;background:#fff}"
+    "@media(prefers-color-scheme:dark){:root:is(svg){color:#ddd;background:#131416}}"
+    ".plot .grid{stroke:currentColor;stroke-opacity:.2}"
+)
 
 
 def plot(
     series: Mapping[str, Mapping[int, float]], *, across: str, upwards: str
 ) -> str:
-    """Return the plot of each series: a figure by how much there is of *across*."""
+    """Return the plot of each series: a figure by how much there is of *across*.
+
+    Both axes are named; the horizontal one names the plot, too.
+    """
     bottom = _HEIGHT - 2 * _LINE
     xs = sorted({x for points in series.values() for x in points})
     top = _round_up(max(y for points in series.values() for y in points.values()))
@@ -39,7 +51,15 @@ def plot(
         line = [at(x, y) for x, y in sorted(points.items())]
         parts += _series(name, line, _COLOURS[number % len(_COLOURS)], number)
     height = _HEIGHT + _LINE * len(series)
-    return _document(height, parts)
+    return _document(height, f"{upwards}, by {across}", _spoken(series), parts)
+
+
+def _spoken(series: Mapping[str, Mapping[int, float]]) -> str:
+    """Say in words what the plot shows."""
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{y:,.4g} at {x:,}" for x, y in sorted(points.items()))
+        for name, points in series.items()
+    )
 
 
 def _round_up(value: float) -> float:
@@ -68,18 +88,20 @@ def _grid(height: float) -> str:
 def _text(x: float, y: float, text: str, share: float = 0) -> str:
     """Place *text* so that this share of it is left of *x*."""
     anchor = {0: "start", 0.5: "middle", 1: "end"}[share]
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text x="{x}" y="{y}" style="text-anchor:{anchor}">{escape(text)}</text>'
 
 
-def _document(height: int, parts: list[str]) -> str:
-    style = (
-        "text{font:13px system-ui,sans-serif;fill:#555}.grid{stroke:#8884}"
-        "@media(prefers-color-scheme:dark){text{fill:#bbb}}"
-    )
+def _document(height: int, title: str, spoken: str, parts: list[str]) -> str:
+    name = re.sub(r"\W+", "-", title)
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">',
-            f"<style>{style}</style>",
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="diagram plot" '
+            f'viewBox="0 0 {_WIDTH} {height}" role="img" '
+            f'aria-labelledby="{name}-title {name}-desc" '
+            f'font-family="system-ui, sans-serif" font-size="13" fill="currentColor">',
+            f'<title id="{name}-title">{escape(title)}</title>',
+            f'<desc id="{name}-desc">{escape(spoken)}</desc>',
+            f"<style>{_STYLE}</style>",
             *parts,
             "</svg>\n",
         ]
