@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _WIDTH, _HEIGHT = 720, 320
-_LEFT, _RIGHT, _TOP = 64, 24, 24
+_LEFT, _RIGHT, _TOP = 64, 44, 24
 _LINE = 20
 _COLOURS = ("#3b82c4", "#d9730d", "#2f9e6e", "#a855c7")
 _STEPS = 4
