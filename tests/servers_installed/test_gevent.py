@@ -6,8 +6,8 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from installed import InstalledServer, assert_billed_once, variables
 
+from installed import InstalledServer, assert_billed_once, variables
 from servers import GUNICORN
 
 if TYPE_CHECKING:
