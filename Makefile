@@ -10,7 +10,9 @@
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
 #   make overshoot     by how much a quota is overshot under load (REDIS=redis://…)
-#   make bench         what a metered request costs beside a bare one
+#   make bench         what a metered request costs beside a bare one; what delivery,
+#                      waiting events and the start cost; plots of growth in build/bench
+#   make bench PLOTS=docs/images   the same, with the plots of the documentation
 #   make guard         whether a request still costs what it may, in instructions
 #   make dist          wheel and sdist
 #   make release-check the same, checked, installed alone in an empty environment, and
@@ -73,6 +75,11 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.instructions
 	$(BIN)/python -m benchmarks.request_cost
 	$(BIN)/python -m benchmarks.entitlements
+	for each in start memory delivery latency; do \
+		$(BIN)/python -m benchmarks.$$each --json build/bench/$$each.json || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.growth --json build/bench/growth.json \
+		--plots $(or $(PLOTS),build/bench)
 
 overshoot: $(INSTALLED)
 	$(BIN)/python -m tests.overshoot $(if $(REDIS),--redis $(REDIS))

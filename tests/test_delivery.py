@@ -194,6 +194,23 @@ def test_a_full_batch_goes_before_the_interval(openmeter, serve):
     assert [request.subjects for request in openmeter.requests] == [customers(10)]
 
 
+def test_batches_that_follow_each_other_closely_are_filled(
+    openmeter, serve, monkeypatch
+):
+    monkeypatch.setattr("openmeter_wsgi.delivery.gathering.SPACING", 20.0)
+    service = serve(flush_interval=NEVER, batch_size=2)
+    service.request(*customers(2))
+    openmeter.wait_for(2)
+
+    service.request("alice", "bob")
+    with pytest.raises(AssertionError):
+        openmeter.wait_for_requests(2, timeout=0.3)
+    service.request("carol", "dave", "erin", "frank")
+    assert service.flush()
+
+    assert [len(request.subjects) for request in openmeter.requests] == [2, 6]
+
+
 def test_the_interval_sends_what_is_there(openmeter, serve):
     service = serve(flush_interval=0.2, batch_size=1_000)
     began = time.monotonic()

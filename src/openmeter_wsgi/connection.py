@@ -106,11 +106,9 @@ class Connection:
         data: bytes | None,
         headers: Mapping[str, str] | None,
     ) -> Reply:
-        if self._session is None:
-            self._session = requests.Session()
-            self._session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
+        session = self._session = self._session or _new_session(url)
         try:
-            response = self._session.request(
+            response = session.request(
                 method,
                 url,
                 data=data,
@@ -121,6 +119,7 @@ class Connection:
                 stream=True,
             )
         except OSError as error:
+            self.close()  # what is wrong may be in the environment, and set right there
             raise _no_answer(error, url) from error
         body = _read(response, self._max_answer_bytes)
         return Reply(response.status_code, response.headers, body)
@@ -140,6 +139,21 @@ class Connection:
             return self._key.renew()
         except ValueError as error:
             raise Held(str(error), status=401) from error
+
+
+def _new_session(url: str) -> requests.Session:
+    """Return a session that has looked at the environment.
+
+    Left to itself it would read all of it again for every request, which takes as long
+    as the rest of one.
+    """
+    session = requests.Session()
+    session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
+    found = session.merge_environment_settings(url, {}, True, None, None)
+    session.proxies.update(found["proxies"])
+    session.verify = found["verify"]
+    session.trust_env = False
+    return session
 
 
 def _read(response: requests.Response, at_most: int) -> bytes:

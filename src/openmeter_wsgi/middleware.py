@@ -14,7 +14,6 @@ from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.serving import serve
-from openmeter_wsgi.zuplo import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -83,6 +82,9 @@ class OpenMeterMiddleware:
 
         :raises ConfigError: with every problem, each with its place in the file.
         """
+        # Here, as it takes a tenth of the whole import and few applications need it.
+        from openmeter_wsgi.zuplo import options_of
+
         return cls(app, **{**options_of(policies, routes, os.environ), **options})
 
     def __call__(

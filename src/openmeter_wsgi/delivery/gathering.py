@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 #: After an outage, events go in batches of up to this many.
 BACKLOG_BATCH = 1_000
+#: Batches that are not full are at least this many seconds apart: a request costs the
+#: same for a hundred events as for a thousand.
+SPACING = 0.1
 #: At exit attempts follow each other this closely: the deadline is near.
 CLOSING_DELAY = 0.5
 _NEVER = sys.maxsize
@@ -51,6 +54,8 @@ class Gathering:
             policy.batch_size, BACKLOG_BATCH if self._batch_size > 1 else 1
         )
         self._flush_interval = policy.flush_interval
+        self._spacing = min(SPACING, policy.flush_interval)
+        self._gathered_at = -self._spacing
         self._wake = Signal()
         #: Whether what waits now goes without waiting for more.
         self._hurried = False
@@ -70,15 +75,21 @@ class Gathering:
         self._wake.set()
 
     def _gather(self) -> None:
-        """Wait for a batch: its size, or the flush interval after its first event."""
+        """Wait for a batch: its size, or the flush interval after its first event.
+
+        Where batches follow each other closely, they are filled as far as they may be.
+        """
         self._wait_for(1, MAX_DELAY if self._sender.doubtful else None)
         if len(self._events):
             self._wait_for(self._batch_size, self._flush_interval)
+            due = self._gathered_at + self._spacing
+            self._wait_for(self._max_batch, due - time.monotonic())
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
         if events := self._events.take(
             max_events=self._max_batch, max_bytes=MAX_BATCH_BYTES
         ):
+            self._gathered_at = time.monotonic()
             self._sender.load(events)
         else:
             self._sender.retry_suspects()

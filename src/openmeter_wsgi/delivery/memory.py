@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from itertools import count
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
@@ -153,10 +154,10 @@ class MemoryQueue:
                 size += len(self._events[0])
                 if batch and size > max_bytes:
                     break
-                event = self._events.popleft()
-                batch.append(event)
-                self._last_taken += 1
-                self._numbers[id(event)] = self._last_taken
+                batch.append(self._events.popleft())
+            numbers = count(self._last_taken + 1)
+            self._numbers.update(zip(map(id, batch), numbers, strict=False))
+            self._last_taken += len(batch)
             self._taken += len(batch)
             self._ease()
         return batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmeter_wsgi.delivery import progress
 from openmeter_wsgi.delivery.segment import (
@@ -17,6 +17,7 @@ from openmeter_wsgi.delivery.segment import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from openmeter_wsgi.delivery.progress import Ranges
@@ -124,3 +125,22 @@ class Reading:
             elif start > self.offset:
                 return start
         return None
+
+
+class Place(NamedTuple):
+    """Where an event was read, or several that follow each other."""
+
+    reading: Reading
+    start: int
+    end: int
+
+
+def runs(places: Iterable[Place]) -> list[Place]:
+    """Join those that follow each other: of a batch that is nearly all."""
+    joined: list[list[Any]] = []
+    for reading, start, end in places:
+        if joined and joined[-1][2] == start and joined[-1][0] is reading:
+            joined[-1][2] = end
+        else:
+            joined.append([reading, start, end])
+    return [Place(*run) for run in joined]

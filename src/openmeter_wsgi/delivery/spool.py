@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import progress
 from openmeter_wsgi.delivery.progress import Doubt, Progress
-from openmeter_wsgi.delivery.reading import Reading
+from openmeter_wsgi.delivery.reading import Place, Reading, runs
 from openmeter_wsgi.delivery.roll_call import RollCall
 from openmeter_wsgi.delivery.segment import Piece, read_name
 from openmeter_wsgi.events import MAX_BATCH_BYTES
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.delivery.dead_letters import DeadLetters
 
 logger = log.get_logger(__name__)
-
-
-class _Place(NamedTuple):
-    reading: Reading
-    start: int
-    end: int
 
 
 class Spool:
@@ -46,12 +40,12 @@ class Spool:
         self._max_events = max_events
         self._letters = letters
         self._readings: dict[str, Reading] = {}
-        self._waiting: deque[tuple[bytes, _Place]] = deque()
+        self._waiting: deque[tuple[bytes, Place]] = deque()
         self._waiting_bytes = 0
         #: Batches in doubt when the last sender died: each goes again, alone.
         self._again: deque[list[bytes]] = deque()
         #: Where the events come from that are being sent, by their object's id.
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._since: dict[int, float] = {}
         #: Whether there is progress that the disk did not take.
         self._unsaved = False
@@ -103,9 +97,10 @@ class Spool:
     def done(self, events: list[bytes]) -> None:
         """Remember, for good, that *events* are delivered or set aside."""
         for event in events:
-            reading, start, end = self._places.pop(id(event))
-            progress.add(reading.done, start, end)
             self._since.pop(id(event), None)
+        places = [self._places.pop(id(event)) for event in events]
+        for reading, start, end in runs(places):
+            progress.add(reading.done, start, end)
         self._save()
         self._forget_done()
 
@@ -146,7 +141,7 @@ class Spool:
                 self._again.append(batch)
 
     def _placed(self, piece: Piece, reading: Reading) -> bytes:
-        self._places[id(piece.text)] = _Place(reading, piece.start, piece.end)
+        self._places[id(piece.text)] = Place(reading, piece.start, piece.end)
         return piece.text
 
     def _set_aside(self, reading: Reading, damaged: list[Piece]) -> None:
@@ -156,12 +151,12 @@ class Spool:
 
     def _save(self) -> None:
         done = {key: r.done for key, r in self._readings.items() if r.done}
-        doubts: dict[float, Doubt] = {}
-        for event, since in self._since.items():
-            reading, start, end = self._places[event]
-            doubt = doubts.setdefault(since, Doubt(since, {}))
-            ranges = doubt.lines.setdefault(reading.name.key, [])
-            progress.add(ranges, start, end)
+        doubts = {since: Doubt(since, {}) for since in set(self._since.values())}
+        for since, doubt in doubts.items():
+            places = [self._places[e] for e, of in self._since.items() if of == since]
+            for reading, start, end in runs(places):
+                ranges = doubt.lines.setdefault(reading.name.key, [])
+                progress.add(ranges, start, end)
         try:
             progress.save(self._directory, Progress(done, list(doubts.values())))
             self._unsaved = False
@@ -226,7 +221,7 @@ class Spool:
             return False
         self._set_aside(reading, damaged)
         for piece in events:
-            place = _Place(reading, piece.start, piece.end)
+            place = Place(reading, piece.start, piece.end)
             self._waiting.append((piece.text, place))
             self._waiting_bytes += len(piece.text)
         return reading.at_end or reading.offset > before

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ledger.falling_back import FallingBack
-from openmeter_wsgi.ledger.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from openmeter_wsgi.ledger.terms import Store
@@ -25,6 +24,9 @@ def open_store(
 
     :raises ConfigError: if Redis cannot be used: no URL of one, no client installed.
     """
+    # Here, so that the import of the package does not load SQLite.
+    from openmeter_wsgi.ledger.sqlite import SqliteStore
+
     stores: list[Store] = []
     if redis_url is not None:
         stores.append(_redis_store(redis_url))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -86,11 +85,18 @@ def read_file(path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             options = msgspec.json.decode(content)
         else:
-            options = tomllib.loads(content.decode())
+            options = _toml(content.decode())
     except OSError as error:
         raise ConfigError([f"{str(path)!r}: {error.strerror}"]) from None
-    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError([f"{str(path)!r}: {error}"]) from None
     if not isinstance(options, dict):
         raise ConfigError([f"{str(path)!r}: expected options by name, got {options!r}"])
     return options
+
+
+def _toml(text: str) -> Any:
+    # Here, as few applications have such a file, and all import this module.
+    import tomllib
+
+    return tomllib.loads(text)

@@ -1,0 +1,105 @@
+"""What an event costs in memory while it waits.
+
+    python -m benchmarks.memory [--events 1000000] [--in-memory 200000]
+
+Each figure is that of a process of its own: anonymous memory (RssAnon) with the
+events, less that before the first. OpenMeter is away meanwhile, the thread tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import logging
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import report, waiting
+from openmeter_wsgi.events import RequestIds
+
+MOST_BYTES = 340.0
+#: Beside which the spool may cost no more.
+FEW = 1_000
+#: More than the sender reads ahead: from here on nothing may grow.
+MORE = 10_000
+#: What two equal processes differ by, in KiB: pages of the allocator.
+NOISE_KIB = 1_024.0
+_RUNS = 3
+
+
+def anonymous_bytes() -> int:
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    if found is None:
+        raise RuntimeError("expected RssAnon in /proc/self/status")
+    return int(found[1]) * 1_024
+
+
+def hold(count: int, spool_dir: str | None) -> int:
+    """Return the bytes that so many waiting events take in this process."""
+    logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
+    middleware = waiting.middleware(
+        spool_dir=spool_dir, max_queue_events=count + 10, flush_interval=0.5
+    )
+    put = middleware.metering().put
+    events = waiting.events(RequestIds())
+    put(next(events))
+    middleware.flush(1.0)  # everything has been there once: thread, connection, disk
+    before = anonymous_bytes()
+    for event in itertools.islice(events, count):
+        put(event)
+    middleware.flush(3.0)
+    return anonymous_bytes() - before
+
+
+def held(count: int, directory: str | None = None) -> int:
+    """Return the same of a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--hold", str(count)]
+    if directory is not None:
+        command += ["--spool", f"{directory}/{count}-{os.urandom(4).hex()}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def measure(in_memory: int, in_spool: int) -> list[report.Row]:
+    each = [held(in_memory) / in_memory for _ in range(_RUNS)]
+    with tempfile.TemporaryDirectory() as directory:
+        few = [held(FEW, directory) / 1_024 for _ in range(_RUNS)]
+        more = [held(MORE, directory) / 1_024 for _ in range(_RUNS)]
+        many = [held(in_spool, directory) / 1_024 for _ in range(_RUNS)]
+    least = statistics.median(few)
+    return [
+        report.Row(
+            f"{in_memory:,} events of {waiting.EVENT_BYTES} bytes in memory, each",
+            "bytes", each, MOST_BYTES,
+        ),
+        report.Row(f"{FEW:,} events in the spool", "KiB", few),
+        report.Row(f"{MORE:,} events in the spool", "KiB", more),
+        report.Row(
+            f"{in_spool:,} events in the spool", "KiB", many, least + NOISE_KIB
+        ),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = report.arguments(__doc__, events=1_000_000)
+    parser.add_argument("--in-memory", type=int, default=200_000)
+    parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--spool", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.hold is not None:
+        print(hold(given.hold, given.spool), flush=True)
+        os._exit(0)  # what is left is not to be delivered
+    rows = measure(given.in_memory, given.events)
+    report.show("Memory", rows, given.json)
+
+
+if __name__ == "__main__":
+    main()

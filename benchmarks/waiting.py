@@ -1,0 +1,46 @@
+"""Events that wait, and what delivers them: what several benchmarks begin with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.paths import trivial_app
+from openmeter_wsgi import OpenMeterMiddleware, Policy
+from openmeter_wsgi.events import StaticEvents
+from openmeter_wsgi.usage import Meter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from wsgiref.types import WSGIApplication
+
+    from openmeter_wsgi.events import RequestIds
+
+#: So long is an event with a type, a source and a subject of usual length.
+EVENT_BYTES = 250
+#: Nobody listens there.
+NOWHERE = "http://127.0.0.1:9"
+
+
+def middleware(
+    api_url: str = NOWHERE, *, app: WSGIApplication = trivial_app, **options: Any
+) -> OpenMeterMiddleware:
+    """Return one that keeps as many events as any benchmark makes."""
+    usual: dict[str, Any] = {
+        "api_url": api_url,
+        "on_missing_subject": "acme",
+        "meters": {"api_requests": 1},
+        "max_queue_events": 10_000_000,
+        "max_queue_bytes": 4_000_000_000,
+        "max_spool_bytes": 4_000_000_000,
+        "shutdown_timeout": 0.0,
+    }
+    return OpenMeterMiddleware(app, Policy(**{**usual, **options}))
+
+
+def events(ids: RequestIds, size: int = EVENT_BYTES) -> Iterator[bytes]:
+    """Make events of *size* bytes, as a request without other usage makes them."""
+    meter = Meter("api_requests", b'{"total":1}')
+    made = StaticEvents([meter], "bench", ids)
+    subject = "s" * (size - len(made.encode("")[0]) - 8)
+    while True:
+        yield made.encode(subject)[0].ljust(size)
