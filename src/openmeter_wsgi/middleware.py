@@ -198,7 +198,7 @@ class OpenMeterMiddleware:
 
 def _refusal(billing: Billing, environ: dict[str, Any]) -> Refusal | None:
     """Return what answers in place of the application, None if it may."""
-    if not billing.must_ask(environ):
+    if environ.get("REQUEST_METHOD") == "OPTIONS" and not billing.must_ask(environ):
         return None
     decision = billing.gate.admit(environ)
     if decision.allowed or not billing.policy.enforce:
