@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from openmeter_wsgi.sandbox import Sandbox
@@ -342,6 +342,11 @@ def left_over(steps, amount, soft):
 
 
 @given(steps=STEPS, amount=st.integers(0, 30), soft=st.booleans())
+@example(  # granted and reset within the second at which grants of a minute begin
+    steps=[("use", 1), ("wait", 8_220), ("grant", 1), ("reset", 0)],
+    amount=0,
+    soft=False,
+)
 @settings(deadline=None, max_examples=40)
 def test_the_balance_is_what_was_granted_less_what_was_used(steps, amount, soft):
     clock = Clock()

@@ -153,7 +153,15 @@ def _run(
     """Burn the usage of *period*, change after change of the grants."""
     start = period.start.time
     last = min(at, period.end.time - 1)
-    renewals = {grant.id: grant.renewals(start, last) for grant in grants}
+    # A reset by hand ends a period within a second: what was granted earlier in that
+    # second is of the period before.
+    with_end = min(at, period.end.time) if period.end.seq else last
+    renewals = {
+        grant.id: grant.renewals(
+            start, with_end if grant.epoch <= period.epoch else last
+        )
+        for grant in grants
+    }
     moments = {moment for times in renewals.values() for moment in times}
     moments |= {int(g.expires) for g in grants if start < g.expires <= last}
     for moment in sorted(moments):
