@@ -46,7 +46,8 @@ def test_a_waiting_event_costs_no_more_memory_than_it_may():
 
 
 def test_delivery_is_measured_from_memory_and_from_a_spool():
-    rows = {row.what: row for row in delivery.measure(1, 0.3, 3_000)}
+    # Longer than the spool gathers: else nothing of it would be delivered meanwhile.
+    rows = {row.what: row for row in delivery.measure(1, 2.0, 3_000)}
 
     assert len(rows) == 7
     assert all(row.median > 0 for row in rows.values())

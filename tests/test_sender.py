@@ -1,5 +1,6 @@
 import json
 import logging
+import random
 from collections import Counter
 
 import pytest
@@ -69,6 +70,16 @@ def named(*names):
 
 def numbered(count, start=0):
     return [b"event-%d" % n for n in range(start, start + count)]
+
+
+def test_pauses_take_nothing_of_the_applications_random_numbers():
+    before = random.getstate()
+    sender = Sender(ScriptedClient([BUSY]), Counts(), lambda events: None)
+    sender.load(named("a"))
+
+    assert sender.attempt() >= 0
+
+    assert random.getstate() == before
 
 
 # -- Failures that concern every event

@@ -35,6 +35,9 @@ logger = log.get_logger(__name__)
 MAX_DELAY = 30.0
 #: The first repetition comes within this many seconds.
 FIRST_DELAY = 1.0
+#: Of the kernel: the random numbers of `random` are the application's, who may have
+#: seeded it, and the same in all processes that were forked from one.
+_JITTER = random.SystemRandom()
 #: A batch that gets a 5xx this often in a row may itself be the cause.
 MAX_SERVER_ERRORS = 10
 #: Of a buried event this much is logged.
@@ -77,7 +80,7 @@ class Sender:
         client: Client,
         counts: Counts,
         done: Callable[[list[bytes]], None],
-        jitter: Callable[[float, float], float] = random.uniform,
+        jitter: Callable[[float, float], float] = _JITTER.uniform,
         bury: Callable[[bytes, DeliveryError], None] | None = None,
         waiting: Callable[[], int] = lambda: 0,
     ) -> None:
