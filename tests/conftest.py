@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.log import RepeatFilter
+from spooling import begin_test
 
 _FOREIGN = {
     "http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc",
@@ -29,6 +30,12 @@ def _own_environment(monkeypatch, tmp_path_factory):
             monkeypatch.delenv(name)
     nowhere = tmp_path_factory.getbasetemp() / "no-netrc"
     monkeypatch.setenv("NETRC", str(nowhere))
+
+
+@pytest.fixture(autouse=True)
+def _own_threads():
+    """A thread that another test has left behind is not taken for one of this."""
+    begin_test()
 
 
 @pytest.fixture(autouse=True)

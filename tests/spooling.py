@@ -117,8 +117,23 @@ def segments(directory: Path) -> list[Path]:
     )
 
 
+#: Threads that another test has left behind.
+_earlier: set[threading.Thread] = set()
+
+
+def begin_test() -> None:
+    """Let `threads` tell of nothing that is there now."""
+    _earlier.clear()
+    _earlier.update(threading.enumerate())
+
+
 def threads(prefix: str) -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith(prefix)]
+    """Return the threads of that name that this test has brought about."""
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(prefix) and thread not in _earlier
+    ]
 
 
 def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:

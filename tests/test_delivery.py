@@ -26,6 +26,7 @@ from openmeter_wsgi.delivery import gathering
 from openmeter_wsgi.delivery.memory import MemoryQueue
 from openmeter_wsgi.delivery.queue import DeliveryQueue
 from openmeter_wsgi.stats import Counts
+from spooling import threads
 
 THREAD = "openmeter_wsgi.delivery"
 NEVER = 3_600.0
@@ -108,7 +109,7 @@ def customers(count):
 
 
 def delivery_threads():
-    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+    return threads(THREAD)
 
 
 def add_up(stats, requests):
