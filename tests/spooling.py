@@ -121,10 +121,11 @@ def segments(directory: Path) -> list[Path]:
 _earlier: set[threading.Thread] = set()
 
 
-def begin_test() -> None:
-    """Let `threads` tell of nothing that is there now."""
+def begin_test() -> set[threading.Thread]:
+    """Let `threads` tell of nothing that is there now, and return that."""
     _earlier.clear()
     _earlier.update(threading.enumerate())
+    return _earlier
 
 
 def threads(prefix: str) -> list[threading.Thread]:
