@@ -36,9 +36,9 @@ def _own_environment(monkeypatch, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _own_threads(caplog):
     """A thread that another test has left behind is not taken for one of this."""
-    earlier = {thread.ident for thread in begin_test()}
-    earlier.discard(threading.get_ident())
-    caplog.handler.addFilter(lambda record: record.thread not in earlier)
+    # The threads, not their numbers: a new thread may get that of one that ended.
+    earlier = begin_test() - {threading.current_thread()}
+    caplog.handler.addFilter(lambda _: threading.current_thread() not in earlier)
 
 
 @pytest.fixture(autouse=True)
