@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.paths import trivial_app
 from openmeter_wsgi import OpenMeterMiddleware, Policy
-from openmeter_wsgi.events import StaticEvents
+from openmeter_wsgi.events import static_templates
+from openmeter_wsgi.timestamps import timestamp
 from openmeter_wsgi.usage import Meter
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def middleware(
 def events(ids: RequestIds, size: int = EVENT_BYTES) -> Iterator[bytes]:
     """Make events of *size* bytes, as a request without other usage makes them."""
     meter = Meter("api_requests", b'{"total":1}')
-    made = StaticEvents([meter], "bench", ids)
-    subject = "s" * (size - len(made.encode("")[0]) - 8)
+    [(head, middle)] = static_templates([meter], "bench")
+    tail = f'{timestamp()}","subject":"acme"}}'
     while True:
-        yield made.encode(subject)[0].ljust(size)
+        event = f"{head}{ids.new()}{middle}{tail}".encode()
+        yield event.ljust(size)

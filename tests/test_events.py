@@ -2,6 +2,7 @@ import datetime
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from billing import bill, environ
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import timestamps
-from openmeter_wsgi.events import RequestIds, StaticEvents, encode_events
+from openmeter_wsgi.events import RequestIds, encode_events
 from openmeter_wsgi.usage import Meter, read_usage
+from openmeter_wsgi.usual_way import usual_make
 from openmeter_wsgi.wire import MAX_EXACT_INTEGER
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+_ONE = {"type": "a", "data": {}}
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -28,21 +31,43 @@ JSON = st.recursive(
 )
 
 
+def usual_encoder(
+    meters: tuple[Meter, ...], ids: RequestIds
+) -> Callable[[str], list[dict[str, Any]]]:
+    """Return what makes the events of a subject's usual request."""
+    make = usual_make(
+        meters,
+        "api",
+        ids=ids,
+        is_own=(True,),
+        find_subject=lambda environ: environ["who"],
+        anonymous=None,
+    )
+
+    def encode(subject: str) -> list[dict[str, Any]]:
+        made = make({"REQUEST_METHOD": "GET", "who": subject})
+        assert made is not None
+        return [json.loads(each) for each in ([made] if type(made) is bytes else made)]
+
+    return encode
+
+
 def meters_of(*documents: dict[str, Any]) -> tuple[Meter, ...]:
     return read_usage(list(documents)).documents
 
 
+@pytest.mark.parametrize("events", [1, 2])
 @given(kind=TEXT, subject=TEXT, data=st.dictionaries(TEXT, TEXT))
 def test_static_and_stated_events_are_the_same_event(
-    kind: str, subject: str, data: dict[str, str]
+    events: int, kind: str, subject: str, data: dict[str, str]
 ) -> None:
-    meters = meters_of({"type": kind, "data": data}, {"type": kind, "data": data})
+    meters = meters_of(*[{"type": kind, "data": data}] * events)
 
-    static = StaticEvents(meters, "api", RequestIds("r")).encode(subject)
+    usual = usual_encoder(meters, RequestIds("r"))(subject)
     stated = encode_events(meters, request_id="r-1", subject=subject, source="api")
 
-    for n, (one, other) in enumerate(zip(static, stated, strict=True)):
-        left, right = json.loads(one), json.loads(other)
+    for n, (left, other) in enumerate(zip(usual, stated, strict=True)):
+        right = json.loads(other)
         assert left.pop("time") <= right.pop("time")
         assert (
             left
@@ -96,10 +121,14 @@ def test_an_event_is_a_cloudevent(openmeter: OpenMeterServer) -> None:
 
 def test_ids_of_requests_are_unique_among_threads_and_makers() -> None:
     makers = [RequestIds(), RequestIds()]
+    encoders = [usual_encoder(meters_of(_ONE), maker) for maker in makers]
     ids: list[str] = []
 
     def make() -> None:
-        ids.extend([maker.new() for maker in makers for _ in range(5_000)])
+        for _ in range(2_500):
+            ids.extend([maker.new() for maker in makers])
+            events = [event for encode in encoders for event in encode("acme")]
+            ids.extend([event["id"].removesuffix(":a") for event in events])
 
     threads = [threading.Thread(target=make) for _ in range(4)]
     for thread in threads:
@@ -146,12 +175,38 @@ def test_a_trusted_header_gives_the_id_where_it_is_usable(
         assert event["id"].endswith("-1:a")
 
 
-def test_timestamps_are_the_clock_to_the_millisecond() -> None:
+def test_ids_of_requests_are_counted_up() -> None:
+    ids = RequestIds("r")
+    encode = usual_encoder(meters_of(_ONE), ids)
+
+    made = [ids.new() for _ in range(2_500)]
+    [event] = encode("acme")
+
+    assert made == [f"r-{n}" for n in range(1, 2_501)]
+    assert event["id"] == "r-2501:a"
+
+
+def test_timestamps_are_the_clock_to_the_hundredth() -> None:
     for _ in range(1_000):
         before = time.time()
         text = timestamps.timestamp()
         after = time.time()
 
         moment = datetime.datetime.fromisoformat(text).timestamp()
-        assert before - 0.0011 <= moment <= after
-        assert len(text) == len("2026-01-02T03:04:05.006Z")
+        assert before - 0.0101 <= moment <= after
+        assert len(text) == len("2026-01-02T03:04:05.06Z")
+
+
+def test_a_clock_that_is_set_back_is_believed() -> None:
+    moments = iter([1_000_000_000.999, 1_000_000_000.5, 999_999_999.0])
+    before = timestamps.go_by(lambda: next(moments))
+    try:
+        texts = [timestamps.timestamp() for _ in range(3)]
+    finally:
+        timestamps.go_by(before)
+
+    assert texts == [
+        "2001-09-09T01:46:40.99Z",
+        "2001-09-09T01:46:40.50Z",
+        "2001-09-09T01:46:39.00Z",
+    ]

@@ -105,7 +105,7 @@ def test_a_mapping_whose_type_is_a_number_is_a_meter_named_type(
 
 
 def test_get_meters_returns_what_set_meters_takes() -> None:
-    request = environ(**{"openmeter_wsgi.meters": []})
+    request = environ(**{"openmeter_wsgi.meters": [None, None]})
     add_meters(request, {"a": 1, "b": 0.5})
     add_meters(request, [DOCUMENT, {"type": "x", "data": {}, "subject": "else"}])
     add_meters(request, {"a": 2})
@@ -232,7 +232,7 @@ RECURSIVE["self"] = RECURSIVE
 def test_what_openmeter_would_refuse_or_ignore_is_refused_where_it_is_made(
     meters: Any, named: str
 ) -> None:
-    request = environ(**{"openmeter_wsgi.meters": []})
+    request = environ(**{"openmeter_wsgi.meters": [None, None]})
     set_meters(request, {"kept": 1})
 
     for helper in (set_meters, add_meters):
@@ -244,7 +244,7 @@ def test_what_openmeter_would_refuse_or_ignore_is_refused_where_it_is_made(
 
 
 def test_a_sum_that_is_too_large_is_refused_and_changes_nothing() -> None:
-    request = environ(**{"openmeter_wsgi.meters": []})
+    request = environ(**{"openmeter_wsgi.meters": [None, None]})
     add_meters(request, {"a": 1e308, "b": 1})
 
     for more in ({"b": 1, "a": 1e308}, {"b": 1, "a": 10**308}):
@@ -320,7 +320,7 @@ def test_a_static_meter_can_name_its_subject(openmeter: OpenMeterServer) -> None
 
 @pytest.mark.parametrize("carrier", ["environ", "env"])
 def test_the_helpers_find_the_environ_on_any_request(carrier: str) -> None:
-    request = environ(**{"openmeter_wsgi.meters": []})
+    request = environ(**{"openmeter_wsgi.meters": [None, None]})
 
     set_meters(SimpleNamespace(**{carrier: request}), {"a": 1})
 

@@ -30,11 +30,22 @@ if TYPE_CHECKING:
 class Billed(logging.Handler):
     """A middleware in dry run, and the events that it would have sent."""
 
+    #: Whether a response is not the first one of its status: see the fixture.
+    knows_usual_ways = False
+
     def __init__(self, app: Any, **options: Any) -> None:
         super().__init__()
         self.events: list[dict[str, Any]] = []
         options = {"meters": {"requests": 1}, "dry_run": True, **options}
         self.middleware = OpenMeterMiddleware(app, **options)
+        if self.knows_usual_ways:
+            self.learn("200 OK", "204 No Content", "304 X", "404 X", "500 X", "500")
+
+    def learn(self, *statuses: str) -> None:
+        """Do as if responses of these statuses had been settled before."""
+        billing = self.middleware.metering().billing
+        for status in statuses:
+            billing.usual.learn(status, is_billed=billing.bills(status))
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg == "dry run, would send %s":
@@ -58,6 +69,12 @@ class Billed(logging.Handler):
     ) -> Consumer:
         environ = make_environ(method, **entries) if environ is None else environ
         return Consumer(stop_after=stop_after).serve(self.middleware, environ)
+
+
+@pytest.fixture(params=["first", "later"], autouse=True)
+def _response(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test hold for the first response of a status and for any later one."""
+    monkeypatch.setattr(Billed, "knows_usual_ways", request.param == "later")
 
 
 @contextlib.contextmanager
@@ -154,6 +171,33 @@ def test_a_response_closed_again_and_dropped_is_settled_once() -> None:
 
         assert billed.middleware.stats().settled == 1
         assert len(billed.events) == 1
+
+
+@pytest.mark.parametrize("body", [[b"body"], Body(b"body"), (b"body",)])
+def test_a_close_that_is_kept_and_called_again_settles_once(body: Any) -> None:
+    with recording(answering(body)) as billed:
+        response: Any = billed.middleware(make_environ(), Consumer().start_response)
+        close = response.close
+        list(response)
+
+        close()
+        close()
+
+        assert billed.middleware.stats().settled == 1
+        assert len(billed.events) == 1
+
+
+def test_a_later_response_is_settled_as_the_first_one() -> None:
+    options = {"subject": "header:X-Key", "on_missing_subject": "skip"}
+    with recording(answering([b"body"]), **options) as billed:
+        for key in ["acme", "globex", "", "acme"]:
+            billed.serve(HTTP_X_KEY=key, REMOTE_USER="")
+        billed.serve(method="OPTIONS", HTTP_X_KEY="acme")
+
+        subjects = [event["subject"] for event in billed.events]
+        assert subjects == ["acme", "globex", "acme"]
+        assert billed.not_metered == {"no_subject": 1, "options": 1}
+        assert billed.middleware.stats().metered == 3
 
 
 def test_a_response_that_nobody_closes_is_settled_when_it_is_dropped() -> None:

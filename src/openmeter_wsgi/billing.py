@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import StaticEvents, encode_events
+from openmeter_wsgi.events import encode_events
 from openmeter_wsgi.identity import Identity
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
 from openmeter_wsgi.outcome import COMPLETED, FAILED
-from openmeter_wsgi.subject import subject_finder
+from openmeter_wsgi.subject import anonymous_subject, subject_finder
 from openmeter_wsgi.unbilled import Unbilled
 from openmeter_wsgi.usage import Usage
+from openmeter_wsgi.usual_way import UsualWays, usual_make
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +27,11 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.events import RequestIds
     from openmeter_wsgi.exchange import Exchange
+    from openmeter_wsgi.forks import Mark
     from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.usage import Meter
-
 logger = log.get_logger(__name__)
 
 Environ: TypeAlias = dict[str, Any]
@@ -39,64 +41,92 @@ _MAX_STATUS_LINES = 1_000
 _LOST = "%s: usage of a request is lost by our own fault"
 
 
+class Delivery(Protocol):
+    """What takes events, and what is begun with the first request."""
+
+    started: bool
+
+    def start(self) -> object:
+        """Do what is done with the first request."""
+
+
+class Process(Protocol):
+    """What a billing shares with the others of its process."""
+
+    is_own: Mark
+    counts: Counts
+    ids: RequestIds
+    entitlements: Entitlements
+    #: Hand one event to delivery.
+    put: Callable[[bytes], object]
+
+    @property
+    def queue(self) -> Delivery:
+        """Return what delivers."""
+
+    def billing_of_view(self, policy: Policy, name: str) -> Billing:
+        """Make what bills a view that says more of itself than its route does."""
+
+
 class Billing:
     """One policy in one process: who may, and what each request is billed.
 
     Any thread.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        name: str,
-        *,
-        counts: Counts,
-        entitlements: Entitlements,
-        ids: RequestIds,
-        vary: Callable[[Policy, str], Billing],
-    ) -> None:
+    def __init__(self, policy: Policy, name: str, process: Process) -> None:
         self.policy = policy
         #: The rule of its route, or what else it is called in counts and log lines.
         self.name = name
         #: Requests that became no event.
         self.unbilled = Unbilled(name, policy.audit)
-        self._counts = counts
+        self.process = process
+        self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         #: Whether responses of a status line are billed, for those that were seen.
         self._is_billed: dict[str, bool] = {}
         #: Whether requests may begin only after a decision, but for OPTIONS.
         self.asks = bool(policy.required_entitlements)
-        self._vary = vary
+        #: Whether the response tells what that decision said of the quota.
+        self.tells_quota = self.asks and policy.usage_headers
         #: What governs views that say more of themselves than their route does.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
         #: From an environ to who is metered under this policy.
         self.find_subject = subject_finder(policy)
         self.gate = Gate(
-            policy, entitlements, find_subject=self.find_subject, counts=counts
+            policy,
+            process.entitlements,
+            find_subject=self.find_subject,
+            counts=self._counts,
         )
-        self._identity = Identity(policy, ids)
+        #: Whether a request that has to ask may begin at once.
+        self.passes = self.gate.passes
+        self._identity = Identity(policy, process.ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
+        self._has_meters = bool(policy.static_meters or policy.measured)
         #: The readers of bodies that a response needs, None where not even its
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
-        self._static_meters = policy.static_meters
         self._meter_options = policy.meter_options
-        self._static = self._short_way(ids)
-        self._warned: set[str | None] = set()
-
-    def _short_way(self, ids: RequestIds) -> StaticEvents | None:
-        """Return what encodes the events of most requests, if they are that simple."""
-        policy = self.policy
-        simple = (
+        self._is_usual = (
             self.bodies is None
             and not self._counts_down
             and self._identity.is_ours
-            and all(meter.plain for meter in self._static_meters)
+            and all(meter.plain for meter in policy.static_meters)
         )
-        if not simple:
-            return None
-        return StaticEvents(self._static_meters, policy.event_source, ids)
+        make = usual_make(
+            policy.static_meters,
+            policy.event_source,
+            ids=process.ids,
+            is_own=process.is_own,
+            find_subject=self.find_subject,
+            anonymous=anonymous_subject(policy),
+        )
+        self.usual = UsualWays(policy, make, process.put)
+        #: How most responses end, by their status line.
+        self.ways = self.usual.by_status
+        self._warned: set[str | None] = set()
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
         """Return what bills under the same policy with other *options*.
@@ -116,9 +146,18 @@ class Billing:
             # Two threads may come at once: one of them wins, for counts to be whole.
             # The options are kept, or others might be taken for them by their id.
             found = self._variants.setdefault(
-                id(options), (options, self._vary(policy, name))
+                id(options), (options, self.process.billing_of_view(policy, name))
             )
         return found[1]
+
+    def count_late(self, helper: str) -> None:
+        """Count usage stated after its request was settled."""
+        self._counts.dropped["late"] += 1
+        logger.error("%s: called after the response had ended; not billed", helper)
+
+    def not_metered(self) -> Counter[str]:
+        """Return how many requests became no event, by reason."""
+        return self.usual.unbilled + Counter(dict(self.unbilled.counts))
 
     def bills(self, status: str) -> bool:
         """Say whether responses of this status line are billed."""
@@ -130,7 +169,6 @@ class Billing:
 
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
-        self._counts.settled += 1
         self.unbilled.note("denied", environ, None)
 
     def events(
@@ -147,11 +185,10 @@ class Billing:
         Never raises an Exception: an error of ours costs the seller this event and
         is logged and counted, but the customer's response stands.
         """
-        self._counts.settled += 1
         try:
             if stated is not None and stated.denied:
                 return self.unbilled.note("denied", environ, status)
-            if reason := self._status_reason(environ, status):
+            if reason := self._status_reason(environ, stated, status):
                 return self.unbilled.note(reason, environ, status)
             made = self._stated_events(environ, stated, outcome, exchange)
             if isinstance(made, str):
@@ -166,48 +203,22 @@ class Billing:
             if self._counts_down and RESERVED in environ:
                 self.gate.settle(environ, (), None)  # nothing is billed
 
-    def usual_events(
-        self, environ: Environ, status: str | None
-    ) -> Sequence[bytes] | None:
-        """Do as `events` for most requests; None for those that are not so simple.
-
-        The response has completed, the handler has stated nothing, its status was
-        seen before, and the policy's meters are known beforehand.
-        """
-        static = self._static
-        if static is None:
-            return None
-        try:
-            if environ["REQUEST_METHOD"] == "OPTIONS":
-                return None
-            if self._is_billed[status]:  # type: ignore[index]
-                if self._static_meters:
-                    subject = self.find_subject(environ)
-                    if subject is None:
-                        return None
-                    events = static.encode(subject)
-                    counts = self._counts
-                    counts.settled += 1
-                    counts.metered += 1
-                    return events
-                reason = "no_meters"
-            else:
-                reason = "status"
-        except Exception:  # noqa: BLE001 - `events` finds out what it is, and says so
-            return None
-        self._counts.settled += 1
-        return self.unbilled.note(reason, environ, status)
-
-    def _status_reason(self, environ: Environ, status: str | None) -> str | None:
+    def _status_reason(
+        self, environ: Environ, stated: RunTimeMeters | None, status: str | None
+    ) -> str | None:
         """Say why no response of that status to that request is billed."""
         if not status:
             return "no_status"
         if status not in self._is_billed:
             self._learn(status)
-        if not self._is_billed[status]:
+        is_billed = self._is_billed[status]
+        # What is begun with the first request may have to be tried again.
+        if status not in self.ways and self._is_usual and self.process.queue.started:
+            self.usual.learn(status, is_billed=is_billed)
+        if not is_billed:
             return "status"
         if is_options(environ) and not self._meter_options:
-            return "options"
+            return "options" if stated or self._has_meters else "no_meters"
         return None
 
     def _learn(self, status: str) -> None:

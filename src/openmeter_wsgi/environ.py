@@ -7,17 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
-#: A list: empty until a handler states usage, then its :class:`RunTimeMeters`.
-#: After the settlement: what counts usage that came too late.
+#: A metered request's cell: a list of what is at `BILLING` and at `STATED`. A list, as
+#: what an application passes on may be a copy of the environ.
 METERS = "openmeter_wsgi.meters"
-#: What :func:`set_subject` was given.
-SUBJECT = "openmeter_wsgi.subject"
-#: What :func:`set_user` was given.
-USER = "openmeter_wsgi.user"
+#: What bills the request, and asks for entitlements in its handler.
+BILLING = 0
+#: None until a handler states usage, then its :class:`RunTimeMeters`; `ENDED` after the
+#: settlement.
+STATED = 1
+ENDED: Any = object()
+#: Who is calling: what :func:`set_subject` and :func:`set_user` were given, each under
+#: its own name. One key, as every request is asked for it.
+CALLER = "openmeter_wsgi.caller"
+SUBJECT = "subject"
+USER = "user"
 #: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
 ROUTE = "openmeter_wsgi.route"
-#: What bills this request, and asks for entitlements in its handler.
-BILLING = "openmeter_wsgi.billing"
 #: The :class:`Decision` that was made last for this request.
 DECISION = "openmeter_wsgi.decision"
 #: What this request has reserved, by feature.
@@ -36,6 +41,17 @@ def environ_of(request: object) -> MutableMapping[str, Any] | None:
         if isinstance(environ, dict):
             return environ
     return None
+
+
+def billing_of(environ: Mapping[str, Any] | None) -> Any:
+    """Return what bills the request of *environ*, None if it is not metered."""
+    cell = None if environ is None else environ.get(METERS)
+    return None if cell is None else cell[BILLING]
+
+
+def has_user(environ: Mapping[str, Any]) -> bool:
+    """Say whether :func:`set_user` said whose request this is."""
+    return USER in environ.get(CALLER, ())
 
 
 def is_options(environ: Mapping[str, Any]) -> bool:

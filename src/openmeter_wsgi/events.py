@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from itertools import count
-from json.encoder import encode_basestring_ascii as _quoted
+from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,7 +16,7 @@ import msgspec
 from openmeter_wsgi.timestamps import timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from openmeter_wsgi.usage import Meter
 
@@ -24,62 +24,61 @@ if TYPE_CHECKING:
 MAX_BATCH_BYTES = 1_000_000
 
 
+#: A text as JSON has it. A call in C: msgspec's is one to bytes and one back.
+quoted = encode_basestring_ascii
+
+
 def _json(text: str) -> str:
     return msgspec.json.encode(text).decode()
+
+
+#: The numbers of one block, as text, …
+_BLOCK = tuple(f"{number:03}" for number in range(1_000))
+#: … and of the very first, which nothing stands in front of.
+_FIRST_BLOCK = tuple(map(str, range(1, 1_000)))
 
 
 class RequestIds:
     """Ids of requests, unique among all processes and hosts.
 
-    The first half comes from the kernel, anew in every process; the second is a
-    counter, which threads share without a lock.
+    The first half comes from the kernel, anew in every process; the second is a number
+    that threads share without a lock. It is not formatted but put together: `block` is
+    all but its last three digits, and those that have not been used.
     """
 
-    __slots__ = ("numbers", "prefix")
+    __slots__ = ("_blocks", "_prefix", "block")
 
     def __init__(self, prefix: str | None = None) -> None:
-        self.prefix = f"{prefix or secrets.token_hex(12)}-"
-        self.numbers = count(1)
+        self._prefix = f"{prefix or secrets.token_hex(12)}-"
+        self._blocks = count(1)
+        self.block: tuple[str, Iterator[str]] = (self._prefix, iter(_FIRST_BLOCK))
 
     def new(self) -> str:
         """Return an id that no other request has."""
-        return f"{self.prefix}{next(self.numbers)}"
+        head, numbers = self.block
+        for number in numbers:
+            return head + number
+        return self.new_in_next_block()
+
+    def new_in_next_block(self) -> str:
+        """Begin a block that no other thread has begun, and return an id of it."""
+        head = f"{self._prefix}{next(self._blocks)}"
+        numbers = iter(_BLOCK)
+        made = head + next(numbers)
+        self.block = (head, numbers)
+        return made
 
 
-class StaticEvents:
-    """The events of a request that used nothing but the meters of its policy.
+def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, str]]:
+    """Return what all events of each meter have in common, as text.
 
-    All that such events have in common is encoded when the policy is made; a
-    request fills in its number, time and subject.
+    The first part of each goes before the request's id, the second between that and
+    the time, on which the subject follows.
     """
-
-    __slots__ = ("_numbers", "_only", "_templates")
-
-    def __init__(self, meters: Iterable[Meter], source: str, ids: RequestIds) -> None:
-        self._numbers = ids.numbers
-        self._templates = tuple(
-            (
-                f'{_head(meter, source)},"id":"{ids.prefix}',
-                f'{_json(f":{suffix}")[1:-1]}","time":"',
-            )
-            for meter, suffix in _numbered(meters)
-        )
-        #: Most policies have one meter.
-        self._only = self._templates[0] if len(self._templates) == 1 else None
-
-    def encode(self, subject: str) -> Sequence[bytes]:
-        """Encode the events of one request, under a new id."""
-        number = next(self._numbers)
-        if self._only is not None:
-            head, middle = self._only
-            event = (
-                f'{head}{number}{middle}{timestamp()}","subject":{_quoted(subject)}}}'
-            )
-            return (event.encode(),)
-        tail = f'{timestamp()}","subject":{_quoted(subject)}}}'
-        return [
-            f"{head}{number}{middle}{tail}".encode() for head, middle in self._templates
-        ]
+    return [
+        (f'{_head(meter, source)},"id":"', f'{_json(f":{suffix}")[1:-1]}","time":"')
+        for meter, suffix in _numbered(meters)
+    ]
 
 
 def encode_events(

@@ -6,8 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.entitlements.refusal import quota_headers
-from openmeter_wsgi.environ import BILLING, DECISION, METERS
+from openmeter_wsgi.environ import DECISION, METERS, STATED, billing_of
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.meters import RunTimeMeters
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, read_text_options
 from openmeter_wsgi.views import asks_itself
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
-    from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.subject import FindSubject
 
 #: Whether a request came through the middleware, metered or not.
@@ -49,7 +49,7 @@ class _StartingResponse:
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
         environ[CAME_THROUGH] = True
-        if BILLING not in environ:
+        if METERS not in environ:
             return self._app(environ, start_response)
 
         def start(
@@ -62,7 +62,7 @@ class _StartingResponse:
 
 
 def _remember_subject(environ: dict[str, Any], status: str) -> None:
-    billing: Billing = environ[BILLING]  # a decorated view's, by now
+    billing: Billing = billing_of(environ)  # a decorated view's, by now
     environ.pop(_REMEMBERED, None)
     # A user is not loaded from a database for what is not billed.
     if billing.bills(status) and not _is_unmetered(environ):
@@ -71,16 +71,15 @@ def _remember_subject(environ: dict[str, Any], status: str) -> None:
 
 
 def _is_unmetered(environ: dict[str, Any]) -> bool:
-    stated: list[RunTimeMeters] | object = environ.get(METERS)
-    # After the settlement it is no list.
-    return isinstance(stated, list) and any(each.governed_by is None for each in stated)
+    stated = environ[METERS][STATED]
+    return isinstance(stated, RunTimeMeters) and stated.governed_by is None
 
 
 def _with_quota(
     environ: dict[str, Any], headers: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     """Return *headers* with what is known of the quota, if the policy wants that."""
-    billing: Billing = environ[BILLING]
+    billing: Billing = billing_of(environ)
     decision = environ.get(DECISION)
     if decision is None or not billing.policy.usage_headers:
         return headers
@@ -112,7 +111,7 @@ class LastingSubject:
 
 def must_ask(environ: MutableMapping[str, Any] | None, view: object) -> bool:
     """Say whether *view* may be called for this request only after a decision."""
-    billing: Billing | None = None if environ is None else environ.get(BILLING)
+    billing: Billing | None = billing_of(environ)
     if environ is None or billing is None or asks_itself(view):
         return False
     return billing.must_ask(environ)  # type: ignore[arg-type]

@@ -57,16 +57,18 @@ class Metering:
         self.counts = Counts()
         self.queue = self._new_queue(policy)
         #: Hand one event to delivery. May be repeated with the same event.
-        self.put: Callable[[bytes], object] = (
-            self._log_instead if policy.dry_run else self.queue.put
-        )
+        self.put: Callable[[bytes], object] = self._way_out(policy)
         self._policy = policy
         self.entitlements = self._new_entitlements(policy)
-        self._ids = self._new_ids()
+        self.ids = self._new_ids()
         self._billings: list[Billing] = []
         self.billing = self.billing_of(policy, DEFAULT)
         #: What governs the requests of single routes, None if nothing else does.
         self.routes = self._compiled(policy)
+        #: What governs every request, None where each has to be looked at first …
+        self.plain = self._plain()
+        #: … or only has to pass its gate.
+        self.gated = self._gated()
 
     # -- What it is made of, which may be something else in a test
 
@@ -82,6 +84,19 @@ class Metering:
             return DeliveryQueue(policy, new_client(), self.counts)
         return SpoolQueue(policy, new_client, self.counts)
 
+    def _way_out(self, policy: Policy) -> Callable[[bytes], object]:
+        return self._log_instead if policy.dry_run else self.queue.put
+
+    def _plain(self) -> Billing | None:
+        billing = self.billing
+        is_plain = self.routes is None and not billing.asks and billing.bodies is None
+        return billing if is_plain else None
+
+    def _gated(self) -> Billing | None:
+        billing = self.billing
+        is_gated = self.routes is None and billing.asks and billing.bodies is None
+        return billing if is_gated else None
+
     def _new_entitlements(self, policy: Policy) -> Entitlements:
         return entitlements_of(policy, self.queue.delivered_until)
 
@@ -92,18 +107,12 @@ class Metering:
 
     def billing_of(self, policy: Policy, name: str) -> Billing:
         """Make what bills under *policy*; its counts are part of `stats`."""
-        billing = Billing(
-            policy,
-            name,
-            counts=self.counts,
-            entitlements=self.entitlements,
-            ids=self._ids,
-            vary=self._of_view,
-        )
+        billing = Billing(policy, name, self)
         self._billings.append(billing)
         return billing
 
-    def _of_view(self, policy: Policy, name: str) -> Billing:
+    def billing_of_view(self, policy: Policy, name: str) -> Billing:
+        """Make what bills a view, under what its options make of a policy."""
         billing = self.billing_of(policy, name)
         _say_what_errors_are_billed(billing)
         return billing
@@ -140,6 +149,8 @@ class Metering:
         """
         self._followers.append(begin)
         self.queue.announce(lambda: begin(self))
+        for billing in self._billings:
+            billing.usual.forget()  # what is announced begins the long way
 
     @classmethod
     def later(cls, policy: Policy) -> Metering:
@@ -156,11 +167,6 @@ class Metering:
         for billing in tuple(self._billings):
             billing.gate.invalidate(subject, feature)
 
-    def count_late(self, helper: str) -> None:
-        """Count usage stated after its request was settled."""
-        self.counts.dropped["late"] += 1
-        logger.error("%s: called after the response had ended; not billed", helper)
-
     def close(self, timeout: float | None) -> None:
         """Give back what is set apart, send what waits, and stop."""
         self.entitlements.close()
@@ -170,10 +176,13 @@ class Metering:
         """Return the counts of this process."""
         by_policy: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for billing in list(self._billings):  # several may have one name
-            by_policy[billing.name].update(dict(billing.unbilled.counts))
+            by_policy[billing.name].update(billing.not_metered())
         in_spool, in_memory = self.queue.in_spool, self.queue.in_memory
         moments = [at for at in (in_spool.oldest_at, in_memory.oldest_at) if at]
+        usual = [billing.usual for billing in list(self._billings)]
         return self.counts.stats(
+            usually_metered=sum(ways.metered for ways in usual),
+            usual_events=sum(ways.events for ways in usual),
             waiting=in_spool.events + in_memory.events,
             waiting_in_spool=in_spool.events,
             waiting_bytes=in_spool.bytes + in_memory.bytes,

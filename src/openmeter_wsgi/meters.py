@@ -6,7 +6,14 @@ import time
 from typing import Any
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import BILLING, METERS, environ_of
+from openmeter_wsgi.environ import (
+    BILLING,
+    ENDED,
+    METERS,
+    STATED,
+    billing_of,
+    environ_of,
+)
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.usage import Meter, Meters, Number, Usage, add_numbers, read_usage
 from openmeter_wsgi.wire import text_problem
@@ -151,7 +158,7 @@ def set_idempotency_key(request: object, key: str) -> None:
         raise ValueError(f"idempotency key: {problem}")
     if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
         stated.idempotency_key = key
-        billing = (environ_of(request) or {}).get(BILLING)
+        billing = billing_of(environ_of(request))
         if billing is not None and not billing.policy.idempotency_keys:
             logger.warning(
                 "%s: used, and the policy does not say idempotency_keys=True, so "
@@ -181,11 +188,11 @@ def _run_time_meters(request: object, helper: str) -> RunTimeMeters | None:
             "%s: called outside a metered request; nothing is counted", helper
         )
         return None
-    if not isinstance(cell, list):
+    stated: RunTimeMeters | None = cell[STATED]
+    if stated is ENDED:
         if helper != "get_meters":
-            cell.count_late(helper)
+            cell[BILLING].count_late(helper)
         return None
-    if not cell:
-        cell.append(RunTimeMeters())
-    stated: RunTimeMeters = cell[0]
+    if stated is None:
+        stated = cell[STATED] = RunTimeMeters()
     return stated

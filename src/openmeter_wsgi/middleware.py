@@ -8,27 +8,25 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log, substitution
-from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
-from openmeter_wsgi.environ import BILLING, DECISION, METERS
+from openmeter_wsgi.entitlements.refusal import Refusal
+from openmeter_wsgi.environ import ENDED, METERS, STATED
 from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.metering import Metering
 from openmeter_wsgi.policy import Policy
-from openmeter_wsgi.serving import serve
+from openmeter_wsgi.serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
-    from openmeter_wsgi.entitlements.decision import Decision
-    from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.stats import Stats
     from openmeter_wsgi.substitution import Substitute
 
 logger = log.get_logger(__name__)
 
 
-class OpenMeterMiddleware:
+class OpenMeterMiddleware(Serving):
     """A WSGI application that bills what another one delivers.
 
     *policy* or *options* say what is billed, to whom and where to (see
@@ -41,10 +39,6 @@ class OpenMeterMiddleware:
     :raises ConfigError: with every problem of the configuration.
     """
 
-    #: Whether required entitlements are asked for before the application is called;
-    #: otherwise it asks, once it knows who is calling.
-    _asks_first = True
-
     def __init__(
         self, app: WSGIApplication, policy: Policy | None = None, **options: Any
     ) -> None:
@@ -54,9 +48,7 @@ class OpenMeterMiddleware:
         elif options:
             policy = dataclasses.replace(policy, **options)
         self.policy = policy
-        self._metering: Metering
-        #: What sees responses in a test before its client does.
-        self._watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None
+        self._watch = None
         if (substitute := substitution.present(self)) is None:
             self._metering = Metering(policy)
         else:
@@ -86,32 +78,6 @@ class OpenMeterMiddleware:
         from openmeter_wsgi.zuplo import options_of
 
         return cls(app, **{**options_of(policies, routes, os.environ), **options})
-
-    def __call__(
-        self, environ: dict[str, Any], start_response: StartResponse
-    ) -> Iterable[bytes]:
-        """Serve one request (PEP 3333)."""
-        if METERS in environ and type(environ[METERS]) is list:
-            return self._pass_through(environ, start_response)
-        metering = self._metering
-        if not metering.is_own[0]:
-            metering = self._renew()
-        billing = metering.billing
-        if metering.routes is not None:
-            governing = metering.routes.find(environ)
-            if governing is None:
-                return self.app(environ, start_response)
-            billing = governing
-        stated: list[RunTimeMeters] = []
-        environ[METERS] = stated
-        environ[BILLING] = billing
-        if billing.asks and self._asks_first:
-            if (refusal := _refusal(billing, environ)) is not None:
-                return refusal(environ, start_response)
-            if billing.policy.usage_headers:
-                start_response = _told(environ.get(DECISION), start_response)
-        response = serve(self.app, metering, billing, environ, start_response, stated)
-        return response if self._watch is None else self._watch(response)
 
     def metering(self) -> Metering:
         """Return the metering of the process that asks."""
@@ -186,6 +152,23 @@ class OpenMeterMiddleware:
             self._metering = self._metering.successor()
         return self._metering
 
+    def _look_closer(
+        self, metering: Metering, environ: dict[str, Any], start_response: StartResponse
+    ) -> Billing | Iterable[bytes]:
+        """Choose what bills a request, and ask whether it may begin."""
+        if METERS in environ and environ[METERS][STATED] is not ENDED:
+            return self._pass_through(environ, start_response)
+        billing = metering.billing
+        if metering.routes is not None:
+            governing = metering.routes.find(environ)
+            if governing is None:
+                return self.app(environ, start_response)
+            billing = governing
+        asks = billing.asks and self._asks_first
+        if asks and (refusal := _refusal(billing, environ)) is not None:
+            return refusal(environ, start_response)
+        return billing
+
     def _pass_through(
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
@@ -205,17 +188,3 @@ def _refusal(billing: Billing, environ: dict[str, Any]) -> Refusal | None:
         return None
     billing.refuse(environ)
     return Refusal(decision, billing.policy)
-
-
-def _told(decision: Decision | None, start_response: StartResponse) -> StartResponse:
-    """Return a start_response that tells of the quota, if there is one."""
-    headers = quota_headers(decision.quota) if decision else []
-    if not headers:
-        return start_response
-
-    def start(
-        status: str, given: list[tuple[str, str]], *exc_info: Any
-    ) -> Callable[[bytes], object]:
-        return start_response(status, [*given, *headers], *exc_info)
-
-    return start

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from openmeter_wsgi.billing import Billing
+from openmeter_wsgi.entitlements.refusal import telling_quota
+from openmeter_wsgi.environ import ENDED, METERS, STATED
 from openmeter_wsgi.observation import Observation
 from openmeter_wsgi.settlement import (
-    UNKNOWN,
     UNSTARTED,
+    ListSettlement,
     ObservedSettlement,
     Settlement,
-    SizedSettlement,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIApplication
 
-    from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.metering import Metering
-    from openmeter_wsgi.meters import RunTimeMeters
 
 _FILE_WRAPPER = "wsgi.file_wrapper"
 #: What settled the last response: to change a class costs more than to guess it, and
@@ -27,46 +27,106 @@ _FILE_WRAPPER = "wsgi.file_wrapper"
 _usual: type[Settlement] = Settlement
 
 
-def serve(
-    app: WSGIApplication,
-    metering: Metering,
-    billing: Billing,
-    environ: dict[str, Any],
-    start_response: StartResponse,
-    stated: list[RunTimeMeters],
+class Serving:
+    """A WSGI application that settles what another one answers.
+
+    A subclass says what has to be seen to before a request may begin.
+    """
+
+    app: WSGIApplication
+    #: Whether required entitlements are asked for before the application is called;
+    #: otherwise it asks, once it knows who is calling.
+    _asks_first = True
+    _metering: Metering
+    #: What sees responses in a test before its client does.
+    _watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None
+
+    def __call__(  # noqa: C901 - in one piece: a call would cost every request
+        self, environ: dict[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Serve one request (PEP 3333)."""
+        metering = self._metering
+        if not metering.is_own[0]:
+            metering = self._renew()
+        billing = metering.plain
+        app, kind = self.app, _usual
+        if billing is None:
+            billing = metering.gated
+            if billing is None or not self._asks_first or not billing.passes(environ):
+                found = self._look_closer(metering, environ, start_response)
+                if not isinstance(found, Billing):
+                    return found
+                billing = found
+            if billing.tells_quota:
+                start_response = telling_quota(environ, start_response)
+            if billing.bodies is not None:
+                kind = ObservedSettlement
+            elif self._watch is not None:
+                kind = Settlement
+        cell = [billing, None]
+        if environ.setdefault(METERS, cell) is not cell and not _renewed(environ, cell):
+            return self._pass_through(environ, start_response)
+        settlement = kind()
+        settlement.billing = billing
+        settlement.cell = cell
+        settlement.environ = environ
+        settlement.server_start = start_response
+        settlement.progress = UNSTARTED
+        settlement.events = None
+        if billing.bodies is not None:
+            settlement.observation = Observation(environ, billing.bodies)
+        files = None
+        if _FILE_WRAPPER in environ:
+            files = environ[_FILE_WRAPPER]
+            if not isinstance(files, type):
+                files = environ[_FILE_WRAPPER] = _WrappedFiles(files)
+        try:
+            iterable = app(environ, settlement.start_response)
+        except BaseException:
+            settlement.fail()
+            settlement.settle()
+            raise
+        if type(iterable) is list and type(settlement) is ListSettlement:
+            settlement.iterable = iterable
+            return settlement
+        response = _response(settlement, iterable, files)
+        return response if self._watch is None else self._watch(response)
+
+    def _renew(self) -> Metering:
+        """Return the metering of this process, which was forked meanwhile."""
+        raise NotImplementedError
+
+    def _look_closer(
+        self, metering: Metering, environ: dict[str, Any], start_response: StartResponse
+    ) -> Billing | Iterable[bytes]:
+        """Return what bills a request, or the response if the application is not."""
+        raise NotImplementedError
+
+    def _pass_through(
+        self, environ: dict[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Serve a request that another middleware meters."""
+        raise NotImplementedError
+
+
+def _renewed(environ: dict[str, Any], cell: list[Any]) -> bool:
+    """Give *environ* another cell, if it has one of a request that has ended."""
+    has_ended: bool = environ[METERS][STATED] is ENDED
+    if has_ended:
+        environ[METERS] = cell
+    return has_ended
+
+
+def _response(
+    settlement: Settlement, iterable: Iterable[bytes], files: Any
 ) -> Iterable[bytes]:
-    """Serve a request, and settle it at its end under the policy of *billing*."""
+    """Return what the server gets for what the application has returned."""
     global _usual  # noqa: PLW0603 - a guess that any thread may make
-    if billing.bodies is None:
-        settlement = _usual()
-    else:
-        settlement = ObservedSettlement()
-        settlement.observation = Observation(environ, billing.bodies)
-    settlement.metering = metering
-    settlement.billing = billing
-    settlement.environ = environ
-    settlement.server_start = start_response
-    settlement.stated = stated
-    settlement.iterable = UNKNOWN
-    settlement.status = None
-    settlement.outcome = UNSTARTED
-    settlement.events = None
-    files = environ.get(_FILE_WRAPPER)
-    if files is not None and not isinstance(files, type):
-        files = environ[_FILE_WRAPPER] = _WrappedFiles(files)
-    try:
-        iterable = app(environ, settlement.start_response)
-    except BaseException:
-        settlement.fail()
-        settlement.settle()
-        raise
-    if type(iterable) is list and type(settlement) is SizedSettlement:
-        settlement.iterable = iterable
-        return settlement
-    if files is not None and isinstance(iterable, files):  # type: ignore[arg-type]
+    if files is not None and isinstance(iterable, files):
         return settlement.wrap_file(iterable)
     response = settlement.wrap(iterable)
-    _usual = SizedSettlement if type(response) is SizedSettlement else Settlement
+    if not isinstance(response, ObservedSettlement):
+        _usual = type(response)
     return response
 
 

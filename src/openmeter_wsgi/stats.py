@@ -39,14 +39,14 @@ class Durations(msgspec.Struct, frozen=True):
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """The counts of one process since its start, or of several, added with ``+``.
 
-    Nothing is derived from anything else, so these two equations are a proof::
+    ``settled`` is the sum of ``metered`` and all of ``not_metered``: each request is
+    counted once, as one of them. Nothing else is derived, so this equation is a proof::
 
-        settled == metered + sum(not_metered.values())
         events == delivered + waiting + dead_lettered + lost
 
-    They hold for a process that delivers from memory. With a spool ``delivered`` is
+    It holds for a process that delivers from memory. With a spool ``delivered`` is
     what this process delivered for all, and ``waiting`` is of the directory: the
-    second equation holds for all of its processes together, from an empty spool on.
+    equation holds for all of its processes together, from an empty spool on.
     Between two looks a batch may be on its way from one figure to the other.
     """
 
@@ -166,12 +166,11 @@ class Counts:
     __slots__ = (
         "allowed", "ambiguous", "attempt_seconds", "dead_lettered", "delivered",
         "delivery_seconds", "denied", "denied_by_source", "dropped", "events",
-        "let_through", "let_through_by_source", "metered", "retries", "settled",
+        "let_through", "let_through_by_source", "metered", "passed", "retries",
         "unspooled",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.settled = 0
         self.metered = 0
         self.events = 0
         self.delivered = 0
@@ -179,6 +178,8 @@ class Counts:
         self.ambiguous = 0
         self.retries = 0
         self.unspooled = 0
+        #: Allowed by a known answer on the short way (see `passing`).
+        self.passed = 0
         self.dropped: defaultdict[str, int] = defaultdict(int)
         self.allowed: defaultdict[str, int] = defaultdict(int)
         self.denied: defaultdict[str, int] = defaultdict(int)
@@ -196,15 +197,18 @@ class Counts:
         waiting_bytes: int,
         oldest_at: float | None,
         not_metered: dict[str, ByReason],
+        usually_metered: int = 0,
+        usual_events: int = 0,
     ) -> Stats:
         """Return the counts as they are now, with what only others know."""
         by_reason: Counter[str] = sum(map(Counter, not_metered.values()), Counter())
+        metered = self.metered + usually_metered
         # A dictionary is copied in one call: others go on adding to it.
         dropped = dict(self.dropped)
         return Stats(
-            settled=self.settled,
-            metered=self.metered,
-            events=self.events,
+            settled=metered + sum(by_reason.values()),
+            metered=metered,
+            events=self.events + usual_events,
             delivered=self.delivered,
             waiting=waiting,
             waiting_in_spool=waiting_in_spool,
@@ -217,7 +221,7 @@ class Counts:
             ambiguous=self.ambiguous,
             retries=self.retries,
             unspooled=self.unspooled,
-            allowed=dict(self.allowed),
+            allowed=self._allowed(),
             denied=dict(self.denied),
             let_through=dict(self.let_through),
             denied_by_source=dict(self.denied_by_source),
@@ -225,3 +229,9 @@ class Counts:
             delivery_seconds=self.delivery_seconds.snapshot(),
             attempt_seconds=self.attempt_seconds.snapshot(),
         )
+
+    def _allowed(self) -> ByReason:
+        allowed = dict(self.allowed)
+        if self.passed:
+            allowed["cache"] = allowed.get("cache", 0) + self.passed
+        return allowed

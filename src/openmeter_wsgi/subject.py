@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import ROUTE, SUBJECT, USER, environ_of
+from openmeter_wsgi.environ import CALLER, ROUTE, SUBJECT, USER, environ_of
 from openmeter_wsgi.wire import text_problem
 
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
     from openmeter_wsgi.policy import Policy
 
 logger = log.get_logger(__name__)
@@ -21,7 +23,8 @@ FindSubject: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 def set_subject(request: object, subject: str) -> None:
     """Let *subject* be billed for this request, whatever the policy would find."""
-    _write(request, SUBJECT, subject, "set_subject")
+    if (environ := _environ(request, "set_subject")) is not None:
+        environ.setdefault(CALLER, {})[SUBJECT] = subject
 
 
 def set_user(request: object, user: object) -> None:
@@ -29,7 +32,8 @@ def set_user(request: object, user: object) -> None:
 
     ``subject_path`` says where its subject is.
     """
-    _write(request, USER, user, "set_user")
+    if (environ := _environ(request, "set_user")) is not None:
+        environ.setdefault(CALLER, {})[USER] = user
 
 
 def set_route(request: object, route: str) -> None:
@@ -37,17 +41,17 @@ def set_route(request: object, route: str) -> None:
 
     Flask's and Bottle's are found without it, and Django's by its middleware.
     """
-    _write(request, ROUTE, route, "set_route")
+    if (environ := _environ(request, "set_route")) is not None:
+        environ[ROUTE] = route
 
 
-def _write(request: object, key: str, value: object, helper: str) -> None:
+def _environ(request: object, helper: str) -> MutableMapping[str, Any] | None:
     if (environ := environ_of(request)) is None:
         logger.warning(
             "%s: %s carries no WSGI environ; it says nothing of any request",
             helper, type(request).__name__,
         )  # fmt: skip
-        return
-    environ[key] = value
+    return environ
 
 
 def subject_finder(policy: Policy) -> FindSubject:
@@ -64,17 +68,27 @@ def subject_finder(policy: Policy) -> FindSubject:
     from_user = path_reader(policy.subject_path)
 
     def find(environ: dict[str, Any]) -> str | None:
-        if SUBJECT in environ and (text := _text(environ[SUBJECT])):
+        caller = environ.get(CALLER, ())
+        if SUBJECT in caller and (text := _text(caller[SUBJECT])):
             return text
         if from_policy and (text := _text(from_policy(environ))):
             return text
-        if USER in environ and (text := _text(from_user(environ[USER]))):
+        if USER in caller and (text := _text(from_user(caller[USER]))):
             return text
         if "REMOTE_USER" in environ:
             return _header_text(environ["REMOTE_USER"]) or fallback
         return fallback
 
     return find
+
+
+def anonymous_subject(policy: Policy) -> str | None:
+    """Return whom all requests are billed to that do not say who is calling.
+
+    None where they have no subject, or the policy finds it elsewhere in the request.
+    """
+    has_fallback = policy.on_missing_subject != "skip" and policy.subject is None
+    return policy.on_missing_subject if has_fallback else None
 
 
 def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from math import floor
+from math import floor, inf
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,34 +14,61 @@ from openmeter_wsgi.errors import MeterValueError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MILLISECONDS = tuple(f".{n:03}Z" for n in range(1000))
-#: The running second and its text: formatting it costs more than the rest of an
-#: event. One tuple, replaced whole, so that threads never see half of it.
-_second: tuple[float, str] = (0.0, "1970-01-01T00:00:00")
-#: What says the time: in a test another clock.
-_now: Callable[[], float] = time.time
+_HUNDREDTHS = tuple(f".{n:02}Z" for n in range(100))
 
 
-def go_by(clock: Callable[[], float]) -> Callable[[], float]:
-    """Let *clock* say what time it is (seconds since 1970); return what did before."""
-    global _now
-    before, _now = _now, clock
+class Clock:
+    """What says the time, as text. Any thread.
+
+    To format even a hundredth of a second costs more than to look whether it is still
+    the same. How long it is says a clock that nobody sets back.
+    """
+
+    __slots__ = ("_second", "monotonic", "now", "text", "until")
+
+    def __init__(self) -> None:
+        #: Seconds since 1970.
+        self.now: Callable[[], float] = time.time
+        self.monotonic: Callable[[], float] = time.monotonic
+        #: The text of this moment, until `monotonic` says that it is not.
+        self.text = ""
+        self.until = 0.0
+        self._second: tuple[int, str] = (0, "1970-01-01T00:00:00")
+
+    def renew(self) -> str:
+        """Format this moment, to the hundredth of a second."""
+        now = self.now()
+        hundredths = floor(now * 100.0)
+        whole = hundredths // 100
+        second, text = self._second
+        if whole != second:
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+            self._second = (whole, text)
+        text += _HUNDREDTHS[hundredths % 100]
+        # In this order: who sees that it is not over yet gets this text or a later one.
+        self.text = text
+        self.until = self.monotonic() + (hundredths + 1) / 100.0 - now
+        return text
+
+
+clock = Clock()
+
+
+def go_by(now: Callable[[], float]) -> Callable[[], float]:
+    """Let *now* say what time it is (seconds since 1970); return what did before."""
+    before, clock.now = clock.now, now
+    # Of another clock nobody knows how long a hundredth of a second takes.
+    clock.monotonic = time.monotonic if now is time.time else lambda: inf
+    clock.until = 0.0
     return before
 
 
 def timestamp() -> str:
-    """Return the present moment, to the millisecond. Any thread."""
-    global _second  # noqa: PLW0603 - a cache, see above
-    now = _now()
-    second, text = _second
-    # Floats throughout: a conversion to int and back costs as much as all the rest.
-    since = now - second
-    if not 0.0 <= since < 1.0:
-        second = float(floor(now))
-        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        _second = (second, text)
-        since = now - second
-    return text + _MILLISECONDS[floor(since * 1000.0)]
+    """Return the present moment, to the hundredth of a second.
+
+    OpenMeter keeps whole seconds; the rest tells how long an event was on its way.
+    """
+    return clock.text if clock.monotonic() < clock.until else clock.renew()
 
 
 class _Timed(msgspec.Struct):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 logger = log.get_logger(__name__)
+#: Which levels are written: with DEBUG each request is explained.
+LEVELS = log.levels_known(logger)
 
 
 class Unbilled:

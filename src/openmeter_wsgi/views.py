@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
-from openmeter_wsgi.environ import BILLING, environ_of
+from openmeter_wsgi.environ import BILLING, METERS, environ_of
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.meters import govern
 from openmeter_wsgi.policy import view_problems
@@ -55,9 +55,9 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     name,
                 )
                 return
-            billing: Billing = environ[BILLING]
-            own = billing.variant(name, options)
-            environ[BILLING] = own
+            cell = environ[METERS]
+            billing: Billing = cell[BILLING]
+            cell[BILLING] = own = billing.variant(name, options)
             govern(environ, own)
             if required := options.get("required_entitlements"):
                 require_entitlements(environ, *required)
@@ -127,6 +127,6 @@ def _metered_environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | Non
     for argument in args:
         # Another decorator may hand over a mapping of its own, such as a user.
         environ = environ_of(argument)
-        if environ is not None and BILLING in environ:
+        if environ is not None and METERS in environ:
             return environ
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import USER
+from openmeter_wsgi.environ import has_user
 from openmeter_wsgi.frameworks import LastingSubject
 from openmeter_wsgi.subject import path_reader
 
@@ -57,7 +57,7 @@ _read_primary_key = path_reader("user.pk")
 
 def _read_authenticated_user(environ: dict[str, Any]) -> object:
     # What `set_user` was given is nearer to what is meant.
-    return None if USER in environ else _read_primary_key(_request_of(environ))
+    return None if has_user(environ) else _read_primary_key(_request_of(environ))
 
 
 #: Finds the primary key of the user that Django or its REST framework authenticated.

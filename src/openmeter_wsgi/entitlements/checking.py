@@ -15,6 +15,7 @@ from openmeter_wsgi.entitlements.decision import (
     unanswered,
 )
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
+from openmeter_wsgi.entitlements.passing import passing
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.asking import Answering, Asks
     from openmeter_wsgi.entitlements.countdown import Countdown
+    from openmeter_wsgi.entitlements.passing import Passes
     from openmeter_wsgi.options.entitlements import FailMode
     from openmeter_wsgi.questions import Answer, QuestionClient, Terms
+    from openmeter_wsgi.stats import Counts
+    from openmeter_wsgi.subject import FindSubject
 
 logger = log.get_logger(__name__)
 
@@ -81,6 +85,23 @@ class Entitlements:
     def fresh(self, feature: str) -> Callable[[str], Decision | None]:
         """Return what finds a decision that needs no question, by customer."""
         return self._answers.fresh(feature)
+
+    def passing(
+        self,
+        feature: str,
+        *,
+        find_subject: FindSubject,
+        anonymous: str | None,
+        counts: Counts,
+    ) -> Passes:
+        """Return what lets requests pass of which enough is known (see `passing`)."""
+        return passing(
+            self._answers.finder(feature),
+            self._answers.clock,
+            find_subject=find_subject,
+            anonymous=anonymous,
+            counts=counts,
+        )
 
     def known(self, customer: str, feature: str) -> Known | None:
         """Return what is known, however old it is."""

@@ -16,15 +16,18 @@ from openmeter_wsgi.entitlements.decision import (
     denial_of,
     unanswered,
 )
+from openmeter_wsgi.entitlements.passing import nothing_passes
 from openmeter_wsgi.environ import DECISION, RESERVED
 from openmeter_wsgi.ledger import Refusal
 from openmeter_wsgi.options.entitlement_values import amounts as read_amounts
+from openmeter_wsgi.subject import anonymous_subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.entitlements.known import Known
+    from openmeter_wsgi.entitlements.passing import Passes
     from openmeter_wsgi.ledger import Reservation
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
@@ -62,13 +65,23 @@ class Gate:
         self._countdown = entitlements.countdown
         self._amounts = Amounts(policy, self._customer_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
-        #: The short way of most requests: they need one feature, whose decision is
-        #: known, and if it is counted down, what they usually use of it is there.
+        #: Whether a request is let through at once; if not, `admit` decides.
+        self.passes: Passes = nothing_passes
+        #: What finds the decision on the one feature that is needed, if what requests
+        #: usually use of it is counted down.
         self._fresh = None
-        is_usual = self._amounts.are_usual and not policy.usage_headers
-        is_plain = len(self.required) == 1 and not policy.customer
-        if is_plain and (is_usual or not self._is_counted):
-            self._fresh = entitlements.fresh(self.required[0])
+        if len(self.required) != 1 or policy.customer:
+            return
+        (feature,) = self.required
+        if not self._is_counted:
+            self.passes = entitlements.passing(
+                feature,
+                find_subject=find_subject,
+                anonymous=anonymous_subject(policy),
+                counts=counts,
+            )
+        elif self._amounts.are_usual and not policy.usage_headers:
+            self._fresh = entitlements.fresh(feature)
 
     def admit(self, environ: Environ) -> Decision:
         """Decide whether a request may begin. Never raises."""
@@ -77,7 +90,7 @@ class Gate:
             and (subject := self._find_subject(environ))  # type: ignore[arg-type]
             and (decision := self._fresh(subject))
             and decision.allowed
-            and (not self._is_counted or self._counts_one(environ, subject))
+            and self._counts_one(environ, subject)
         ):
             environ[DECISION] = decision
             self._counts.allowed["cache"] += 1

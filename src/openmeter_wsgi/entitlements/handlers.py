@@ -10,7 +10,7 @@ from werkzeug.wrappers import Response
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.decision import unanswered
 from openmeter_wsgi.entitlements.refusal import Refusal
-from openmeter_wsgi.environ import BILLING, environ_of
+from openmeter_wsgi.environ import billing_of, environ_of
 from openmeter_wsgi.meters import bill_nothing
 
 if TYPE_CHECKING:
@@ -81,5 +81,5 @@ def require_entitlements(
 
 def _gate(request: object) -> tuple[MutableMapping[str, Any] | None, Gate | None]:
     environ = environ_of(request)
-    billing = None if environ is None else environ.get(BILLING)
+    billing = billing_of(environ)
     return environ, None if billing is None else billing.gate

@@ -42,7 +42,7 @@ class Known:
 
     __slots__ = (
         "answer", "asked_at", "counts_down", "decision", "fresh_until",
-        "graceful_until", "terms", "terms_at", "usable_until", "used",
+        "graceful_until", "passes_until", "terms", "terms_at", "usable_until", "used",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +61,8 @@ class Known:
         self.asked_at = asked_at
         lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
         self.fresh_until = asked_at + lifetime
+        #: Until when a request passes by it, unless what it uses has to be counted.
+        self.passes_until = self.fresh_until if answer.has_access else -math.inf
         # A denial is never given away on suspicion: its customer may have paid.
         self.graceful_until = asked_at + lifetime * (_GRACE if answer.has_access else 1)
         self.usable_until = self.fresh_until + lifetimes.max_stale
@@ -95,7 +97,8 @@ class KnownAnswers:
         self, size: int, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._size = size
-        self._clock = clock
+        #: Monotonic, in seconds.
+        self.clock = clock
         #: Reading needs no lock; a dictionary never moves once it is here.
         self._tables: dict[str, dict[str, Known]] = {}
         self._finders: dict[str, Callable[[str], Decision | None]] = {}
@@ -110,6 +113,10 @@ class KnownAnswers:
         """Return what is known, however old it is."""
         return self._table(feature).get(customer)
 
+    def finder(self, feature: str) -> Callable[[str], Known | None]:
+        """Return what finds what is known of a customer, however old it is."""
+        return self._table(feature).get
+
     def fresh(self, feature: str) -> Callable[[str], Decision | None]:
         """Return what finds the decision on a customer, None where it must be asked.
 
@@ -122,7 +129,7 @@ class KnownAnswers:
 
     def _finder(self, feature: str) -> Callable[[str], Decision | None]:
         find = self._table(feature).get
-        clock = self._clock
+        clock = self.clock
 
         def fresh(customer: str) -> Decision | None:
             known = find(customer)
@@ -154,7 +161,7 @@ class KnownAnswers:
         """Forget one feature of *customer*, or all of them."""
         with self._changing:
             self._forgotten.pop(customer, None)
-            self._forgotten[customer] = self._clock()
+            self._forgotten[customer] = self.clock()
             if len(self._forgotten) > self._size:
                 del self._forgotten[next(iter(self._forgotten))]
             for name, table in self._tables.items():

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi import log
+from openmeter_wsgi.environ import DECISION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from wsgiref.types import StartResponse
 
     from openmeter_wsgi.entitlements.decision import Decision, Denial, Quota, Reason
@@ -97,6 +98,23 @@ def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
     if (reset := quota.reset) is not None:
         headers.append(("RateLimit-Reset", str(reset)))
     return headers
+
+
+def telling_quota(
+    environ: Mapping[str, Any], start_response: StartResponse
+) -> StartResponse:
+    """Return a start_response that tells of the quota, if there is one."""
+    decision: Decision | None = environ.get(DECISION)
+    headers = quota_headers(decision.quota) if decision else []
+    if not headers:
+        return start_response
+
+    def start(
+        status: str, given: list[tuple[str, str]], *exc_info: Any
+    ) -> Callable[[bytes], object]:
+        return start_response(status, [*given, *headers], *exc_info)
+
+    return start
 
 
 def _rank(denial: Denial) -> tuple[int, float]:

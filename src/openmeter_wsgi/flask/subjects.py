@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import flask
 
-from openmeter_wsgi.environ import USER
+from openmeter_wsgi.environ import has_user
 from openmeter_wsgi.frameworks import LastingSubject
 from openmeter_wsgi.subject import path_reader
 
@@ -63,7 +63,7 @@ _read_current_user = _user_reader("")
 
 def _read_user_of_flask_login(environ: dict[str, Any]) -> object:
     # What `set_user` was given is nearer to what is meant.
-    if USER in environ or not hasattr(flask.current_app, "login_manager"):
+    if has_user(environ) or not hasattr(flask.current_app, "login_manager"):
         return None
     return _read_current_user(environ)
 
