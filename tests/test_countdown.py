@@ -72,20 +72,20 @@ def test_what_is_in_flight_is_set_apart(make, entitled):
 
     def app(environ, start_response):
         inside.set()
-        leave.wait(20)
+        leave.wait(40)
         return ok(environ, start_response)
 
     app = make(app)
     first = threading.Thread(target=ask, args=(app,))
     first.start()
-    inside.wait(20)
+    inside.wait(40)
 
     response = ask(app)
 
     assert response.status.startswith("429")
     assert header(response, "Retry-After") == "1"
     leave.set()
-    first.join(20)
+    first.join(40)
 
 
 def test_what_is_spent_is_worth_another_try_when_openmeter_knows_of_it(make, entitled):

@@ -253,7 +253,7 @@ def test_a_flush_ends_in_time_and_says_that_it_is_not_done(openmeter, serve):
     assert not service.flush(0.2)
     assert not service.flush(0)
 
-    assert 0.2 <= time.monotonic() - began < 2
+    assert 0.2 <= time.monotonic() - began < PATIENCE / 2
     openmeter.release()
     service.drain()
     assert openmeter.subjects == ["alice"]
@@ -483,14 +483,12 @@ def test_where_no_thread_can_be_started_the_caller_delivers(
 def test_the_caller_delivers_in_spite_of_failures(openmeter, serve, monkeypatch):
     service = serve()
     no_delivery_thread(monkeypatch)
-    openmeter.script += [RESET, problem(503)]
+    openmeter.script += [RESET, Answer(503, b"", {"Retry-After": "3600"})]
     openmeter.poison = {"customer-3"}
     service.request(*customers(7))
-    began = time.monotonic()
 
     assert service.flush()
 
-    assert time.monotonic() - began < 5
     assert len(openmeter.ids) == 6
     assert service.stats.dead_lettered == 1
 
@@ -504,7 +502,7 @@ def test_the_caller_gives_up_in_time(openmeter, serve, monkeypatch):
 
     assert not service.flush(0.3)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < PATIENCE / 2
     assert service.stats.waiting == 1
 
 
@@ -943,7 +941,7 @@ def test_close_ends_in_time_and_says_what_is_left(openmeter, serve, caplog, stat
 
     service.middleware.close(0.5)
 
-    assert 0.5 <= time.monotonic() - began < 2
+    assert 0.5 <= time.monotonic() - began < PATIENCE / 2
     assert "3 events could not be delivered within 0.5 s" in caplog.text
     assert service.stats.waiting == 3
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import threading
@@ -488,15 +489,17 @@ def test_an_aged_allowance_is_renewed_behind_the_requests_back(
     make, entitled, openmeter
 ):
     entitled.values["acme"] = {"searches": YES}
-    app = make(allow_ttl=2)
+    app = make(allow_ttl=3_600)
     ask(app)
+    app.metering().entitlements.known("acme", "searches").fresh_until = 0.0
     entitled.instead = HANG
 
     started = time.monotonic()
-    wait_for(lambda: ask(app) and app.stats().allowed.get("stale"))
+    assert ask(app).status == "200 OK"
     assert ask(app).status == "200 OK"
 
     assert time.monotonic() - started < 15  # half of what waiting would cost
+    assert app.stats().allowed == {"openmeter": 1, "stale": 2}
     openmeter.wait_until(lambda: entitled.questions == 2)
 
 
@@ -586,7 +589,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
     openmeter.script.clear()
     openmeter.heal()
     for thread in threads:
-        thread.join(30)
+        thread.join(40)
 
     assert len(statuses) == 200
     assert len(openmeter.requests) <= 2  # the one that hung was closed, not answered
@@ -595,7 +598,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 # -- When OpenMeter is away
 
 
-def wait_for(condition, timeout=15.0):
+def wait_for(condition, timeout=40.0):
     """Wait for what only time brings about."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -801,7 +804,7 @@ def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
 
     openmeter.heal()
     for thread in waiting:
-        thread.join(30)
+        thread.join(40)
 
 
 def test_new_names_leave_questions_to_customers_that_are_known(make, entitled):
@@ -817,18 +820,17 @@ def test_new_names_leave_questions_to_customers_that_are_known(make, entitled):
     asked = entitled.asked["acme", "searches"]
     ask(app)
 
-    wait_for(lambda: entitled.asked["acme", "searches"] == asked + 1)
+    wait_for(lambda: entitled.asked["acme", "searches"] > asked)
 
 
 def test_questions_are_limited_per_second(make, entitled, caplog):
     app = make(question_rate=4, entitlement_timeout=0.1)
+    names = (f"subject-{n}" for n in itertools.count())
 
     started = time.monotonic()
-    for n in range(30):
-        ask(app, f"subject-{n}")
+    wait_for(lambda: ask(app, next(names)) and "question_rate" in caplog.text)
 
     assert entitled.questions <= 4 + 4 * (time.monotonic() - started)
-    assert "question_rate" in caplog.text
 
 
 def test_what_else_is_asked_of_an_entitlement_is_a_question_too(make, entitled, caplog):

@@ -16,7 +16,7 @@ def sandbox():
     meter = {"slug": FEATURE, "eventType": FEATURE, "aggregation": "SUM",
              "valueProperty": "$.total"}  # fmt: skip
     with Sandbox() as sandbox:
-        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=10)
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
         made.raise_for_status()
         yield sandbox
 
@@ -49,7 +49,7 @@ def test_each_path_asks_for_customers_that_are_there_and_that_are_not(
 ):
     sandbox.grant("acme", FEATURE, 10)
     subjects = f"{sandbox.url}/api/v1/subjects"
-    requests.post(subjects, json=[{"key": "acme"}], timeout=10).raise_for_status()
+    requests.post(subjects, json=[{"key": "acme"}], timeout=40).raise_for_status()
     app = make(entitlements_path=path)
 
     assert ask(app).status == "200 OK"

@@ -51,7 +51,7 @@ def test_every_figure_of_a_process_is_there(openmeter, registry):
     before = scraped(registry)
     assert app.flush(10)
     after = scraped(registry)
-    app.close()
+    app.close(TIMEOUT)
 
     assert before["queue_events"] == 2
     assert before["queue_bytes"] > 200
@@ -84,7 +84,7 @@ def test_what_goes_wrong_with_delivery_is_counted(openmeter, registry):
     openmeter.wait_for_requests(1)
     assert app.flush(10)
     read = scraped(registry)
-    app.close()
+    app.close(TIMEOUT)
 
     assert read["events_dropped_total", "queue_full"] == 1
     assert read["events_dead_lettered_total"] == 1

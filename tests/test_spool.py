@@ -237,7 +237,7 @@ def test_fifty_thousand_events_wait_on_the_disk_and_not_in_memory(openmeter, spo
         before, after = int(process.line()), int(process.line())
         assert after - before <= 6 * 1024, "KiB"
         openmeter.up()
-        openmeter.wait_for(50_000, timeout=60)
+        openmeter.wait_for(50_000, timeout=120)
     assert openmeter.ids == numbered("", 50_000)
     assert not openmeter.duplicates
 
