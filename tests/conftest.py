@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.log import RepeatFilter
-from spooling import begin_test, threads, until
+from spooling import PATIENCE, begin_test, threads, until
 
 _FOREIGN = {
     "http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc",
@@ -59,6 +59,13 @@ def _fresh_log():
             for old in [f for f in logger.filters if isinstance(f, RepeatFilter)]:
                 logger.removeFilter(old)
                 logger.addFilter(RepeatFilter())
+
+
+@pytest.fixture
+def patient_ledger(monkeypatch):
+    """No request passes only because a busy machine gives it no turn in time."""
+    monkeypatch.setattr("openmeter_wsgi.ledger.database.PATIENCE", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.ledger.account._PATIENCE", PATIENCE)
 
 
 @pytest.fixture

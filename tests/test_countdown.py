@@ -8,6 +8,8 @@ from entitling import Entitled, ask, metered, middleware
 from openmeter_wsgi import add_meters, check_entitlements, set_meters, set_subject
 from test_entitlements import body, header, ok, wait_for
 
+pytestmark = pytest.mark.usefixtures("patient_ledger")
+
 TOKENS = {"required_entitlements": ["tokens"], "entitlement_meters": ["tokens"]}
 REQUESTS = {
     "required_entitlements": ["api_requests"],
