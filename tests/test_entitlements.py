@@ -262,7 +262,7 @@ def test_nobody_asks_for_a_period_that_nobody_is_told(make, entitled):
     entitled.values["acme"] = {"searches": metered(40)}
     app = make(allow_ttl=0.05)
 
-    wait_for(lambda: ask(app) and entitled.questions == 5)
+    wait_for(lambda: ask(app) and entitled.questions >= 5)
 
     assert not entitled.asked_terms
 
@@ -761,7 +761,7 @@ def test_that_openmeter_is_back_is_noticed_within_seconds(make, entitled):
 
     entitled.instead = None
 
-    wait_for(lambda: ask(app).status == "200 OK", 10)
+    wait_for(lambda: ask(app).status == "200 OK")
 
 
 def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
@@ -835,7 +835,7 @@ def test_questions_are_limited_per_second(make, entitled, caplog):
 
 def test_what_else_is_asked_of_an_entitlement_is_a_question_too(make, entitled, caplog):
     entitled.values["acme"] = {"searches": metered(0)}
-    app = make(question_rate=0.1, entitlement_timeout=1)
+    app = make(question_rate=0.1, entitlement_timeout=5)
 
     assert ask(app).status.startswith("429")
 
