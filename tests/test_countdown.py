@@ -33,7 +33,7 @@ def make(openmeter, entitled):
     yield make
     openmeter.heal()
     for each in made:
-        each.close(10)
+        each.close(40)
 
 
 def served(app, requests, subject="acme"):
@@ -305,7 +305,7 @@ def test_a_mapping_that_fails_at_the_end_costs_no_bill(
     app = make(customer=lambda subject: customers.pop())
 
     assert served(app, 1) == 1
-    app.close(5)
+    app.close(40)
 
     assert openmeter.subjects == ["acme"]
     assert "customer: raised" in caplog.text

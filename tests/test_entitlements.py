@@ -42,7 +42,7 @@ def make(openmeter, entitled):
     yield make
     openmeter.heal()
     for each in made:
-        each.close(10)
+        each.close(40)
 
 
 def body(response):
@@ -61,7 +61,7 @@ def test_a_customer_with_access_passes_and_is_billed(make, entitled, openmeter):
     app = make()
 
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert response.status == "200 OK"
     assert response.body == [b"ok"]
@@ -87,7 +87,7 @@ def test_a_denial_says_why_and_never_reaches_the_application(
     app = make(lambda *arguments: called.append(arguments))
 
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert response.status == status
     assert PROBLEM in response.headers
@@ -209,7 +209,7 @@ def test_nothing_is_enforced_until_it_is_switched_on(make, entitled, openmeter, 
     app = make(enforce=False)
 
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert response.status == "200 OK"
     assert app.stats().let_through == {"unknown_customer": 1}
@@ -385,7 +385,7 @@ def test_a_denial_in_the_handler_is_the_same_response_and_not_billed(
     app = make(flask_app(view), required_entitlements=[], meter_on_status_codes=codes)
     response = ask(app)
     same = ask(make())
-    app.close(5)
+    app.close(40)
 
     assert response.status.upper() == same.status.upper()
     assert b"".join(response.body) == b"".join(same.body)
@@ -425,7 +425,7 @@ def test_a_handler_lets_through_what_is_not_enforced(make, entitled, openmeter):
 
     app = make(flask_app(view), required_entitlements=[], enforce=False)
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert b"".join(response.body) == b"False"
     assert app.stats().let_through == {"unknown_customer": 1}
@@ -907,7 +907,7 @@ def test_questions_can_have_a_key_and_an_address_of_their_own(
     )
 
     ask(app)
-    app.close(5)
+    app.close(40)
 
     keys = {r.method: r.headers["Authorization"] for r in openmeter.requests}
     assert keys == {"GET": "Bearer ask", "POST": "Bearer ingest"}

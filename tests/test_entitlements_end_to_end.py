@@ -39,7 +39,7 @@ def make(sandbox):
 
     yield make
     for each in made:
-        each.close(10)
+        each.close(40)
 
 
 @pytest.mark.parametrize(

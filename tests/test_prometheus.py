@@ -49,7 +49,7 @@ def test_every_figure_of_a_process_is_there(openmeter, registry):
         ask(app, "acme", PATH_INFO=path)
     ask(app, "beta")
     before = scraped(registry)
-    assert app.flush(10)
+    assert app.flush(40)
     after = scraped(registry)
     app.close(TIMEOUT)
 
@@ -82,7 +82,7 @@ def test_what_goes_wrong_with_delivery_is_counted(openmeter, registry):
         ask(app, subject)
     openmeter.script.append(Answer(503))
     openmeter.wait_for_requests(1)
-    assert app.flush(10)
+    assert app.flush(40)
     read = scraped(registry)
     app.close(TIMEOUT)
 

@@ -51,7 +51,7 @@ def billed(
     for request in requests:
         method, path = request.split()
         serve(middleware, make_environ(method, PATH_INFO=path))
-    middleware.close(10)
+    middleware.close(40)
     return usage(openmeter.taken)
 
 
@@ -272,7 +272,7 @@ def test_a_file_says_the_same(
     middleware = OpenMeterMiddleware(answer, policy)
     for method, path in [("POST", "/v1/users/7"), ("GET", "/healthz"), ("GET", "/")]:
         serve(middleware, make_environ(method, PATH_INFO=path))
-    middleware.close(10)
+    middleware.close(40)
 
     assert usage(openmeter.taken) == [("users", {"total": 3}), ("r", {"total": 1})]
 
@@ -353,8 +353,8 @@ def test_among_100_routes_an_exact_one_is_looked_up_and_nothing_is_tried() -> No
     ("rule", "path"),
     [("/v1/thing{}/<id>", "/v1/thing0/5"), ("/v1/<id>/thing{}", "/v1/5/thing0")],
 )
-def test_among_1000_routes_no_more_is_tried_than_with_one(rule: str, path: str) -> None:
+def test_among_200_routes_no_more_is_tried_than_with_one(rule: str, path: str) -> None:
     alone = calls([rule.format(0)], path)
 
     assert "Pattern.match" in alone
-    assert calls([rule.format(n) for n in range(1_000)], path) == alone
+    assert calls([rule.format(n) for n in range(200)], path) == alone
