@@ -62,6 +62,55 @@ def test_the_balance_of_one_answer_is_not_overshot(make, entitled):
     assert entitled.asked["acme", "api_requests"] == 1
 
 
+def is_denied_now(entitlements):
+    """Ask behind the request's back, and say whether the answer is a no."""
+    entitlements.refresh("acme", "api_requests")
+    return not entitlements.known("acme", "api_requests").answer.has_access
+
+
+def test_an_answer_that_comes_between_decision_and_reservation_denies(make, entitled):
+    entitled.values["acme"] = {"api_requests": metered(5)}
+    newer = []
+
+    def reserve(environ):
+        entitlements = app.metering().entitlements
+        if newer:
+            entitled.values["acme"] = newer.pop()
+            wait_for(lambda: is_denied_now(entitlements))
+        return {"api_requests": 1}
+
+    app = make(reserve=reserve, allow_ttl=3_600)
+    assert ask(app).status == "200 OK"
+
+    newer.append({"api_requests": metered(0)})
+
+    assert body(ask(app))["reason"] == "limit_reached"
+    assert app.stats().allowed == {"openmeter": 1}
+
+
+def test_of_two_features_none_stays_set_apart_when_the_other_is_taken_away(
+    make, entitled
+):
+    entitled.values["acme"] = {"tokens": metered(5), "api_requests": metered(5)}
+    both = ["tokens", "api_requests"]
+    taken_away = []
+
+    def reserve(environ):
+        entitlements = app.metering().entitlements
+        if not taken_away:
+            taken_away.append(entitled.values["acme"].pop("api_requests"))
+            wait_for(lambda: is_denied_now(entitlements))
+        return {"tokens": 2, "api_requests": 1}
+
+    app = make(
+        required_entitlements=both, entitlement_meters=both, reserve=reserve,
+        allow_ttl=3_600,
+    )  # fmt: skip
+
+    assert body(ask(app))["reason"] == "no_access"
+    assert app.metering().entitlements.countdown.remaining("acme", "tokens") == 5
+
+
 def test_without_counting_down_it_is(make, entitled):
     entitled.values["acme"] = {"api_requests": metered(10)}
 
