@@ -79,10 +79,11 @@ WAYS = {
 }
 
 
-def timers(sandbox: Sandbox) -> dict[str, timeit.Timer]:
-    """Return what times each way."""
-    plain = middleware(sandbox).metering()
-    counted = middleware(sandbox, entitlement_meters=FEATURES[:1]).metering()
+@contextlib.contextmanager
+def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
+    """Yield what times each way."""
+    apps = [middleware(sandbox), middleware(sandbox, entitlement_meters=FEATURES[:1])]
+    plain, counted = (app.metering() for app in apps)
     cache: TTLCache[str, bool] = TTLCache(10_000, 60.0)
     cache["acme"] = True
     names = {
@@ -101,22 +102,26 @@ def timers(sandbox: Sandbox) -> dict[str, timeit.Timer]:
     assert plain.entitlements.decide("acme", FEATURES, "closed").allowed
     # Local variables of the loop, as they are those of a function elsewhere.
     setup = "; ".join(f"{name} = names['{name}']" for name in names)
-    return {
-        name: timeit.Timer(way, setup, globals={"names": names})
-        for name, way in WAYS.items()
-    }
+    try:
+        yield {
+            name: timeit.Timer(way, setup, globals={"names": names})
+            for name, way in WAYS.items()
+        }
+    finally:
+        for app in apps:
+            app.close(60)
 
 
 def measure(sandbox: Sandbox, rounds: int, calls: int) -> dict[str, list[float]]:
     """Return for each way the µs of one call, by round."""
-    ways = timers(sandbox)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        gc.collect()
-        for name, way in ways.items():
-            taken = way.timeit(calls) / calls * 1e6
-            if turn:  # the first round warms up
-                times[name].append(taken)
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    with timers(sandbox) as ways:
+        for turn in range(rounds + 1):
+            gc.collect()
+            for name, way in ways.items():
+                taken = way.timeit(calls) / calls * 1e6
+                if turn:  # the first round warms up
+                    times[name].append(taken)
     return times
 
 
@@ -138,7 +143,7 @@ def measure_outage(rounds: int, calls: int) -> dict[str, list[float]]:
                 times[name] += [serve(app, 1) * 1e6 for _ in range(calls)]
         hanging.faults.clear()
         for app in apps.values():
-            app.close(0)  # what they would bill is not the subject
+            app.close(60)
         return times
 
 

@@ -208,7 +208,7 @@ def gated(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
     gate = int(parse_qs(environ["QUERY_STRING"])["gate"][0])
     start_response("200 OK", list(TEXT))
     yield b"first\n"
-    with socket.create_connection(("127.0.0.1", gate), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", gate), timeout=40) as connection:
         yield connection.recv(100)
 
 

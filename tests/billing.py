@@ -51,7 +51,7 @@ def bill(
         handled(handler), api_url=openmeter.url, flush_interval=60, **options
     )
     serve(middleware, environ() if request is None else request)
-    middleware.close(10)
+    middleware.close(40)
     return [event for post in openmeter.requests for event in post.events]
 
 

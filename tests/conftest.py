@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.log import RepeatFilter
-from spooling import begin_test
+from spooling import PATIENCE, begin_test, threads, until
 
 _FOREIGN = {
     "http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc",
@@ -35,10 +35,19 @@ def _own_environment(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_threads(caplog):
-    """A thread that another test has left behind is not taken for one of this."""
+    """No thread of another test is taken for one of this, and none is left behind."""
     # The threads, not their numbers: a new thread may get that of one that ended.
     earlier = begin_test() - {threading.current_thread()}
     caplog.handler.addFilter(lambda _: threading.current_thread() not in earlier)
+    yield
+    # Set up first, this ends last: all that a test made is closed by now.
+    until(lambda: not _left_behind())
+
+
+def _left_behind():
+    # A sandbox that several tests share may have connections that are open.
+    sandbox = "openmeter_wsgi.sandbox"
+    return [t for t in threads("openmeter_wsgi") if not t.name.startswith(sandbox)]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +59,13 @@ def _fresh_log():
             for old in [f for f in logger.filters if isinstance(f, RepeatFilter)]:
                 logger.removeFilter(old)
                 logger.addFilter(RepeatFilter())
+
+
+@pytest.fixture
+def patient_ledger(monkeypatch):
+    """No request passes only because a busy machine gives it no turn in time."""
+    monkeypatch.setattr("openmeter_wsgi.ledger.database.PATIENCE", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.ledger.account._PATIENCE", PATIENCE)
 
 
 @pytest.fixture

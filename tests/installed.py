@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent / "servers_installed"
 REQUESTS = 500
 #: Seconds that a server may take to start, or to stop, or another to deliver.
-PATIENCE = 20
+PATIENCE = 40
 CLIENTS = 4
 
 

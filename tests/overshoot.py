@@ -113,7 +113,7 @@ def quota() -> Iterator[Sandbox]:
         "valueProperty": "$.total",
     }  # fmt: skip
     with Sandbox(visible_after=VISIBLE_AFTER) as sandbox:
-        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=10)
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
         made.raise_for_status()
         sandbox.grant("acme", "api_requests", QUOTA)
         yield sandbox

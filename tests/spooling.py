@@ -42,7 +42,7 @@ def spool_policy(
 
 def new_client(url: str) -> OpenMeterClient:
     return OpenMeterClient(
-        url=url, flavor="v1", key=ApiKey.from_options("secret", None), timeout=5
+        url=url, flavor="v1", key=ApiKey.from_options("secret", None), timeout=30
     )
 
 

@@ -6,13 +6,14 @@ import operator
 import os
 import random
 import signal
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from accounting import ENDINGS, left_behind
-from openmeter_server import RESET, TAKEN_BUT_RESET, Answer, problem
+from openmeter_server import RESET, TAKEN_BUT_RESET, Answer, Request, problem
 from openmeter_wsgi import OpenMeterMiddleware, Stats
 from servers import GUNICORN, TIMEOUT, Server
 
@@ -83,10 +84,32 @@ def chaos(openmeter, server: Server, clients: Clients, chance: random.Random) ->
     before = len(openmeter.ids)
     for worker in children(server.process.pid):  # each sends what waits when it ends
         os.kill(worker, signal.SIGTERM)
+    healthy_since = len(openmeter.requests)
     clients.ask(100)
     openmeter.wait_for(before + 10)
+    while not is_one_buried(openmeter.requests[healthy_since:]):
+        clients.ask(10)
     openmeter.rule = lambda _: Answer(503)
     clients.ask(20)
+
+
+def is_one_buried(requests: list[Request]) -> bool:
+    """Say whether an event was refused, another taken, and it was refused again alone.
+
+    Each connection is of one sender.
+    """
+    taken: Counter[int] = Counter()
+    refused_at: dict[tuple[int, str], int] = {}
+    for request in requests:
+        sender = request.connection
+        if "poison" not in request.subjects:
+            taken[sender] += 1
+            continue
+        for id_ in request.ids:
+            first = refused_at.setdefault((sender, id_), taken[sender])
+            if len(request.ids) == 1 and first < taken[sender]:
+                return True
+    return False
 
 
 def account(openmeter, tmp_path: Path, **env: str) -> tuple[Stats, Clients]:

@@ -117,7 +117,7 @@ def test_a_denied_request_is_told() -> None:
             required_entitlements=["searches"], audit=records.append,
         )  # fmt: skip
         consumer = Consumer().serve(middleware, make_environ())
-        middleware.close(10)
+        middleware.close(40)
 
     assert consumer.status is not None
     assert consumer.status.startswith("403")

@@ -1,6 +1,5 @@
-"""What the benchmarks say holds, as far as a busy machine can say it."""
+"""Whether the benchmarks measure what they say, however busy the machine is."""
 
-import statistics
 from xml.etree import ElementTree
 
 from benchmarks import (
@@ -12,19 +11,21 @@ from benchmarks import (
     pacing,
     plot,
     report,
+    routing,
+    sink,
     start,
+    waiting,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_a_known_decision_costs_less_than_half_of_a_ttl_cache():
+def test_a_known_decision_is_timed_beside_a_ttl_cache():
     with entitlements.granting() as sandbox:
-        times = entitlements.measure(sandbox, rounds=9, calls=500)
+        times = entitlements.measure(sandbox, rounds=2, calls=50)
 
-    found, cached = (times[way] for way in (entitlements.FRESH, entitlements.TTL_CACHE))
-    ratios = [one / other for one, other in zip(found, cached, strict=True)]
-    assert statistics.median(ratios) <= entitlements.MOST_RATIO
+    assert {entitlements.FRESH, entitlements.TTL_CACHE} < times.keys()
+    assert [len(of) for of in times.values()] == [2] * len(entitlements.WAYS)
 
 
 def test_requests_are_timed_while_openmeter_answers_and_while_it_hangs():
@@ -51,7 +52,23 @@ def test_delivery_is_measured_from_memory_and_from_a_spool():
 
     assert len(rows) == 7
     assert all(row.median > 0 for row in rows.values())
-    assert rows[delivery.JOIN].met
+
+
+def test_a_backlog_that_is_gone_at_once_is_followed_by_others():
+    with sink.running_sink() as url:
+        middleware = waiting.middleware(url)
+
+        assert delivery.percent_of_throughput(middleware, 0) > 0
+
+        assert middleware.stats().waiting == 0
+        middleware.close(60)
+
+
+def test_both_kinds_of_routes_are_timed_beside_werkzeugs_matcher():
+    rows = routing.measure(rounds=2, calls=100)
+
+    assert [len(row.measured) for row in rows] == [2, 2]
+    assert all(row.median > 0 for row in rows)
 
 
 def test_workers_append_to_one_spool(tmp_path):

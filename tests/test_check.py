@@ -134,7 +134,7 @@ def test_on_a_terminal_it_is_coloured_and_wrapped(sandbox):
         except OSError:
             pass  # the other end is closed
         os.close(shown)
-        assert process.wait(20) == 0, said
+        assert process.wait(40) == 0, said
 
     lines = said.decode().splitlines()
     assert lines[0] == f"\x1b[1mChecking {sandbox.url}\x1b[0m"

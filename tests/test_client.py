@@ -12,6 +12,7 @@ from openmeter_server import (
     CLOSE,
     HANG,
     PAGE,
+    PATIENCE,
     RESET,
     TAKEN_BUT_RESET,
     Answer,
@@ -45,7 +46,7 @@ def connect(openmeter):
     """Makes clients of the fake server, or of another one."""
     made = []
 
-    def connect(url=None, *, key=NO_KEY, flavor="v1", timeout=10.0):
+    def connect(url=None, *, key=NO_KEY, flavor="v1", timeout=30.0):
         client = OpenMeterClient(
             url=url or openmeter.url, flavor=flavor, key=key, timeout=timeout
         )
@@ -359,7 +360,7 @@ def test_a_server_that_hangs_is_given_up_after_the_timeout(openmeter, connect):
 
     error = failure(connect(timeout=0.3))
 
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < PATIENCE / 2
     assert isinstance(error, Unavailable)
     assert (error.status, error.ambiguous) == (None, True)
 

@@ -186,7 +186,7 @@ def test_bash_completes_with_the_script(tmp_path):
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=40,
         check=True,
     )
 
@@ -201,4 +201,4 @@ def test_completing_a_command_imports_none_of_them():
         "assert {one.value for one in found} >= {'send', 'sandbox'};"
         "assert 'openmeter_wsgi.commands.send' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=40)

@@ -30,8 +30,8 @@ def deliver(spool, openmeter, *, times=1):
     queue = spool_queue(spool, openmeter.url)
     for n in range(times):
         queue.put(event(str(n)))
-        assert queue.flush(10)
-        queue.close(5)
+        assert queue.flush(40)
+        queue.close(40)
 
 
 def test_what_is_not_known_is_warned_of_once_a_process(

@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import threading
@@ -41,7 +42,7 @@ def make(openmeter, entitled):
     yield make
     openmeter.heal()
     for each in made:
-        each.close(10)
+        each.close(40)
 
 
 def body(response):
@@ -60,7 +61,7 @@ def test_a_customer_with_access_passes_and_is_billed(make, entitled, openmeter):
     app = make()
 
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert response.status == "200 OK"
     assert response.body == [b"ok"]
@@ -86,7 +87,7 @@ def test_a_denial_says_why_and_never_reaches_the_application(
     app = make(lambda *arguments: called.append(arguments))
 
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert response.status == status
     assert PROBLEM in response.headers
@@ -208,7 +209,7 @@ def test_nothing_is_enforced_until_it_is_switched_on(make, entitled, openmeter, 
     app = make(enforce=False)
 
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert response.status == "200 OK"
     assert app.stats().let_through == {"unknown_customer": 1}
@@ -261,7 +262,7 @@ def test_nobody_asks_for_a_period_that_nobody_is_told(make, entitled):
     entitled.values["acme"] = {"searches": metered(40)}
     app = make(allow_ttl=0.05)
 
-    wait_for(lambda: ask(app) and entitled.questions == 5)
+    wait_for(lambda: ask(app) and entitled.questions >= 5)
 
     assert not entitled.asked_terms
 
@@ -384,7 +385,7 @@ def test_a_denial_in_the_handler_is_the_same_response_and_not_billed(
     app = make(flask_app(view), required_entitlements=[], meter_on_status_codes=codes)
     response = ask(app)
     same = ask(make())
-    app.close(5)
+    app.close(40)
 
     assert response.status.upper() == same.status.upper()
     assert b"".join(response.body) == b"".join(same.body)
@@ -424,7 +425,7 @@ def test_a_handler_lets_through_what_is_not_enforced(make, entitled, openmeter):
 
     app = make(flask_app(view), required_entitlements=[], enforce=False)
     response = ask(app)
-    app.close(5)
+    app.close(40)
 
     assert b"".join(response.body) == b"False"
     assert app.stats().let_through == {"unknown_customer": 1}
@@ -488,15 +489,17 @@ def test_an_aged_allowance_is_renewed_behind_the_requests_back(
     make, entitled, openmeter
 ):
     entitled.values["acme"] = {"searches": YES}
-    app = make(allow_ttl=2)
+    app = make(allow_ttl=3_600)
     ask(app)
+    app.metering().entitlements.known("acme", "searches").fresh_until = 0.0
     entitled.instead = HANG
 
     started = time.monotonic()
-    wait_for(lambda: ask(app) and app.stats().allowed.get("stale"))
+    assert ask(app).status == "200 OK"
     assert ask(app).status == "200 OK"
 
     assert time.monotonic() - started < 15  # half of what waiting would cost
+    assert app.stats().allowed == {"openmeter": 1, "stale": 2}
     openmeter.wait_until(lambda: entitled.questions == 2)
 
 
@@ -586,7 +589,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
     openmeter.script.clear()
     openmeter.heal()
     for thread in threads:
-        thread.join(30)
+        thread.join(40)
 
     assert len(statuses) == 200
     assert len(openmeter.requests) <= 2  # the one that hung was closed, not answered
@@ -595,7 +598,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 # -- When OpenMeter is away
 
 
-def wait_for(condition, timeout=15.0):
+def wait_for(condition, timeout=40.0):
     """Wait for what only time brings about."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -758,7 +761,7 @@ def test_that_openmeter_is_back_is_noticed_within_seconds(make, entitled):
 
     entitled.instead = None
 
-    wait_for(lambda: ask(app).status == "200 OK", 10)
+    wait_for(lambda: ask(app).status == "200 OK")
 
 
 def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
@@ -801,7 +804,7 @@ def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
 
     openmeter.heal()
     for thread in waiting:
-        thread.join(30)
+        thread.join(40)
 
 
 def test_new_names_leave_questions_to_customers_that_are_known(make, entitled):
@@ -817,23 +820,22 @@ def test_new_names_leave_questions_to_customers_that_are_known(make, entitled):
     asked = entitled.asked["acme", "searches"]
     ask(app)
 
-    wait_for(lambda: entitled.asked["acme", "searches"] == asked + 1)
+    wait_for(lambda: entitled.asked["acme", "searches"] > asked)
 
 
 def test_questions_are_limited_per_second(make, entitled, caplog):
     app = make(question_rate=4, entitlement_timeout=0.1)
+    names = (f"subject-{n}" for n in itertools.count())
 
     started = time.monotonic()
-    for n in range(30):
-        ask(app, f"subject-{n}")
+    wait_for(lambda: ask(app, next(names)) and "question_rate" in caplog.text)
 
     assert entitled.questions <= 4 + 4 * (time.monotonic() - started)
-    assert "question_rate" in caplog.text
 
 
 def test_what_else_is_asked_of_an_entitlement_is_a_question_too(make, entitled, caplog):
     entitled.values["acme"] = {"searches": metered(0)}
-    app = make(question_rate=0.1, entitlement_timeout=1)
+    app = make(question_rate=0.1, entitlement_timeout=5)
 
     assert ask(app).status.startswith("429")
 
@@ -905,7 +907,7 @@ def test_questions_can_have_a_key_and_an_address_of_their_own(
     )
 
     ask(app)
-    app.close(5)
+    app.close(40)
 
     keys = {r.method: r.headers["Authorization"] for r in openmeter.requests}
     assert keys == {"GET": "Bearer ask", "POST": "Bearer ingest"}

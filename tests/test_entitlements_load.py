@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -52,7 +51,7 @@ def sandbox() -> Iterator[Sandbox]:
         "valueProperty": "$.total",
     }  # fmt: skip
     with Sandbox() as sandbox:
-        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=10)
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
         made.raise_for_status()
         yield sandbox
 
@@ -81,7 +80,7 @@ def crowd(work: Callable[[int], None], threads: int = THREADS) -> None:
     together = threading.Barrier(threads)
 
     def run(number: int) -> None:
-        together.wait(30)
+        together.wait(40)
         work(number)
 
     all_ = [threading.Thread(target=run, args=(n,)) for n in range(threads)]
@@ -153,38 +152,31 @@ def test_a_crowd_gets_a_quota_and_hardly_more(sandbox: Sandbox) -> None:
 # -- An OpenMeter that takes every question and answers none
 
 
-def _times(app: OpenMeterMiddleware, subject: str, seconds: float) -> list[float]:
-    times = []
-    end = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end:
-        assert ask(app, subject).status == "200 OK"
-        times.append(time.perf_counter() - started)
-    return times
-
-
 def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     sandbox: Sandbox,
 ) -> None:
     sandbox.grant("acme", "api_requests", 1_000_000)
-    # It outlives its time while nobody answers, and is asked for behind the back.
-    app = limited(sandbox.url, allow_ttl=2)
-
-    answering = _times(app, "acme", 1)[1:]
+    app = limited(sandbox.url, allow_ttl=3_600)
+    assert ask(app).status == "200 OK"
     sandbox.faults.entitlements.set(hang=60)
-    hanging = _times(app, "acme", 2)
-    app.close(20)
-    sandbox.faults.clear()
 
-    assert app.stats().allowed["stale"] > 0
-    assert statistics.median(hanging) < 5 * statistics.median(answering)
-    assert max(hanging) < 15  # half of what waiting would cost
+    # It has outlived its time while nobody answers, and is asked for behind the back.
+    app.metering().entitlements.known("acme", "api_requests").fresh_until = 0.0
+    started = time.monotonic()
+    assert statuses(app, 1_000) == {"200 OK": 1_000}
+    taken = time.monotonic() - started
+    sandbox.faults.clear()
+    app.close(40)
+
+    assert app.stats().allowed == {"openmeter": 1, "stale": 1_000}
+    assert taken < 15  # half of what waiting once would cost
 
 
 def test_each_new_subject_waits_once_at_most_and_then_nobody(
     sandbox: Sandbox,
 ) -> None:
     sandbox.faults.entitlements.set(hang=60)
-    timeout = 3
+    timeout = 6
     app = limited(sandbox.url, entitlement_timeout=timeout)
     first, again = [0.0] * 20, [0.0] * 20
 

@@ -41,7 +41,7 @@ def billed(app, sandbox):
 
     def read(subject="acme"):
         assert app.wsgi_app.flush(20)
-        answer = requests.get(f"{sandbox.url}/api/v2/events", timeout=20)
+        answer = requests.get(f"{sandbox.url}/api/v2/events", timeout=40)
         events = [item["event"] for item in answer.json()["items"]]
         assert {event["source"] for event in events} <= {"flask-example"}
         assert {event["subject"] for event in events} <= {subject}

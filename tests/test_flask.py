@@ -58,7 +58,7 @@ def make(openmeter):
 
     yield make
     for app in made:
-        app.extensions["openmeter"].close(10)
+        app.extensions["openmeter"].close(40)
 
 
 def billed(app, openmeter):
@@ -350,7 +350,7 @@ def test_a_blueprint_is_metered_by_its_route(openmeter):
     app.register_blueprint(blueprint)
 
     get(app, "/v1/products/7")
-    app.extensions["openmeter"].close(10)
+    app.extensions["openmeter"].close(40)
 
     usage = {event["type"]: event["data"] for event in openmeter.taken}
     assert usage == {
@@ -448,7 +448,7 @@ def test_a_test_client_of_ones_own_keeps_what_it_can(openmeter):
 
     assert response.text == "acme"
     assert billed(app, openmeter) == [("acme", "api_requests")]
-    app.extensions["openmeter"].close(10)
+    app.extensions["openmeter"].close(40)
 
 
 # -- Who may

@@ -1,41 +1,50 @@
-"""Whether a process knows that it is not the one that made something."""
+"""Whether a process knows that it is not the one that made something.
 
-import ctypes
+What forks is a function that runs in an interpreter of its own: where another thread
+wants to run, a child of a fork in C may wait for it forever.
+"""
+
 import os
 
 import pytest
 
 from openmeter_wsgi import forks
+from test_fork import FORKS, finish, start_code, wait_for
+
+MARKS = {"page": forks.mark_process, "process id": forks._ProcessId}
 
 
-@pytest.mark.parametrize(
-    "fork", [os.fork, ctypes.CDLL(None).fork], ids=["by Python", "in C"]
-)
-@pytest.mark.parametrize(
-    "mark_process", [forks.mark_process, forks._ProcessId], ids=["page", "process id"]
-)
-def test_a_mark_is_true_in_its_own_process_alone(mark_process, fork):
-    mark = mark_process()
+def run(case, *arguments):
+    call = f"import sys, test_forks; test_forks.{case.__name__}(*sys.argv[1:])"
+    finish(start_code(call, *arguments))
 
-    child = fork()
+
+def fork_once(mark, fork):
+    made = MARKS[mark]()
+    child = FORKS[fork]()
     if not child:
-        os._exit(7 if mark[0] else 0)
-
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert mark[0]
+        os._exit(7 if made[0] else 0)
+    wait_for(child)
+    assert made[0]
 
 
-def test_a_child_of_a_child_knows_it_too():
-    mark = forks.mark_process()
+@pytest.mark.parametrize("fork", FORKS)
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_mark_is_true_in_its_own_process_alone(mark, fork):
+    run(fork_once, mark, fork)
 
+
+def fork_twice():
+    made = forks.mark_process()
     child = os.fork()
     if not child:
         grandchild = os.fork()
         if not grandchild:
-            os._exit(7 if mark[0] else 0)
-        _, status = os.waitpid(grandchild, 0)
-        os._exit(os.waitstatus_to_exitcode(status))
+            os._exit(7 if made[0] else 0)
+        wait_for(grandchild)
+        os._exit(0)
+    wait_for(child)
 
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+
+def test_a_child_of_a_child_knows_it_too():
+    run(fork_twice)

@@ -25,7 +25,7 @@ def make(openmeter):
     yield make
     openmeter.heal()
     for each in made:
-        each.close(10)
+        each.close(40)
 
 
 def codes(app, **options):
@@ -47,7 +47,7 @@ def test_a_process_is_well_before_and_while_it_delivers(make):
 
     assert app.health() == Health()
     ask(app)
-    assert app.flush(10)
+    assert app.flush(40)
     assert app.health().ok
 
 
@@ -73,7 +73,7 @@ def test_what_keeps_usage_from_openmeter_is_told_until_it_is_over(
     assert text in health.problems[0].text
     assert f"answered {answer.status}" in health.problems[0].text
     openmeter.heal()
-    assert app.flush(10)
+    assert app.flush(40)
     assert app.health().ok
 
 
@@ -97,7 +97,7 @@ def test_a_full_queue_loses(make, openmeter):
 
     assert [problem.code for problem in health.problems] == ["queue_full"]
     assert health.loses
-    assert app.flush(10)
+    assert app.flush(40)
     assert app.health().ok
 
 
@@ -134,7 +134,7 @@ def test_events_without_a_thread_to_deliver_them_are_told(make, monkeypatch):
         patch.setattr(threading.Thread, "start", refuse)
         ask(app)
         assert codes(app) == ["not_delivering"]
-    assert app.flush(10)
+    assert app.flush(40)
     assert app.health().ok
 
 

@@ -198,7 +198,7 @@ def test_an_attempt_that_does_not_complete_has_an_id_of_its_own(
     stop_after = 1 if outcome == "aborted" else None
     for _ in "ab":
         Consumer(stop_after=stop_after).serve(middleware, make_environ())
-    middleware.close(10)
+    middleware.close(40)
 
     assert len(openmeter.ids) == 2
     assert not [each for each in openmeter.ids if each.startswith("once-")]

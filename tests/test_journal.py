@@ -170,9 +170,11 @@ def test_threads_lose_nothing_through_thousands_of_seals(make, tmp_path, form):
     keeper = threading.Thread(target=keep)
     for thread in [*writers, keeper]:
         thread.start()
-    for thread in writers:
-        thread.join()
-    ended.set()
+    try:
+        for thread in writers:
+            thread.join()
+    finally:
+        ended.set()
     keeper.join()
     journal.close()
     collect_sealed(tmp_path, collected)

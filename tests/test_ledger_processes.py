@@ -22,7 +22,7 @@ PROCESSES, THREADS = 4, 8
 #: Seconds.
 VISIBILITY_LAG = 1.0
 #: No step takes so long, on whatever machine.
-LONG = 5.0
+LONG = 30.0
 
 HAMMER = """
 import json, random, sys, threading, time
@@ -351,10 +351,10 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
         began = time.monotonic()
         account.answered(10.0, time.time())
         assert isinstance(account.reserve(1.0), Reservation)
-        for _ in range(100):
+        for _ in range(400):
             ledger.account("other").reserve(1.0)
         # Half of what it would be if each waited for the store.
-        assert time.monotonic() - began < 50 * PATIENCE
+        assert time.monotonic() - began < 200 * PATIENCE
         assert "may be overshot" in caplog.text
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
     # What was spent meanwhile is told.

@@ -145,7 +145,7 @@ def billed(
     )
     (consumer or Consumer()).serve(middleware, environ or make_environ())
     not_metered = middleware.stats().not_metered
-    middleware.close(10)
+    middleware.close(40)
     return [event["data"] for event in openmeter.taken], not_metered
 
 
@@ -218,7 +218,7 @@ def test_a_stream_that_is_cut_by_a_server_that_keeps_its_iterator_is_billed(
     iterator = iter(response)
     taken = [next(iterator), next(iterator)]
     response.close()
-    middleware.close(10)
+    middleware.close(40)
 
     assert taken == PLAIN[:2]
     assert [event["data"] for event in openmeter.taken] == [{"total": 4}]
@@ -387,7 +387,7 @@ def test_what_has_no_value_is_counted_by_its_reason_and_the_rest_is_billed(
     for _ in range(3):
         Consumer().serve(middleware, make_environ())
     stats = middleware.stats()
-    middleware.close(10)
+    middleware.close(40)
 
     assert [event["type"] for event in openmeter.taken] == ["requests"] * 3
     assert stats.dropped == {"no_value_not_json": 3}
@@ -587,7 +587,7 @@ def test_a_gigabyte_passes_without_being_held(openmeter: OpenMeterServer) -> Non
     finally:
         tracemalloc.stop()
     response.close()
-    middleware.close(10)
+    middleware.close(40)
 
     assert size > 2**30
     assert peak < 2_000_000
@@ -705,7 +705,7 @@ def test_a_file_says_the_same_as_objects(
         answering(PLAIN), Policy.from_file(file, api_url=openmeter.url)
     )
     Consumer().serve(middleware, make_environ())
-    middleware.close(10)
+    middleware.close(40)
 
     assert {event["type"]: event["data"] for event in openmeter.taken} == {
         "calls": {"total": 2},

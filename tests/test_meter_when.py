@@ -54,7 +54,7 @@ def billed(
     )
     Consumer().serve(middleware, make_environ())
     not_metered = middleware.stats().not_metered
-    middleware.close(10)
+    middleware.close(40)
     return usage(openmeter.taken), not_metered
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from openmeter_wsgi.ownership import Owner, elected, is_alive, remove_lock
-from spooling import Process, until
+from spooling import PATIENCE, Process, until
 
 OWNING = """
 import sys
@@ -104,7 +104,7 @@ def test_within_a_process_one_is_elected_too(tmp_path):
             other.line()
             assert not second.is_set()
             other.kill()
-    waiting.join(10)
+    waiting.join(PATIENCE)
     assert second.is_set()
 
 
@@ -135,7 +135,7 @@ def test_two_directories_may_wait_for_each_others_senders(tmp_path):
         thread.start()
         assert other.line() == "waits for a"
         other.process.stdin.close()
-        thread.join(10)
+        thread.join(PATIENCE)
         assert ours.is_set()
         other.process.kill()
 

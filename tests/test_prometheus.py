@@ -49,9 +49,9 @@ def test_every_figure_of_a_process_is_there(openmeter, registry):
         ask(app, "acme", PATH_INFO=path)
     ask(app, "beta")
     before = scraped(registry)
-    assert app.flush(10)
+    assert app.flush(40)
     after = scraped(registry)
-    app.close()
+    app.close(TIMEOUT)
 
     assert before["queue_events"] == 2
     assert before["queue_bytes"] > 200
@@ -82,9 +82,9 @@ def test_what_goes_wrong_with_delivery_is_counted(openmeter, registry):
         ask(app, subject)
     openmeter.script.append(Answer(503))
     openmeter.wait_for_requests(1)
-    assert app.flush(10)
+    assert app.flush(40)
     read = scraped(registry)
-    app.close()
+    app.close(TIMEOUT)
 
     assert read["events_dropped_total", "queue_full"] == 1
     assert read["events_dead_lettered_total"] == 1

@@ -23,7 +23,7 @@ def entitled(openmeter):
 def connect(openmeter):
     made = []
 
-    def connect(path="v2", *, key=KEY, timeout=10.0):
+    def connect(path="v2", *, key=KEY, timeout=40.0):
         client = QuestionClient(url=openmeter.url, path=path, key=key, timeout=timeout)
         made.append(client)
         return client

@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from openmeter_wsgi.sandbox import Sandbox
+from servers import TIMEOUT
 from test_sandbox_support import Api, event
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
@@ -32,7 +33,7 @@ def running(*options):
 
 
 def run(*arguments, **options):
-    options |= {"capture_output": True, "text": True, "timeout": 30}
+    options |= {"capture_output": True, "text": True, "timeout": TIMEOUT}
     return subprocess.run([*COMMAND, *arguments], check=False, **options)
 
 
@@ -43,7 +44,7 @@ def test_a_signal_ends_it_with_success_while_a_connection_is_open(number):
 
         process.send_signal(number)
 
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=TIMEOUT)
         assert (process.returncode, out, err) == (0, "", "")
 
 
@@ -163,7 +164,7 @@ def test_a_closed_sandbox_does_not_answer():
         url = sandbox.url
 
     with pytest.raises(requests.ConnectionError):
-        requests.get(url, timeout=5)
+        requests.get(url, timeout=TIMEOUT)
 
 
 def test_it_listens_on_ipv6_where_there_is_one():

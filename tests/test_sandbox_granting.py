@@ -164,7 +164,8 @@ def test_questions_are_counted_by_kind_customer_and_feature(sandbox, api):
     assert sandbox.asked() == 7
     assert sandbox.asked(customer="acme", feature="calls") == 4
     assert sandbox.asked(kind="value") == 4
-    assert sandbox.wait_asked(2, customer="acme", feature="calls", kind="value")
+    calls = {"customer": "acme", "feature": "calls", "kind": "value"}
+    assert sandbox.wait_asked(2, timeout=40, **calls)
     assert not sandbox.wait_asked(5, kind="value", timeout=0)
     sandbox.forget_questions()
     assert sandbox.asked() == 0

@@ -1,5 +1,7 @@
+import contextlib
 import gzip
 import json
+import os
 import socket
 import time
 from datetime import UTC, datetime, timedelta, timezone
@@ -10,6 +12,7 @@ from cloudevents.conversion import to_structured
 from cloudevents.http import CloudEvent
 
 from openmeter_wsgi.sandbox import Sandbox
+from spooling import PATIENCE
 from test_sandbox_support import BATCH, EITHER, SINGLE, Api, event
 
 V1 = "/api/v1/events"
@@ -458,25 +461,46 @@ def test_a_client_that_repeats_itself_until_204_is_counted_once_per_event(api):
 def test_answers_to_ingest_can_be_late_and_others_are_not():
     with Sandbox(latency=0.5) as sandbox, Api(sandbox.url) as api:
         start = time.monotonic()
-        api.overview()
-        between = time.monotonic()
         api.ingest(event())
 
-        assert time.monotonic() - between >= 0.5 > between - start
+        assert time.monotonic() - start >= 0.5
+
+    with Sandbox(latency=60) as sandbox, Api(sandbox.url) as api:
+        assert api.overview()["counts"]  # a client waits no minute
 
 
-def test_hundreds_of_requests_share_one_connection_without_delay(api):
-    api.ingest(event())
-    start = time.monotonic()
-
+def test_hundreds_of_requests_share_one_connection(api):
     for number in range(300):
         api.ingest(event(number))
 
-    # A delayed acknowledgement alone would be 12 s.
-    assert time.monotonic() - start < 6
     pools = api.get_adapter("http://").poolmanager.pools
     (only,) = pools.keys()
     assert pools[only].num_connections == 1
+
+
+def test_an_answer_is_sent_without_waiting_for_an_acknowledgement(api):
+    host = urlsplit(api.url).netloc
+    with socket.create_connection(host.split(":"), timeout=PATIENCE) as client:
+        client.sendall(
+            f"GET /sandbox/api/overview HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        )
+        assert client.recv(12) == b"HTTP/1.1 200"
+
+        with other_end(client) as server:
+            assert server.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def other_end(client):
+    """Return the socket in this process that *client* is connected to."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it is closed by now, or no socket
+            found = socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM)
+            with contextlib.ExitStack() as stack:
+                stack.callback(found.close)
+                if found.getpeername() == client.getsockname():
+                    stack.pop_all()
+                    return found
+    raise AssertionError("no socket of this process is connected to it")
 
 
 def _talk(api, sent: bytes) -> bytes:

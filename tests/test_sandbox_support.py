@@ -22,7 +22,7 @@ class Api(requests.Session):
         self.url = url
 
     def request(self, method, url, *args, **kwargs):
-        kwargs.setdefault("timeout", 20)
+        kwargs.setdefault("timeout", 40)
         return super().request(method, self.url + url, *args, **kwargs)
 
     def ingest(self, body: Any, kind: str | None = None, path="/api/v1/events"):

@@ -274,7 +274,7 @@ def test_an_interruption_says_what_is_left(openmeter, tmp_path):
 
         process.send_signal(signal.SIGINT)
 
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=40)
     assert (process.returncode, out) == (1, "sent 1 of 2 events\n")
     assert err.startswith("Error: interrupted; not sent: 1.")
 
@@ -294,7 +294,7 @@ def test_the_installed_command_sends(openmeter):
         env=os.environ | {"OPENMETER_API_URL": openmeter.url},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=40,
         check=False,
     )
 

@@ -354,7 +354,7 @@ def test_an_event_that_breaks_the_server_is_buried_once_others_are_accepted(
         url=openmeter.url,
         flavor="v1",
         key=ApiKey.from_options(None, None),
-        timeout=10,
+        timeout=40,
     )
     case = Case(client, jitter=lambda least, _: least)
     case.load([json.dumps({"id": s, "subject": s}).encode() for s in subjects])
@@ -496,7 +496,7 @@ def test_a_status_of_success_that_is_no_success_is_held(openmeter):
         url=openmeter.url,
         flavor="v1",
         key=ApiKey.from_options(None, None),
-        timeout=10,
+        timeout=40,
     )
     case = Case(client)
     case.load([b'{"id": "a", "subject": "a"}'])

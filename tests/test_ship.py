@@ -15,7 +15,7 @@ def run(*arguments, **variables):
         [*COMMAND, "ship", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=40,
         check=False,
         env=os.environ | {"OPENMETER_API_URL": "http://127.0.0.1:9"} | variables,
     )

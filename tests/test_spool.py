@@ -16,7 +16,15 @@ from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS
 from openmeter_wsgi.delivery.directory import file_system, journal_form
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
-from spooling import Process, event, segments, spool_queue, threads, until
+from spooling import (
+    PATIENCE,
+    Process,
+    event,
+    segments,
+    spool_queue,
+    threads,
+    until,
+)
 
 
 @pytest.fixture
@@ -34,9 +42,9 @@ def queue(spool, openmeter):
         return made[-1]
 
     yield make
-    openmeter.release()
+    openmeter.heal()
     for one in made:
-        one.close(1)
+        one.close(PATIENCE)
 
 
 @pytest.fixture
@@ -57,8 +65,9 @@ def middleware(spool, openmeter):
         return made[-1]
 
     yield make
+    openmeter.heal()
     for one in made:
-        one.close(5)
+        one.close(PATIENCE)
 
 
 def put(queue, *ids, **data):
@@ -237,7 +246,7 @@ def test_fifty_thousand_events_wait_on_the_disk_and_not_in_memory(openmeter, spo
         before, after = int(process.line()), int(process.line())
         assert after - before <= 6 * 1024, "KiB"
         openmeter.up()
-        openmeter.wait_for(50_000, timeout=60)
+        openmeter.wait_for(50_000, timeout=120)
     assert openmeter.ids == numbered("", 50_000)
     assert not openmeter.duplicates
 

@@ -66,10 +66,10 @@ def test_a_process_without_threads_delivers_at_flush_and_close(
         assert won  # another process could send
     assert openmeter.requests == []
 
-    assert queue.flush(10)
+    assert queue.flush(40)
     assert openmeter.ids == ["1"]
     queue.put(event("2"))
-    queue.close(10)
+    queue.close(40)
     assert openmeter.ids == ["1", "2"]
     queue.put(event("3"))
     queue.start()
@@ -106,5 +106,5 @@ def test_at_its_exit_it_waits_no_longer_than_it_may(uwsgi, openmeter, tmp_path):
 
     other = spool_queue(tmp_path / "spool", openmeter.url)
     other.put(event("2"))
-    other.close(10)
+    other.close(40)
     assert sorted(openmeter.ids) == ["1", "2"]

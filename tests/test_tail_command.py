@@ -26,7 +26,7 @@ class Tail:
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=40)
         return self.process.returncode, out, err
 
 
@@ -66,7 +66,7 @@ def test_what_is_there_already_comes_first_if_it_is_wanted(tmp_path):
 
     with tailing(tmp_path / "spool", "--all", "--json", "--count", "2") as tail:
         assert tail.ids(2) == ["1", "2"]
-        assert tail.process.wait(20) == 0
+        assert tail.process.wait(40) == 0
 
 
 def test_a_process_that_starts_later_is_followed_too(tmp_path):
@@ -119,7 +119,7 @@ def test_on_a_terminal_it_is_coloured_and_does_not_steer_it(tmp_path):
             while chunk := os.read(shown, 10_000):
                 said += chunk
         os.close(shown)
-        assert process.wait(20) == 0
+        assert process.wait(40) == 0
 
     assert b"\x1b[36mcall\x1b[0m" in said
     assert rb"\x1b[31mred" in said
@@ -177,7 +177,7 @@ def test_without_a_spool_it_is_one_line(tmp_path, name, code, said):
         [*COMMAND, "tail", *options],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=40,
         check=False,
     )
 

@@ -8,6 +8,7 @@ import flask
 import pytest
 from werkzeug.test import Client
 
+from openmeter_server import PATIENCE, OpenMeterServer
 from openmeter_wsgi import (
     OpenMeterMiddleware,
     add_meters,
@@ -173,15 +174,15 @@ def test_a_middleware_made_before_is_taken_over_and_given_back():
 
 
 def test_a_middleware_made_meanwhile_delivers_afterwards():
-    with OpenMeter():
-        app = application(api_key="k", api_url="http://127.0.0.1:1", shutdown_timeout=0)
+    with OpenMeterServer() as server:
+        with OpenMeter():
+            app = application(api_key="k", api_url=server.url)
+            app.test_client().get("/").close()
+
         app.test_client().get("/").close()
+        app.wsgi_app.close(PATIENCE)
 
-    app.test_client().get("/").close()
-    stats = app.wsgi_app.stats()
-    app.wsgi_app.close(0)
-
-    assert (stats.settled, stats.waiting) == (1, 1)
+        assert app.wsgi_app.stats().settled == len(server.ids) == 1
 
 
 def test_one_within_another_collects_alone():

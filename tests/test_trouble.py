@@ -25,7 +25,7 @@ def make(openmeter):
     yield make
     openmeter.heal()
     for each in made:
-        each.close(10)
+        each.close(40)
 
 
 def lines(caplog):
@@ -117,7 +117,7 @@ def test_what_fails_is_one_line(make, openmeter, caplog, script, line):
     app = make()
 
     ask(app)
-    assert app.flush(10)
+    assert app.flush(40)
 
     (told,) = lines(caplog)
     assert re.fullmatch(line, told)
@@ -133,7 +133,7 @@ def test_an_event_that_is_refused_for_good_says_where_it_is(
     ):
         for subject in ("acme", "poison", "acme"):
             ask(app, subject)
-        assert app.flush(10)
+        assert app.flush(40)
         (told,) = [line for line in lines(caplog) if "for good" in line]
         assert told.endswith(f"others are accepted; it is {place}")
         caplog.clear()
@@ -146,7 +146,7 @@ def test_a_full_queue_is_told_when_it_begins_and_when_it_is_over(make, caplog):
     app = make(max_queue_events=2, flush_interval=60)
     for _ in range(5):
         ask(app)
-    app.close(10)
+    app.close(40)
 
     begins, ends = lines(caplog)
     assert begins.startswith("ERROR max_queue_events or max_queue_bytes: the queue is")

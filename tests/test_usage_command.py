@@ -256,7 +256,7 @@ def test_on_a_terminal_numbers_stand_at_the_right(sandbox):
         except OSError:
             pass  # the other end is closed
         os.close(shown)
-        assert process.wait(20) == 0
+        assert process.wait(40) == 0
 
     _, calls, tokens = said.decode().splitlines()
     assert calls.endswith("     3")

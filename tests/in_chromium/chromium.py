@@ -14,7 +14,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PATIENCE = 20
+PATIENCE = 40
 VIEWS = ("usage", "events", "access", "faults")
 ARGUMENTS = (
     "--headless=new",

@@ -20,7 +20,7 @@ from openmeter_wsgi.ledger.terms import PATIENCE
 from spooling import until
 
 #: No step takes so long, on whatever machine; a Redis that hangs, for ever.
-LONG = 5.0
+LONG = 30.0
 
 
 class Redis:

@@ -155,7 +155,8 @@ class Gate:
         """Set apart what a request usually uses of the one feature, if it is there."""
         (feature,) = self.required
         known = self._entitlements.known(customer, feature)
-        if known is None or RESERVED in environ:
+        # Perhaps another answer than the one that let the request pass: a newer one.
+        if known is None or not known.decision.allowed or RESERVED in environ:
             return False
         if known.counts_down:
             amount = self._amounts.usual.get(feature, 0.0)
@@ -184,6 +185,10 @@ class Gate:
         taken: dict[str, Reservation] = {}
         for feature in features:
             known = self._entitlements.known(customer, feature)
+            if known is not None and _denies(known):
+                # It came after the decision: without a balance nothing would count.
+                _give_back(taken)
+                return known.decision
             if known is None or not known.counts_down:
                 continue
             if feature in held and feature not in amounts:
@@ -192,8 +197,7 @@ class Gate:
                 customer, feature, amounts.get(feature, 0.0)
             )
             if isinstance(outcome, Refusal):
-                for reservation in taken.values():
-                    reservation.settle(0.0)
+                _give_back(taken)
                 return self._refused(
                     customer, feature, known, held_back=outcome.held_back
                 )
@@ -245,6 +249,16 @@ class Gate:
         for denial in decision.denied:
             told[denial.reason] += 1
             _tell(denial, subject, passes=passes)
+
+
+def _denies(known: Known) -> bool:
+    """Say whether it is a denial, and of an age at which the fail mode has no say."""
+    return not known.decision.allowed and time.monotonic() < known.usable_until
+
+
+def _give_back(taken: Mapping[str, Reservation]) -> None:
+    for reservation in taken.values():
+        reservation.settle(0.0)
 
 
 def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
