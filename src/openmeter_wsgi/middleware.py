@@ -11,8 +11,6 @@ from openmeter_wsgi import log, substitution
 from openmeter_wsgi.entitlements.refusal import Refusal, quota_headers
 from openmeter_wsgi.environ import BILLING, DECISION, METERS
 from openmeter_wsgi.health import MAX_AGE, Health
-from openmeter_wsgi.metering import Metering
-from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.serving import serve
 
 if TYPE_CHECKING:
@@ -21,7 +19,9 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.entitlements.decision import Decision
+    from openmeter_wsgi.metering import Metering
     from openmeter_wsgi.meters import RunTimeMeters
+    from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Stats
     from openmeter_wsgi.substitution import Substitute
 
@@ -48,6 +48,11 @@ class OpenMeterMiddleware:
     def __init__(
         self, app: WSGIApplication, policy: Policy | None = None, **options: Any
     ) -> None:
+        # Here and in `exchange`, as this is most of the package: options, delivery, the
+        # client, entitlements. A request finds all of it imported.
+        from openmeter_wsgi.metering import Metering
+        from openmeter_wsgi.policy import Policy
+
         self.app = app
         if policy is None:
             policy = Policy.from_env(**options)
@@ -165,6 +170,8 @@ class OpenMeterMiddleware:
 
         Returns what takes that back. For tests; between two requests.
         """
+        from openmeter_wsgi.metering import Metering
+
         before: Any = getattr(self, "_metering", None)
         watch_before = self._watch
         if substitute is not None:
