@@ -13,7 +13,8 @@
 #   make bench         what a metered request costs beside a bare one; what delivery,
 #                      waiting events and the start cost; plots of growth in build/bench
 #   make bench PLOTS=docs/images   the same, with the plots of the documentation
-#   make guard         whether a request still costs what it may, in instructions
+#   make guard         whether a request and the import still cost what they may, in
+#                      instructions
 #   make dist          wheel and sdist
 #   make release-check the same, checked, installed alone in an empty environment, and
 #                      the quickstart run from it
@@ -88,6 +89,7 @@ overshoot: $(INSTALLED)
 guard: $(INSTALLED)
 	command -v valgrind || apt-get install --quiet=2 --yes --no-install-recommends valgrind
 	$(BIN)/python -m benchmarks.instructions --guard
+	$(BIN)/python -m benchmarks.start --guard
 
 dist: $(INSTALLED)
 	rm -rf dist

@@ -30,7 +30,8 @@ from openmeter_wsgi import (
     multi_status,
     records,
 )
-from openmeter_wsgi.routes import RouteRule, Routes
+from openmeter_wsgi.route_rules import RouteRule
+from openmeter_wsgi.routes import Routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -15,7 +15,8 @@ from werkzeug.routing import Map, Rule
 from billing import serve, usage
 from openmeter_wsgi import ConfigError, OpenMeterMiddleware, Policy, bytes_sent
 from openmeter_wsgi.environ import METERS
-from openmeter_wsgi.routes import RouteRule, Routes
+from openmeter_wsgi.route_rules import RouteRule
+from openmeter_wsgi.routes import Routes
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from openmeter_wsgi.bodies.json_value import Document, json_reader
-from openmeter_wsgi.bodies.llm import llm_reader
-from openmeter_wsgi.bodies.multi_status import MultiStatus, multi_status_reader
-from openmeter_wsgi.bodies.reader import BodyReader, Unknown
-from openmeter_wsgi.bodies.records import records_reader
+from openmeter_wsgi.bodies.reader import Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from openmeter_wsgi.bodies.llm_usage import LLMUsage
+    from openmeter_wsgi.bodies.multi_status import MultiStatus
+    from openmeter_wsgi.bodies.reader import BodyReader
 
 #: What is read only where a measure asks for it, because it costs something a chunk.
 Body: TypeAlias = Literal["json", "llm", "records", "multi_status"]
-
 #: From Content-Type and Content-Encoding of a response to what reads its body.
-READERS: Mapping[Body, Callable[[str | None, str | None], BodyReader[Any]]] = {
-    "json": json_reader,
-    "llm": llm_reader,
-    "records": records_reader,
-    "multi_status": multi_status_reader,
-}
+NewReader: TypeAlias = "Callable[[str | None, str | None], BodyReader[Any]]"
 
 _NOT_READ = Unknown("not_read")
+
+
+@functools.cache
+def reader_of(kind: Body) -> NewReader:
+    """Return what makes the readers of that *kind*.
+
+    A measure calls it when it is made. So what reads bodies, much of the package, is
+    imported only where it is asked for, and never while a request is served.
+    """
+    if kind == "json":
+        from openmeter_wsgi.bodies.json_value import json_reader
+
+        return json_reader
+    if kind == "llm":
+        from openmeter_wsgi.bodies.llm import llm_reader
+
+        return llm_reader
+    if kind == "records":
+        from openmeter_wsgi.bodies.records import records_reader
+
+        return records_reader
+    from openmeter_wsgi.bodies.multi_status import multi_status_reader
+
+    return multi_status_reader
 
 
 class Exchange:
@@ -95,7 +112,7 @@ class Exchange:
         :raises ValueError: saying why it is not known.
         """
         found = self.body("json")
-        if isinstance(found, Document):
+        if not isinstance(found, Unknown):
             return found.value
         how = "; name it: computed(function, 'json')" if found is _NOT_READ else ""
         raise ValueError(f"the body is not known as JSON: {found.reason}{how}")

@@ -17,11 +17,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.bodies.llm_usage import LLMUsage
-from openmeter_wsgi.bodies.multi_status import MultiStatus
-from openmeter_wsgi.bodies.paths import NumberPath
 from openmeter_wsgi.bodies.reader import Unknown
-from openmeter_wsgi.exchange import Body, Exchange
+from openmeter_wsgi.exchange import Body, Exchange, reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,7 +28,6 @@ logger = log.get_logger(__name__)
 _NONE: Any = object()
 #: More digits has no number that OpenMeter could read.
 _MAX_DIGITS = 310
-_LLM_FIELDS = LLMUsage.__struct_fields__
 
 
 class Measure:
@@ -52,6 +48,8 @@ class Measure:
         self.text = text
         #: The readers of the response's body that it needs.
         self.bodies = frozenset(bodies)
+        for body in self.bodies:
+            reader_of(body)  # imports it now, and not with the first response
         #: Whether it says how much, rather than of what kind: a quantity is billed
         #: also of a response that broke off.
         self.is_quantity = is_quantity
@@ -132,6 +130,8 @@ def response_json(path: str) -> Measure:
 
     :raises ConfigError: if it is no JSONPath, or python-jsonpath is not installed.
     """
+    from openmeter_wsgi.bodies.paths import NumberPath  # see `reader_of`
+
     numbers = NumberPath(path)
 
     def find(exchange: Exchange) -> object:
@@ -150,6 +150,8 @@ def records() -> Measure:
 
 def multi_status(part: str = "succeeded") -> Measure:
     """How many parts of a response to many ``succeeded``, or ``failed``."""
+    from openmeter_wsgi.bodies.multi_status import MultiStatus  # see `reader_of`
+
     if part not in MultiStatus.__struct_fields__:
         raise ValueError(f"expected 'succeeded' or 'failed', got {part!r}")
 
@@ -166,8 +168,11 @@ def llm_usage(field: str | None = None) -> Measure:
     Without a field it stands for the whole ``data``, in which there is what was
     reported and nothing else.
     """
-    if field is not None and field not in _LLM_FIELDS:
-        raise ValueError(f"expected one of {', '.join(_LLM_FIELDS)}, got {field!r}")
+    from openmeter_wsgi.bodies.llm_usage import LLMUsage  # see `reader_of`
+
+    known = LLMUsage.__struct_fields__
+    if field is not None and field not in known:
+        raise ValueError(f"expected one of {', '.join(known)}, got {field!r}")
 
     def find(exchange: Exchange) -> object:
         usage = exchange.llm

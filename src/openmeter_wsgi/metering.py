@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
 from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.delivery.directory import prepare_directory
 from openmeter_wsgi.delivery.queue import DeliveryQueue
-from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.forks import mark_process
 from openmeter_wsgi.health import Health, Problem
-from openmeter_wsgi.routes import Routes
 from openmeter_wsgi.stats import Counts, Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from openmeter_wsgi.delivery.spool_queue import SpoolQueue
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.routes import Routes
     from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
@@ -45,6 +44,8 @@ class Metering:
 
     def __init__(self, policy: Policy) -> None:
         if policy.spool_dir is not None and not policy.dry_run:
+            from openmeter_wsgi.delivery.directory import prepare_directory
+
             prepare_directory(policy.spool_dir)
         self._begin(policy)
         for billing in self._billings:
@@ -82,6 +83,10 @@ class Metering:
         )
         if policy.spool_dir is None or policy.dry_run:
             return DeliveryQueue(policy, new_client(), self.counts)
+        # Here and in `_compiled`, as only some applications have a spool, or routes. A
+        # forked child, which comes here with its first request, has it imported.
+        from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+
         return SpoolQueue(policy, new_client, self.counts)
 
     def _way_out(self, policy: Policy) -> Callable[[bytes], object]:
@@ -120,6 +125,8 @@ class Metering:
     def _compiled(self, policy: Policy) -> Routes[Billing | None] | None:
         if policy.routes is None:
             return None
+        from openmeter_wsgi.routes import Routes
+
         rules = [
             (rule, None if own is None else self.billing_of(own, rule.text))
             for rule, own in policy.of_routes

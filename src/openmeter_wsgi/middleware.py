@@ -7,23 +7,18 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
-from openmeter_wsgi import log, substitution
-from openmeter_wsgi.entitlements.refusal import Refusal
-from openmeter_wsgi.environ import ENDED, METERS, STATED
+from openmeter_wsgi import substitution
 from openmeter_wsgi.health import MAX_AGE, Health
-from openmeter_wsgi.metering import Metering
-from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.serving import Serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from wsgiref.types import StartResponse, WSGIApplication
+    from collections.abc import Callable
+    from wsgiref.types import WSGIApplication
 
-    from openmeter_wsgi.billing import Billing
+    from openmeter_wsgi.metering import Metering
+    from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Stats
     from openmeter_wsgi.substitution import Substitute
-
-logger = log.get_logger(__name__)
 
 
 class OpenMeterMiddleware(Serving):
@@ -42,6 +37,11 @@ class OpenMeterMiddleware(Serving):
     def __init__(
         self, app: WSGIApplication, policy: Policy | None = None, **options: Any
     ) -> None:
+        # Here and in `exchange`, as this is most of the package: options, delivery, the
+        # client, entitlements. A request finds all of it imported.
+        from openmeter_wsgi.metering import Metering
+        from openmeter_wsgi.policy import Policy
+
         self.app = app
         if policy is None:
             policy = Policy.from_env(**options)
@@ -131,6 +131,8 @@ class OpenMeterMiddleware(Serving):
 
         Returns what takes that back. For tests; between two requests.
         """
+        from openmeter_wsgi.metering import Metering
+
         before: Any = getattr(self, "_metering", None)
         watch_before = self._watch
         if substitute is not None:
@@ -151,40 +153,3 @@ class OpenMeterMiddleware(Serving):
         if not self._metering.is_own[0]:
             self._metering = self._metering.successor()
         return self._metering
-
-    def _look_closer(
-        self, metering: Metering, environ: dict[str, Any], start_response: StartResponse
-    ) -> Billing | Iterable[bytes]:
-        """Choose what bills a request, and ask whether it may begin."""
-        if METERS in environ and environ[METERS][STATED] is not ENDED:
-            return self._pass_through(environ, start_response)
-        billing = metering.billing
-        if metering.routes is not None:
-            governing = metering.routes.find(environ)
-            if governing is None:
-                return self.app(environ, start_response)
-            billing = governing
-        asks = billing.asks and self._asks_first
-        if asks and (refusal := _refusal(billing, environ)) is not None:
-            return refusal(environ, start_response)
-        return billing
-
-    def _pass_through(
-        self, environ: dict[str, Any], start_response: StartResponse
-    ) -> Iterable[bytes]:
-        logger.warning(
-            "%s: the application is wrapped twice; the outer middleware meters",
-            type(self).__name__,
-        )
-        return self.app(environ, start_response)
-
-
-def _refusal(billing: Billing, environ: dict[str, Any]) -> Refusal | None:
-    """Return what answers in place of the application, None if it may."""
-    if environ.get("REQUEST_METHOD") == "OPTIONS" and not billing.must_ask(environ):
-        return None
-    decision = billing.gate.admit(environ)
-    if decision.allowed or not billing.policy.enforce:
-        return None
-    billing.refuse(environ)
-    return Refusal(decision, billing.policy)

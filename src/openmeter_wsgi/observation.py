@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.environ import ROUTE
-from openmeter_wsgi.exchange import READERS, Exchange
+from openmeter_wsgi.exchange import Exchange, reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +34,7 @@ class Observation:
     ) -> None:
         self._environ = environ
         self._started_at = started_at or time.perf_counter()
-        self._bodies: dict[str, BodyReader[Any] | None] = dict.fromkeys(bodies)
+        self._bodies: dict[Any, BodyReader[Any] | None] = dict.fromkeys(bodies)
         self._headers: list[tuple[str, str]] = []
         self._route: str | None = None
         self._received = _received(environ)
@@ -58,7 +58,7 @@ class Observation:
             or status.startswith(_WITHOUT_BODY)
         )
         for kind in self._bodies:
-            self._bodies[kind] = READERS[kind](content_type, encoding)  # type: ignore[index]
+            self._bodies[kind] = reader_of(kind)(content_type, encoding)
         self.feeds = [r.feed for r in self._bodies.values() if r] if is_read else []
 
     def passed(self, chunk: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from openmeter_wsgi.options.contradictions import contradictions
 from openmeter_wsgi.options.delivery import DeliveryOptions
 from openmeter_wsgi.options.entitlements import EntitlementOptions
 from openmeter_wsgi.options.files import read_file, read_variables
-from openmeter_wsgi.routes import RouteRule
+from openmeter_wsgi.route_rules import RouteRule
 from openmeter_wsgi.usage import Meter, Usage, number_meter
 
 #: What a route can say of itself. All else is one for the whole process.
@@ -30,7 +31,9 @@ PER_ROUTE = frozenset({
 })  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+# Of what is generated only __init__, for its signature: compiling the rest for so many
+# options takes longer than importing ten modules.
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     """What is metered, under which name, who may, and how it reaches OpenMeter.
 
@@ -80,6 +83,22 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         object.__setattr__(self, "static", static)
         object.__setattr__(self, "measured", measured)
         object.__setattr__(self, "of_routes", of_routes)
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.repr
+        )
+        return f"{type(self).__qualname__}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return _options(self) == _options(other)
+
+    # There are mappings among the options.
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def from_env(
@@ -184,11 +203,18 @@ def _misplaced(options: Iterable[str]) -> list[str]:
     ]
 
 
-def _names() -> list[str]:
-    return [field.name for field in dataclasses.fields(Policy) if field.init]
+def _options(policy: Policy) -> tuple[object, ...]:
+    return tuple(getattr(policy, name) for name in _names())
 
 
-def _hints() -> dict[str, Any]:
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(Policy) if field.init)
+
+
+# Once: it evaluates the text of every hint, which takes as long as all other checks.
+@functools.cache
+def _hints() -> Mapping[str, Any]:
     hints = get_type_hints(Policy, include_extras=True)
     return {name: hints[name] for name in _names()}
 

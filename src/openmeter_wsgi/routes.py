@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from werkzeug.exceptions import HTTPException
-from werkzeug.routing import Map, MapAdapter, Rule
 from werkzeug.routing.exceptions import RoutingException
+
+from openmeter_wsgi.route_map import bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from openmeter_wsgi.route_rules import RouteRule
+
 T = TypeVar("T")
 
-_METHODS = frozenset(
-    {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
-)
-_RULE = re.compile(r"(?:([A-Za-z][A-Za-z,-]*)\s+)?(/\S*)")
 #: Stands for every method that no rule names.
 _ANY = ""
-
-
-class RouteRule:
-    """One rule: the methods, none for all of them, and werkzeug's rule.
-
-    :raises ValueError: if *text* is none, such as ``POST /v1/analyze``.
-    """
-
-    __slots__ = ("methods", "path", "text")
-
-    def __init__(self, text: object) -> None:
-        found = _RULE.fullmatch(text.strip()) if isinstance(text, str) else None
-        if found is None:
-            raise ValueError(
-                "expected a rule such as '/v1/search' or 'POST /v1/users/<id>', got "
-                f"{text!r}"
-            )
-        self.text = found[0]
-        self.path = found[2]
-        self.methods = frozenset(filter(None, (found[1] or "").upper().split(",")))
-        if unknown := self.methods - _METHODS:
-            raise ValueError(
-                f"{text!r}: expected methods such as GET, got {', '.join(unknown)}"
-            )
-        try:
-            _bound([self.path])
-        except (ValueError, LookupError, TypeError, SyntaxError) as error:
-            raise ValueError(f"{text!r}: {error}") from None
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it stands for one path alone."""
-        return "<" not in self.path
-
-    @property
-    def names_options(self) -> bool:
-        """Whether it names OPTIONS, which is metered nowhere else."""
-        return "OPTIONS" in self.methods
 
 
 class Routes(Generic[T]):
@@ -120,15 +80,7 @@ class _Table(Generic[T]):
         #: By the number that is the endpoint of its rule.
         self.variable = [each for _, each in variable]
         #: Bound once: binding anew for each request costs more than matching.
-        self.adapter = _bound(path for path, _ in variable) if variable else None
-
-
-def _bound(paths: Iterable[str]) -> MapAdapter:
-    made = Map(strict_slashes=False, merge_slashes=False, redirect_defaults=False)
-    for number, path in enumerate(paths):
-        made.add(Rule(path, endpoint=number))
-    made.update()
-    return made.bind("")
+        self.adapter = bound(path for path, _ in variable) if variable else None
 
 
 def _for_method(

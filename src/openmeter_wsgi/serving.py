@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.billing import Billing
-from openmeter_wsgi.entitlements.refusal import telling_quota
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.refusal import Refusal, telling_quota
 from openmeter_wsgi.environ import ENDED, METERS, STATED
 from openmeter_wsgi.observation import Observation
 from openmeter_wsgi.settlement import (
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse, WSGIApplication
 
+    from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.metering import Metering
+
+logger = log.get_logger(__name__)
 
 _FILE_WRAPPER = "wsgi.file_wrapper"
 #: What settled the last response: to change a class costs more than to guess it, and
@@ -30,7 +33,7 @@ _usual: type[Settlement] = Settlement
 class Serving:
     """A WSGI application that settles what another one answers.
 
-    A subclass says what has to be seen to before a request may begin.
+    A subclass makes what is metered with, and says what the process has to do with it.
     """
 
     app: WSGIApplication
@@ -53,10 +56,11 @@ class Serving:
         if billing is None:
             billing = metering.gated
             if billing is None or not self._asks_first or not billing.passes(environ):
-                found = self._look_closer(metering, environ, start_response)
-                if not isinstance(found, Billing):
-                    return found
-                billing = found
+                billing = self._governing(metering, environ)
+                if billing is None:
+                    return self.app(environ, start_response)
+                if self._asks_first and (refusal := _refusal(billing, environ)):
+                    return refusal(environ, start_response)
             if billing.tells_quota:
                 start_response = telling_quota(environ, start_response)
             if billing.bodies is not None:
@@ -65,7 +69,8 @@ class Serving:
                 kind = Settlement
         cell = [billing, None]
         if environ.setdefault(METERS, cell) is not cell and not _renewed(environ, cell):
-            return self._pass_through(environ, start_response)
+            self._say_that_it_is_nested()
+            return self.app(environ, start_response)
         settlement = kind()
         settlement.billing = billing
         settlement.cell = cell
@@ -96,17 +101,30 @@ class Serving:
         """Return the metering of this process, which was forked meanwhile."""
         raise NotImplementedError
 
-    def _look_closer(
-        self, metering: Metering, environ: dict[str, Any], start_response: StartResponse
-    ) -> Billing | Iterable[bytes]:
-        """Return what bills a request, or the response if the application is not."""
-        raise NotImplementedError
+    def _governing(self, metering: Metering, environ: dict[str, Any]) -> Billing | None:
+        """Return what bills a request, None if it is not metered here."""
+        if METERS in environ and environ[METERS][STATED] is not ENDED:
+            self._say_that_it_is_nested()
+            return None
+        routes = metering.routes
+        return metering.billing if routes is None else routes.find(environ)
 
-    def _pass_through(
-        self, environ: dict[str, Any], start_response: StartResponse
-    ) -> Iterable[bytes]:
-        """Serve a request that another middleware meters."""
-        raise NotImplementedError
+    def _say_that_it_is_nested(self) -> None:
+        logger.warning(
+            "%s: the application is wrapped twice; the outer middleware meters",
+            type(self).__name__,
+        )
+
+
+def _refusal(billing: Billing, environ: dict[str, Any]) -> Refusal | None:
+    """Return what answers in place of the application, None if it may."""
+    if not billing.must_ask(environ):
+        return None
+    decision = billing.gate.admit(environ)
+    if decision.allowed or not billing.policy.enforce:
+        return None
+    billing.refuse(environ)
+    return Refusal(decision, billing.policy)
 
 
 def _renewed(environ: dict[str, Any], cell: list[Any]) -> bool:

@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Protocol
 
     from openmeter_wsgi.metering import Metering
     from openmeter_wsgi.policy import Policy
 
+    class Substitute(Protocol):
+        """Meters in place of the middlewares of a process."""
 
-class Substitute(Protocol):
-    """Meters in place of the middlewares of a process."""
+        def metering(self, policy: Policy) -> Metering:
+            """Return what bills the requests under *policy*."""
 
-    def metering(self, policy: Policy) -> Metering:
-        """Return what bills the requests under *policy*."""
+        def watch(self, response: Iterable[bytes]) -> Iterable[bytes]:
+            """Return what the client of a test gets in place of *response*."""
 
-    def watch(self, response: Iterable[bytes]) -> Iterable[bytes]:
-        """Return what the client of a test gets in place of *response*."""
+    class Substitutable(Protocol):
+        """What can be taken over: a middleware."""
 
+        def exchange(self, substitute: Substitute | None) -> Callable[[], None]:
+            """Let *substitute* meter, or its own metering.
 
-class Substitutable(Protocol):
-    """What can be taken over: a middleware."""
-
-    def exchange(self, substitute: Substitute | None) -> Callable[[], None]:
-        """Let *substitute* meter, or its own metering; return what takes that back."""
+            Returns what takes that back.
+            """
 
 
 _present: weakref.WeakSet[Substitutable] = weakref.WeakSet()

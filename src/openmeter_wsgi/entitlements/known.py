@@ -42,7 +42,7 @@ class Known:
 
     __slots__ = (
         "answer", "asked_at", "counts_down", "decision", "fresh_until",
-        "graceful_until", "passes_until", "terms", "terms_at", "usable_until", "used",
+        "graceful_until", "terms", "terms_at", "usable_until", "used",
     )  # fmt: skip
 
     def __init__(
@@ -61,8 +61,6 @@ class Known:
         self.asked_at = asked_at
         lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
         self.fresh_until = asked_at + lifetime
-        #: Until when a request passes by it, unless what it uses has to be counted.
-        self.passes_until = self.fresh_until if answer.has_access else -math.inf
         # A denial is never given away on suspicion: its customer may have paid.
         self.graceful_until = asked_at + lifetime * (_GRACE if answer.has_access else 1)
         self.usable_until = self.fresh_until + lifetimes.max_stale

@@ -47,10 +47,13 @@ def passing(
         else:
             subject = anonymous
         known = known_of(subject)  # type: ignore[arg-type] # nobody knows None
-        if known is None or clock() >= known.passes_until:
+        if known is None or clock() >= known.fresh_until:
+            return False
+        decision = known.decision
+        if not decision.allowed:
             return False
         known.used = True
-        environ[DECISION] = known.decision
+        environ[DECISION] = decision
         counts.passed += 1
         return True
 

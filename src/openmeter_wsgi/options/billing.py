@@ -21,7 +21,7 @@ _NAME = Annotated[str, msgspec.Meta(min_length=1)]
 _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class BillingOptions:
     """What is billed, and to whom."""
 

@@ -13,7 +13,7 @@ from openmeter_wsgi.options import values as read
 ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class DeliveryOptions:
     """How events reach OpenMeter: one for the whole process."""
 

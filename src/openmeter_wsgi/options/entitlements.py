@@ -16,7 +16,7 @@ FailMode: TypeAlias = Literal["open", "closed", "stale"]
 EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class EntitlementOptions:
     """Whose requests are let in, and what happens to the others."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -69,6 +68,8 @@ def _read_text(name: str, text: str, hint: Any) -> Any:
 
 
 def _warn_if_misspelt(variable: str, name: str, names: list[str]) -> None:
+    import difflib  # here, as few make a mistake
+
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
         logger.warning(
             "%s: is no option, did you mean %s%s?", variable, _PREFIX, close[0].upper()

@@ -7,7 +7,6 @@ and value is wrong; the policy adds the name of the option.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from openmeter_wsgi.api_key import checked_key
 from openmeter_wsgi.measure_texts import read_measure
 from openmeter_wsgi.measured_meters import split
 from openmeter_wsgi.measures import Measure
-from openmeter_wsgi.routes import RouteRule
+from openmeter_wsgi.route_rules import RouteRule
 from openmeter_wsgi.source import source_problem
 from openmeter_wsgi.wire import text_problem
 
@@ -229,6 +228,8 @@ def _choices(hint: Any) -> list[Any]:
 
 def unknown(name: str, names: Sequence[str]) -> str:
     """Say that *name* is no option, and which of *names* was probably meant."""
+    import difflib  # here, as few make a mistake
+
     close = difflib.get_close_matches(name.lower(), names, n=1)
     return f"unknown option {name!r}" + (
         f" (did you mean {close[0]!r}?)" if close else ""
