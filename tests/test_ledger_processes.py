@@ -240,7 +240,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
 
 
 def test_a_store_is_used_by_a_child_as_by_another_process(tmp_path):
-    store = open_store(tmp_path)
+    store = SqliteStore(tmp_path, clock=lambda: 1_000.0)  # that refills nothing
     assert store.take_question(10.0) == 0.0
     pid = os.fork()
     if not pid:
