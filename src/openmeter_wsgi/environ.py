@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 METERS = "openmeter_wsgi.meters"
 #: What bills the request, and asks for entitlements in its handler.
 BILLING = 0
-#: None until a handler states usage, then its :class:`RunTimeMeters`; `ENDED` after the
-#: settlement.
+#: None until a handler states usage, then its :class:`RunTimeMeters`; `MADE` once its
+#: events are fixed, `ENDED` once it is settled.
 STATED = 1
+MADE: Any = object()
 ENDED: Any = object()
 #: Who is calling: what :func:`set_subject` and :func:`set_user` were given, each under
 #: its own name. One key, as every request is asked for it.

@@ -9,6 +9,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.environ import (
     BILLING,
     ENDED,
+    MADE,
     METERS,
     STATED,
     billing_of,
@@ -189,7 +190,7 @@ def _run_time_meters(request: object, helper: str) -> RunTimeMeters | None:
         )
         return None
     stated: RunTimeMeters | None = cell[STATED]
-    if stated is ENDED:
+    if stated is MADE or stated is ENDED:
         if helper != "get_meters":
             cell[BILLING].count_late(helper)
         return None

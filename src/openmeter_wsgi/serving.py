@@ -77,7 +77,6 @@ class Serving:
         settlement.environ = environ
         settlement.server_start = start_response
         settlement.progress = UNSTARTED
-        settlement.events = None
         if billing.bodies is not None:
             settlement.observation = Observation(environ, billing.bodies)
         files = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from logging import DEBUG
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import ENDED, STATED
+from openmeter_wsgi.environ import ENDED, MADE, STATED
 from openmeter_wsgi.observation import Observation
 from openmeter_wsgi.outcome import ABORTED, COMPLETED, FAILED
 from openmeter_wsgi.unbilled import LEVELS
@@ -48,8 +48,8 @@ class _Response:
     #: Not there until the application has said it.
     status: str | None
     progress: Any
-    #: None until they are made.
-    events: bytes | Sequence[bytes] | None
+    #: Not there until they are made.
+    events: bytes | Sequence[bytes]
     #: Not there until the application has returned it.
     iterable: Iterable[bytes]
     observation: Observation
@@ -109,7 +109,7 @@ class Settlement(_Response):
         self, stated: RunTimeMeters, status: str, headers: list[tuple[str, str]]
     ) -> None:
         """Let that govern which the view has named, from the response on."""
-        if stated is ENDED or not stated.is_governed:
+        if stated in {MADE, ENDED} or not stated.is_governed:
             return
         own: Any = stated.governed_by
         if own is None or own is self.billing:
@@ -226,11 +226,7 @@ class Settlement(_Response):
         """
         progress = self.progress
         cell = self.cell
-        if (
-            cell[STATED] is not None
-            or self.events is not None
-            or progress.__length_hint__()
-        ):
+        if cell[STATED] is not None or progress.__length_hint__():
             self._settle_with_care()
             return
         # Of a list nothing may be left although the server did not come back for more.
@@ -257,6 +253,7 @@ class Settlement(_Response):
         way.count += 1
         if events is not None:
             self.events = events
+            cell[STATED] = MADE
             put = way.put
             put(events)
         cell[STATED] = ENDED
@@ -272,11 +269,12 @@ class Settlement(_Response):
             return
         if not hasattr(self, "status"):
             self.status = None
-        events = self.events
-        if events is None:
+        if self.cell[STATED] is not MADE:
             if not process.queue.started:
                 process.queue.start()
-            events = self.events = self._made()
+            self.events = self._made()
+            self.cell[STATED] = MADE
+        events = self.events
         for event in [events] if isinstance(events, bytes) else events:
             process.counts.events += 1
             process.put(event)
