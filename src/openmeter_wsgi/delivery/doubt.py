@@ -1,17 +1,61 @@
-"""A client that remembers, across crashes, what it may have sent."""
+"""What may have been sent: known, across crashes, before it is."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi.delivery import ranges
+from openmeter_wsgi.delivery.progress import Doubt
 from openmeter_wsgi.errors import DeliveryError, Expired
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
 
+    from openmeter_wsgi.delivery.part import Part, SpoolBatch
     from openmeter_wsgi.delivery.sender import Client
     from openmeter_wsgi.delivery.spool import Spool
+
+
+class Doubts:
+    """Which lines may have been sent, and since when."""
+
+    def __init__(self) -> None:
+        self._by_moment: dict[float, Doubt] = {}
+
+    @property
+    def known(self) -> list[Doubt]:
+        """All of them."""
+        return list(self._by_moment.values())
+
+    def since(self, parts: Iterable[Part]) -> float | None:
+        """Return when the first of *parts* may have been sent, None if none was."""
+        moments = (
+            doubt.since
+            for part in parts
+            for doubt in self._by_moment.values()
+            if ranges.overlap(
+                doubt.lines.get(part.reading.name.key, []), part.start, part.end
+            )
+        )
+        return min(moments, default=None)
+
+    def add(self, parts: Iterable[Part], since: float) -> None:
+        """Note that *parts* are sent at that moment."""
+        doubt = self._by_moment.setdefault(since, Doubt(since, {}))
+        for part in parts:
+            places = doubt.lines.setdefault(part.reading.name.key, [])
+            ranges.add(places, part.start, part.end)
+
+    def forget(self, parts: Iterable[Part]) -> None:
+        """Note that *parts* have arrived, or have not."""
+        for part in parts:
+            key = part.reading.name.key
+            for doubt in self._by_moment.values():
+                if places := doubt.lines.pop(key, None):
+                    left = ranges.subtract(places, part.start, part.end)
+                    doubt.lines.update({key: left} if left else {})
+        self._by_moment = {k: v for k, v in self._by_moment.items() if v.lines}
 
 
 class RecordingClient:
@@ -23,7 +67,7 @@ class RecordingClient:
 
     def __init__(
         self,
-        client: Client,
+        client: Client[SpoolBatch],
         spool: Spool,
         *,
         resend_window: float,
@@ -34,12 +78,11 @@ class RecordingClient:
         self._resend_window = resend_window
         self._clock = clock
 
-    def ingest(self, events: Sequence[bytes]) -> None:
-        """Send *events* as the client does.
+    def ingest(self, batch: SpoolBatch, /) -> None:
+        """Send *batch* as the client does.
 
-        :raises Expired: if they are in doubt for too long.
+        :raises Expired: if it is in doubt for too long.
         """
-        batch = list(events)
         now = self._clock()
         since = self._spool.in_doubt_since(batch)
         if since is not None and now - since > self._resend_window:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openmeter_wsgi.delivery.sender import MAX_DELAY
 from openmeter_wsgi.delivery.waking import Signal
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.delivery.batch import Batch
     from openmeter_wsgi.delivery.sender import Sender
     from openmeter_wsgi.policy import Policy
 
@@ -30,7 +31,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return how many wait to be taken, as far as is known."""
 
-    def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
+    def take(self, *, max_events: int, max_bytes: int) -> Batch:
         """Return the oldest events, as many as one batch may hold."""
 
 
@@ -43,7 +44,7 @@ class Gathering:
     """
 
     _events: Source
-    _sender: Sender
+    _sender: Sender[Any]
     #: None: whoever puts wakes the thread, and an idle one waits for ever.
     _poll: float | None = None
 

@@ -14,7 +14,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from openmeter_wsgi.delivery import progress
+from openmeter_wsgi.delivery import progress, ranges
 from openmeter_wsgi.delivery.segment import read_name
 from openmeter_wsgi.ownership import UNFINISHED
 
@@ -95,7 +95,7 @@ class Watermark:
 
         def is_done(ends: dict[str, int]) -> bool:
             return all(
-                key not in there or progress.first_gap(done.get(key, [])) >= end
+                key not in there or ranges.first_gap(done.get(key, [])) >= end
                 for key, end in ends.items()
             )
 
