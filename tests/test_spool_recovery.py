@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from openmeter_wsgi.delivery import progress
 from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS, UNREADABLE, DeadLetters
 from openmeter_wsgi.delivery.journal import Journal
 from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN, SegmentName
@@ -25,7 +26,7 @@ def leave(directory, content, number=1, form=MAPPED, ending=""):
     """Leave a segment as a dead process has left it."""
     name = SegmentName(1_700_000_000_000, DEAD, number, form)
     path = directory / f"{name}{ending}"
-    (directory / "progress.jsonl").unlink(missing_ok=True)  # that of an earlier round
+    (directory / progress.NAME).unlink(missing_ok=True)  # that of an earlier round
     path.write_bytes(content)
     return path
 
@@ -113,7 +114,7 @@ def test_foreign_files_stay_as_they_are(tmp_path):
     leave(tmp_path, TEXT)
 
     assert drain(opened(tmp_path)) == EVENTS
-    assert sorted(p for p in tmp_path.rglob("*") if p.name != "progress.jsonl") == before
+    assert sorted(p for p in tmp_path.rglob("*") if p.name != progress.NAME) == before
 
 
 def test_what_a_crash_left_half_made_is_tidied_up(tmp_path):
@@ -128,7 +129,7 @@ def test_what_a_crash_left_half_made_is_tidied_up(tmp_path):
     assert drain(spool) == EVENTS
     spool.refresh(last=True)
     spool.refresh(last=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["progress.jsonl"]
+    assert [p.name for p in tmp_path.iterdir()] == [progress.NAME]
 
 
 def test_a_symlink_is_no_segment(tmp_path):
@@ -224,10 +225,10 @@ def test_progress_that_cannot_be_read_is_set_aside_and_all_sent_again(
     tmp_path, content, caplog
 ):
     leave(tmp_path, TEXT)
-    (tmp_path / "progress.jsonl").write_bytes(content)
+    (tmp_path / progress.NAME).write_bytes(content)
 
     assert drain(opened(tmp_path)) == EVENTS
-    (aside,) = tmp_path.glob("progress.jsonl.*.unreadable")
+    (aside,) = tmp_path.glob(f"{progress.NAME}.*.unreadable")
     assert aside.read_bytes() == content
     assert "is sent again" in caplog.text
 
@@ -269,4 +270,4 @@ def test_a_hole_longer_than_what_is_read_at_once_is_passed(tmp_path, zeros):
 
     assert drain(opened(tmp_path)) == EVENTS[:2]
     assert (tmp_path / UNREADABLE).stat().st_size < 500
-    assert os.listdir(tmp_path).count("progress.jsonl") == 1
+    assert os.listdir(tmp_path).count(progress.NAME) == 1

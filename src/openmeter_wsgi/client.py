@@ -44,7 +44,7 @@ class OpenMeterClient:
         reply = self._connection.request(
             "POST",
             self._url,
-            data=events[0] if one else b"[" + b",".join(events) + b"]",
+            data=events[0] if one else _joined(events),
             headers={"Content-Type": _ONE if one else _BATCH},
         )
         if reply.status in _REFUSED:
@@ -55,3 +55,9 @@ class OpenMeterClient:
     def close(self) -> None:
         """Close the connections. The next request opens new ones."""
         self._connection.close()
+
+
+def _joined(events: Sequence[bytes]) -> bytes:
+    """Return a JSON array. One copy is made of all that is in it."""
+    first, *others, last = events
+    return b",".join([b"[" + first, *others, last + b"]"])

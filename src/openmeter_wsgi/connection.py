@@ -74,6 +74,9 @@ class Connection:
         self._timeout = timeout
         self._max_answer_bytes = max_answer_bytes
         self._session: requests.Session | None = None
+        #: What was last asked for, and the request that it made.
+        self._asked: tuple[object, ...] = ()
+        self._request = requests.PreparedRequest()
 
     def request(
         self,
@@ -108,21 +111,43 @@ class Connection:
     ) -> Reply:
         session = self._session = self._session or _new_session(url)
         try:
-            response = session.request(
-                method,
-                url,
-                data=data,
-                headers=headers,
-                auth=_Bearer(self._current_key()),
+            request = self._prepared(session, method, url, headers)
+            if data is not None:
+                request.body = data
+                request.headers["Content-Length"] = str(len(data))
+            response = session.send(
+                request,
                 timeout=self._timeout,
                 allow_redirects=False,
                 stream=True,
+                verify=session.verify,
+                proxies=session.proxies,
             )
         except OSError as error:
             self.close()  # what is wrong may be in the environment, and set right there
             raise _no_answer(error, url) from error
+        request.body = None
         body = _read(response, self._max_answer_bytes)
         return Reply(response.status_code, response.headers, body)
+
+    def _prepared(
+        self,
+        session: requests.Session,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None,
+    ) -> requests.PreparedRequest:
+        """Return a request without its body; the last one, if it was the same.
+
+        Preparing one takes as long as sending it.
+        """
+        key = self._current_key()
+        asked = (method, url, headers, key)
+        if asked != self._asked or session.cookies:
+            request = requests.Request(method, url, headers=headers, auth=_Bearer(key))
+            self._request = session.prepare_request(request)
+            self._asked = asked
+        return self._request
 
     def _without_key(self, body: bytes) -> bytes:
         key = self._key.known

@@ -80,11 +80,10 @@ class Gathering:
 
         Where batches follow each other closely, they are filled as far as they may be.
         """
+        waited = self._fill_up()
         self._wait_for(1, MAX_DELAY if self._sender.doubtful else None)
         if len(self._events):
-            self._wait_for(self._batch_size, self._flush_interval)
-            due = self._gathered_at + self._spacing
-            self._wait_for(self._max_batch, due - time.monotonic())
+            self._wait_for(self._batch_size, self._flush_interval - waited)
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
         if events := self._events.take(
@@ -96,6 +95,17 @@ class Gathering:
             self._sender.retry_suspects()
         if hurried and len(self._events):
             self._hurried = True  # until all is taken that the flush found
+
+    def _fill_up(self) -> float:
+        """Wait for a full batch until another may follow.
+
+        Return how long the first event may have waited meanwhile.
+        """
+        began = time.monotonic()
+        left = self._gathered_at + self._spacing - began
+        if left > 0:
+            self._wait_for(self._max_batch, left)
+        return time.monotonic() - began if len(self._events) else 0.0
 
     def _wait_for(self, events: int, timeout: float | None) -> None:
         """Wait for so many events, a flush or a close; for ever without a timeout.

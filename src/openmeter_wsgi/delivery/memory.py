@@ -159,6 +159,11 @@ class MemoryQueue:
         )
 
     @property
+    def is_half_full(self) -> bool:
+        """Whether what waits takes half of the room or more."""
+        return 2 * self.waiting >= self._max_events or 2 * self.size >= self._max_bytes
+
+    @property
     def first(self) -> list[bytes]:
         """The event that is taken next, if there is one."""
         try:

@@ -19,7 +19,6 @@ import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.ranges import Ranges  # noqa: TC001 - of a Struct
-from openmeter_wsgi.delivery.segment import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +88,9 @@ class ProgressFile:
     def __init__(self, directory: Path, number: int) -> None:
         self._directory = directory
         self._number = number
-        #: Of the file that this object has made; 0: it has to make one.
+        #: The file that this object has made, held open: each call to the system is
+        #: another wait where an application computes.
+        self._fd: int | None = None
         self._place_bytes = 0
         #: Where the last write is that is known to be on the disk.
         self._kept = 0
@@ -103,25 +104,23 @@ class ProgressFile:
         """
         progress.number = self._number = self._number + 1
         text = _encoded(progress)
-        if len(text) >= self._place_bytes or not self._overwrite(text, lasting=lasting):
+        if self._fd is None or len(text) >= self._place_bytes:
             self._make(text)
-
-    def _overwrite(self, text: bytes, *, lasting: bool) -> bool:
-        """Write into one of the places, False if the file is gone."""
+            return
         # Never over what is known to be on the disk: this may be torn on its way.
         place = 1 - self._kept
-        try:
-            fd = open_file(self._directory / NAME, os.O_WRONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            _write(fd, text.ljust(self._place_bytes - 1) + b"\n", place)
-            if lasting:
-                os.fdatasync(fd)
-                self._kept = place
-        finally:
+        _write(self._fd, text.ljust(self._place_bytes - 1) + b"\n", place)
+        if lasting:
+            os.fdatasync(self._fd)
+            self._kept = place
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
             os.close(fd)
-        return True
+
+    __del__ = close
 
     def _make(self, text: bytes) -> None:
         """Replace the file by one in which *text* has room to grow."""
@@ -134,18 +133,18 @@ class ProgressFile:
             unfinished.unlink()
         fd = os.open(unfinished, _NEW_FILE, 0o600)
         try:
-            try:
-                _write(fd, text.ljust(size - 1) + b"\n" + b"\n".rjust(size), 0)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _write(fd, text.ljust(size - 1) + b"\n" + b"\n".rjust(size), 0)
+            os.fsync(fd)
             unfinished.rename(path)
+            sync_directory(self._directory)
         except BaseException:
+            os.close(fd)
+            self.close()  # it may be another file's by now that has the name
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
-        sync_directory(self._directory)
-        self._place_bytes, self._kept = size, 0
+        self.close()
+        self._fd, self._place_bytes, self._kept = fd, size, 0
 
 
 def sync_directory(directory: Path) -> None:

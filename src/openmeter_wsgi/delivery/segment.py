@@ -72,7 +72,10 @@ class _Event(msgspec.Struct, gc=False):
 
 
 _EVENTS = msgspec.json.Decoder(_Event)
+#: What the first byte is where nothing was written. Most segments are quiet, and this
+#: is all that is read of them.
 _NOTHING = (b"", b"\0")
+_ZEROS = bytes(64 * 1024)
 
 
 class Piece(NamedTuple):
@@ -88,6 +91,8 @@ def live_text(fd: int, start: int, end: int | None = None) -> bytes:
 
     It stops at the first line that is not whole: the copy may be under way.
     """
+    if os.pread(fd, 1, start) in _NOTHING:
+        return b""
     # A hole ends what is read as well: the rest of a mapped file is nothing else.
     text = _read(fd, start, end, until=(b"\n", b"\0"))
     hole = text.find(b"\0")
@@ -99,10 +104,10 @@ def final_text(fd: int, start: int, end: int | None = None) -> bytes:
 
     They may be anything. The last one may lack its newline. Nothing: that was all.
     """
+    if os.pread(fd, 1, start) in _NOTHING and _is_empty(fd, start, end):
+        return b""
     text = _read(fd, start, end)
-    if newline := text.rfind(b"\n") + 1:
-        return text[:newline]
-    return text if text.strip(b"\0") else b""
+    return text[: text.rfind(b"\n") + 1] or text
 
 
 def read_live(fd: int, start: int, end: int | None = None) -> list[Piece]:
@@ -127,10 +132,7 @@ def pieces(text: bytes, start: int) -> Iterator[Piece]:
 
 def whole_end(fd: int, start: int) -> int:
     """Return where the whole lines end that begin at *start*."""
-    # Most segments are quiet, and to find that out one byte is enough.
-    while os.pread(fd, 1, start) not in _NOTHING:
-        if not (text := live_text(fd, start)):
-            break
+    while text := live_text(fd, start):
         start += len(text)
     return start
 
@@ -157,6 +159,18 @@ def are_events(text: bytes, count: int) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return len(found) == count  # so none is spread over two lines
+
+
+def _is_empty(fd: int, start: int, end: int | None) -> bool:
+    """Say whether there are zeros only."""
+    while text := os.pread(fd, len(_ZEROS), start):
+        text = text if end is None else text[: end - start]
+        if text != _ZEROS[: len(text)]:
+            return False
+        start += len(text)
+        if start == end:
+            break
+    return True
 
 
 def _read(

@@ -67,6 +67,11 @@ class Spool:
         return self._waiting_events + sum(map(len, self._again))
 
     @property
+    def segments(self) -> int:
+        """How many segments are not delivered yet, those in use included."""
+        return len(self._readings)
+
+    @property
     def is_full(self) -> bool:
         """Whether a batch can be filled with what was read."""
         return (
@@ -90,6 +95,10 @@ class Spool:
             self._save(lasting=True)
         if due:
             self._forget_done(list(self._readings.values()))
+
+    def close(self) -> None:
+        """Close what is open. The directory stays as it is."""
+        self._file.close()
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
         """Return the oldest events, as many as one batch may hold."""
