@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.delivery.ranges import Ranges
 
 #: So much is looked at by one call: each keeps all other threads waiting.
-_BLOCK_BYTES = 64 * 1024
+_BLOCK_BYTES = 32 * 1024
 
 
 class Reading:
