@@ -12,7 +12,7 @@ from openmeter_wsgi.errors import DeliveryError, Expired
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from openmeter_wsgi.delivery.part import Part, SpoolBatch
+    from openmeter_wsgi.delivery.part import Run, SpoolBatch
     from openmeter_wsgi.delivery.sender import Client
     from openmeter_wsgi.delivery.spool import Spool
 
@@ -28,32 +28,32 @@ class Doubts:
         """All of them."""
         return list(self._by_moment.values())
 
-    def since(self, parts: Iterable[Part]) -> float | None:
-        """Return when the first of *parts* may have been sent, None if none was."""
+    def since(self, runs: Iterable[Run]) -> float | None:
+        """Return when the first of *runs* may have been sent, None if none was."""
         moments = (
             doubt.since
-            for part in parts
+            for run in runs
             for doubt in self._by_moment.values()
             if ranges.overlap(
-                doubt.lines.get(part.reading.name.key, []), part.start, part.end
+                doubt.lines.get(run.reading.name.key, []), run.start, run.end
             )
         )
         return min(moments, default=None)
 
-    def add(self, parts: Iterable[Part], since: float) -> None:
-        """Note that *parts* are sent at that moment."""
+    def add(self, runs: Iterable[Run], since: float) -> None:
+        """Note that *runs* are sent at that moment."""
         doubt = self._by_moment.setdefault(since, Doubt(since, {}))
-        for part in parts:
-            places = doubt.lines.setdefault(part.reading.name.key, [])
-            ranges.add(places, part.start, part.end)
+        for run in runs:
+            places = doubt.lines.setdefault(run.reading.name.key, [])
+            ranges.add(places, run.start, run.end)
 
-    def forget(self, parts: Iterable[Part]) -> None:
-        """Note that *parts* have arrived, or have not."""
-        for part in parts:
-            key = part.reading.name.key
+    def forget(self, runs: Iterable[Run]) -> None:
+        """Note that *runs* have arrived, or have not."""
+        for run in runs:
+            key = run.reading.name.key
             for doubt in self._by_moment.values():
                 if places := doubt.lines.pop(key, None):
-                    left = ranges.subtract(places, part.start, part.end)
+                    left = ranges.subtract(places, run.start, run.end)
                     doubt.lines.update({key: left} if left else {})
         self._by_moment = {k: v for k, v in self._by_moment.items() if v.lines}
 

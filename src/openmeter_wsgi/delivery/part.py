@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from openmeter_wsgi.delivery.reading import Reading
 
 
+class Run(NamedTuple):
+    """Where lines are that follow each other in one segment."""
+
+    reading: Reading
+    start: int
+    end: int
+
+
 class Part(NamedTuple):
     """Whole lines of one segment that follow each other, without their newlines.
 
@@ -30,11 +38,13 @@ class Part(NamedTuple):
     lines: list[bytes]
     start: int
     end: int
+    #: How many of the lines are no empty ones.
+    events: int
 
-    @property
-    def events(self) -> int:
-        """How many of the lines are no empty ones."""
-        return len(self.lines) - self.lines.count(b"")
+    @classmethod
+    def of(cls, reading: Reading, lines: list[bytes], start: int, end: int) -> Self:
+        """Return a part; counts its events."""
+        return cls(reading, lines, start, end, len(lines) - lines.count(b""))
 
     @property
     def size(self) -> int:
@@ -68,8 +78,8 @@ class Part(NamedTuple):
         lines = self.lines[:line]
         middle = self.start + sum(map(len, lines)) + len(lines)
         return (
-            self._replace(lines=lines, end=middle),
-            self._replace(lines=self.lines[line:], start=middle),
+            Part.of(self.reading, lines, self.start, middle),
+            Part.of(self.reading, self.lines[line:], middle, self.end),
         )
 
 
@@ -77,27 +87,32 @@ def take_from(waiting: deque[Part], *, max_events: int, max_bytes: int) -> list[
     """Take the first lines, as many as one batch may hold: at least one event."""
     taken: list[Part] = []
     while waiting:
-        whole = waiting.popleft()
-        part, rest = whole.fitting(max_events=max_events, max_bytes=max_bytes)
-        if not taken and not part.events:
-            part, rest = whole.cut(1)
-        if part.lines:
-            taken.append(part)
-            max_events -= part.events
-            max_bytes -= part.size
-        if rest.lines:
-            waiting.appendleft(rest)
+        part = waiting.popleft()
+        if part.events > max_events or part.size > max_bytes:
+            whole = part
+            part, rest = whole.fitting(max_events=max_events, max_bytes=max_bytes)
+            if not taken and not part.events:
+                part, rest = whole.cut(1)
+            if part.lines:
+                taken.append(part)
+            if rest.lines:
+                waiting.appendleft(rest)
             break
+        taken.append(part)
+        max_events -= part.events
+        max_bytes -= part.size
     return taken
 
 
 class SpoolBatch(Batch):
     """Events, and the parts of segments that they are."""
 
-    __slots__ = ("parts",)
+    __slots__ = ("parts", "runs")
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.parts = list(parts)
+        #: The same without the lines, as few as may be.
+        self.runs = _joined(self.parts)
         super().__init__(filter(None, chain.from_iterable(p.lines for p in self.parts)))
 
     def halves(self) -> tuple[Self, Self]:
@@ -116,3 +131,14 @@ class SpoolBatch(Batch):
                 second.append(part)
             missing = max(missing - part.events, 0)
         return type(self)(first), type(self)(second)
+
+
+def _joined(parts: Iterable[Part]) -> list[Run]:
+    joined: list[Run] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last and last.end == part.start and last.reading is part.reading:
+            joined[-1] = last._replace(end=part.end)
+        else:
+            joined.append(Run(part.reading, part.start, part.end))
+    return joined

@@ -101,10 +101,10 @@ class Reading:
             end = start + len(block)
             lines = block.split(b"\n")
             tail = lines.pop()
-            part = Part(self, lines, start, end)
+            part = Part.of(self, lines, start, end)
             if tail or not self._is_good(block, part):
                 self._sort(pieces(block, start), parts, damaged)
-            elif part.size:
+            elif part.events:
                 parts.append(part)
             else:
                 ranges.add(self.done, start, end)  # empty lines
@@ -126,7 +126,7 @@ class Reading:
             if whole and not text:
                 ranges.add(self.done, start, end)
             elif whole and is_event(text):
-                parts.append(Part(self, [text], start, end))
+                parts.append(Part.of(self, [text], start, end))
             else:
                 damaged.append(Piece(text, start, end))
 

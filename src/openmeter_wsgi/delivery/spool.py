@@ -112,28 +112,28 @@ class Spool:
 
     def done(self, batch: SpoolBatch) -> None:
         """Remember, for good, that *batch* is delivered or set aside."""
-        self._doubts.forget(batch.parts)
-        for reading, _, start, end in batch.parts:
+        self._doubts.forget(batch.runs)
+        for reading, start, end in batch.runs:
             ranges.add(reading.done, start, end)
         # The doubt about the next batch brings it on the disk. Until then this one is
         # still in doubt there, and no other is.
         self._save(lasting=False)
-        self._forget_done({part.reading for part in batch.parts})
+        self._forget_done({run.reading for run in batch.runs})
 
     # -- Doubt
 
     def in_doubt_since(self, batch: SpoolBatch) -> float | None:
         """Return when the first attempt was that may have arrived, None if none."""
-        return self._doubts.since(batch.parts)
+        return self._doubts.since(batch.runs)
 
     def doubt(self, batch: SpoolBatch, since: float) -> None:
         """Write down that *batch* is about to be sent."""
-        self._doubts.add(batch.parts, since)
+        self._doubts.add(batch.runs, since)
         self._save(lasting=True)
 
     def trust(self, batch: SpoolBatch) -> None:
         """Write down that *batch* has certainly not arrived."""
-        self._doubts.forget(batch.parts)
+        self._doubts.forget(batch.runs)
         self._save(lasting=True)
 
     # -- Progress
@@ -149,8 +149,9 @@ class Spool:
                     self._set_aside(reading, damaged)
                     parts += found
             if parts:
-                self._doubts.add(parts, doubt.since)
-                self._again.append(SpoolBatch(parts))
+                batch = SpoolBatch(parts)
+                self._doubts.add(batch.runs, doubt.since)
+                self._again.append(batch)
 
     def _set_aside(self, reading: Reading, damaged: list[Piece]) -> None:
         for piece in damaged:
