@@ -200,7 +200,7 @@ def test_the_batch_in_doubt_is_sent_again_alone_and_as_it_was(tmp_path):
     after = opened(tmp_path)
     after.refresh(last=True)
     again = after.take(max_events=1_000, max_bytes=1_000_000)
-    assert again == batch == EVENTS[3:8]
+    assert list(again) == list(batch) == EVENTS[3:8]
     assert after.in_doubt_since(again) == 123.0
     after.done(again)
     assert drain(after) == EVENTS[8:]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.connection import Connection, failure, reason
 from openmeter_wsgi.errors import Rejected
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from openmeter_wsgi.api_key import ApiKey
 
 _PATHS = {
@@ -23,6 +23,14 @@ _BATCH = "application/cloudevents-batch+json"
 
 _ACCEPTED = {200, 202, 204}
 _REFUSED = {400, 413}
+
+
+class Array(Sequence[bytes]):
+    """Encoded events that know how to become one text."""
+
+    @abstractmethod
+    def joined(self) -> bytes:
+        """Return the JSON array of all."""
 
 
 class OpenMeterClient:
@@ -44,7 +52,7 @@ class OpenMeterClient:
         reply = self._connection.request(
             "POST",
             self._url,
-            data=events[0] if one else _joined(events),
+            data=events[0] if one else _array(events),
             headers={"Content-Type": _ONE if one else _BATCH},
         )
         if reply.status in _REFUSED:
@@ -57,7 +65,8 @@ class OpenMeterClient:
         self._connection.close()
 
 
-def _joined(events: Sequence[bytes]) -> bytes:
-    """Return a JSON array. One copy is made of all that is in it."""
+def _array(events: Sequence[bytes]) -> bytes:
+    if isinstance(events, Array):
+        return events.joined()
     first, *others, last = events
-    return b",".join([b"[" + first, *others, last + b"]"])
+    return b",".join([b"[" + first, *others, last + b"]"])  # no second copy of all

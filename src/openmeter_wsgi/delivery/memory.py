@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import ranges
-from openmeter_wsgi.delivery.batch import Batch
+from openmeter_wsgi.delivery.batch import ListedBatch
 from openmeter_wsgi.delivery.watermark import Marks
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _BOUNDS = "max_queue_events or max_queue_bytes"
 _TYPICAL_EVENT = 250
 
 
-class NumberedBatch(Batch):
+class NumberedBatch(ListedBatch):
     """Events, and how many had been taken before them."""
 
     __slots__ = ("first",)

@@ -1,21 +1,22 @@
-"""Lines of segments: handed out in batches, without a look at each of them.
+"""Lines of segments, handed out in batches as they are.
 
-A thousand events are a few lists and a few numbers here. What is done with them is
-done by calls that take all of a list at once; where an event lies is only reckoned
-where a batch is cut.
+A thousand events are a few texts and a few numbers here. A call that takes all of a
+text at once makes the body of a request of it; lines are only told apart where a batch
+is cut: at its end, and where the server refuses it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import cached_property
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, overload
 
-from openmeter_wsgi.delivery.batch import Batch
+from openmeter_wsgi.client import Array
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from openmeter_wsgi.delivery.reading import Reading
 
@@ -29,91 +30,136 @@ class Run(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Whole lines of one segment that follow each other, without their newlines.
-
-    Some may be empty: one form writes a newline before a line as well as after it.
-    """
+    """Whole lines of one segment that follow each other."""
 
     reading: Reading
-    lines: list[bytes]
+    text: bytes
     start: int
-    end: int
     #: How many of the lines are no empty ones.
     events: int
+    #: Whether any are: one form writes a newline before a line as well as after it.
+    sparse: bool
 
-    @classmethod
-    def of(cls, reading: Reading, lines: list[bytes], start: int, end: int) -> Self:
-        """Return a part; counts its events."""
-        return cls(reading, lines, start, end, len(lines) - lines.count(b""))
+    @property
+    def end(self) -> int:
+        """Where it ends in the segment."""
+        return self.start + len(self.text)
 
     @property
     def size(self) -> int:
-        """The bytes of all lines, without their newlines."""
-        return self.end - self.start - len(self.lines)
+        """The bytes of its events."""
+        return len(self.text) - self.events
+
+    @property
+    def lines(self) -> list[bytes]:
+        """The events."""
+        return list(filter(None, self.text.split(b"\n")))
+
+    def joined(self) -> bytes:
+        """Return the events with commas between them."""
+        if self.sparse:
+            return b",".join(self.lines)
+        return self.text[:-1].replace(b"\n", b",")
 
     def cut(self, events: int) -> tuple[Part, Part]:
         """Return the part that ends with so many events, and the rest."""
-        return self._cut_before(self._after(events))
+        lines = self.text.split(b"\n")
+        return self._cut_before(_after(events, lines), lines)
 
     def fitting(self, *, max_events: int, max_bytes: int) -> tuple[Part, Part]:
         """Return the part that is not more than that, and the rest."""
-        line = len(self.lines)
+        lines = self.text.split(b"\n")
+        line = len(lines)
         if self.events > max_events:
-            line = self._after(max_events)
+            line = _after(max_events, lines)
         if self.size > max_bytes:
-            ends = list(accumulate(map(len, self.lines)))
-            line = min(line, bisect_right(ends, max_bytes))
-        return self._cut_before(line)
+            line = min(line, bisect_right(list(accumulate(map(len, lines))), max_bytes))
+        return self._cut_before(line, lines)
 
-    def _after(self, events: int) -> int:
-        """Return the number of the line that follows so many events."""
-        line = events
-        while missing := events - line + self.lines[:line].count(b""):
-            line += missing
-        return line
-
-    def _cut_before(self, line: int) -> tuple[Part, Part]:
-        while line < len(self.lines) and not self.lines[line]:
+    def _cut_before(self, line: int, lines: list[bytes]) -> tuple[Part, Part]:
+        while line < len(lines) and not lines[line]:
             line += 1  # or the rest might hold no event
-        lines = self.lines[:line]
-        middle = self.start + sum(map(len, lines)) + len(lines)
+        before = lines[:line]
+        events = line - before.count(b"")
+        middle = min(sum(map(len, before)) + line, len(self.text))
         return (
-            Part.of(self.reading, lines, self.start, middle),
-            Part.of(self.reading, self.lines[line:], middle, self.end),
+            self._replace(text=self.text[:middle], events=events),
+            self._replace(
+                text=self.text[middle:],
+                start=self.start + middle,
+                events=self.events - events,
+            ),
         )
 
 
+def _after(events: int, lines: list[bytes]) -> int:
+    """Return the number of the line that follows so many events."""
+    line = events
+    while missing := events - line + lines[:line].count(b""):
+        line += missing
+    return line
+
+
 def take_from(waiting: deque[Part], *, max_events: int, max_bytes: int) -> list[Part]:
-    """Take the first lines, as many as one batch may hold: at least one event."""
+    """Take the first lines, as many as one batch may hold: at least one event.
+
+    For the few that a nearly full one still lacks no part is cut.
+    """
     taken: list[Part] = []
+    left = max_events
     while waiting:
-        part = waiting.popleft()
-        if part.events > max_events or part.size > max_bytes:
-            whole = part
-            part, rest = whole.fitting(max_events=max_events, max_bytes=max_bytes)
-            if not taken and not part.events:
-                part, rest = whole.cut(1)
-            if part.lines:
-                taken.append(part)
-            if rest.lines:
-                waiting.appendleft(rest)
+        part = waiting[0]
+        if part.events > left or part.size > max_bytes:
             break
-        taken.append(part)
-        max_events -= part.events
+        taken.append(waiting.popleft())
+        left -= part.events
         max_bytes -= part.size
+    if waiting and left > max_events // 32:
+        whole = waiting.popleft()
+        part, rest = whole.fitting(max_events=left, max_bytes=max_bytes)
+        if not taken and not part.events:
+            part, rest = whole.cut(1)
+        taken += [part] if part.text else []
+        waiting.extendleft([rest] if rest.text else [])
     return taken
 
 
-class SpoolBatch(Batch):
+class SpoolBatch(Array):
     """Events, and the parts of segments that they are."""
-
-    __slots__ = ("parts", "runs")
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.parts = list(parts)
-        #: The same without the lines, as few as may be.
-        self.runs = _joined(self.parts)
-        super().__init__(filter(None, chain.from_iterable(p.lines for p in self.parts)))
+        #: The same without the text, as few as may be.
+        self.runs = _merged(self.parts)
+        self._events = sum(part.events for part in self.parts)
+
+    def __len__(self) -> int:
+        return self._events
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._lines)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if index == 0:
+            text = self.parts[0].text.lstrip(b"\n")
+            return text[: text.index(b"\n")]
+        return self._lines[index]
+
+    @cached_property
+    def _lines(self) -> list[bytes]:
+        return list(chain.from_iterable(part.lines for part in self.parts))
+
+    def joined(self) -> bytes:
+        """Return the JSON array of all."""
+        first, *others = [part.joined() for part in self.parts if part.events]
+        *others, last = [b"[" + first, *others]
+        return b",".join([*others, last + b"]"])
 
     def halves(self) -> tuple[Self, Self]:
         """Return the first half and the second: it holds at least two events."""
@@ -133,12 +179,12 @@ class SpoolBatch(Batch):
         return type(self)(first), type(self)(second)
 
 
-def _joined(parts: Iterable[Part]) -> list[Run]:
-    joined: list[Run] = []
+def _merged(parts: Iterable[Part]) -> list[Run]:
+    runs: list[Run] = []
     for part in parts:
-        last = joined[-1] if joined else None
+        last = runs[-1] if runs else None
         if last and last.end == part.start and last.reading is part.reading:
-            joined[-1] = last._replace(end=part.end)
+            runs[-1] = last._replace(end=part.end)
         else:
-            joined.append(Run(part.reading, part.start, part.end))
-    return joined
+            runs.append(Run(part.reading, part.start, part.end))
+    return runs
