@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Of an event this much is logged.
+_MAX_LOGGED = 4_096
+
 
 class Batch(Protocol):
     """Encoded events in their order. Who hands them out knows where they came from."""
@@ -33,3 +36,10 @@ class ListedBatch(list[bytes]):
         """Return the first half and the second: it holds at least two events."""
         middle = len(self) // 2
         return type(self)(self[:middle]), type(self)(self[middle:])
+
+
+def shortened(event: bytes) -> bytes:
+    """Leave out the middle of a long event; subject and id are at its end."""
+    if len(event) <= _MAX_LOGGED:
+        return event
+    return event[: _MAX_LOGGED // 2] + b" [...] " + event[-_MAX_LOGGED // 2 :]

@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Iterable, Iterator
 
-    from openmeter_wsgi.delivery.reading import Reading
-
 
 class Run(NamedTuple):
     """Where lines are that follow each other in one segment."""
 
-    reading: Reading
+    #: The segment's.
+    key: str
     start: int
     end: int
 
@@ -32,7 +31,8 @@ class Run(NamedTuple):
 class Part(NamedTuple):
     """Whole lines of one segment that follow each other."""
 
-    reading: Reading
+    #: The segment's.
+    key: str
     text: bytes
     start: int
     #: How many of the lines are no empty ones.
@@ -183,8 +183,8 @@ def _merged(parts: Iterable[Part]) -> list[Run]:
     runs: list[Run] = []
     for part in parts:
         last = runs[-1] if runs else None
-        if last and last.end == part.start and last.reading is part.reading:
+        if last and last.end == part.start and last.key == part.key:
             runs[-1] = last._replace(end=part.end)
         else:
-            runs.append(Run(part.reading, part.start, part.end))
+            runs.append(Run(part.key, part.start, part.end))
     return runs

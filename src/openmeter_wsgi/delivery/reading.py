@@ -35,10 +35,20 @@ class Reading:
     Belongs to the sender. *done* is what an earlier sender delivered of it.
     """
 
-    __slots__ = ("_directory", "_taken", "adopted", "at_end", "done", "name", "offset")
+    __slots__ = (
+        "_directory",
+        "_taken",
+        "adopted",
+        "at_end",
+        "done",
+        "key",
+        "name",
+        "offset",
+    )
 
     def __init__(self, directory: Path, name: SegmentName, done: Ranges) -> None:
         self.name = name
+        self.key = name.key
         self.done = done
         #: Nobody owns it any more, and a crash may have damaged it.
         self.adopted = False
@@ -122,7 +132,7 @@ class Reading:
             good, sparse = b"\0" not in text, False
             # Several times as fast as count().
             events = len(text) - len(text.replace(b"\n", b""))
-        return Part(self, text, start, events, sparse) if good else None
+        return Part(self.key, text, start, events, sparse) if good else None
 
     def _sort(
         self, found: Iterator[Piece], parts: list[Part], damaged: list[Piece]
@@ -133,7 +143,7 @@ class Reading:
             if whole and not text:
                 ranges.add(self.done, start, end)
             elif whole and is_event(text):
-                parts.append(Part(self, text + b"\n", start, 1, sparse=False))
+                parts.append(Part(self.key, text + b"\n", start, 1, sparse=False))
             else:
                 damaged.append(Piece(text, start, end))
 

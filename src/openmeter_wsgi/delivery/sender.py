@@ -20,7 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.batch import Batch
+from openmeter_wsgi.delivery.batch import Batch, shortened
 from openmeter_wsgi.delivery.trouble import Trouble, reason_of
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 from openmeter_wsgi.timestamps import age_of
@@ -41,8 +41,6 @@ FIRST_DELAY = 1.0
 _JITTER = random.SystemRandom()
 #: A batch that gets a 5xx this often in a row may itself be the cause.
 MAX_SERVER_ERRORS = 10
-#: Of a buried event this much is logged.
-_MAX_LOGGED = 4_096
 
 
 _B = TypeVar("_B", bound=Batch)
@@ -229,7 +227,7 @@ class Sender(Generic[_B]):
         logger.error(
             "event %s is refused by OpenMeter for good (%s: %s) and not sent again; "
             "others are accepted; it is %s",
-            _shortened(events[0]).decode(errors="replace"),
+            shortened(events[0]).decode(errors="replace"),
             error.status, reason_of(error),
             "kept among the dead letters" if self._keep_buried else
             "nowhere but in this line",
@@ -252,10 +250,3 @@ class Sender(Generic[_B]):
             answer, reason_of(error), len(batch.events),
             " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
-
-
-def _shortened(event: bytes) -> bytes:
-    """Leave out the middle of a long event; subject and id are at its end."""
-    if len(event) <= _MAX_LOGGED:
-        return event
-    return event[: _MAX_LOGGED // 2] + b" [...] " + event[-_MAX_LOGGED // 2 :]

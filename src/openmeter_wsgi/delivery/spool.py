@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import progress, ranges
-from openmeter_wsgi.delivery.doubt import Doubts
+from openmeter_wsgi.delivery.doubts import Doubts
 from openmeter_wsgi.delivery.part import Part, SpoolBatch, take_from
 from openmeter_wsgi.delivery.progress import Progress, ProgressFile
 from openmeter_wsgi.delivery.reading import Reading
@@ -113,12 +113,15 @@ class Spool:
     def done(self, batch: SpoolBatch) -> None:
         """Remember, for good, that *batch* is delivered or set aside."""
         self._doubts.forget(batch.runs)
-        for reading, start, end in batch.runs:
-            ranges.add(reading.done, start, end)
+        found = (self._readings.get(run.key) for run in batch.runs)
+        touched = {reading.key: reading for reading in found if reading}
+        for key, start, end in batch.runs:
+            if key in touched:
+                ranges.add(touched[key].done, start, end)
         # The doubt about the next batch brings it on the disk. Until then this one is
         # still in doubt there, and no other is.
         self._save(lasting=False)
-        self._forget_done({run.reading for run in batch.runs})
+        self._forget_done(touched.values())
 
     # -- Doubt
 
@@ -239,4 +242,4 @@ class Spool:
         for reading in readings:
             if reading.is_final and reading.is_done:
                 (self._directory / str(reading.name)).unlink(missing_ok=True)
-                self._readings.pop(reading.name.key, None)
+                self._readings.pop(reading.key, None)
