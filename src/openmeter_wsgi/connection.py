@@ -93,18 +93,20 @@ class Connection:
             if data is not None:
                 request.body = data
                 request.headers["Content-Length"] = str(len(data))
-            response = session.send(
+            # Past the session, which would only look for redirects, hooks and cookies.
+            response = session.get_adapter(url).send(
                 request,
-                timeout=self._timeout,
-                allow_redirects=False,
                 stream=True,
-                verify=session.verify,
+                timeout=self._timeout,
+                verify=True if session.verify is None else session.verify,
                 proxies=session.proxies,
             )
         except OSError as error:
             self.close()  # what is wrong may be in the environment, and set right there
             raise _no_answer(error, url) from error
         request.body = None
+        if response.cookies:
+            session.cookies.update(response.cookies)
         body = _read(response, self._max_answer_bytes)
         return Reply(response.status_code, response.headers, body)
 

@@ -27,13 +27,16 @@ _TYPICAL_EVENT = 250
 
 
 class NumberedBatch(ListedBatch):
-    """Events, and how many had been taken before them."""
+    """Events, their size, and how many had been taken before them."""
 
-    __slots__ = ("first",)
+    __slots__ = ("first", "size")
 
-    def __init__(self, events: Iterable[bytes], *, first: int) -> None:
+    def __init__(
+        self, events: Iterable[bytes], *, first: int, size: int | None = None
+    ) -> None:
         super().__init__(events)
         self.first = first
+        self.size = sum(map(len, self)) if size is None else size
 
     def halves(self) -> tuple[Self, Self]:
         """Return the first half and the second: it holds at least two events."""
@@ -176,11 +179,13 @@ class MemoryQueue:
         with self._moved:
             popleft = self._events.popleft
             taken = [popleft() for _ in range(min(len(self._events), max_events))]
-            if sum(map(len, taken)) > max_bytes:
+            size = sum(map(len, taken))
+            if size > max_bytes:
                 fit = max(bisect_right(list(accumulate(map(len, taken))), max_bytes), 1)
                 self._events.extendleft(reversed(taken[fit:]))
                 del taken[fit:]
-            batch = NumberedBatch(taken, first=self._ever_taken)
+                size = sum(map(len, taken))
+            batch = NumberedBatch(taken, first=self._ever_taken, size=size)
             self._ever_taken += len(batch)
             self._taken += len(batch)
             self._ease()
@@ -191,7 +196,7 @@ class MemoryQueue:
         with self._moved:
             self._taken -= len(batch)
             self._done += len(batch)
-            self._done_bytes += sum(map(len, batch))
+            self._done_bytes += batch.size
             self._ease()
             ranges.add(self._done_numbers, batch.first, batch.first + len(batch))
             self._moved.notify_all()
