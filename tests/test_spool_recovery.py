@@ -207,6 +207,30 @@ def test_the_batch_in_doubt_is_sent_again_alone_and_as_it_was(tmp_path):
     assert segments(tmp_path) == []
 
 
+def test_a_deleted_segment_that_a_loss_of_power_brings_back_is_not_sent_again(tmp_path):
+    """Names come on the disk later than progress does, which is written over."""
+    left = [leave(tmp_path, TEXT, number=n, ending=".sealed") for n in range(1, 40)]
+    spool = opened(tmp_path)
+    for _ in left:
+        spool.refresh(last=True)
+        batch = spool.take(max_events=len(EVENTS), max_bytes=1_000_000)
+        spool.doubt(batch, 1.0)
+        spool.done(batch)
+    gone = [path for path in left if not path.exists()]
+    gone[-3].write_bytes(TEXT)
+
+    assert drain(opened(tmp_path)) == []
+    assert segments(tmp_path) == []
+
+
+def test_of_deleted_segments_no_more_is_kept_than_may_come_back(tmp_path):
+    for number in range(1, 100):
+        leave(tmp_path, TEXT, number=number, ending=".sealed")
+    assert len(drain(opened(tmp_path))) == 99 * len(EVENTS)
+
+    assert len(progress.load(tmp_path).done) < 20
+
+
 def test_what_is_done_out_of_order_is_not_sent_again(tmp_path):
     leave(tmp_path, TEXT)
     spool = opened(tmp_path)

@@ -20,7 +20,7 @@ from openmeter_wsgi.delivery.segment import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterable, Iterator
     from pathlib import Path
 
     from openmeter_wsgi.delivery.ranges import Ranges
@@ -171,6 +171,18 @@ class Reading:
             elif start > self.offset:
                 return start
         return None
+
+
+def first_of_each(readings: Iterable[Reading], *, but: Container[str]) -> list[Reading]:
+    """Return of each owner, *but* some, what is read next, the oldest first."""
+    heads: dict[str, Reading] = {}
+    for reading in readings:
+        name = reading.name
+        if not reading.at_end and name.owner not in but:
+            head = heads.get(name.owner)
+            if head is None or head.name.number > name.number:
+                heads[name.owner] = reading
+    return sorted(heads.values(), key=lambda reading: reading.name)
 
 
 def _blocks(text: bytes) -> Iterator[bytes]:

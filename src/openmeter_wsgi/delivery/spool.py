@@ -6,6 +6,7 @@ leaves although no thread of that process runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from time import monotonic as now
@@ -16,7 +17,7 @@ from openmeter_wsgi.delivery import progress, ranges
 from openmeter_wsgi.delivery.doubts import Doubts
 from openmeter_wsgi.delivery.part import Part, SpoolBatch, take_from
 from openmeter_wsgi.delivery.progress import Progress, ProgressFile
-from openmeter_wsgi.delivery.reading import Reading
+from openmeter_wsgi.delivery.reading import Reading, first_of_each
 from openmeter_wsgi.delivery.roll_call import RollCall
 from openmeter_wsgi.delivery.segment import Piece, SegmentName, read_name
 from openmeter_wsgi.events import MAX_BATCH_BYTES
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openmeter_wsgi.delivery.dead_letters import DeadLetters
+    from openmeter_wsgi.delivery.ranges import Ranges
 
 logger = log.get_logger(__name__)
 
 #: While enough is known to be sent, the directory is not looked at more often.
 _SCAN_INTERVAL = 0.1
+#: So many deletions are brought on the disk together.
+_DELETIONS = 16
 
 
 class Spool:
@@ -47,6 +51,9 @@ class Spool:
         self._max_events = max_events
         self._letters = letters
         self._readings: dict[str, Reading] = {}
+        #: What was done of deleted segments, all of it: a loss of power may bring one
+        #: back until the directory is on the disk without it.
+        self._deleted: dict[str, Ranges] = {}
         self._names: dict[str, SegmentName] = {}
         self._waiting: deque[Part] = deque()
         self._waiting_events = 0
@@ -163,6 +170,7 @@ class Spool:
 
     def _save(self, *, lasting: bool) -> None:
         done = {key: r.done for key, r in self._readings.items() if r.done}
+        done.update(self._deleted)
         try:
             self._file.save(Progress(done, self._doubts.known), lasting=lasting)
             self._unsaved = False
@@ -195,23 +203,13 @@ class Spool:
             reading.name = name
             reading.adopted = name.owner in self._roll.dead
 
-    def _heads(self) -> list[Reading]:
-        """Return of each owner the segment that is read next, the oldest first."""
-        heads: dict[str, Reading] = {}
-        for reading in self._readings.values():
-            name = reading.name
-            head = heads.get(name.owner)
-            if not reading.at_end and (head is None or head.name.number > name.number):
-                heads[name.owner] = reading
-        return sorted(heads.values(), key=lambda reading: reading.name)
-
     def _fill(self) -> None:
         """Read ahead. An owner's next segment is read when its last is at its end."""
         exhausted: set[str] = set()
         heads: list[Reading] = []
         while not self.is_full:
             if not heads or heads[0].at_end:
-                heads = [r for r in self._heads() if r.name.owner not in exhausted]
+                heads = first_of_each(self._readings.values(), but=exhausted)
             if not heads:
                 return
             if not self._read(heads[0]):
@@ -243,3 +241,8 @@ class Spool:
             if reading.is_final and reading.is_done:
                 (self._directory / str(reading.name)).unlink(missing_ok=True)
                 self._readings.pop(reading.key, None)
+                self._deleted[reading.key] = reading.done
+        if len(self._deleted) >= _DELETIONS:
+            with contextlib.suppress(OSError):
+                progress.sync_directory(self._directory)
+                self._deleted.clear()
