@@ -91,12 +91,8 @@ def live_text(fd: int, start: int, end: int | None = None) -> bytes:
 
     It stops at the first line that is not whole: the copy may be under way.
     """
-    if os.pread(fd, 1, start) in _NOTHING:
-        return b""
-    # A hole ends what is read as well: the rest of a mapped file is nothing else.
-    text = _read(fd, start, end, until=(b"\n", b"\0"))
-    hole = text.find(b"\0")
-    return text[: text.rfind(b"\n", 0, None if hole < 0 else hole) + 1]
+    text, whole = _whole(fd, start, end)
+    return text[:whole]
 
 
 def final_text(fd: int, start: int, end: int | None = None) -> bytes:
@@ -132,8 +128,8 @@ def pieces(text: bytes, start: int) -> Iterator[Piece]:
 
 def whole_end(fd: int, start: int) -> int:
     """Return where the whole lines end that begin at *start*."""
-    while text := live_text(fd, start):
-        start += len(text)
+    while whole := _whole(fd, start, None)[1]:
+        start += whole
     return start
 
 
@@ -159,6 +155,16 @@ def are_events(text: bytes, count: int) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return len(found) == count  # so none is spread over two lines
+
+
+def _whole(fd: int, start: int, end: int | None) -> tuple[bytes, int]:
+    """Read on in a segment that is being written; say how much of it is whole lines."""
+    if os.pread(fd, 1, start) in _NOTHING:
+        return b"", 0
+    # A hole ends what is read as well: the rest of a mapped file is nothing else.
+    text = _read(fd, start, end, until=(b"\n", b"\0"))
+    hole = text.find(b"\0")
+    return text, text.rfind(b"\n", 0, None if hole < 0 else hole) + 1
 
 
 def _is_empty(fd: int, start: int, end: int | None) -> bool:
