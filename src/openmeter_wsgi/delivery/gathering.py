@@ -93,7 +93,7 @@ class Gathering:
             self._sender.load(events)
         else:
             self._sender.retry_suspects()
-        if hurried and len(self._events):
+        if hurried and (len(events) >= self._max_batch or len(self._events)):
             self._hurried = True  # until all is taken that the flush found
 
     def _fill_up(self) -> float:

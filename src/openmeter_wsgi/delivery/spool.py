@@ -109,9 +109,9 @@ class Spool:
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
         """Return the oldest events, as many as one batch may hold."""
+        self._fill()
         if self._again:
             return self._again.popleft()
-        self._fill()
         parts = take_from(self._waiting, max_events=max_events, max_bytes=max_bytes)
         self._waiting_events -= sum(part.events for part in parts)
         self._waiting_bytes -= sum(part.size for part in parts)
