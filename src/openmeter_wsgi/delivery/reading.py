@@ -20,7 +20,7 @@ from openmeter_wsgi.delivery.segment import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Container, Iterator, Mapping
     from pathlib import Path
 
     from openmeter_wsgi.delivery.ranges import Ranges
@@ -173,10 +173,12 @@ class Reading:
         return None
 
 
-def first_of_each(readings: Iterable[Reading], *, but: Container[str]) -> list[Reading]:
+def first_of_each(
+    readings: Mapping[str, Reading], *, but: Container[str]
+) -> list[Reading]:
     """Return of each owner, *but* some, what is read next, the oldest first."""
     heads: dict[str, Reading] = {}
-    for reading in readings:
+    for reading in readings.values():
         name = reading.name
         if not reading.at_end and name.owner not in but:
             head = heads.get(name.owner)

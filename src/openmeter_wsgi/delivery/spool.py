@@ -55,6 +55,9 @@ class Spool:
         #: back until the directory is on the disk without it.
         self._deleted: dict[str, Ranges] = {}
         self._names: dict[str, SegmentName] = {}
+        #: What is read next of each owner, and who has no more until the next look.
+        self._heads: list[Reading] = []
+        self._exhausted: set[str] = set()
         self._waiting: deque[Part] = deque()
         self._waiting_events = 0
         self._waiting_bytes = 0
@@ -202,18 +205,17 @@ class Spool:
                 reading = self._readings[key] = Reading(self._directory, name, done)
             reading.name = name
             reading.adopted = name.owner in self._roll.dead
+        self._heads, self._exhausted = [], set()
 
     def _fill(self) -> None:
         """Read ahead. An owner's next segment is read when its last is at its end."""
-        exhausted: set[str] = set()
-        heads: list[Reading] = []
         while not self.is_full:
-            if not heads or heads[0].at_end:
-                heads = first_of_each(self._readings.values(), but=exhausted)
-            if not heads:
+            if not self._heads or self._heads[0].at_end:
+                self._heads = first_of_each(self._readings, but=self._exhausted)
+            if not self._heads:
                 return
-            if not self._read(heads[0]):
-                exhausted.add(heads.pop(0).name.owner)
+            if not self._read(self._heads[0]):
+                self._exhausted.add(self._heads.pop(0).name.owner)
 
     def _read(self, reading: Reading) -> bool:
         """Read on in a segment and say whether its owner may have more."""
