@@ -5,7 +5,7 @@
 Each round takes memory and spool in turns, to a sink in a process of its own on
 loopback. The part of a core is the processor time of the threads that deliver, not of
 the one that puts events. Catching up is the throughput of a Flask application
-meanwhile, divided by that of the same application before the backlog was there.
+meanwhile, divided by that of the same application before and after.
 """
 
 from __future__ import annotations
@@ -14,62 +14,66 @@ import gc
 import itertools
 import logging
 import tempfile
-import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from benchmarks import paths, report, waiting
+from benchmarks.calls import Calls
 from benchmarks.sink import running_sink
 from openmeter_wsgi.events import RequestIds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from wsgiref.types import WSGIApplication
+    from collections.abc import Callable
 
     from openmeter_wsgi import OpenMeterMiddleware
 
 PLACES = ("memory", "spool")
+#: In this form of the journal each line is parsed, as all are after a crash.
+_PARSED = "spool, os.write"
 RATE = 10_000
 #: Events and requests come in turns of so many: the sleeps of a finer pace, and a look
 #: at the delivery after each request, would cost more.
 _TURN = 100
-_BATCH = 1_000
 #: How long an application is served to know its throughput, in requests.
 _REQUESTS = 1_500
 
 CORE = f"{RATE:,} events a second, {{}}: part of a core"
 SPEED = "at full speed, {}"
 CATCHING_UP = "throughput of a Flask application while it catches up, {}"
-JOIN = f"joining {_BATCH:,} events, one C call"
+LONGEST = "longest C call of the sender, {}"
 #: In what it is given, what is demanded, and whether that is the least.
 _DEMANDED: dict[str, tuple[str, float, bool]] = {
     CORE: ("%", 2.0, False),
     SPEED: ("events/s", 100_000.0, True),
     CATCHING_UP: ("%", 90.0, True),
-    JOIN: ("ms", 0.2, False),
+    LONGEST: ("ms", 0.2, False),
 }
+_THREAD = "openmeter_wsgi.delivery"
 
 
 def delivering(url: str, place: str, directory: str) -> OpenMeterMiddleware:
     spool = {"spool_dir": f"{directory}/{time.monotonic_ns()}"}
-    return waiting.middleware(url, **(spool if place == "spool" else {}))
+    written = {**spool, "journal": "write"}
+    options = {"memory": {}, "spool": spool, _PARSED: written}
+    return waiting.middleware(url, **options[place])
 
 
 def percent_of_core(middleware: OpenMeterMiddleware, seconds: float) -> float:
-    """Put events at the rate, and return what their delivery takes."""
-    put = middleware.metering().put
+    """Put events at the rate, and return what the delivery of as many takes."""
+    put, counts = middleware.metering().put, middleware.metering().counts
     events = waiting.events(RequestIds())
     put(next(events))
     middleware.flush(10)  # threads and connections are there
-    began = time.perf_counter()
+    began, delivered = time.perf_counter(), counts.delivered
     before = time.process_time() - time.thread_time()
     for turn in range(1, int(seconds * RATE / _TURN) + 1):
         for event in itertools.islice(events, _TURN):
             put(event)
         time.sleep(max(began + turn * _TURN / RATE - time.perf_counter(), 0))
     taken = time.process_time() - time.thread_time() - before
-    return 100 * taken / (time.perf_counter() - began)
+    # Not by the time: of what was put last a part is still to be delivered.
+    return 100 * taken / (counts.delivered - delivered) * RATE
 
 
 def events_a_second(middleware: OpenMeterMiddleware, count: int) -> float:
@@ -85,55 +89,41 @@ def events_a_second(middleware: OpenMeterMiddleware, count: int) -> float:
 
 
 def percent_of_throughput(middleware: OpenMeterMiddleware, count: int) -> float:
-    """Serve requests before there is a backlog, and while one is delivered.
+    """Serve requests without a backlog, and while one is delivered.
 
-    One backlog follows another until as many were served beside them as before: a
+    One backlog follows another until as many were served beside them as without: a
     short one may be gone before its first request is.
     """
     app = paths.flask_app()
     paths.serve(app, 300)
-    bare = _REQUESTS / paths.serve(app, _REQUESTS)
+    before = paths.serve(app, _REQUESTS)
+    put, counts = middleware.metering().put, middleware.metering().counts
     events = waiting.events(RequestIds())
-    served, taken = 0, 0.0
-    while served < _REQUESTS:
-        backlog = itertools.islice(events, count)
-        beside, seconds = _served_beside(app, middleware, backlog)
-        served += beside
-        taken += seconds
+    served, taken, made = 0, 0.0, 0
+    while served < _REQUESTS or counts.delivered < made:
+        if counts.delivered >= made:
+            for event in itertools.islice(events, count):
+                put(event)
+            made += count
+        taken += paths.serve(app, _TURN)
+        served += _TURN
+    bare = 2 * _REQUESTS / (before + paths.serve(app, _REQUESTS))
     return 100 * served / taken / bare
 
 
-def _served_beside(
-    app: WSGIApplication, middleware: OpenMeterMiddleware, backlog: Iterable[bytes]
-) -> tuple[int, float]:
-    """Return how many requests are served while *backlog* is delivered, and how long.
-
-    The time begins before the delivery does: it may hold up the first request.
-    """
-    put = middleware.metering().put
-    for event in backlog:
-        put(event)
-    flushing = threading.Thread(target=middleware.flush, args=(60,))
-    served = 0
-    began = time.perf_counter()
-    flushing.start()
-    while not served or flushing.is_alive():
-        paths.serve(app, _TURN)
-        served += _TURN
-    taken = time.perf_counter() - began
-    flushing.join()
-    return served, taken
-
-
-def join_milliseconds() -> float:
-    events = list(itertools.islice(waiting.events(RequestIds()), _BATCH))
-    began = time.perf_counter()
-    b",".join(events)
-    return (time.perf_counter() - began) * 1e3
+def longest_call(url: str, place: str, directory: str, count: int) -> tuple[str, float]:
+    """Return the name of the longest C call of a sender, and its milliseconds."""
+    with Calls(_THREAD) as calls:
+        middleware = delivering(url, place, directory)
+        events_a_second(middleware, count)
+        middleware.close(60)
+    name, seconds = calls.longest
+    return name, seconds * 1e3
 
 
 def measure(rounds: int, seconds: float, count: int) -> list[report.Row]:
     found: defaultdict[str, list[float]] = defaultdict(list)
+    names: defaultdict[str, Counter[str]] = defaultdict(Counter)
     with running_sink() as url, tempfile.TemporaryDirectory() as directory:
         for _, place in itertools.product(range(rounds), PLACES):
             for what, measured in _measures(seconds, count).items():
@@ -141,12 +131,21 @@ def measure(rounds: int, seconds: float, count: int) -> list[report.Row]:
                 middleware = delivering(url, place, directory)
                 found[what.format(place)].append(measured(middleware))
                 middleware.close(60)
-            found[JOIN].append(join_milliseconds())
-    return [
-        report.Row(what.format(place), unit, found[what.format(place)], *limit)
-        for what, (unit, *limit) in _DEMANDED.items()
-        for place in (PLACES if "{}" in what else PLACES[:1])
-    ]
+        for _, where in itertools.product(range(rounds), (*PLACES, _PARSED)):
+            name, longest = longest_call(url, where, directory, count)
+            found[LONGEST.format(where)].append(longest)
+            names[LONGEST.format(where)][name] += 1
+    return [_row(what, names[what], taken) for what, taken in found.items()]
+
+
+def _row(what: str, names: Counter[str], taken: list[float]) -> report.Row:
+    unit, *limit = next(
+        demanded
+        for general, demanded in _DEMANDED.items()
+        if what.startswith(general.partition("{}")[0])
+    )
+    named = f"{what}: `{names.most_common(1)[0][0]}`" if names else what
+    return report.Row(named, unit, taken, *limit)
 
 
 def _measures(

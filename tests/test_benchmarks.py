@@ -50,7 +50,7 @@ def test_delivery_is_measured_from_memory_and_from_a_spool():
     # Longer than the spool gathers: else nothing of it would be delivered meanwhile.
     rows = {row.what: row for row in delivery.measure(1, 2.0, 3_000)}
 
-    assert len(rows) == 7
+    assert len(rows) == 9
     assert all(row.median > 0 for row in rows.values())
 
 

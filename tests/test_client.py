@@ -91,6 +91,30 @@ def test_one_event_is_sent_as_the_bare_object(openmeter, connect):
     assert request.headers.get_all("Content-Type") == ["application/cloudevents+json"]
 
 
+def test_a_cookie_of_a_load_balancer_is_sent_back(openmeter, connect):
+    openmeter.script += [Answer(204, b"", {"Set-Cookie": "node=7"})]
+    client = connect()
+    for number in range(3):
+        client.ingest([event(number)])
+
+    assert [r.headers.get("Cookie") for r in openmeter.requests] == [
+        None, "node=7", "node=7",
+    ]  # fmt: skip
+
+
+def test_nothing_of_a_request_is_left_in_the_next_one(openmeter, connect):
+    client = connect()
+    client.ingest([event(1), event(2), event(3)])
+    client.ingest([event(4)])
+    client.ingest([event(5), event(6)])
+
+    assert [request.ids for request in openmeter.requests] == [
+        ["id-1", "id-2", "id-3"], ["id-4"], ["id-5", "id-6"],
+    ]  # fmt: skip
+    lengths = [len(request.body) for request in openmeter.requests]
+    assert [int(r.headers["Content-Length"]) for r in openmeter.requests] == lengths
+
+
 def test_several_events_are_sent_as_an_array(openmeter, connect):
     connect().ingest([event(1), event(2), event(3)])
 

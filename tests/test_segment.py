@@ -5,6 +5,7 @@ import pytest
 
 from openmeter_wsgi.delivery.segment import (
     SegmentName,
+    are_events,
     is_event,
     read_final,
     read_live,
@@ -110,6 +111,47 @@ def test_what_is_left_without_a_newline_is_a_piece_of_a_final_segment(written):
 
 def test_zeros_alone_are_nothing(written):
     assert read_final(written(bytes(1_000_000)), 0) == []
+
+
+def test_the_free_room_of_a_final_segment_is_not_held(written):
+    fd = written(event("1") + b"\n" + bytes(4_000_000))
+
+    tracemalloc.start()
+    try:
+        assert [piece.text for piece in read_final(fd, 0)] == [event("1")]
+        assert read_final(fd, len(event("1")) + 1) == []
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 600_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"id":"a"}\n{"id":"b"}\n',
+        b'\n{"id":"a"}\n\n{"id":"b"}\n\n',
+    ],
+)
+def test_lines_that_are_all_events_are_told_by_one_look(text):
+    assert are_events(text, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"id":"a"}\n{"id":"b"\n',
+        b'{"id":"a"}\n{"id":5}\n',
+        b'{"id":"a"}\n[]\n',
+        b'{"id":"a"}{"id":"b"}\n',
+        b'{"id":\n"a"}\n',
+        b'{"id":"a"}\n{"id":"b","x":"\xff"}\n',
+        b'{"id":"a"}\n{"id":"b","x":"\0"}\n',
+        b'{"id":"a"}\n{"id":"b","x":' + b"[" * 100_000 + b"\n",
+    ],
+)
+def test_one_look_never_takes_for_events_what_is_none(text):
+    assert not are_events(text, text.count(b"\n"))
 
 
 def test_the_end_of_the_whole_lines_is_found_from_anywhere(written):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from openmeter_server import Answer, problem
 from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.batch import ListedBatch
 from openmeter_wsgi.delivery.sender import MAX_DELAY, MAX_SERVER_ERRORS, Sender
 from openmeter_wsgi.errors import Held, Rejected, Unavailable
 from openmeter_wsgi.stats import Counts
@@ -53,7 +54,7 @@ class Case:
 
     def load(self, *batches):
         for batch in batches:
-            self.sender.load(list(batch))
+            self.sender.load(ListedBatch(batch))
 
     def run(self, attempts=100_000):
         """Attempt until nothing is left to try; return the waits."""
@@ -75,7 +76,7 @@ def numbered(count, start=0):
 def test_pauses_take_nothing_of_the_applications_random_numbers():
     before = random.getstate()
     sender = Sender(ScriptedClient([BUSY]), Counts(), lambda events: None)
-    sender.load(named("a"))
+    sender.load(ListedBatch(named("a")))
 
     assert sender.attempt() >= 0
 

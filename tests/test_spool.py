@@ -11,7 +11,7 @@ import pytest
 from billing import environ, handled, serve
 from openmeter_server import HANG, RESET, TAKEN_BUT_RESET, Answer
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.delivery import directory
+from openmeter_wsgi.delivery import directory, progress
 from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS
 from openmeter_wsgi.delivery.directory import file_system, journal_form
 from openmeter_wsgi.errors import ConfigError
@@ -77,6 +77,10 @@ def put(queue, *ids, **data):
 
 def numbered(prefix, count):
     return [f"{prefix}{n}" for n in range(count)]
+
+
+def doubts(spool):
+    return progress.load(spool).doubts
 
 
 def dead_letters(spool):
@@ -329,11 +333,11 @@ def test_a_batch_in_doubt_is_on_the_disk_before_it_is_sent(queue, openmeter, spo
     put(one, "1")
     openmeter.wait_for_requests(1)
 
-    (doubt,) = json.loads((spool / "progress.json").read_text())["doubts"]
-    assert list(doubt["lines"].values()) == [[[0, len(event("1")) + 1]]]
+    (doubt,) = doubts(spool)
+    assert list(doubt.lines.values()) == [[(0, len(event("1")) + 1)]]
     openmeter.release()
     assert one.flush(30)
-    assert json.loads((spool / "progress.json").read_text())["doubts"] == []
+    assert doubts(spool) == []
 
 
 def test_a_refused_connection_leaves_no_doubt(queue, openmeter, spool):
@@ -342,7 +346,7 @@ def test_a_refused_connection_leaves_no_doubt(queue, openmeter, spool):
     put(one, "1")
 
     until(lambda: one.counts.retries > 1)
-    until(lambda: not json.loads((spool / "progress.json").read_text())["doubts"])
+    until(lambda: not doubts(spool))
     assert one.counts.ambiguous == 0
 
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 #: What changes files, or who owns them. All of `pathlib` comes down to these.
 CALLS = [
-    (os, "open"), (os, "close"), (os, "write"), (os, "fsync"), (os, "rename"),
-    (os, "unlink"), (os, "posix_fallocate"), (os, "listdir"), (fcntl, "lockf"),
+    (os, "open"), (os, "close"), (os, "write"), (os, "pwrite"), (os, "fsync"),
+    (os, "fdatasync"), (os, "rename"), (os, "unlink"), (os, "posix_fallocate"),
+    (os, "listdir"), (fcntl, "lockf"),
 ]  # fmt: skip
 BATCH = 2
 EVENTS = 7

@@ -140,10 +140,10 @@ def test_events_that_step_aside_hold_the_watermark_of_a_queue_in_memory():
     assert events.delivered_until() == 0.0
     events.put(lines[1])
     events.put(lines[2])
-    batch = events.take(max_events=3, max_bytes=1_000)
-    events.done(batch[1:])
+    aside, others = events.take(max_events=3, max_bytes=1_000).halves()
+    events.done(others)
     assert events.delivered_until() == 0.0
-    events.done(batch[:1])
+    events.done(aside)
     assert events.delivered_until() >= first
 
 
@@ -156,3 +156,29 @@ def test_marks_are_bounded_and_still_reach_the_end():
     assert marks.reached(lambda put: True) == pytest.approx(99_999, rel=0.01)
     marks.add(100_000.0, 100_000)
     assert marks.reached(lambda put: True) == 100_000.0
+
+
+def test_marks_that_are_thinned_out_keep_what_each_of_them_stood_for():
+    marks = Marks(join=lambda older, newer: older | newer)
+    new = set()
+    for n in range(5_000):
+        new |= {n}
+        if marks.add(float(n), new):
+            new = set()
+    done = set(range(5_000)) - {1_234}
+
+    assert marks.reached(lambda put: put <= done) == pytest.approx(1_234, abs=20)
+    assert marks.reached(lambda put: True) == pytest.approx(4_999, abs=20)
+
+
+def test_a_mark_of_many_segments_holds_only_what_is_new(tmp_path):
+    mark = Watermark(tmp_path)
+    ends = {f"179546838235{n}-{'a' * 24}-00000001.mapped": 10 for n in range(1_000)}
+    for name in ends:
+        (tmp_path / name).touch()
+    mark.publish(1.0, ends)
+    for n in range(100):
+        mark.publish(2.0 + n, {**ends, next(iter(ends)): 11 + n})
+
+    assert sum(len(put) for _, put in mark._marks._marks) <= 1_000 + 100
+    assert watermark.read(tmp_path) == 0.0

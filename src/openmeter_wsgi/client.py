@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.connection import Connection, failure, reason
+from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import Rejected
+from openmeter_wsgi.reply import failure, reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from openmeter_wsgi.api_key import ApiKey
 
 _PATHS = {
@@ -23,6 +24,14 @@ _BATCH = "application/cloudevents-batch+json"
 
 _ACCEPTED = {200, 202, 204}
 _REFUSED = {400, 413}
+
+
+class Array(Sequence[bytes]):
+    """Encoded events that know how to become one text."""
+
+    @abstractmethod
+    def joined(self) -> bytes:
+        """Return the JSON array of all."""
 
 
 class OpenMeterClient:
@@ -44,7 +53,7 @@ class OpenMeterClient:
         reply = self._connection.request(
             "POST",
             self._url,
-            data=events[0] if one else b"[" + b",".join(events) + b"]",
+            data=events[0] if one else _array(events),
             headers={"Content-Type": _ONE if one else _BATCH},
         )
         if reply.status in _REFUSED:
@@ -55,3 +64,10 @@ class OpenMeterClient:
     def close(self) -> None:
         """Close the connections. The next request opens new ones."""
         self._connection.close()
+
+
+def _array(events: Sequence[bytes]) -> bytes:
+    if isinstance(events, Array):
+        return events.joined()
+    first, *others, last = events
+    return b",".join([b"[" + first, *others, last + b"]"])  # no second copy of all

@@ -5,18 +5,15 @@ from __future__ import annotations
 # getaddrinfo() imports this codec on its first call; an import in a thread at the
 # moment of a fork leaves the child with a lock that nobody will release.
 import encodings.idna  # noqa: F401
-import re
-import time
-from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import msgspec
 import requests
 import urllib3
 from requests.auth import AuthBase
 
 from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
+from openmeter_wsgi.reply import Reply
 from openmeter_wsgi.version import VERSION
 
 if TYPE_CHECKING:
@@ -24,27 +21,8 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.api_key import ApiKey
 
-_TRY_LATER = {408, 429}
 #: Of an answer no more is read than what a log line can use.
 MAX_ANSWER_BYTES = 65_536
-_MAX_REASON = 500
-#: A wait longer than this is taken for a mistake of the server.
-MAX_RETRY_AFTER = 3_600.0
-
-
-class Reply(NamedTuple):
-    """What the server answered."""
-
-    status: int
-    headers: requests.structures.CaseInsensitiveDict[str]
-    #: The start of the body, without our key should the server repeat it.
-    body: bytes
-
-    @property
-    def is_page(self) -> bool:
-        """Whether it is a web page, as a proxy or a login shows it."""
-        content_type = self.headers.get("Content-Type", "").lower()
-        return "html" in content_type or self.body.lstrip()[:1] == b"<"
 
 
 class _Bearer(AuthBase):
@@ -74,6 +52,9 @@ class Connection:
         self._timeout = timeout
         self._max_answer_bytes = max_answer_bytes
         self._session: requests.Session | None = None
+        #: What was last asked for, and the request that it made.
+        self._asked: tuple[object, ...] = ()
+        self._request = requests.PreparedRequest()
 
     def request(
         self,
@@ -108,21 +89,45 @@ class Connection:
     ) -> Reply:
         session = self._session = self._session or _new_session(url)
         try:
-            response = session.request(
-                method,
-                url,
-                data=data,
-                headers=headers,
-                auth=_Bearer(self._current_key()),
-                timeout=self._timeout,
-                allow_redirects=False,
+            request = self._prepared(session, method, url, headers)
+            if data is not None:
+                request.body = data
+                request.headers["Content-Length"] = str(len(data))
+            # Past the session, which would only look for redirects, hooks and cookies.
+            response = session.get_adapter(url).send(
+                request,
                 stream=True,
+                timeout=self._timeout,
+                verify=True if session.verify is None else session.verify,
+                proxies=session.proxies,
             )
         except OSError as error:
             self.close()  # what is wrong may be in the environment, and set right there
             raise _no_answer(error, url) from error
+        request.body = None
+        if response.cookies:
+            session.cookies.update(response.cookies)
         body = _read(response, self._max_answer_bytes)
         return Reply(response.status_code, response.headers, body)
+
+    def _prepared(
+        self,
+        session: requests.Session,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None,
+    ) -> requests.PreparedRequest:
+        """Return a request without its body; the last one, if it was the same.
+
+        Preparing one takes as long as sending it.
+        """
+        key = self._current_key()
+        asked = (method, url, headers, key)
+        if asked != self._asked or session.cookies:
+            request = requests.Request(method, url, headers=headers, auth=_Bearer(key))
+            self._request = session.prepare_request(request)
+            self._asked = asked
+        return self._request
 
     def _without_key(self, body: bytes) -> bytes:
         key = self._key.known
@@ -200,49 +205,3 @@ def _said(error: BaseException) -> str:
         error = inner
     said = getattr(error, "strerror", None) or str(error)
     return f"{said or type(error).__name__}"
-
-
-def failure(reply: Reply) -> Unavailable | Held:
-    """Return what an answer means that is not what was hoped for."""
-    status, headers, body = reply
-    if status < 300 and reply.is_page:
-        return Held("a web page instead of an OpenMeter server", status=status)
-    said = reason(body)
-    if status in _TRY_LATER or 500 <= status <= 599:
-        return Unavailable(
-            said,
-            status=status,
-            retry_after=_retry_after(headers.get("Retry-After")),
-            # OpenMeter stops at the first event that it cannot process: those
-            # before it are taken. A 503 comes from a proxy that asked nobody.
-            ambiguous=status >= 500 and status != 503,
-        )
-    if 300 <= status <= 399:
-        said = f"a redirect to {headers.get('Location')!r}, which is not followed"
-    return Held(said, status=status)
-
-
-def reason(body: bytes) -> str:
-    """Return what the server said, from a problem document (RFC 9457) if it is one."""
-    text = body.decode(errors="replace")
-    try:
-        problem = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        problem = None
-    if isinstance(problem, dict):
-        text = str(problem.get("detail") or problem.get("title") or text)
-    # One line, whatever is in it: control characters could forge another.
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()[:_MAX_REASON]
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After asks for (RFC 9110, 10.2.3)."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return min(float(value), MAX_RETRY_AFTER)
-    try:
-        moment = parsedate_to_datetime(value).timestamp()
-    except (ValueError, OverflowError):
-        return None
-    return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)

@@ -9,8 +9,9 @@ from urllib.parse import quote
 
 import msgspec
 
-from openmeter_wsgi.connection import Connection, Reply, failure
+from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import Held
+from openmeter_wsgi.reply import Reply, failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import requests
 
 from openmeter_wsgi.commands.reasons import short_reason
-from openmeter_wsgi.connection import reason
+from openmeter_wsgi.reply import reason
 from openmeter_wsgi.version import VERSION
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.progress import Progress, Ranges
+    from openmeter_wsgi.delivery.progress import Progress
+    from openmeter_wsgi.delivery.ranges import Ranges
 
 
 class Segment(NamedTuple):

@@ -41,7 +41,7 @@ class Sending:
 
     def __init__(
         self,
-        client: Client,
+        client: Client[list[bytes]],
         *,
         batch_size: int,
         patience: float,

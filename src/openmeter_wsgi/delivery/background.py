@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.beginning import Beginning
 from openmeter_wsgi.delivery.gathering import CLOSING_DELAY, Gathering
+from openmeter_wsgi.delivery.pace import Pace
 from openmeter_wsgi.delivery.watching import Backlog
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class BackgroundDelivery(Gathering):
         self._starting = threading.Lock()
         self._beginning = Beginning()
         self._sending = threading.Lock()
+        self._pace = Pace()
 
     def announce(self, begin: Callable[[], None]) -> None:
         """Have *begin* called once, when the first request is settled."""
@@ -64,6 +66,11 @@ class BackgroundDelivery(Gathering):
     def in_memory(self) -> Backlog:
         """What of them is lost if this process dies."""
         return Backlog()
+
+    @property
+    def _is_pressed(self) -> bool:
+        """Whether so much waits that soon there might be no room for more."""
+        return False
 
     def close(self, timeout: float | None = None) -> None:
         """Send what waits until *timeout*, then stop and say what is left.
@@ -140,6 +147,7 @@ class BackgroundDelivery(Gathering):
         """Deliver until closed. The thread's body."""
         try:
             with self._sending:
+                self._pace = Pace()
                 while not self._finished():
                     self._step()
                 self._client.close()
@@ -161,7 +169,14 @@ class BackgroundDelivery(Gathering):
         if not self._sender.busy:
             self._gather()
         if self._sender.busy:
-            self._pause(self._attempt())
+            delay = self._attempt()
+            self._pause(max(delay, self._rest()))
+
+    def _rest(self) -> float:
+        """Return the seconds to wait for the application's sake."""
+        rest = self._pace.rest()
+        spared = not (self._hurried or self._closing or self._is_pressed)
+        return rest if spared else 0.0
 
     def _attempt(self) -> float:
         try:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.errors import DeliveryError, Expired
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from openmeter_wsgi.delivery.part import SpoolBatch
     from openmeter_wsgi.delivery.sender import Client
     from openmeter_wsgi.delivery.spool import Spool
 
@@ -23,7 +24,7 @@ class RecordingClient:
 
     def __init__(
         self,
-        client: Client,
+        client: Client[SpoolBatch],
         spool: Spool,
         *,
         resend_window: float,
@@ -34,12 +35,11 @@ class RecordingClient:
         self._resend_window = resend_window
         self._clock = clock
 
-    def ingest(self, events: Sequence[bytes]) -> None:
-        """Send *events* as the client does.
+    def ingest(self, batch: SpoolBatch, /) -> None:
+        """Send *batch* as the client does.
 
-        :raises Expired: if they are in doubt for too long.
+        :raises Expired: if it is in doubt for too long.
         """
-        batch = list(events)
         now = self._clock()
         since = self._spool.in_doubt_since(batch)
         if since is not None and now - since > self._resend_window:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openmeter_wsgi.delivery.sender import MAX_DELAY
 from openmeter_wsgi.delivery.waking import Signal
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.delivery.batch import Batch
     from openmeter_wsgi.delivery.sender import Sender
     from openmeter_wsgi.policy import Policy
 
@@ -30,7 +31,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return how many wait to be taken, as far as is known."""
 
-    def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
+    def take(self, *, max_events: int, max_bytes: int) -> Batch:
         """Return the oldest events, as many as one batch may hold."""
 
 
@@ -43,7 +44,7 @@ class Gathering:
     """
 
     _events: Source
-    _sender: Sender
+    _sender: Sender[Any]
     #: None: whoever puts wakes the thread, and an idle one waits for ever.
     _poll: float | None = None
 
@@ -79,11 +80,10 @@ class Gathering:
 
         Where batches follow each other closely, they are filled as far as they may be.
         """
+        waited = self._fill_up()
         self._wait_for(1, MAX_DELAY if self._sender.doubtful else None)
         if len(self._events):
-            self._wait_for(self._batch_size, self._flush_interval)
-            due = self._gathered_at + self._spacing
-            self._wait_for(self._max_batch, due - time.monotonic())
+            self._wait_for(self._batch_size, self._flush_interval - waited)
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
         if events := self._events.take(
@@ -93,8 +93,19 @@ class Gathering:
             self._sender.load(events)
         else:
             self._sender.retry_suspects()
-        if hurried and len(self._events):
+        if hurried and (len(events) >= self._max_batch or len(self._events)):
             self._hurried = True  # until all is taken that the flush found
+
+    def _fill_up(self) -> float:
+        """Wait for a full batch until another may follow.
+
+        Return how long the first event may have waited meanwhile.
+        """
+        began = time.monotonic()
+        left = self._gathered_at + self._spacing - began
+        if left > 0:
+            self._wait_for(self._max_batch, left)
+        return time.monotonic() - began if len(self._events) else 0.0
 
     def _wait_for(self, events: int, timeout: float | None) -> None:
         """Wait for so many events, a flush or a close; for ever without a timeout.

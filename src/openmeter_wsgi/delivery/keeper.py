@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.progress import sync_directory
 from openmeter_wsgi.delivery.segment import open_file, read_name, whole_end
 from openmeter_wsgi.delivery.waking import Signal
 from openmeter_wsgi.delivery.watermark import Watermark
@@ -48,6 +49,8 @@ class Keeper:
         self._elected = False
         #: How far each segment is on the disk, by its key.
         self._synced: dict[str, int] = {}
+        #: Of which that is all there will ever be.
+        self._settled: set[str] = set()
         self._names: set[str] = set()
         self._watermark = Watermark(directory)
 
@@ -119,12 +122,15 @@ class Keeper:
             self._names = set(names)
             keys = {name.key for name in names.values()}
             self._synced = {k: v for k, v in self._synced.items() if k in keys}
-            self._sync_directory()
+            self._settled &= keys
+            sync_directory(self._directory)
         if moment is not None and not missed:
             self._watermark.publish(moment, dict(self._synced))
 
     def _sync(self, entry: str, name: SegmentName) -> bool:
         """Bring one segment on the disk; False if it cannot be found any more."""
+        if name.key in self._settled:
+            return True
         try:
             fd = open_file(self._directory / entry)
         except FileNotFoundError:  # sealed or delivered meanwhile
@@ -135,13 +141,8 @@ class Keeper:
             if end > synced:
                 os.fdatasync(fd)
                 self._synced[name.key] = end
+            if name.sealed:
+                self._settled.add(name.key)
         finally:
             os.close(fd)
         return True
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

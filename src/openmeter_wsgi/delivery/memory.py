@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
-from itertools import count
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Self
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery import ranges
+from openmeter_wsgi.delivery.batch import ListedBatch
 from openmeter_wsgi.delivery.watermark import Marks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from openmeter_wsgi.delivery.ranges import Ranges
     from openmeter_wsgi.stats import Counts
 
 logger = log.get_logger(__name__)
 #: What bounds it, for the log.
 _BOUNDS = "max_queue_events or max_queue_bytes"
 _TYPICAL_EVENT = 250
+
+
+class NumberedBatch(ListedBatch):
+    """Events, their size, and how many had been taken before them."""
+
+    __slots__ = ("first", "size")
+
+    def __init__(
+        self, events: Iterable[bytes], *, first: int, size: int | None = None
+    ) -> None:
+        super().__init__(events)
+        self.first = first
+        self.size = sum(map(len, self)) if size is None else size
+
+    def halves(self) -> tuple[Self, Self]:
+        """Return the first half and the second: it holds at least two events."""
+        middle = len(self) // 2
+        return (
+            type(self)(self[:middle], first=self.first),
+            type(self)(self[middle:], first=self.first + middle),
+        )
 
 
 class MemoryQueue:
@@ -58,10 +83,9 @@ class MemoryQueue:
         self._done = 0
         self._done_bytes = 0
         self._moved = threading.Condition()
-        #: How many were ever taken, and the numbers of those that are not done, by
-        #: their object's id.
-        self._last_taken = 0
-        self._numbers: dict[int, int] = {}
+        #: How many were ever taken, and which of them are done.
+        self._ever_taken = 0
+        self._done_numbers: Ranges = []
         self._marks: Marks[int] = Marks()
 
     def put(self, event: bytes) -> int:
@@ -138,6 +162,11 @@ class MemoryQueue:
         )
 
     @property
+    def is_half_full(self) -> bool:
+        """Whether what waits takes half of the room or more."""
+        return 2 * self.waiting >= self._max_events or 2 * self.size >= self._max_bytes
+
+    @property
     def first(self) -> list[bytes]:
         """The event that is taken next, if there is one."""
         try:
@@ -145,32 +174,31 @@ class MemoryQueue:
         except IndexError:
             return []
 
-    def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
+    def take(self, *, max_events: int, max_bytes: int) -> NumberedBatch:
         """Return the oldest events, as many as one batch may hold, at least one."""
-        batch: list[bytes] = []
-        size = 0
         with self._moved:
-            while self._events and len(batch) < max_events:
-                size += len(self._events[0])
-                if batch and size > max_bytes:
-                    break
-                batch.append(self._events.popleft())
-            numbers = count(self._last_taken + 1)
-            self._numbers.update(zip(map(id, batch), numbers, strict=False))
-            self._last_taken += len(batch)
+            popleft = self._events.popleft
+            taken = [popleft() for _ in range(min(len(self._events), max_events))]
+            size = sum(map(len, taken))
+            if size > max_bytes:
+                fit = max(bisect_right(list(accumulate(map(len, taken))), max_bytes), 1)
+                self._events.extendleft(reversed(taken[fit:]))
+                del taken[fit:]
+                size = sum(map(len, taken))
+            batch = NumberedBatch(taken, first=self._ever_taken, size=size)
+            self._ever_taken += len(batch)
             self._taken += len(batch)
             self._ease()
         return batch
 
-    def done(self, events: list[bytes]) -> None:
-        """Forget *events*: they are delivered, or buried."""
+    def done(self, batch: NumberedBatch) -> None:
+        """Forget *batch*: it is delivered, or buried."""
         with self._moved:
-            self._taken -= len(events)
-            self._done += len(events)
-            self._done_bytes += sum(map(len, events))
+            self._taken -= len(batch)
+            self._done += len(batch)
+            self._done_bytes += batch.size
             self._ease()
-            for event in events:
-                self._numbers.pop(id(event), None)
+            ranges.add(self._done_numbers, batch.first, batch.first + len(batch))
             self._moved.notify_all()
         if self._full is not None and not self.is_full:
             (since, dropped), self._full = self._full, None
@@ -185,9 +213,9 @@ class MemoryQueue:
         """Return a moment (wall clock) before which all that was put is done."""
         with self._moved:
             moment = time.time()  # before the count: what comes later belongs to it
-            self._marks.add(moment, self._last_taken + len(self._events))
-            oldest = min(self._numbers.values(), default=self._last_taken + 1)
-            return self._marks.reached(lambda put: put < oldest)
+            self._marks.add(moment, self._ever_taken + len(self._events))
+            done = ranges.first_gap(self._done_numbers)
+            return self._marks.reached(lambda put: put <= done)
 
     def wait_until_done(self, timeout: float | None) -> bool:
         """Wait until all that waits now is done, and say whether it is."""

@@ -1,7 +1,10 @@
-"""How far a spool is delivered, and which batch is in doubt: one file.
+"""How far a spool is delivered, and which batch is in doubt: one small file.
 
-It is replaced as a whole, by a rename, before a batch is posted and after the
-answer. So what a batch took from many segments is done all at once or not at all.
+It has two places of the same size, and each holds the whole of a progress as a line of
+JSON, with a number and a checksum; the higher number is the newer. One is written over
+while the other stays, so a write that a crash cuts short costs nothing but itself. The
+room is made once: from then on bringing it on the disk is one block, and waits neither
+for the file system's journal nor for what else is written.
 """
 
 from __future__ import annotations
@@ -9,20 +12,23 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, TypeAlias
+import zlib
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.ranges import Ranges  # noqa: TC001 - of a Struct
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 logger = log.get_logger(__name__)
 
-NAME = "progress.json"
-#: From where to where, in bytes; sorted, apart.
-Ranges: TypeAlias = list[tuple[int, int]]
+NAME = "progress.jsonl"
+#: A page: no process that is killed leaves half of one.
+_PLACE_BYTES = 4_096
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Doubt(msgspec.Struct):
@@ -35,11 +41,20 @@ class Doubt(msgspec.Struct):
 
 
 class Progress(msgspec.Struct):
-    """What the file holds."""
+    """What a place of the file holds."""
 
     #: What is delivered or set aside of each segment, by its key.
     done: dict[str, Ranges] = {}
     doubts: list[Doubt] = []
+    #: Of how many writes this one is the last.
+    number: int = 0
+
+
+class _Line(msgspec.Struct):
+    """How it is written."""
+
+    progress: msgspec.Raw
+    checksum: int
 
 
 def load(directory: Path) -> Progress | None:
@@ -51,10 +66,7 @@ def load(directory: Path) -> Progress | None:
         text = (directory / NAME).read_bytes()
     except FileNotFoundError:
         return Progress()
-    try:
-        return msgspec.json.decode(text, type=Progress)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+    return max(_valid(text), key=lambda found: found.number, default=None)
 
 
 def recover(directory: Path) -> Progress:
@@ -70,53 +82,98 @@ def recover(directory: Path) -> Progress:
     return loaded or Progress()
 
 
-def save(directory: Path, progress: Progress) -> None:
-    """Replace the file.
+class ProgressFile:
+    """Writes the progress of a directory. Belongs to its sender, for one turn."""
 
-    :raises OSError: if there is no room, no permission.
-    """
-    path = directory / NAME
-    unfinished = path.with_name(NAME + ".new")
-    with contextlib.suppress(FileNotFoundError):
-        unfinished.unlink()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(unfinished, flags, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(msgspec.json.encode(progress))
-            file.flush()
-            os.fsync(fd)
-        unfinished.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    def __init__(self, directory: Path, number: int) -> None:
+        self._directory = directory
+        self._number = number
+        #: The file that this object has made, held open: each call to the system is
+        #: another wait where an application computes.
+        self._fd: int | None = None
+        self._place_bytes = 0
+        #: Where the last write is that is known to be on the disk.
+        self._kept = 0
+
+    def save(self, progress: Progress, *, lasting: bool) -> None:
+        """Write it down; *lasting*: so that it survives a loss of power, too.
+
+        Without that it survives the death of every process.
+
+        :raises OSError: if there is no room, no permission.
+        """
+        progress.number = self._number = self._number + 1
+        text = _encoded(progress)
+        if self._fd is None or len(text) >= self._place_bytes:
+            self._make(text)
+            return
+        # Never over what is known to be on the disk: this may be torn on its way.
+        place = 1 - self._kept
+        _write(self._fd, text.ljust(self._place_bytes - 1) + b"\n", place)
+        if lasting:
+            os.fdatasync(self._fd)
+            self._kept = place
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    __del__ = close
+
+    def _make(self, text: bytes) -> None:
+        """Replace the file by one in which *text* has room to grow."""
+        size = _PLACE_BYTES
+        while size < 2 * len(text):
+            size *= 2
+        path = self._directory / NAME
+        unfinished = path.with_name(NAME + ".new")
+        with contextlib.suppress(FileNotFoundError):
             unfinished.unlink()
-        raise
+        fd = os.open(unfinished, _NEW_FILE, 0o600)
+        try:
+            _write(fd, text.ljust(size - 1) + b"\n" + b"\n".rjust(size), 0)
+            os.fsync(fd)
+            unfinished.rename(path)
+            sync_directory(self._directory)
+        except BaseException:
+            os.close(fd)
+            self.close()  # it may be another file's by now that has the name
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+        self.close()
+        self._fd, self._place_bytes, self._kept = fd, size, 0
 
 
-def add(ranges: Ranges, start: int, end: int) -> None:
-    """Add a range to sorted ones, joining those that touch."""
-    at = len(ranges)
-    while at and ranges[at - 1][1] >= start:
-        at -= 1
-    after = at
-    while after < len(ranges) and ranges[after][0] <= end:
-        start = min(start, ranges[after][0])
-        end = max(end, ranges[after][1])
-        after += 1
-    ranges[at:after] = [(start, end)]
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory on the disk.
+
+    :raises OSError: if that is impossible.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
-def first_gap(ranges: Ranges) -> int:
-    """Return up to where all is done, from the beginning."""
-    return ranges[0][1] if ranges and ranges[0][0] == 0 else 0
+def _encoded(progress: Progress) -> bytes:
+    raw = msgspec.json.encode(progress)
+    return msgspec.json.encode(_Line(msgspec.Raw(raw), zlib.crc32(raw)))
 
 
-def subtract(ranges: Ranges, start: int, end: int) -> Ranges:
-    """Return *ranges* without what is from *start* to *end*."""
-    left: Ranges = []
-    for low, high in ranges:
-        if low < start:
-            left.append((low, min(high, start)))
-        if high > end:
-            left.append((max(low, end), high))
-    return [(low, high) for low, high in left if low < high]
+def _write(fd: int, text: bytes, place: int) -> None:
+    if os.pwrite(fd, text, place * len(text)) != len(text):
+        raise OSError("no room for all of the progress")
+
+
+def _valid(text: bytes) -> list[Progress]:
+    found = []
+    for line in text.split(b"\n"):
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            read = msgspec.json.decode(line, type=_Line)
+            if zlib.crc32(read.progress) == read.checksum:
+                found.append(msgspec.json.decode(read.progress, type=Progress))
+    return found

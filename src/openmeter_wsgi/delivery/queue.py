@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.delivery.background import BackgroundDelivery
-from openmeter_wsgi.delivery.memory import MemoryQueue
+from openmeter_wsgi.delivery.memory import MemoryQueue, NumberedBatch
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.watching import Backlog
 from openmeter_wsgi.health import Problem
@@ -26,6 +26,7 @@ class DeliveryQueue(BackgroundDelivery):
     """
 
     _events: MemoryQueue
+    _sender: Sender[NumberedBatch]
 
     def __init__(
         self,
@@ -58,6 +59,10 @@ class DeliveryQueue(BackgroundDelivery):
 
     def _wake_from(self, waiting: int) -> None:
         self._events.wake_from(waiting)
+
+    @property
+    def _is_pressed(self) -> bool:
+        return self._events.is_half_full
 
     @property
     def waiting(self) -> int:

@@ -65,6 +65,19 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
+class _Event(msgspec.Struct, gc=False):
+    """What an event has at least."""
+
+    id: str
+
+
+_EVENTS = msgspec.json.Decoder(_Event)
+#: What the first byte is where nothing was written. Most segments are quiet, and this
+#: is all that is read of them.
+_NOTHING = (b"", b"\0")
+_ZEROS = bytes(64 * 1024)
+
+
 class Piece(NamedTuple):
     """Bytes of a segment between two newlines, and where they are."""
 
@@ -73,33 +86,50 @@ class Piece(NamedTuple):
     end: int
 
 
-def read_live(fd: int, start: int, end: int | None = None) -> list[Piece]:
+def live_text(fd: int, start: int, end: int | None = None) -> bytes:
     """Return the next whole lines of a segment that is being written.
 
     It stops at the first line that is not whole: the copy may be under way.
     """
-    # A hole ends what is read as well: the rest of a mapped file is nothing else.
-    text = _read(fd, start, end, until=(b"\n", b"\0"))
-    hole = text.find(b"\0")
-    return _split(text if hole < 0 else text[:hole], start)
+    text, whole = _whole(fd, start, end)
+    return text[:whole]
+
+
+def final_text(fd: int, start: int, end: int | None = None) -> bytes:
+    """Return the next lines of a segment that nobody writes any more.
+
+    They may be anything. The last one may lack its newline. Nothing: that was all.
+    """
+    if os.pread(fd, 1, start) in _NOTHING and _is_empty(fd, start, end):
+        return b""
+    text = _read(fd, start, end)
+    return text[: text.rfind(b"\n") + 1] or text
+
+
+def read_live(fd: int, start: int, end: int | None = None) -> list[Piece]:
+    """Return the pieces of `live_text`."""
+    return list(pieces(live_text(fd, start, end), start))
 
 
 def read_final(fd: int, start: int, end: int | None = None) -> list[Piece]:
-    """Return the next pieces of a segment that nobody writes any more.
+    """Return the pieces of `final_text`."""
+    return list(pieces(final_text(fd, start, end), start))
 
-    They may be anything. The last one may lack its newline. None: that was all.
-    """
-    text = _read(fd, start, end)
-    pieces = _split(text, start)
-    if pieces or not text.strip(b"\0"):
-        return pieces
-    return [Piece(text, start, start + len(text))]
+
+def pieces(text: bytes, start: int) -> Iterator[Piece]:
+    """Split what was read at *start*. The last one may lack its newline."""
+    at = 0
+    while (newline := text.find(b"\n", at)) >= 0:
+        yield Piece(text[at:newline], start + at, start + newline + 1)
+        at = newline + 1
+    if at < len(text):
+        yield Piece(text[at:], start + at, start + len(text))
 
 
 def whole_end(fd: int, start: int) -> int:
     """Return where the whole lines end that begin at *start*."""
-    while pieces := read_live(fd, start):
-        start = pieces[-1].end
+    while whole := _whole(fd, start, None)[1]:
+        start += whole
     return start
 
 
@@ -114,6 +144,41 @@ def is_event(line: bytes) -> bool:
     return isinstance(event, dict) and isinstance(event.get("id"), str)
 
 
+def are_events(text: bytes, count: int) -> bool:
+    """Say whether *text* is so many whole lines that are one `is_event` each.
+
+    Between them may be empty ones. Where it says no, each has to be asked.
+    """
+    try:
+        text.decode()  # what has no name in _Event is only passed over
+        found = _EVENTS.decode_lines(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return len(found) == count  # so none is spread over two lines
+
+
+def _whole(fd: int, start: int, end: int | None) -> tuple[bytes, int]:
+    """Read on in a segment that is being written; say how much of it is whole lines."""
+    if os.pread(fd, 1, start) in _NOTHING:
+        return b"", 0
+    # A hole ends what is read as well: the rest of a mapped file is nothing else.
+    text = _read(fd, start, end, until=(b"\n", b"\0"))
+    hole = text.find(b"\0")
+    return text, text.rfind(b"\n", 0, None if hole < 0 else hole) + 1
+
+
+def _is_empty(fd: int, start: int, end: int | None) -> bool:
+    """Say whether there are zeros only."""
+    while text := os.pread(fd, len(_ZEROS), start):
+        text = text if end is None else text[: end - start]
+        if text != _ZEROS[: len(text)]:
+            return False
+        start += len(text)
+        if start == end:
+            break
+    return True
+
+
 def _read(
     fd: int, start: int, end: int | None, until: tuple[bytes, ...] = (b"\n",)
 ) -> bytes:
@@ -126,14 +191,3 @@ def _read(
         if found or len(text) < wanted or wanted < size:
             return text
         size *= 2
-
-
-def _split(text: bytes, start: int) -> list[Piece]:
-    return list(_pieces(text, start))
-
-
-def _pieces(text: bytes, start: int) -> Iterator[Piece]:
-    at = 0
-    while (newline := text.find(b"\n", at)) >= 0:
-        yield Piece(text[at:newline], start + at, start + newline + 1)
-        at = newline + 1

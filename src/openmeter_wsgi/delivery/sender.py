@@ -17,15 +17,16 @@ import logging
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.batch import Batch, shortened
 from openmeter_wsgi.delivery.trouble import Trouble, reason_of
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 from openmeter_wsgi.timestamps import age_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from openmeter_wsgi.stats import Counts
 
@@ -40,24 +41,26 @@ FIRST_DELAY = 1.0
 _JITTER = random.SystemRandom()
 #: A batch that gets a 5xx this often in a row may itself be the cause.
 MAX_SERVER_ERRORS = 10
-#: Of a buried event this much is logged.
-_MAX_LOGGED = 4_096
 
 
-class Client(Protocol):
+_B = TypeVar("_B", bound=Batch)
+_Sent = TypeVar("_Sent", contravariant=True)
+
+
+class Client(Protocol[_Sent]):
     """What a sender needs of a client."""
 
-    def ingest(self, events: Sequence[bytes]) -> None:
+    def ingest(self, events: _Sent, /) -> None:
         """Deliver *events* or raise a DeliveryError."""
 
 
-class _Batch:
-    """Events that are tried together, and how that went so far."""
+class _Trial(Generic[_B]):
+    """A batch that is tried, and how that went so far."""
 
     __slots__ = ("events", "failures", "refusal", "server_errors")
 
     def __init__(
-        self, events: list[bytes], refusal: tuple[int | None, int] | None = None
+        self, events: _B, refusal: tuple[int | None, int] | None = None
     ) -> None:
         self.events = events
         self.failures = 0
@@ -67,7 +70,7 @@ class _Batch:
         self.refusal = refusal
 
 
-class Sender:
+class Sender(Generic[_B]):
     """Delivers one batch after the other, in order.
 
     Belongs to one thread at a time. `attempt` makes one request and returns how
@@ -77,9 +80,9 @@ class Sender:
 
     def __init__(
         self,
-        client: Client,
+        client: Client[_B],
         counts: Counts,
-        done: Callable[[list[bytes]], None],
+        done: Callable[[_B], None],
         jitter: Callable[[float, float], float] = _JITTER.uniform,
         bury: Callable[[bytes, DeliveryError], None] | None = None,
         waiting: Callable[[], int] = lambda: 0,
@@ -89,8 +92,8 @@ class Sender:
         self._done = done
         self._jitter = jitter
         self._keep_buried = bury
-        self._pending: deque[_Batch] = deque()
-        self._suspects: deque[_Batch] = deque()
+        self._pending: deque[_Trial[_B]] = deque()
+        self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
         self.trouble = Trouble(waiting)
@@ -110,9 +113,9 @@ class Sender:
         """Whether events stand aside that were refused alone."""
         return bool(self._suspects)
 
-    def load(self, events: list[bytes]) -> None:
+    def load(self, events: _B) -> None:
         """Take over a batch."""
-        self._pending.append(_Batch(events))
+        self._pending.append(_Trial(events))
 
     def retry_suspects(self) -> None:
         """Try the suspects again, though nothing else was accepted since."""
@@ -155,7 +158,7 @@ class Sender:
         self._done(batch.events)
         self.retry_suspects()
 
-    def _failed(self, batch: _Batch, error: DeliveryError) -> float:
+    def _failed(self, batch: _Trial[_B], error: DeliveryError) -> float:
         batch.failures += 1
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
@@ -193,12 +196,12 @@ class Sender:
         )  # fmt: skip
         return delay
 
-    def _split(self, batch: _Batch, error: DeliveryError) -> None:
+    def _split(self, batch: _Trial[_B], error: DeliveryError) -> None:
         # What a 5xx says of a batch is too weak to be held against each event of it.
         refusal = batch.refusal if isinstance(error, Rejected) else None
-        middle = len(batch.events) // 2
-        self._pending.appendleft(_Batch(batch.events[middle:], refusal))
-        self._pending.appendleft(_Batch(batch.events[:middle], refusal))
+        first, second = batch.events.halves()
+        self._pending.appendleft(_Trial(second, refusal))
+        self._pending.appendleft(_Trial(first, refusal))
 
     def _expired(self, error: DeliveryError) -> float:
         """Set the batch aside: sent once more, it might be billed twice."""
@@ -210,7 +213,7 @@ class Sender:
         self._set_aside(events, error)
         return 0.0
 
-    def _set_aside(self, events: list[bytes], error: DeliveryError) -> None:
+    def _set_aside(self, events: _B, error: DeliveryError) -> None:
         # Last of all: what a flush says is done has been logged and kept.
         if self._keep_buried is not None:
             for event in events:
@@ -219,12 +222,12 @@ class Sender:
         self._counts.dead_lettered += n
         self._done(events)
 
-    def _bury(self, events: list[bytes], error: DeliveryError) -> None:
+    def _bury(self, events: _B, error: DeliveryError) -> None:
         # The event comes first: each one is a line of its own, never thinned.
         logger.error(
             "event %s is refused by OpenMeter for good (%s: %s) and not sent again; "
             "others are accepted; it is %s",
-            _shortened(events[0]).decode(errors="replace"),
+            shortened(events[0]).decode(errors="replace"),
             error.status, reason_of(error),
             "kept among the dead letters" if self._keep_buried else
             "nowhere but in this line",
@@ -235,7 +238,9 @@ class Sender:
         """Full jitter: what failed together is not tried again together."""
         return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
 
-    def _say_failed(self, batch: _Batch, error: DeliveryError, delay: float) -> None:
+    def _say_failed(
+        self, batch: _Trial[_B], error: DeliveryError, delay: float
+    ) -> None:
         answer = f"answered {error.status}" if error.status else "did not answer"
         held = isinstance(error, Held)
         logger.log(
@@ -245,10 +250,3 @@ class Sender:
             answer, reason_of(error), len(batch.events),
             " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
-
-
-def _shortened(event: bytes) -> bytes:
-    """Leave out the middle of a long event; subject and id are at its end."""
-    if len(event) <= _MAX_LOGGED:
-        return event
-    return event[: _MAX_LOGGED // 2] + b" [...] " + event[-_MAX_LOGGED // 2 :]

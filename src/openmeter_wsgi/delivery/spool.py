@@ -6,24 +6,35 @@ leaves although no thread of that process runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
+from time import monotonic as now
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import progress
-from openmeter_wsgi.delivery.progress import Doubt, Progress
-from openmeter_wsgi.delivery.reading import Place, Reading, runs
+from openmeter_wsgi.delivery import progress, ranges
+from openmeter_wsgi.delivery.doubts import Doubts
+from openmeter_wsgi.delivery.part import Part, SpoolBatch, take_from
+from openmeter_wsgi.delivery.progress import Progress, ProgressFile
+from openmeter_wsgi.delivery.reading import Reading, first_of_each
 from openmeter_wsgi.delivery.roll_call import RollCall
-from openmeter_wsgi.delivery.segment import Piece, read_name
+from openmeter_wsgi.delivery.segment import Piece, SegmentName, read_name
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from openmeter_wsgi.delivery.dead_letters import DeadLetters
+    from openmeter_wsgi.delivery.ranges import Ranges
 
 logger = log.get_logger(__name__)
+
+#: While enough is known to be sent, the directory is not looked at more often.
+_SCAN_INTERVAL = 0.1
+#: So many deletions are brought on the disk together.
+_DELETIONS = 16
 
 
 class Spool:
@@ -40,29 +51,41 @@ class Spool:
         self._max_events = max_events
         self._letters = letters
         self._readings: dict[str, Reading] = {}
-        self._waiting: deque[tuple[bytes, Place]] = deque()
+        #: What was done of deleted segments, all of it: a loss of power may bring one
+        #: back until the directory is on the disk without it.
+        self._deleted: dict[str, Ranges] = {}
+        self._names: dict[str, SegmentName] = {}
+        #: What is read next of each owner, and who has no more until the next look.
+        self._heads: list[Reading] = []
+        self._exhausted: set[str] = set()
+        self._waiting: deque[Part] = deque()
+        self._waiting_events = 0
         self._waiting_bytes = 0
         #: Batches in doubt when the last sender died: each goes again, alone.
-        self._again: deque[list[bytes]] = deque()
-        #: Where the events come from that are being sent, by their object's id.
-        self._places: dict[int, Place] = {}
-        self._since: dict[int, float] = {}
+        self._again: deque[SpoolBatch] = deque()
+        self._doubts = Doubts()
         #: Whether there is progress that the disk did not take.
         self._unsaved = False
         self._roll = RollCall(directory)
         self._loaded = progress.recover(directory)
+        self._file = ProgressFile(directory, self._loaded.number)
         self._scan()
         self._load_doubts()
 
     def __len__(self) -> int:
         """Return how many events are read and not taken."""
-        return len(self._waiting) + sum(map(len, self._again))
+        return self._waiting_events + sum(map(len, self._again))
+
+    @property
+    def segments(self) -> int:
+        """How many segments are not delivered yet, those in use included."""
+        return len(self._readings)
 
     @property
     def is_full(self) -> bool:
         """Whether a batch can be filled with what was read."""
         return (
-            len(self._waiting) >= self._max_events
+            self._waiting_events >= self._max_events
             or self._waiting_bytes >= MAX_BATCH_BYTES
         )
 
@@ -70,95 +93,89 @@ class Spool:
         """Look for new segments, lines and deaths; with *last* for every one."""
         if last:
             self._roll.due()
-        self._scan()
+        due = last or now() >= self._scan_at
+        if due:
+            self._scan()
         self._fill()
+        if not due and not self.is_full:
+            due = True
+            self._scan()
+            self._fill()
         if self._unsaved:
-            self._save()
-        self._forget_done()
+            self._save(lasting=True)
+        if due:
+            self._forget_done(list(self._readings.values()))
 
-    def take(self, *, max_events: int, max_bytes: int) -> list[bytes]:
+    def close(self) -> None:
+        """Close what is open. The directory stays as it is."""
+        self._file.close()
+
+    def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
         """Return the oldest events, as many as one batch may hold."""
+        self._fill()
         if self._again:
             return self._again.popleft()
-        self._fill()
-        batch: list[bytes] = []
-        size = 0
-        while self._waiting and len(batch) < max_events:
-            event, place = self._waiting[0]
-            size += len(event)
-            if batch and size > max_bytes:
-                break
-            self._waiting.popleft()
-            self._waiting_bytes -= len(event)
-            self._places[id(event)] = place
-            batch.append(event)
-        return batch
+        parts = take_from(self._waiting, max_events=max_events, max_bytes=max_bytes)
+        self._waiting_events -= sum(part.events for part in parts)
+        self._waiting_bytes -= sum(part.size for part in parts)
+        return SpoolBatch(parts)
 
-    def done(self, events: list[bytes]) -> None:
-        """Remember, for good, that *events* are delivered or set aside."""
-        for event in events:
-            self._since.pop(id(event), None)
-        places = [self._places.pop(id(event)) for event in events]
-        for reading, start, end in runs(places):
-            progress.add(reading.done, start, end)
-        self._save()
-        self._forget_done()
+    def done(self, batch: SpoolBatch) -> None:
+        """Remember, for good, that *batch* is delivered or set aside."""
+        self._doubts.forget(batch.runs)
+        found = (self._readings.get(run.key) for run in batch.runs)
+        touched = {reading.key: reading for reading in found if reading}
+        for key, start, end in batch.runs:
+            if key in touched:
+                ranges.add(touched[key].done, start, end)
+        # The doubt about the next batch brings it on the disk. Until then this one is
+        # still in doubt there, and no other is.
+        self._save(lasting=False)
+        self._forget_done(touched.values())
 
     # -- Doubt
 
-    def in_doubt_since(self, events: list[bytes]) -> float | None:
+    def in_doubt_since(self, batch: SpoolBatch) -> float | None:
         """Return when the first attempt was that may have arrived, None if none."""
-        times = [self._since[id(event)] for event in events if id(event) in self._since]
-        return min(times, default=None)
+        return self._doubts.since(batch.runs)
 
-    def doubt(self, events: list[bytes], since: float) -> None:
-        """Write down that *events* are about to be sent."""
-        for event in events:
-            self._since[id(event)] = since
-        self._save()
+    def doubt(self, batch: SpoolBatch, since: float) -> None:
+        """Write down that *batch* is about to be sent."""
+        self._doubts.add(batch.runs, since)
+        self._save(lasting=True)
 
-    def trust(self, events: list[bytes]) -> None:
-        """Write down that *events* have certainly not arrived."""
-        for event in events:
-            self._since.pop(id(event), None)
-        self._save()
+    def trust(self, batch: SpoolBatch) -> None:
+        """Write down that *batch* has certainly not arrived."""
+        self._doubts.forget(batch.runs)
+        self._save(lasting=True)
 
     # -- Progress
 
     def _load_doubts(self) -> None:
         for doubt in self._loaded.doubts:
-            batch: list[bytes] = []
-            for key, ranges in doubt.lines.items():
+            parts: list[Part] = []
+            for key, places in doubt.lines.items():
                 if (reading := self._readings.get(key)) is None:
                     continue
-                for start, end in ranges:
-                    events, damaged = reading.read_range(start, end)
+                for start, end in places:
+                    found, damaged = reading.read_range(start, end)
                     self._set_aside(reading, damaged)
-                    batch += [self._placed(piece, reading) for piece in events]
-            for event in batch:
-                self._since[id(event)] = doubt.since
-            if batch:
+                    parts += found
+            if parts:
+                batch = SpoolBatch(parts)
+                self._doubts.add(batch.runs, doubt.since)
                 self._again.append(batch)
-
-    def _placed(self, piece: Piece, reading: Reading) -> bytes:
-        self._places[id(piece.text)] = Place(reading, piece.start, piece.end)
-        return piece.text
 
     def _set_aside(self, reading: Reading, damaged: list[Piece]) -> None:
         for piece in damaged:
             self._letters.set_aside(piece.text, reading.name.key, piece.start)
-            progress.add(reading.done, piece.start, piece.end)
+            ranges.add(reading.done, piece.start, piece.end)
 
-    def _save(self) -> None:
+    def _save(self, *, lasting: bool) -> None:
         done = {key: r.done for key, r in self._readings.items() if r.done}
-        doubts = {since: Doubt(since, {}) for since in set(self._since.values())}
-        for since, doubt in doubts.items():
-            places = [self._places[e] for e, of in self._since.items() if of == since]
-            for reading, start, end in runs(places):
-                ranges = doubt.lines.setdefault(reading.name.key, [])
-                progress.add(ranges, start, end)
+        done.update(self._deleted)
         try:
-            progress.save(self._directory, Progress(done, list(doubts.values())))
+            self._file.save(Progress(done, self._doubts.known), lasting=lasting)
             self._unsaved = False
         except OSError as error:
             # Sending on is what makes room on a full disk.
@@ -172,10 +189,13 @@ class Spool:
     # -- Segments
 
     def _scan(self) -> None:
+        """Look what segments there are, and who of their owners lives."""
+        self._scan_at = now() + _SCAN_INTERVAL
         entries = sorted(os.listdir(self._directory))
-        names = [name for entry in entries if (name := read_name(entry))]
-        self._roll.call(entries, names)
-        found = {name.key: name for name in names if not name.unfinished}
+        names = {e: n for e in entries if (n := self._names.get(e) or read_name(e))}
+        self._names = names
+        self._roll.call(entries, names.values())
+        found = {name.key: name for name in names.values() if not name.unfinished}
         for key in self._readings.keys() - found.keys():
             del self._readings[key]
         for key, name in found.items():
@@ -185,32 +205,23 @@ class Spool:
                 reading = self._readings[key] = Reading(self._directory, name, done)
             reading.name = name
             reading.adopted = name.owner in self._roll.dead
-
-    def _heads(self) -> list[Reading]:
-        """Return of each owner the segment that is read next, the oldest first."""
-        heads: dict[str, Reading] = {}
-        for reading in self._readings.values():
-            name = reading.name
-            head = heads.get(name.owner)
-            if not reading.at_end and (head is None or head.name.number > name.number):
-                heads[name.owner] = reading
-        return sorted(heads.values(), key=lambda reading: reading.name)
+        self._heads, self._exhausted = [], set()
 
     def _fill(self) -> None:
         """Read ahead. An owner's next segment is read when its last is at its end."""
-        exhausted: set[str] = set()
         while not self.is_full:
-            heads = [r for r in self._heads() if r.name.owner not in exhausted]
-            if not heads:
+            if not self._heads or self._heads[0].at_end:
+                self._heads = first_of_each(self._readings, but=self._exhausted)
+            if not self._heads:
                 return
-            if not self._read(heads[0]):
-                exhausted.add(heads[0].name.owner)
+            if not self._read(self._heads[0]):
+                self._exhausted.add(self._heads.pop(0).name.owner)
 
     def _read(self, reading: Reading) -> bool:
         """Read on in a segment and say whether its owner may have more."""
         before = reading.offset
         try:
-            events, damaged = reading.read()
+            parts, damaged = reading.read()
         except FileNotFoundError:
             return False  # sealed at this moment; the next scan finds it
         except OSError as error:
@@ -220,15 +231,20 @@ class Spool:
             )  # fmt: skip
             return False
         self._set_aside(reading, damaged)
-        for piece in events:
-            place = Place(reading, piece.start, piece.end)
-            self._waiting.append((piece.text, place))
-            self._waiting_bytes += len(piece.text)
+        for part in parts:
+            self._waiting.append(part)
+            self._waiting_events += part.events
+            self._waiting_bytes += part.size
         return reading.at_end or reading.offset > before
 
-    def _forget_done(self) -> None:
-        """Delete the segments of which nothing is left to do."""
-        for key, reading in list(self._readings.items()):
+    def _forget_done(self, readings: Iterable[Reading]) -> None:
+        """Delete those segments of which nothing is left to do."""
+        for reading in readings:
             if reading.is_final and reading.is_done:
                 (self._directory / str(reading.name)).unlink(missing_ok=True)
-                del self._readings[key]
+                self._readings.pop(reading.key, None)
+                self._deleted[reading.key] = reading.done
+        if len(self._deleted) >= _DELETIONS:
+            with contextlib.suppress(OSError):
+                progress.sync_directory(self._directory)
+                self._deleted.clear()

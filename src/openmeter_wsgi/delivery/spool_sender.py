@@ -14,6 +14,8 @@ from openmeter_wsgi.delivery.background import BackgroundDelivery
 from openmeter_wsgi.delivery.dead_letters import DeadLetters
 from openmeter_wsgi.delivery.doubt import RecordingClient
 from openmeter_wsgi.delivery.keeper import Keeper
+from openmeter_wsgi.delivery.pace import Pace
+from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
 from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Sender
 from openmeter_wsgi.delivery.spool import Spool
 from openmeter_wsgi.delivery.trouble import Trouble
@@ -57,6 +59,8 @@ class SpoolSender(BackgroundDelivery):
         self._policy = policy
         self._directory = Path(os.path.abspath(policy.spool_dir or ""))
         self._poll = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
+        # What comes is only seen when it is looked for, and then best all of it.
+        self._spacing = min(self._poll, policy.flush_interval)
         self._keeper = Keeper(
             self._directory,
             prepare=prepare,
@@ -131,6 +135,7 @@ class SpoolSender(BackgroundDelivery):
         )
         self._trouble = self._sender.trouble
         self._spool = self._events = spool
+        self._pace = Pace()
         self._elected = self._keeper.elected = True
         try:
             while not self._finished():
@@ -140,7 +145,12 @@ class SpoolSender(BackgroundDelivery):
         finally:
             self._elected = self._keeper.elected = False
             del self._spool, self._events, self._sender
+            spool.close()
             self._client.close()
+
+    @property
+    def _is_pressed(self) -> bool:
+        return 2 * self._spool.segments * SEGMENT_BYTES >= self._policy.max_spool_bytes
 
     def _finished(self) -> bool:
         if self._stopping or not self._closing:

@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from openmeter_wsgi.delivery import progress
+from openmeter_wsgi.delivery import progress, ranges
 from openmeter_wsgi.delivery.segment import (
     SegmentName,
     open_file,
@@ -18,9 +18,13 @@ from openmeter_wsgi.timestamps import moment_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from openmeter_wsgi.delivery.ranges import Ranges
+
 #: So many bytes are counted exactly; of more, the number of events is estimated.
 _COUNTED_BYTES = 16 * 1024 * 1024
 _TYPICAL_EVENT = 250
+#: So many bytes are counted by one call: each keeps all other threads waiting.
+_BLOCK_BYTES = 64 * 1024
 #: An event that is longer is not asked for its time.
 _FIRST_LINE = 65_536
 #: Seconds between two looks; nothing wakes one process when another delivers.
@@ -33,7 +37,7 @@ def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
     done = _done(directory)
     for name in _names(directory):
         if owner in {None, name.owner}:
-            start = progress.first_gap(done.get(name.key, []))
+            start = ranges.first_gap(done.get(name.key, []))
             if (fd := _opened(directory, name)) is not None:
                 with open(fd, "rb", buffering=0):
                     found[name.key] = whole_end(fd, start)
@@ -48,7 +52,7 @@ def all_done(directory: Path, ends: dict[str, int]) -> bool:
     there = {name.key for name in _names(directory)}
     done = _done(directory)
     return all(
-        key not in there or progress.first_gap(done.get(key, [])) >= end
+        key not in there or ranges.first_gap(done.get(key, [])) >= end
         for key, end in ends.items()
     )
 
@@ -80,22 +84,24 @@ def backlog(directory: Path) -> Backlog:
     events = counted = rest = 0
     moments: list[float] = []
     for name in _names(directory):
-        ranges = done.get(name.key, [])
+        places = done.get(name.key, [])
         if (fd := _opened(directory, name)) is None:
             continue
         with open(fd, "rb", buffering=0):
             size = os.fstat(fd).st_size
-            first = progress.first_gap(ranges)
+            first = ranges.first_gap(places)
             moments += _moments(os.pread(fd, _FIRST_LINE, first))
             if counted > _COUNTED_BYTES:
                 rest += size - first
                 continue
             start = 0
-            for low, high in [*ranges, (size, size)]:
-                text = os.pread(fd, max(low - start, 0), start)
-                # A form writes a newline before each line as well as after it.
-                events += text.count(b"}\n")
-                counted += len(text.rstrip(b"\0"))
+            for low, high in [*places, (size, size)]:
+                for at in range(start, low, _BLOCK_BYTES):
+                    # With one byte more: what is counted may lie across the border.
+                    text = os.pread(fd, min(low - at, _BLOCK_BYTES + 1), at)
+                    # A form writes a newline before each line as well as after it.
+                    events += text.count(b"}\n")
+                    counted += len(text[:_BLOCK_BYTES].rstrip(b"\0"))
                 start = high
     per_event = counted / events if events else _TYPICAL_EVENT
     return Backlog(
@@ -119,7 +125,7 @@ def _names(directory: Path) -> list[SegmentName]:
     return sorted(name for name in names if not name.unfinished)
 
 
-def _done(directory: Path) -> dict[str, progress.Ranges]:
+def _done(directory: Path) -> dict[str, Ranges]:
     try:
         loaded = progress.load(directory)
     except OSError:

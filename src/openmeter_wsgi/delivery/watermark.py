@@ -8,13 +8,13 @@ needs to be looked into, and none can mislead by a time of its own.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import time
 from collections import deque
-from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from openmeter_wsgi.delivery import progress
+from openmeter_wsgi.delivery import progress, ranges
 from openmeter_wsgi.delivery.segment import read_name
 from openmeter_wsgi.ownership import UNFINISHED
 
@@ -33,25 +33,43 @@ _Put = TypeVar("_Put")
 
 
 class Marks(Generic[_Put]):
-    """The marks that are not reached yet, the oldest first. One thread at a time."""
+    """The marks that are not reached yet, the oldest first. One thread at a time.
 
-    def __init__(self) -> None:
+    Each stands on the one before it: *join* makes one of two that follow each other.
+    """
+
+    def __init__(
+        self, join: Callable[[_Put, _Put], _Put] = lambda _, newer: newer
+    ) -> None:
+        self._join = join
         self._marks: deque[tuple[float, _Put]] = deque()
         self._reached = 0.0
         #: Seconds between two of them at least: longer, the longer none is reached.
         self._spacing = 0.0
 
-    def add(self, moment: float, put: _Put) -> None:
-        """Remember how much was *put* by *moment* (wall clock)."""
+    def add(self, moment: float, put: _Put) -> bool:
+        """Remember how much was *put* by *moment* (wall clock); say if it is."""
         marks = self._marks
         if marks and marks[-1][1] == put:
             marks.pop()  # nothing came since
         elif marks and 0 <= moment - marks[-1][0] < self._spacing:
-            return
+            return False
         marks.append((moment, put))
         if len(marks) > _MAX_MARKS:
-            self._marks = deque(islice(marks, 0, None, 2))
-            self._spacing = 2 * abs(moment - marks[0][0]) / _MAX_MARKS
+            self._thin_out()
+        return True
+
+    def renew(self, moment: float, nothing: _Put) -> None:
+        """Remember that nothing was put since the last mark, or since all were."""
+        put = self._marks.pop()[1] if self._marks else nothing
+        self._marks.append((moment, put))
+
+    def _thin_out(self) -> None:
+        first, *others = self._marks
+        pairs = zip(others[::2], others[1::2], strict=False)
+        joined = [(b[0], self._join(a[1], b[1])) for a, b in pairs]
+        self._marks = deque([first, *joined, *others[len(joined) * 2 :]])
+        self._spacing = 2 * abs(self._marks[-1][0] - first[0]) / _MAX_MARKS
 
     def reached(self, is_done: Callable[[_Put], bool]) -> float:
         """Return the newest moment by which all that was put is done."""
@@ -67,7 +85,10 @@ class Watermark:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._marks: Marks[dict[str, int]] = Marks()
+        #: Of each mark what is new in it: all of it each time would be much where
+        #: much waits.
+        self._marks: Marks[dict[str, int]] = Marks(join=operator.or_)
+        self._marked: dict[str, int] = {}
         self._due_at = 0.0
 
     def begin_look(self) -> float | None:
@@ -85,7 +106,7 @@ class Watermark:
 
         :raises OSError: if the directory does not take it.
         """
-        self._marks.add(moment, ends)
+        self._mark(moment, ends)
         # In this order: a segment is deleted after it is done.
         there = {
             name.key for e in os.listdir(self._directory) if (name := read_name(e))
@@ -95,7 +116,7 @@ class Watermark:
 
         def is_done(ends: dict[str, int]) -> bool:
             return all(
-                key not in there or progress.first_gap(done.get(key, [])) >= end
+                key not in there or ranges.first_gap(done.get(key, [])) >= end
                 for key, end in ends.items()
             )
 
@@ -104,6 +125,14 @@ class Watermark:
         # It stands in the future where the clock was put back.
         if until and (until > known or known > moment):
             _write(self._directory, until)
+
+    def _mark(self, moment: float, ends: dict[str, int]) -> None:
+        known = self._marked
+        new = {key: end for key, end in ends.items() if known.get(key) != end}
+        if not new:
+            self._marks.renew(moment, {})
+        elif self._marks.add(moment, new):
+            self._marked = ends
 
 
 def read(directory: Path) -> float:

@@ -1,0 +1,45 @@
+"""Events that go to OpenMeter in one request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Of an event this much is logged.
+_MAX_LOGGED = 4_096
+
+
+class Batch(Protocol):
+    """Encoded events in their order. Who hands them out knows where they came from."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Return an iterator over all."""
+
+    def __getitem__(self, index: int, /) -> bytes:
+        """Return one."""
+
+    def halves(self) -> tuple[Self, Self]:
+        """Return the first half and the second: it holds at least two events."""
+
+
+class ListedBatch(list[bytes]):
+    """A batch of events that are there one by one."""
+
+    __slots__ = ()
+
+    def halves(self) -> tuple[Self, Self]:
+        """Return the first half and the second: it holds at least two events."""
+        middle = len(self) // 2
+        return type(self)(self[:middle]), type(self)(self[middle:])
+
+
+def shortened(event: bytes) -> bytes:
+    """Leave out the middle of a long event; subject and id are at its end."""
+    if len(event) <= _MAX_LOGGED:
+        return event
+    return event[: _MAX_LOGGED // 2] + b" [...] " + event[-_MAX_LOGGED // 2 :]

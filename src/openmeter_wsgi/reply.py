@@ -1,0 +1,82 @@
+"""What OpenMeter answered, and what that means where it was not hoped for."""
+
+from __future__ import annotations
+
+import re
+import time
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from openmeter_wsgi.errors import Held, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_TRY_LATER = {408, 429}
+_MAX_REASON = 500
+#: A wait longer than this is taken for a mistake of the server.
+MAX_RETRY_AFTER = 3_600.0
+
+
+class Reply(NamedTuple):
+    """What the server answered."""
+
+    status: int
+    #: Whatever the case of a name.
+    headers: Mapping[str, str]
+    #: The start of the body, without our key should the server repeat it.
+    body: bytes
+
+    @property
+    def is_page(self) -> bool:
+        """Whether it is a web page, as a proxy or a login shows it."""
+        content_type = self.headers.get("Content-Type", "").lower()
+        return "html" in content_type or self.body.lstrip()[:1] == b"<"
+
+
+def failure(reply: Reply) -> Unavailable | Held:
+    """Return what an answer means that is not what was hoped for."""
+    status, headers, body = reply
+    if status < 300 and reply.is_page:
+        return Held("a web page instead of an OpenMeter server", status=status)
+    said = reason(body)
+    if status in _TRY_LATER or 500 <= status <= 599:
+        return Unavailable(
+            said,
+            status=status,
+            retry_after=_retry_after(headers.get("Retry-After")),
+            # OpenMeter stops at the first event that it cannot process: those
+            # before it are taken. A 503 comes from a proxy that asked nobody.
+            ambiguous=status >= 500 and status != 503,
+        )
+    if 300 <= status <= 399:
+        said = f"a redirect to {headers.get('Location')!r}, which is not followed"
+    return Held(said, status=status)
+
+
+def reason(body: bytes) -> str:
+    """Return what the server said, from a problem document (RFC 9457) if it is one."""
+    text = body.decode(errors="replace")
+    try:
+        problem = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        problem = None
+    if isinstance(problem, dict):
+        text = str(problem.get("detail") or problem.get("title") or text)
+    # One line, whatever is in it: control characters could forge another.
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()[:_MAX_REASON]
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After asks for (RFC 9110, 10.2.3)."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return min(float(value), MAX_RETRY_AFTER)
+    try:
+        moment = parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)
