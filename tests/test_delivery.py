@@ -550,14 +550,18 @@ def test_a_queue_in_memory_counts_what_it_holds_until_it_is_done():
     counts = Counts()
     events = MemoryQueue(max_events=10, max_bytes=10, counts=counts)
 
-    assert [events.put(b"1234"), events.put(b"123"), events.put(b"1234")] == [1, 2, 0]
+    assert [events.put(b"1234"), events.put(b"123"), events.put(b"1234")] == [
+        True,
+        True,
+        False,
+    ]
     batch = events.take(max_events=1, max_bytes=100)
     assert (batch, len(events), events.waiting) == ([b"1234"], 1, 2)
     assert not events.put(b"1234")
     assert not events.wait_until_done(0)
     events.done(batch)
     assert (len(events), events.waiting) == (1, 1)
-    assert events.put(b"1234567") == 2
+    assert events.put(b"1234567")
     assert counts.dropped == {"queue_full": 2}
 
 

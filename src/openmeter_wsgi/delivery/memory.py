@@ -24,6 +24,8 @@ logger = log.get_logger(__name__)
 #: What bounds it, for the log.
 _BOUNDS = "max_queue_events or max_queue_bytes"
 _TYPICAL_EVENT = 250
+#: What is larger is measured before it is put.
+_LARGE_EVENT = 16_384
 
 
 class NumberedBatch(ListedBatch):
@@ -72,9 +74,10 @@ class MemoryQueue:
         #: From how many waiting events on a put calls *rouse*.
         self._wake_at = 1
         self._rouse = rouse
-        #: Up to how many waiting events, and put bytes, a put has nothing to look at.
-        self._easy_events = 0
-        self._easy_bytes = max_bytes
+        #: Up to how many waiting events a put of no large one has nothing to look at.
+        #: In a list, which the taking thread replaces: what a put has written into an
+        #: older one is no longer read.
+        self._easy = [0]
         #: Since when events are dropped, and how many had been before.
         self._full: tuple[float, int] | None = None
         self._put_bytes = 0
@@ -88,33 +91,35 @@ class MemoryQueue:
         self._done_numbers: Ranges = []
         self._marks: Marks[int] = Marks()
 
-    def put(self, event: bytes) -> int:
-        """Append *event* and return how many wait now; 0 if there was no room.
+    def put(self, event: bytes) -> bool:
+        """Append *event*, and say whether there was room for it.
 
         Never blocks, never raises. The newest is dropped: what is older was
         promised first.
         """
         events = self._events
         size = len(event)
-        waiting = len(events) + 1
-        if waiting > self._easy_events or self._put_bytes + size > self._easy_bytes:
-            return self._put_with_care(event, waiting)
+        if len(events) >= self._easy[0] or size > _LARGE_EVENT:
+            return self._put_with_care(event, size)
         events.append(event)
         self._put_bytes += size
-        return waiting
+        return True
 
-    def _put_with_care(self, event: bytes, waiting: int) -> int:
-        size = len(event)
+    def _put_with_care(self, event: bytes, size: int) -> bool:
+        easy = self._easy  # before all that is looked at: see there
+        waiting = len(self._events)
         if (
-            waiting + self._taken > self._max_events
-            or self._put_bytes - self._done_bytes + size > self._max_bytes
+            waiting + self._taken >= self._max_events
+            or self.size + size > self._max_bytes
         ):
             return self._refuse()
         self._events.append(event)
         self._put_bytes += size
-        if waiting >= self._wake_at:
+        if waiting + 1 >= self._wake_at:
             self._rouse()
-        return waiting
+        else:
+            easy[0] = self._easily()
+        return True
 
     def wake_from(self, waiting: int) -> None:
         """Have a put call *rouse* from so many waiting events on. One thread."""
@@ -122,11 +127,17 @@ class MemoryQueue:
         self._ease()
 
     def _ease(self) -> None:
-        """Say up to where a put has nothing to look at."""
-        self._easy_events = min(self._wake_at - 1, self._max_events - self._taken)
-        self._easy_bytes = self._max_bytes + self._done_bytes
+        """Say up to where a put has nothing to look at. One thread."""
+        self._easy = [self._easily()]
 
-    def _refuse(self) -> int:
+    def _easily(self) -> int:
+        return min(
+            self._wake_at - 1,
+            self._max_events - self._taken,
+            len(self._events) + (self._max_bytes - self.size) // _LARGE_EVENT,
+        )
+
+    def _refuse(self) -> bool:
         self._counts.dropped[self._when_full] += 1
         if self._full is None:
             dropped = self._counts.dropped[self._when_full] - 1
@@ -136,7 +147,7 @@ class MemoryQueue:
             "and counted as %s until some are delivered",
             _BOUNDS, len(self._events) + self._taken, self._when_full,
         )  # fmt: skip
-        return 0
+        return False
 
     def __len__(self) -> int:
         """Return how many events wait to be taken."""
