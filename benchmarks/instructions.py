@@ -15,15 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import paths
+from benchmarks import counting, paths
 from openmeter_wsgi.timestamps import clock
 
 if TYPE_CHECKING:
@@ -43,9 +40,6 @@ BUDGETS = {
 #: What the guard lets pass, for another build of CPython or another libc.
 TOLERANCE = 1.05
 _WARM_UP = 300
-#: System calls that nothing else makes: where it sees them valgrind writes a report of
-#: what was executed since the last one.
-_BEGIN, _END = os.getpgrp, os.getppid
 
 
 def run(requests: int, directory: str) -> None:
@@ -54,12 +48,12 @@ def run(requests: int, directory: str) -> None:
     # Under valgrind a hundredth of a second is over after some requests, not hundreds.
     clock.renew()
     clock.until = inf
-    Path(directory, "names.json").write_text(json.dumps(list(apps)))
+    Path(directory, counting.NAMES).write_text(json.dumps(list(apps)))
     for app in apps.values():
         paths.serve(app, _WARM_UP)
-        _BEGIN()
+        counting.begin()
         paths.serve(app, requests)
-        _END()
+        counting.end()
     os._exit(0)
 
 
@@ -70,38 +64,6 @@ def ways(directory: str) -> dict[str, WSGIApplication]:
         paths.trivial_app, directory, api_url="http://127.0.0.1:9", delivery="ship"
     )
     return {**found, paths.ENTITLED: paths.entitled_app(), FLASK: paths.flask_app()}
-
-
-def count(requests: int) -> dict[str, float]:
-    """Return the instructions of one request in each way."""
-    with tempfile.TemporaryDirectory() as directory:
-        done = subprocess.run(
-            [
-                "valgrind", "--tool=callgrind", f"--callgrind-out-file={directory}/out",
-                f"--dump-before={_BEGIN.__name__}*", f"--dump-before={_END.__name__}*",
-                sys.executable, "-m", "benchmarks.instructions",
-                "--run", directory, "--requests", str(requests),
-            ],
-            # Equal hashes make equal dictionaries, and so equal counts.
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"expected valgrind to count, got {done.stderr}")
-        names = json.loads(Path(directory, "names.json").read_text())
-        return {
-            # Every other report is of what was executed in between.
-            name: _total(Path(directory, f"out.{2 * number}")) / requests
-            for number, name in enumerate(names, 1)
-        }
-
-
-def _total(report: Path) -> int:
-    found = re.search(r"^summary: (\d+)$", report.read_text(), re.MULTILINE)
-    if found is None:
-        raise ValueError(f"{report}: expected a line 'summary: …', found none")
-    return int(found[1])
 
 
 def rows(counts: dict[str, float]) -> list[dict[str, object]]:
@@ -155,7 +117,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.run:
         run(given.requests, given.run)
-    counted = rows(count(given.requests))
+    counted = rows(
+        counting.count("benchmarks.instructions", "--requests", given.requests)
+    )
     print(table(counted))
     if given.json:
         given.json.write_text(json.dumps(counted, indent=1) + "\n")

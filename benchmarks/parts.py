@@ -1,0 +1,196 @@
+"""What a metered request pays for: its parts, in instructions, one by one.
+
+    python -m benchmarks.parts [--times 500]
+
+Counted as by `benchmarks.instructions`. Each part is repeated in a loop of its own,
+whose own price is taken off; what a bare request pays as well is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from wsgiref.util import setup_testing_defaults
+
+from benchmarks import counting, paths, waiting
+from openmeter_wsgi.delivery.memory import MemoryQueue
+from openmeter_wsgi.environ import CALLER, METERS, STATED
+from openmeter_wsgi.events import RequestIds, quoted
+from openmeter_wsgi.forks import mark_process
+from openmeter_wsgi.settlement import ListSettlement, Settled
+from openmeter_wsgi.stats import Counts
+from openmeter_wsgi.timestamps import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LOOP = "an empty loop"
+
+
+class _Callable:
+    def __call__(self, environ: object, start_response: object) -> None:
+        pass
+
+
+def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
+    """Return what repeats each part so many times."""
+    environ: dict[str, Any] = {}
+    setup_testing_defaults(environ)
+    cell: list[Any] = [None, None]
+    body = [paths.BODY]
+    event = next(waiting.events(RequestIds()))
+    application = _Callable()
+    is_own = mark_process()
+    ids = RequestIds()
+    queue = MemoryQueue(max_events=10**7, max_bytes=4 * 10**9, counts=Counts())
+    queue.wake_from(10**6)
+    put = queue.put
+
+    def function(environ: object, start_response: object) -> None:
+        pass
+
+    def loop(times: int) -> None:
+        for _ in range(times):
+            pass
+
+    def call_function(times: int) -> None:
+        for _ in range(times):
+            function(environ, None)
+
+    def call_object(times: int) -> None:
+        for _ in range(times):
+            application(environ, None)
+
+    def read_mark(times: int) -> None:
+        for _ in range(times):
+            if not is_own[0]:
+                return
+
+    def fill_cell(times: int) -> None:
+        for _ in range(times):
+            made = [None, None]
+            if environ.setdefault(METERS, made) is not made and made[STATED]:
+                return
+
+    def make_settlement(times: int) -> None:
+        for _ in range(times):
+            settlement = ListSettlement()
+            settlement.cell = cell
+            settlement.environ = environ
+            settlement.__class__ = Settled  # type: ignore[assignment]
+
+    def bind_method(times: int) -> None:
+        settlement = ListSettlement()
+        for _ in range(times):
+            settlement.start_response  # noqa: B018
+        settlement.__class__ = Settled  # type: ignore[assignment]
+
+    def iterate_list(times: int) -> None:
+        for _ in range(times):
+            for _chunk in body:
+                pass
+
+    def iterate_settlement(times: int) -> None:
+        settlement = ListSettlement()
+        settlement.iterable = body
+        for _ in range(times):
+            for _chunk in settlement:
+                pass
+        settlement.__class__ = Settled  # type: ignore[assignment]
+
+    def look_at_end(times: int) -> None:
+        iterator: Any = iter(())
+        for _ in range(times):
+            if iterator.__length_hint__():
+                return
+            iterator.__setstate__(0)
+            if iterator.__length_hint__():
+                return
+
+    def look_for_caller(times: int) -> None:
+        for _ in range(times):
+            if CALLER in environ or "REMOTE_USER" in environ:
+                return
+
+    def look_for_options(times: int) -> None:
+        for _ in range(times):
+            if environ["REQUEST_METHOD"] == "OPTIONS":
+                return
+
+    def make_id(times: int) -> None:
+        for _ in range(times):
+            try:
+                _block, numbers = ids.block
+                next(numbers)
+            except StopIteration:
+                ids.new_in_next_block()
+
+    def read_clock(times: int) -> None:
+        clock.renew()
+        clock.until = float("inf")
+        for _ in range(times):
+            monotonic = clock.monotonic
+            clock.text if monotonic() < clock.until else clock.renew()
+
+    def encode(times: int) -> None:
+        head, block, number, middle = "h" * 80, "b" * 26, "123", ":a','time':'"
+        time, subject = clock.text, "acme"
+        for _ in range(times):
+            f'{head}{block}{number}{middle}{time}","subject":{quoted(subject)}}}'.encode()
+
+    def put_event(times: int) -> None:
+        for _ in range(times):
+            put(event)
+
+    return {
+        _LOOP: loop,
+        "a call of a function": call_function,
+        "a call of an object, as a server calls the middleware": call_object,
+        "is this the process that it was made in? asked at the start, and where "
+        "there are events again": read_mark,
+        "a cell in the environ, for handlers, and for one inside of another": fill_cell,
+        "a settlement, made, settled and freed": make_settlement,
+        "a bound method, for start_response": bind_method,
+        "the body iterated, a list": iterate_list,
+        "the body iterated, through the settlement": iterate_settlement,
+        "did it come to its end?": look_at_end,
+        "does the request say who is calling?": look_for_caller,
+        "is it OPTIONS?": look_for_options,
+        "an id": make_id,
+        "the time": read_clock,
+        "the event, from text to bytes": encode,
+        "a put into a queue with two bounds, in memory": put_event,
+    }
+
+
+def run(times: int, directory: str) -> None:
+    """Repeat each part so many times, and end at once. Runs under valgrind."""
+    found = parts()
+    Path(directory, counting.NAMES).write_text(json.dumps(list(found)))
+    for repeat in found.values():
+        repeat(300)
+        counting.begin()
+        repeat(times)
+        counting.end()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=500)
+    parser.add_argument("--run", metavar="DIRECTORY", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.run:
+        run(given.times, given.run)
+    counted = counting.count("benchmarks.parts", "--times", given.times)
+    loop = counted.pop(_LOOP)
+    print("| part | instructions |\n|---|---:|")
+    for name, each in counted.items():
+        print(f"| {name} | {round(each - loop):,} |")
+
+
+if __name__ == "__main__":
+    main()
