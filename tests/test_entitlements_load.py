@@ -26,6 +26,7 @@ from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
 from openmeter_wsgi.ledger.terms import Lessee, Request, StoreAway
 from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
+from spooling import until
 from test_entitlements import ok
 from test_fork import (
     FORKS,
@@ -158,10 +159,12 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     sandbox.grant("acme", "api_requests", 1_000_000)
     app = limited(sandbox.url, allow_ttl=3_600)
     assert ask(app).status == "200 OK"
+    known = app.metering().entitlements.known
+    until(lambda: known("acme", "api_requests").terms)  # they come behind the back
     sandbox.faults.entitlements.set(hang=60)
 
     # It has outlived its time while nobody answers, and is asked for behind the back.
-    app.metering().entitlements.known("acme", "api_requests").fresh_until = 0.0
+    known("acme", "api_requests").fresh_until = 0.0
     started = time.monotonic()
     assert statuses(app, 1_000) == {"200 OK": 1_000}
     taken = time.monotonic() - started

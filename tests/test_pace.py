@@ -101,7 +101,7 @@ def resting(request, openmeter, tmp_path, monkeypatch):
         queue = spool_queue(tmp_path / "spool", openmeter.url, flush_interval=0.05)
     queue.start()
     yield queue
-    queue.close(0)
+    queue.close(40)  # at once, but a thread that rests has to notice
 
 
 def put_a_backlog(queue, openmeter, *, prefix):
