@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from werkzeug.routing import Map, Rule
 
 from benchmarks import report
-from openmeter_wsgi.routes import RouteRule, Routes
+from openmeter_wsgi.route_rules import RouteRule
+from openmeter_wsgi.routes import Routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
