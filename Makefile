@@ -13,6 +13,7 @@
 #   make bench         what a metered request costs beside a bare one; what delivery,
 #                      waiting events and the start cost; plots of growth in build/bench
 #   make bench PLOTS=docs/images   the same, with the plots of the documentation
+#   make bench PEERS=1  the same, beside what others would pick: installed from PyPI
 #   make guard         whether a request and the import still cost what they may, in
 #                      instructions
 #   make dist          wheel and sdist
@@ -74,7 +75,7 @@ chaos: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.instructions
-	$(BIN)/python -m benchmarks.request_cost
+	$(BIN)/python -m benchmarks.request_cost $(if $(PEERS),--peers)
 	$(BIN)/python -m benchmarks.entitlements
 	for each in start memory delivery latency routing; do \
 		$(BIN)/python -m benchmarks.$$each --json build/bench/$$each.json || exit 1; \

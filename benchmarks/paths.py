@@ -42,10 +42,14 @@ def trivial_app(
     return [BODY]
 
 
-def flask_app() -> WSGIApplication:
+def greeting() -> Flask:
     app = Flask(__name__)
-    app.add_url_rule("/", view_func=lambda: BODY)
-    return app.wsgi_app
+    app.add_url_rule("/", "greet", view_func=lambda: BODY)
+    return app
+
+
+def flask_app() -> WSGIApplication:
+    return greeting().wsgi_app
 
 
 def policies(spool_dir: str, delivery: str) -> dict[str, dict[str, Any]]:
@@ -102,9 +106,9 @@ def entitled_app() -> WSGIApplication:
         return app
 
 
-def serve(app: WSGIApplication, requests: int) -> float:
+def serve(app: WSGIApplication, requests: int, **variables: str) -> float:
     """Return the seconds that a server's part of so many requests takes."""
-    template: dict[str, Any] = {}
+    template: dict[str, Any] = {**variables}
     setup_testing_defaults(template)
 
     def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:

@@ -1,4 +1,7 @@
-"""A server that takes every batch: it must never be what is measured."""
+"""A server that takes every batch: it must never be what is measured.
+
+To questions, of which only the peers ask any, it answers with an empty document.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(204)
         self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
 
     def log_message(self, *args: object) -> None:
         """Say nothing."""

@@ -1,7 +1,10 @@
 """Whether the benchmarks measure what they say, however busy the machine is."""
 
+import contextlib
+import sys
 from xml.etree import ElementTree
 
+import pytest
 from benchmarks import (
     delivery,
     entitlements,
@@ -9,8 +12,11 @@ from benchmarks import (
     latency,
     memory,
     pacing,
+    paths,
+    peers,
     plot,
     report,
+    request_cost,
     routing,
     sink,
     start,
@@ -69,6 +75,35 @@ def test_both_kinds_of_routes_are_timed_beside_werkzeugs_matcher():
 
     assert [len(row.measured) for row in rows] == [2, 2]
     assert all(row.median > 0 for row in rows)
+
+
+def test_a_peer_is_timed_in_a_process_of_its_own_and_a_missing_one_says_why(tmp_path):
+    installed = dict.fromkeys([each.name for each in peers.PEERS], sys.executable)
+    moesif = peers.PEERS[1].name
+    installed[moesif] = peers.UnavailableError("no such release")
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(sink.running_sink())
+        compared = request_cost.Compared(peers.FLASK, url, installed, stack)
+        found = request_cost.measure(
+            paths.flask_app(), url, str(tmp_path), rounds=2, requests=50,
+            compared=compared,
+        )  # fmt: skip
+
+    lines = list(request_cost.rows(peers.FLASK, found, compared.missing))
+    # This interpreter has the SDK of OpenMeter, but neither of the other two.
+    assert [len(of.added) for of in found.values()] == [2] * (len(found))
+    assert {peers.THIS_PACKAGE.name, peers.PEERS[-1].name} <= found.keys()
+    assert f"| Flask | {moesif} | not measured: no such release | | |" in lines
+    assert sum("ModuleNotFoundError: No module named" in line for line in lines) == 2
+
+
+def test_a_peer_that_cannot_be_installed_says_why(tmp_path):
+    peer = peers.Peer("nobody", ("not a requirement",))
+
+    with pytest.raises(peers.UnavailableError, match=r"(?i)requirement"):
+        peers.interpreter(peer, tmp_path)
+
+    assert not (tmp_path / "nobody" / "installed.txt").exists()
 
 
 def test_workers_append_to_one_spool(tmp_path):
