@@ -1,6 +1,6 @@
 """What delivering costs: at a usual rate, at full speed, and beside requests.
 
-    python -m benchmarks.delivery [--rounds 5] [--seconds 4] [--events 100000]
+    python -m benchmarks.delivery [--rounds 5] [--seconds 3] [--events 100000]
 
 Each round takes memory and spool in turns, to a sink in a process of its own on
 loopback. The part of a core is the processor time of the threads that deliver, not of
@@ -159,7 +159,7 @@ def _measures(
 
 
 def main() -> None:
-    parser = report.arguments(__doc__, rounds=5, seconds=4, events=100_000)
+    parser = report.arguments(__doc__, rounds=5, seconds=3, events=100_000)
     given = parser.parse_args()
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
     rows = measure(given.rounds, given.seconds, given.events)

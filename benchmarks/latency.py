@@ -1,6 +1,6 @@
 """How long requests take under threads: bare, metered, while events go, in an outage.
 
-    python -m benchmarks.latency [--rounds 5] [--seconds 4]
+    python -m benchmarks.latency [--rounds 5] [--seconds 3]
 
 gunicorn's gthread with 8 threads serves a handler that computes for 200 µs. Requests
 come at a fixed pace over 8 connections and are timed from the moment at which each
@@ -112,7 +112,7 @@ def rows(found: dict[str, list[list[float]]]) -> list[report.Row]:
 
 
 def main() -> None:
-    given = report.arguments(__doc__, rounds=5, seconds=4).parse_args()
+    given = report.arguments(__doc__, rounds=5, seconds=3).parse_args()
     found = measure(given.rounds, given.seconds)
     report.show("Latency", rows(found), given.json)
 

@@ -1,6 +1,6 @@
 """How much longer a request takes when it is metered.
 
-    python -m benchmarks.request_cost [--rounds 15] [--requests 2000] [--peers]
+    python -m benchmarks.request_cost [--rounds 11] [--requests 2000] [--peers]
 
 Every round times all variants one after the other, so that what slows the machine
 down slows all of them; a figure is the median over the rounds, a ratio to the bare
@@ -139,7 +139,7 @@ def _spread(of: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--requests", type=int, default=2_000)
     parser.add_argument(
         "--peers", action="store_true", help="install from PyPI what is compared, too"

@@ -1,6 +1,6 @@
 """What importing costs, and making a middleware, and that neither opens anything.
 
-    python -m benchmarks.start [--rounds 25] [--guard]
+    python -m benchmarks.start [--rounds 15] [--guard]
 
 Each round starts an interpreter that imports what everybody has, then this package,
 then makes a middleware. It is timed in processor time: on a busy machine the clock on
@@ -167,7 +167,7 @@ def guard() -> None:
 
 
 def main() -> None:
-    parser = report.arguments(__doc__, rounds=25)
+    parser = report.arguments(__doc__, rounds=15)
     parser.add_argument(
         "--guard", action="store_true", help="count, fail above the share"
     )
