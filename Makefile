@@ -77,7 +77,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.instructions
 	$(BIN)/python -m benchmarks.request_cost $(if $(PEERS),--peers)
 	$(BIN)/python -m benchmarks.entitlements
-	for each in start memory delivery latency routing; do \
+	for each in start memory delivery latency socket_cost routing; do \
 		$(BIN)/python -m benchmarks.$$each --json build/bench/$$each.json || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.growth --json build/bench/growth.json \

@@ -19,6 +19,7 @@ from benchmarks import (
     request_cost,
     routing,
     sink,
+    socket_cost,
     start,
     waiting,
 )
@@ -68,6 +69,13 @@ def test_a_backlog_that_is_gone_at_once_is_followed_by_others():
 
         assert middleware.stats().waiting == 0
         middleware.close(60)
+
+
+def test_a_stream_over_a_socket_is_timed_beside_a_bare_one():
+    [row] = socket_cost.measure(rounds=2, chunks=20)
+
+    assert len(row.measured) == 2
+    assert row.median > 0
 
 
 def test_both_kinds_of_routes_are_timed_beside_werkzeugs_matcher():
