@@ -5,7 +5,7 @@ import json
 import pytest
 
 from entitling import ask, middleware
-from openmeter_server import PAGE, Answer, problem
+from openmeter_server import CLOSE, PAGE, RESET, Answer, problem
 from openmeter_wsgi import ConfigError, Policy
 from openmeter_wsgi.environ import DECISION
 from recorded import (
@@ -299,6 +299,7 @@ WRONG_VALUES = [
     document({"hasAccess": False, "balance": "none"}),
     document({"hasAccess": True, "config": {"seats": 5}}),
     Answer(204, takes=False),
+    document({"hasAccess": True, "more": "x" * 2_000_000}),  # longer than is read
 ]
 REFUSALS = [
     problem(400, 'parameter "customerIdOrKey" in path has an error'),
@@ -308,6 +309,8 @@ REFUSALS = [
     problem(412),
     problem(500),
     problem(503),
+    CLOSE,
+    RESET,
     Answer(301, headers={"Location": "/elsewhere"}, takes=False),
 ]
 
@@ -501,6 +504,19 @@ def test_a_customer_without_a_key_is_asked_for_by_its_id(make, called, recorded)
     recorded.answers[path] = document({"hasAccess": True})
 
     check(ask(make("g-nokey", "g_f_bool")), called, OK)
+
+
+def test_a_subject_that_becomes_a_key_is_asked_for_itself(make, called, recorded):
+    subjects_of_multi(recorded)
+    app = make("g-m-1", "g_f_eu", allow_ttl=1e-9, deny_ttl=1e-9)
+    ask(app)
+    own = RecordedOpenMeter.value_path("g-m-1", "g_f_eu")
+    recorded.answers[own] = document({})
+    called.clear()
+
+    check(ask(app), called, FORBIDDEN, "no_access")
+
+    assert recorded.count(LIST) == 1
 
 
 def test_a_subject_whose_customer_is_gone_is_looked_up_again(make, called, recorded):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from openmeter_wsgi.entitlements.breaker import Breaker
 from openmeter_wsgi.errors import Unavailable
@@ -37,7 +39,9 @@ class Grants:
         self.never_granted: dict[tuple[str, str], None] = {}
         self._said: dict[tuple[str, str | None], Answer] = {}
 
-    def grant(self, feature: str, subject: str | None, balance: float | None) -> None:
+    def grant(
+        self, feature: str, subject: str | None, balance: float | None, config: Any
+    ) -> None:
         """Give access, to everybody where no subject is named."""
         if balance is not None and balance <= 0:
             self._said[feature, subject] = LIMIT_REACHED
@@ -47,6 +51,7 @@ class Grants:
                 balance=balance,
                 usage=None if balance is None else 0.0,
                 total_available_grant_amount=balance,
+                config=None if config is None else msgspec.json.encode(config).decode(),
             )
 
     def deny(self, feature: str, subject: str | None, reason: Reason) -> None:
