@@ -287,7 +287,12 @@ WRONG_VALUES = [
     Answer(200, b"", {"Content-Type": "application/json"}, takes=False),
     Answer(200, b"no JSON", {"Content-Type": "application/json"}, takes=False),
     Answer(200, b'"\xff"', {"Content-Type": "application/json"}, takes=False),
-    Answer(200, b"[" * 100_000, {"Content-Type": "application/json"}, takes=False),
+    Answer(
+        200,
+        b'{"x":' + b"[" * 100_000,
+        {"Content-Type": "application/json"},
+        takes=False,
+    ),
     PAGE,
     document([]),
     document("text"),
