@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -12,6 +14,8 @@ from openmeter_wsgi import OpenMeterMiddleware
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openmeter_server import Request
 
 YES: dict[str, Any] = {"hasAccess": True}
@@ -111,3 +115,11 @@ def ask(app: Any, subject: str | None = "acme", **entries: Any) -> Consumer:
     consumer = Consumer()
     consumer.serve(app, environ)
     return consumer
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 40.0) -> None:
+    """Wait for what only time brings about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        threading.Event().wait(0.01)

@@ -7,7 +7,7 @@ import time
 import flask
 import pytest
 
-from entitling import NO, YES, Entitled, ask, metered, middleware
+from entitling import NO, YES, Entitled, ask, metered, middleware, wait_for
 from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi import (
     ConfigError,
@@ -597,14 +597,6 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 
 
 # -- When OpenMeter is away
-
-
-def wait_for(condition, timeout=40.0):
-    """Wait for what only time brings about."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        threading.Event().wait(0.01)
 
 
 def wait_until_aged(app, *customers):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from entitling import ask, middleware
+from entitling import ask, middleware, wait_for
 from openmeter_server import CLOSE, PAGE, RESET, Answer, problem
 from openmeter_wsgi import ConfigError, Policy
 from openmeter_wsgi.environ import DECISION
@@ -314,8 +314,6 @@ REFUSALS = [
     problem(412),
     problem(500),
     problem(503),
-    CLOSE,
-    RESET,
     Answer(301, headers={"Location": "/elsewhere"}, takes=False),
 ]
 
@@ -352,6 +350,23 @@ def test_what_is_said_wrongly_of_one_customer_stops_no_question_for_others(
     check(ask(app), called, OK)
     assert called[0].source == "openmeter"
     assert app.health().ok
+
+
+@pytest.mark.parametrize("answer", [CLOSE, RESET])
+def test_silence_about_one_customer_stops_no_question_for_others_for_long(
+    make, called, recorded, answer
+):
+    known_and_bad(recorded, answer)
+    who = ["bad"]
+    app = make("", "g_f_bool", fail_mode="closed", subject=lambda environ: who[0])
+
+    check(ask(app), called, UNAVAILABLE)
+    wait_for(lambda: app.health().ok)
+    check(ask(app), called, UNAVAILABLE)
+
+    assert recorded.count(RecordedOpenMeter.value_path("bad", "g_f_bool")) == 1
+    who[0] = "g-acme"
+    check(ask(app), called, OK)
 
 
 @pytest.mark.parametrize("answer", [

@@ -233,6 +233,8 @@ class Asker:
         except DeliveryError as error:
             client.close()
             self._log_failure(error, question)
+            if error.status is None and self._note_silence(done):
+                return
             self._failed(error, question, client, has_token)
         else:
             self._note_answer()
@@ -242,6 +244,13 @@ class Asker:
         if self.breaker.is_open:
             logger.warning("%s: OpenMeter answers again", "entitlements")
         self.breaker.succeeded()
+
+    def _note_silence(self, done: threading.Event) -> bool:
+        """Open the breaker, as nobody answered; return True if it was open before."""
+        was_open = self.breaker.is_open
+        self.breaker.failed()
+        done.set()  # who waits has waited long enough
+        return was_open
 
     def _failed(
         self,
@@ -253,11 +262,6 @@ class Asker:
         """Note a failure where it belongs: to one customer, to features, or to all."""
         if self._is_too_much(error):
             return
-        if error.status is None:  # nobody answered: the next request must not wait
-            was_open = self.breaker.is_open
-            self.breaker.failed()
-            if was_open:
-                return
         refusal = self._refusal_of_nobody(question.features, client, has_token)
         if refusal is None:
             self._remember_mistake(question)
