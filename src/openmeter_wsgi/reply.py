@@ -61,7 +61,7 @@ def reason(body: bytes) -> str:
     text = body.decode(errors="replace")
     try:
         problem = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         problem = None
     if isinstance(problem, dict):
         text = str(problem.get("detail") or problem.get("title") or text)
