@@ -122,12 +122,13 @@ def _header_text(value: object) -> str:
     """
     if not isinstance(value, str):
         return _text(value) or ""
-    if value.isascii():
-        return value.strip()
-    try:
-        return value.encode("latin-1").decode().strip()
-    except UnicodeError:
-        return _text(value.strip()) or ""
+    if not value.isascii():
+        try:
+            value = value.encode("latin-1").decode()
+        except UnicodeError:
+            return _text(value.strip()) or ""
+    text = value.strip()
+    return text if "\0" not in text else _text(text) or ""
 
 
 def path_reader(path: str) -> Callable[[object], object]:

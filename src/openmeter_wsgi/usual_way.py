@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi.environ import CALLER
-from openmeter_wsgi.events import quoted, static_templates
+from openmeter_wsgi.events import SHORT_SUBJECT, quoted, static_templates
 from openmeter_wsgi.timestamps import clock, timestamp
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ def usual_make(
     def make(environ: dict[str, Any]) -> list[bytes] | None:
         if environ["REQUEST_METHOD"] == "OPTIONS" or not is_own[0]:
             return None
-        if not (subject := find_subject(environ)):
+        subject = find_subject(environ)
+        if not subject or len(subject) > SHORT_SUBJECT:
             return None
         request_id = ids.new()
         tail = f'{timestamp()}","subject":{quoted(subject)}}}'
@@ -165,7 +166,7 @@ def _making_one(
             subject = find_subject(environ)
         else:
             subject = anonymous
-        if not subject:
+        if not subject or len(subject) > SHORT_SUBJECT:
             return None
         try:
             block, numbers = ids.block

@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import MAX_BATCH_BYTES, encode_events
+from openmeter_wsgi.events import encode_events, size_problem
 from openmeter_wsgi.usage import read_usage
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def encode_event(document: Any, *, source: str, new_id: str | None = None) -> by
         (encoded,) = encode_events(meters, request_id="", subject=None, source=source)
     except (MeterValueError, ValueError) as error:
         raise InvalidEvent(str(error)) from None
-    if len(encoded) > MAX_BATCH_BYTES:
-        raise InvalidEvent(f"expected at most {MAX_BATCH_BYTES} bytes")
+    if problem := size_problem(encoded):
+        raise InvalidEvent(problem)
     return encoded
 
 
