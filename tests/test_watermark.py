@@ -140,7 +140,7 @@ def test_events_that_step_aside_hold_the_watermark_of_a_queue_in_memory():
     assert events.delivered_until() == 0.0
     events.put(lines[1])
     events.put(lines[2])
-    aside, others = events.take(max_events=3, max_bytes=1_000).halves()
+    aside, others = events.take(max_events=3, max_bytes=1_000).split_at(1)
     events.done(others)
     assert events.delivered_until() == 0.0
     events.done(aside)

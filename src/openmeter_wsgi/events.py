@@ -18,6 +18,7 @@ from openmeter_wsgi.timestamps import is_later, timestamp
 from openmeter_wsgi.wire import (
     MAX_GROWTH,
     MAX_MESSAGE_BYTES,
+    SHORT_SUBJECT,
     message_bytes,
     too_large,
 )
@@ -33,9 +34,6 @@ logger = log.get_logger(__name__)
 MAX_BATCH_BYTES = 1_000_000
 #: The message of an event of this size is small enough, whatever is in it.
 _SMALL_EVENT = MAX_MESSAGE_BYTES // MAX_GROWTH - 1_000
-#: A subject of as many characters is never what makes an event large.
-SHORT_SUBJECT = 1_000
-
 
 #: A text as JSON has it. A call in C: msgspec's is one to bytes and one back.
 quoted = encode_basestring_ascii

@@ -11,8 +11,9 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from openmeter_wsgi.environ import CALLER
-from openmeter_wsgi.events import SHORT_SUBJECT, quoted, static_templates
+from openmeter_wsgi.events import quoted, static_templates
 from openmeter_wsgi.timestamps import clock, timestamp
+from openmeter_wsgi.wire import SHORT_SUBJECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -164,10 +165,10 @@ def _making_one(
             return None
         if anonymous is None or CALLER in environ or "REMOTE_USER" in environ:
             subject = find_subject(environ)
+            if not subject or len(subject) > SHORT_SUBJECT:
+                return None
         else:
             subject = anonymous
-        if not subject or len(subject) > SHORT_SUBJECT:
-            return None
         try:
             block, numbers = ids.block
             number = next(numbers)

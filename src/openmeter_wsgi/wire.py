@@ -26,6 +26,8 @@ _FRAME_BYTES = 512
 #: An event is never more than this many times as long in its message: `<` in the data
 #: takes seven bytes there.
 MAX_GROWTH = 8
+#: A subject of as many characters is never what makes an event large.
+SHORT_SUBJECT = 1_000
 #: A number that travels as text has no more digits.
 MAX_DIGITS = 60
 #: The decimal places of a float that is added to a Decimal.

@@ -23,8 +23,8 @@ class Batch(Protocol):
     def __getitem__(self, index: int, /) -> bytes:
         """Return one."""
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
 
 
 class ListedBatch(list[bytes]):
@@ -32,10 +32,9 @@ class ListedBatch(list[bytes]):
 
     __slots__ = ()
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
-        middle = len(self) // 2
-        return type(self)(self[:middle]), type(self)(self[middle:])
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
+        return type(self)(self[:events]), type(self)(self[events:])
 
 
 def shortened(event: bytes) -> bytes:

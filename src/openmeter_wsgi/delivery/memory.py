@@ -40,12 +40,11 @@ class NumberedBatch(ListedBatch):
         self.first = first
         self.size = sum(map(len, self)) if size is None else size
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
-        middle = len(self) // 2
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
         return (
-            type(self)(self[:middle], first=self.first),
-            type(self)(self[middle:], first=self.first + middle),
+            type(self)(self[:events], first=self.first),
+            type(self)(self[events:], first=self.first + events),
         )
 
 
