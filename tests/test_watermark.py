@@ -62,7 +62,8 @@ def test_what_waits_or_is_being_sent_is_not_passed(openmeter, queue):
 def test_what_was_put_with_a_time_of_its_own_is_not_passed_either(openmeter, queue):
     passes(queue, time.time())
     openmeter.rule = lambda _: Answer(503)
-    queue.put(event("1").replace(b"2026-", b"2099-"))
+    soon = time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() + 1_200)).encode()
+    queue.put(event("1").replace(b"2026-01-01T00:00", soon))
     put_at = time.time()
     until(lambda: len(openmeter.requests) > 1 or queue.flush(0.01))
     assert queue.delivered_until() <= put_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 #: Of an event this much is logged.
 _MAX_LOGGED = 4_096
@@ -26,6 +26,10 @@ class Batch(Protocol):
     def split_at(self, events: int) -> tuple[Self, Self]:
         """Return the first *events* and the others: neither is empty."""
 
+    @property
+    def texts(self) -> Iterable[bytes]:
+        """All events, in texts that may hold several."""
+
 
 class ListedBatch(list[bytes]):
     """A batch of events that are there one by one."""
@@ -35,6 +39,11 @@ class ListedBatch(list[bytes]):
     def split_at(self, events: int) -> tuple[Self, Self]:
         """Return the first *events* and the others: neither is empty."""
         return type(self)(self[:events]), type(self)(self[events:])
+
+    @property
+    def texts(self) -> Iterable[bytes]:
+        """All events, in texts that may hold several."""
+        return self
 
 
 def shortened(event: bytes) -> bytes:

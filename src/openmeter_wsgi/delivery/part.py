@@ -161,6 +161,11 @@ class SpoolBatch(Array):
         *others, last = [b"[" + first, *others]
         return b",".join([*others, last + b"]"])
 
+    @property
+    def texts(self) -> Iterable[bytes]:
+        """All events, in texts that may hold several."""
+        return (part.text for part in self.parts)
+
     def split_at(self, events: int) -> tuple[Self, Self]:
         """Return the first *events* and the others: neither is empty."""
         missing = events

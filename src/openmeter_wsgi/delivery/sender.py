@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch, shortened
+from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
 from openmeter_wsgi.delivery.trouble import Trouble, reason_of
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 from openmeter_wsgi.timestamps import age_of
@@ -104,12 +105,18 @@ class Sender(Generic[_B]):
         jitter: Callable[[float, float], float] = _JITTER.uniform,
         bury: Callable[[bytes, DeliveryError], None] | None = None,
         waiting: Callable[[], int] = lambda: 0,
+        delay: Callable[[_B, float], None] | None = None,
+        clock_ahead: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._client = client
         self._counts = counts
         self._done = done
         self._jitter = jitter
         self._keep_buried = bury
+        #: Gives a part of a batch back, to be loaded again after as many seconds.
+        self._delay = delay
+        #: By how many seconds our clock is ahead of OpenMeter's, as far as is known.
+        self._clock_ahead = clock_ahead
         self._pending: deque[_Trial[_B]] = deque()
         self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
@@ -132,8 +139,17 @@ class Sender(Generic[_B]):
         return bool(self._suspects)
 
     def load(self, events: _B) -> None:
-        """Take over a batch."""
-        self._pending.append(_Trial(events))
+        """Take over a batch, but for events that are dated too far ahead."""
+        if self._delay is None:
+            self._pending.append(_Trial(events))
+            return
+        clock_ahead = self._clock_ahead()
+        for part, wait in split_by_date(events, clock_ahead):
+            if wait:
+                self._say_ahead(len(part), wait, clock_ahead)
+                self._delay(part, wait)
+            else:
+                self._pending.append(_Trial(part))
 
     def retry_suspects(self) -> None:
         """Try the suspects again, though nothing else was accepted since."""
@@ -291,6 +307,16 @@ class Sender(Generic[_B]):
     def _backoff(self, failures: int) -> float:
         """Full jitter: what failed together is not tried again together."""
         return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
+
+    def _say_ahead(self, events: int, wait: float, clock_ahead: float) -> None:
+        logger.error(
+            "%s: %d events are dated %.0f s or more ahead of OpenMeter's time and are "
+            "kept until they are less than half an hour ahead, in %.0f s; Kafka would "
+            "drop them and others with them. This host's clock is %.0f s %s "
+            "OpenMeter's",
+            "clock", events, wait + MAX_AHEAD, wait, abs(clock_ahead),
+            "ahead of" if clock_ahead > 0 else "behind",
+        )  # fmt: skip
 
     def _say_failed(
         self, batch: _Trial[_B], error: DeliveryError, delay: float
