@@ -70,7 +70,8 @@ def read_usage(meters: object) -> Usage:
     """Return the usage that *meters* states, with every value checked.
 
     :raises MeterValueError: naming the value that OpenMeter would refuse, or
-        would take and leave out of the meter.
+        would take and leave out of the meter. A negative number it would count: a SUM
+        gets smaller, which no request may do.
     """
     numbers: dict[str, Number] = {}
     documents: list[Meter] = []
