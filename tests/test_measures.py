@@ -449,6 +449,13 @@ def test_zero_is_a_value_and_no_event(openmeter: OpenMeterServer) -> None:
         ("many", "not_a_number"),
         ("nan", "not_a_number"),
         ("", "not_a_number"),
+        # What Python reads as numbers, and HTTP does not.
+        ("1_000", "not_a_number"),
+        ("\u0661\u0662", "not_a_number"),
+        ("\xa012", "not_a_number"),
+        ("12\x0b", "not_a_number"),
+        ("+", "not_a_number"),
+        ("1e" + "9" * 30, "not_a_number"),
         ("1e999999999999", "invalid"),
         ("9" * 6_000, "invalid"),
     ],
@@ -468,8 +475,8 @@ def test_a_header_that_is_no_amount_is_not_billed(
 
 @pytest.mark.parametrize(
     ("text", "total"),
-    [("12", 12), (" 12 ", 12), ("1.5", "1.5"), ("2e3", 2000), ("12.0", 12),
-     (str(2**70), str(2**70))],
+    [("12", 12), (" 12\t", 12), ("1.5", "1.5"), ("2e3", 2000), ("12.0", 12),
+     ("+7", 7), (".5", "0.5"), ("5.", 5), (str(2**70), str(2**70))],
 )  # fmt: skip
 def test_a_header_that_is_an_amount_arrives_exact(
     openmeter: OpenMeterServer, text: str, total: object

@@ -11,6 +11,7 @@ one. It is never guessed.
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -28,6 +29,9 @@ logger = log.get_logger(__name__)
 _NONE: Any = object()
 #: More digits has no number that OpenMeter could read.
 _MAX_DIGITS = 310
+#: A number as HTTP and JSON write it. Python's own grammar also takes ``1_000``, Arabic
+#: digits and every kind of blank.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 class Measure:
@@ -220,10 +224,11 @@ def as_number(value: object) -> int | float | Decimal | Unknown:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
+        text = value.strip(" \t")  # what HTTP allows around the value of a header
         try:
-            number = Decimal(value.strip())
-        except InvalidOperation:
-            return Unknown("not_a_number")
-        if number.is_finite():
+            number = Decimal(text) if _NUMBER.fullmatch(text) else None
+        except InvalidOperation:  # of an exponent with dozens of digits
+            number = None
+        if number is not None:
             return _plain(number)
     return Unknown("not_a_number")

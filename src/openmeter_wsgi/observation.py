@@ -142,7 +142,9 @@ def _length(environ: dict[str, Any]) -> int | None:
 
 def _number(length: str | None) -> int | None:
     # No length has more digits, and from some thousands on int() raises.
-    return int(length) if length and length.isdecimal() and len(length) < 20 else None
+    if length and length.isascii() and length.isdecimal() and len(length) < 20:
+        return int(length)
+    return None
 
 
 def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:
