@@ -286,6 +286,24 @@ def test_a_file_says_the_same(
         ({"/<int:>": {}}, "'/<int:>': "),
         ({"/<a>/<a>": {}}, "'/<a>/<a>': "),
         ({"/<roman:a>": {}}, "'/<roman:a>': "),
+        ({"/p/{id}": {}}, "'/p/{id}': no request matches it; write '/p/<id>'"),
+        ({"GET /p/{id:int}": {}}, "no request matches it; write 'GET /p/<int:id>'"),
+        ({"/p/{a}/{b}": {}}, "no request matches it; write '/p/<a>/<b>'"),
+        ({"/p/:id": {}}, "'/p/:id': no request matches it; write '/p/<id>'"),
+        ({"/p/<id:int>": {}}, "no request matches it; write '/p/<int:id>'"),
+        ({"/p/<id:re:[0-9]+>": {}}, "no request matches it; write '/p/<id>'"),
+        ({"/p/*": {}}, "no request matches it; write '/p/<path:rest>'"),
+        ({"/caf%C3%A9": {}}, "no request matches it; write '/café'"),
+        ({"/p?deep=1": {}}, "no request matches it; write '/p'"),
+        ({"/p#top": {}}, "no request matches it; write '/p'"),
+        (
+            {"/a/<path:x>/b/<path:y>/c/<path:z>": {}},
+            "expected at most two variables of any length that are matched together, "
+            "got 3",
+        ),
+        ({"/<x>-<y>-<z>": {}}, "matched together, got 3"),
+        ({"/<path:x>-<y>-<z>": {}}, "matched together, got 3"),
+        ({"/<path:x>/<y>-<z>": {}}, "matched together, got 3"),
         ({"/a": 1}, "'/a': expected options or None, got 1"),
         ({"/a": {"meter_s": {}}}, "unknown option 'meter_s' (did you mean 'meters'?)"),
         ({"/a": {"spool_dir": "x"}}, "spool_dir: belongs to the middleware as a whole"),
@@ -303,6 +321,19 @@ def test_what_is_no_route_is_refused_with_its_rule(routes: Any, problem: str) ->
         Policy(dry_run=True, routes=routes)
 
     assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "/<a>/<b>/<c>/<d>", "/<a>-<b>/<c>-<d>", "/<path:a>/x/<path:b>",
+        "/v1/users:batch", "/<path:a>/<b>/<c>",
+        "/<string(maxlength=9):a>-<b>-<c>", "/<uuid:a>-<b>-<c>",
+        "/<any('a/b',c):a>-<b>-<c>", "/<int(signed=True):id>",
+    ],
+)  # fmt: skip
+def test_rules_that_can_be_matched_are_taken(rule: str) -> None:
+    assert RouteRule(rule).path == rule
 
 
 def test_all_problems_of_all_routes_are_told_at_once() -> None:
