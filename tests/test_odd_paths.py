@@ -18,16 +18,17 @@ from django.urls import path
 from pyramid.config import Configurator
 from pyramid.response import Response
 
-from entitling import NO, Entitled
+from entitling import NO, YES, Entitled
 from entitling import middleware as asking
-from openmeter_wsgi import OpenMeterMiddleware
+from openmeter_wsgi import OpenMeterMiddleware, computed, set_idempotency_key
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from wsgiref.types import WSGIApplication
+    from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_server import OpenMeterServer
+    from openmeter_wsgi import Exchange
 
 if not settings.configured:
     settings.configure(SECRET_KEY="tests")
@@ -184,3 +185,84 @@ def test_the_spellings_are_such_that_frameworks_serve() -> None:
     assert "/v1/search\n" in served["pyramid"]
     assert "/v1/x/../search" in served["traversal"]
     assert "//v1/search" in served["flask"]
+
+
+# -- Methods, which most frameworks read in any case, and many servers hand on as sent
+
+
+@pytest.mark.parametrize("framework", ["flask", "bottle", "django", "pyramid"])
+def test_a_method_in_any_case_has_the_rule_of_the_method(
+    openmeter: OpenMeterServer, framework: str
+) -> None:
+    Entitled(openmeter).values["acme"] = {"deep": NO}
+    with override_settings(ROOT_URLCONF="odd_site", ALLOWED_HOSTS=["*"]):
+        app = asking(
+            openmeter, APPS[framework](), required_entitlements=[], unmatched=None,
+            routes={"POST /v1/search": {"required_entitlements": ["deep"]}},
+        )  # fmt: skip
+
+        statuses = {m: answer(app, "/v1/search", m) for m in ("POST", "post", "pOsT")}
+
+    assert set(statuses.values()) == {"403"}
+
+
+def test_options_in_any_case_is_neither_billed_nor_asked_for(
+    openmeter: OpenMeterServer,
+) -> None:
+    entitled = Entitled(openmeter)
+    entitled.values["acme"] = {"searches": YES}
+    flask_app = of_flask()
+    app = asking(openmeter, flask_app)
+
+    for method in ("options", "OPTIONS", "Options", "options"):
+        assert answer(app, "/v1/search", method) == "200"
+
+    assert entitled.questions == 0
+    assert app.stats().not_metered == {"options": 4}
+    app.close(40)
+
+
+@pytest.mark.parametrize("method", ["head", "HEAD", "Head"])
+def test_head_in_any_case_has_no_body(openmeter: OpenMeterServer, method: str) -> None:
+    Entitled(openmeter).values["acme"] = {"deep": NO}
+    exchanges: list[tuple[str, int | None, str]] = []
+
+    def look(exchange: Exchange) -> int:
+        exchanges.append((exchange.method, exchange.bytes_sent, exchange.outcome))
+        return 1
+
+    def app(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
+        start_response("200 OK", [])
+        return [b"not for HEAD"] if environ["PATH_INFO"] == "/full" else []
+
+    measured = OpenMeterMiddleware(app, dry_run=True, meters={"n": computed(look)})
+    for path_info in ("/full", "/"):
+        # A server that sends no body need not iterate one.
+        measured(
+            make_environ(method, PATH_INFO=path_info), Consumer().start_response
+        ).close()  # type: ignore[attr-defined]
+
+    assert exchanges == [("HEAD", 0, "completed")] * 2
+    denied = Consumer().serve(
+        asking(openmeter, app, required_entitlements=["deep"]), make_environ(method)
+    )
+    assert denied.body == []
+
+
+def test_a_repetition_is_one_whatever_the_case_of_its_method(
+    openmeter: OpenMeterServer,
+) -> None:
+    def app(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
+        set_idempotency_key(environ, "order-1")
+        start_response("200 OK", [])
+        return []
+
+    middleware = OpenMeterMiddleware(
+        app, api_url=openmeter.url, flush_interval=60, meters={"orders": 1},
+        idempotency_keys=True,
+    )  # fmt: skip
+    for method in ("POST", "post"):
+        answer(middleware, "/orders", method)
+    middleware.close(40)
+
+    assert len({event["id"] for event in openmeter.taken}) == 1

@@ -55,6 +55,14 @@ def has_user(environ: Mapping[str, Any]) -> bool:
     return USER in environ.get(CALLER, ())
 
 
+def method_of(environ: Mapping[str, Any]) -> str:
+    """Return the method of a request in capitals.
+
+    Most frameworks read it so, and many servers hand it on as the client has sent it.
+    """
+    return str(environ.get("REQUEST_METHOD", "")).upper()
+
+
 def is_options(environ: Mapping[str, Any]) -> bool:
     """Say whether this is a request that browsers make by themselves (CORS)."""
-    return environ.get("REQUEST_METHOD") == "OPTIONS"
+    return method_of(environ) == "OPTIONS"

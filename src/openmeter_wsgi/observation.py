@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import ROUTE
+from openmeter_wsgi.environ import ROUTE, method_of
 from openmeter_wsgi.exchange import Exchange, reader_of
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class Observation:
         self._route = route_of(self._environ)
         content_type, encoding = _values(headers, "content-type", "content-encoding")
         is_read = not (
-            self._environ.get("REQUEST_METHOD") == "HEAD"
-            or status.startswith(_WITHOUT_BODY)
+            method_of(self._environ) == "HEAD" or status.startswith(_WITHOUT_BODY)
         )
         for kind in self._bodies:
             self._bodies[kind] = reader_of(kind)(content_type, encoding)
@@ -78,9 +77,7 @@ class Observation:
         sent: int | None = self.taken
         if self._is_handed_over:
             sent = _number(*_values(self._headers, "content-length"))
-        if environ.get("REQUEST_METHOD") == "HEAD" or (status or "").startswith(
-            _WITHOUT_BODY
-        ):
+        if method_of(environ) == "HEAD" or (status or "").startswith(_WITHOUT_BODY):
             sent = 0  # whatever the application made, no server sends it
         return Exchange(
             environ,

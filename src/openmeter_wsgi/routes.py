@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing.exceptions import RoutingException
 
+from openmeter_wsgi.environ import method_of
 from openmeter_wsgi.route_map import bound
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Routes(Generic[T]):
     def find(self, environ: Mapping[str, Any]) -> T:
         """Return what belongs to the request. Never raises."""
         tables = self._tables
-        table = tables.get(environ.get("REQUEST_METHOD", "")) or tables[_ANY]
+        table = tables.get(method_of(environ)) or tables[_ANY]
         path = environ.get("PATH_INFO", "")
         found: T | _Table[T] = table.exact.get(path, table)
         if not isinstance(found, _Table):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from logging import DEBUG
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import ENDED, MADE, STATED
+from openmeter_wsgi.environ import ENDED, MADE, STATED, method_of
 from openmeter_wsgi.observation import Observation
 from openmeter_wsgi.outcome import ABORTED, COMPLETED, FAILED
 from openmeter_wsgi.unbilled import LEVELS
@@ -296,7 +296,7 @@ class Settlement(_Response):
         if reached is STARTED:
             return ABORTED
         bodiless = self.status is not None and self.status[:3] in _WITHOUT_BODY
-        if bodiless or (self.status and self.environ.get("REQUEST_METHOD") == "HEAD"):
+        if bodiless or (self.status and method_of(self.environ) == "HEAD"):
             return COMPLETED  # there was nothing to iterate
         return ABORTED
 

@@ -40,7 +40,7 @@ def passing(
 
     def passes(environ: dict[str, Any]) -> bool:
         # In one piece: each call costs a request.
-        if METERS in environ or environ["REQUEST_METHOD"] == "OPTIONS":
+        if METERS in environ or environ["REQUEST_METHOD"].upper() == "OPTIONS":
             return False
         if anonymous is None or CALLER in environ or "REMOTE_USER" in environ:
             subject = find_subject(environ)
