@@ -21,6 +21,7 @@ from openmeter_wsgi import (
     OpenMeterMiddleware,
     add_meters,
     bytes_sent,
+    computed,
     duration,
     llm_usage,
     meter,
@@ -28,6 +29,8 @@ from openmeter_wsgi import (
     route,
     set_route,
 )
+from openmeter_wsgi.environ import billing_of
+from openmeter_wsgi.option_content import MAX_KNOWN
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
@@ -377,6 +380,85 @@ def test_options_that_are_gone_are_not_taken_for_others() -> None:
         options = {"event_source": source}
         assert billing.variant("view", options).policy.event_source == source
         del options
+
+
+def anew(**made: Any) -> list[dict[str, Any]]:
+    """Return the same options twice, made of objects of their own each time."""
+
+    def subject(environ: Environ) -> str:
+        return str(made)
+
+    return [
+        {
+            "meters": {"bytes": bytes_sent(), "pages": computed(lambda _: made["n"])},
+            "meter": [{"type": "t", "data": {"route": route(), "deep": [1, {"a": 2}]}}],
+            "meter_on_status_codes": [200, 201],
+            "subject": subject if made["n"] else lambda environ: "acme",
+        }
+        for _ in range(2)
+    ]
+
+
+def governing(
+    middleware: OpenMeterMiddleware, options: dict[str, Any], view: Any
+) -> object:
+    """Return what bills a request whose view is decorated while it is served."""
+    governs: list[object] = []
+
+    def served(environ: Environ) -> None:
+        governs.append(billing_of(environ))
+
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        served.__qualname__ = view
+        meter(**options)(served)(environ)
+        start_response("200 OK", [])
+        return []
+
+    middleware.app = app
+    serve(middleware, make_environ())
+    return governs[0]
+
+
+def test_a_decorator_that_is_applied_anew_for_each_request_makes_one_policy() -> None:
+    middleware = OpenMeterMiddleware(generated, dry_run=True)
+    for n in (0, 1):
+        first, second = anew(n=n)
+        others = [
+            {**first, "meters": {"pages": computed(lambda _: 7)}},
+            {**first, "meters": {"pages": 1}},
+            {**first, "meters": {"pages": 1.0}},
+            {**first, "subject": None},
+            {**first, "meter": {"type": "t", "data": {"route": route().default("/")}}},
+        ]
+
+        one = governing(middleware, first, "view")
+
+        assert governing(middleware, second, "view") is one
+        made = [governing(middleware, options, "view") for options in others]
+        made.append(governing(middleware, first, "other_view"))
+        assert len({id(each) for each in [one, *made]}) == len(made) + 1
+
+
+def test_what_a_function_has_of_its_own_makes_other_options() -> None:
+    middleware = OpenMeterMiddleware(generated, dry_run=True)
+
+    governs = [governing(middleware, anew(n=n)[0], "view") for n in (1, 2, 1)]
+
+    assert governs[0] is governs[2] is not governs[1]
+
+
+def test_options_that_differ_with_each_request_are_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    middleware = OpenMeterMiddleware(generated, dry_run=True)
+
+    for _ in range(MAX_KNOWN + 1):
+        options = {"meter_when": object().__eq__}
+        governing(middleware, options, "telling_view")
+
+    (said,) = [r for r in caplog.records if "telling_view" in r.getMessage()]
+    assert said.levelname == "WARNING"
+    assert "with other options each time" in said.getMessage()
 
 
 @pytest.mark.parametrize(

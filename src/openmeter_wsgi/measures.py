@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _NONE: Any = object()
+_COMPUTED = "computed("
 #: More digits has no number that OpenMeter could read.
 _MAX_DIGITS = 310
 #: A number as HTTP and JSON write it. Python's own grammar also takes ``1_000``, Arabic
@@ -69,6 +70,12 @@ class Measure:
             is_quantity=self.is_quantity,
             default=value,
         )
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What makes two measures the same: text, default, a function of the user's."""
+        own = self._find if self.text.startswith(_COMPUTED) else None
+        return self.text, self._default, own
 
     def value(self, exchange: Exchange) -> object:
         """Return the value, or an :class:`Unknown` that says why there is none."""
@@ -202,7 +209,7 @@ def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
             names = ", ".join(map(repr, get_args(Body)))
             raise ValueError(f"expected one of {names}, got {body!r}")
     name = getattr(function, "__name__", repr(function))
-    return Measure(f"computed({name})", function, bodies=bodies)
+    return Measure(f"{_COMPUTED}{name})", function, bodies=bodies)
 
 
 def _kind(text: str, find: Callable[[Exchange], object]) -> Measure:

@@ -12,6 +12,7 @@ from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.environ import BILLING, METERS, environ_of
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.meters import govern
+from openmeter_wsgi.option_content import known_options
 from openmeter_wsgi.policy import view_problems
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
+        # What bills the view is made once for these options, and kept.
+        own_options = known_options(name, options)
 
         def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
@@ -57,7 +60,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 return
             cell = environ[METERS]
             billing: Billing = cell[BILLING]
-            cell[BILLING] = own = billing.variant(name, options)
+            cell[BILLING] = own = billing.variant(name, own_options)
             govern(environ, own)
             if required := options.get("required_entitlements"):
                 require_entitlements(environ, *required)
