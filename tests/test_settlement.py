@@ -759,12 +759,14 @@ def test_the_body_of_the_request_is_not_touched() -> None:
 def test_a_metering_error_leaves_the_response_alone() -> None:
     """The environ is the application's: it may put anything there."""
 
-    class Unreadable:
-        def __str__(self) -> str:
-            raise ValueError("not to be read")
+    class Incomparable:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("not to be compared")
+
+        __hash__ = None  # type: ignore[assignment]
 
     def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        environ["REQUEST_METHOD"] = Unreadable()
+        environ["REQUEST_METHOD"] = Incomparable()
         start_response("200 OK", list(TEXT))
         return [b"a"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ ROUTE = "openmeter_wsgi.route"
 DECISION = "openmeter_wsgi.decision"
 #: What this request has reserved, by feature.
 RESERVED = "openmeter_wsgi.reserved"
+#: OPTIONS in every case: to look a method up costs a request less than to change it.
+OPTIONS = frozenset(
+    map("".join, itertools.product("Oo", "Pp", "Tt", "Ii", "Oo", "Nn", "Ss"))
+)
 
 
 def environ_of(request: object) -> MutableMapping[str, Any] | None:
@@ -65,4 +70,4 @@ def method_of(environ: Mapping[str, Any]) -> str:
 
 def is_options(environ: Mapping[str, Any]) -> bool:
     """Say whether this is a request that browsers make by themselves (CORS)."""
-    return method_of(environ) == "OPTIONS"
+    return environ.get("REQUEST_METHOD") in OPTIONS
