@@ -325,6 +325,31 @@ def test_however_a_body_is_read_it_is_counted(
     assert data == [{"total": 7}]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"SERVER_PROTOCOL": "HTTP/2", "wsgi.input_terminated": True},
+        {"SERVER_PROTOCOL": "HTTP/2.0"},  # to an application that reads to the end
+        {"wsgi.input_terminated": True},
+        {"CONTENT_LENGTH": ""},
+    ],
+)
+def test_a_body_without_length_is_what_the_application_read(
+    openmeter: OpenMeterServer, said: dict[str, Any]
+) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        environ["wsgi.input"].read(3)
+        start_response("200 OK", [])
+        return [b"ok"]
+
+    environ = make_environ("POST", **{"wsgi.input": io.BytesIO(b"hello"), **said})
+    data, _ = billed(
+        openmeter, app, environ=environ, meters={"received": bytes_received()}
+    )
+
+    assert data == [{"total": 3}]
+
+
 def test_a_body_of_stated_length_is_not_touched(openmeter: OpenMeterServer) -> None:
     body = io.BytesIO(b"hello")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from typing import TYPE_CHECKING, Any
 
 import flask
@@ -20,6 +21,7 @@ from openmeter_wsgi import (
     ConfigError,
     OpenMeterMiddleware,
     add_meters,
+    bytes_received,
     bytes_sent,
     computed,
     duration,
@@ -380,6 +382,39 @@ def test_options_that_are_gone_are_not_taken_for_others() -> None:
         options = {"event_source": source}
         assert billing.variant("view", options).policy.event_source == source
         del options
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_view_counts_a_body_that_states_no_length(
+    openmeter: OpenMeterServer, read_before: bool
+) -> None:
+    app = flask.Flask(__name__)
+
+    @app.post("/upload")
+    @meter(meters={"bytes": bytes_received()})
+    def upload() -> str:
+        return str(len(flask.request.get_data()))
+
+    @app.before_request
+    def look() -> None:
+        if read_before:
+            flask.request.get_data()
+
+    middleware = OpenMeterMiddleware(
+        app.wsgi_app, api_url=openmeter.url, flush_interval=60
+    )
+    body = {"wsgi.input": io.BytesIO(b"hello"), "wsgi.input_terminated": True}
+
+    answer = serve(middleware, make_environ("POST", PATH_INFO="/upload", **body))
+
+    middleware.close(40)
+    assert answer == b"5"
+    # What was read before the view was called, nobody has counted.
+    expected = [] if read_before else [("bytes", {"total": 5})]
+    assert usage(openmeter.taken) == expected
+    assert middleware.stats().not_metered == (
+        {"no_value_none": 1} if read_before else {}
+    )
 
 
 def anew(**made: Any) -> list[dict[str, Any]]:

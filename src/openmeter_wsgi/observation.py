@@ -10,12 +10,14 @@ from openmeter_wsgi.environ import ROUTE, method_of
 from openmeter_wsgi.exchange import Exchange, reader_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, MutableMapping
 
     from openmeter_wsgi.bodies.reader import BodyReader
 
 _WITHOUT_BODY = ("1", "204", "304")
-_CHUNKED = "HTTP_TRANSFER_ENCODING"
+_INPUT = "wsgi.input"
+#: Methods whose requests have no body, but for oddities.
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
 class Observation:
@@ -37,7 +39,7 @@ class Observation:
         self._bodies: dict[Any, BodyReader[Any] | None] = dict.fromkeys(bodies)
         self._headers: list[tuple[str, str]] = []
         self._route: str | None = None
-        self._received = _received(environ)
+        self._received = counted_input(environ, is_late=started_at is not None)
         self._is_handed_over = False
         #: Bytes that the server has taken; the settlement counts them.
         self.taken = 0
@@ -86,7 +88,11 @@ class Observation:
             route=self._route or route_of(environ),
             response_headers=self._headers,
             bytes_sent=sent,
-            bytes_received=self._received.count if self._received else _length(environ),
+            bytes_received=(
+                self._received.total(method_of(environ))
+                if self._received
+                else _number(str(environ.get("CONTENT_LENGTH", "")))
+            ),
             started_at=self._started_at,
             bodies={kind: each for kind, each in self._bodies.items() if each},
         )
@@ -95,11 +101,18 @@ class Observation:
 class _CountedInput:
     """A request's body of a length that nobody stated, counted as it is read."""
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, *, is_late: bool) -> None:
         self._body = body
+        self._is_late = is_late
         self.count = 0
         if hasattr(body, "readinto"):  # there only where it is there without this
             self.readinto = self._readinto
+
+    def total(self, method: str) -> int | None:
+        """Return the bytes that were read, None where they may have been before."""
+        if self._is_late and not self.count and method not in _BODILESS:
+            return None
+        return self.count
 
     def _counted(self, read: bytes) -> bytes:
         self.count += len(read)
@@ -126,15 +139,21 @@ class _CountedInput:
         return getattr(self._body, name)
 
 
-def _received(environ: dict[str, Any]) -> _CountedInput | None:
-    if environ.get("CONTENT_LENGTH") or _CHUNKED not in environ:
+def counted_input(
+    environ: MutableMapping[str, Any], *, is_late: bool
+) -> _CountedInput | None:
+    """Return what counts the body of a request, None where its length is stated.
+
+    Without a Content-Length there is one under HTTP/2, or in chunks, and a server may
+    say by ``wsgi.input_terminated`` that it ends by itself. *is_late*: the application
+    may have read of it before.
+    """
+    if environ.get("CONTENT_LENGTH"):
         return None
-    counted = environ["wsgi.input"] = _CountedInput(environ.get("wsgi.input"))
-    return counted
-
-
-def _length(environ: dict[str, Any]) -> int | None:
-    return _number(str(environ.get("CONTENT_LENGTH") or "0"))
+    body = environ.get(_INPUT)
+    if not isinstance(body, _CountedInput):
+        body = environ[_INPUT] = _CountedInput(body, is_late=is_late)
+    return body
 
 
 def _number(length: str | None) -> int | None:

@@ -12,6 +12,7 @@ from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.environ import BILLING, METERS, environ_of
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.meters import govern
+from openmeter_wsgi.observation import counted_input
 from openmeter_wsgi.option_content import known_options
 from openmeter_wsgi.policy import view_problems
 
@@ -62,6 +63,8 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
             billing: Billing = cell[BILLING]
             cell[BILLING] = own = billing.variant(name, own_options)
             govern(environ, own)
+            if own.bodies is not None:
+                counted_input(environ, is_late=True)
             if required := options.get("required_entitlements"):
                 require_entitlements(environ, *required)
 
