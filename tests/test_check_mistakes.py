@@ -527,6 +527,24 @@ def test_an_application_that_is_not_wrapped(application):
     assert "nothing is billed" in wrong["application"][1]
 
 
+def test_a_path_that_also_finds_what_customers_send(sandbox, application):
+    name = application(
+        "from openmeter_wsgi import OpenMeterMiddleware, response_json\n"
+        f"app = OpenMeterMiddleware(lambda e, s: [], api_url={sandbox.url!r}, meters={{"
+        "'a': response_json('$..total'), 'b': '$response.json..tokens', "
+        "'c': '$response.json[\"..\"].d'})\n"
+    )
+
+    result = CliRunner().invoke(command, ["--json", "--no-dedupe-check", "--app", name])
+
+    findings = json.loads(result.stdout)["findings"]
+    warned = [f["found"] for f in findings if f["name"] == "configuration"]
+    assert len(warned) == 2
+    for path, said in zip(("$..total", "$..tokens"), warned, strict=True):
+        assert path in said
+        assert "what a customer sends" in said
+
+
 def test_an_application_is_checked_under_its_own_policy(sandbox, application):
     text = METERED.format(url=sandbox.url)
     name = application(f"{text}\napp = metered(bare, meters={{'no_such_type': 1}})")

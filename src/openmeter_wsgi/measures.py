@@ -28,6 +28,8 @@ logger = log.get_logger(__name__)
 
 _NONE: Any = object()
 _COMPUTED = "computed("
+#: The names in a JSONPath that are quoted.
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 #: More digits has no number that OpenMeter could read.
 _MAX_DIGITS = 310
 #: A number as HTTP and JSON write it. Python's own grammar also takes ``1_000``, Arabic
@@ -144,6 +146,12 @@ def response_json(path: str) -> Measure:
     from openmeter_wsgi.bodies.paths import NumberPath  # see `reader_of`
 
     numbers = NumberPath(path)
+    if ".." in _QUOTED.sub("", path):
+        logger.warning(
+            "response_json %r: '..' also finds what a customer sends and the response "
+            "echoes, so customers change what they are billed; name the whole path",
+            path,
+        )
 
     def find(exchange: Exchange) -> object:
         document = exchange.body("json")
