@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,9 @@ from openmeter_wsgi import (
     set_route,
 )
 from openmeter_wsgi.environ import billing_of
+from openmeter_wsgi.flask import OpenMeter as FlaskExtension
 from openmeter_wsgi.option_content import MAX_KNOWN
+from openmeter_wsgi.testing import OpenMeter
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
@@ -561,3 +564,61 @@ def test_a_key_that_is_being_exchanged_hurts_no_first_call_of_a_view(
 
     kinds = [kind for kind, _ in usage(openmeter.taken)]
     assert kinds == ["requests", "views"]
+
+
+# -- Decorators in the wrong place
+
+
+def misplaced() -> flask.Flask:
+    app = flask.Flask(__name__)
+    blueprint = flask.Blueprint("more", __name__)
+
+    @no_meter
+    @app.get("/above")
+    def above() -> str:
+        return "above"
+
+    @no_meter
+    @with_user
+    @blueprint.get("/above-another")
+    def above_another() -> str:
+        return "above"
+
+    @app.get("/below")
+    @no_meter
+    def below() -> str:
+        return "below"
+
+    # One function under two addresses, of which one is free.
+    app.add_url_rule("/paid", "paid", plain_view)
+    app.add_url_rule("/unpaid", "unpaid", no_meter(plain_view))
+    app.register_blueprint(blueprint)
+    return app
+
+
+def plain_view() -> str:
+    return "plain"
+
+
+def without_middleware(app: flask.Flask) -> Any:
+    return OpenMeterMiddleware(app.wsgi_app, dry_run=True, meters={"r": 1})
+
+
+def extended(app: flask.Flask) -> Any:
+    FlaskExtension(app, dry_run=True, meters={"r": 1})
+    return app.wsgi_app
+
+
+@pytest.mark.parametrize("metered", [without_middleware, extended])
+@pytest.mark.parametrize("in_test", [False, True])
+def test_a_decorator_above_the_one_that_registers_a_view_is_told_once(
+    caplog: pytest.LogCaptureFixture, metered: Any, in_test: bool
+) -> None:
+    middleware = metered(misplaced())
+    with OpenMeter() if in_test else contextlib.nullcontext():
+        for path_info in ("/above", "/below", "/paid", "/above"):
+            serve(middleware, make_environ(PATH_INFO=path_info))
+
+    said = [r.getMessage() for r in caplog.records if "stands above" in r.getMessage()]
+    assert len(said) == 2
+    assert all("for /above" in each for each in said)

@@ -16,6 +16,7 @@ from openmeter_wsgi.meters import govern
 from openmeter_wsgi.observation import counted_input
 from openmeter_wsgi.option_content import known_options
 from openmeter_wsgi.policy import view_problems
+from openmeter_wsgi.served_routes import SAYS, note_decorated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping
@@ -26,11 +27,6 @@ logger = log.get_logger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-#: What a decorated view says of itself: its options, None if it is not metered.
-#: Decorators around it hand it on (``functools.wraps``).
-_SAYS = "openmeter_wsgi_options"
 
 
 def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -106,7 +102,8 @@ def _beginning(
     # Pyramid looks at the parameters of a view to know what it takes.
     with contextlib.suppress(ValueError, TypeError):
         begun.__signature__ = inspect.signature(view)
-    setattr(begun, _SAYS, says)
+    setattr(begun, SAYS, says)
+    note_decorated(view)
     wrapped: Callable[P, R] = begun
     return wrapped
 
@@ -125,7 +122,7 @@ def asks_itself(view: object) -> bool:
 
     If so, what its policy requires is not asked for before it is called.
     """
-    options = getattr(view, _SAYS, {})
+    options = getattr(view, SAYS, {})
     return options is None or "required_entitlements" in options
 
 
