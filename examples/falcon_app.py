@@ -41,7 +41,7 @@ class Metered:
         self, req: falcon.Request, resp: falcon.Response, *_: Any
     ) -> None:
         if req.uri_template is not None:
-            set_route(req, req.uri_template)
+            set_route(req, req.root_path + req.uri_template)
 
 
 class Product:

@@ -38,7 +38,7 @@ def authenticate(event: ContextFound) -> None:
         raise HTTPUnauthorized
     set_subject(request, customer)
     if request.matched_route is not None:
-        set_route(request, request.matched_route.pattern)
+        set_route(request, request.script_name + request.matched_route.pattern)
 
 
 def product(request: Any) -> dict[str, str]:

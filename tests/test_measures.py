@@ -10,10 +10,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bottle
 import flask
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.wsgi import get_input_stream
 
 from bodies import LLM_NAMES, in_steps, llm_body, llm_expected, media_type_of
@@ -382,6 +384,44 @@ def test_the_route_of_flask_is_its_rule(openmeter: OpenMeterServer) -> None:
     )
 
     assert data == [{"route": rule, "bytes": 2}]
+
+
+def of_flask() -> Any:
+    app = flask.Flask(__name__)
+    app.add_url_rule("/users/<int:user>", view_func=lambda user: "x")
+    return app
+
+
+def of_bottle() -> Any:
+    app = bottle.Bottle()
+    app.get("/users/<user:int>", callback=lambda user: "x")
+    return app
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("make", "rule"), [
+    (of_flask, "/users/<int:user>"), (of_bottle, "/users/<user:int>"),
+])  # fmt: skip
+def test_a_route_begins_with_the_mount_of_its_application(
+    openmeter: OpenMeterServer, make: Callable[[], Any], rule: str, late: bool
+) -> None:
+    mounted = DispatcherMiddleware(make(), {"/v1": make(), "/v2/caf\xc3\xa9": make()})
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        # Something in between may copy the environ.
+        return mounted(dict(environ) if late else environ, start_response)
+
+    middleware = OpenMeterMiddleware(
+        app, api_url=openmeter.url, flush_interval=60,
+        meter={"type": "t", "data": {"route": route()}},
+    )  # fmt: skip
+    for path in ("/users/1", "/v1/users/1", "/v2/caf\xc3\xa9/users/1"):
+        Consumer().serve(middleware, make_environ(PATH_INFO=path))
+    Consumer().serve(middleware, make_environ(PATH_INFO="/users/1", SCRIPT_NAME="/x/"))
+    middleware.close(40)
+
+    routes = [event["data"]["route"] for event in openmeter.taken]
+    assert routes == [mount + rule for mount in ("", "/v1", "/v2/café", "/x")]
 
 
 def test_a_path_that_flask_does_not_know_has_no_route(

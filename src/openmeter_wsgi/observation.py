@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import ROUTE, method_of
+from openmeter_wsgi.environ import METERS, ROUTE, method_of
 from openmeter_wsgi.exchange import Exchange, reader_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, MutableMapping
+    from collections.abc import Iterable, Mapping, MutableMapping
 
     from openmeter_wsgi.bodies.reader import BodyReader
 
@@ -171,17 +172,40 @@ def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:
 def route_of(environ: dict[str, Any]) -> str | None:
     """Return the template of the address, where a framework has said it.
 
+    With the mount of the application in front: several may have the same templates.
     Flask's can be read only while its request is served, as in start_response.
     """
     if (said := environ.get(ROUTE)) is not None:
         return str(said)
-    if (bottle := environ.get("bottle.route")) is not None:
-        return str(bottle.rule)
+    own = _environ_of_bottle(environ)
+    if (bottle := own.get("bottle.route")) is not None:
+        return mount_of(own) + str(bottle.rule)
     if (flask := sys.modules.get("flask")) is not None and flask.has_request_context():
         rule = flask.request.url_rule
         # Another application's request may be the one that is served around this.
-        if rule is not None and flask.request.environ.get("PATH_INFO") == environ.get(
-            "PATH_INFO"
-        ):
-            return str(rule.rule)
+        if rule is not None and _is_same(flask.request.environ, environ):
+            return mount_of(flask.request.environ) + str(rule.rule)
     return None
+
+
+def mount_of(environ: Mapping[str, Any]) -> str:
+    """Return where an application is mounted, as text without a slash at its end."""
+    mount = str(environ.get("SCRIPT_NAME", "")).rstrip("/")
+    if mount.isascii():
+        return mount
+    return mount.encode("latin-1", "replace").decode(errors="replace")
+
+
+def _environ_of_bottle(environ: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return Bottle's environ of this request: what is in between may copy it."""
+    if "bottle.route" not in environ and "bottle" in sys.modules:
+        with contextlib.suppress(RuntimeError):  # no request in this thread
+            own: Mapping[str, Any] = sys.modules["bottle"].request.environ
+            return own if _is_same(own, environ) else environ
+    return environ
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Say whether two environs, which may be copies, are of one metered request."""
+    cell = one.get(METERS)
+    return cell is not None and cell is other.get(METERS)

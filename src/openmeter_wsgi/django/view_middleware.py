@@ -63,7 +63,9 @@ class ViewMiddleware:
         if environ is None or METERS not in environ:
             return None
         if (match := request.resolver_match) is not None:
-            set_route(request, template_of(match.route))
+            # Django has decoded the mount.
+            mount = request.META["SCRIPT_NAME"].rstrip("/")
+            set_route(request, mount + template_of(match.route))
         if must_ask(environ, view) and not _has_permission_that_asks(view):
             try:
                 require_entitlements(request)
