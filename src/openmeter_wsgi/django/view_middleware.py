@@ -11,6 +11,7 @@ from django.http import HttpResponse
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
+from openmeter_wsgi.django.lost_users import serving
 from openmeter_wsgi.django.subjects import remember_request
 from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
 from openmeter_wsgi.environ import METERS, environ_of
@@ -53,7 +54,8 @@ class ViewMiddleware:
             )
         else:
             remember_request(request, environ)
-        return self._get_response(request)
+        with serving(request):
+            return self._get_response(request)
 
     def process_view(
         self, request: HttpRequest, view: Any, *_: Any
