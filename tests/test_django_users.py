@@ -1,4 +1,4 @@
-"""Users that a view of Django's, or Flask's, logs out or deletes are billed for it."""
+"""Users that a view logs out or deletes are billed for it; routes in languages."""
 
 from __future__ import annotations
 
@@ -158,3 +158,71 @@ def test_a_view_of_flask_that_logs_out_is_billed_to_its_user(
         subjects: list[Any] = [event.subject for event in openmeter.events]
 
     assert subjects == ["acme", "acme"]  # the third is nobody's
+
+
+#: A site whose routes have a prefix for each language, and names in each.
+LANGUAGES = """
+import json, os
+from django.conf import settings
+settings.configure(
+    SECRET_KEY="tests", ROOT_URLCONF="__main__", ALLOWED_HOSTS=["*"],
+    LANGUAGE_CODE="en", LANGUAGES=[("en", "English"), ("de", "Deutsch")],
+    MIDDLEWARE=["django.middleware.locale.LocaleMiddleware",
+                "openmeter_wsgi.django.ViewMiddleware"],
+    OPENMETER={"meter": {"type": "r", "data": {"route": "$request.route"}},
+               "subject": lambda environ: "acme", "dry_run": True},
+)
+import django
+django.setup()
+from django.conf.urls.i18n import i18n_patterns
+from django.http import HttpResponse
+from django.urls import include, path, re_path
+from django.utils.functional import lazystr
+from django.utils.translation import get_language
+from werkzeug.test import Client as Browser
+from openmeter_wsgi.django import get_wsgi_application
+from openmeter_wsgi.testing import OpenMeter
+
+class Named:
+    def __str__(self):
+        return {"de": "ueber/"}.get(get_language(), "about/")
+
+def view(request, **_):
+    return HttpResponse("x")
+
+more = [re_path("^old/(?P<year>[0-9]+)/$", view), path("<int:pk>/", view)]
+urlpatterns = [
+    path("plain/", view),
+    *i18n_patterns(
+        path("users/", include(more)), path(lazystr(Named()), view),
+        prefix_default_language=bool(int(os.environ["PREFIX"])),
+    ),
+]
+browser = Browser(get_wsgi_application())
+with OpenMeter() as openmeter:
+    for url in json.loads(os.environ["URLS"]):
+        browser.get(url).close()
+    print(json.dumps([event.data["route"] for event in openmeter.events]))
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "/en"])
+def test_a_route_has_one_name_in_all_languages(prefix: str) -> None:
+    urls = [
+        f"{prefix}/users/7/", "/de/users/7/", f"{prefix}/about/", "/de/ueber/",
+        f"{prefix}/users/old/1999/", "/de/users/old/1999/", "/plain/",
+    ]  # fmt: skip
+
+    done = subprocess.run(
+        [sys.executable, "-c", LANGUAGES],
+        env={"PREFIX": "1" if prefix else "0", "URLS": json.dumps(urls), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        "/users/<int:pk>/", "/users/<int:pk>/", "/about/", "/about/",
+        "/users/old/<year>/", "/users/old/<year>/", "/plain/",
+    ]  # fmt: skip
