@@ -26,7 +26,7 @@ def audit_record(
         "time": timestamp(),
         "policy": policy,
         "reason": reason,
-        "method": environ.get("REQUEST_METHOD", ""),
+        "method": environ.get("REQUEST_METHOD", "").upper(),
         "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
         "status": status,
     }

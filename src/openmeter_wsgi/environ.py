@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ ROUTE = "openmeter_wsgi.route"
 DECISION = "openmeter_wsgi.decision"
 #: What this request has reserved, by feature.
 RESERVED = "openmeter_wsgi.reserved"
+#: OPTIONS in every case: to look a method up costs a request less than to change it.
+OPTIONS = frozenset(
+    map("".join, itertools.product("Oo", "Pp", "Tt", "Ii", "Oo", "Nn", "Ss"))
+)
 
 
 def environ_of(request: object) -> MutableMapping[str, Any] | None:
@@ -55,6 +60,14 @@ def has_user(environ: Mapping[str, Any]) -> bool:
     return USER in environ.get(CALLER, ())
 
 
+def method_of(environ: Mapping[str, Any]) -> str:
+    """Return the method of a request in capitals.
+
+    Most frameworks read it so, and many servers hand it on as the client has sent it.
+    """
+    return str(environ.get("REQUEST_METHOD", "")).upper()
+
+
 def is_options(environ: Mapping[str, Any]) -> bool:
     """Say whether this is a request that browsers make by themselves (CORS)."""
-    return environ.get("REQUEST_METHOD") == "OPTIONS"
+    return environ.get("REQUEST_METHOD") in OPTIONS

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.environ import method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -97,8 +98,8 @@ class Exchange:
 
     @property
     def method(self) -> str:
-        """The method of the request."""
-        return str(self.environ.get("REQUEST_METHOD", ""))
+        """The method of the request, in capitals."""
+        return method_of(self.environ)
 
     @property
     def duration(self) -> float:

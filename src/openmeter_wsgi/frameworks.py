@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CAME_THROUGH = "openmeter_wsgi.came_through"
 #: Subjects that were read when the response started, by what read them.
 _REMEMBERED = "openmeter_wsgi.remembered_subjects"
+#: Subjects that were read before the view lost them, by what read them.
+_KEPT = "openmeter_wsgi.kept_subjects"
 
 
 class FrameworkMiddleware(OpenMeterMiddleware):
@@ -70,6 +72,23 @@ def _remember_subject(environ: dict[str, Any], status: str) -> None:
         billing.find_subject(environ)
 
 
+def keep_subject(environ: MutableMapping[str, Any] | None) -> None:
+    """Keep who is billed, as the view is about to log out its user, or to delete it.
+
+    Unless there is another one when the response starts, it is that one.
+    """
+    billing: Billing | None = billing_of(environ)
+    if environ is None or billing is None or _REMEMBERED in environ:
+        return
+    kept: dict[object, Any] = {}
+    environ[_REMEMBERED] = kept
+    try:
+        billing.find_subject(environ)  # type: ignore[arg-type]
+    finally:
+        del environ[_REMEMBERED]
+    environ[_KEPT] = kept
+
+
 def _is_unmetered(environ: dict[str, Any]) -> bool:
     stated = environ[METERS][STATED]
     return isinstance(stated, RunTimeMeters) and stated.governed_by is None
@@ -105,7 +124,11 @@ class LastingSubject:
         if remembered is None:
             return self._read(environ)
         if self not in remembered:
-            remembered[self] = self._read(environ)
+            found = self._read(environ)
+            # Anonymous users have an empty name.
+            if (found is None or found == "") and _KEPT in environ:
+                found = environ[_KEPT].get(self)
+            remembered[self] = found
         return remembered[self]
 
 

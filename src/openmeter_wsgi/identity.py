@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from openmeter_wsgi.environ import method_of
 from openmeter_wsgi.outcome import COMPLETED
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> st
     """Return the id that every completed attempt of one operation has."""
     parts = (
         subject or "",
-        str(environ.get("REQUEST_METHOD", "")),
+        method_of(environ),
         f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
         key,
     )

@@ -131,7 +131,7 @@ class Metering:
             (rule, None if own is None else self.billing_of(own, rule.text))
             for rule, own in policy.of_routes
         ]
-        return Routes(rules, self.billing if policy.unmatched else None)
+        return Routes(rules, self.billing if policy.unmatched else None, _strictness)
 
     def successor(self) -> Metering:
         """Return what takes over in the process that was forked from this one's.
@@ -213,6 +213,13 @@ class Metering:
     def _log_instead(self, event: bytes) -> None:
         self.counts.dropped["dry_run"] += 1
         logger.info("dry run, would send %s", event.decode())
+
+
+def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:
+    """Return what sorts the policies of one request that may be two: see `Routes`."""
+    if billing is None:
+        return False, False, 0.0
+    return True, billing.asks, sum(map(float, billing.policy.static.numbers.values()))
 
 
 def _say_what_errors_are_billed(billing: Billing) -> None:

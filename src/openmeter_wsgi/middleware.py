@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,6 +52,7 @@ class OpenMeterMiddleware(Serving):
         self._watch = None
         if (substitute := substitution.present(self)) is None:
             self._metering = Metering(policy)
+            self._look_at_views()
         else:
             self.exchange(substitute)
         # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
@@ -141,6 +143,7 @@ class OpenMeterMiddleware(Serving):
         else:
             self._metering = Metering.later(self.policy)
             self._watch = None
+        self._look_at_views()
 
         def restore() -> None:
             self._metering = before
@@ -148,8 +151,20 @@ class OpenMeterMiddleware(Serving):
 
         return restore
 
+    def _look_at_views(self) -> None:
+        """Warn of misplaced decorators, with the first request: all views are there."""
+        app = self.app
+        self._metering.follow(lambda _: _warn_of_misplaced_decorators(app))
+
     def _renew(self) -> Metering:
         """Leave the parent's queue to the parent, and start with an empty one."""
         if not self._metering.is_own[0]:
             self._metering = self._metering.successor()
         return self._metering
+
+
+def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
+    # Imported with the first decorator; without one there is nothing to look at.
+    routes = sys.modules.get("openmeter_wsgi.served_routes")
+    if routes is not None:
+        routes.warn_of_misplaced_decorators(app)

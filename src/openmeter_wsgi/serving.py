@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.handlers import EntitlementDenied
 from openmeter_wsgi.entitlements.refusal import Refusal, telling_quota
 from openmeter_wsgi.environ import ENDED, METERS, STATED
 from openmeter_wsgi.observation import Observation
@@ -86,6 +87,9 @@ class Serving:
                 files = environ[_FILE_WRAPPER] = _WrappedFiles(files)
         try:
             iterable = app(environ, settlement.start_response)
+        except EntitlementDenied as denied:
+            # Of an application, or a framework, that does not answer it itself.
+            iterable = denied.answer(environ, settlement.start_response)
         except BaseException:
             settlement.fail()
             settlement.settle()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from logging import DEBUG
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import ENDED, MADE, STATED
+from openmeter_wsgi.entitlements.handlers import EntitlementDenied
+from openmeter_wsgi.environ import ENDED, MADE, STATED, method_of
 from openmeter_wsgi.observation import Observation
 from openmeter_wsgi.outcome import ABORTED, COMPLETED, FAILED
 from openmeter_wsgi.unbilled import LEVELS
@@ -202,11 +203,20 @@ class Settlement(_Response):
                 yield chunk
         except GeneratorExit:
             raise
+        except EntitlementDenied as denied:
+            yield from self._answered(denied)
         except BaseException:
             # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
             self.fail()
             raise
         self.progress = FINISHED
+
+    def _answered(self, denied: EntitlementDenied) -> Iterator[bytes]:
+        """Answer in place of an application that is denied while it is iterated."""
+        if self.progress is not UNSTARTED:
+            self.fail()
+            raise denied  # too late: something has been sent
+        yield from denied.answer(self.environ, self.start_response)
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
@@ -296,7 +306,7 @@ class Settlement(_Response):
         if reached is STARTED:
             return ABORTED
         bodiless = self.status is not None and self.status[:3] in _WITHOUT_BODY
-        if bodiless or (self.status and self.environ.get("REQUEST_METHOD") == "HEAD"):
+        if bodiless or (self.status and method_of(self.environ) == "HEAD"):
             return COMPLETED  # there was nothing to iterate
         return ABORTED
 
@@ -390,6 +400,8 @@ class ObservedSettlement(Settlement):
                 observation.taken += len(chunk)
         except GeneratorExit:
             raise
+        except EntitlementDenied as denied:
+            yield from self._answered(denied)
         except BaseException:
             self.fail()
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from openmeter_wsgi.environ import CALLER
+from openmeter_wsgi.environ import CALLER, OPTIONS
 from openmeter_wsgi.events import quoted, static_templates
 from openmeter_wsgi.timestamps import clock, timestamp
 from openmeter_wsgi.wire import SHORT_SUBJECT
@@ -131,7 +131,7 @@ def usual_make(
         return _making_one(*templates[0], ids, is_own, find_subject, anonymous)
 
     def make(environ: dict[str, Any]) -> list[bytes] | None:
-        if environ["REQUEST_METHOD"] == "OPTIONS" or not is_own[0]:
+        if environ["REQUEST_METHOD"] in OPTIONS or not is_own[0]:
             return None
         subject = find_subject(environ)
         if not subject or len(subject) > SHORT_SUBJECT:
@@ -161,7 +161,7 @@ def _making_one(
     def make(environ: dict[str, Any]) -> bytes | None:
         # A process forked while the application ran has a copy of the response, which
         # is its parent's to settle.
-        if environ["REQUEST_METHOD"] == "OPTIONS" or not is_own[0]:
+        if environ["REQUEST_METHOD"] in OPTIONS or not is_own[0]:
             return None
         if anonymous is None or CALLER in environ or "REMOTE_USER" in environ:
             subject = find_subject(environ)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from openmeter_wsgi.environ import CALLER, DECISION, METERS
+from openmeter_wsgi.environ import CALLER, DECISION, METERS, OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ def passing(
 
     def passes(environ: dict[str, Any]) -> bool:
         # In one piece: each call costs a request.
-        if METERS in environ or environ["REQUEST_METHOD"] == "OPTIONS":
+        if METERS in environ or environ["REQUEST_METHOD"] in OPTIONS:
             return False
         if anonymous is None or CALLER in environ or "REMOTE_USER" in environ:
             subject = find_subject(environ)

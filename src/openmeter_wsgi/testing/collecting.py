@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi.audit import Audit
+from openmeter_wsgi.delivery.beginning import Beginning
 from openmeter_wsgi.delivery.watching import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
@@ -161,6 +162,15 @@ class _Queue:
     def __init__(self, collect: Callable[[bytes], None], counts: Counts) -> None:
         self._collect = collect
         self._counts = counts
+        self._beginning = Beginning()
+
+    def announce(self, begin: Callable[[], None]) -> None:
+        self._beginning.add(begin)
+        self.started = False
+
+    def start(self) -> None:
+        self.started = True
+        self._beginning.make()
 
     def put(self, event: bytes) -> None:
         self._collect(event)
