@@ -17,10 +17,10 @@ from bodies import (
     media_type_of,
     read,
 )
-from openmeter_wsgi.bodies.frames import MAX_FRAME_BYTES
 from openmeter_wsgi.bodies.llm import LLMReader, llm_reader
 from openmeter_wsgi.bodies.llm_usage import LLMUsage
 from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES, Unknown
+from openmeter_wsgi.bodies.stream import MAX_FRAME_BYTES
 
 BOM = b"\xef\xbb\xbf"
 STREAMS = [name for name in LLM_NAMES if name.endswith((".sse", ".ndjson"))]

@@ -31,7 +31,7 @@ def reader_of(kind: Body) -> NewReader:
     imported only where it is asked for, and never while a request is served.
     """
     if kind == "json":
-        from openmeter_wsgi.bodies.json_value import json_reader
+        from openmeter_wsgi.bodies.json import json_reader
 
         return json_reader
     if kind == "llm":
@@ -39,7 +39,7 @@ def reader_of(kind: Body) -> NewReader:
 
         return llm_reader
     if kind == "records":
-        from openmeter_wsgi.bodies.records import records_reader
+        from openmeter_wsgi.bodies.stream import records_reader
 
         return records_reader
     from openmeter_wsgi.bodies.multi_status import multi_status_reader

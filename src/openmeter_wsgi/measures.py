@@ -130,7 +130,7 @@ def response_json(path: str) -> Measure:
 
     :raises ConfigError: if it is no JSONPath, or python-jsonpath is not installed.
     """
-    from openmeter_wsgi.bodies.paths import NumberPath  # see `reader_of`
+    from openmeter_wsgi.bodies.json import NumberPath  # see `reader_of`
 
     numbers = NumberPath(path)
 

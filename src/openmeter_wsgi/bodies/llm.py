@@ -7,18 +7,19 @@ list, and takes what it sees for what it is: handlers often leave the media type
 
 from __future__ import annotations
 
-from openmeter_wsgi.bodies.frames import EventStream, Frames
+from openmeter_wsgi.bodies.json import EACH, JSONScanner, Selection
 from openmeter_wsgi.bodies.llm_reports import LLMReports
 from openmeter_wsgi.bodies.llm_usage import LLMUsage
-from openmeter_wsgi.bodies.media_types import NDJSON, is_compressed, media_type
-from openmeter_wsgi.bodies.members import MemberScanner
 from openmeter_wsgi.bodies.reader import (
+    NDJSON,
     BodyReader,
     Reader,
     Unknown,
     Unreadable,
+    is_compressed,
+    media_type,
 )
-from openmeter_wsgi.bodies.wanted import EACH, Wanted
+from openmeter_wsgi.bodies.stream import EventStream, Frames
 
 _BOM = b"\xef\xbb\xbf"
 _REPORT = dict.fromkeys(
@@ -29,9 +30,9 @@ _REPORT = dict.fromkeys(
 )  # fmt: skip
 _WRAPPED = (b"response", b"message", b"delta", b"interaction", b"x_groq")
 #: What of a document that is too large to be kept can matter.
-WANTED = Wanted({
+WANTED = Selection({
     **_REPORT,
-    **dict.fromkeys(_WRAPPED, Wanted(_REPORT)),
+    **dict.fromkeys(_WRAPPED, Selection(_REPORT)),
     b"choices": EACH,
 })  # fmt: skip
 
@@ -61,7 +62,7 @@ class LLMReader(Reader[LLMUsage]):
         self._is_foreign = False
         reports = self._reports = LLMReports()
         # Not a method of this reader: a cycle would keep bodies until the next gc.
-        self._scanner = MemberScanner(WANTED, lambda document, _: reports.add(document))
+        self._scanner = JSONScanner(WANTED, lambda document, _: reports.add(document))
 
     @property
     def skipped(self) -> int:
@@ -160,7 +161,7 @@ def _scan(reports: LLMReports, text: bytearray) -> str:
         found += 1
         reports.add(document)
 
-    scanner = MemberScanner(WANTED, add)
+    scanner = JSONScanner(WANTED, add)
     scanner.feed(bytes(text))
     reports.add(scanner.unfinished())
     if scanner.too_large or scanner.is_inside:

@@ -4,15 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cut
-from openmeter_wsgi.bodies.members import MAX_VALUE_BYTES, MemberScanner
-from openmeter_wsgi.bodies.wanted import EACH, Wanted
+from openmeter_wsgi.bodies.json import EACH, MAX_VALUE_BYTES, JSONScanner, Selection
 
 NAMES = ("usage", "model", "response", "items", "other", 'a "b" \\', "ü")
 KEPT = ("usage", "model")
-WANTED = Wanted({
+WANTED = Selection({
     b"usage": None,
     b"model": None,
-    b"response": Wanted({b"usage": None, b"model": None}),
+    b"response": Selection({b"usage": None, b"model": None}),
     b"items": EACH,
 })  # fmt: skip
 
@@ -55,7 +54,7 @@ def boiled_down(document):
 
 def scanned(chunks):
     found = []
-    scanner = MemberScanner(WANTED, lambda document, _: found.append(document))
+    scanner = JSONScanner(WANTED, lambda document, _: found.append(document))
     for chunk in chunks:
         scanner.feed(chunk)
     assert not scanner.is_inside
@@ -96,7 +95,7 @@ def test_objects_may_follow_each_other(documents, separator):
 def test_what_was_found_before_a_cut_is_known(document):
     document.pop("response", None)
     text = json.dumps({**document, "response": {"model": "m", "x": 1}}).encode()
-    scanner = MemberScanner(WANTED, lambda _document, _is_element: None)
+    scanner = JSONScanner(WANTED, lambda _document, _is_element: None)
     expected = boiled_down({**document, "response": {"model": "m"}})[-1]
 
     scanner.feed(text[:-2])
@@ -110,7 +109,7 @@ def test_of_the_same_name_twice_the_last_one_stands():
 
 def test_a_value_too_large_to_be_kept_is_counted():
     found = []
-    scanner = MemberScanner(WANTED, lambda document, _: found.append(document))
+    scanner = JSONScanner(WANTED, lambda document, _: found.append(document))
 
     scanner.feed(b'{"usage": "%b", "model": 1}' % (b"x" * MAX_VALUE_BYTES))
 

@@ -1,23 +1,181 @@
-r"""Members of a JSON document found as it passes, without holding the document.
+r"""JSON: a document as a whole, a number in it, and members found as it passes.
 
-The scanner boils each document down to the members that are asked for: of
-``{"data": [0.1, …a gigabyte…], "usage": {"total_tokens": 8}}`` stays
-``{"usage": {"total_tokens": 8}}``. A document is an object at the top, or an element
-of a list at the top or of a list that is asked for; several may follow each other.
-
-It takes what is well-formed as it is, and of what is not whatever looks like it:
-the body is the application's, and nobody is billed for more than it says.
+:class:`JSONScanner` reads a document without holding it, and reduces it to the members
+that are selected: ``{"data": [0.1, …a gigabyte…], "usage": {"total_tokens": 8}}`` to
+``{"usage": {"total_tokens": 8}}``. A document is an object at the top, or an element of
+a list at the top or of a list that is selected; several may follow each other.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.bodies.wanted import EACH, NESTED, Wanted
+import msgspec
+
+from openmeter_wsgi.bodies.reader import (
+    MAX_DOCUMENT_BYTES,
+    BodyReader,
+    Reader,
+    Unknown,
+    Unreadable,
+    is_compressed,
+)
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.wire import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+_decode = msgspec.json.Decoder().decode
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A body that is JSON, decoded. It may be ``null``."""
+
+    value: object
+
+
+def json_reader(
+    _content_type: str | None,
+    content_encoding: str | None,
+    max_bytes: int = MAX_DOCUMENT_BYTES,
+) -> BodyReader[Document]:
+    """Return a reader of a :class:`Document` for a response with these headers.
+
+    The media type is not asked: handlers often leave it at ``text/html``.
+    """
+    if is_compressed(content_encoding):
+        return Unreadable("compressed")
+    return JSONReader(max_bytes)
+
+
+class JSONReader(Reader[Document]):
+    """Keeps up to *max_bytes* of a body and decodes it at the end.
+
+    Unknown are: ``too_large``, ``not_json``, ``cut_off`` (ended within the document),
+    ``empty``.
+    """
+
+    def __init__(self, max_bytes: int = MAX_DOCUMENT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._body = bytearray()
+        #: Why nothing more is kept.
+        self._reason = ""
+
+    def _read(self, piece: bytes) -> None:
+        if self._reason:
+            return
+        if not self._body:
+            piece = piece.lstrip()
+            if piece and piece[0] not in b'{["-0123456789tfn\xef':
+                self._reason = "not_json"  # a page of HTML is not kept for nothing
+                return
+        self._body += piece
+        if len(self._body) > self._max_bytes:
+            self._reason = "too_large"
+            self._body.clear()
+
+    def _result(self) -> Document | Unknown:
+        if self._reason:
+            return Unknown(self._reason)
+        text = self._body.removeprefix(b"\xef\xbb\xbf")
+        if not text:
+            return Unknown("empty")
+        try:
+            return Document(_decode(text))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            is_cut = "truncated" in str(error)
+            return Unknown("cut_off" if is_cut else "not_json")
+
+
+class NumberPath:
+    """A JSONPath, compiled once; any thread may use it.
+
+    :raises ConfigError: if *path* is no JSONPath, or the library is not installed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._path = _compiled(path)
+
+    def __repr__(self) -> str:
+        return f"NumberPath({self.path!r})"
+
+    def find_number(self, document: object) -> int | float | Unknown:
+        """Return the number that the path leads to; several are added up.
+
+        Unknown are: ``no_match``, and ``not_a_number`` where any of what it leads to
+        is not a finite number. Text is none, nor is a boolean.
+        """
+        try:
+            found = self._path.findall(document)
+        except Exception:  # noqa: BLE001 - a filter that does not suit the document
+            return Unknown("no_match")
+        if not found:
+            return Unknown("no_match")
+        if not all(map(_is_number, found)):
+            return Unknown("not_a_number")
+        try:
+            total = sum(found)
+        except OverflowError:  # of integers that no float can hold, and a float
+            return Unknown("not_a_number")
+        return total if _is_number(total) else Unknown("not_a_number")
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return is_finite(value)
+
+
+def _compiled(path: str) -> Any:
+    try:
+        import jsonpath  # here, for only who names a path needs the library
+    except ModuleNotFoundError:
+        problem = (
+            f"{path!r}: a JSONPath needs python-jsonpath; "
+            "run: pip install 'openmeter_wsgi[jsonpath]'"
+        )
+        raise ConfigError([problem]) from None
+    problem = f"expected a JSONPath such as '$.usage.total_tokens', got {path!r}"
+    if path == "":  # the library takes it for the whole document
+        raise ConfigError([problem])
+    try:
+        return jsonpath.compile(path)
+    except (jsonpath.JSONPathError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError([f"{problem}: {error}"]) from None
+
+
+# What is passed over at once, down to some depth, for a step in Python costs as much
+# as a hundred bytes here. Possessive, so that going back takes no memory.
+_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_FLAT = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _TEXT
+_DEEP = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _FLAT, _FLAT)
+_DEEPER = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _DEEP, _FLAT)
+#: The inside of a list or object, as far as it is not nested too deep.
+NESTED = re.compile(_DEEPER, re.DOTALL)
+_VALUE = rb"(?:%b|[{\[]%b[}\]]|[^][{}\",\s]++(?=[],}\s]))" % (_TEXT, _DEEPER)
+_MEMBER = rb'[^"}]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+%b'
+
+
+class Selection:
+    """The members that are asked for.
+
+    None keeps a value, another `Selection` looks into an object, :data:`EACH` makes
+    documents of the elements of a list, with what is wanted of the object around it.
+    """
+
+    def __init__(self, members: Mapping[bytes, Selection | None]) -> None:
+        self.members = members
+        names = b"|".join(map(re.escape, members))
+        #: Passes over what is not wanted, member by member.
+        self.others = re.compile(rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL)
+
+
+#: See :class:`Selection`.
+EACH = Selection({})
+
 
 #: A value that is kept is not larger, in bytes: a usage object has a few hundred.
 MAX_VALUE_BYTES = 2**14
@@ -39,14 +197,14 @@ class _Level:
 
     __slots__ = ("is_list", "members", "name", "wanted")
 
-    def __init__(self, wanted: Wanted, name: bytes, *, is_list: bool) -> None:
+    def __init__(self, wanted: Selection, name: bytes, *, is_list: bool) -> None:
         self.wanted = wanted
         self.name = name
         self.is_list = is_list
         self.members: dict[bytes, bytes] = {}
 
 
-class MemberScanner:
+class JSONScanner:
     """Hands each document, boiled down to *wanted*, to *found*.
 
     *found* also learns whether the document was an element of a list. Keeps a few
@@ -54,7 +212,9 @@ class MemberScanner:
     names the step that follows: a document may be cut anywhere.
     """
 
-    def __init__(self, wanted: Wanted, found: Callable[[bytes, bool], object]) -> None:
+    def __init__(
+        self, wanted: Selection, found: Callable[[bytes, bool], object]
+    ) -> None:
         self._wanted = wanted
         self._found = found
         #: Values that were asked for and are too large to be kept, or nested too deep.
@@ -65,7 +225,7 @@ class MemberScanner:
         """Forget the document that has not ended: another one begins."""
         self._levels: list[_Level] = []
         # No bound method: with a cycle it would live until the next collection.
-        self._step = MemberScanner._outside
+        self._step = JSONScanner._outside
         self._name = b""
         self._value: bytearray | None = None
         self._nesting = 0
@@ -119,7 +279,7 @@ class MemberScanner:
                 self._close()
             else:
                 self._name = b""
-                self._step = MemberScanner._in_name
+                self._step = JSONScanner._in_name
         return position + 1
 
     def _in_name(self, text: bytes, position: int) -> int:
@@ -127,7 +287,7 @@ class MemberScanner:
         if len(self._name) <= _MAX_NAME_BYTES:
             self._name += text[position:end]
         if end < len(text):
-            self._step = MemberScanner._to_value
+            self._step = JSONScanner._to_value
         return end + 1
 
     def _to_value(self, text: bytes, position: int) -> int:
@@ -153,11 +313,11 @@ class MemberScanner:
         self._nesting = 0
         if first in (b"{", b"["):
             self._nesting = 1
-            self._step = MemberScanner._in_nested
+            self._step = JSONScanner._in_nested
         elif first == b'"':
-            self._step = MemberScanner._in_string
+            self._step = JSONScanner._in_string
         else:
-            self._step = MemberScanner._in_scalar
+            self._step = JSONScanner._in_scalar
             return 0
         self._keep(first)
         return 1
@@ -167,12 +327,12 @@ class MemberScanner:
         self._keep(text[position : end + 1])
         last = text[end : end + 1]
         if last == b'"':
-            self._step = MemberScanner._in_string
+            self._step = JSONScanner._in_string
         elif last in (b"{", b"["):
             self._nesting += 1
             if self._nesting > MAX_NESTING:
                 self.too_large += 1
-                self._step = MemberScanner._ignore
+                self._step = JSONScanner._ignore
         elif last:
             self._nesting -= 1
             if not self._nesting:
@@ -187,7 +347,7 @@ class MemberScanner:
         self._keep(text[position : end + 1])
         if end < len(text):
             if self._nesting:
-                self._step = MemberScanner._in_nested
+                self._step = JSONScanner._in_nested
             else:
                 self._end_value()
         return end + 1
@@ -220,7 +380,7 @@ class MemberScanner:
             self._value = None
         self._go_on()
 
-    def _open(self, wanted: Wanted, name: bytes, *, is_list: bool) -> None:
+    def _open(self, wanted: Selection, name: bytes, *, is_list: bool) -> None:
         self._levels.append(_Level(wanted, name, is_list=is_list))
         self._go_on()
 
@@ -235,11 +395,11 @@ class MemberScanner:
 
     def _go_on(self) -> None:
         if not self._levels:
-            self._step = MemberScanner._outside
+            self._step = JSONScanner._outside
         elif self._levels[-1].is_list:
-            self._step = MemberScanner._in_list
+            self._step = JSONScanner._in_list
         else:
-            self._step = MemberScanner._in_object
+            self._step = JSONScanner._in_object
 
 
 def _joined(members: Mapping[bytes, bytes]) -> bytes:

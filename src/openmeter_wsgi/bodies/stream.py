@@ -1,14 +1,25 @@
-"""A body cut into frames: the events of a stream, lines, or the body as one frame.
+"""Streams: bodies cut into frames, and counted lines.
 
-A frame is held until it is whole. One that is larger than the bound is handed on
-in pieces instead, so that the memory of a stream does not depend on what is in it.
+A frame is an event of a stream, a line, or the body as a whole. It is held until it is
+complete. One that is larger than the bound is handed on in pieces instead, so that the
+memory of a stream does not depend on what is in it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Protocol
 
-from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES, PIECE_BYTES
+from openmeter_wsgi.bodies.reader import (
+    MAX_DOCUMENT_BYTES,
+    NDJSON,
+    PIECE_BYTES,
+    BodyReader,
+    Reader,
+    Unreadable,
+    is_compressed,
+    media_type,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,3 +131,50 @@ def _taken(rest: bytearray, end: int) -> bytes:
         taken = bytes(view[:end])
     del rest[:end]
     return taken
+
+
+#: Media types that say nothing of the lines.
+_UNSAID = frozenset({"", "text/plain", "application/octet-stream"})
+_BLANK_LINE = re.compile(rb"\n[ \t\r]*(?=\n)")
+_SPACE = b" \t\r"
+
+
+def records_reader(
+    content_type: str | None, content_encoding: str | None
+) -> BodyReader[int]:
+    """Return a reader of the number of records for a response with these headers.
+
+    The lines of a page or of indented JSON are no records: ``not_ndjson``.
+    """
+    if is_compressed(content_encoding):
+        return Unreadable("compressed")
+    if media_type(content_type) not in NDJSON | _UNSAID:
+        return Unreadable("not_ndjson")
+    return RecordsReader()
+
+
+class RecordsReader(Reader[int]):
+    """Counts the lines that are not blank; the last one needs no newline."""
+
+    def __init__(self) -> None:
+        self._ended = 0
+        #: Whether the line that has not ended holds anything.
+        self._has_open = False
+
+    def _read(self, piece: bytes) -> None:
+        first = piece.find(b"\n")
+        if first < 0:
+            self._has_open = self._has_open or bool(piece.strip(_SPACE))
+            return
+        if self._has_open or piece[:first].strip(_SPACE):
+            self._ended += 1
+        # Of the lines that begin and end in here, all but the blank ones.
+        self._has_open = False
+        if first == len(piece) - 1:
+            return  # a line a chunk, as most streams are sent
+        self._ended += piece.count(b"\n", first + 1)
+        self._ended -= len(_BLANK_LINE.findall(piece, first))
+        self._has_open = bool(piece[piece.rfind(b"\n") + 1 :].strip(_SPACE))
+
+    def _result(self) -> int:
+        return self._ended + self._has_open
