@@ -18,7 +18,7 @@ from bodies import (
     read,
 )
 from openmeter_wsgi.bodies.llm import LLMReader, llm_reader
-from openmeter_wsgi.bodies.llm_usage import LLMUsage
+from openmeter_wsgi.bodies.llm_shapes import LLMUsage
 from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES, Unknown
 from openmeter_wsgi.bodies.stream import MAX_FRAME_BYTES
 
@@ -177,7 +177,7 @@ def test_no_json_makes_a_reader_fail(pieces):
     assert read(LLMReader(), b"".join(pieces)) == read(LLMReader(), *pieces)
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", [n for n in STREAMS if "two_calls" not in n])
 def test_what_is_known_only_grows(name):
     reader = LLMReader(media_type_of(name))
     last = {}
@@ -270,7 +270,7 @@ def test_a_usage_too_large_to_be_kept_is_said_to_be():
         (b'{"usage": {"prompt_tokens": 1e300, "total_tokens": null}}', "no_usage"),
         (b'{"eval_count": "3", "meta": [], "usageMetadata": 3}', "no_usage"),
         (b"[" * 200_000, "too_large"),
-        (b'{"usage":' * 100_000, "too_large"),
+        (b'{"usage":' * 200_000, "too_large"),
     ],
 )
 def test_what_is_not_reported_is_unknown_and_never_zero(body, reason):

@@ -37,7 +37,7 @@ from openmeter_wsgi import (
     set_route,
     status,
 )
-from openmeter_wsgi.bodies.llm_usage import LLMUsage
+from openmeter_wsgi.bodies.llm_shapes import LLMUsage
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.measure_texts import read_measure
 from openmeter_wsgi.measures import Measure, as_number

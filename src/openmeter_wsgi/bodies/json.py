@@ -147,8 +147,8 @@ def _compiled(path: str) -> Any:
         raise ConfigError([f"{problem}: {error}"]) from None
 
 
-# What is passed over at once, down to some depth, for a step in Python costs as much
-# as a hundred bytes here. Possessive, so that going back takes no memory.
+# One expression skips members at once, down to some depth: a step in Python costs as
+# much as a hundred bytes here. Possessive, so that going back takes no memory.
 _TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _FLAT = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _TEXT
 _DEEP = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _FLAT, _FLAT)
@@ -160,64 +160,83 @@ _MEMBER = rb'[^"}]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+%b'
 
 
 class Selection:
-    """The members that are asked for.
+    """The members of a document that are kept.
 
-    None keeps a value, another `Selection` looks into an object, :data:`EACH` makes
-    documents of the elements of a list, with what is wanted of the object around it.
+    None keeps a value. Another `Selection` looks into an object, or into the objects of
+    a list, of which it keeps the last one that has any of the members. :data:`EACH`
+    makes documents of the elements of a list, with the selection of the object around.
     """
 
     def __init__(self, members: Mapping[bytes, Selection | None]) -> None:
         self.members = members
         names = b"|".join(map(re.escape, members))
-        #: Passes over what is not wanted, member by member.
+        #: Skips the members that are not selected, one by one.
         self.others = re.compile(rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL)
 
 
 #: See :class:`Selection`.
 EACH = Selection({})
 
-
 #: A value that is kept is not larger, in bytes: a usage object has a few hundred.
 MAX_VALUE_BYTES = 2**14
 _MAX_NAME_BYTES = 64
-#: What is nested deeper is not read to its end: it would only cost time.
-MAX_NESTING = 1_000
+#: What is nested deeper is not read to its end. Python's own JSON goes less deep, so
+#: that nothing a handler has decoded hides what follows it.
+MAX_NESTING = 100_000
 
 # Possessive, so that going back takes no memory.
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
-_TO_DOCUMENT = re.compile(rb"[^{\[]*+")
+#: White space, commas, the separator of RFC 7464, a byte order mark.
+_TO_DOCUMENT = re.compile(rb"[\s,\x1e\xef\xbb\xbf]*+")
 _TO_ELEMENT = re.compile(rb'[^"{\[\]]*+')
 _TO_NAME = re.compile(rb'[^"}]*+')
 _TO_VALUE = re.compile(rb"[\s:]*+")
 
 
 class _Level:
-    """An object, or a list of documents, that is open and looked into."""
+    """An object or a list that is open and looked into."""
 
-    __slots__ = ("is_list", "members", "name", "wanted")
+    __slots__ = ("is_kept", "is_list", "members", "name", "selection")
 
-    def __init__(self, wanted: Selection, name: bytes, *, is_list: bool) -> None:
-        self.wanted = wanted
+    def __init__(
+        self, selection: Selection, name: bytes, *, is_list: bool, is_kept: bool
+    ) -> None:
+        self.selection = selection
         self.name = name
         self.is_list = is_list
+        #: The last object of this list is kept under the name of the list.
+        self.is_kept = is_kept
         self.members: dict[bytes, bytes] = {}
+
+    def value(self) -> bytes:
+        """Return what is kept, as JSON."""
+        if self.is_kept:
+            return b"[%b]" % self.members.get(_LAST, b"")
+        found = (b'"%b":%b' % member for member in self.members.items())
+        return b"{%b}" % b",".join(found)
+
+
+_LAST = b"last"
 
 
 class JSONScanner:
-    """Hands each document, boiled down to *wanted*, to *found*.
+    """Reduces each document to *selection* and hands it to *found*.
 
-    *found* also learns whether the document was an element of a list. Keeps a few
-    kilobytes whatever passes. Each step reads on from a position to another one, and
-    names the step that follows: a document may be cut anywhere.
+    *found* also learns whether the document was an element of a list. The scanner keeps
+    a few kilobytes whatever passes. It skips text that is no JSON: all of it where the
+    text begins so, and after a document the rest of the line.
+
+    Each step reads on from a position to another one, and sets the step that follows: a
+    document may be cut anywhere.
     """
 
     def __init__(
-        self, wanted: Selection, found: Callable[[bytes, bool], object]
+        self, selection: Selection, found: Callable[[bytes, bool], object]
     ) -> None:
-        self._wanted = wanted
+        self._selection = selection
         self._found = found
-        #: Values that were asked for and are too large to be kept, or nested too deep.
+        #: Selected values that are too large to be kept, and documents nested too deep.
         self.too_large = 0
         self.reset()
 
@@ -226,6 +245,8 @@ class JSONScanner:
         self._levels: list[_Level] = []
         # No bound method: with a cycle it would live until the next collection.
         self._step = JSONScanner._outside
+        #: Whether there has been a document, or a list of them.
+        self.has_begun = False
         self._name = b""
         self._value: bytearray | None = None
         self._nesting = 0
@@ -246,32 +267,50 @@ class JSONScanner:
         """Return what was found so far of the document that has not ended."""
         document, name = b"{}", b""
         for level in reversed(self._levels):
-            if level.is_list:
+            if level.is_list and not level.is_kept:
                 break
-            inner = {name: document} if name else {}
-            document, name = _joined(level.members | inner), level.name
+            key = _LAST if level.is_kept else name
+            if key and document != b"{}":
+                level.members[key] = document
+            document, name = b"{}", level.name
+            if level.members:
+                document = level.value()
         return document
 
     def _outside(self, text: bytes, position: int) -> int:
         position = _TO_DOCUMENT.match(text, position).end()  # type: ignore[union-attr]
-        if position < len(text):
-            self._open(self._wanted, b"", is_list=text[position] == 0x5B)
+        first = text[position : position + 1]
+        if first in (b"{", b"["):
+            self.has_begun = True
+            self._open(self._selection, b"", is_list=first == b"[")
+        elif first:
+            is_line = self.has_begun
+            self._step = JSONScanner._to_line if is_line else JSONScanner._ignore
         return position + 1
+
+    def _to_line(self, text: bytes, position: int) -> int:
+        end = text.find(b"\n", position)
+        if end < 0:
+            return len(text)
+        self._step = JSONScanner._outside
+        return end
 
     def _in_list(self, text: bytes, position: int) -> int:
         position = _TO_ELEMENT.match(text, position).end()  # type: ignore[union-attr]
         first = text[position : position + 1]
         if first == b"{":
-            self._open(self._levels[-1].wanted, b"", is_list=False)
+            self._open(self._levels[-1].selection, b"", is_list=False)
         elif first == b"]":
-            self._levels.pop()
+            level = self._levels.pop()
+            if level.is_kept and level.members:
+                self._levels[-1].members[level.name] = level.value()
             self._go_on()
         elif first:
             self._begin_value(first)
         return position + 1
 
     def _in_object(self, text: bytes, position: int) -> int:
-        others = self._levels[-1].wanted.others
+        others = self._levels[-1].selection.others
         position = others.match(text, position).end()  # type: ignore[union-attr]
         position = _TO_NAME.match(text, position).end()  # type: ignore[union-attr]
         if position < len(text):
@@ -296,15 +335,15 @@ class JSONScanner:
         if not first:
             return position
         level = self._levels[-1]
-        is_wanted = self._name in level.wanted.members
-        inner = level.wanted.members.get(self._name)
+        is_selected = self._name in level.selection.members
+        inner = level.selection.members.get(self._name)
         if inner is EACH and first == b"[":
-            self._open(level.wanted, self._name, is_list=True)
+            self._open(level.selection, self._name, is_list=True)
             return position + 1
-        if inner not in (None, EACH) and first == b"{":
-            self._open(inner, self._name, is_list=False)
+        if inner not in (None, EACH) and first in (b"{", b"["):
+            self._open(inner, self._name, is_list=first == b"[", is_kept=first == b"[")
             return position + 1
-        if is_wanted and inner is None:
+        if is_selected and inner is None:
             self._value = bytearray()
         return position + self._begin_value(first)
 
@@ -380,17 +419,26 @@ class JSONScanner:
             self._value = None
         self._go_on()
 
-    def _open(self, wanted: Selection, name: bytes, *, is_list: bool) -> None:
-        self._levels.append(_Level(wanted, name, is_list=is_list))
+    def _open(
+        self,
+        selection: Selection,
+        name: bytes,
+        *,
+        is_list: bool,
+        is_kept: bool = False,
+    ) -> None:
+        self._levels.append(_Level(selection, name, is_list=is_list, is_kept=is_kept))
         self._go_on()
 
     def _close(self) -> None:
         level = self._levels.pop()
-        document = _joined(level.members)
-        if level.name:
-            self._levels[-1].members[level.name] = document
-        else:
-            self._found(document, self.is_inside)
+        outer = self._levels[-1] if self._levels else None
+        if level.name and outer:
+            outer.members[level.name] = level.value()
+        elif outer is None or not outer.is_kept:
+            self._found(level.value(), self.is_inside)
+        elif level.members:
+            outer.members[_LAST] = level.value()
         self._go_on()
 
     def _go_on(self) -> None:
@@ -400,8 +448,3 @@ class JSONScanner:
             self._step = JSONScanner._in_list
         else:
             self._step = JSONScanner._in_object
-
-
-def _joined(members: Mapping[bytes, bytes]) -> bytes:
-    found = (b'"%b":%b' % member for member in members.items())
-    return b"{" + b",".join(found) + b"}"

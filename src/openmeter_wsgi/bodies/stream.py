@@ -29,7 +29,7 @@ MAX_FRAME_BYTES = 2**18
 
 
 class FrameSink(Protocol):
-    """Who reads the frames."""
+    """The reader of frames."""
 
     def read_whole(self, frames: bytes) -> None:
         """Read one or more whole frames, each with its separator."""
@@ -42,7 +42,7 @@ class FrameSink(Protocol):
 
 
 class Frames:
-    """Frames that *separator* ends; without one, the body is a single frame."""
+    """Cuts a body at each *separator*; without one the body is a single frame."""
 
     def __init__(self, separator: bytes = b"") -> None:
         self.separator = separator
@@ -79,7 +79,7 @@ class Frames:
         end = self.rest.find(self.separator, start) if self.separator else -1
         if end < 0:
             return start
-        sink.read_piece(_taken(self.rest, end))
+        self._hand_on_piece(_taken(self.rest, end), sink)
         sink.end_large()
         self.is_large = False
         return 0
@@ -88,8 +88,16 @@ class Frames:
         self.is_large = True
         end = len(self.rest) - self._overlap
         for start in range(0, end, PIECE_BYTES):
-            sink.read_piece(bytes(self.rest[start : min(end, start + PIECE_BYTES)]))
+            piece = bytes(self.rest[start : min(end, start + PIECE_BYTES)])
+            self._hand_on_piece(piece, sink)
         del self.rest[: max(0, end)]
+
+    def _hand_on_piece(self, piece: bytes, sink: FrameSink) -> None:
+        sink.read_piece(piece)
+
+
+_DATA = b"data:"
+_DATA_LINES = re.compile(rb"^data:([^\n]*\n?)", re.MULTILINE)
 
 
 class EventStream(Frames):
@@ -102,6 +110,10 @@ class EventStream(Frames):
     def __init__(self) -> None:
         super().__init__(b"\n\n")
         self._after_cr = False
+        # Of an event that is too large: the start of a line that may become a data
+        # line, and whether the line that goes on is one; None at the start of a line.
+        self._line_start = b""
+        self._is_data: bool | None = None
 
     def feed(self, text: bytes, sink: FrameSink) -> None:
         """Read the next bytes of the body, and hand to *sink* what they complete."""
@@ -117,12 +129,36 @@ class EventStream(Frames):
     def documents(self, frames: bytes) -> Iterator[bytes]:
         """Yield the data of each event."""
         for event in frames.split(b"\n\n"):
-            lines = [
-                line[5:] for line in event.split(b"\n") if line.startswith(b"data:")
-            ]
+            lines = [line[5:] for line in event.split(b"\n") if line.startswith(_DATA)]
             if lines:
                 # One space after the colon is no part of the data; JSON minds none.
                 yield b"\n".join(lines)
+
+    def _end_large(self, start: int, sink: FrameSink) -> int:
+        position = Frames._end_large(self, start, sink)
+        if not self.is_large:
+            self._line_start, self._is_data = b"", None
+        return position
+
+    def _hand_on_piece(self, piece: bytes, sink: FrameSink) -> None:
+        """Hand on the data in a part of an event, without the names of the fields."""
+        if data := self._data_in(self._line_start + piece):
+            sink.read_piece(data)
+
+    def _data_in(self, text: bytes) -> bytes:
+        self._line_start = data = b""
+        if self._is_data is not None:
+            line, newline, text = text.partition(b"\n")
+            data = line + newline if self._is_data else b""
+            if not newline:
+                return data
+        lines = _DATA_LINES.findall(text)
+        last = text[text.rfind(b"\n") + 1 :]
+        if len(last) < len(_DATA) and _DATA.startswith(last):
+            self._line_start, self._is_data = last, None
+        else:
+            self._is_data = last.startswith(_DATA)
+        return data + b"".join(lines)
 
 
 def _taken(rest: bytearray, end: int) -> bytes:
