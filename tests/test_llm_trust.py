@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bodies import cut, read
@@ -116,6 +115,26 @@ SHAPES: dict[str, Any] = {
         },
     ),
 }  # fmt: skip
+#: The same in several documents of a stream, of which none has all figures.
+STREAMS: dict[str, Any] = {
+    "anthropic, whole stream": (
+        "anthropic",
+        lambda a, b: [
+            {
+                "type": "message_start",
+                "message": {"id": "m1", "usage": {**_anthropic(a, 1)}},
+            },
+            {"type": "message_delta", "usage": {"output_tokens": b}},
+        ],
+    ),
+    "openai, whole stream": (
+        "openai",
+        lambda a, b: [
+            {"object": "chat.completion.chunk", "id": "c1", "usage": _openai(a, 0)},
+            {"object": "chat.completion.chunk", "id": "c1", "usage": _openai(0, b)},
+        ],
+    ),
+}
 #: The members in which a report can stand, or that can tell what kind it is.
 NAMES = (
     "usage", "usageMetadata", "meta", "metadata", "message", "response", "delta",
@@ -220,7 +239,8 @@ def assert_not_lower(found: Any, expected: Any) -> None:
         assert getattr(found, name) >= getattr(expected, name)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *STREAMS])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     stated=st.booleans(),
     data=st.data(),
@@ -231,22 +251,43 @@ def assert_not_lower(found: Any, expected: Any) -> None:
 def test_a_callers_json_never_lowers_the_bill(
     shape: str, stated: bool, data: Any, a: int, b: int, content_type: str
 ) -> None:
-    provider, make = SHAPES[shape]
+    provider, make = {**SHAPES, **STREAMS}[shape]
     kind = f"llm:{provider}" if stated else "llm"
-    plain = json.dumps(make(a, b)).encode()
-    expected = usage_of(plain, "application/json", [], kind)
+    made = make(a, b)
+    reports = made if isinstance(made, list) else [made]
+    plain = as_lines(reports).encode()
+    expected = usage_of(plain, "application/x-ndjson", [], kind)
     assert expected.provider == provider
     assert (expected.input_tokens, expected.output_tokens) == (a, b)
 
-    document = data.draw(wrapped(copy.deepcopy(make(a, b))))
-    documents = document
-    if content_type != "application/json" or data.draw(st.booleans()):
+    documents: Any = [data.draw(wrapped(report)) for report in reports]
+    if (
+        content_type != "application/json"
+        or len(reports) > 1
+        or data.draw(st.booleans())
+    ):
         around = st.lists(other_documents(provider, kind), max_size=2)
-        documents = [*data.draw(around), document, *data.draw(around)]
+        documents = [
+            *data.draw(around),
+            *[each for one in documents for each in (one, *data.draw(around))],
+        ]
+    else:
+        (documents,) = documents
     body = WAYS[content_type](documents).encode("utf-8", "surrogatepass")
     positions = data.draw(st.lists(st.integers(0, len(body)), max_size=4))
 
     assert_not_lower(usage_of(body, content_type, positions, kind), expected)
+
+
+@pytest.mark.parametrize("stated", ["llm", "llm:anthropic"])
+def test_a_name_of_the_callers_does_not_part_a_call(stated: str) -> None:
+    start, delta = STREAMS["anthropic, whole stream"][1](900, 7)
+    body = as_events([start, {"id": "of the caller", **delta}]).encode()
+
+    found = usage_of(body, "text/event-stream", [], stated)
+
+    assert (found.input_tokens, found.output_tokens) == (900, 7)
+    assert found.remarks == ()
 
 
 @pytest.mark.parametrize(

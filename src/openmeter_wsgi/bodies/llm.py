@@ -8,7 +8,7 @@ tells them apart by their first bytes, since handlers often leave the media type
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import msgspec
 
@@ -36,7 +36,7 @@ from openmeter_wsgi.bodies.reader import (
 from openmeter_wsgi.bodies.stream import EventStream, Frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 _BOM = b"\xef\xbb\xbf"
 #: A float, and so OpenMeter, holds no larger count exactly; no call has as many tokens.
@@ -49,7 +49,6 @@ _CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 # -- The members that are decoded, from the table of places
 
-_NO_RAW = msgspec.Raw()
 _WRAPPERS = {place.report[0] for place in PLACES if len(place.report) > 1}
 _INNER_MEMBERS = {
     name
@@ -65,41 +64,35 @@ _TOP_MEMBERS = {
         *(place.report if len(place.report) == 1 else ()),
         *(place.figures if not place.report else ()),
         *place.kind[:1],
+        place.goes_on[0],
         place.model,
         place.call,
     )
     if name
 }
-#: All else is skipped undecoded. A wrapper may be large, and is decoded if the document
-#: is of a kind that has a report in it.
-_Document: Any = msgspec.defstruct(
-    "_Document",
-    [
-        *((name, Any, None) for name in sorted(_TOP_MEMBERS)),
-        *((name, msgspec.Raw, _NO_RAW) for name in sorted(_WRAPPERS)),
-    ],
-    gc=False,
-)
-_Inner: Any = msgspec.defstruct(
-    "_Inner", [(name, Any, None) for name in sorted(_INNER_MEMBERS)], gc=False
-)
-_decode = msgspec.json.Decoder(_Document | list[_Document]).decode
+
+
+def _members(name: str, members: Iterable[str], raw: Iterable[str] = ()) -> Any:
+    """Return the type of an object of which *members* are decoded, and *raw* not yet.
+
+    All else is skipped. What is not decoded yet may be large.
+    """
+    types = dict.fromkeys(members, Any) | dict.fromkeys(raw, msgspec.Raw)
+    make_type: Any = TypedDict
+    return make_type(name, types, total=False)
+
+
+_Document = _members("_Document", _TOP_MEMBERS, _WRAPPERS)
+_Inner = _members("_Inner", _INNER_MEMBERS)
+_decode = msgspec.json.Decoder(_Document | list[_Document]).decode  # type: ignore[valid-type]
 _decode_inner = msgspec.json.Decoder(_Inner).decode
 _decode_raws = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_NOTHING = _Inner()
 #: The same members, of a document that is too large to be decoded.
 _INNER_SELECTION = Selection(dict.fromkeys(map(str.encode, sorted(_INNER_MEMBERS))))
 SELECTION = Selection(
     dict.fromkeys(map(str.encode, sorted(_TOP_MEMBERS)))
     | dict.fromkeys(map(str.encode, sorted(_WRAPPERS)), _INNER_SELECTION)
 )
-
-
-def _struct_of(struct: Any, value: object) -> Any:
-    """Return the *struct* of an object that is decoded already."""
-    members = value if isinstance(value, dict) else {}
-    names = set(struct.__struct_fields__).intersection(members)
-    return struct(**{name: members[name] for name in names})
 
 
 def llm_reader(
@@ -290,7 +283,8 @@ class LLMReports:
             document = json.loads(text)
         except _UNDECODABLE:
             return
-        self._add(_struct_of(_Document, document))
+        if isinstance(document, dict):
+            self._add(document)
 
     def usage(self) -> LLMUsage | None:
         """Return the usage that was reported, or None."""
@@ -306,10 +300,11 @@ class LLMReports:
             remarks.append("several_calls")
         return msgspec.structs.replace(usage, remarks=(*remarks,)) if remarks else usage
 
-    def _add(self, document: Any) -> None:
+    def _add(self, document: dict[str, Any]) -> None:
         if self._model is None:
-            self._model = _text(document.model) or _text(document.modelVersion)
-            self._model_call = _text(document.id) or _text(document.responseId)
+            names = document.get
+            self._model = _text(names("model")) or _text(names("modelVersion"))
+            self._model_call = _text(names("id")) or _text(names("responseId"))
         reports = self._finder.find(document)
         if len(reports) > 1:
             reports = self._without_rivals(reports)
@@ -337,7 +332,7 @@ class LLMReports:
         return [report for _, report in largest.values()]
 
 
-class _Report(NamedTuple):
+class _Report(msgspec.Struct, gc=False):
     """The figures of one report, by their provider's names."""
 
     provider: Provider
@@ -414,89 +409,97 @@ class _Finder:
     def __init__(self, provider: Provider | None) -> None:
         #: Places at the top of a document, by their member.
         self._top: dict[str, list[Place]] = {}
-        #: Places inside a document of a kind, by the member and the kind it tells.
-        self._inside: dict[tuple[str, str], list[Place]] = {}
-        #: Places whose figures are members of the document, or inside of any.
-        self._others: list[Place] = []
+        #: Places inside a document of a kind, by the member and the kind that it tells.
+        self._of_kind: dict[str, dict[str, list[Place]]] = {}
+        #: Places inside a document of any kind, by the member that wraps the report.
+        self._inside: dict[str, Place] = {}
+        #: The places whose figures are members of the document, by these.
+        self._bare: dict[str, Place] = {}
         for place in PLACES:
             if provider in (None, place.provider):
                 self._sort_in(place)
-        self._kinds = tuple(dict.fromkeys(member for member, _ in self._inside))
 
     def _sort_in(self, place: Place) -> None:
-        if len(place.report) == 1:
+        if not place.report:
+            self._bare.update(dict.fromkeys(place.figures, place))
+        elif len(place.report) == 1:
             self._top.setdefault(place.report[0], []).append(place)
         elif place.kind:
             member, *kinds = place.kind
             for kind in kinds:
-                self._inside.setdefault((member, kind), []).append(place)
+                of_member = self._of_kind.setdefault(member, {})
+                of_member.setdefault(kind, []).append(place)
         else:
-            self._others.append(place)
+            self._inside[place.report[0]] = place
 
-    def find(self, document: Any) -> list[_Report]:
-        """Return the reports of *document*."""
-        found = [
-            report
-            for member, places in self._top.items()
-            if isinstance(usage := getattr(document, member), dict)
-            and (report := _report_of(places, usage, document))
-        ]
-        for member in self._kinds:
-            kind = getattr(document, member)
-            if isinstance(kind, str) and (places := self._inside.get((member, kind))):
-                found += [r for place in places for r in _inside(document, place)]
-        for place in self._others:
-            if place.report:
-                found += _inside(document, place)
-            elif report := _report_of([place], _members(document, place), document):
-                found.append(report)
+    def find(self, document: dict[str, Any]) -> list[_Report]:
+        """Return the reports of *document*. Called for each chunk of some streams."""
+        found: list[_Report] = []
+        bare: Place | None = None
+        for member, value in document.items():
+            if member in self._top:
+                if isinstance(value, dict):
+                    _add_report(found, self._top[member], value, document)
+            elif member in self._of_kind:
+                self._find_of_kind(found, member, value, document)
+            elif member in self._inside:
+                _add_inner_reports(found, self._inside[member], document)
+            else:
+                bare = bare or self._bare.get(member)
+        if bare:
+            _add_report(found, [bare], _part(document, bare.figures), document)
         return found
 
+    def _find_of_kind(
+        self, found: list[_Report], member: str, kind: object, document: dict[str, Any]
+    ) -> None:
+        if isinstance(kind, str):
+            for place in self._of_kind[member].get(kind, ()):
+                _add_inner_reports(found, place, document)
 
-def _inside(document: Any, place: Place) -> Iterator[_Report]:
-    """Yield the reports in what *document* wraps."""
+
+def _part(document: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
+    return {name: document[name] for name in members if name in document}
+
+
+def _add_inner_reports(
+    found: list[_Report], place: Place, document: dict[str, Any]
+) -> None:
+    """Add the reports in what *document* wraps."""
     wrapper, *_, name = place.report
-    for inner in _unwrapped(getattr(document, wrapper), is_list="*" in place.report):
-        usage = getattr(inner, name)
-        if isinstance(usage, dict) and (
-            not place.beside or getattr(inner, place.beside) is not None
-        ):
+    for inner in _unwrapped(document.get(wrapper), is_list="*" in place.report):
+        usage = inner.get(name)
+        if isinstance(usage, dict) and (not place.beside or place.beside in inner):
             names = inner if place.is_wrapped else document
-            if report := _report_of([place], usage, names):
-                yield report
+            _add_report(found, [place], usage, names)
 
 
-def _unwrapped(value: Any, *, is_list: bool) -> list[Any]:
+def _unwrapped(value: Any, *, is_list: bool) -> list[dict[str, Any]]:
     """Return the objects in a member that is a list of them, or else an object."""
-    if is_list:
-        if isinstance(value, msgspec.Raw):
-            value = _decoded(_decode_raws, value)
-        values = value if isinstance(value, list) else []
-    else:
-        values = [value]
-    return [
-        _decoded(_decode_inner, each)
-        if isinstance(each, msgspec.Raw)
-        else _struct_of(_Inner, each)
-        for each in values
-    ]
+    values = _decoded(_decode_raws, value) if is_list else [value]
+    if not isinstance(values, list):
+        return []
+    inner = (_decoded(_decode_inner, each) for each in values)
+    return [each for each in inner if isinstance(each, dict)]
 
 
-def _decoded(decode: Callable[[Any], Any], raw: msgspec.Raw) -> Any:
+def _decoded(decode: Callable[[msgspec.Raw], Any], value: Any) -> Any:
+    """Return *value* decoded, if it is not yet; None if it is no JSON of that type."""
+    if not isinstance(value, msgspec.Raw):
+        return value
     try:
-        return decode(raw)
+        return decode(value)
     except _UNDECODABLE:
-        return _NOTHING
+        return None
 
 
-def _members(document: Any, place: Place) -> dict[str, object]:
-    return {name: getattr(document, name) for name in place.figures}
-
-
-def _report_of(
-    places: list[Place], usage: dict[str, Any], names: Any
-) -> _Report | None:
-    """Return the report that *usage* is at the first of *places* that fits.
+def _add_report(
+    found: list[_Report],
+    places: list[Place],
+    usage: dict[str, Any],
+    names: dict[str, Any],
+) -> None:
+    """Add the report that *usage* is at the first of *places* that fits, if any.
 
     *names* has the members that name the model and the call.
     """
@@ -505,11 +508,14 @@ def _report_of(
         if not place.figures.isdisjoint(figures):
             break
     else:
-        return None
+        return
     if place.provider == "anthropic" and "iterations" in usage:
         figures |= _left_out(usage["iterations"], figures)
-    model, call = getattr(names, place.model), place.call and getattr(names, place.call)
-    return _Report(place.provider, figures, _text(model), _text(call), place.begins)
+    model, call = _text(names.get(place.model)), _text(names.get(place.call))
+    member, kind = place.goes_on
+    if member and names.get(member) == kind:
+        call = None
+    found.append(_Report(place.provider, figures, model, call, place.begins))
 
 
 def _figures(usage: dict[str, Any]) -> dict[str, int]:

@@ -87,6 +87,9 @@ class Place(NamedTuple):
     is_wrapped: bool = False
     #: A report whose call has no name is the first of one.
     begins: bool = False
+    #: The member that tells the kind of a document, and the kind that goes on with the
+    #: call before, whatever name is in it.
+    goes_on: tuple[str, str] = ("", "")
 
 
 _OPENAI = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
@@ -110,7 +113,7 @@ PLACES = (
     Place("gemini", ("usage",), _INTERACTION),
     Place("bedrock", ("usage",), _BEDROCK, call="", begins=True),
     Place("openai", ("usage",), _OPENAI),
-    Place("anthropic", ("usage",), _INPUT_OUTPUT),
+    Place("anthropic", ("usage",), _INPUT_OUTPUT, goes_on=("type", "message_delta")),
     Place("openai", ("usage",), _INPUT_OUTPUT),
     Place("gemini", ("usageMetadata",), _GEMINI, model="modelVersion",
           call="responseId"),
