@@ -233,6 +233,42 @@ def test_an_event_too_large_to_be_kept_is_read_all_the_same(name):
     assert read(LLMReader(), *in_steps(body, 8_191)) == expected
 
 
+LARGE = b"x" * MAX_FRAME_BYTES
+USAGE = b'"usage":{"prompt_tokens":1,"total_tokens":3}'
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"x":"%b",\ndata: "usage":{"prompt_tokens":1,\ndata:"total_tokens":3}}',
+        b'data: {"x":"%b"}\ndata: {"usage":{"prompt_tokens":1,"total_tokens":3}}',
+        b'event: {\nid: [\ndata: {"x":"%b",\n: {"usage":\ndata: ' + USAGE + b"}",
+        b'data: {"x":"%b","y":NaN,"z":"\\ud83e",' + USAGE[:-1] + b',"cost":NaN}}',
+    ],
+    ids=["spread over lines", "a document a line", "other fields", "not strict"],
+)
+def test_an_event_too_large_to_be_kept_is_read_as_a_small_one_is(event):
+    for filling in (b"x", LARGE):
+        body = event % filling + b"\n\ndata: [DONE]\n\n"
+        for size in (7, 50_001) if filling is LARGE else (1, 7):
+            found = read(LLMReader("text/event-stream"), *in_steps(body, size))
+            assert (found.input_tokens, found.total_tokens) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [b"data: %b {" + USAGE + b"}", b"data: x\ndata: %b\ndata: {" + USAGE + b"}",
+     b': %b {"\n: ' + USAGE + b'}\ndata: {"x":1}'],
+    ids=["behind text", "a line of text", "a comment"],
+)  # fmt: skip
+def test_text_that_holds_a_report_is_none(event):
+    for filling in (b"x", LARGE):
+        body = event % filling + b"\n\n"
+        for size in (11, len(body)):
+            found = read(LLMReader("text/event-stream"), *in_steps(body, size))
+            assert found == Unknown("no_usage")
+
+
 def test_an_event_that_cannot_be_read_does_not_hide_the_next():
     usage = b'data: {"usage":{"prompt_tokens":1,"total_tokens":%d}}\n\n'
     body = usage % 2 + b"data: {" + b'"' * MAX_FRAME_BYTES * 2 + b"\n\n" + usage % 3
