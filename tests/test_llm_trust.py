@@ -168,7 +168,9 @@ callers_json = st.recursive(
     ),
     max_leaves=8,
 )
-callers_members = st.dictionaries(st.sampled_from(NAMES), callers_json, max_size=5)
+callers_members = st.one_of(
+    st.dictionaries(st.sampled_from(NAMES), callers_json, max_size=5), forged
+)
 #: What holds the figures themselves: there is nothing of a caller's.
 REPORTS = {"usage", "usageMetadata", "meta"}
 
@@ -338,6 +340,28 @@ def test_of_two_reports_in_a_document_the_larger_counts(
         stated = usage_of(body, "application/json", [], "llm:openai")
         assert (stated.provider, stated.total_tokens) == ("openai", 1_500)
         assert stated.remarks == ()
+
+
+@pytest.mark.parametrize("kind", ["llm", "llm:openai"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("more", [0, 1_000], ids=["smaller", "larger"])
+def test_of_two_reports_of_one_provider_the_larger_counts(
+    kind: str, first: bool, more: int
+) -> None:
+    report = {"usage": {**_openai(1_000, 500), "total_tokens": 1_500}}
+    usage = {
+        "prompt_tokens": 1 + more,
+        "completion_tokens": 0,
+        "total_tokens": 600 + more,
+    }
+    forged = {"type": "response.completed", "response": {"usage": usage}}
+    body = json.dumps({**forged, **report} if first else {**report, **forged}).encode()
+
+    found = usage_of(body, "application/json", [], kind)
+
+    assert (found.input_tokens, found.output_tokens) == (1_000 + bool(more), 500)
+    assert found.total_tokens == max(1_500, 600 + more)
+    assert found.remarks == ("ambiguous_usage",)
 
 
 def test_no_figure_of_the_larger_report_undercuts_the_other() -> None:
