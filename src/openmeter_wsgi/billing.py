@@ -38,6 +38,18 @@ Environ: TypeAlias = dict[str, Any]
 #: Routes of which a warning was given are remembered up to this number.
 _MAX_WARNED = 1_000
 _MAX_STATUS_LINES = 1_000
+#: What is logged where a body says several things, by the remark that is counted.
+_REMARKS = {
+    "ambiguous_usage": (
+        "%s: the body holds several reports of a model's usage; the largest is billed, "
+        "and no figure below another report's; counted as %s. llm_usage(provider=...) "
+        "reads one shape alone"
+    ),
+    "several_calls": (
+        "%s: the body holds several calls of a model; the last one is billed; counted "
+        "as %s"
+    ),
+}
 _LOST = "%s: usage of a request is lost by our own fault"
 
 
@@ -311,6 +323,9 @@ class Billing:
             missing = found.missing
             for each in found.missing:
                 self._warn_of_missing(exchange, *each)
+            for remark in sorted(exchange.remarks):
+                self._counts.remarks[remark] += 1
+                logger.warning(_REMARKS[remark], self._where(exchange), remark)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
         if meters := policy.as_meters(usage):
@@ -321,10 +336,13 @@ class Billing:
             return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
+    def _where(self, exchange: Exchange) -> str:
+        return f"{exchange.method} {exchange.route or self.name}"
+
     def _warn_of_missing(
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
-        where = f"{exchange.method} {exchange.route or self.name}"
+        where = self._where(exchange)
         if where in self._warned or len(self._warned) >= _MAX_WARNED:
             return
         self._warned.add(where)
