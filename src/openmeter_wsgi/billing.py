@@ -15,6 +15,7 @@ from openmeter_wsgi.events import are_small, encode_events, size_problem
 from openmeter_wsgi.identity import Identity
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
+from openmeter_wsgi.observation import route_of
 from openmeter_wsgi.outcome import COMPLETED, FAILED
 from openmeter_wsgi.subject import anonymous_subject, subject_finder
 from openmeter_wsgi.unbilled import Unbilled
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.forks import Mark
     from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.routes import Routes
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.usage import Meter
 logger = log.get_logger(__name__)
@@ -69,6 +71,8 @@ class Process(Protocol):
     counts: Counts
     ids: RequestIds
     entitlements: Entitlements
+    #: What governs the requests of single routes, None if nothing else does.
+    routes: Routes[Billing | None] | None
     #: Hand one event to delivery.
     put: Callable[[bytes], object]
 
@@ -121,8 +125,11 @@ class Billing:
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
+        #: Whether it bills what no rule matches, beside policies of routes.
+        self._is_default = policy.routes is not None
         self._is_usual = (
             self.bodies is None
+            and not self._is_default
             and not self._counts_down
             and self._identity.is_ours
             and all(meter.plain for meter in policy.static_meters)
@@ -201,6 +208,8 @@ class Billing:
         try:
             if stated is not None and stated.denied:
                 return self.unbilled.note("denied", environ, status)
+            if self._is_default and (other := self._of_route(environ)) is not None:
+                return other.events(environ, stated, status, outcome, exchange)
             if reason := self._status_reason(environ, stated, status):
                 return self.unbilled.note(reason, environ, status)
             made = self._stated_events(environ, stated, outcome, exchange)
@@ -215,6 +224,25 @@ class Billing:
         finally:
             if self._counts_down and RESERVED in environ:
                 self.gate.settle(environ, (), None)  # nothing is billed
+
+    def _of_route(self, environ: Environ) -> Billing | None:
+        """Return what bills the route by which the framework has served a request.
+
+        None where that is not known, or not stricter. No rule has matched the path: the
+        framework reads it in another way, such as ``-5`` as an integer.
+        """
+        routes, template = self.process.routes, route_of(environ)
+        if routes is None or template is None:
+            return None
+        other = routes.by_template(template, environ, self)
+        if other is not None:
+            logger.warning(
+                "route %s: a path that no rule matches was served by it; billed by the "
+                "rule, and not asked for entitlements: write the rule in a form that "
+                "matches all that the framework serves, or decorate the view",
+                template,
+            )
+        return other
 
     def _status_reason(
         self, environ: Environ, stated: RunTimeMeters | None, status: str | None
