@@ -305,16 +305,16 @@ class FastPath:
         self._subjects = billing.subjects
         meters = billing.policy.static_meters
         self._templates = static_templates(meters, billing.policy.event_source)
+        self._is_audited = billing.policy.audit is not None
         #: The only one, of most policies.
         self._template = self._templates[0] if len(self._templates) == 1 else None
-        self._is_audited = billing.policy.audit is not None
         #: Whom a request is billed to that does not say who is calling, None where
         #: the policy finds the subject elsewhere in the request.
         self._anonymous = billing.subjects.anonymous
         #: Why responses of a status line are not billed, None if they are.
         self._reasons: dict[str | None, str | None] = {}
 
-    def events(
+    def events(  # noqa: C901 - in one piece: a call would cost each request
         self, environ: Environ, request: RequestRecord
     ) -> Sequence[bytes] | None:
         """Return the events of a response, none if it is not billed.
@@ -328,7 +328,12 @@ class FastPath:
             if status not in self._reasons:
                 self._learn(status)
             reason = self._reasons[status]
-            subject = None if reason else self._find_subject(environ, request)
+            if reason is not None:
+                subject = None
+            elif self._anonymous is None or request.caller or "REMOTE_USER" in environ:
+                subject = self._subjects.find(environ)
+            else:
+                subject = self._anonymous
         except Exception:  # noqa: BLE001 - `Billing.events` says what it is
             return None
         if reason is not None:
@@ -339,24 +344,21 @@ class FastPath:
         if not subject:
             return None
         request_id = self._ids.new()
+        if self._template is not None:
+            head, middle = self._template
+            text = (
+                f"{head}{request_id}{middle}{timestamp()}"
+                f'","subject":{quoted(subject)}}}'
+            )
+            self._counts.metered += 1
+            return (text.encode(),)
         tail = f'{timestamp()}","subject":{quoted(subject)}}}'
-        events: Sequence[bytes]
-        if (template := self._template) is not None:
-            events = (f"{template[0]}{request_id}{template[1]}{tail}".encode(),)
-        else:
-            events = [
-                f"{head}{request_id}{middle}{tail}".encode()
-                for head, middle in self._templates
-            ]
+        events = [
+            f"{head}{request_id}{middle}{tail}".encode()
+            for head, middle in self._templates
+        ]
         self._counts.metered += 1
         return events
-
-    def _find_subject(self, environ: Environ, request: RequestRecord) -> str | None:
-        if self._anonymous is None or "REMOTE_USER" in environ:
-            return self._subjects.find(environ)
-        if request.subject is None and request.user is None:
-            return self._anonymous
-        return self._subjects.find(environ)
 
     def _learn(self, status: str | None) -> None:
         """Remember why a status line is not billed: cutting it costs more than that."""

@@ -11,8 +11,22 @@ from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.refusal import Refusal, telling_quota
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.health import MAX_AGE, Health
-from openmeter_wsgi.request import SETTLED, begin
-from openmeter_wsgi.response import FILE_WRAPPER, fail, remember_files, respond
+from openmeter_wsgi.request import (
+    OPEN,
+    REQUEST,
+    SETTLED,
+    RequestRecord,
+    begin_again,
+)
+from openmeter_wsgi.response import (
+    FILE_WRAPPER,
+    Response,
+    SizedResponse,
+    fail,
+    give_file,
+    is_file,
+    remember_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,7 +35,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import FirstRequestHook, NewProcess, Process
-    from openmeter_wsgi.request import RequestRecord
     from openmeter_wsgi.stats import Stats
 
 logger = log.get_logger(__name__)
@@ -69,7 +82,8 @@ class OpenMeterMiddleware:
         renew = weakref.WeakMethod(self.process)
         os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
 
-    def __call__(  # noqa: C901 - in one piece: a call would cost each request
+    # In one piece: each call would cost each request.
+    def __call__(  # noqa: C901
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
         """Serve one request (PEP 3333)."""
@@ -81,13 +95,19 @@ class OpenMeterMiddleware:
             billing = process.routes.find(environ)
         if billing is None:
             return self.app(environ, start_response)
-        request = begin(environ, billing, start_response)
-        if request is None:
-            logger.warning(
-                "%s: the application is wrapped twice; the outer middleware meters",
-                type(self).__name__,
-            )
-            return self.app(environ, start_response)
+        if REQUEST in environ:
+            request = begin_again(environ, billing, start_response)
+            if request is None:
+                self._say_that_it_is_nested()
+                return self.app(environ, start_response)
+        else:
+            request = environ[REQUEST] = RequestRecord()
+            request.billing = billing
+            request.state = OPEN
+            request.server_start = start_response
+            request.status = request.server_write = request.capture = None
+            request.caller = request.usage = request.route = None
+            request.decision = request.reserved = request.remembered = None
         if billing.asks and self._asks_first:
             refusal = _refusal(billing, environ, request)
             if refusal is not None:
@@ -100,8 +120,21 @@ class OpenMeterMiddleware:
         except BaseException:
             fail(environ, request)
             raise
-        response = respond(environ, request, iterable, files)
+        if files is not None and is_file(files, iterable):
+            file = give_file(environ, request, iterable)
+            return file if process.watch is None else process.watch(file)
+        is_sized = type(iterable) is list or hasattr(iterable, "__len__")
+        response = SizedResponse() if is_sized else Response()
+        response.environ = environ
+        response.request = request
+        response.iterable = iterable
         return response if process.watch is None else process.watch(response)
+
+    def _say_that_it_is_nested(self) -> None:
+        logger.warning(
+            "%s: the application is wrapped twice; the outer middleware meters",
+            type(self).__name__,
+        )
 
     @classmethod
     def from_zuplo(

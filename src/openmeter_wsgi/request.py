@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _ERROR_STATUS = "500"
+#: What a caller is named by in a record.
+SUBJECT: Final = "subject"
+USER: Final = "user"
 #: The key of the record in the environ.
 REQUEST: Final = "openmeter_wsgi.request"
 
@@ -62,11 +65,11 @@ class RequestRecord:
     """
 
     __slots__ = (
-        "billing", "capture", "decision", "remembered", "reserved", "route",
-        "server_start", "server_write", "state", "status", "subject", "usage", "user",
+        "billing", "caller", "capture", "decision", "remembered", "reserved", "route",
+        "server_start", "server_write", "state", "status", "usage",
     )  # fmt: skip
 
-    # Set by `new_record`: an __init__ would cost each request a tenth of its price.
+    # Set by `new_record` and the middleware: an __init__ would cost another call.
     #: What bills it: the policy's billing, its route's or its view's.
     billing: Billing | None
     state: int
@@ -77,9 +80,8 @@ class RequestRecord:
     server_write: Callable[[bytes], object] | None
     #: What sees the chunks of the response, where something is measured.
     capture: ResponseCapture | None
-    #: What :func:`set_subject` was given, and :func:`set_user`.
-    subject: object
-    user: object
+    #: What :func:`set_subject` and :func:`set_user` were given, None if nothing was.
+    caller: dict[str, object] | None
     #: What the handler stated, None if it stated nothing.
     usage: RunTimeMeters | None
     #: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
@@ -138,38 +140,22 @@ def new_record() -> RequestRecord:
     record.billing = record.status = None
     record.state = UNMETERED
     record.server_start = record.server_write = record.capture = None
-    record.subject = record.user = record.usage = record.route = None
+    record.caller = record.usage = record.route = None
     record.decision = record.reserved = record.remembered = None
     return record
 
 
-def begin(
+def begin_again(
     environ: dict[str, Any], billing: Billing, start_response: StartResponse
 ) -> RequestRecord | None:
-    """Let *billing* bill the request of *environ*, and return its record.
+    """Return the record of a request whose environ has one; *billing* bills it now.
 
     None if another middleware, further out, meters it already.
     """
-    if REQUEST in environ:
-        return _begin_again(environ, billing, start_response)
-    # As `new_record`, in one piece: a call would cost each request.
-    record = environ[REQUEST] = RequestRecord()
-    record.billing = billing
-    record.state = OPEN
-    record.server_start = start_response
-    record.status = record.server_write = record.capture = None
-    record.subject = record.user = record.usage = record.route = None
-    record.decision = record.reserved = record.remembered = None
-    return record
-
-
-def _begin_again(
-    environ: dict[str, Any], billing: Billing, start_response: StartResponse
-) -> RequestRecord | None:
     record: RequestRecord = environ[REQUEST]
     if record.state == SETTLED:  # one environ serves a second request
         before, record = record, new_record()
-        record.subject, record.user = before.subject, before.user
+        record.caller = before.caller
         environ[REQUEST] = record
     elif record.state != UNMETERED:
         return None
@@ -224,7 +210,7 @@ def billing_of(environ: Mapping[str, Any] | None) -> Billing | None:
 def has_user(environ: Mapping[str, Any]) -> bool:
     """Say whether :func:`set_user` said whose request this is."""
     request: RequestRecord | None = environ.get(REQUEST)
-    return request is not None and request.user is not None
+    return request is not None and USER in (request.caller or ())
 
 
 def is_options(environ: Mapping[str, Any]) -> bool:
@@ -380,7 +366,7 @@ def bill_nothing(request: object) -> None:
 def set_subject(request: object, subject: str) -> None:
     """Let *subject* be billed for this request, whatever the policy would find."""
     if (environ := _environ(request, "set_subject")) is not None:
-        record_of(environ).subject = subject
+        _caller_of(environ)[SUBJECT] = subject
 
 
 def set_user(request: object, user: object) -> None:
@@ -389,7 +375,14 @@ def set_user(request: object, user: object) -> None:
     ``subject_path`` says where its subject is.
     """
     if (environ := _environ(request, "set_user")) is not None:
-        record_of(environ).user = user
+        _caller_of(environ)[USER] = user
+
+
+def _caller_of(environ: dict[str, Any]) -> dict[str, object]:
+    record = record_of(environ)
+    if record.caller is None:
+        record.caller = {}
+    return record.caller
 
 
 def set_route(request: object, route: str) -> None:

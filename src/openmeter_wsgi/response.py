@@ -41,7 +41,7 @@ class Response:
 
     __slots__ = ("environ", "events", "iterable", "request")
 
-    # Set by `respond`: an __init__ would cost each request another call.
+    # Set by the middleware: an __init__ would cost each request another call.
     environ: dict[str, Any]
     request: RequestRecord
     #: What the application has returned, None once it is closed.
@@ -91,22 +91,25 @@ class Response:
         signal may strike in between, and a repeated put has the same ids.
         """
         request = self.request
+        if request.state == SETTLED:
+            return
         billing: Billing = request.billing  # type: ignore[assignment]
         process = billing.process
-        # A process forked in the middle has a copy of this, which is its parent's.
-        if request.state == SETTLED or not process.guard.is_current():
-            return
-        if request.state != FIXED:
+        events = None
+        if request.state == FINISHED and billing.fast_path is not None:
+            events = billing.fast_path.events(self.environ, request)
+        if events is None or events or not process.is_begun:
+            # A process forked in the middle has a copy, which its parent settles.
+            if not process.guard.is_current():
+                return
             if not process.is_begun:
                 process.begin()
-            events = None
-            if request.state == FINISHED and billing.fast_path is not None:
-                events = billing.fast_path.events(self.environ, request)
-            self.events = self._made(billing) if events is None else events
-            request.state = FIXED
-        for event in self.events:
-            process.counts.events += 1
-            process.transport.put(event)
+            if request.state != FIXED:
+                self.events = self._made(billing) if events is None else events
+                request.state = FIXED
+            for event in self.events:
+                process.counts.events += 1
+                process.transport.put(event)
         request.state = SETTLED
         # The server's handler has the environ, and that has the record.
         request.server_start = request.server_write = request.capture = None
@@ -217,23 +220,13 @@ def remember_files(environ: dict[str, Any]) -> type | FileWrapper:
     return found
 
 
-def respond(
-    environ: dict[str, Any],
-    request: RequestRecord,
-    iterable: Iterable[bytes],
-    files: type | FileWrapper | None,
+def give_file(
+    environ: dict[str, Any], request: RequestRecord, file: Any
 ) -> Iterable[bytes]:
-    """Return what the server gets for what the application has returned."""
-    if files is not None and _is_file(files, iterable):
-        file = FileResponse()
-        file.environ, file.request, file.iterable = environ, request, iterable
-        return file.give_away()
-    is_sized = type(iterable) is list or hasattr(iterable, "__len__")
-    response = SizedResponse() if is_sized else Response()
-    response.environ = environ
-    response.request = request
-    response.iterable = iterable
-    return response
+    """Return *file*, one of the server's wrapper, which settles when it is closed."""
+    response = FileResponse()
+    response.environ, response.request, response.iterable = environ, request, file
+    return response.give_away()
 
 
 def fail(environ: dict[str, Any], request: RequestRecord) -> None:
@@ -244,7 +237,8 @@ def fail(environ: dict[str, Any], request: RequestRecord) -> None:
     response.settle()
 
 
-def _is_file(files: type | FileWrapper, iterable: object) -> bool:
+def is_file(files: type | FileWrapper, iterable: object) -> bool:
+    """Say whether *iterable* is a file that the server has wrapped."""
     if isinstance(files, FileWrapper):
         return files.has_made(iterable)
     return isinstance(iterable, files)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.request import REQUEST
+from openmeter_wsgi.request import REQUEST, SUBJECT, USER
 from openmeter_wsgi.wire import text_problem
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class SubjectFinder:
     def find(self, environ: dict[str, Any]) -> str | None:
         """Return the subject of a request, None where it has none."""
         request: RequestRecord | None = environ.get(REQUEST)
-        if request is not None and (text := _text(request.subject)):
+        caller = None if request is None else request.caller
+        if caller and SUBJECT in caller and (text := _text(caller[SUBJECT])):
             return text
         if self._from_policy and (text := _text(self._from_policy(environ))):
             return text
-        user = None if request is None else request.user
-        if user is not None and (text := _text(self._from_user(user))):
+        if caller and USER in caller and (text := _text(self._from_user(caller[USER]))):
             return text
         if "REMOTE_USER" in environ:
             return _header_text(environ["REMOTE_USER"]) or self._fallback

@@ -41,8 +41,7 @@ def passing(
         # In one piece: each call costs a request.
         if environ.get("REQUEST_METHOD") == "OPTIONS":
             return False
-        is_said = request.subject is not None or request.user is not None
-        if anonymous is None or is_said or "REMOTE_USER" in environ:
+        if anonymous is None or request.caller or "REMOTE_USER" in environ:
             subject = find_subject(environ)
         else:
             subject = anonymous
