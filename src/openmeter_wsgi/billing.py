@@ -18,13 +18,20 @@ from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import encode_events, quoted, static_templates
+from openmeter_wsgi.events import (
+    are_small,
+    encode_events,
+    quoted,
+    size_problem,
+    static_templates,
+)
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
 from openmeter_wsgi.request import COMPLETED, FAILED, is_options
 from openmeter_wsgi.subject import SubjectFinder
-from openmeter_wsgi.timestamps import timestamp
+from openmeter_wsgi.timestamps import clock, timestamp
 from openmeter_wsgi.usage import Usage
+from openmeter_wsgi.wire import SHORT_SUBJECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +103,7 @@ class Billing:
             and not self._counts_down
             and self._identity.is_ours
             and all(meter.plain for meter in self.policy.static_meters)
+            and are_small(self.policy.static_meters, self.policy.event_source)
         )
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
@@ -203,12 +211,26 @@ class Billing:
             self._counts.dropped["no_subject"] += without
         if self._counts_down:
             self.gate.settle(request, meters, subject)
-        return encode_events(
+        events = encode_events(
             meters,
             request_id=self._identity.of(environ, stated, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
+        return self._storable(events) or "message_too_large"
+
+    def _storable(self, events: list[bytes]) -> list[bytes]:
+        """Return the events that OpenMeter can store; count and log the others."""
+        problems = [problem for each in events if (problem := size_problem(each))]
+        if not problems:
+            return events
+        for problem in problems:
+            logger.error("%s: an event is not sent: %s", self.name, problem)
+        kept = [each for each in events if size_problem(each) is None]
+        if kept:
+            # Else the request is counted as one without events.
+            self._counts.dropped["message_too_large"] += len(problems)
+        return kept
 
     def _reason_for_nothing(
         self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
@@ -308,9 +330,9 @@ class FastPath:
         self._is_audited = billing.policy.audit is not None
         #: The only one, of most policies.
         self._template = self._templates[0] if len(self._templates) == 1 else None
-        #: Whom a request is billed to that does not say who is calling, None where
+        #: Whom a request is billed to that does not say who is calling, empty where
         #: the policy finds the subject elsewhere in the request.
-        self._anonymous = billing.subjects.anonymous
+        self._anonymous = billing.subjects.anonymous or ""
         #: Why responses of a status line are not billed, None if they are.
         self._reasons: dict[str | None, str | None] = {}
 
@@ -328,12 +350,13 @@ class FastPath:
             if status not in self._reasons:
                 self._learn(status)
             reason = self._reasons[status]
-            if reason is not None:
-                subject = None
-            elif self._anonymous is None or request.caller or "REMOTE_USER" in environ:
-                subject = self._subjects.find(environ)
-            else:
-                subject = self._anonymous
+            subject = self._anonymous
+            if reason is None and (
+                not subject or request.caller or "REMOTE_USER" in environ
+            ):
+                subject = self._subjects.find(environ) or ""
+                if len(subject) > SHORT_SUBJECT:
+                    return None
         except Exception:  # noqa: BLE001 - `Billing.events` says what it is
             return None
         if reason is not None:
@@ -346,17 +369,15 @@ class FastPath:
         request_id = self._ids.new()
         if self._template is not None:
             head, middle = self._template
-            text = (
-                f"{head}{request_id}{middle}{timestamp()}"
-                f'","subject":{quoted(subject)}}}'
-            )
-            self._counts.metered += 1
-            return (text.encode(),)
-        tail = f'{timestamp()}","subject":{quoted(subject)}}}'
-        events = [
-            f"{head}{request_id}{middle}{tail}".encode()
-            for head, middle in self._templates
-        ]
+            time = clock.text if clock.monotonic() < clock.until else clock.renew()
+            text = f'{head}{request_id}{middle}{time}","subject":{quoted(subject)}}}'
+            events: Sequence[bytes] = (text.encode(),)
+        else:
+            tail = f'{timestamp()}","subject":{quoted(subject)}}}'
+            events = [
+                f"{head}{request_id}{middle}{tail}".encode()
+                for head, middle in self._templates
+            ]
         self._counts.metered += 1
         return events
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from openmeter_wsgi import log
 from openmeter_wsgi.request import REQUEST, SUBJECT, USER
-from openmeter_wsgi.wire import text_problem
+from openmeter_wsgi.wire import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
@@ -34,8 +34,10 @@ class SubjectFinder:
         self._from_policy = _policy_source(policy)
         self._from_user = path_reader(policy.subject_path)
         #: Whom all requests are billed to that do not say who is calling. None where
-        #: they have no subject, or the policy finds it elsewhere in the request.
-        self.anonymous = self._fallback if policy.subject is None else None
+        #: they have no subject, or a long one, or the policy finds it elsewhere.
+        self.anonymous = None
+        if policy.subject is None and len(missing) <= SHORT_SUBJECT:
+            self.anonymous = self._fallback
 
     def find(self, environ: dict[str, Any]) -> str | None:
         """Return the subject of a request, None where it has none."""
@@ -83,12 +85,13 @@ def _header_text(value: object) -> str:
     """
     if not isinstance(value, str):
         return _text(value) or ""
-    if value.isascii():
-        return value.strip()
-    try:
-        return value.encode("latin-1").decode().strip()
-    except UnicodeError:
-        return _text(value.strip()) or ""
+    if not value.isascii():
+        try:
+            value = value.encode("latin-1").decode()
+        except UnicodeError:
+            return _text(value.strip()) or ""
+    text = value.strip()
+    return text if "\0" not in text else _text(text) or ""
 
 
 def path_reader(path: str) -> Callable[[object], object]:
