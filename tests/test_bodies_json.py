@@ -38,7 +38,7 @@ def test_a_document_is_what_was_sent(data, document):
         (b'"abc', "cut_off"),
         (b'"\xff"', "not_json"),
         (b"1e999", "not_json"),
-        (b"[" * 100_000, "not_json"),
+        (b"[" * 100_000, "too_deep"),
         (b"[" + b"1," * 2**19 + b"1]", "too_large"),
     ],
 )
@@ -88,6 +88,13 @@ def test_a_fault_in_the_result_stays_with_the_reader(caplog):
     assert len(caplog.records) == 1
 
 
+def nested(depth):
+    document = {}
+    for _ in range(depth):
+        document = {"a": document}
+    return document
+
+
 @pytest.mark.parametrize(
     ("path", "document", "number"),
     [
@@ -97,7 +104,15 @@ def test_a_fault_in_the_result_stays_with_the_reader(caplog):
         ("$", 3, 3),
         ("$.a", {"b": 1}, Unknown("no_match")),
         ("$.a", None, Unknown("no_match")),
-        ("$.a", {"a": None}, Unknown("not_a_number")),
+        ("$.a", {"a": None}, Unknown("null")),
+        ("$.a", {"a": -1}, Unknown("negative")),
+        ("$.a", {"a": -0.0}, 0),
+        ("$.*", {"a": 7, "b": None}, Unknown("null")),
+        ("$.*", {"a": 1000, "b": -900}, Unknown("negative")),
+        ("$..n", {"n": 1000, "echo": {"n": -900}}, Unknown("negative")),
+        ("$..n", {"n": 1000, "echo": {"n": None}}, Unknown("null")),
+        ("$..n", {"n": 1000, "echo": nested(150)}, Unknown("too_deep")),
+        ("$.n", {"n": 1000, "echo": nested(150)}, 1000),
         ("$.a", {"a": True}, Unknown("not_a_number")),
         ("$.a", {"a": "7"}, Unknown("not_a_number")),
         ("$.a", {"a": math.inf}, Unknown("not_a_number")),

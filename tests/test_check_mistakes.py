@@ -557,6 +557,49 @@ def test_an_application_that_is_not_wrapped(application):
     assert "nothing is billed" in wrong["application"][1]
 
 
+MISPLACED = {
+    "flask": ("from flask import Flask; web = Flask('web')", "web.wsgi_app"),
+    "bottle": ("from bottle import Bottle; web = Bottle()", "web"),
+}
+
+
+@pytest.mark.parametrize("framework", MISPLACED)
+@pytest.mark.parametrize("decorator", ["no_meter", "meter(meters={'a': 1})"])
+def test_a_decorator_above_the_one_that_registers_the_view(
+    sandbox, application, framework, decorator
+):
+    made, wsgi = MISPLACED[framework]
+    name = application(
+        f"{made}\nfrom openmeter_wsgi import OpenMeterMiddleware, meter, no_meter\n"
+        f"@{decorator}\n@web.get('/free')\ndef free(): return 'x'\n"
+        f"@web.get('/right')\n@{decorator}\ndef right(): return 'x'\n"
+        f"app = OpenMeterMiddleware({wsgi}, api_url={sandbox.url!r})\n"
+    )
+
+    code, wrong = check("--no-dedupe-check", "--app", name)
+
+    assert (code, [*wrong]) == (3, ["view free"])
+    assert "above the decorator that registers it for /free" in wrong["view free"][1]
+
+
+def test_a_path_that_also_finds_what_customers_send(sandbox, application):
+    name = application(
+        "from openmeter_wsgi import OpenMeterMiddleware, response_json\n"
+        f"app = OpenMeterMiddleware(lambda e, s: [], api_url={sandbox.url!r}, meters={{"
+        "'a': response_json('$..total'), 'b': '$response.json..tokens', "
+        "'c': '$response.json[\"..\"].d'})\n"
+    )
+
+    result = CliRunner().invoke(command, ["--json", "--no-dedupe-check", "--app", name])
+
+    findings = json.loads(result.stdout)["findings"]
+    warned = [f["found"] for f in findings if f["name"] == "configuration"]
+    assert len(warned) == 2
+    for path, said in zip(("$..total", "$..tokens"), warned, strict=True):
+        assert path in said
+        assert "what a customer sends" in said
+
+
 def test_an_application_is_checked_under_its_own_policy(sandbox, application):
     text = METERED.format(url=sandbox.url)
     name = application(f"{text}\napp = metered(bare, meters={{'no_such_type': 1}})")

@@ -10,10 +10,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bottle
 import flask
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.wsgi import get_input_stream
 
 from bodies import LLM_NAMES, in_steps, llm_body, llm_expected, media_type_of
@@ -325,6 +327,31 @@ def test_however_a_body_is_read_it_is_counted(
     assert data == [{"total": 7}]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"SERVER_PROTOCOL": "HTTP/2", "wsgi.input_terminated": True},
+        {"SERVER_PROTOCOL": "HTTP/2.0"},  # to an application that reads to the end
+        {"wsgi.input_terminated": True},
+        {"CONTENT_LENGTH": ""},
+    ],
+)
+def test_a_body_without_length_is_what_the_application_read(
+    openmeter: OpenMeterServer, said: dict[str, Any]
+) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        environ["wsgi.input"].read(3)
+        start_response("200 OK", [])
+        return [b"ok"]
+
+    environ = make_environ("POST", **{"wsgi.input": io.BytesIO(b"hello"), **said})
+    data, _ = billed(
+        openmeter, app, environ=environ, meters={"received": bytes_received()}
+    )
+
+    assert data == [{"total": 3}]
+
+
 def test_a_body_of_stated_length_is_not_touched(openmeter: OpenMeterServer) -> None:
     body = io.BytesIO(b"hello")
 
@@ -357,6 +384,44 @@ def test_the_route_of_flask_is_its_rule(openmeter: OpenMeterServer) -> None:
     )
 
     assert data == [{"route": rule, "bytes": 2}]
+
+
+def of_flask() -> Any:
+    app = flask.Flask(__name__)
+    app.add_url_rule("/users/<int:user>", view_func=lambda user: "x")
+    return app
+
+
+def of_bottle() -> Any:
+    app = bottle.Bottle()
+    app.get("/users/<user:int>", callback=lambda user: "x")
+    return app
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("make", "rule"), [
+    (of_flask, "/users/<int:user>"), (of_bottle, "/users/<user:int>"),
+])  # fmt: skip
+def test_a_route_begins_with_the_mount_of_its_application(
+    openmeter: OpenMeterServer, make: Callable[[], Any], rule: str, late: bool
+) -> None:
+    mounted = DispatcherMiddleware(make(), {"/v1": make(), "/v2/caf\xc3\xa9": make()})
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        # Something in between may copy the environ.
+        return mounted(dict(environ) if late else environ, start_response)
+
+    middleware = OpenMeterMiddleware(
+        app, api_url=openmeter.url, flush_interval=60,
+        meter={"type": "t", "data": {"route": route()}},
+    )  # fmt: skip
+    for path in ("/users/1", "/v1/users/1", "/v2/caf\xc3\xa9/users/1"):
+        Consumer().serve(middleware, make_environ(PATH_INFO=path))
+    Consumer().serve(middleware, make_environ(PATH_INFO="/users/1", SCRIPT_NAME="/x/"))
+    middleware.close(40)
+
+    routes = [event["data"]["route"] for event in openmeter.taken]
+    assert routes == [mount + rule for mount in ("", "/v1", "/v2/café", "/x")]
 
 
 def test_a_path_that_flask_does_not_know_has_no_route(
@@ -449,6 +514,13 @@ def test_zero_is_a_value_and_no_event(openmeter: OpenMeterServer) -> None:
         ("many", "not_a_number"),
         ("nan", "not_a_number"),
         ("", "not_a_number"),
+        # What Python reads as numbers, and HTTP does not.
+        ("1_000", "not_a_number"),
+        ("\u0661\u0662", "not_a_number"),
+        ("\xa012", "not_a_number"),
+        ("12\x0b", "not_a_number"),
+        ("+", "not_a_number"),
+        ("1e" + "9" * 30, "not_a_number"),
         ("1e999999999999", "invalid"),
         ("9" * 6_000, "invalid"),
     ],
@@ -468,8 +540,8 @@ def test_a_header_that_is_no_amount_is_not_billed(
 
 @pytest.mark.parametrize(
     ("text", "total"),
-    [("12", 12), (" 12 ", 12), ("1.5", "1.5"), ("2e3", 2000), ("12.0", 12),
-     (str(2**70), str(2**70))],
+    [("12", 12), (" 12\t", 12), ("1.5", "1.5"), ("2e3", 2000), ("12.0", 12),
+     ("+7", 7), (".5", "0.5"), ("5.", 5), (str(2**70), str(2**70))],
 )  # fmt: skip
 def test_a_header_that_is_an_amount_arrives_exact(
     openmeter: OpenMeterServer, text: str, total: object

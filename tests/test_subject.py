@@ -91,6 +91,21 @@ def test_a_subject_with_nul_is_not_billed(
     assert "subject: expected text without NUL, got " in caplog.text
 
 
+@pytest.mark.parametrize("said", ["real,victim", "real, victim", ",", "a,", "é,b"])
+def test_a_header_that_was_sent_twice_is_no_subject(
+    said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = environ(HTTP_X_NAME=as_wsgi(said))
+
+    assert find(request, subject="header:X-Name") is None
+    assert "'X-Name'" in caplog.text
+    assert "subject_commas" in caplog.text
+    allowed = find(request, subject="header:X-Name", subject_commas=True)
+    assert allowed == said
+    # What a server or the application itself says was not joined of two.
+    assert find(environ(REMOTE_USER="a,b")) == "a,b"
+
+
 def test_nothing_but_what_the_policy_names_is_read_from_the_client() -> None:
     request = environ(
         HTTP_X_CUSTOMER_ID="forged",

@@ -27,7 +27,7 @@ from openmeter_wsgi.events import (
 )
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
-from openmeter_wsgi.request import COMPLETED, FAILED, is_options
+from openmeter_wsgi.request import COMPLETED, FAILED, OPTIONS, is_options, method_of
 from openmeter_wsgi.subject import SubjectFinder
 from openmeter_wsgi.timestamps import clock, timestamp
 from openmeter_wsgi.usage import Usage
@@ -344,7 +344,7 @@ class FastPath:
         None if `Billing.events` has to say, as something is unusual after all.
         """
         try:
-            if request.usage is not None or environ["REQUEST_METHOD"] == "OPTIONS":
+            if request.usage is not None or environ["REQUEST_METHOD"] in OPTIONS:
                 return None
             status = request.status
             if status not in self._reasons:
@@ -443,7 +443,7 @@ def audit_record(
         "time": timestamp(),
         "policy": policy,
         "reason": reason,
-        "method": environ.get("REQUEST_METHOD", ""),
+        "method": method_of(environ),
         "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
         "status": status,
     }
@@ -517,7 +517,7 @@ def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> st
     """Return the id that every completed attempt of one operation has."""
     parts = (
         subject or "",
-        str(environ.get("REQUEST_METHOD", "")),
+        method_of(environ),
         f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
         key,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from openmeter_wsgi.bodies.reader import Unknown
-from openmeter_wsgi.request import REQUEST
+from openmeter_wsgi.request import REQUEST, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,9 @@ NewReader: TypeAlias = "Callable[[str | None, str | None], BodyReader[Any]]"
 
 _NOT_READ = Unknown("not_read")
 _WITHOUT_BODY = ("1", "204", "304")
-_CHUNKED = "HTTP_TRANSFER_ENCODING"
+_INPUT = "wsgi.input"
+#: Methods whose requests have no body, but for oddities.
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
 @functools.cache
@@ -101,8 +104,8 @@ class Exchange:
 
     @property
     def method(self) -> str:
-        """The method of the request."""
-        return str(self.environ.get("REQUEST_METHOD", ""))
+        """The method of the request, in capitals."""
+        return method_of(self.environ)
 
     @property
     def duration(self) -> float:
@@ -176,13 +179,15 @@ class ResponseCapture:
         self,
         environ: dict[str, Any],
         bodies: Iterable[str],
+        *,
+        is_late: bool = False,
     ) -> None:
         self._environ = environ
         self._started_at = time.perf_counter()
         self._bodies: dict[Any, BodyReader[Any] | None] = dict.fromkeys(bodies)
         self._headers: list[tuple[str, str]] = []
         self._route: str | None = None
-        self._received = _received(environ)
+        self._received = _counted_input(environ, is_late=is_late)
         self._is_handed_over = False
         #: Bytes that the server has taken.
         self.taken = 0
@@ -199,8 +204,7 @@ class ResponseCapture:
         self._route = route_of(self._environ)
         content_type, encoding = _values(headers, "content-type", "content-encoding")
         is_read = not (
-            self._environ.get("REQUEST_METHOD") == "HEAD"
-            or status.startswith(_WITHOUT_BODY)
+            method_of(self._environ) == "HEAD" or status.startswith(_WITHOUT_BODY)
         )
         for kind in self._bodies:
             self._bodies[kind] = reader_of(kind)(content_type, encoding)
@@ -223,9 +227,7 @@ class ResponseCapture:
         sent: int | None = self.taken
         if self._is_handed_over:
             sent = _number(*_values(self._headers, "content-length"))
-        if environ.get("REQUEST_METHOD") == "HEAD" or (status or "").startswith(
-            _WITHOUT_BODY
-        ):
+        if method_of(environ) == "HEAD" or (status or "").startswith(_WITHOUT_BODY):
             sent = 0  # whatever the application made, no server sends it
         return Exchange(
             environ,
@@ -234,7 +236,11 @@ class ResponseCapture:
             route=self._route or route_of(environ),
             response_headers=self._headers,
             bytes_sent=sent,
-            bytes_received=self._received.count if self._received else _length(environ),
+            bytes_received=(
+                self._received.total(method_of(environ))
+                if self._received
+                else _number(str(environ.get("CONTENT_LENGTH", "")))
+            ),
             started_at=self._started_at,
             bodies={kind: each for kind, each in self._bodies.items() if each},
         )
@@ -243,11 +249,18 @@ class ResponseCapture:
 class _CountedInput:
     """A request's body of a length that nobody stated, counted as it is read."""
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, *, is_late: bool) -> None:
         self._body = body
+        self._is_late = is_late
         self.count = 0
         if hasattr(body, "readinto"):  # there only where it is there without this
             self.readinto = self._readinto
+
+    def total(self, method: str) -> int | None:
+        """Return the bytes that were read, None where they may have been before."""
+        if self._is_late and not self.count and method not in _BODILESS:
+            return None
+        return self.count
 
     def _counted(self, read: bytes) -> bytes:
         self.count += len(read)
@@ -274,20 +287,26 @@ class _CountedInput:
         return getattr(self._body, name)
 
 
-def _received(environ: dict[str, Any]) -> _CountedInput | None:
-    if environ.get("CONTENT_LENGTH") or _CHUNKED not in environ:
+def _counted_input(environ: dict[str, Any], *, is_late: bool) -> _CountedInput | None:
+    """Return what counts the body of a request, None where its length is stated.
+
+    Without a Content-Length there is one under HTTP/2, or in chunks, and a server may
+    say by ``wsgi.input_terminated`` that it ends by itself. *is_late*: the application
+    may have read of it before.
+    """
+    if environ.get("CONTENT_LENGTH"):
         return None
-    counted = environ["wsgi.input"] = _CountedInput(environ.get("wsgi.input"))
-    return counted
-
-
-def _length(environ: dict[str, Any]) -> int | None:
-    return _number(str(environ.get("CONTENT_LENGTH") or "0"))
+    body = environ.get(_INPUT)
+    if not isinstance(body, _CountedInput):
+        body = environ[_INPUT] = _CountedInput(body, is_late=is_late)
+    return body
 
 
 def _number(length: str | None) -> int | None:
     # No length has more digits, and from some thousands on int() raises.
-    return int(length) if length and length.isdecimal() and len(length) < 20 else None
+    if length and length.isascii() and length.isdecimal() and len(length) < 20:
+        return int(length)
+    return None
 
 
 def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:
@@ -298,18 +317,41 @@ def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:
 def route_of(environ: dict[str, Any]) -> str | None:
     """Return the template of the address, where a framework has said it.
 
+    With the mount of the application in front: several may have the same templates.
     Flask's can be read only while its request is served, as in start_response.
     """
     request = environ.get(REQUEST)
     if request is not None and request.route is not None:
         return str(request.route)
-    if (bottle := environ.get("bottle.route")) is not None:
-        return str(bottle.rule)
+    own = _environ_of_bottle(environ)
+    if (bottle := own.get("bottle.route")) is not None:
+        return mount_of(own) + str(bottle.rule)
     if (flask := sys.modules.get("flask")) is not None and flask.has_request_context():
         rule = flask.request.url_rule
         # Another application's request may be the one that is served around this.
-        if rule is not None and flask.request.environ.get("PATH_INFO") == environ.get(
-            "PATH_INFO"
-        ):
-            return str(rule.rule)
+        if rule is not None and _is_same(flask.request.environ, environ):
+            return mount_of(flask.request.environ) + str(rule.rule)
     return None
+
+
+def mount_of(environ: Mapping[str, Any]) -> str:
+    """Return where an application is mounted, as text without a slash at its end."""
+    mount = str(environ.get("SCRIPT_NAME", "")).rstrip("/")
+    if mount.isascii():
+        return mount
+    return mount.encode("latin-1", "replace").decode(errors="replace")
+
+
+def _environ_of_bottle(environ: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return Bottle's environ of this request: what is in between may copy it."""
+    if "bottle.route" not in environ and "bottle" in sys.modules:
+        with contextlib.suppress(RuntimeError):  # no request in this thread
+            own: Mapping[str, Any] = sys.modules["bottle"].request.environ
+            return own if _is_same(own, environ) else environ
+    return environ
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Say whether two environs, which may be copies, are of one metered request."""
+    request = one.get(REQUEST)
+    return request is not None and request is other.get(REQUEST)

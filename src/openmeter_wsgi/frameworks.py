@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmeter_wsgi.entitlements.refusal import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, read_text_options
-from openmeter_wsgi.request import REQUEST, RequestRecord, billing_of, record_of
+from openmeter_wsgi.request import (
+    REQUEST,
+    RequestRecord,
+    billing_of,
+    metered_request,
+    record_of,
+)
 from openmeter_wsgi.views import asks_itself
 
 if TYPE_CHECKING:
@@ -18,6 +24,15 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.subject import FindSubject
+
+
+class RememberedSubjects(NamedTuple):
+    """Subjects that a framework had while it served a request, by their readers."""
+
+    #: When the response started; None before.
+    found: dict[object, Any] | None
+    #: Before the view lost them.
+    kept: dict[object, Any]
 
 
 class FrameworkMiddleware(OpenMeterMiddleware):
@@ -63,12 +78,31 @@ def _remember_subject(
     environ: dict[str, Any], request: RequestRecord, status: str
 ) -> None:
     billing: Billing = request.billing  # type: ignore[assignment] # perhaps the view's
-    request.remembered = None
     is_unmetered = request.usage is not None and request.usage.is_unmetered
     # A user is not loaded from a database for what is not billed.
-    if billing.bills(status) and not is_unmetered:
-        request.remembered = {}
+    kept = {} if request.remembered is None else request.remembered.kept
+    is_billed = billing.bills(status) and not is_unmetered
+    request.remembered = RememberedSubjects({} if is_billed else None, kept)
+    if is_billed:
         billing.subjects.find(environ)
+
+
+def keep_subject(environ: dict[str, Any] | None) -> None:
+    """Keep who is billed, as the view is about to log out its user, or to delete it.
+
+    Unless there is another one when the response starts, it is that one.
+    """
+    request = metered_request(environ)
+    if environ is None or request is None or request.billing is None:
+        return
+    if request.remembered is not None and request.remembered.found is not None:
+        return
+    kept: dict[object, Any] = {}
+    request.remembered = RememberedSubjects(kept, {})
+    try:
+        request.billing.subjects.find(environ)
+    finally:
+        request.remembered = RememberedSubjects(None, kept)
 
 
 def _with_quota(
@@ -98,11 +132,14 @@ class LastingSubject:
         """Return the subject, None if there is none."""
         request: RequestRecord | None = environ.get(REQUEST)
         remembered = None if request is None else request.remembered
-        if remembered is None:
+        if remembered is None or remembered.found is None:
             return self._read(environ)
-        if self not in remembered:
-            remembered[self] = self._read(environ)
-        return remembered[self]
+        if self not in remembered.found:
+            found = self._read(environ)
+            if found is None or found == "":  # anonymous users have an empty name
+                found = remembered.kept.get(self)
+            remembered.found[self] = found
+        return remembered.found[self]
 
 
 def must_ask(environ: dict[str, Any] | None, view: object) -> bool:

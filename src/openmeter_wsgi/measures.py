@@ -11,6 +11,7 @@ one. It is never guessed.
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -26,8 +27,14 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _NONE: Any = object()
+_COMPUTED = "computed("
+#: The names in a JSONPath that are quoted.
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 #: More digits has no number that OpenMeter could read.
 _MAX_DIGITS = 310
+#: A number as HTTP and JSON write it. Python's own grammar also takes ``1_000``, Arabic
+#: digits and every kind of blank.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 class Measure:
@@ -65,6 +72,12 @@ class Measure:
             is_quantity=self.is_quantity,
             default=value,
         )
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What makes two measures the same: text, default, a function of the user's."""
+        own = self._find if self.text.startswith(_COMPUTED) else None
+        return self.text, self._default, own
 
     def value(self, exchange: Exchange) -> object:
         """Return the value, or an :class:`Unknown` that says why there is none."""
@@ -133,6 +146,12 @@ def response_json(path: str) -> Measure:
     from openmeter_wsgi.bodies.paths import NumberPath  # see `reader_of`
 
     numbers = NumberPath(path)
+    if ".." in _QUOTED.sub("", path):
+        logger.warning(
+            "response_json %r: '..' also finds what a customer sends and the response "
+            "echoes, so customers change what they are billed; name the whole path",
+            path,
+        )
 
     def find(exchange: Exchange) -> object:
         document = exchange.body("json")
@@ -198,7 +217,7 @@ def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
             names = ", ".join(map(repr, get_args(Body)))
             raise ValueError(f"expected one of {names}, got {body!r}")
     name = getattr(function, "__name__", repr(function))
-    return Measure(f"computed({name})", function, bodies=bodies)
+    return Measure(f"{_COMPUTED}{name})", function, bodies=bodies)
 
 
 def _kind(text: str, find: Callable[[Exchange], object]) -> Measure:
@@ -220,10 +239,11 @@ def as_number(value: object) -> int | float | Decimal | Unknown:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
+        text = value.strip(" \t")  # what HTTP allows around the value of a header
         try:
-            number = Decimal(value.strip())
-        except InvalidOperation:
-            return Unknown("not_a_number")
-        if number.is_finite():
+            number = Decimal(text) if _NUMBER.fullmatch(text) else None
+        except InvalidOperation:  # of an exponent with dozens of digits
+            number = None
+        if number is not None:
             return _plain(number)
     return Unknown("not_a_number")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.handlers import EntitlementDenied
 from openmeter_wsgi.entitlements.refusal import Refusal, telling_quota
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.health import MAX_AGE, Health
@@ -77,6 +79,7 @@ class OpenMeterMiddleware:
         self._process = self._new_process(policy)
         if self._new_process is Process:
             self._process.say_what_errors_are_billed()
+        self._look_at_views()
         # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
         # every request asks the process's guard as well.
         renew = weakref.WeakMethod(self.process)
@@ -117,6 +120,9 @@ class OpenMeterMiddleware:
         files = remember_files(environ) if FILE_WRAPPER in environ else None
         try:
             iterable = self.app(environ, request.start_response)
+        except EntitlementDenied as denied:
+            # Of an application, or a framework, that does not answer it itself.
+            iterable = denied.answer(environ, request.start_response)
         except BaseException:
             fail(environ, request)
             raise
@@ -216,11 +222,24 @@ class OpenMeterMiddleware:
         before = self._process, self._new_process
         self._new_process = new_process
         self._process = new_process(self.policy)
+        self._look_at_views()
 
         def restore() -> None:
             self._process, self._new_process = before
 
         return restore
+
+    def _look_at_views(self) -> None:
+        """Warn of misplaced decorators, with the first request: all views are there."""
+        app = self.app
+        self._process.on_first_request(lambda _: _warn_of_misplaced_decorators(app))
+
+
+def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
+    # Imported with the first decorator; without one there is nothing to look at.
+    routes = sys.modules.get("openmeter_wsgi.served_routes")
+    if routes is not None:
+        routes.warn_of_misplaced_decorators(app)
 
 
 def _prepare_spool(policy: Policy) -> None:

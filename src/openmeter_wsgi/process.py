@@ -244,7 +244,8 @@ class Process:
             (rule, None if own is None else self.billing_of(own, rule.text))
             for rule, own in policy.of_routes
         ]
-        return Routes(rules, self.billing if policy.unmatched else None)
+        unmatched = self.billing if policy.unmatched else None
+        return Routes(rules, unmatched, _strictness)
 
     # -- Everything else
 
@@ -345,6 +346,13 @@ def _transport_of(policy: Policy, counts: Counts) -> Transport:
     from openmeter_wsgi.delivery.spool_queue import SpoolQueue
 
     return SpoolQueue(policy, new_client, counts)
+
+
+def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:
+    """Return what sorts the policies of one request that may be two: see `Routes`."""
+    if billing is None:
+        return False, False, 0.0
+    return True, billing.asks, sum(map(float, billing.policy.static.numbers.values()))
 
 
 def _say_what_errors_are_billed(billing: Billing) -> None:

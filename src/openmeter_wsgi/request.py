@@ -6,6 +6,7 @@ record in the copy is the same one.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.exchange import ResponseCapture
+    from openmeter_wsgi.frameworks import RememberedSubjects
     from openmeter_wsgi.ledger import Reservation
 
 logger = log.get_logger(__name__)
 
+#: OPTIONS in every case: to look a method up costs a request less than to change it.
+OPTIONS: Final = frozenset(
+    map("".join, itertools.product("Oo", "Pp", "Tt", "Ii", "Oo", "Nn", "Ss"))
+)
 _ERROR_STATUS = "500"
 #: What a caller is named by in a record.
 SUBJECT: Final = "subject"
@@ -90,8 +96,8 @@ class RequestRecord:
     decision: Decision | None
     #: What the request has reserved of quotas, by feature.
     reserved: dict[str, Reservation] | None
-    #: Subjects that a framework had when the response started, by their readers.
-    remembered: dict[object, Any] | None
+    #: Subjects that a framework had while it served the request.
+    remembered: RememberedSubjects | None
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
@@ -213,9 +219,17 @@ def has_user(environ: Mapping[str, Any]) -> bool:
     return request is not None and USER in (request.caller or ())
 
 
+def method_of(environ: Mapping[str, Any]) -> str:
+    """Return the method of a request in capitals.
+
+    Most frameworks read it so, and many servers hand it on as the client has sent it.
+    """
+    return str(environ.get("REQUEST_METHOD", "")).upper()
+
+
 def is_options(environ: Mapping[str, Any]) -> bool:
     """Say whether this is a request that browsers make by themselves (CORS)."""
-    return environ.get("REQUEST_METHOD") == "OPTIONS"
+    return environ.get("REQUEST_METHOD") in OPTIONS
 
 
 class RunTimeMeters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from openmeter_wsgi.entitlements.handlers import EntitlementDenied
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.request import (
     ABORTED,
@@ -15,6 +16,7 @@ from openmeter_wsgi.request import (
     OPEN,
     SETTLED,
     STARTED,
+    method_of,
 )
 
 if TYPE_CHECKING:
@@ -62,12 +64,21 @@ class Response:
                     request.capture.passed(chunk)
         except GeneratorExit:
             raise
+        except EntitlementDenied as denied:
+            yield from self._answered(denied)
         except BaseException:
             # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
             request.fail()
             raise
         if request.state < FINISHED:
             request.state = FINISHED
+
+    def _answered(self, denied: EntitlementDenied) -> Iterator[bytes]:
+        """Answer in place of an application that is denied while it is iterated."""
+        if self.request.state != OPEN:
+            self.request.fail()
+            raise denied  # too late: something has been sent
+        yield from denied.answer(self.environ, self.request.start_response)
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
@@ -137,7 +148,7 @@ class Response:
         if state == BROKEN:
             return FAILED
         if state == OPEN and status is not None:
-            is_head = self.environ.get("REQUEST_METHOD") == "HEAD"
+            is_head = method_of(self.environ) == "HEAD"
             if is_head or status[:3] in _WITHOUT_BODY:
                 return COMPLETED  # there was nothing to iterate
         return ABORTED

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing.exceptions import RoutingException
 
+from openmeter_wsgi.request import method_of
 from openmeter_wsgi.route_map import bound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from openmeter_wsgi.route_rules import RouteRule
 
@@ -18,6 +21,9 @@ T = TypeVar("T")
 
 #: Stands for every method that no rule names.
 _ANY = ""
+#: A path that some framework reads as another one: no slash in front, two in a row,
+#: dots for directories, bytes that are no UTF-8 (each a character here), line ends.
+_ODD = re.compile(r"\A[^/]|//|/\.\.?(?:/|\Z)|[\x00-\x1f\x7f-\xff]")
 
 
 class Routes(Generic[T]):
@@ -27,11 +33,21 @@ class Routes(Generic[T]):
     among variables werkzeug's order decides: the most specific wins. GET means HEAD,
     too, unless HEAD is named. A slash at the end makes no difference unless both forms
     are named: an application may serve both, and means the same price.
+
+    A path in an odd spelling, such as ``/v1//search`` or ``/v1/sea%FFrch``, is one that
+    some frameworks serve as ``/v1/search``. Of what belongs to the two, that governs
+    for which *strictness* is greater: a client cannot choose a price by its spelling.
     """
 
-    def __init__(self, rules: Iterable[tuple[RouteRule, T]], unmatched: T) -> None:
+    def __init__(
+        self,
+        rules: Iterable[tuple[RouteRule, T]],
+        unmatched: T,
+        strictness: Callable[[T], Any] = lambda found: found is not None,
+    ) -> None:
         rules = list(rules)
         self._unmatched = unmatched
+        self._strictness = strictness
         self._tables = {
             method: _Table(_for_method(rules, method))
             for method in {
@@ -44,14 +60,22 @@ class Routes(Generic[T]):
     def find(self, environ: Mapping[str, Any]) -> T:
         """Return what belongs to the request. Never raises."""
         tables = self._tables
-        table = tables.get(environ.get("REQUEST_METHOD", "")) or tables[_ANY]
+        table = tables.get(method_of(environ)) or tables[_ANY]
         path = environ.get("PATH_INFO", "")
         found: T | _Table[T] = table.exact.get(path, table)
         if not isinstance(found, _Table):
             return found
-        if path.startswith("//"):
-            # werkzeug's applications take it for one slash, and so must its price.
-            return self.find({**environ, "PATH_INFO": f"/{path.lstrip('/')}"})
+        own = self._match(table, path)
+        if _ODD.search(path) is None or (plain := _plain(path)) == path:
+            return own
+        exact: Any = table.exact
+        meant: T = exact[plain] if plain in exact else self._match(table, plain)
+        # Of two that are equally strict a rule goes before none.
+        both = (own, meant) if meant is self._unmatched else (meant, own)
+        return max(both, key=self._strictness)
+
+    def _match(self, table: _Table[T], path: str) -> T:
+        """Return what belongs to the rule with a variable that *path* matches."""
         if table.adapter is None:
             return self._unmatched
         try:
@@ -103,3 +127,18 @@ def _text(path: str) -> str:
     if path.isascii():
         return path
     return path.encode("latin-1", "replace").decode(errors="replace")
+
+
+def _plain(path: str) -> str:
+    """Return *path* in its usual spelling, as some framework reads it.
+
+    Bottle drops bytes that are no UTF-8, Falcon and werkzeug take any number of slashes
+    in front for one, Pyramid resolves dots, regular expressions that end in ``$`` let a
+    line end pass.
+    """
+    text = path.encode("latin-1", "ignore").decode(errors="ignore").removesuffix("\n")
+    is_directory = text.endswith("/")
+    text = posixpath.normpath(f"/{text.lstrip('/')}")
+    if is_directory and text != "/":
+        text += "/"
+    return text.encode().decode("latin-1")

@@ -57,9 +57,7 @@ class SubjectFinder:
 def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     source = policy.subject
     if isinstance(source, str):
-        name = source.removeprefix("header:").upper().replace("-", "_")
-        key = name if name in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{name}"
-        return lambda environ: _header_text(environ.get(key, ""))
+        return _header_source(source.removeprefix("header:"), policy.subject_commas)
     if source is None:
         return None
 
@@ -74,6 +72,27 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
             return None
 
     return call
+
+
+def _header_source(name: str, has_commas: bool) -> Callable[[dict[str, Any]], object]:
+    key = name.upper().replace("-", "_")
+    if key not in {"CONTENT_TYPE", "CONTENT_LENGTH"}:
+        key = f"HTTP_{key}"
+
+    def read(environ: dict[str, Any]) -> object:
+        text = _header_text(environ.get(key, ""))
+        if "," in text and not has_commas:
+            # Servers join headers of one name by commas: the proxy's and the client's.
+            logger.error(
+                "subject: a comma in the header %r: it was sent twice, perhaps by "
+                "proxy and client, and the request counts as one without subject; "
+                "subject_commas=True lets subjects hold commas",
+                name,
+            )
+            return None
+        return text
+
+    return read
 
 
 def _header_text(value: object) -> str:

@@ -39,8 +39,8 @@ def json_reader(
 class JSONReader(Reader[Document]):
     """Keeps up to *max_bytes* of a body and decodes it at the end.
 
-    Unknown are: ``too_large``, ``not_json``, ``cut_off`` (ended within the document),
-    ``empty``.
+    Unknown are: ``too_large``, ``not_json``, ``too_deep`` (beyond what is decoded),
+    ``cut_off`` (ended within the document), ``empty``.
     """
 
     def __init__(self, max_bytes: int = MAX_DOCUMENT_BYTES) -> None:
@@ -70,6 +70,8 @@ class JSONReader(Reader[Document]):
             return Unknown("empty")
         try:
             return Document(_decode(text))
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except RecursionError:
+            return Unknown("too_deep")
+        except (msgspec.MsgspecError, ValueError) as error:
             is_cut = "truncated" in str(error)
             return Unknown("cut_off" if is_cut else "not_json")

@@ -25,17 +25,25 @@ class NumberPath:
     def find_number(self, document: object) -> int | float | Unknown:
         """Return the number that the path leads to; several are added up.
 
-        Unknown are: ``no_match``, and ``not_a_number`` where any of what it leads to
-        is not a finite number. Text is none, nor is a boolean.
+        Unknown are: ``no_match``, ``too_deep`` (nested beyond what the library
+        follows), and ``null``, ``negative`` or ``not_a_number`` where any of what it
+        leads to is that. Text is no number, nor is a boolean. No term is negative, or
+        what a customer sends, and the response echoes, would lower a sum.
         """
         try:
             found = self._path.findall(document)
+        except RecursionError:
+            return Unknown("too_deep")
         except Exception:  # noqa: BLE001 - a filter that does not suit the document
             return Unknown("no_match")
         if not found:
             return Unknown("no_match")
+        if any(value is None for value in found):
+            return Unknown("null")
         if not all(map(_is_number, found)):
             return Unknown("not_a_number")
+        if any(value < 0 for value in found):
+            return Unknown("negative")
         try:
             total = sum(found)
         except OverflowError:  # of integers that no float can hold, and a float

@@ -13,6 +13,7 @@ from openmeter_wsgi.commands.checks.application import (
     NoApplication,
     load_application,
     look_at_layers,
+    look_at_views,
     middlewares,
 )
 from openmeter_wsgi.commands.checks.billing import look_at_dry_run, look_at_status_codes
@@ -179,9 +180,10 @@ def _configured(
         # A framework's own command has the policy of its settings.
         return policy_of_framework(), []
     if app_name is not None:
-        found = middlewares(load_application(app_name))
+        app = load_application(app_name)
+        found = middlewares(app)
         policy = found[0].policy if found else None
-        return policy, list(look_at_layers(app_name, found))
+        return policy, [*look_at_layers(app_name, found), *look_at_views(app)]
     options = options_given(api_url=url)
     if file is None:
         return Policy.from_env(**options), []

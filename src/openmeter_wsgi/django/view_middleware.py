@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from typing import TYPE_CHECKING, Any
 
-from django.contrib.admindocs import utils as patterns
 from django.http import HttpResponse
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
+from openmeter_wsgi.django.lost_users import serving
+from openmeter_wsgi.django.route_names import route_name
 from openmeter_wsgi.django.subjects import remember_request
 from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
 from openmeter_wsgi.frameworks import must_ask
@@ -52,7 +51,8 @@ class ViewMiddleware:
             )
         else:
             remember_request(request, environ)
-        return self._get_response(request)
+        with serving(request):
+            return self._get_response(request)
 
     def process_view(
         self, request: HttpRequest, view: Any, *_: Any
@@ -61,8 +61,8 @@ class ViewMiddleware:
         environ = environ_of(request)
         if metered_request(environ) is None:
             return None
-        if (match := request.resolver_match) is not None:
-            set_route(request, template_of(match.route))
+        if (name := route_name(request)) is not None:
+            set_route(request, name)
         if must_ask(environ, view) and not _has_permission_that_asks(view):
             try:
                 require_entitlements(request)
@@ -90,25 +90,6 @@ def refused(request: HttpRequest, denied: EntitlementDenied) -> HttpResponse:
         else:
             response.headers[name] = value
     return response
-
-
-@functools.lru_cache(maxsize=10_000)
-def template_of(route: str | None) -> str:
-    """Return the route of a resolved view as one reads it: ``/users/<int:pk>/``.
-
-    Regular expressions, which routers of the REST framework make, lose their grammar.
-    """
-    text = route or ""
-    if not _IS_PLAIN.fullmatch(text):
-        text = patterns.remove_non_capturing_groups(text)
-        text = patterns.replace_named_groups(text)
-        text = patterns.replace_unnamed_groups(text)
-        text = patterns.replace_metacharacters(text)
-    return "/" + text.lstrip("/")
-
-
-#: What `django.urls.path` takes, and what nobody would mean as a regular expression.
-_IS_PLAIN = re.compile(r"(?:[^^$()\\<>]|<[^()<>]*>)*")
 
 
 def _has_permission_that_asks(view: Any) -> bool:

@@ -42,6 +42,27 @@ class EntitlementDenied(HTTPException):
         """Answer the request (PEP 3333)."""
         return self._refusal(environ, start_response)
 
+    def get_response(self, environ: Any = None, scope: Any = None) -> Any:
+        """Return the answer as a response of werkzeug's, for other frameworks.
+
+        With the request's *environ* it is what ``denied_response`` makes of it.
+        """
+        if environ is None:
+            return super().get_response(environ, scope)
+        return Response.from_app(self._refusal, environ)
+
+    def answer(self, environ: Any, start_response: Any) -> Any:
+        """Answer the request in place of an application that has raised this.
+
+        The application may have called *start_response* before.
+        """
+        raised = type(self), self, self.__traceback__
+
+        def start(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
+            return start_response(status, headers, raised)
+
+        return self._refusal(environ, start)
+
 
 def check_entitlements(
     request: object, *features: str, reserve: Mapping[str, float] | None = None

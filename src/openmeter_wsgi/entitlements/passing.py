@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from openmeter_wsgi.request import OPTIONS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,7 +41,7 @@ def passing(
 
     def passes(environ: dict[str, Any], request: RequestRecord) -> bool:
         # In one piece: each call costs a request.
-        if environ.get("REQUEST_METHOD") == "OPTIONS":
+        if environ.get("REQUEST_METHOD") in OPTIONS:
             return False
         if anonymous is None or request.caller or "REMOTE_USER" in environ:
             subject = find_subject(environ)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi import log
+from openmeter_wsgi.request import method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -81,7 +82,7 @@ class Refusal:
                 return answer
         status = f"{self.status.value} {self.status.phrase}"
         start_response(status, self.headers)
-        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [self.body]
+        return [] if method_of(environ) == "HEAD" else [self.body]
 
 
 def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
