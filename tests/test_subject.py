@@ -7,11 +7,12 @@ import pytest
 from billing import bill, environ, handled, serve
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import OpenMeterMiddleware, Policy, set_subject, set_user
-from openmeter_wsgi.subject import subject_finder
+from openmeter_wsgi.subject import SubjectFinder
 
 
 def find(request: dict[str, Any], **options: Any) -> str | None:
-    return subject_finder(Policy(api_url="http://127.0.0.1:1", **options))(request)
+    policy = Policy(api_url="http://127.0.0.1:1", **options)
+    return SubjectFinder(policy).find(request)
 
 
 def as_wsgi(text: str) -> str:

@@ -201,18 +201,16 @@ class Counts:
         waiting_bytes: int,
         oldest_at: float | None,
         not_metered: dict[str, ByReason],
-        usually_metered: int = 0,
-        usual_events: int = 0,
     ) -> Stats:
         """Return the counts as they are now, with what only others know."""
         by_reason: Counter[str] = sum(map(Counter, not_metered.values()), Counter())
-        metered = self.metered + usually_metered
+        metered = self.metered
         # A dictionary is copied in one call: others go on adding to it.
         dropped = dict(self.dropped)
         return Stats(
             settled=metered + sum(by_reason.values()),
             metered=metered,
-            events=self.events + usual_events,
+            events=self.events,
             delivered=self.delivered,
             waiting=waiting,
             waiting_in_spool=waiting_in_spool,
