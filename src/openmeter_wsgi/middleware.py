@@ -122,7 +122,9 @@ class OpenMeterMiddleware:
             iterable = self.app(environ, request.start_response)
         except EntitlementDenied as denied:
             # Of an application, or a framework, that does not answer it itself.
-            iterable = denied.answer(environ, request.start_response)
+            iterable = denied.answer(
+                environ, request.start_response, is_started=request.status is not None
+            )
         except BaseException:
             fail(environ, request)
             raise
