@@ -78,7 +78,11 @@ class Response:
         if self.request.state != OPEN:
             self.request.fail()
             raise denied  # too late: something has been sent
-        yield from denied.answer(self.environ, self.request.start_response)
+        yield from denied.answer(
+            self.environ,
+            self.request.start_response,
+            is_started=self.request.status is not None,
+        )
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
