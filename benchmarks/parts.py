@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
 from benchmarks import counting, paths, waiting
-from openmeter_wsgi.delivery.memory import MemoryQueue
+from openmeter_wsgi.delivery.queue import MemoryQueue
 from openmeter_wsgi.environ import CALLER, METERS, STATED
 from openmeter_wsgi.events import RequestIds, quoted
 from openmeter_wsgi.forks import mark_process

@@ -44,7 +44,9 @@ _LOST = "%s: usage of a request is lost by our own fault"
 class Delivery(Protocol):
     """What takes events, and what is begun with the first request."""
 
-    started: bool
+    @property
+    def started(self) -> bool:
+        """Whether all was done that the first request brings about."""
 
     def start(self) -> object:
         """Do what is done with the first request."""

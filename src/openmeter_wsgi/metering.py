@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
-from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.delivery.queue import DeliveryQueue
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.delivery.queue import MemoryDelivery
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.forks import mark_process
@@ -21,10 +21,10 @@ from openmeter_wsgi.stats import Counts, Stats
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from openmeter_wsgi.delivery.spool_queue import SpoolQueue
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.routes import Routes
+    from openmeter_wsgi.spool.delivery import SpoolDelivery
     from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
@@ -44,7 +44,7 @@ class Metering:
 
     def __init__(self, policy: Policy) -> None:
         if policy.spool_dir is not None and not policy.dry_run:
-            from openmeter_wsgi.delivery.directory import prepare_directory
+            from openmeter_wsgi.spool.files import prepare_directory
 
             prepare_directory(policy.spool_dir)
         self._begin(policy)
@@ -73,7 +73,7 @@ class Metering:
 
     # -- What it is made of, which may be something else in a test
 
-    def _new_queue(self, policy: Policy) -> DeliveryQueue | SpoolQueue:
+    def _new_queue(self, policy: Policy) -> MemoryDelivery | SpoolDelivery:
         new_client = partial(
             OpenMeterClient,
             url=policy.api_url,
@@ -82,12 +82,12 @@ class Metering:
             timeout=policy.request_timeout,
         )
         if policy.spool_dir is None or policy.dry_run:
-            return DeliveryQueue(policy, new_client(), self.counts)
+            return MemoryDelivery(policy, new_client(), self.counts)
         # Here and in `_compiled`, as only some applications have a spool, or routes. A
         # forked child, which comes here with its first request, has it imported.
-        from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+        from openmeter_wsgi.spool.delivery import SpoolDelivery
 
-        return SpoolQueue(policy, new_client, self.counts)
+        return SpoolDelivery(policy, new_client, self.counts)
 
     def _way_out(self, policy: Policy) -> Callable[[bytes], object]:
         return self._log_instead if policy.dry_run else self.queue.put

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi.audit import Audit
-from openmeter_wsgi.delivery.watching import Backlog
+from openmeter_wsgi.delivery.queue import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes

@@ -7,17 +7,17 @@ import threading
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.progress import sync_directory
-from openmeter_wsgi.delivery.segment import open_file, read_name, whole_end
-from openmeter_wsgi.delivery.waking import Signal
-from openmeter_wsgi.delivery.watermark import Watermark
+from openmeter_wsgi.delivery.worker import Wakeup
 from openmeter_wsgi.errors import SpoolError
+from openmeter_wsgi.spool.files import open_file, read_name, whole_end
+from openmeter_wsgi.spool.progress import sync_directory
+from openmeter_wsgi.spool.watermark import Watermark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.segment import SegmentName
+    from openmeter_wsgi.spool.files import SegmentName
 
 #: By making this file a process asks the sender to deliver now.
 FLUSH = "flush"
@@ -25,7 +25,7 @@ FLUSH = "flush"
 logger = log.get_logger(__name__)
 
 
-class Keeper:
+class SegmentMaintenance:
     """A thread that prepares segments, and in the sender's process syncs them all.
 
     Not the sender's thread: that one may wait seconds for an answer. An idle one
@@ -44,7 +44,7 @@ class Keeper:
         self._prepare = prepare
         self._hurry = hurry
         self._interval = interval
-        self._wake = Signal()
+        self._wakeup = Wakeup()
         self._thread: threading.Thread | None = None
         self._elected = False
         #: How far each segment is on the disk, by its key.
@@ -65,14 +65,14 @@ class Keeper:
             except RuntimeError:  # no more threads, or the interpreter shuts down
                 self._thread = None
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Let the thread end. Does not wait for it."""
         self._thread = None
-        self._wake.set()
+        self._wakeup.set()
 
     def wake(self) -> None:
         """Let the thread look whether a segment is to be prepared."""
-        self._wake.set()
+        self._wakeup.set()
 
     @property
     def elected(self) -> bool:
@@ -82,11 +82,11 @@ class Keeper:
     @elected.setter
     def elected(self, elected: bool) -> None:
         self._elected = elected
-        self._wake.set()
+        self._wakeup.set()
 
     def _run(self) -> None:
         while self._thread is threading.current_thread():
-            self._wake.wait(self._interval if self._elected else None)
+            self._wakeup.wait(self._interval if self._elected else None)
             try:
                 self._prepare()
                 if self._elected:

@@ -1,4 +1,4 @@
-"""Who owns what in a spool: locks that end with their process, however it ends.
+"""Locks that end with their process, however it ends.
 
 POSIX locks (`lockf`): a forked child does not inherit them, so it cannot keep its
 dead parent's segments from being adopted, as with `flock` it would. Their price:
@@ -18,6 +18,8 @@ import secrets
 import threading
 import time
 from typing import TYPE_CHECKING, Self
+
+from openmeter_wsgi.threads import threads_are_greenlets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +41,7 @@ _held: set[tuple[int, str]] = set()
 _elections: dict[tuple[int, int, int], threading.Lock] = {}
 
 
-class Owner:
+class SegmentLock:
     """The identity of one journal, alive as long as its process keeps it."""
 
     def __init__(self, directory: Path, token: str, fd: int) -> None:
@@ -106,7 +108,7 @@ def remove_lock(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def elected(directory: Path, *, wait: bool = True) -> Iterator[bool]:
+def election(directory: Path, *, wait: bool = True) -> Iterator[bool]:
     """Be the one sender of *directory*, as soon as there is no other.
 
     Waiting costs nothing: the kernel wakes the next one when the holder dies.
@@ -188,9 +190,3 @@ def _waited(fd: int) -> bool:
             raise
         return False
     return True
-
-
-def threads_are_greenlets() -> bool:
-    """Say whether gevent has taken the place of threads."""
-    # Monkey-patched: the lock that threading makes is no longer the interpreter's.
-    return type(threading.Lock()).__module__ != "_thread"

@@ -7,25 +7,24 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.directory import journal_form, prepare_directory
-from openmeter_wsgi.delivery.journal import (
+from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
+from openmeter_wsgi.health import Problem
+from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form, prepare_directory
+from openmeter_wsgi.spool.journal import (
     CLOSED,
     RETRY_DELAY,
     Journal,
     JournalClosed,
     RecordTooLarge,
 )
-from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
-from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
-from openmeter_wsgi.health import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.forms import Segment
-    from openmeter_wsgi.delivery.queue import DeliveryQueue
+    from openmeter_wsgi.delivery.queue import MemoryDelivery
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.spool.journal import SegmentWriter
     from openmeter_wsgi.stats import Counts
 
 logger = log.get_logger(__name__)
@@ -45,11 +44,11 @@ class _Failing(NamedTuple):
     error: SpoolError
 
 
-class Intake:
+class SpoolWriter:
     """Appends the events of one process to its journal, which the first one opens.
 
     *moved_on* is called when a segment was full, or none was there. Where the disk
-    takes nothing, what *new_fallback* makes takes the event, and it is counted; a
+    takes nothing, what *new_overflow* makes takes the event, and it is counted; a
     process that does not deliver can only drop it.
     """
 
@@ -59,20 +58,20 @@ class Intake:
         policy: Policy,
         counts: Counts,
         *,
-        new_fallback: Callable[[str], DeliveryQueue],
+        new_overflow: Callable[[str], MemoryDelivery],
         moved_on: Callable[[], None],
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self._directory = directory
         self._policy = policy
         self._counts = counts
-        self._new_fallback = new_fallback
+        self._new_overflow = new_overflow
         self._moved_on = moved_on
         self._segment_bytes = segment_bytes
         #: Holds the journal. Another one after a close.
         self._slot: dict[str, Journal] = {}
-        self._journal: Journal | Segment = CLOSED
-        self._fallbacks: dict[str, DeliveryQueue] = {}
+        self._journal: Journal | SegmentWriter = CLOSED
+        self._overflows: dict[str, MemoryDelivery] = {}
         self._failure = SpoolError("not tried yet")
         self._retry_at = 0.0
         self._failing: _Failing | None = None
@@ -91,10 +90,10 @@ class Intake:
             self._counts.dropped["too_large"] += 1
             logger.error("%s: %s; it is dropped", "an event is no record", error)
         except SpoolError as error:
-            self._put_elsewhere(event, error)
+            self._put_into_memory(event, error)
         except Exception as error:
             logger.exception("%s: the spool failed by our own fault", "put")
-            self._put_elsewhere(event, SpoolError(str(error)))
+            self._put_into_memory(event, SpoolError(str(error)))
         else:
             if self._failing is not None:
                 self._recovered()
@@ -139,7 +138,7 @@ class Intake:
         self._failure, self._retry_at = failure, time.monotonic() + RETRY_DELAY
         raise failure
 
-    def _put_elsewhere(self, event: bytes, error: SpoolError) -> None:
+    def _put_into_memory(self, event: bytes, error: SpoolError) -> None:
         reason = "spool_full" if isinstance(error, SpoolFull) else "spool_error"
         if self._policy.delivery == "ship":
             self._counts.dropped[reason] += 1
@@ -157,10 +156,10 @@ class Intake:
             "memory and are lost if this process dies",
             error,
         )
-        fallback = self.fallback or self._fallbacks.setdefault(
-            "queue", self._new_fallback(reason)
+        overflow = self.overflow or self._overflows.setdefault(
+            "queue", self._new_overflow(reason)
         )
-        fallback.put(event)
+        overflow.put(event)
 
     def _note(self, error: SpoolError) -> None:
         now = time.monotonic()
@@ -201,9 +200,9 @@ class Intake:
         return journal.owner if journal else None
 
     @property
-    def fallback(self) -> DeliveryQueue | None:
+    def overflow(self) -> MemoryDelivery | None:
         """What took the events that the disk did not, None if it took all."""
-        return self._fallbacks.get("queue")
+        return self._overflows.get("queue")
 
     def prepare(self) -> None:
         """Make the segment that will be needed next.

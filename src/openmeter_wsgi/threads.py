@@ -1,17 +1,26 @@
-"""Servers that run us and leave our threads no time while they wait for a request."""
+"""What kind of threads this process has, and what is called when it ends."""
 
 from __future__ import annotations
 
+import atexit
 import sys
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.ownership import threads_are_greenlets
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: From this version on uWSGI lets threads run without being told to.
 _ALWAYS_THREADED = (2, 0, 27)
 #: Each of these options of uWSGI does, too.
 _OPTIONS = ("enable-threads", "threads")
 _NO = (False, None, b"false", b"no", b"off", b"0")
+
+
+def threads_are_greenlets() -> bool:
+    """Say whether gevent has taken the place of threads."""
+    # Monkey-patched: the lock that threading makes is no longer the interpreter's.
+    return type(threading.Lock()).__module__ != "_thread"
 
 
 def threads_starve() -> bool:
@@ -34,3 +43,22 @@ def threads_starve() -> bool:
 def _said(options: dict[Any, Any], name: str) -> object:
     # Under the name as text or as bytes, by version; the value is True or bytes.
     return options.get(name, options.get(name.encode()))
+
+
+class ExitHook:
+    """Calls *close* when the process ends, if it is registered then."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self._close = close
+        self._is_registered = False
+
+    def register(self) -> None:
+        """Have it called. May be repeated."""
+        if not self._is_registered:
+            self._is_registered = True
+            atexit.register(self._close)
+
+    def unregister(self) -> None:
+        """Have it called no more."""
+        self._is_registered = False
+        atexit.unregister(self._close)

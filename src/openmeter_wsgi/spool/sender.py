@@ -1,0 +1,155 @@
+"""A spool as the source of a worker: of all processes that share it one delivers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.delivery.worker import Source
+from openmeter_wsgi.lock import election
+from openmeter_wsgi.spool import deduplication
+from openmeter_wsgi.spool.dead_letters import DeadLetters
+from openmeter_wsgi.spool.files import SEGMENT_BYTES
+from openmeter_wsgi.spool.lines import SpoolBatch
+from openmeter_wsgi.spool.reader import SpoolReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.stats import Counts
+
+#: The sender looks at least this often for what others put.
+_MAX_POLL = 1.0
+_MIN_POLL = 0.02
+
+
+class SpoolSource(Source[SpoolBatch]):
+    """What a directory holds, while it is this process's turn to deliver it.
+
+    *began* and *ended* are called with each turn. Everything known of the directory is
+    read anew then.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy,
+        counts: Counts,
+        *,
+        max_events: int,
+        began: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        #: Seconds between two looks into the directory.
+        self.interval = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
+        self.poll = self.interval
+        #: Where to bury what is not sent again.
+        self.letters = DeadLetters(directory, counts)
+        self._directory = directory
+        self._policy = policy
+        self._max_events = max_events
+        self._began = began
+        self._ended = ended
+        self._reader: SpoolReader | None = None
+        self._is_waiting = False
+        #: Whether it was said what is known of the server's deduplication.
+        self._said = False
+
+    @property
+    def is_elected(self) -> bool:
+        """Whether this process is the sender."""
+        return self._reader is not None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the worker's thread sleeps until another process ends."""
+        return self._is_waiting
+
+    @contextlib.contextmanager
+    def turn(self, *, wait: bool) -> Iterator[bool]:
+        """Be the sender of the directory within this context, if it yields True.
+
+        :raises OSError: if no election is possible.
+        """
+        with election(self._directory, wait=False) as won:
+            if won:
+                with self._elected():
+                    yield True
+        if not won and not wait:
+            yield False
+        elif not won:
+            self._is_waiting = True
+            try:
+                with election(self._directory):
+                    self._is_waiting = False
+                    with self._elected():
+                        yield True
+            finally:
+                self._is_waiting = False
+
+    @contextlib.contextmanager
+    def _elected(self) -> Iterator[None]:
+        reader = SpoolReader(self._directory, self.letters, max_events=self._max_events)
+        if not self._said:
+            self._said = True
+            deduplication.say(self._directory, self._policy.api_url)
+        self._reader = reader
+        try:
+            self._began()
+            yield
+        finally:
+            self._reader = None
+            self._ended()
+            reader.close()
+
+    @property
+    def reader(self) -> SpoolReader:
+        """The reader of this turn."""
+        if self._reader is None:
+            raise RuntimeError("the spool is read while this process is its sender")
+        return self._reader
+
+    # -- For the worker
+
+    def __len__(self) -> int:
+        """Return how many events are read and not taken."""
+        return len(self._reader) if self._reader is not None else 0
+
+    def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
+        """Return the oldest events, as many as one batch may hold."""
+        return self.reader.take(max_events=max_events, max_bytes=max_bytes)
+
+    def look(self, *, last: bool) -> None:
+        """Look for new segments, lines and deaths; with *last* for every one."""
+        self.reader.refresh(last=last)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a batch can be filled with what was read."""
+        return self.reader.is_full
+
+    @property
+    def is_pressed(self) -> bool:
+        """Whether the segments take half of the room or more."""
+        used = self.reader.segments * SEGMENT_BYTES
+        return 2 * used >= self._policy.max_spool_bytes
+
+    # -- For the sender
+
+    def done(self, batch: SpoolBatch) -> None:
+        """Remember, for good, that *batch* is delivered or set aside."""
+        self.reader.done(batch)
+
+    def in_flight_since(self, batch: SpoolBatch) -> float | None:
+        """Return when the first attempt was that may have arrived, None if none."""
+        return self.reader.in_flight_since(batch)
+
+    def record(self, batch: SpoolBatch, since: float) -> None:
+        """Write down that *batch* is about to be sent."""
+        self.reader.record(batch, since)
+
+    def withdraw(self, batch: SpoolBatch) -> None:
+        """Write down that *batch* has certainly not arrived."""
+        self.reader.withdraw(batch)
