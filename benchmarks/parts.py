@@ -19,7 +19,7 @@ from benchmarks import counting, paths, waiting
 from openmeter_wsgi.delivery.queue import MemoryQueue
 from openmeter_wsgi.environ import CALLER, METERS, STATED
 from openmeter_wsgi.events import RequestIds, quoted
-from openmeter_wsgi.forks import mark_process
+from openmeter_wsgi.forks import ProcessGuard
 from openmeter_wsgi.settlement import ListSettlement, Settled
 from openmeter_wsgi.stats import Counts
 from openmeter_wsgi.timestamps import clock
@@ -43,7 +43,9 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
     body = [paths.BODY]
     event = next(waiting.events(RequestIds()))
     application = _Callable()
-    is_own = mark_process()
+    guard = ProcessGuard()
+    guard.confirm()
+    is_own = guard.mark
     ids = RequestIds()
     queue = MemoryQueue(max_events=10**7, max_bytes=4 * 10**9, counts=Counts())
     queue.wake_from(10**6)

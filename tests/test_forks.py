@@ -11,7 +11,7 @@ import pytest
 from openmeter_wsgi import forks
 from test_fork import FORKS, finish, start_code, wait_for
 
-MARKS = {"page": forks.mark_process, "process id": forks._ProcessId}
+MARKS = {"page": forks._new_mark, "process id": forks._ProcessId}
 
 
 def run(case, *arguments):
@@ -21,6 +21,8 @@ def run(case, *arguments):
 
 def fork_once(mark, fork):
     made = MARKS[mark]()
+    assert not made[0]
+    made[0] = 1
     child = FORKS[fork]()
     if not child:
         os._exit(7 if made[0] else 0)
@@ -35,12 +37,13 @@ def test_a_mark_is_true_in_its_own_process_alone(mark, fork):
 
 
 def fork_twice():
-    made = forks.mark_process()
+    guard = forks.ProcessGuard()
+    guard.confirm()
     child = os.fork()
     if not child:
         grandchild = os.fork()
         if not grandchild:
-            os._exit(7 if made[0] else 0)
+            os._exit(7 if guard.is_current() else 0)
         wait_for(grandchild)
         os._exit(0)
     wait_for(child)
@@ -48,3 +51,12 @@ def fork_twice():
 
 def test_a_child_of_a_child_knows_it_too():
     run(fork_twice)
+
+
+def test_what_was_made_before_threads_were_replaced_is_not_used_after(monkeypatch):
+    guard = forks.ProcessGuard()
+    assert guard.is_current()
+
+    monkeypatch.setattr(forks, "threads_are_greenlets", lambda: True)
+
+    assert not guard.is_current()

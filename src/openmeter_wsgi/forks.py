@@ -12,19 +12,46 @@ import os
 import sys
 from typing import Protocol
 
+from openmeter_wsgi.threads import threads_are_greenlets
+
 #: ``MADV_WIPEONFORK`` of Linux 4.14 and later, which `mmap` does not name.
 _WIPE_ON_FORK = 18
 
 
 class Mark(Protocol):
-    """Is true at 0 in the process that made it, and in no child of it."""
+    """Is true at 0 where it was set, and in no child of that process."""
 
     def __getitem__(self, index: int, /) -> int:
-        """Return whether this is the process that made it."""
+        """Return whether it was set in this process."""
+
+    def __setitem__(self, index: int, value: int, /) -> None:
+        """Set it."""
 
 
-def mark_process() -> Mark:
-    """Return what tells this process from those that are forked from it."""
+class ProcessGuard:
+    """Knows the process, and the kind of threads, that something was made for.
+
+    Locks made before gevent patches `threading` block all greenlets of a process. So
+    the mark is not set before the first request, which looks whether all still fits.
+    """
+
+    def __init__(self) -> None:
+        #: For the way of a request; set by `confirm`.
+        self.mark = _new_mark()
+        self._pid = os.getpid()
+        self._greenlets = threads_are_greenlets()
+
+    def is_current(self) -> bool:
+        """Say whether what was made can be used in this process."""
+        same_threads = threads_are_greenlets() == self._greenlets
+        return bool(self.mark[0]) or (os.getpid() == self._pid and same_threads)
+
+    def confirm(self) -> None:
+        """Set the mark: a request has come, and what was made fits."""
+        self.mark[0] = 1
+
+
+def _new_mark() -> Mark:
     if sys.platform != "linux":
         return _ProcessId()
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -33,7 +60,6 @@ def mark_process() -> Mark:
     except (OSError, ValueError):
         page.close()  # an older kernel
         return _ProcessId()
-    page[0] = 1
     return page
 
 
@@ -41,7 +67,10 @@ class _ProcessId:
     """Asks the kernel for the process id."""
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
+        self._pid = 0
 
     def __getitem__(self, _: int) -> int:
         return os.getpid() == self._pid
+
+    def __setitem__(self, _: int, value: int) -> None:
+        self._pid = os.getpid() if value else 0

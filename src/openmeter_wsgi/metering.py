@@ -14,7 +14,7 @@ from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.delivery.queue import MemoryDelivery
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
-from openmeter_wsgi.forks import mark_process
+from openmeter_wsgi.forks import ProcessGuard
 from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.stats import Counts, Stats
 
@@ -52,8 +52,10 @@ class Metering:
             _say_what_errors_are_billed(billing)
 
     def _begin(self, policy: Policy) -> None:
-        #: Whether this process is the one that it belongs to: see `mark_process`.
-        self.is_own = mark_process()
+        #: What process, and what kind of threads, it belongs to.
+        self.guard = ProcessGuard()
+        #: Whether a request has found that it fits: see `ProcessGuard`.
+        self.is_own = self.guard.mark
         self._followers: list[Callable[[Metering], None]] = []
         self.counts = Counts()
         self.queue = self._new_queue(policy)

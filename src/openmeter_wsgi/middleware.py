@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import substitution
@@ -53,10 +52,6 @@ class OpenMeterMiddleware(Serving):
             self._metering = Metering(policy)
         else:
             self.exchange(substitute)
-        # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
-        # every request compares the process id as well.
-        renew = weakref.WeakMethod(self._renew)
-        os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
 
     @classmethod
     def from_zuplo(
@@ -80,9 +75,14 @@ class OpenMeterMiddleware(Serving):
         return cls(app, **{**options_of(policies, routes, os.environ), **options})
 
     def metering(self) -> Metering:
-        """Return the metering of the process that asks."""
-        metering = self._metering
-        return metering if metering.is_own[0] else self._renew()
+        """Return the metering of the process that asks.
+
+        After a fork, or where gevent has replaced threads, it is another one, with an
+        empty queue: what the parent queued stays the parent's.
+        """
+        if not self._metering.guard.is_current():
+            self._metering = self._metering.successor()
+        return self._metering
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send what waits now; say whether all of it is done within *timeout*.
@@ -149,7 +149,7 @@ class OpenMeterMiddleware(Serving):
         return restore
 
     def _renew(self) -> Metering:
-        """Leave the parent's queue to the parent, and start with an empty one."""
-        if not self._metering.is_own[0]:
-            self._metering = self._metering.successor()
-        return self._metering
+        """Return the metering for the requests of this process from now on."""
+        metering = self.metering()
+        metering.guard.confirm()
+        return metering
