@@ -42,7 +42,7 @@ class OpenMeterClient:
 
     def __init__(self, *, url: str, flavor: str, key: ApiKey, timeout: float) -> None:
         self._url = url + _PATHS[flavor]
-        self._connection = Connection(key=key, timeout=timeout)
+        self._connection = Connection(key=key, timeout=timeout, needs_body=False)
 
     def ingest(self, events: Sequence[bytes]) -> None:
         """Send encoded events in one request.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Batch, Sender
 from openmeter_wsgi.events import MAX_BATCH_BYTES
+from openmeter_wsgi.threads import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -392,33 +393,6 @@ class Worker(Generic[_B]):
         if not (self._retry_now or self._stopping):
             self._wakeup.wait(delay)
         self._retry_now = False
-
-
-class Wakeup:
-    """Wakes one thread. Its `set` waits for nothing, so it may interrupt itself.
-
-    The `set` of a threading.Event takes a lock: called by a finaliser in the middle
-    of another `set`, it would wait for itself.
-    """
-
-    __slots__ = ("_unset",)
-
-    def __init__(self) -> None:
-        self._unset = threading.Lock()
-        self._unset.acquire()
-
-    def set(self) -> None:
-        """Let the thread that waits, or else the next that does, go on."""
-        with contextlib.suppress(RuntimeError):  # it is set already
-            self._unset.release()
-
-    def clear(self) -> None:
-        """Forget a `set` that nobody waited for."""
-        self._unset.acquire(blocking=False)
-
-    def wait(self, timeout: float | None) -> None:
-        """Wait until it is set or the time is over, and clear it."""
-        self._unset.acquire(timeout=-1 if timeout is None else timeout)
 
 
 class Pace:

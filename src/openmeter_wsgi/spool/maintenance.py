@@ -7,11 +7,11 @@ import threading
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.worker import Wakeup
 from openmeter_wsgi.errors import SpoolError
 from openmeter_wsgi.spool.files import open_file, read_name, whole_end
 from openmeter_wsgi.spool.progress import sync_directory
 from openmeter_wsgi.spool.watermark import Watermark
+from openmeter_wsgi.threads import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
