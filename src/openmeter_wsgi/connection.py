@@ -130,6 +130,7 @@ class Connection:
             request.body = None
             if deadline.is_over:
                 # To the parser, headers that were cut off are a whole answer.
+                response.close()
                 raise requests.ReadTimeout
             if response.cookies:
                 session.cookies.update(response.cookies)
