@@ -26,6 +26,7 @@ def leave(directory, content, number=1, form=MAPPED, ending=""):
     """Leave a segment as a dead process has left it."""
     name = SegmentName(1_700_000_000_000, DEAD, number, form)
     path = directory / f"{name}{ending}"
+    (directory / f"{DEAD}.lock").touch()
     (directory / progress.NAME).unlink(missing_ok=True)  # that of an earlier round
     path.write_bytes(content)
     return path
@@ -277,6 +278,7 @@ def test_segments_go_oldest_first_and_in_the_order_of_their_owner(tmp_path):
     def of(owner, made, number, id_):
         name = SegmentName(made, owner * 24, number, MAPPED)
         (tmp_path / str(name)).write_bytes(event(id_) + b"\n")
+        (tmp_path / f"{name.owner}.lock").touch()
 
     start = 1_700_000_000_000
     of("a", start + 5, 1, "a1")

@@ -47,22 +47,23 @@ def _said(options: dict[Any, Any], name: str) -> object:
 
 
 class ExitHook:
-    """Calls *close* when the process ends, if it is registered then."""
+    """Calls *close* when the process ends, as long as somebody has it registered."""
 
     def __init__(self, close: Callable[[], None]) -> None:
         self._close = close
-        self._is_registered = False
+        self._users: set[int] = set()
 
-    def register(self) -> None:
-        """Have it called. May be repeated."""
-        if not self._is_registered:
-            self._is_registered = True
+    def register(self, user: object) -> None:
+        """Have it called for *user*. May be repeated."""
+        if not self._users:
             atexit.register(self._close)
+        self._users.add(id(user))
 
-    def unregister(self) -> None:
-        """Have it called no more."""
-        self._is_registered = False
-        atexit.unregister(self._close)
+    def unregister(self, user: object) -> None:
+        """Have it called no more, unless others have registered it, too."""
+        self._users.discard(id(user))
+        if not self._users:
+            atexit.unregister(self._close)
 
 
 class Wakeup:

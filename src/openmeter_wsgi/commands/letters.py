@@ -121,7 +121,7 @@ class DeadLetterFile:
         with election(self._directory, wait=False) as won:
             if won and self._settled():
                 self._rewrite()
-            return won
+            return won is not None
 
     def _rewrite(self) -> None:
         settled = self._settled()

@@ -118,11 +118,18 @@ class Sender(Generic[_B]):
         self._accepted = 0
         self._refused_in_a_row = 0
         self.outage = Outage(waiting)
+        self._attempt_began: float | None = None
 
     @property
     def oldest(self) -> list[bytes]:
         """The first event of each batch that is being tried or stands aside."""
         return [batch.events[0] for batch in [*self._pending, *self._suspects]]
+
+    @property
+    def attempt_lasts(self) -> float:
+        """For how many seconds the attempt that is being made lasts; 0 if none is."""
+        began = self._attempt_began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def busy(self) -> bool:
@@ -156,6 +163,7 @@ class Sender(Generic[_B]):
         if batch.failures:
             self._counts.retries += 1
         began = time.perf_counter()
+        self._attempt_began = time.monotonic()
         try:
             self._client.ingest(batch.events)
         except Expired as error:
@@ -165,6 +173,7 @@ class Sender(Generic[_B]):
         except DeliveryError as error:
             return self._failed(batch, error)
         finally:
+            self._attempt_began = None
             self._counts.attempt_seconds.add(time.perf_counter() - began)
         self._delivered()
         return 0.0

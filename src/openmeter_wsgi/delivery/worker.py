@@ -82,6 +82,11 @@ class Source(Generic[_B]):
         """Have a put wake the worker from so many *waiting* events on."""
 
     @property
+    def is_ours(self) -> bool:
+        """Whether this process may still take from it."""
+        return True
+
+    @property
     def is_full(self) -> bool:
         """Whether a batch can be filled without more events."""
         return False
@@ -163,7 +168,7 @@ class Worker(Generic[_B]):
                     target=self._run, name="openmeter_wsgi.delivery", daemon=True
                 )
                 # Before the start, which may fail: then all waits for the exit.
-                self._exit_hook.register()
+                self._exit_hook.register(self)
                 self._thread.start()
         except RuntimeError as error:
             # No more threads here, or the interpreter is shutting down.
@@ -181,6 +186,11 @@ class Worker(Generic[_B]):
         if self._thread is None:
             self.start()
         self._wakeup.set()
+
+    def wake_if_running(self) -> None:
+        """Have a worker that runs try again what it waits to try again."""
+        if self._thread is not None:
+            self._wakeup.set()
 
     def hurry(self) -> None:
         """Have what waits now delivered without waiting for more, or for a backoff."""
@@ -243,7 +253,7 @@ class Worker(Generic[_B]):
                 pass
         finally:
             self._source.wake_from(1)
-            self._exit_hook.unregister()
+            self._exit_hook.unregister(self)
             self._thread = None  # from here on a put starts another, at exit as well
         if len(self._source):
             # Put after the last look, by one who still found this thread.
@@ -284,6 +294,8 @@ class Worker(Generic[_B]):
         return self._closing or self._until is not None
 
     def _finished(self) -> bool:
+        if not self._source.is_ours:
+            return True
         if self._until is None and (self._stopping or not self._closing):
             return self._stopping
         if self._until is not None and time.monotonic() > self._until:
@@ -295,7 +307,7 @@ class Worker(Generic[_B]):
     def _step(self) -> None:
         if not self._sender.busy:
             self._gather()
-        if self._sender.busy:
+        if self._sender.busy and self._source.is_ours:
             delay = self._attempt()
             self._pause(max(delay, self._rest()))
 
@@ -376,7 +388,7 @@ class Worker(Generic[_B]):
     def _ready(self, events: int) -> bool:
         hasty = self._is_hasty
         self._source.look(last=hasty)
-        ends = hasty or self._stopping
+        ends = hasty or self._stopping or not self._source.is_ours
         return (
             len(self._source) >= events or self._hurried or ends or self._source.is_full
         )

@@ -15,14 +15,15 @@ from time import monotonic as now
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
+from openmeter_wsgi.deadline import MAX_STUCK
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
-from openmeter_wsgi.delivery.sender import Sender
-from openmeter_wsgi.delivery.worker import BACKLOG_BATCH, FirstRequestHooks, Worker
+from openmeter_wsgi.delivery.worker import FirstRequestHooks
+from openmeter_wsgi.health import Problem
+from openmeter_wsgi.lock import sender_seen_at
 from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.maintenance import FLUSH, SegmentMaintenance
-from openmeter_wsgi.spool.progress import RecordingClient
-from openmeter_wsgi.spool.sender import SpoolSource
+from openmeter_wsgi.spool.sender import SpoolSender
 from openmeter_wsgi.spool.writer import SpoolWriter
 from openmeter_wsgi.threads import ExitHook, threads_starve
 
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.delivery.client import OpenMeterClient
-    from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
 logger = log.get_logger(__name__)
 
 _JOIN_INTERVAL = 0.02
+#: A sender that has said nothing for so many seconds is reported by the others.
+SILENT_TOO_LONG = 60.0
 
 
 class SpoolDelivery:
@@ -73,36 +75,15 @@ class SpoolDelivery:
             moved_on=self._moved_on,
             segment_bytes=segment_bytes,
         )
-        self._source = SpoolSource(
-            self._directory,
-            policy,
-            counts,
-            max_events=max(
-                policy.batch_size, BACKLOG_BATCH if policy.batch_size > 1 else 1
-            ),
-            began=self._turn_began,
-            ended=self._turn_ended,
-        )
-        client = new_client()
-        self._sender = Sender(
-            RecordingClient(client, self._source, resend_window=policy.resend_window),
-            counts,
-            self._source.done,
-            bury=self._source.letters.bury,
-            waiting=lambda: self.waiting,
-        )
-        self._worker = Worker(
-            self._source,
-            self._sender,
-            policy,
-            exit_hook=self._exit_hook,
-            idle=client.close,
-        )
+        self._sending = self._new_sending()
+        #: What was stuck, and given up.
+        self._abandoned: list[SpoolSender] = []
         self._maintenance = SegmentMaintenance(
             self._directory,
-            prepare=self._writer.prepare,
-            hurry=self._worker.hurry,
-            interval=self._source.interval,
+            self._writer,
+            hurry=self._hurry,
+            tend=self._tend,
+            interval=self._sending.source.interval,
         )
         #: Take an event. Any thread; never raises, never waits for delivery. Past
         #: this layer: a put is one call less.
@@ -118,7 +99,7 @@ class SpoolDelivery:
     def started(self) -> bool:
         """Whether all was done that the first settled request brings about."""
         return self._hooks.made and (
-            self._worker.is_running
+            self._sending.worker.is_running
             or self._does_without_threads
             or self._policy.delivery == "ship"
         )
@@ -131,20 +112,32 @@ class SpoolDelivery:
         if threads_starve():
             self._do_without_threads()
             return
-        self._worker.start()
-        if self._worker.is_running:
+        self._sending.worker.start()
+        if self._sending.worker.is_running:
             self._maintenance.start()
 
     def _do_without_threads(self) -> None:
         """Deliver in flush() and close() only: the election is for who can do it."""
         if not self._does_without_threads:
             self._does_without_threads = True
-            self._exit_hook.register()
+            self._exit_hook.register(self)
             logger.warning(
                 "%s: uWSGI leaves threads no time, so this process delivers what is in "
                 "%s only at its exit: set enable-threads, or run 'openmeter-wsgi ship'",
                 "delivery", self._directory,
             )  # fmt: skip
+
+    def _new_sending(self) -> SpoolSender:
+        return SpoolSender(
+            self._directory,
+            self._policy,
+            self._new_client(),
+            self.counts,
+            exit_hook=self._exit_hook,
+            waiting=self._count_waiting,
+            began=self._turn_began,
+            ended=self._turn_ended,
+        )
 
     def _new_overflow(self, when_full: str) -> MemoryDelivery:
         return MemoryDelivery(
@@ -155,15 +148,61 @@ class SpoolDelivery:
         """Have the next segment prepared, by a thread that may have to be started."""
         if not self.started:
             self.start()
+        self._sending.worker.wake_if_running()
         self._maintenance.wake()
 
     def _turn_began(self) -> None:
-        self._sender.reset()
         self._maintenance.elected = True
         self._elected()
 
-    def _turn_ended(self) -> None:
+    def _turn_ended(self, sending: SpoolSender) -> None:
+        if sending is self._sending:
+            self._maintenance.elected = False
+
+    def _hurry(self) -> None:
+        self._sending.worker.hurry()
+
+    # -- Whether the sender is well
+
+    def _tend(self) -> None:
+        """See that a sender of this process that is stuck loses its place."""
+        if self._sending.is_stuck:
+            self._replace_sending()
+        elif self._sending.source.is_elected:
+            self._sending.source.touch()
+        elif (problem := self._frozen) is not None:
+            logger.error("%s: %s", self._directory, problem.text)
+
+    def _replace_sending(self) -> None:
+        stuck = self._sending
+        stuck.depose()
         self._maintenance.elected = False
+        still = [one for one in self._abandoned if one.worker.is_running]
+        self._abandoned = [*still, *({stuck} - set(still))]
+        others = "another process takes over"
+        if len(self._abandoned) <= MAX_STUCK:
+            self._sending = self._new_sending()
+            self._sending.worker.start()
+            others = "another thread or process takes over"
+        logger.error(
+            "%s: an attempt to deliver has not ended for %.0f s; %s",
+            self._directory, stuck.sender.attempt_lasts, others,
+        )  # fmt: skip
+
+    @property
+    def _frozen(self) -> Problem | None:
+        """What is wrong with the sender, where that is another process."""
+        if self._sending.source.is_elected or self._policy.delivery == "ship":
+            return None
+        seen_at = sender_seen_at(self._directory)
+        silent = 0.0 if seen_at is None else time.time() - seen_at
+        if silent < SILENT_TOO_LONG or not self._sending.source.is_waiting:
+            return None
+        return Problem(
+            "not_delivering",
+            f"the process that delivers the spool has not moved for {silent:.0f} s, "
+            "and holds its lock: it may be stopped, or frozen; all events are kept",
+        )
 
     def close(self, timeout: float | None = None) -> None:
         """Give up what this process owns; the sender delivers first until *timeout*.
@@ -178,11 +217,11 @@ class SpoolDelivery:
         owner = self._writer.owner
         self._writer.close()
         ended = True
-        if self._worker.is_running:
-            ended = self._worker.finish(deadline)
+        if self._sending.worker.is_running:
+            ended = self._sending.worker.finish(deadline)
         elif owner is not None and self._policy.delivery != "ship":
             self._deliver_own(owner, deadline)
-        self._worker.stop()
+        self._sending.worker.stop()
         self._maintenance.close()
         self._does_without_threads = False
         self._say_what_stays(unfinished=not ended)
@@ -192,11 +231,11 @@ class SpoolDelivery:
     def close_at_exit(self) -> None:
         """Close, and deliver nothing any more: the exit hook of the process."""
         self.close()
-        self._worker.end()
+        self._sending.worker.end()
 
     def _say_what_stays(self, *, unfinished: bool) -> None:
         """Say it where nobody may be there to deliver it, or could."""
-        fails = unfinished or self._sender.outage.problem is not None
+        fails = unfinished or self._sending.sender.outage.problem is not None
         if fails and (left := self.in_spool.events):
             logger.warning(
                 "%s: %d events stay in %s and are delivered as soon as a process that "
@@ -210,10 +249,13 @@ class SpoolDelivery:
         while not watermark.all_done(self._directory, ends):
             if (left := deadline - now()) <= 0:
                 break
-            self._worker.deliver_here(left)
+            self._sending.worker.deliver_here(left)
             time.sleep(_JOIN_INTERVAL)
 
     # -- Waiting for delivery
+
+    def _count_waiting(self) -> int:
+        return self.waiting
 
     @property
     def waiting(self) -> int:
@@ -238,11 +280,10 @@ class SpoolDelivery:
     def problems(self) -> list[Problem]:
         """What is wrong now, as far as this process knows."""
         found = []
-        problem = self._sender.outage.problem
-        if self._source.is_elected and problem is not None:
+        problem = self._sending.sender.outage.problem
+        if self._sending.source.is_elected and problem is not None:
             found.append(problem)
-        if (problem := self._writer.problem) is not None:
-            found.append(problem)
+        found += [p for p in (self._writer.problem, self._frozen) if p is not None]
         overflow = self._writer.overflow
         return found + overflow.problems if overflow else found
 
@@ -263,21 +304,32 @@ class SpoolDelivery:
         process has put. Another process is asked for it and needs a moment.
         """
         deadline = None if timeout is None else now() + timeout
-        owner = None if self._source.is_elected else self._writer.owner
+        while True:
+            self._writer.look()
+            if not self._flush_directory(_left(deadline)):
+                return False
+            if self._writer.look():
+                break  # nothing was removed instead of being delivered
+        overflow = self._writer.overflow
+        return not overflow or overflow.flush(_left(deadline))
+
+    def _flush_directory(self, timeout: float | None) -> bool:
+        owner = None if self._sending.source.is_elected else self._writer.owner
         ends = watermark.ends(self._directory, owner)
-        self._worker.hurry()
+        self._sending.worker.hurry()
         self._ask_for_delivery()
         if not self.started:
             self.start()
-        if not self._worker.is_running and self._policy.delivery != "ship":
+        if not self._sending.worker.is_running and self._policy.delivery != "ship":
             limit = self._policy.shutdown_timeout if timeout is None else timeout
-            self._worker.deliver_here(limit)
-        if not watermark.wait_until_done(self._directory, ends, timeout):
-            return False
-        overflow = self._writer.overflow
-        return not overflow or overflow.flush(deadline and max(deadline - now(), 0))
+            self._sending.worker.deliver_here(limit)
+        return watermark.wait_until_done(self._directory, ends, timeout)
 
     def _ask_for_delivery(self) -> None:
-        if not self._source.is_elected:  # another one polls for this
+        if not self._sending.source.is_elected:  # another one polls for this
             with contextlib.suppress(OSError):
                 (self._directory / FLUSH).touch(mode=0o600)
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - now(), 0)

@@ -29,6 +29,8 @@ SEGMENT_BYTES = 2 * 1024 * 1024
 
 MAPPED, WRITTEN = "mapped", "written"
 SEALED = ".sealed"
+#: The mode of a segment that was delivered, a moment before it is deleted.
+DELIVERED = 0o400
 _CHUNK_BYTES = 256 * 1024
 _NAME = re.compile(
     r"(\d{13,})-([0-9a-f]{24})-(\d{8,})\.(mapped|written)(\.sealed)?(\.new)?"

@@ -11,10 +11,12 @@ may run in a finaliser that interrupts another `write` of the same thread.
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import itertools
 import mmap
 import os
+import stat
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,16 +24,21 @@ from openmeter_wsgi import log
 from openmeter_wsgi.errors import SpoolError, SpoolFull
 from openmeter_wsgi.lock import UNFINISHED, SegmentLock
 from openmeter_wsgi.spool.files import (
+    DELIVERED,
     MAPPED,
     SEALED,
     SEGMENT_BYTES,
     SegmentName,
+    is_event,
     read_name,
+    split_lines,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from openmeter_wsgi.spool.files import Line
 
 logger = log.get_logger(__name__)
 
@@ -40,6 +47,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 RETRY_DELAY = 1.0
 #: Closing waits so long for writers that are in the middle of a line.
 _LEAVING_TIMEOUT = 5.0
+#: So many sealed segments are held open until they are delivered.
+MAX_KEPT = 32
 
 
 class JournalClosed(Exception):
@@ -57,16 +66,23 @@ class _Closed:
 
     def __init__(self) -> None:
         self.links: dict[str, SegmentWriter] = {}
+        self.file: SegmentFile | None = None
 
     def write(self, _: bytes) -> None:
         """Refuse a line."""
         raise JournalClosed
+
+    position = 0
 
     def seal(self) -> None:
         """Refuse to go on."""
         raise JournalClosed
 
     def remove(self) -> None:
+        """Refuse to go on."""
+        raise JournalClosed
+
+    def release(self) -> None:
         """Refuse to go on."""
         raise JournalClosed
 
@@ -91,8 +107,10 @@ class Journal:
         form: str,
         max_bytes: int,
         segment_bytes: int = SEGMENT_BYTES,
+        kept: KeptSegments | None = None,
     ) -> None:
         self._directory = directory
+        self._kept = KeptSegments() if kept is None else kept
         self._form = form
         self._max_bytes = max_bytes
         self._segment_bytes = segment_bytes
@@ -115,6 +133,25 @@ class Journal:
     def owner(self) -> str:
         """Whose name the segments bear."""
         return self._owner.token
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """What changes with each line."""
+        head = self._head
+        return id(head), head.position
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether its lock and its segments are where they were made."""
+        following = self._head.links.get("next")
+        files = [segment.file for segment in (self._head, following) if segment]
+        return self._owner.is_intact and all(
+            file is None or file.fate() is Fate.HERE for file in files
+        )
+
+    def touch(self) -> None:
+        """Say to a cleaner that the lock is in use."""
+        self._owner.touch()
 
     def append(self, line: bytes) -> None:
         """Append *line*, going to the next segment where that is needed.
@@ -161,18 +198,22 @@ class Journal:
         self._head, self.write = CLOSED, CLOSED.write
         for segment in segments:
             segment.seal()
+            self._kept.add(segment)
         deadline = time.monotonic() + _LEAVING_TIMEOUT
         while not all(segment.quiet for segment in segments):
             # Not given up while somebody writes: it would be deleted under him.
             if time.monotonic() > deadline:
                 return
             time.sleep(0.001)
+        for segment in segments:
+            segment.release()
         self._owner.leave()
 
     def _advance(self, full: SegmentWriter) -> None:
         """Seal *full* and go on to what follows. Every writer may do so."""
         successor = full.links.get("next") or self._link(full)
         full.seal()
+        self._kept.add(full)
         if self._head is full:
             self._head = successor
             self.write = successor.write
@@ -242,6 +283,11 @@ class SegmentWriter(Protocol):
 
     #: ``next``: what takes over once this one is sealed. Set once, for good.
     links: dict[str, SegmentWriter]
+    file: SegmentFile | None
+
+    @property
+    def position(self) -> int:
+        """What changes with each line."""
 
     @property
     def quiet(self) -> bool:
@@ -252,6 +298,82 @@ class SegmentWriter(Protocol):
 
     def remove(self) -> None:
         """Delete it: nobody has written."""
+
+    def release(self) -> None:
+        """Give back what no line takes: it is sealed, and quiet."""
+
+
+class Fate(enum.Enum):
+    """What has become of a segment that this process has made."""
+
+    HERE = "it is where it was made"
+    DELIVERED = "the sender has deleted it"
+    GONE = "somebody else has removed or replaced it"
+
+
+class SegmentFile:
+    """The file of a segment, held open: it can be read whatever becomes of its name."""
+
+    def __init__(self, path: Path, key: str, fd: int) -> None:
+        self.key = key
+        self._path = path
+        self._fd = os.dup(fd)
+
+    def fate(self) -> Fate:
+        """Return what has become of it."""
+        status = os.fstat(self._fd)
+        if stat.S_IMODE(status.st_mode) == DELIVERED:
+            return Fate.DELIVERED
+        for path in (self._path, self._path.with_name(self._path.name + SEALED)):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(status, path.stat(follow_symlinks=False)):
+                    return Fate.HERE
+        return Fate.GONE
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the whole lines that are events."""
+        text = os.pread(self._fd, os.fstat(self._fd).st_size, 0).rstrip(b"\0")
+        for line in split_lines(text, 0):
+            if line.end - line.start > len(line.text) and is_event(line.text):
+                yield line
+
+    def truncate(self, size: int) -> None:
+        """Give back what is behind so many bytes. Nobody may have it mapped."""
+        os.ftruncate(self._fd, size)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
+class KeptSegments:
+    """Sealed segments of this process that are not delivered, as far as is known.
+
+    They are held open, up to a number, so that one that is removed can be put back.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, SegmentFile] = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, segment: SegmentWriter) -> None:
+        """Keep *segment*. May be repeated."""
+        if segment.file is not None:
+            self._files[segment.file.key] = segment.file
+        for key in list(self._files)[:-MAX_KEPT]:
+            self._files.pop(key, None)
+
+    def take_lost(self) -> list[SegmentFile]:
+        """Forget what was delivered; return, and forget, what is gone."""
+        lost = []
+        for key, file in list(self._files.items()):
+            fate = file.fate()
+            if fate is not Fate.HERE:
+                self._files.pop(key, None)
+            if fate is Fate.GONE:
+                lost.append(file)
+        return lost
 
 
 def make_segment(directory: Path, name: SegmentName, size: int) -> SegmentWriter:
@@ -266,7 +388,7 @@ def make_segment(directory: Path, name: SegmentName, size: int) -> SegmentWriter
     )
     fd = os.open(unfinished, _NEW_FILE | form.flags, 0o600)
     try:
-        segment = form(fd, path, size)
+        segment = form(fd, path, name.key, size)
         unfinished.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -283,24 +405,40 @@ class MmapWriter:
 
     flags = 0
 
-    def __init__(self, fd: int, path: Path, size: int) -> None:
+    def __init__(self, fd: int, path: Path, key: str, size: int) -> None:
         self._path = path
+        self.file: SegmentFile | None = None
         self.links: dict[str, SegmentWriter] = {}
         self.quiet = False
         try:
             os.posix_fallocate(fd, 0, size)
             self._map = mmap.mmap(fd, size)
+            self.file = SegmentFile(path, key, fd)
         finally:
             os.close(fd)
         self.write: Callable[[bytes], object] = self._map.write
+
+    @property
+    def position(self) -> int:
+        """What changes with each line."""
+        return 0 if self._map.closed else self._map.tell()
 
     def seal(self) -> None:
         """Let nobody write from now on. May be repeated."""
         # One C call: whoever writes after it gets ValueError, whoever wrote before
         # has written all of its line.
-        self._map.seek(0, os.SEEK_END)
+        with contextlib.suppress(ValueError):  # released already
+            self._map.seek(0, os.SEEK_END)
         self.quiet = True
         _rename_sealed(self._path)
+
+    def release(self) -> None:
+        """Give back what no line takes: it is sealed, and quiet."""
+        with contextlib.suppress(ValueError, OSError):
+            end = self._map.rfind(b"\n", 0) + 1
+            self._map.close()  # or to truncate it would be SIGBUS for a writer
+            if self.file is not None:
+                self.file.truncate(end)
 
     def remove(self) -> None:
         """Delete it: nobody has written."""
@@ -313,15 +451,25 @@ class AppendWriter:
 
     flags = os.O_APPEND
 
-    def __init__(self, fd: int, path: Path, size: int) -> None:
+    def __init__(self, fd: int, path: Path, key: str, size: int) -> None:
         self._path = path
+        self.file: SegmentFile | None = None
         self.links: dict[str, SegmentWriter] = {}
         #: One descriptor; taken out by the one who closes it.
         self._fds = [fd]
+        self.file = SegmentFile(path, key, fd)
         self._left = size
         self._sealed = False
         #: One token a writer between its entry and its leaving.
         self._inside: set[object] = set()
+
+    @property
+    def position(self) -> int:
+        """What changes with each line."""
+        return self._left
+
+    def release(self) -> None:
+        """Do nothing: it takes no more than its lines."""
 
     def write(self, line: bytes) -> None:
         """Append one line, newline included."""

@@ -236,6 +236,12 @@ class Recorder(Protocol):
     def withdraw(self, batch: SpoolBatch) -> None:
         """Write down that *batch* has certainly not arrived."""
 
+    def check(self) -> None:
+        """Go on only as the sender.
+
+        :raises Deposed: if another one has taken its place.
+        """
+
 
 class RecordingClient:
     """Writes down which batch is in flight before it sends it.
@@ -262,6 +268,7 @@ class RecordingClient:
 
         :raises Expired: if it is in batch for too long.
         """
+        self._spool.check()
         now = self._clock()
         since = self._spool.in_flight_since(batch)
         if since is not None and now - since > self._resend_window:
@@ -274,6 +281,8 @@ class RecordingClient:
         try:
             self._client.ingest(batch)
         except DeliveryError as error:
+            self._spool.check()
             if since is None and not error.ambiguous:
                 self._spool.withdraw(batch)
             raise
+        self._spool.check()

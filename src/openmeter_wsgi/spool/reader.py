@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import ranges
+from openmeter_wsgi.errors import Deposed
 from openmeter_wsgi.events import MAX_BATCH_BYTES
-from openmeter_wsgi.lock import is_alive, owner_of_lock, remove_lock
+from openmeter_wsgi.lock import is_alive, is_there, owner_of_lock, remove_lock
 from openmeter_wsgi.spool import progress
 from openmeter_wsgi.spool.files import (
+    DELIVERED,
     WRITTEN,
     Line,
     SegmentName,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openmeter_wsgi.delivery.ranges import Ranges
+    from openmeter_wsgi.lock import Election
     from openmeter_wsgi.spool.dead_letters import DeadLetters
 
 logger = log.get_logger(__name__)
@@ -56,9 +59,15 @@ class SpoolReader:
     """
 
     def __init__(
-        self, directory: Path, letters: DeadLetters, *, max_events: int = 1_000
+        self,
+        directory: Path,
+        letters: DeadLetters,
+        *,
+        max_events: int = 1_000,
+        election: Election | None = None,
     ) -> None:
         self._directory = directory
+        self._election = election
         self._max_events = max_events
         self._letters = letters
         self._readings: dict[str, SegmentReader] = {}
@@ -160,6 +169,14 @@ class SpoolReader:
         self._in_flight.forget(batch.runs)
         self._save(lasting=True)
 
+    def check(self) -> None:
+        """Go on only as the sender.
+
+        :raises Deposed: if another one has taken its place.
+        """
+        with self._in_office():
+            pass
+
     # -- Progress
 
     def _load_in_flight(self) -> None:
@@ -186,7 +203,8 @@ class SpoolReader:
         done = {key: r.done for key, r in self._readings.items() if r.done}
         done.update(self._deleted)
         try:
-            self._file.save(Progress(done, self._in_flight.known), lasting=lasting)
+            with self._in_office():
+                self._file.save(Progress(done, self._in_flight.known), lasting=lasting)
             self._unsaved = False
         except OSError as error:
             # Sending on is what makes room on a full disk.
@@ -196,6 +214,20 @@ class SpoolReader:
                 "would be sent twice",
                 error,
             )
+
+    @contextlib.contextmanager
+    def _in_office(self) -> Iterator[None]:
+        """Write only as long as no other can be the sender.
+
+        :raises Deposed: if another thread has given the election up.
+        """
+        if self._election is None:
+            yield
+            return
+        with self._election.guard:
+            if not self._election.is_held:
+                raise Deposed("the place of the sender was given up")
+            yield
 
     # -- Segments
 
@@ -217,7 +249,7 @@ class SpoolReader:
                     self._directory, name, done
                 )
             reading.name = name
-            reading.adopted = name.owner in self._liveness.dead
+            reading.adopted = self._liveness.is_dead(name.owner, reading)
         self._heads, self._exhausted = [], set()
 
     def _fill(self) -> None:
@@ -244,23 +276,40 @@ class SpoolReader:
             )  # fmt: skip
             return False
         self._set_aside(reading, damaged)
+        if reading.at_end and self._liveness.has_died(reading.name.owner):
+            self._give_back(reading)
         for part in parts:
             self._waiting.append(part)
             self._waiting_events += part.events
             self._waiting_bytes += part.size
         return reading.at_end or reading.offset > before
 
+    def _give_back(self, reading: SegmentReader) -> None:
+        """Truncate a dead owner's segment behind its lines: nobody has it mapped."""
+        path = self._directory / str(reading.name)
+        with contextlib.suppress(OSError), self._in_office():
+            if path.stat().st_size > reading.offset:
+                os.truncate(path, reading.offset)
+
     def _forget_done(self, readings: Iterable[SegmentReader]) -> None:
         """Delete those segments of which nothing is left to do."""
         for reading in readings:
             if reading.is_final and reading.is_done:
-                (self._directory / str(reading.name)).unlink(missing_ok=True)
+                with self._in_office():
+                    self._delete(reading)
                 self._readings.pop(reading.key, None)
                 self._deleted[reading.key] = reading.done
         if len(self._deleted) >= _DELETIONS:
             with contextlib.suppress(OSError):
                 progress.sync_directory(self._directory)
                 self._deleted.clear()
+
+    def _delete(self, reading: SegmentReader) -> None:
+        path = self._directory / str(reading.name)
+        with contextlib.suppress(FileNotFoundError):
+            # Read-only says to its owner that it was delivered, and not lost.
+            path.chmod(DELIVERED)
+            path.unlink()
 
 
 #: So much is looked at by one call: each keeps all other threads waiting.
@@ -440,6 +489,8 @@ def _blocks(text: bytes) -> Iterator[bytes]:
         yield text[at:]
 
 
+#: A segment without a lock is taken for a dead owner's after so many seconds.
+LOCKLESS_TIME = 3_600.0
 #: Seconds between two calls.
 INTERVAL = 0.5
 
@@ -455,6 +506,10 @@ class Liveness:
         self.dead: set[str] = set()
         self._directory = directory
         self._due_at = 0.0
+        #: Owners whose lock file somebody has deleted.
+        self._lockless: set[str] = set()
+        #: How far each of their segments was read, and since when no further.
+        self._still: dict[str, tuple[int, float]] = {}
 
     def due(self) -> None:
         """Have the next call made in any case."""
@@ -467,8 +522,11 @@ class Liveness:
             return
         self._due_at = now + INTERVAL
         owners = {name.owner for name in names}
-        alive = {owner for owner in owners - self.dead if self._is_alive(owner)}
-        self.dead = owners - alive
+        # A lock that is there and free is a death; one that is not there says nothing.
+        self._lockless = {o for o in owners if not is_there(self._directory, o)}
+        unknown = owners - self.dead - self._lockless
+        alive = {owner for owner in unknown if self._is_alive(owner)}
+        self.dead = (owners - alive - self._lockless) | (self.dead & owners)
         for name in names:
             if name.unfinished and name.owner in self.dead:
                 (self._directory / str(name)).unlink(missing_ok=True)
@@ -476,6 +534,26 @@ class Liveness:
             owner = owner_of_lock(entry)
             if owner is not None and owner not in owners:
                 remove_lock(self._directory / entry)
+
+    def is_dead(self, owner: str, reading: SegmentReader) -> bool:
+        """Say whether nobody writes into a segment any more.
+
+        Whose lock file was deleted may live. It is taken for dead when the segment has
+        not grown for an hour.
+        """
+        if owner not in self._lockless:
+            self._still.pop(reading.key, None)
+            return owner in self.dead
+        now = time.monotonic()
+        offset, since = self._still.get(reading.key, (-1, now))
+        if offset != reading.offset:
+            since = now
+        self._still[reading.key] = (reading.offset, since)
+        return now - since >= LOCKLESS_TIME
+
+    def has_died(self, owner: str) -> bool:
+        """Say whether an owner's process is known to have ended."""
+        return owner in self.dead
 
     def _is_alive(self, owner: str) -> bool:
         return is_alive(self._directory, owner)

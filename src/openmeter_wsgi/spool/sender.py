@@ -1,28 +1,93 @@
-"""A spool as the source of a worker: of all processes that share it one delivers."""
+"""What sends of one process that shares a spool: of all of them one delivers."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.delivery.worker import Source
-from openmeter_wsgi.lock import election
+from openmeter_wsgi.delivery.sender import Sender
+from openmeter_wsgi.delivery.worker import BACKLOG_BATCH, Source, Worker
+from openmeter_wsgi.lock import Election, election
 from openmeter_wsgi.spool import deduplication
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.lines import SpoolBatch
+from openmeter_wsgi.spool.progress import RecordingClient
 from openmeter_wsgi.spool.reader import SpoolReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
+    from openmeter_wsgi.threads import ExitHook
 
 #: The sender looks at least this often for what others put.
 _MAX_POLL = 1.0
 _MIN_POLL = 0.02
+
+
+#: An attempt that has not ended after so many request timeouts holds the sender.
+_STUCK_AFTER = 3
+
+
+class SpoolSender:
+    """The worker of a spool, with its source and its sender.
+
+    *began* and *ended* are called with each turn as the sender of the directory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy,
+        client: OpenMeterClient,
+        counts: Counts,
+        *,
+        exit_hook: ExitHook,
+        waiting: Callable[[], int],
+        began: Callable[[], None],
+        ended: Callable[[SpoolSender], None],
+    ) -> None:
+        self._policy = policy
+        self._began = began
+        self.source = SpoolSource(
+            directory,
+            policy,
+            counts,
+            max_events=max(
+                policy.batch_size, BACKLOG_BATCH if policy.batch_size > 1 else 1
+            ),
+            began=self._begin_turn,
+            ended=lambda: ended(self),
+        )
+        self.sender = Sender(
+            RecordingClient(client, self.source, resend_window=policy.resend_window),
+            counts,
+            self.source.done,
+            bury=self.source.letters.bury,
+            waiting=waiting,
+        )
+        self.worker = Worker(
+            self.source, self.sender, policy, exit_hook=exit_hook, idle=client.close
+        )
+
+    def _begin_turn(self) -> None:
+        self.sender.reset()
+        self._began()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether an attempt does not end, though it has a deadline."""
+        lasts = self.sender.attempt_lasts
+        return lasts > _STUCK_AFTER * self._policy.request_timeout
+
+    def depose(self) -> None:
+        """Take its place away. What it was doing may go on, and writes nothing."""
+        self.worker.stop()
+        self.source.depose()
 
 
 class SpoolSource(Source[SpoolBatch]):
@@ -53,6 +118,7 @@ class SpoolSource(Source[SpoolBatch]):
         self._began = began
         self._ended = ended
         self._reader: SpoolReader | None = None
+        self._election: Election | None = None
         self._is_waiting = False
         #: Whether it was said what is known of the server's deduplication.
         self._said = False
@@ -75,34 +141,55 @@ class SpoolSource(Source[SpoolBatch]):
         """
         with election(self._directory, wait=False) as won:
             if won:
-                with self._elected():
+                with self._elected(won):
                     yield True
         if not won and not wait:
             yield False
         elif not won:
             self._is_waiting = True
             try:
-                with election(self._directory):
+                with election(self._directory) as won:
                     self._is_waiting = False
-                    with self._elected():
-                        yield True
+                    if won:
+                        with self._elected(won):
+                            yield True
             finally:
                 self._is_waiting = False
 
     @contextlib.contextmanager
-    def _elected(self) -> Iterator[None]:
-        reader = SpoolReader(self._directory, self.letters, max_events=self._max_events)
+    def _elected(self, won: Election) -> Iterator[None]:
+        reader = SpoolReader(
+            self._directory,
+            self.letters,
+            max_events=self._max_events,
+            election=won,
+        )
         if not self._said:
             self._said = True
             deduplication.say(self._directory, self._policy.api_url)
-        self._reader = reader
+        self._reader, self._election = reader, won
         try:
             self._began()
             yield
         finally:
-            self._reader = None
+            self._reader = self._election = None
             self._ended()
             reader.close()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process is still the sender: a cleaner may delete its lock."""
+        return self._election is not None and self._election.is_intact
+
+    def depose(self) -> None:
+        """Let another sender take the place of this one, which is stuck."""
+        if (held := self._election) is not None:
+            held.depose()
+
+    def touch(self) -> None:
+        """Say to the other processes that the sender lives."""
+        if (held := self._election) is not None:
+            held.touch()
 
     @property
     def reader(self) -> SpoolReader:
@@ -123,7 +210,8 @@ class SpoolSource(Source[SpoolBatch]):
 
     def look(self, *, last: bool) -> None:
         """Look for new segments, lines and deaths; with *last* for every one."""
-        self.reader.refresh(last=last)
+        if self.is_ours:
+            self.reader.refresh(last=last)
 
     @property
     def is_full(self) -> bool:
@@ -149,6 +237,10 @@ class SpoolSource(Source[SpoolBatch]):
     def record(self, batch: SpoolBatch, since: float) -> None:
         """Write down that *batch* is about to be sent."""
         self.reader.record(batch, since)
+
+    def check(self) -> None:
+        """Go on only as the sender."""
+        self.reader.check()
 
     def withdraw(self, batch: SpoolBatch) -> None:
         """Write down that *batch* has certainly not arrived."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery.ranges import overlap
 from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form, prepare_directory
@@ -15,8 +17,10 @@ from openmeter_wsgi.spool.journal import (
     RETRY_DELAY,
     Journal,
     JournalClosed,
+    KeptSegments,
     RecordTooLarge,
 )
+from openmeter_wsgi.spool.progress import Progress, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,12 +28,14 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.delivery.queue import MemoryDelivery
     from openmeter_wsgi.policy import Policy
-    from openmeter_wsgi.spool.journal import SegmentWriter
+    from openmeter_wsgi.spool.journal import SegmentFile, SegmentWriter
     from openmeter_wsgi.stats import Counts
 
 logger = log.get_logger(__name__)
 
 
+#: Seconds between two times at which a lock is said to be in use.
+TOUCH_INTERVAL = 3_600.0
 #: What the disk did not take longer ago than as many seconds says nothing of now: a
 #: smaller event may have found room since.
 _MOMENT = 60.0
@@ -75,6 +81,12 @@ class SpoolWriter:
         self._failure = SpoolError("not tried yet")
         self._retry_at = 0.0
         self._failing: _Failing | None = None
+        #: Sealed segments that are not delivered.
+        self._kept = KeptSegments()
+        #: Held by the thread that looks at them.
+        self._looking = threading.Lock()
+        self._position: object = None
+        self._touched_at = time.monotonic()
 
     def put(self, event: bytes) -> None:
         """Take *event*. Any thread; never raises, never waits for delivery."""
@@ -85,6 +97,7 @@ class SpoolWriter:
 
     def _put_slowly(self, event: bytes) -> None:
         try:
+            self.look()
             self._append(event + b"\n")
         except RecordTooLarge as error:
             self._counts.dropped["too_large"] += 1
@@ -118,6 +131,7 @@ class SpoolWriter:
             journal = slot.setdefault("journal", made)
             if journal is not made:
                 made.close()
+        if slot is self._slot:
             self._journal = journal
         return journal
 
@@ -130,6 +144,7 @@ class SpoolWriter:
                 form=journal_form(self._directory, self._policy.journal),
                 max_bytes=self._policy.max_spool_bytes,
                 segment_bytes=self._segment_bytes,
+                kept=self._kept,
             )
         except ConfigError as error:
             failure = SpoolError(str(error))
@@ -215,11 +230,75 @@ class SpoolWriter:
                 if self._failing is not None:
                     self._recovered()
 
+    # -- What somebody else may do to the directory
+
+    def look(self) -> bool:
+        """Look whether the segments are where they were made; put back what is gone.
+
+        Any thread, none of which waits for another. False if anything was wrong.
+        """
+        journal = self._slot.get("journal")
+        if not self._looking.acquire(blocking=False):
+            return True
+        try:
+            intact = journal is None or journal.is_intact
+            if journal is not None and not intact:
+                self._slot, self._journal = {}, CLOSED
+                journal.close()
+            lost = self._kept.take_lost()
+        finally:
+            self._looking.release()
+        if lost:
+            self._put_back(lost)
+        elif not intact:
+            logger.error(
+                "%s: the lock of this process was removed; it goes on in a new segment",
+                self._directory,
+            )
+        return intact and not lost
+
+    def _put_back(self, lost: list[SegmentFile]) -> None:
+        try:
+            progress = load(self._directory) or Progress()
+        except OSError:
+            progress = Progress()
+        lines = [
+            line.text
+            for file in lost
+            for line in file.lines()
+            if not overlap(progress.done.get(file.key, []), line.start, line.end)
+        ]
+        logger.error(
+            "%s: %d segments of this process were removed or replaced by somebody "
+            "else; %d events in them that are not known to be delivered are put back",
+            self._directory, len(lost), len(lines),
+        )  # fmt: skip
+        for line in lines:
+            self.put(line)
+
+    def has_moved(self) -> bool:
+        """Say whether lines came since the last call, or might have to be put back."""
+        journal = self._slot.get("journal")
+        before, self._position = self._position, journal and journal.position
+        return before != self._position or len(self._kept) > 0
+
+    def rest(self) -> None:
+        """Have the next put look around, and wake the maintenance."""
+        self._journal = CLOSED
+
+    def touch(self) -> None:
+        """Say to a cleaner, once an hour, that the lock is in use."""
+        journal, now = self._slot.get("journal"), time.monotonic()
+        if journal is not None and now - self._touched_at > TOUCH_INTERVAL:
+            self._touched_at = now
+            journal.touch()
+
     def close(self) -> bool:
         """Give up what this process owns, and say if that was anything.
 
         A later event opens another journal.
         """
+        self.look()
         slot, self._slot, self._journal = self._slot, {}, CLOSED
         journal = slot.get("journal")
         if journal is not None:
