@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.exit_codes import EXIT_CODES, BadConfiguration
 from openmeter_wsgi.commands.letters import DeadLetterFile
 from openmeter_wsgi.commands.locks import holder
@@ -68,6 +69,8 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
             "this process is the sender of %s to %s; %d events wait",
             directory, policy.api_url, queue.waiting,
         )  # fmt: skip
+        if problem := old_events.oldest(queue.in_spool.oldest_at):
+            logger.warning("%s: %s: %s", directory, problem, old_events.REMEDY)
 
     queue = SpoolDelivery(policy, new_client, counts, elected=elected)
     if (sender := holder(directory / ELECTION)) is not None:

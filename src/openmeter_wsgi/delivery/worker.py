@@ -15,7 +15,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Batch, Sender
+from openmeter_wsgi.delivery.batch import Batch
+from openmeter_wsgi.delivery.sender import FIRST_DELAY, MAX_DELAY, Sender
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 from openmeter_wsgi.threads import Wakeup
 
@@ -80,6 +81,11 @@ class Source(Generic[_B]):
 
     def wake_from(self, waiting: int) -> None:
         """Have a put wake the worker from so many *waiting* events on."""
+
+    @property
+    def due_in(self) -> float | None:
+        """The seconds until delayed events are due, None if there are none."""
+        return None
 
     @property
     def is_ours(self) -> bool:
@@ -335,7 +341,7 @@ class Worker(Generic[_B]):
         Where batches follow each other closely, they are filled as far as they may be.
         """
         waited = self._fill_up()
-        self._wait_for(1, MAX_DELAY if self._sender.doubtful else None)
+        self._wait_for(1, self._until_others())
         if len(self._source):
             self._wait_for(self._batch_size, self._flush_interval - waited)
         hurried, self._hurried = self._hurried, False
@@ -349,6 +355,13 @@ class Worker(Generic[_B]):
             self._sender.retry_suspects()
         if hurried and (len(events) >= self._max_batch or len(self._source)):
             self._hurried = True  # until all is taken that the flush found
+
+    def _until_others(self) -> float | None:
+        """Return the seconds until there is something else to try, None for never."""
+        waits = [MAX_DELAY] if self._sender.doubtful else []
+        if (due_in := self._source.due_in) is not None:
+            waits.append(due_in)
+        return min(waits, default=None)
 
     def _fill_up(self) -> float:
         """Wait for a full batch until another may follow.
@@ -402,8 +415,14 @@ class Worker(Generic[_B]):
         if delay <= 0:
             return
         self._wakeup.clear()
-        if not (self._retry_now or self._stopping):
-            self._wakeup.wait(delay)
+        deadline = time.monotonic() + delay
+        while not (self._retry_now or self._stopping):
+            before = time.monotonic()
+            at_most = self._at_most(max(deadline - before, 0)) or 0.0
+            self._wakeup.wait(at_most)
+            if time.monotonic() < before + at_most or time.monotonic() >= deadline:
+                break
+            self._source.look(last=False)  # who has died meanwhile, and left room
         self._retry_now = False
 
 

@@ -63,7 +63,7 @@ class Gate:
         self._customer_of = customer_finder(policy)
         self._counts = counts
         self._countdown = entitlements.countdown
-        self._amounts = Amounts(policy, self._customer_of)
+        self._amounts = Amounts(policy, self._account_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
         #: Whether a request is let through at once; if not, `admit` decides.
         self.passes: Passes = nothing_passes
@@ -151,6 +151,10 @@ class Gate:
 
     # -- Counting down
 
+    def _account_of(self, subject: str) -> str:
+        customer = self._customer_of(subject) or subject
+        return self._entitlements.account(customer)
+
     def _counts_one(self, environ: Environ, customer: str) -> bool:
         """Set apart what a request usually uses of the one feature, if it is there."""
         (feature,) = self.required
@@ -160,7 +164,8 @@ class Gate:
             return False
         if known.counts_down:
             amount = self._amounts.usual.get(feature, 0.0)
-            outcome = self._countdown.reserve(customer, feature, amount)
+            account = self._entitlements.account(customer)
+            outcome = self._countdown.reserve(account, feature, amount)
             if isinstance(outcome, Refusal):
                 return False
             environ[RESERVED] = {feature: outcome}
@@ -183,6 +188,7 @@ class Gate:
     ) -> Decision:
         held: dict[str, Reservation] = environ.setdefault(RESERVED, {})
         taken: dict[str, Reservation] = {}
+        account = self._entitlements.account(customer)
         for feature in features:
             known = self._entitlements.known(customer, feature)
             if known is not None and _denies(known):
@@ -194,7 +200,7 @@ class Gate:
             if feature in held and feature not in amounts:
                 continue
             outcome = self._countdown.reserve(
-                customer, feature, amounts.get(feature, 0.0)
+                account, feature, amounts.get(feature, 0.0)
             )
             if isinstance(outcome, Refusal):
                 _give_back(taken)
@@ -206,7 +212,7 @@ class Gate:
             if (before := held.get(feature)) is not None:
                 before.settle(0.0)
             held[feature] = reservation
-        return self._with_remaining(customer, decision)
+        return self._with_remaining(account, decision)
 
     def _refused(
         self, customer: str, feature: str, known: Known, *, held_back: bool
@@ -226,13 +232,13 @@ class Gate:
             quota=quota,
         )
 
-    def _with_remaining(self, customer: str, decision: Decision) -> Decision:
+    def _with_remaining(self, account: str, decision: Decision) -> Decision:
         quota = decision.quota
         if not self.policy.usage_headers or quota is None:
             return decision
         if quota.feature not in self._countdown.meters:
             return decision
-        remaining = self._countdown.remaining(customer, quota.feature)
+        remaining = self._countdown.remaining(account, quota.feature)
         return replace(decision, quota=replace(quota, remaining=remaining))
 
     # -- Counting and telling

@@ -140,6 +140,18 @@ def whole_end(fd: int, start: int) -> int:
     return start
 
 
+def used_end(fd: int) -> int:
+    """Return where a segment holds nothing but zeros up to its end."""
+    end = os.fstat(fd).st_size
+    while end:
+        start = max(end - _CHUNK_BYTES, 0)
+        text = os.pread(fd, end - start, start).rstrip(b"\0")
+        if text:
+            return start + len(text)
+        end = start
+    return 0
+
+
 def is_event(line: bytes) -> bool:
     """Say whether a whole line is the JSON of an event."""
     if b"\0" in line:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import ranges
+from openmeter_wsgi.delivery.delayed import Delayed
 from openmeter_wsgi.errors import Deposed
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 from openmeter_wsgi.lock import is_alive, is_there, owner_of_lock, remove_lock
@@ -31,8 +32,9 @@ from openmeter_wsgi.spool.files import (
     open_file,
     read_name,
     split_lines,
+    used_end,
 )
-from openmeter_wsgi.spool.lines import Slice, SpoolBatch, take_from
+from openmeter_wsgi.spool.lines import ByteRange, Slice, SpoolBatch, take_from
 from openmeter_wsgi.spool.progress import InFlight, Progress, ProgressFile
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ logger = log.get_logger(__name__)
 
 #: While enough is known to be sent, the directory is not looked at more often.
 _SCAN_INTERVAL = 0.1
+#: What cannot be read now is tried again after as many seconds.
+_READ_AGAIN = 1.0
 #: So many deletions are brought on the disk together.
 _DELETIONS = 16
 
@@ -83,6 +87,9 @@ class SpoolReader:
         self._waiting_bytes = 0
         #: Batches in flight when the last sender died: each goes again, alone.
         self._again: deque[SpoolBatch] = deque()
+        #: Where events are that were handed out, and are not to be sent yet. They are
+        #: read once more when they are due, or by the next sender.
+        self._delayed: Delayed[list[ByteRange]] = Delayed()
         self._in_flight = InFlight()
         #: Whether there is progress that the disk did not take.
         self._unsaved = False
@@ -131,7 +138,14 @@ class SpoolReader:
         self._file.close()
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
-        """Return the oldest events, as many as one batch may hold."""
+        """Return the oldest events, as many as one batch may hold.
+
+        What was delayed and is due now comes before them, as the batch that it was.
+        """
+        if (places := self._delayed.take_due()) is not None and (
+            batch := self._delayed_batch(places)
+        ):
+            return batch
         self._fill()
         if self._again:
             return self._again.popleft()
@@ -153,7 +167,37 @@ class SpoolReader:
         self._save(lasting=False)
         self._forget_done(touched.values())
 
-    # -- InFlightBatch
+    # -- Delay
+
+    def delay(self, batch: SpoolBatch, seconds: float) -> None:
+        """Hand out *batch*, which was taken, once more after so many seconds."""
+        self._delayed.add(batch.runs, seconds)
+
+    @property
+    def due_in(self) -> float | None:
+        """The seconds until delayed events are due, None if there are none."""
+        return self._delayed.due_in
+
+    def _delayed_batch(self, places: list[ByteRange]) -> SpoolBatch | None:
+        try:
+            parts = [part for place in places for part in self._read_place(place)]
+        except OSError:
+            self._delayed.add(places, _READ_AGAIN)  # being renamed, it may be
+            return None
+        return SpoolBatch(parts) if parts else None
+
+    def _read_place(self, place: ByteRange) -> list[Slice]:
+        """Return what is in a place that was read before.
+
+        :raises OSError: if the segment cannot be read.
+        """
+        if (reading := self._readings.get(place.key)) is None:
+            return []
+        parts, damaged = reading.read_range(place.start, place.end)
+        self._set_aside(reading, damaged)
+        return parts
+
+    # -- In flight
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
         """Return when the first attempt was that may have arrived, None if none."""
@@ -181,15 +225,12 @@ class SpoolReader:
 
     def _load_in_flight(self) -> None:
         for in_flight in self._loaded.in_flight:
-            parts: list[Slice] = []
-            for key, places in in_flight.lines.items():
-                if (reading := self._readings.get(key)) is None:
-                    continue
-                for start, end in places:
-                    found, damaged = reading.read_range(start, end)
-                    self._set_aside(reading, damaged)
-                    parts += found
-            if parts:
+            places = [
+                ByteRange(key, start, end)
+                for key, ranges_ in in_flight.lines.items()
+                for start, end in ranges_
+            ]
+            if parts := [part for place in places for part in self._read_place(place)]:
                 batch = SpoolBatch(parts)
                 self._in_flight.add(batch.runs, in_flight.since)
                 self._again.append(batch)
@@ -249,7 +290,10 @@ class SpoolReader:
                     self._directory, name, done
                 )
             reading.name = name
-            reading.adopted = self._liveness.is_dead(name.owner, reading)
+            adopted = self._liveness.is_dead(name.owner, reading)
+            if adopted and not reading.adopted and self._liveness.has_died(name.owner):
+                self._give_back(name)
+            reading.adopted = adopted
         self._heads, self._exhausted = [], set()
 
     def _fill(self) -> None:
@@ -276,20 +320,21 @@ class SpoolReader:
             )  # fmt: skip
             return False
         self._set_aside(reading, damaged)
-        if reading.at_end and self._liveness.has_died(reading.name.owner):
-            self._give_back(reading)
         for part in parts:
             self._waiting.append(part)
             self._waiting_events += part.events
             self._waiting_bytes += part.size
         return reading.at_end or reading.offset > before
 
-    def _give_back(self, reading: SegmentReader) -> None:
+    def _give_back(self, name: SegmentName) -> None:
         """Truncate a dead owner's segment behind its lines: nobody has it mapped."""
-        path = self._directory / str(reading.name)
+        path = self._directory / str(name)
         with contextlib.suppress(OSError), self._in_office():
-            if path.stat().st_size > reading.offset:
-                os.truncate(path, reading.offset)
+            fd = open_file(path, os.O_RDWR)
+            try:
+                os.ftruncate(fd, used_end(fd))
+            finally:
+                os.close(fd)
 
     def _forget_done(self, readings: Iterable[SegmentReader]) -> None:
         """Delete those segments of which nothing is left to do."""

@@ -69,6 +69,8 @@ class SpoolSender:
             self.source.done,
             bury=self.source.letters.bury,
             waiting=waiting,
+            delay=self.source.delay,
+            clock_ahead=lambda: client.clock_ahead,
         )
         self.worker = Worker(
             self.source, self.sender, policy, exit_hook=exit_hook, idle=client.close
@@ -224,7 +226,16 @@ class SpoolSource(Source[SpoolBatch]):
         used = self.reader.segments * SEGMENT_BYTES
         return 2 * used >= self._policy.max_spool_bytes
 
+    @property
+    def due_in(self) -> float | None:
+        """The seconds until delayed events are due, None if there are none."""
+        return self.reader.due_in
+
     # -- For the sender
+
+    def delay(self, batch: SpoolBatch, seconds: float) -> None:
+        """Hand out *batch*, which was taken, once more after so many seconds."""
+        self.reader.delay(batch, seconds)
 
     def done(self, batch: SpoolBatch) -> None:
         """Remember, for good, that *batch* is delivered or set aside."""

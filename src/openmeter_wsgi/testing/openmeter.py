@@ -128,7 +128,12 @@ class OpenMeter:
     # -- Who may
 
     def grant(
-        self, feature: str, *, subject: str | None = None, balance: float | None = None
+        self,
+        feature: str,
+        *,
+        subject: str | None = None,
+        balance: float | None = None,
+        config: Any = None,
     ) -> None:
         """Give access to *feature*: to one, or to everybody.
 
@@ -137,8 +142,9 @@ class OpenMeter:
 
         :param balance: what is left of a metered feature. It is counted down only
             as far as the policy does that (``entitlement_meters``).
+        :param config: the value of a static feature, as ``Decision.config`` has it.
         """
-        self._collected.grants.grant(feature, subject, balance)
+        self._collected.grants.grant(feature, subject, balance, config)
 
     def deny(
         self, feature: str, *, subject: str | None = None, reason: Reason = "no_access"
