@@ -48,8 +48,8 @@ class Delivery(Protocol):
     def started(self) -> bool:
         """Whether all was done that the first request brings about."""
 
-    def start(self) -> object:
-        """Do what is done with the first request."""
+    def start(self, environ: Mapping[str, Any]) -> object:
+        """Do what is done with the first request, which had this environ."""
 
 
 class Process(Protocol):

@@ -271,7 +271,7 @@ class Settlement(_Response):
             self.status = None
         if self.cell[STATED] is not MADE:
             if not process.queue.started:
-                process.queue.start()
+                process.queue.start(self.environ)
             self.events = self._made()
             self.cell[STATED] = MADE
         events = self.events

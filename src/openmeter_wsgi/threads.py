@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 #: From this version on uWSGI lets threads run without being told to.
 _ALWAYS_THREADED = (2, 0, 27)
@@ -46,17 +46,36 @@ def _said(options: dict[Any, Any], name: str) -> object:
     return options.get(name, options.get(name.encode()))
 
 
+#: The priority of our finalizers: before what multiprocessing itself tears down.
+_PRIORITY = 100
+
+
+def ends_without_hooks(environ: Mapping[str, Any]) -> bool:
+    """Say whether the process that serves a request ends without any exit hook.
+
+    Werkzeug with ``processes=`` forks for each request; the child ends by `os._exit`.
+    """
+    server = str(environ.get("SERVER_SOFTWARE", ""))
+    return bool(environ.get("wsgi.multiprocess")) and server.startswith("Werkzeug/")
+
+
 class ExitHook:
-    """Calls *close* when the process ends, as long as somebody has it registered."""
+    """Calls *close* when the process ends, as long as somebody has it registered.
+
+    A process of multiprocessing ends without what `atexit` knows, but with finalizers
+    of its own. One that is terminated ends without either.
+    """
 
     def __init__(self, close: Callable[[], None]) -> None:
         self._close = close
         self._users: set[int] = set()
+        self._finalizer: Any = None
 
     def register(self, user: object) -> None:
         """Have it called for *user*. May be repeated."""
         if not self._users:
             atexit.register(self._close)
+            self._finalizer = _finalizer(self._close)
         self._users.add(id(user))
 
     def unregister(self, user: object) -> None:
@@ -64,6 +83,18 @@ class ExitHook:
         self._users.discard(id(user))
         if not self._users:
             atexit.unregister(self._close)
+            finalizer, self._finalizer = self._finalizer, None
+            if finalizer is not None:
+                finalizer.cancel()
+
+
+def _finalizer(close: Callable[[], None]) -> Any:
+    """Have *close* called at the end of a child of multiprocessing; None elsewhere."""
+    process: Any = sys.modules.get("multiprocessing.process")
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is None or process is None or process.parent_process() is None:
+        return None
+    return util.Finalize(None, close, exitpriority=_PRIORITY)
 
 
 class Wakeup:

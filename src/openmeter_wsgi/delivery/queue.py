@@ -8,7 +8,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import ranges
@@ -18,11 +18,11 @@ from openmeter_wsgi.delivery.ranges import Marks
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker
 from openmeter_wsgi.health import Problem
-from openmeter_wsgi.threads import ExitHook
+from openmeter_wsgi.threads import ExitHook, ends_without_hooks
 from openmeter_wsgi.timestamps import moment_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.delivery.ranges import Ranges
@@ -287,6 +287,7 @@ class MemoryDelivery:
         self.pid = os.getpid()
         self.counts = counts
         self._shutdown_timeout = policy.shutdown_timeout
+        self._is_begun = False
         self._hooks = FirstRequestHooks()
         self._queue = MemoryQueue(
             max_events=policy.max_queue_events,
@@ -323,11 +324,18 @@ class MemoryDelivery:
     @property
     def started(self) -> bool:
         """Whether all was done that the first settled request brings about."""
-        return self._hooks.made
+        return self._is_begun and self._hooks.made
 
-    def start(self) -> None:
+    def start(self, environ: Mapping[str, Any] | None = None) -> None:
         """Do what is done with the first request. The first put starts the thread."""
+        self._is_begun = True
         self._hooks.make()
+        if environ and ends_without_hooks(environ):
+            logger.error(
+                "%s: this server ends its processes without exit hooks: what waits in "
+                "their memory is lost; set spool_dir, or use another server",
+                "shutdown",
+            )
 
     def wake(self) -> None:
         """Have the worker look at the queue, starting it if it does not run."""

@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 from time import monotonic as now
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi import log
 from openmeter_wsgi.deadline import MAX_STUCK
@@ -28,7 +28,7 @@ from openmeter_wsgi.spool.writer import SpoolWriter
 from openmeter_wsgi.threads import ExitHook, threads_starve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
@@ -104,7 +104,7 @@ class SpoolDelivery:
             or self._policy.delivery == "ship"
         )
 
-    def start(self) -> None:
+    def start(self, _: Mapping[str, Any] | None = None) -> None:
         """Start the threads, if this process has any: see to what others left."""
         self._hooks.make()
         if self._policy.delivery == "ship":
