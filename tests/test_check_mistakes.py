@@ -18,8 +18,8 @@ from openmeter_server import Answer, OpenMeterServer, problem, redirect
 from openmeter_wsgi.commands.check import command
 from openmeter_wsgi.commands.checks import event as event_check
 from openmeter_wsgi.commands.checks import repetition, spool_directory
-from openmeter_wsgi.delivery import directory
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.spool import files as directory
 from spool_support import event, put, shipping
 from test_sandbox_support import Api
 

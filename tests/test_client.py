@@ -22,7 +22,7 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, Held, Rejected, Unavailable
 from openmeter_wsgi.version import VERSION
 

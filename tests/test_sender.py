@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from openmeter_server import Answer, problem
 from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.delivery.batch import ListedBatch
-from openmeter_wsgi.delivery.sender import MAX_DELAY, MAX_SERVER_ERRORS, Sender
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.delivery.sender import (
+    MAX_DELAY,
+    MAX_SERVER_ERRORS,
+    Sender,
+)
 from openmeter_wsgi.errors import Held, Rejected, Unavailable
 from openmeter_wsgi.stats import Counts
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 # getaddrinfo() imports this codec on its first call; an import in a thread at the
 # moment of a fork leaves the child with a lock that nobody will release.
 import encodings.idna  # noqa: F401
-from typing import TYPE_CHECKING
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
+from urllib3.util.connection import create_connection
 
+from openmeter_wsgi.deadline import Deadline
 from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
 from openmeter_wsgi.reply import Reply
 from openmeter_wsgi.version import VERSION
@@ -23,6 +28,14 @@ if TYPE_CHECKING:
 
 #: Of an answer no more is read than what a log line can use.
 MAX_ANSWER_BYTES = 65_536
+#: The body of an answer whose status says all is waited for so many seconds.
+_BODY_GRACE = 0.2
+
+
+_UNCONNECTED = (
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+)
 
 
 class _Bearer(AuthBase):
@@ -46,11 +59,18 @@ class Connection:
     """
 
     def __init__(
-        self, *, key: ApiKey, timeout: float, max_answer_bytes: int = MAX_ANSWER_BYTES
+        self,
+        *,
+        key: ApiKey,
+        timeout: float,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        needs_body: bool = True,
     ) -> None:
         self._key = key
         self._timeout = timeout
         self._max_answer_bytes = max_answer_bytes
+        self._needs_body = needs_body
+        self._deadline = Deadline()
         self._session: requests.Session | None = None
         #: What was last asked for, and the request that it made.
         self._asked: tuple[object, ...] = ()
@@ -79,6 +99,10 @@ class Connection:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+        self._deadline.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _attempt(
         self,
@@ -87,7 +111,9 @@ class Connection:
         data: bytes | None,
         headers: Mapping[str, str] | None,
     ) -> Reply:
-        session = self._session = self._session or _new_session(url)
+        deadline = self._deadline
+        session = self._session = self._session or _new_session(url, deadline)
+        deadline.begin(self._timeout)
         try:
             request = self._prepared(session, method, url, headers)
             if data is not None:
@@ -101,14 +127,45 @@ class Connection:
                 verify=True if session.verify is None else session.verify,
                 proxies=session.proxies,
             )
+            request.body = None
+            if deadline.is_over:
+                # To the parser, headers that were cut off are a whole answer.
+                response.close()
+                raise requests.ReadTimeout
+            if response.cookies:
+                session.cookies.update(response.cookies)
+            body = self._read(response)
         except OSError as error:
             self.close()  # what is wrong may be in the environment, and set right there
+            if deadline.is_over:
+                error = _late(error, self._timeout)
             raise _no_answer(error, url) from error
-        request.body = None
-        if response.cookies:
-            session.cookies.update(response.cookies)
-        body = _read(response, self._max_answer_bytes)
+        finally:
+            deadline.end()
         return Reply(response.status_code, response.headers, body)
+
+    def _read(self, response: requests.Response) -> bytes:
+        """Read the start of an answer.
+
+        :raises OSError: if a body that is needed does not come in time.
+        """
+        if not self._needs_body and 200 <= response.status_code < 300:
+            self._deadline.shorten(_BODY_GRACE)
+        at_most = self._max_answer_bytes
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            while size < at_most and (chunk := response.raw.read1(at_most - size)):
+                chunks.append(chunk)
+                size += len(chunk)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            response.close()
+            if self._needs_body and self._deadline.is_over:
+                raise requests.ReadTimeout(error) from error
+        else:
+            if size == at_most:
+                response.close()  # the rest stays unread, so the connection ends here
+        return b"".join(chunks)
 
     def _prepared(
         self,
@@ -146,13 +203,111 @@ class Connection:
             raise Held(str(error), status=401) from error
 
 
-def _new_session(url: str) -> requests.Session:
+class _Adapter(HTTPAdapter):
+    """Makes connections that keep a deadline, to a server or to a proxy."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        super().__init__()
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        """Make the pools of direct connections."""
+        super().init_poolmanager(*arguments, **options)
+        self._limit(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        """Return the pools of the connections to a proxy."""
+        manager = super().proxy_manager_for(proxy, **options)
+        if type(manager) is urllib3.ProxyManager:  # not one of SOCKS
+            self._limit(manager)
+        return manager
+
+    def _limit(self, manager: Any) -> None:
+        manager.pool_classes_by_scheme = {
+            "http": partial(_HTTPPool, self._deadline),
+            "https": partial(_HTTPSPool, self._deadline),
+        }
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ConnectionCls: Any = partial(_HTTPConnection, deadline)
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ConnectionCls: Any = partial(_HTTPSConnection, deadline)
+
+
+class _HTTPConnection(urllib3.connection.HTTPConnection):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._deadline = deadline
+
+    def _new_conn(self) -> socket.socket:
+        connected = _connected(self, self._deadline)
+        self._deadline.watch(connected)
+        return connected
+
+
+class _HTTPSConnection(urllib3.connection.HTTPSConnection):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._deadline = deadline
+
+    def _new_conn(self) -> socket.socket:
+        connected = _connected(self, self._deadline)
+        # The handshake makes another object of the same socket.
+        self._deadline.watch(connected, copy=True)
+        return connected
+
+    def connect(self) -> None:
+        """Connect, and shake hands."""
+        super().connect()
+        self._deadline.watch(self.sock)
+
+
+def _connected(
+    connection: urllib3.connection.HTTPConnection, deadline: Deadline
+) -> socket.socket:
+    """Open a connection as urllib3 does, to a name that is resolved in time."""
+    host, port = connection.host.strip("[]"), connection.port
+    failure: OSError = OSError(f"the name {host} has no address")
+    try:
+        for address in deadline.addresses(host, port):
+            try:
+                return create_connection(
+                    (address, port),
+                    deadline.left,
+                    source_address=connection.source_address,
+                    socket_options=connection.socket_options,
+                )
+            except OSError as error:
+                failure = error
+    except socket.gaierror as error:
+        raise urllib3.exceptions.NameResolutionError(host, connection, error) from error
+    except OSError as error:
+        failure = error
+    if isinstance(failure, TimeoutError):
+        raise urllib3.exceptions.ConnectTimeoutError(
+            connection, f"connection to {host} timed out"
+        ) from failure
+    raise urllib3.exceptions.NewConnectionError(
+        connection, f"no connection to {host}: {failure}"
+    ) from failure
+
+
+def _new_session(url: str, deadline: Deadline) -> requests.Session:
     """Return a session that has looked at the environment.
 
     Left to itself it would read all of it again for every request, which takes as long
     as the rest of one.
     """
     session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, _Adapter(deadline))
     session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
     found = session.merge_environment_settings(url, {}, True, None, None)
     session.proxies.update(found["proxies"])
@@ -161,17 +316,14 @@ def _new_session(url: str) -> requests.Session:
     return session
 
 
-def _read(response: requests.Response, at_most: int) -> bytes:
-    """Read the start of an answer; the status alone already says the most."""
-    try:
-        body: bytes = response.raw.read(at_most, decode_content=True)
-    except (urllib3.exceptions.HTTPError, OSError):
-        body = b""
-        response.close()
-    else:
-        if len(body) == at_most:
-            response.close()  # the rest stays unread, so the connection ends here
-    return body
+def _late(error: OSError, timeout: float) -> OSError:
+    """Return what stands for an attempt that was ended by its deadline."""
+    never_connected = isinstance(error, requests.exceptions.ConnectTimeout) or (
+        isinstance(getattr(error.args and error.args[0], "reason", None), _UNCONNECTED)
+    )
+    if never_connected:
+        return error
+    return requests.ReadTimeout(f"no whole answer within {timeout:g} s")
 
 
 def _no_answer(error: OSError, url: str) -> DeliveryError:
@@ -188,10 +340,7 @@ def _no_answer(error: OSError, url: str) -> DeliveryError:
     if isinstance(cause, urllib3.exceptions.ProxyError):
         # A connection lost after the request was sent is called one, too.
         cause, where = cause.original_error, f"{where} through a proxy"
-    never_connected = isinstance(
-        cause,
-        urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError,
-    )
+    never_connected = isinstance(cause, _UNCONNECTED)
     # A tunnel that a proxy refuses is an OSError and none of its subclasses.
     return Unavailable(
         f"{where}: {reason}",

@@ -11,6 +11,7 @@
         ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
         ├─ Held                      wrong key or address: kept until that is mended
         ├─ Expired                   in doubt for longer than the resend window
+        ├─ Deposed                   another process has become the sender meanwhile
         └─ Rejected                  400, 413: something in this batch is refused
 """
 
@@ -83,6 +84,10 @@ class Unavailable(DeliveryError):
 
 class Held(DeliveryError):
     """The answer speaks of the configuration, not of the events: keep them all."""
+
+
+class Deposed(DeliveryError):
+    """This sender was stuck, and another one has taken its place."""
 
 
 class Rejected(DeliveryError):

@@ -118,7 +118,7 @@ class Response:
             if not process.guard.is_current():
                 return
             if not process.is_begun:
-                process.begin()
+                process.begin(self.environ)
             if request.state != FIXED:
                 self.events = self._made(billing) if events is None else events
                 request.state = FIXED

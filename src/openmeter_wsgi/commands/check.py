@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.commands.asking import Listing
 from openmeter_wsgi.commands.checks.application import (
     NoApplication,
@@ -40,6 +39,7 @@ from openmeter_wsgi.commands.checks.spool_directory import look_at_spool
 from openmeter_wsgi.commands.exit_codes import ANSWER_IS_NO, exit_codes
 from openmeter_wsgi.commands.opening import options_given, server_options
 from openmeter_wsgi.commands.output import busy
+from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
 

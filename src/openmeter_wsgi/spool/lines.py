@@ -12,14 +12,14 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple, Self, overload
 
-from openmeter_wsgi.client import Array
+from openmeter_wsgi.delivery.client import Array
 
 if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Iterable, Iterator
 
 
-class Run(NamedTuple):
+class ByteRange(NamedTuple):
     """Where lines are that follow each other in one segment."""
 
     #: The segment's.
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     end: int
 
 
-class Part(NamedTuple):
+class Slice(NamedTuple):
     """Whole lines of one segment that follow each other."""
 
     #: The segment's.
@@ -61,12 +61,12 @@ class Part(NamedTuple):
             return b",".join(self.lines)
         return self.text[:-1].replace(b"\n", b",")
 
-    def cut(self, events: int) -> tuple[Part, Part]:
+    def cut(self, events: int) -> tuple[Slice, Slice]:
         """Return the part that ends with so many events, and the rest."""
         lines = self.text.split(b"\n")
         return self._cut_before(_after(events, lines), lines)
 
-    def fitting(self, *, max_events: int, max_bytes: int) -> tuple[Part, Part]:
+    def fitting(self, *, max_events: int, max_bytes: int) -> tuple[Slice, Slice]:
         """Return the part that is not more than that, and the rest."""
         lines = self.text.split(b"\n")
         line = len(lines)
@@ -76,7 +76,7 @@ class Part(NamedTuple):
             line = min(line, bisect_right(list(accumulate(map(len, lines))), max_bytes))
         return self._cut_before(line, lines)
 
-    def _cut_before(self, line: int, lines: list[bytes]) -> tuple[Part, Part]:
+    def _cut_before(self, line: int, lines: list[bytes]) -> tuple[Slice, Slice]:
         while line < len(lines) and not lines[line]:
             line += 1  # or the rest might hold no event
         before = lines[:line]
@@ -100,12 +100,12 @@ def _after(events: int, lines: list[bytes]) -> int:
     return line
 
 
-def take_from(waiting: deque[Part], *, max_events: int, max_bytes: int) -> list[Part]:
+def take_from(waiting: deque[Slice], *, max_events: int, max_bytes: int) -> list[Slice]:
     """Take the first lines, as many as one batch may hold: at least one event.
 
     For the few that a nearly full one still lacks no part is cut.
     """
-    taken: list[Part] = []
+    taken: list[Slice] = []
     left = max_events
     while waiting:
         part = waiting[0]
@@ -127,7 +127,7 @@ def take_from(waiting: deque[Part], *, max_events: int, max_bytes: int) -> list[
 class SpoolBatch(Array):
     """Events, and the parts of segments that they are."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
+    def __init__(self, parts: Iterable[Slice]) -> None:
         self.parts = list(parts)
         #: The same without the text, as few as may be.
         self.runs = _merged(self.parts)
@@ -169,8 +169,8 @@ class SpoolBatch(Array):
     def split_at(self, events: int) -> tuple[Self, Self]:
         """Return the first *events* and the others: neither is empty."""
         missing = events
-        first: list[Part] = []
-        second: list[Part] = []
+        first: list[Slice] = []
+        second: list[Slice] = []
         for part in self.parts:
             if missing >= part.events:
                 first.append(part)
@@ -184,12 +184,12 @@ class SpoolBatch(Array):
         return type(self)(first), type(self)(second)
 
 
-def _merged(parts: Iterable[Part]) -> list[Run]:
-    runs: list[Run] = []
+def _merged(parts: Iterable[Slice]) -> list[ByteRange]:
+    runs: list[ByteRange] = []
     for part in parts:
         last = runs[-1] if runs else None
         if last and last.end == part.start and last.key == part.key:
             runs[-1] = last._replace(end=part.end)
         else:
-            runs.append(Run(part.key, part.start, part.end))
+            runs.append(ByteRange(part.key, part.start, part.end))
     return runs

@@ -4,15 +4,15 @@ import threading
 
 import pytest
 
-from openmeter_wsgi.ownership import Owner, elected, is_alive, remove_lock
+from openmeter_wsgi.lock import SegmentLock, election, is_alive, remove_lock
 from spooling import PATIENCE, Process, until
 
 OWNING = """
 import sys
 from pathlib import Path
-from openmeter_wsgi.ownership import Owner
+from openmeter_wsgi.lock import SegmentLock
 
-owner = Owner.register(Path(sys.argv[1]))
+owner = SegmentLock.register(Path(sys.argv[1]))
 print(owner.token, flush=True)
 sys.stdin.read()
 """
@@ -20,10 +20,10 @@ sys.stdin.read()
 ELECTED = """
 import sys
 from pathlib import Path
-from openmeter_wsgi.ownership import elected
+from openmeter_wsgi.lock import election
 
 print("waits", flush=True)
-with elected(Path(sys.argv[1])) as won:
+with election(Path(sys.argv[1])) as won:
     print("won" if won else "lost", flush=True)
     sys.stdin.read()
 """
@@ -43,10 +43,10 @@ def test_an_owner_lives_as_long_as_its_process(tmp_path):
 
 
 def test_an_owner_of_this_process_lives_and_asking_does_not_kill_it(tmp_path):
-    owner = Owner.register(tmp_path)
+    owner = SegmentLock.register(tmp_path)
     asking = f"""
 from pathlib import Path
-from openmeter_wsgi.ownership import is_alive
+from openmeter_wsgi.lock import is_alive
 print(is_alive(Path({str(tmp_path)!r}), {owner.token!r}))
 """
     assert is_alive(tmp_path, owner.token)
@@ -63,7 +63,7 @@ def test_an_owner_without_a_lock_file_is_dead(tmp_path):
 
 
 def test_a_forked_child_holds_nothing_of_its_parents(tmp_path):
-    owner = Owner.register(tmp_path)
+    owner = SegmentLock.register(tmp_path)
     pid = os.fork()
     if not pid:
         # Its own answer would be that the parent's lock is not free.
@@ -78,12 +78,12 @@ def test_one_is_elected_and_the_next_when_it_dies(tmp_path):
         assert [first.line(), first.line()] == ["waits", "won"]
         with Process(ELECTED, str(tmp_path)) as second:
             assert second.line() == "waits"
-            with elected(tmp_path, wait=False) as won:
+            with election(tmp_path, wait=False) as won:
                 assert not won
             first.process.send_signal(signal.SIGKILL)
             assert second.line() == "won"
             assert second.end() == 0
-    with elected(tmp_path, wait=False) as won:
+    with election(tmp_path, wait=False) as won:
         assert won
 
 
@@ -91,12 +91,12 @@ def test_within_a_process_one_is_elected_too(tmp_path):
     second = threading.Event()
 
     def wait():
-        with elected(tmp_path):
+        with election(tmp_path):
             second.set()
 
-    with elected(tmp_path) as won:
+    with election(tmp_path) as won:
         assert won
-        with elected(tmp_path, wait=False) as also_won:
+        with election(tmp_path, wait=False) as also_won:
             assert not also_won
         waiting = threading.Thread(target=wait)
         waiting.start()
@@ -110,7 +110,7 @@ def test_within_a_process_one_is_elected_too(tmp_path):
 
 def test_the_lock_of_an_election_may_be_deleted_meanwhile(tmp_path):
     lock = tmp_path / "sender.lock"
-    with elected(tmp_path):
+    with election(tmp_path):
         lock.unlink()
     with Process(ELECTED, str(tmp_path)) as process:
         assert [process.line(), process.line()] == ["waits", "won"]
@@ -126,10 +126,10 @@ def test_two_directories_may_wait_for_each_others_senders(tmp_path):
     ours = threading.Event()
 
     def wait_for_b():
-        with elected(b):
+        with election(b):
             ours.set()
 
-    with elected(a), Process(BOTH, str(a), str(b)) as other:
+    with election(a), Process(BOTH, str(a), str(b)) as other:
         assert other.line() == "has b"
         thread = threading.Thread(target=wait_for_b)
         thread.start()
@@ -143,13 +143,13 @@ def test_two_directories_may_wait_for_each_others_senders(tmp_path):
 BOTH = """
 import sys, threading
 from pathlib import Path
-from openmeter_wsgi.ownership import elected
+from openmeter_wsgi.lock import election
 
 def wait_for_a():
-    with elected(Path(sys.argv[1])):
+    with election(Path(sys.argv[1])):
         pass
 
-with elected(Path(sys.argv[2])):
+with election(Path(sys.argv[2])):
     print("has b", flush=True)
     threading.Thread(target=wait_for_a, daemon=True).start()
     print("waits for a", flush=True)
@@ -158,7 +158,7 @@ with elected(Path(sys.argv[2])):
 
 
 def test_a_directory_that_is_gone_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError), elected(tmp_path / "gone"):
+    with pytest.raises(FileNotFoundError), election(tmp_path / "gone"):
         pass
     with pytest.raises(FileNotFoundError):
-        Owner.register(tmp_path / "gone")
+        SegmentLock.register(tmp_path / "gone")

@@ -1,4 +1,4 @@
-"""How far a spool is delivered, and which batch is in doubt: one small file.
+"""How far a spool is delivered, and which batch is in flight: one small file.
 
 It has two places of the same size, and each holds the whole of a progress as a line of
 JSON, with a number and a checksum; the higher number is the newer. One is written over
@@ -13,15 +13,21 @@ import contextlib
 import os
 import time
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from openmeter_wsgi import log
+from openmeter_wsgi.delivery import ranges
 from openmeter_wsgi.delivery.ranges import Ranges  # noqa: TC001 - of a Struct
+from openmeter_wsgi.errors import DeliveryError, Expired
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from openmeter_wsgi.delivery.sender import Client
+    from openmeter_wsgi.spool.lines import ByteRange, SpoolBatch
 
 logger = log.get_logger(__name__)
 
@@ -31,7 +37,7 @@ _PLACE_BYTES = 4_096
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Doubt(msgspec.Struct):
+class InFlightBatch(msgspec.Struct):
     """Lines of one batch that was posted and not answered."""
 
     #: The wall clock's time before the first such attempt, in seconds.
@@ -45,7 +51,7 @@ class Progress(msgspec.Struct):
 
     #: What is delivered or set aside of each segment, by its key.
     done: dict[str, Ranges] = {}
-    doubts: list[Doubt] = []
+    in_flight: list[InFlightBatch] = msgspec.field(default_factory=list, name="doubts")
     #: Of how many writes this one is the last.
     number: int = 0
 
@@ -177,3 +183,106 @@ def _valid(text: bytes) -> list[Progress]:
             if zlib.crc32(read.progress) == read.checksum:
                 found.append(msgspec.json.decode(read.progress, type=Progress))
     return found
+
+
+class InFlight:
+    """Which lines may have been sent, and since when."""
+
+    def __init__(self) -> None:
+        self._by_moment: dict[float, InFlightBatch] = {}
+
+    @property
+    def known(self) -> list[InFlightBatch]:
+        """All of them."""
+        return list(self._by_moment.values())
+
+    def since(self, runs: Iterable[ByteRange]) -> float | None:
+        """Return when the first of *runs* may have been sent, None if none was."""
+        moments = (
+            batch.since
+            for run in runs
+            for batch in self._by_moment.values()
+            if ranges.overlap(batch.lines.get(run.key, []), run.start, run.end)
+        )
+        return min(moments, default=None)
+
+    def add(self, runs: Iterable[ByteRange], since: float) -> None:
+        """Note that *runs* are sent at that moment."""
+        batch = self._by_moment.setdefault(since, InFlightBatch(since, {}))
+        for run in runs:
+            places = batch.lines.setdefault(run.key, [])
+            ranges.add(places, run.start, run.end)
+
+    def forget(self, runs: Iterable[ByteRange]) -> None:
+        """Note that *runs* have arrived, or have not."""
+        for run in runs:
+            key = run.key
+            for batch in self._by_moment.values():
+                if places := batch.lines.pop(key, None):
+                    left = ranges.subtract(places, run.start, run.end)
+                    batch.lines.update({key: left} if left else {})
+        self._by_moment = {k: v for k, v in self._by_moment.items() if v.lines}
+
+
+class Recorder(Protocol):
+    """Keeps the in-flight record of a spool."""
+
+    def in_flight_since(self, batch: SpoolBatch) -> float | None:
+        """Return when the first attempt was that may have arrived, None if none."""
+
+    def record(self, batch: SpoolBatch, since: float) -> None:
+        """Write down that *batch* is about to be sent."""
+
+    def withdraw(self, batch: SpoolBatch) -> None:
+        """Write down that *batch* has certainly not arrived."""
+
+    def check(self) -> None:
+        """Go on only as the sender.
+
+        :raises Deposed: if another one has taken its place.
+        """
+
+
+class RecordingClient:
+    """Writes down which batch is in flight before it sends it.
+
+    A batch whose first ambiguous attempt is longer ago than *resend_window* seconds
+    is not sent again: OpenMeter may have forgotten its ids.
+    """
+
+    def __init__(
+        self,
+        client: Client[SpoolBatch],
+        spool: Recorder,
+        *,
+        resend_window: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._client = client
+        self._spool = spool
+        self._resend_window = resend_window
+        self._clock = clock
+
+    def ingest(self, batch: SpoolBatch, /) -> None:
+        """Send *batch* as the client does.
+
+        :raises Expired: if it is in batch for too long.
+        """
+        self._spool.check()
+        now = self._clock()
+        since = self._spool.in_flight_since(batch)
+        if since is not None and now - since > self._resend_window:
+            raise Expired(
+                f"expired: a batch got no answer {now - since:.0f} s ago; sent again "
+                "it might be billed twice"
+            )
+        if since is None:
+            self._spool.record(batch, now)
+        try:
+            self._client.ingest(batch)
+        except DeliveryError as error:
+            self._spool.check()
+            if since is None and not error.ambiguous:
+                self._spool.withdraw(batch)
+            raise
+        self._spool.check()

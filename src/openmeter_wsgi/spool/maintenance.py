@@ -7,44 +7,52 @@ import threading
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.progress import sync_directory
-from openmeter_wsgi.delivery.segment import open_file, read_name, whole_end
-from openmeter_wsgi.delivery.waking import Signal
-from openmeter_wsgi.delivery.watermark import Watermark
 from openmeter_wsgi.errors import SpoolError
+from openmeter_wsgi.spool.files import open_file, read_name, whole_end
+from openmeter_wsgi.spool.progress import sync_directory
+from openmeter_wsgi.spool.watermark import Watermark
+from openmeter_wsgi.threads import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.segment import SegmentName
+    from openmeter_wsgi.spool.files import SegmentName
+    from openmeter_wsgi.spool.writer import SpoolWriter
 
 #: By making this file a process asks the sender to deliver now.
 FLUSH = "flush"
 
 logger = log.get_logger(__name__)
 
+#: Seconds between two looks while events come.
+_LOOK_INTERVAL = 1.0
 
-class Keeper:
-    """A thread that prepares segments, and in the sender's process syncs them all.
 
-    Not the sender's thread: that one may wait seconds for an answer. An idle one
-    waits without a timeout, unless `elected` is set.
+class SegmentMaintenance:
+    """A thread that keeps the segments of a process; in the sender's it syncs them all.
+
+    Not the sender's thread: that one may wait seconds for an answer. While events come
+    it looks each second whether what the process owns is still there; without them,
+    and in a process that is not the sender, it sleeps without a timeout.
     """
 
     def __init__(
         self,
         directory: Path,
+        writer: SpoolWriter,
         *,
-        prepare: Callable[[], None],
         hurry: Callable[[], None],
+        tend: Callable[[], None],
         interval: float,
     ) -> None:
         self._directory = directory
-        self._prepare = prepare
+        self._writer = writer
         self._hurry = hurry
+        #: Called at each look: to see whether the sender, here or elsewhere, is well.
+        self._tend = tend
         self._interval = interval
-        self._wake = Signal()
+        self._wakeup = Wakeup()
         self._thread: threading.Thread | None = None
         self._elected = False
         #: How far each segment is on the disk, by its key.
@@ -65,14 +73,14 @@ class Keeper:
             except RuntimeError:  # no more threads, or the interpreter shuts down
                 self._thread = None
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Let the thread end. Does not wait for it."""
         self._thread = None
-        self._wake.set()
+        self._wakeup.set()
 
     def wake(self) -> None:
         """Let the thread look whether a segment is to be prepared."""
-        self._wake.set()
+        self._wakeup.set()
 
     @property
     def elected(self) -> bool:
@@ -82,29 +90,40 @@ class Keeper:
     @elected.setter
     def elected(self, elected: bool) -> None:
         self._elected = elected
-        self._wake.set()
+        self._wakeup.set()
 
     def _run(self) -> None:
+        interval: float | None = None
         while self._thread is threading.current_thread():
-            self._wake.wait(self._interval if self._elected else None)
-            try:
-                self._prepare()
-                if self._elected:
-                    self.look()
-            except SpoolError as error:
-                logger.warning(
-                    "%s: the next segment cannot be made; events go into the last one "
-                    "as long as it has room, then they find none",
-                    error,
-                )
-            except OSError as error:
-                logger.warning(
-                    "%s: the spool cannot be kept in order; until it can, a loss of "
-                    "power costs more than one flush_interval",
-                    error,
-                )
-            except Exception:
-                logger.exception("%s: broke off and goes on", "journal")
+            self._wakeup.wait(self._interval if self._elected else interval)
+            if self._thread is threading.current_thread():
+                self._turn()
+                interval = _LOOK_INTERVAL if self._writer.has_moved() else None
+                if interval is None:
+                    self._writer.rest()
+
+    def _turn(self) -> None:
+        try:
+            self._writer.look()
+            self._writer.prepare()
+            self._writer.touch()
+            self._tend()
+            if self._elected:
+                self.look()
+        except SpoolError as error:
+            logger.warning(
+                "%s: the next segment cannot be made; events go into the last one "
+                "as long as it has room, then they find none",
+                error,
+            )
+        except OSError as error:
+            logger.warning(
+                "%s: the spool cannot be kept in order; until it can, a loss of "
+                "power costs more than one flush_interval",
+                error,
+            )
+        except Exception:
+            logger.exception("%s: broke off and goes on", "journal")
 
     def look(self) -> None:
         """See who asks for delivery; bring on the disk what was put.

@@ -1,13 +1,23 @@
-"""What any process can see of a spool, the sender or not: how much is undelivered."""
+"""How far a spool is delivered, as any process sees it, the sender or not.
+
+The watermark says up to which moment all is delivered: what a local quota asks. The
+backlog is what is not delivered yet.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from openmeter_wsgi.delivery import progress, ranges
-from openmeter_wsgi.delivery.segment import (
+from openmeter_wsgi.delivery import ranges
+from openmeter_wsgi.delivery.queue import Backlog
+from openmeter_wsgi.delivery.ranges import Marks
+from openmeter_wsgi.lock import UNFINISHED
+from openmeter_wsgi.spool import progress
+from openmeter_wsgi.spool.files import (
     SegmentName,
     open_file,
     read_name,
@@ -19,6 +29,88 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openmeter_wsgi.delivery.ranges import Ranges
+
+#: Its time of modification is the watermark: it is set, and read, in one call.
+NAME = "delivered_until"
+#: Seconds between two marks.
+INTERVAL = 0.25
+
+
+class Watermark:
+    """The watermark of a spool, as its sender's process publishes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        #: Of each mark what is new in it: all of it each time would be much where
+        #: much waits.
+        self._marks: Marks[dict[str, int]] = Marks(join=operator.or_)
+        self._marked: dict[str, int] = {}
+        self._due_at = 0.0
+
+    def begin_look(self) -> float | None:
+        """Return the moment of a mark to be made now, None if none is due."""
+        if time.monotonic() < self._due_at:
+            return None
+        self._due_at = time.monotonic() + INTERVAL
+        return time.time()
+
+    def publish(self, moment: float, ends: dict[str, int]) -> None:
+        """Publish how far all is delivered.
+
+        *ends* says where the lines of each segment end, by its key, and was found
+        out after *moment*.
+
+        :raises OSError: if the directory does not take it.
+        """
+        self._mark(moment, ends)
+        # In this order: a segment is deleted after it is done.
+        there = {
+            name.key for e in os.listdir(self._directory) if (name := read_name(e))
+        }
+        loaded = progress.load(self._directory)
+        done = loaded.done if loaded else {}
+
+        def is_done(ends: dict[str, int]) -> bool:
+            return all(
+                key not in there or ranges.first_gap(done.get(key, [])) >= end
+                for key, end in ends.items()
+            )
+
+        until = self._marks.reached(is_done)
+        known = read(self._directory)
+        # It stands in the future where the clock was put back.
+        if until and (until > known or known > moment):
+            _write(self._directory, until)
+
+    def _mark(self, moment: float, ends: dict[str, int]) -> None:
+        known = self._marked
+        new = {key: end for key, end in ends.items() if known.get(key) != end}
+        if not new:
+            self._marks.renew(moment, {})
+        elif self._marks.add(moment, new):
+            self._marked = ends
+
+
+def read(directory: Path) -> float:
+    """Return the watermark of a spool, 0.0 if there is none."""
+    try:
+        return (directory / NAME).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _write(directory: Path, until: float) -> None:
+    path = directory / NAME
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, (until, until))
+        return
+    # Under its name it never has the time at which it was made.
+    unfinished = path.with_name(NAME + UNFINISHED)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    os.close(os.open(unfinished, flags, 0o600))
+    os.utime(unfinished, (until, until))
+    unfinished.rename(path)
+
 
 #: So many bytes are counted exactly; of more, the number of events is estimated.
 _COUNTED_BYTES = 16 * 1024 * 1024
@@ -67,15 +159,6 @@ def wait_until_done(
             return False
         time.sleep(_INTERVAL)
     return True
-
-
-class Backlog(NamedTuple):
-    """What waits for delivery."""
-
-    events: int = 0
-    bytes: int = 0
-    #: The time of the oldest of them, in seconds since 1970, None if there is none.
-    oldest_at: float | None = None
 
 
 def backlog(directory: Path) -> Backlog:

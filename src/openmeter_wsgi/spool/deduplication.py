@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.segment import open_file
+from openmeter_wsgi.spool.files import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -43,7 +43,7 @@ class OpenMeterClient:
 
     def __init__(self, *, url: str, flavor: str, key: ApiKey, timeout: float) -> None:
         self._url = url + _PATHS[flavor]
-        self._connection = Connection(key=key, timeout=timeout)
+        self._connection = Connection(key=key, timeout=timeout, needs_body=False)
         #: By how many seconds our clock is ahead of the server's, as its last answer
         #: with a date has it.
         self.clock_ahead = 0.0

@@ -9,7 +9,7 @@ from entitling import ask, middleware
 from metrics_app import answer
 from openmeter_server import RESET, Answer, problem
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.trouble import Trouble
+from openmeter_wsgi.delivery.sender import Outage
 from openmeter_wsgi.errors import Held, Unavailable
 
 
@@ -44,7 +44,7 @@ class Clock:
 
 def test_the_end_of_an_outage_is_told_with_its_length_and_what_follows(caplog):
     clock = Clock()
-    trouble = Trouble(lambda: 234, clock)
+    trouble = Outage(lambda: 234, clock)
     trouble.note(Unavailable("refused"))
     clock.now = 40
     trouble.note(Unavailable("", status=503))
@@ -65,7 +65,7 @@ def test_the_end_of_an_outage_is_told_with_its_length_and_what_follows(caplog):
 
 def test_the_end_of_one_vain_attempt_is_not_told(caplog):
     clock = Clock()
-    trouble = Trouble(clock=clock)
+    trouble = Outage(clock=clock)
     trouble.note(Held("no such key", status=401))
     clock.now = 1
 

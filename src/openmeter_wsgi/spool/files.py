@@ -1,4 +1,4 @@
-"""Segments, the files of a spool: their names, and how whole lines are read.
+"""The files of a spool: its directory, segments and their names, and their whole lines.
 
 A segment holds events as JSON lines. The name says when it was made (ms), whose it
 is, its number there and in which form it is written; ``.sealed`` at the end says
@@ -7,23 +7,30 @@ that its owner writes into it no more.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
+import stat
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from openmeter_wsgi.ownership import UNFINISHED
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.lock import UNFINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 #: Two of these are a process's minimum on the disk. More than the largest event.
 SEGMENT_BYTES = 2 * 1024 * 1024
 
 MAPPED, WRITTEN = "mapped", "written"
 SEALED = ".sealed"
+#: The mode of a segment that was delivered, a moment before it is deleted.
+DELIVERED = 0o400
 _CHUNK_BYTES = 256 * 1024
 _NAME = re.compile(
     r"(\d{13,})-([0-9a-f]{24})-(\d{8,})\.(mapped|written)(\.sealed)?(\.new)?"
@@ -78,7 +85,7 @@ _NOTHING = (b"", b"\0")
 _ZEROS = bytes(64 * 1024)
 
 
-class Piece(NamedTuple):
+class Line(NamedTuple):
     """Bytes of a segment between two newlines, and where they are."""
 
     text: bytes
@@ -106,24 +113,24 @@ def final_text(fd: int, start: int, end: int | None = None) -> bytes:
     return text[: text.rfind(b"\n") + 1] or text
 
 
-def read_live(fd: int, start: int, end: int | None = None) -> list[Piece]:
+def read_live(fd: int, start: int, end: int | None = None) -> list[Line]:
     """Return the pieces of `live_text`."""
-    return list(pieces(live_text(fd, start, end), start))
+    return list(split_lines(live_text(fd, start, end), start))
 
 
-def read_final(fd: int, start: int, end: int | None = None) -> list[Piece]:
+def read_final(fd: int, start: int, end: int | None = None) -> list[Line]:
     """Return the pieces of `final_text`."""
-    return list(pieces(final_text(fd, start, end), start))
+    return list(split_lines(final_text(fd, start, end), start))
 
 
-def pieces(text: bytes, start: int) -> Iterator[Piece]:
+def split_lines(text: bytes, start: int) -> Iterator[Line]:
     """Split what was read at *start*. The last one may lack its newline."""
     at = 0
     while (newline := text.find(b"\n", at)) >= 0:
-        yield Piece(text[at:newline], start + at, start + newline + 1)
+        yield Line(text[at:newline], start + at, start + newline + 1)
         at = newline + 1
     if at < len(text):
-        yield Piece(text[at:], start + at, start + len(text))
+        yield Line(text[at:], start + at, start + len(text))
 
 
 def whole_end(fd: int, start: int) -> int:
@@ -131,6 +138,18 @@ def whole_end(fd: int, start: int) -> int:
     while whole := _whole(fd, start, None)[1]:
         start += whole
     return start
+
+
+def used_end(fd: int) -> int:
+    """Return where a segment holds nothing but zeros up to its end."""
+    end = os.fstat(fd).st_size
+    while end:
+        start = max(end - _CHUNK_BYTES, 0)
+        text = os.pread(fd, end - start, start).rstrip(b"\0")
+        if text:
+            return start + len(text)
+        end = start
+    return 0
 
 
 def is_event(line: bytes) -> bool:
@@ -191,3 +210,113 @@ def _read(
         if found or len(text) < wanted or wanted < size:
             return text
         size *= 2
+
+
+FORMAT = "format"
+#: What a directory of this version says of itself.
+VERSION = "openmeter_wsgi spool 1"
+
+#: A full disk shows when a file is allocated, and a mapped page stays what it is.
+_MAPPABLE = {"ext2", "ext3", "ext4", "xfs", "tmpfs", "overlay"}
+#: Locks or appends are not those of one machine there.
+_REFUSED = ("nfs", "cifs", "smb", "fuse")
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def prepare_directory(path: str, *, to_write: bool = True) -> Path:
+    """Make the directory where there is none, and check it.
+
+    One that is only looked into need not be *to_write*.
+
+    :raises ConfigError: if it cannot hold a spool, or others could write into it.
+    """
+    directory = Path(os.path.abspath(path))  # not resolved: a symlink is refused
+    try:
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        if problem := _problem(directory.lstat()):
+            raise ConfigError([f"spool_dir: {path!r} {problem}"])
+        if refused := _refused(file_system(directory)):
+            raise ConfigError(
+                [f"spool_dir: {path!r} is on {refused}, where locks fail"]
+            )
+        if to_write and not _is_writable(directory):
+            raise ConfigError(
+                [f"spool_dir: {path!r} cannot be written: no permission, or a disk "
+                 "that is read-only"]
+            )  # fmt: skip
+        _check_format(directory)
+    except OSError as error:
+        raise ConfigError([f"spool_dir: {path!r}: {error.strerror}"]) from error
+    return directory
+
+
+def journal_form(directory: Path, wanted: str) -> str:
+    """Return the form in which to append there: ``"mapped"`` or ``"written"``."""
+    if wanted != "auto":
+        return MAPPED if wanted == "mmap" else WRITTEN
+    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    safe = sys.platform == "linux" and gil and file_system(directory) in _MAPPABLE
+    return MAPPED if safe else WRITTEN
+
+
+def file_system(directory: Path) -> str | None:
+    """Return the type of the file system, None where that cannot be known."""
+    try:
+        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
+        real = directory.resolve()
+    except OSError:
+        return None
+    best: tuple[int, str | None] = (-1, None)
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        point = Path(_unescaped(fields.split()[4]))
+        if real.is_relative_to(point) and len(point.parts) >= best[0]:
+            best = (len(point.parts), rest.split()[0])  # the later mount is on top
+    return best[1]
+
+
+def _unescaped(field: str) -> str:
+    """Return a mount point as it is called; blanks are octal in the list."""
+    for character in " \t\n\\":
+        field = field.replace(f"\\{ord(character):03o}", character)
+    return field
+
+
+def _refused(kind: str | None) -> str | None:
+    return kind if kind and kind.startswith(_REFUSED) else None
+
+
+def _problem(status: os.stat_result) -> str | None:
+    if not stat.S_ISDIR(status.st_mode):
+        return "is no directory; a symlink is not followed"
+    if status.st_uid != os.geteuid():
+        return f"belongs to user {status.st_uid}, expected {os.geteuid()}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.filemode(status.st_mode)
+        return f"can be written by others ({mode}), expected mode 0700"
+    return None
+
+
+def _is_writable(directory: Path) -> bool:
+    effective = os.access in os.supports_effective_ids
+    return os.access(directory, os.W_OK | os.X_OK, effective_ids=effective)
+
+
+def _check_format(directory: Path) -> None:
+    path = directory / FORMAT
+    try:
+        fd = open_file(path)
+    except FileNotFoundError:
+        unfinished = directory / f"{FORMAT}.{secrets.token_hex(8)}.new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(unfinished, flags, 0o600), "w") as file:
+            file.write(VERSION + "\n")
+        unfinished.rename(path)
+        return
+    with open(fd, "rb") as file:
+        said = file.read(200).decode(errors="replace").strip()
+    if said != VERSION:
+        raise ConfigError(
+            [f"spool_dir: expected {VERSION!r} in {str(path)!r}, got {said!r}"]
+        )

@@ -1,4 +1,4 @@
-"""Who owns what in a spool: locks that end with their process, however it ends.
+"""Locks that end with their process, however it ends.
 
 POSIX locks (`lockf`): a forked child does not inherit them, so it cannot keep its
 dead parent's segments from being adopted, as with `flock` it would. Their price:
@@ -18,6 +18,8 @@ import secrets
 import threading
 import time
 from typing import TYPE_CHECKING, Self
+
+from openmeter_wsgi.threads import threads_are_greenlets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +41,7 @@ _held: set[tuple[int, str]] = set()
 _elections: dict[tuple[int, int, int], threading.Lock] = {}
 
 
-class Owner:
+class SegmentLock:
     """The identity of one journal, alive as long as its process keeps it."""
 
     def __init__(self, directory: Path, token: str, fd: int) -> None:
@@ -68,6 +70,16 @@ class Owner:
                 return cls(directory, token, fd)
             os.close(fd)  # somebody was tidying up at this very moment
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether its file is still what others try to lock."""
+        return _is_file_at(self._fd, self._path)
+
+    def touch(self) -> None:
+        """Say to a cleaner that the file is in use."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path)  # opened and closed, the lock would be gone
+
     def leave(self, *, nothing_left: bool = False) -> None:
         """Give up what is owned; its segments can be adopted from now on."""
         if nothing_left:
@@ -87,8 +99,16 @@ def owner_of_lock(name: str) -> str | None:
     return match and match[1]
 
 
+def is_there(directory: Path, token: str) -> bool:
+    """Say whether there is a lock file of an owner: a cleaner may have deleted it."""
+    return (os.getpid(), token) in _held or (directory / (token + LOCK)).exists()
+
+
 def is_alive(directory: Path, token: str) -> bool:
-    """Say whether an owner lives, and if not, that is for ever."""
+    """Say whether an owner lives, and if not, that is for ever.
+
+    Without its lock file it is taken for dead: see `is_there`.
+    """
     if (os.getpid(), token) in _held:
         return True
     with _try_lock(directory / (token + LOCK)) as was_free:
@@ -105,12 +125,51 @@ def remove_lock(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+class Election:
+    """The lock of the one sender of a directory, held by this process.
+
+    It can be given up by another thread, where the one that sends is stuck. What the
+    sender writes is written under `guard`, and not once it is deposed.
+    """
+
+    def __init__(self, path: Path, fd: int, within: threading.Lock) -> None:
+        self.guard = threading.Lock()
+        self._path = path
+        self._fd = fd
+        self._within = within
+        self._is_held = True
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process is still the sender: neither deposed nor at its end."""
+        return self._is_held
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it is held, and its file is still what others try to lock."""
+        with self.guard:
+            return self._is_held and _is_file_at(self._fd, self._path)
+
+    def touch(self) -> None:
+        """Say to the others, and to a cleaner, that the sender lives."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path)  # opened and closed, the lock would be gone
+
+    def depose(self) -> None:
+        """Give the lock up. Any thread; may be repeated."""
+        with self.guard:
+            if self._is_held:
+                self._is_held = False
+                os.close(self._fd)
+                self._within.release()
+
+
 @contextlib.contextmanager
-def elected(directory: Path, *, wait: bool = True) -> Iterator[bool]:
+def election(directory: Path, *, wait: bool = True) -> Iterator[Election | None]:
     """Be the one sender of *directory*, as soon as there is no other.
 
     Waiting costs nothing: the kernel wakes the next one when the holder dies.
-    Without *wait* it yields False where there is another.
+    Without *wait* it yields None where there is another.
 
     :raises OSError: if the lock file cannot be opened.
     """
@@ -118,31 +177,53 @@ def elected(directory: Path, *, wait: bool = True) -> Iterator[bool]:
     key = (os.getpid(), status.st_dev, status.st_ino)
     within = _elections.setdefault(key, threading.Lock())
     if not within.acquire(blocking=wait):
-        yield False
+        yield None
         return
     try:
-        with _election_lock(directory / ELECTION, wait=wait) as won:
-            yield won
-    finally:
+        won = _elected(directory / ELECTION, within, wait=wait)
+    except BaseException:
         within.release()
-
-
-@contextlib.contextmanager
-def _election_lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    fd = -1
+        raise
+    if won is None:
+        within.release()
+        yield None
+        return
     try:
-        while True:
-            fd = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
-            won = _locked(fd, path, wait=wait)
-            if won or not wait:
-                break
-            os.close(fd)  # it was deleted meanwhile; another one has its place
         yield won
     finally:
-        if fd >= 0:
+        won.depose()
+
+
+def _elected(path: Path, within: threading.Lock, *, wait: bool) -> Election | None:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if _locked(fd, path, wait=wait):
+                return Election(path, fd, within)
+        except BaseException:
             os.close(fd)
+            raise
+        os.close(fd)  # not won, or deleted meanwhile: another one has its place
+        if not wait:
+            return None
+
+
+def sender_seen_at(directory: Path) -> float | None:
+    """Return when the sender of *directory* last said that it lives (wall clock).
+
+    None if there never was one, as far as can be seen.
+    """
+    try:
+        return (directory / ELECTION).stat().st_mtime
+    except OSError:
+        return None
+
+
+def _is_file_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -188,9 +269,3 @@ def _waited(fd: int) -> bool:
             raise
         return False
     return True
-
-
-def threads_are_greenlets() -> bool:
-    """Say whether gevent has taken the place of threads."""
-    # Monkey-patched: the lock that threading makes is no longer the interpreter's.
-    return type(threading.Lock()).__module__ != "_thread"
