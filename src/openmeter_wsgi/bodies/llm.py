@@ -64,7 +64,7 @@ _TOP_MEMBERS = {
         *(place.report if len(place.report) == 1 else ()),
         *(place.figures if not place.report else ()),
         *place.kind[:1],
-        place.goes_on[0],
+        place.continues[0],
         place.model,
         place.call,
     )
@@ -512,7 +512,7 @@ def _add_report(
     if place.provider == "anthropic" and "iterations" in usage:
         figures |= _left_out(usage["iterations"], figures)
     model, call = _text(names.get(place.model)), _text(names.get(place.call))
-    member, kind = place.goes_on
+    member, kind = place.continues
     if member and names.get(member) == kind:
         call = None
     found.append(_Report(place.provider, figures, model, call, place.begins))
