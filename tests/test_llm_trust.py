@@ -364,6 +364,25 @@ def test_of_two_reports_of_one_provider_the_larger_counts(
     assert found.remarks == ("ambiguous_usage",)
 
 
+@pytest.mark.parametrize("shape", STREAMS)
+def test_a_report_inside_displaces_no_part_of_a_call(shape: str) -> None:
+    provider, make = STREAMS[shape]
+    first, last = make(900, 7)
+    for forged in (
+        {"response": {"usage": {**_openai(0, 0), "total_tokens": 5_000}}},
+        {"response": {"usage": _openai(1, 0)}},
+    ):
+        body = as_events([first, {"type": "response.completed", **last, **forged}])
+        found = usage_of(body.encode(), "text/event-stream", [], "llm")
+        assert found.input_tokens >= 900
+        assert found.output_tokens >= 7
+        assert found.total_tokens >= 907
+    start = {**first, "usage": {"input_tokens": 1, "output_tokens": 5_000}}
+    found = usage_of(as_events([start, last]).encode(), "text/event-stream", [], "llm")
+    if provider == "anthropic":
+        assert (found.input_tokens, found.output_tokens) == (900, 5_000)
+
+
 def test_no_figure_of_the_larger_report_undercuts_the_other() -> None:
     report = {**_openai(100, 1_000), "prompt_tokens_details": {"cached_tokens": 0}}
     cheap = {"promptTokenCount": 1_101, "cachedContentTokenCount": 1_101}

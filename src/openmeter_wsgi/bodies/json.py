@@ -202,6 +202,8 @@ _TO_DOCUMENT = re.compile(rb"[\s,\x1e\xef\xbb\xbf]*+")
 _TO_ELEMENT = re.compile(rb'[^"{\[\]]*+')
 _TO_NAME = re.compile(rb'[^"}]*+')
 _TO_VALUE = re.compile(rb"[\s:]*+")
+#: The key of the last object of a list that is kept.
+_LAST = b"last"
 
 
 class _Level:
@@ -225,9 +227,6 @@ class _Level:
             return b"[%b]" % self.members.get(_LAST, b"")
         found = (b'"%b":%b' % member for member in self.members.items())
         return b"{%b}" % b",".join(found)
-
-
-_LAST = b"last"
 
 
 class JSONScanner:
@@ -294,11 +293,11 @@ class JSONScanner:
             self.has_begun = True
             self._open(self._selection, b"", is_list=first == b"[")
         elif first:
-            is_line = self.has_begun
-            self._step = JSONScanner._to_line if is_line else JSONScanner._ignore
+            to_line, ignore = JSONScanner._to_next_line, JSONScanner._ignore
+            self._step = to_line if self.has_begun else ignore
         return position + 1
 
-    def _to_line(self, text: bytes, position: int) -> int:
+    def _to_next_line(self, text: bytes, position: int) -> int:
         end = text.find(b"\n", position)
         if end < 0:
             return len(text)

@@ -64,7 +64,7 @@ _TOP_MEMBERS = {
         *(place.report if len(place.report) == 1 else ()),
         *(place.figures if not place.report else ()),
         *place.kind[:1],
-        place.goes_on[0],
+        place.continues[0],
         place.model,
         place.call,
     )
@@ -234,8 +234,9 @@ class LLMReports:
 
     def __init__(self, finder: _Finder) -> None:
         self._finder = finder
-        self._calls: dict[Provider, _Calls] = {}
-        #: Reports that stand beside a larger one of their provider in a document.
+        #: The calls by where their reports stand.
+        self._calls: dict[object, _Calls] = {}
+        #: Reports that stand beside another one of the same calls in a document.
         self._rival: LLMUsage | None = None
         #: The first model named by a document, and the call that it was named for.
         self._model: str | None = None
@@ -244,9 +245,7 @@ class LLMReports:
     def copy(self) -> LLMReports:
         """Return reports that can be added to without changing these."""
         copy = LLMReports(self._finder)
-        copy._calls = {
-            provider: calls.copy() for provider, calls in self._calls.items()
-        }
+        copy._calls = {key: calls.copy() for key, calls in self._calls.items()}
         copy._rival = self._rival
         copy._model, copy._model_call = self._model, self._model_call
         return copy
@@ -292,11 +291,12 @@ class LLMReports:
         if not usages:
             return None
         usage = max(usages, key=tokens)
+        calls = [*self._calls.values()][usages.index(usage)]
         remarks = []
-        if len(usages) > 1 or self._rival:
+        if self._rival or any(_differ(usage, other) for other in usages):
             usage = dearest(usage, [*usages, *filter(None, (self._rival,))])
             remarks.append("ambiguous_usage")
-        if self._calls[usage.provider].are_several:
+        if calls.are_several:
             remarks.append("several_calls")
         return msgspec.structs.replace(usage, remarks=(*remarks,)) if remarks else usage
 
@@ -309,32 +309,36 @@ class LLMReports:
         if len(reports) > 1:
             reports = self._without_rivals(reports)
         for report in reports:
-            calls = self._calls.get(report.provider)
+            calls = self._calls.get(report.key)
             if calls is None:
-                calls = self._calls[report.provider] = _Calls(report.provider)
+                calls = self._calls[report.key] = _Calls(report.provider)
             if calls.add(report) and report.model is None:
                 calls.name_model(self._model, self._model_call)
 
     def _without_rivals(self, reports: list[_Report]) -> list[_Report]:
-        """Return the largest report of each provider in a document; keep the others."""
-        largest: dict[Provider, tuple[LLMUsage, _Report]] = {}
+        """Return one report of the same calls in a document; keep the others.
+
+        The one that begins a call goes before a larger one, for others will follow it.
+        """
+        kept: dict[object, tuple[LLMUsage, _Report]] = {}
         for report in reports:
             usage = usage_of(report.provider, report.model, report.figures)
-            known = largest.setdefault(report.provider, (usage, report))
-            if _main_counts(usage) == _main_counts(known[0]):
+            known = kept.setdefault(report.key, (usage, report))
+            if not _differ(usage, known[0]):
                 continue
-            smaller, larger = sorted(
-                (known, (usage, report)), key=lambda each: tokens(each[0])
+            rival, kept[report.key] = sorted(
+                (known, (usage, report)), key=lambda e: (e[1].begins, tokens(e[0]))
             )
-            largest[report.provider] = larger
             rivals = [self._rival] if self._rival else []
-            self._rival = dearest(smaller[0], rivals)
-        return [report for _, report in largest.values()]
+            self._rival = dearest(rival[0], rivals)
+        return [report for _, report in kept.values()]
 
 
 class _Report(msgspec.Struct, gc=False):
     """The figures of one report, by their provider's names."""
 
+    #: Reports with the same key belong to the same calls.
+    key: object
     provider: Provider
     figures: dict[str, int]
     model: str | None
@@ -512,10 +516,12 @@ def _add_report(
     if place.provider == "anthropic" and "iterations" in usage:
         figures |= _left_out(usage["iterations"], figures)
     model, call = _text(names.get(place.model)), _text(names.get(place.call))
-    member, kind = place.goes_on
+    member, kind = place.continues
     if member and names.get(member) == kind:
         call = None
-    found.append(_Report(place.provider, figures, model, call, place.begins))
+    found.append(
+        _Report(_key(place), place.provider, figures, model, call, place.begins)
+    )
 
 
 def _figures(usage: dict[str, Any]) -> dict[str, int]:
@@ -567,8 +573,22 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _main_counts(usage: LLMUsage) -> tuple[int | None, ...]:
-    return usage.input_tokens, usage.output_tokens, usage.total_tokens
+def _differ(usage: LLMUsage, other: LLMUsage) -> bool:
+    return usage is not other and (
+        usage.provider, usage.input_tokens, usage.output_tokens, usage.total_tokens,
+    ) != (
+        other.provider, other.input_tokens, other.output_tokens, other.total_tokens,
+    )  # fmt: skip
+
+
+def _key(place: Place) -> object:
+    """Return what reports of the same calls have in common: where they stand.
+
+    Of Anthropic's calls ``message_start`` has the first report, at a place of its own.
+    """
+    if place.provider == "anthropic":
+        return place.provider
+    return place.provider, place.report
 
 
 #: The finder for one provider, and for all of them.

@@ -1,8 +1,8 @@
 """The reports of language models: where each provider puts one, and what it counts.
 
 Two tables hold what the providers document: :data:`PLACES` says where a report stands,
-:data:`COUNTS` which of its figures are input, output and so on. Both are read from left
-to right, and what comes first goes before what follows.
+:data:`COUNTS` which of its figures are input, output and so on. In both the first entry
+that fits counts.
 
 - OpenAI: https://platform.openai.com/docs/api-reference (chat, responses, embeddings)
 - Anthropic: https://docs.anthropic.com/en/api/messages and …/messages-streaming
@@ -69,8 +69,8 @@ class Place(NamedTuple):
     """A place in a document at which a provider reports usage."""
 
     provider: Provider
-    #: The members that lead to the report, ``*`` being the elements of a list. Nothing
-    #: leads to a report whose figures are members of the document.
+    #: The path to the report, ``*`` being the elements of a list. It is empty if the
+    #: figures are members of the document itself.
     report: tuple[str, ...]
     #: The figures of which a report has at least one.
     figures: frozenset[str]
@@ -81,15 +81,15 @@ class Place(NamedTuple):
     beside: str = ""
     #: The member that names the model.
     model: str = "model"
-    #: The member that names the call; none if each report is that of another call.
+    #: The member that names the call; empty if none does.
     call: str = "id"
     #: *model* and *call* stand beside the report, and not at the top of the document.
     is_wrapped: bool = False
-    #: A report whose call has no name is the first of one.
+    #: If the call has no name, this report is the first one of a new call.
     begins: bool = False
-    #: The member that tells the kind of a document, and the kind that goes on with the
-    #: call before, whatever name is in it.
-    goes_on: tuple[str, str] = ("", "")
+    #: The member that tells the kind of a document, and a kind that continues the call
+    #: before, whatever name is in it.
+    continues: tuple[str, str] = ("", "")
 
 
 _OPENAI = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
@@ -106,14 +106,14 @@ _OLLAMA = frozenset({"prompt_eval_count", "eval_count"})
 _BEDROCK = frozenset({"inputTokens", "outputTokens", "totalTokens"})
 _CHUNK = ("object", "chat.completion.chunk")
 
-#: Of the places with the same way to the report, the first that fits is the one.
+#: Of several places with the same path, the first with a figure in the report counts.
 PLACES = (
     # A document, or an event that has its report at the top.
     Place("cohere", ("usage",), _COHERE),
     Place("gemini", ("usage",), _INTERACTION),
     Place("bedrock", ("usage",), _BEDROCK, call="", begins=True),
     Place("openai", ("usage",), _OPENAI),
-    Place("anthropic", ("usage",), _INPUT_OUTPUT, goes_on=("type", "message_delta")),
+    Place("anthropic", ("usage",), _INPUT_OUTPUT, continues=("type", "message_delta")),
     Place("openai", ("usage",), _INPUT_OUTPUT),
     Place("gemini", ("usageMetadata",), _GEMINI, model="modelVersion",
           call="responseId"),
@@ -291,7 +291,7 @@ def dearest(usage: LLMUsage, others: Iterable[LLMUsage]) -> LLMUsage:
     """
     every = [usage, *others]
     raised = {
-        field: max(known, default=None)
+        field: max(known)
         for field in (
             "input_tokens", "output_tokens", "cache_creation_tokens",
             "reasoning_tokens",

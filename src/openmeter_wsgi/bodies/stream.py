@@ -110,8 +110,8 @@ class EventStream(Frames):
     def __init__(self) -> None:
         super().__init__(b"\n\n")
         self._after_cr = False
-        # Of an event that is too large: the start of a line that may become a data
-        # line, and whether the line that goes on is one; None at the start of a line.
+        # For an event that is too large: the first bytes of a line that may become a
+        # data line, and whether the present line is one; None at the start of a line.
         self._line_start = b""
         self._is_data: bool | None = None
 
@@ -146,6 +146,7 @@ class EventStream(Frames):
             sink.read_piece(data)
 
     def _data_in(self, text: bytes) -> bytes:
+        """Return the data in *text*, the next part of a large event."""
         self._line_start = data = b""
         if self._is_data is not None:
             line, newline, text = text.partition(b"\n")
