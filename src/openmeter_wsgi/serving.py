@@ -89,7 +89,11 @@ class Serving:
             iterable = app(environ, settlement.start_response)
         except EntitlementDenied as denied:
             # Of an application, or a framework, that does not answer it itself.
-            iterable = denied.answer(environ, settlement.start_response)
+            iterable = denied.answer(
+                environ,
+                settlement.start_response,
+                is_started=hasattr(settlement, "status"),
+            )
         except BaseException:
             settlement.fail()
             settlement.settle()

@@ -216,7 +216,9 @@ class Settlement(_Response):
         if self.progress is not UNSTARTED:
             self.fail()
             raise denied  # too late: something has been sent
-        yield from denied.answer(self.environ, self.start_response)
+        yield from denied.answer(
+            self.environ, self.start_response, is_started=hasattr(self, "status")
+        )
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
