@@ -291,11 +291,41 @@ def test_a_value_property_that_is_not_in_the_data(sandbox, api):
 def test_a_hyphenated_feature(sandbox):
     code, wrong = check(api_url=sandbox.url, required_entitlements="api-requests")
 
-    assert code == 3
-    severity, found, remedy = wrong["feature 'api-requests'"]
+    assert code == 2
+    severity, found, _ = wrong["configuration"]
     assert severity == "failure"
-    assert "OpenMeter refuses this key (expected a-z, 0-9 and _" in found
-    assert remedy.startswith("name it 'api_requests' here and in OpenMeter")
+    assert "OpenMeter takes no feature key like 'api-requests'" in found
+    assert "write 'api_requests' here and in OpenMeter" in found
+
+
+def test_the_id_of_a_feature(sandbox, api):
+    made = api.post(
+        "/api/v1/features", json={"key": "searches", "name": "searches"}
+    ).json()
+
+    code, wrong = check(api_url=sandbox.url, required_entitlements=made["id"])
+
+    assert code == 3
+    severity, found, remedy = wrong[f"feature {made['id']!r}"]
+    assert severity == "failure"
+    assert found.startswith("this is the id of a feature; write its key")
+    assert remedy == "write 'searches'"
+
+
+def test_a_key_that_may_not_list_customers(openmeter):
+    openmeter.rule = lambda request: (
+        problem(403, "forbidden")
+        if request.target.startswith("/api/v1/customers?")
+        else problem(404, "customer not found")
+    )
+
+    code, wrong = check(api_url=openmeter.url, required_entitlements="searches")
+
+    assert code == 3
+    severity, found, remedy = wrong["entitlements"]
+    assert severity == "failure"
+    assert "says 403: forbidden: fail_mode decides" in found
+    assert "may list customers" in remedy
 
 
 def test_a_feature_that_openmeter_does_not_know(sandbox):

@@ -15,7 +15,7 @@ from werkzeug.routing import Map, Rule
 
 from billing import serve, usage
 from openmeter_wsgi import ConfigError, OpenMeterMiddleware, Policy, bytes_sent
-from openmeter_wsgi.environ import METERS
+from openmeter_wsgi.request import REQUEST
 from openmeter_wsgi.route_rules import RouteRule
 from openmeter_wsgi.routes import Routes
 from servers import Consumer, make_environ
@@ -275,7 +275,7 @@ def test_a_route_that_is_not_metered_leaves_nothing_behind() -> None:
 
     assert seen == [environ, {"body": response}]
     assert response is seen[1]["body"]
-    assert METERS not in environ
+    assert REQUEST not in environ
     assert middleware.stats().settled == 0
 
 

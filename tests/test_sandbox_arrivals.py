@@ -235,14 +235,14 @@ def test_words_are_searched_in_id_type_subject_source_and_data(api):
 
 def test_what_no_meter_counts_can_be_listed(api):
     api.meter("sum", "SUM", "$.n")
-    api.meter("names", "UNIQUE_COUNT", "$.name", eventType="name")
+    api.meter("names", "UNIQUE_COUNT", "$.name.full", eventType="name")
     api.meter("since", "COUNT", eventType="since", eventFrom="2025-01-01T00:00:00Z")
     api.ingest(
         [
             event("counted", data={"n": "1"}),
             event("no number", data={"n": "x"}),
-            event("name", type="name", data={"name": "x"}),
-            event("null", type="name", data={"name": None}),
+            event("name", type="name", data={"name": {"full": "x"}}),
+            event("null", type="name", data={"name": {"full": None}}),
             event("old", type="since", time=OLD),
             event("new", type="since"),
             event("unknown", type="unknown"),

@@ -23,7 +23,29 @@ def test_a_customer_is_found_by_id_and_key(api):
         "totalCount": 1, "page": 1, "pageSize": 100, "items": [customer],
     }  # fmt: skip
     assert api.get(CUSTOMERS, params={"name": "other"}).json()["items"] == []
-    assert api.get(CUSTOMERS, params={"subject": "acme"}).json()["items"] == [customer]
+
+
+def test_customers_are_listed_by_parts_of_their_subject_keys(api):
+    made = {}
+    for key, subjects in (
+        ("acme", []), ("one", ["acme"]), ("two", ["ACME"]), ("three", ["x", "acme2"]),
+        ("other", ["nothing"]),
+    ):  # fmt: skip
+        customer = {"name": key, "key": key}
+        if subjects:
+            customer["usageAttribution"] = {"subjectKeys": subjects}
+        made[key] = api.post(CUSTOMERS, json=customer).json()
+
+    def listed(**parameters):
+        found = api.get(CUSTOMERS, params=parameters).json()
+        return found["totalCount"], [one["key"] for one in found["items"]]
+
+    # A customer's own key is no subject key, although its events count.
+    assert listed(subject="Acme") == (3, ["one", "two", "three"])
+    assert listed(subject="acme", pageSize=2) == (3, ["one", "two"])
+    assert listed(subject="acme", pageSize=2, page=2) == (3, ["three"])
+    assert listed(subject="acme3") == (0, [])
+    assert listed(subject="") == (5, list(made))
 
 
 def test_a_customer_has_a_key_or_subjects_of_its_own(api):

@@ -54,6 +54,8 @@ def test_there_is_no_v2_ingest(api):
         pytest.param({"data": None}, id="data null"),
         pytest.param({"data": ...}, id="data missing"),
         pytest.param({"data": {}}, id="data empty"),
+        pytest.param({"data": {"a": {"b": None}}}, id="data with null inside"),
+        pytest.param({"data": {"a": [None]}}, id="data with null in a list"),
         pytest.param({"data": {"value": "NaN"}}, id="not a number, as text"),
         pytest.param({"data": {"value": "Inf"}}, id="infinite, as text"),
         pytest.param({"type": "nobody counts this"}, id="unknown type"),
@@ -97,6 +99,10 @@ SCHEMA = "request body has an error: doesn't match schema #/components/schemas/E
         ({"data": "text"}, SCHEMA + 'Error at "/data": value must be an object'),
         ({"data": [1]}, SCHEMA + 'Error at "/data": value must be an object'),
         ({"data": 1}, SCHEMA + 'Error at "/data": value must be an object'),
+        (
+            {"data": {"n": 1, "region": None}},
+            SCHEMA + 'Error at "/data/region": Value is not nullable',
+        ),
         (
             {"datacontenttype": "application/xml"},
             SCHEMA + 'Error at "/datacontenttype": value is not one of the allowed '
@@ -190,22 +196,35 @@ def test_v3_names_the_field_in_invalid_parameters(api):
 
     problem = answer.json()
     assert problem.pop("instance").startswith("urn:request:")
-    assert problem.pop("detail").endswith(
-        'Error at "/1/subject": minimum string length is 1'
-    )
     assert problem == {
         "type": "https://kongapi.info/konnect/bad-request",
         "title": "Bad Request",
         "status": 400,
+        "detail": "Bad Request: 1.subject [min_length]: minimum string length is 1",
         "invalid_parameters": [
             {
                 "field": "1.subject",
-                "rule": "minLength",
+                "rule": "min_length",
                 "reason": "minimum string length is 1",
-                "source": "body",
+                "source": "",
             }
         ],
     }
+
+
+def test_a_null_at_the_top_of_the_data_refuses_the_whole_request(api):
+    bad = event(2, data={"region": None})
+
+    batch = api.ingest([event(1), bad], BATCH)
+    either = api.ingest([event(1), bad], EITHER)
+    v3 = api.ingest(bad, path=V3)
+
+    assert [a.status_code for a in (batch, either, v3)] == [400] * 3
+    assert 'Error at "/1/data/region": Value is not null' in batch.json()["detail"]
+    reason = {"field": "data.region", "rule": "nullable",
+              "reason": "Value is not nullable", "source": ""}  # fmt: skip
+    assert v3.json()["invalid_parameters"] == [reason]
+    assert api.events() == []
 
 
 def test_v3_knows_no_extension_attributes(api):

@@ -157,8 +157,9 @@ def test_a_meter_without_any_usable_number_has_no_rows(api):
 
 
 def test_unique_count_counts_the_missing_once_and_null_never(api):
-    api.meter("m", "UNIQUE_COUNT", "$.n")
-    values = [{"n": "a"}, {"n": "a"}, {"n": 1}, {"n": "1"}, {"n": None}, {}, {}]
+    api.meter("m", "UNIQUE_COUNT", "$.n.x")
+    found = ["a", "a", 1, "1", None]
+    values = [*({"n": {"x": value}} for value in found), {}, {}]
 
     api.ingest([event(n, data=data) for n, data in enumerate(values)])
 

@@ -139,7 +139,7 @@ def used(meter):
 
 def test_usage_is_divided_by_a_dimension_and_for_one_subject(api):
     api.meter("sum", "SUM", "$.n", groupBy={"region": "$.at.region"})
-    regions = [{"region": "eu"}, {"region": "us"}, {}, None]
+    regions = [{"region": "eu"}, {"region": "us"}, {}, "none"]
     api.ingest(
         [event(n, subject="ab"[n % 2], data={"n": n, "at": regions[n % 4]})
          for n in range(8)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing.exceptions import RoutingException
 
-from openmeter_wsgi.environ import method_of
+from openmeter_wsgi.request import method_of
 from openmeter_wsgi.route_map import bound
 
 if TYPE_CHECKING:

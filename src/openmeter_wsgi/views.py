@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
-from openmeter_wsgi.environ import BILLING, ENDED, METERS, STATED, environ_of
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.meters import govern
-from openmeter_wsgi.observation import counted_input
+from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.option_content import known_options
 from openmeter_wsgi.policy import view_problems
+from openmeter_wsgi.request import (
+    SETTLED,
+    environ_of,
+    leave_unmetered,
+    metered_request,
+    open_record,
+)
 from openmeter_wsgi.served_routes import SAYS, note_decorated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, MutableMapping
-
-    from openmeter_wsgi.billing import Billing
+    from collections.abc import Callable, Iterator, Mapping
 
 logger = log.get_logger(__name__)
 
@@ -56,12 +59,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     name,
                 )
                 return
-            cell = environ[METERS]
-            billing: Billing = cell[BILLING]
-            cell[BILLING] = own = billing.variant(name, own_options)
-            govern(environ, own)
-            if own.bodies is not None:
-                counted_input(environ, is_late=True)
+            _bill_as_view(environ, name, own_options)
             if required := options.get("required_entitlements"):
                 require_entitlements(environ, *required)
 
@@ -70,12 +68,30 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def _bill_as_view(
+    environ: dict[str, Any], name: str, options: Mapping[str, Any]
+) -> None:
+    """Let a view's own *options* govern a request, on top of what its route says."""
+    record = open_record(environ, "meter")
+    if record is None or record.billing is None:
+        return
+    billing = record.billing = record.billing.variant(name, options)
+    if record.usage is not None:
+        record.usage.is_unmetered = False
+    if billing.bodies is None:
+        return
+    if record.capture is None:
+        record.capture = ResponseCapture(environ, billing.bodies, is_late=True)
+    else:
+        record.capture.look_at(billing.bodies)
+
+
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:
     """Let the requests of a view not be metered."""
 
     def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
-            govern(environ, None)
+            leave_unmetered(environ)
 
     return _beginning(view, begin, None)
 
@@ -126,12 +142,12 @@ def asks_itself(view: object) -> bool:
     return options is None or "required_entitlements" in options
 
 
-def _metered_environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | None:
+def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
     """Return the environ of the request that a view is called for, if it is metered."""
     for argument in _requests(args):
         # Another decorator may hand over a mapping of its own, such as a user.
         environ = environ_of(argument)
-        if environ is not None and METERS in environ:
+        if metered_request(environ) is not None:
             return environ
     return None
 
@@ -149,5 +165,6 @@ def _requests(args: tuple[object, ...]) -> Iterator[object]:
     # In a thread without a request it has no environ, and after one that of the last.
     with contextlib.suppress(RuntimeError):
         environ = None if bottle is None else bottle.request.environ
-        if environ is not None and METERS in environ:
-            yield None if environ[METERS][STATED] is ENDED else environ
+        request = metered_request(environ)
+        if request is not None and request.state < SETTLED:
+            yield environ

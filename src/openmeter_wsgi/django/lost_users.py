@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from django.apps import apps
 from django.db.models.signals import pre_delete
 
-from openmeter_wsgi.environ import environ_of
 from openmeter_wsgi.frameworks import keep_subject
+from openmeter_wsgi.request import environ_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

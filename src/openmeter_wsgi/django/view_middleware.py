@@ -12,9 +12,8 @@ from openmeter_wsgi.django.lost_users import serving
 from openmeter_wsgi.django.route_names import route_name
 from openmeter_wsgi.django.subjects import remember_request
 from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
-from openmeter_wsgi.environ import METERS, environ_of
-from openmeter_wsgi.frameworks import CAME_THROUGH, must_ask
-from openmeter_wsgi.subject import set_route
+from openmeter_wsgi.frameworks import must_ask
+from openmeter_wsgi.request import REQUEST, environ_of, metered_request, set_route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +42,7 @@ class ViewMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
         """Serve one request."""
         environ: Any = environ_of(request)
-        if environ is None or CAME_THROUGH not in environ:
+        if environ is None or REQUEST not in environ:
             # Under ASGI, in Django's test client, or with Django's own wsgi.py.
             logger.warning(
                 "%s: a request did not come through openmeter_wsgi.django."
@@ -60,7 +59,7 @@ class ViewMiddleware:
     ) -> HttpResponseBase | None:
         """Note the route, and refuse the request if its customer may not."""
         environ = environ_of(request)
-        if environ is None or METERS not in environ:
+        if metered_request(environ) is None:
             return None
         if (name := route_name(request)) is not None:
             set_route(request, name)

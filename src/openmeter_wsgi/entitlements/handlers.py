@@ -10,11 +10,10 @@ from werkzeug.wrappers import Response
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.decision import unanswered
 from openmeter_wsgi.entitlements.refusal import Refusal
-from openmeter_wsgi.environ import billing_of, environ_of
-from openmeter_wsgi.meters import bill_nothing
+from openmeter_wsgi.request import bill_nothing, billing_of, environ_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping
 
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.entitlements.gate import Gate
@@ -102,7 +101,7 @@ def require_entitlements(
     raise EntitlementDenied(decision, Refusal(decision, gate.policy))
 
 
-def _gate(request: object) -> tuple[MutableMapping[str, Any] | None, Gate | None]:
+def _gate(request: object) -> tuple[dict[str, Any] | None, Gate | None]:
     environ = environ_of(request)
     billing = billing_of(environ)
     return environ, None if billing is None else billing.gate

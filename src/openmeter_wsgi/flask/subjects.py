@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import flask
 
-from openmeter_wsgi.environ import has_user
 from openmeter_wsgi.frameworks import LastingSubject, keep_subject
+from openmeter_wsgi.request import has_user
 from openmeter_wsgi.subject import path_reader
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ class Access:
     def value(
         self, customer: Document, entitlement: Document, at: int | None = None
     ) -> Document:
-        """Return the value of *entitlement* as the v2 API shows it.
+        """Return the value of *entitlement*, with ``hasAccess`` and all balances.
 
         :param at: Unix seconds; None is now.
         """
@@ -94,3 +94,10 @@ class Access:
 def v1(value: Document) -> Document:
     """Return *value* as the v1 API shows it: without the balance of each grant."""
     return {name: part for name, part in value.items() if name != "grantBalances"}
+
+
+def v2(value: Document) -> Document:
+    """Return *value* as the v2 API shows it: a denial has no ``hasAccess``."""
+    if value["hasAccess"]:
+        return value
+    return {name: part for name, part in value.items() if name != "hasAccess"}

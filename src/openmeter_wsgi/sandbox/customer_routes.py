@@ -8,7 +8,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox import documents
 from openmeter_wsgi.sandbox.customers import CUSTOMER
-from openmeter_wsgi.sandbox.listing import subjects_of
+from openmeter_wsgi.sandbox.listing import subject_keys, subjects_of
 from openmeter_wsgi.sandbox.parameters import paged
 from openmeter_wsgi.sandbox.parts import parts
 from openmeter_wsgi.sandbox.problems import Problem
@@ -50,14 +50,18 @@ def _delete_customer(customer: str) -> tuple[str, int]:
 
 
 def _check_subjects(customer: Document, others: list[Document]) -> None:
-    mine = subjects_of(customer)
-    if not mine:
-        raise Problem(
-            400, "validation error: either key or usageAttribution.subjectKeys required"
-        )
-    taken = {subject for other in others for subject in subjects_of(other)}
-    if both := sorted(taken.intersection(mine)):
-        raise Problem(409, f"subject keys are already in use: {', '.join(both)}")
+    if not subjects_of(customer):
+        detail = "either key or usageAttribution.subjectKeys must be provided"
+        raise Problem(400, f"validation error: {detail}")
+    # The key of another customer may be a subject key: both pay for that subject.
+    taken = {key: other["id"] for other in others for key in subject_keys(other)}
+    if owner := taken.get(customer.get("key", "")):
+        detail = f"key {customer['key']} overlaps with subject of another customer"
+        raise Problem(409, f"conflict error: {detail}: {owner}")
+    if both := [key for key in subject_keys(customer) if key in taken]:
+        detail = f"one or multiple subject keys of [{' '.join(both)}] are already"
+        detail += " associated with an different customer in the namespace default"
+        raise Problem(409, f"conflict error: {detail}")
 
 
 def _matches(customer: Document) -> bool:
@@ -67,5 +71,6 @@ def _matches(customer: Document) -> bool:
         part = wanted.get(name, "").lower()
         if part not in customer.get(name, "").lower():
             return False
+    # The key of a customer is no subject key here, although its events count.
     subject = wanted.get("subject", "").lower()
-    return any(subject in one.lower() for one in subjects_of(customer))
+    return not subject or any(subject in one.lower() for one in subject_keys(customer))

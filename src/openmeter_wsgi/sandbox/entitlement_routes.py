@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox import documents, grants
-from openmeter_wsgi.sandbox.access import NO_ACCESS, v1
+from openmeter_wsgi.sandbox.access import NO_ACCESS, v1, v2
 from openmeter_wsgi.sandbox.asked import question
 from openmeter_wsgi.sandbox.entitlement_schema import (
     CUSTOMER,
@@ -130,7 +130,7 @@ def _value_v1(customer: str, feature: str) -> Response:
 @question("value_v2")
 def _value_v2(customer: str, feature: str) -> Response:
     _check_feature(feature, ulid=True)
-    return jsonify(_value(customer, feature))
+    return jsonify(v2(_value(customer, feature)))
 
 
 @routes.get(f"{_V1}/access")
@@ -139,7 +139,7 @@ def _access(customer: str) -> Response:
     here = parts()
     found = _customer(customer)
     values = {
-        entitlement["featureKey"]: here.access.value(found, entitlement)
+        entitlement["featureKey"]: v2(here.access.value(found, entitlement))
         for entitlement in here.entitlements.of(found)
     }
     return jsonify({"entitlements": values})

@@ -68,7 +68,7 @@ class Granting:
             self._parts.entitlements.reset_at(found, edge, {"retainAnchor": True})
 
     def value(self, customer: str, feature: str) -> Document:
-        """Return the value of the entitlement as the v2 API does."""
+        """Return the value of the entitlement, ``hasAccess`` always included."""
         payer = self._parts.customers.get(customer)
         found = self._parts.entitlements.find(payer, feature)
         return self._parts.access.value(payer, found) if found else NO_ACCESS

@@ -25,6 +25,8 @@ BATCH = "application/cloudevents-batch+json"
 EITHER = "application/json"
 
 _TEXT: Schema = {"type": "string", "minLength": 1}
+#: Anything but null: OpenAPI 3.0 allows null only where a schema says nullable.
+_ANY: Schema = {}
 EVENT: Schema = {
     "type": "object",
     "required": ["id", "source", "specversion", "type", "subject"],
@@ -35,7 +37,7 @@ EVENT: Schema = {
         "type": _TEXT,
         "subject": _TEXT,
         "time": {"type": "string", "nullable": True, "format": "date-time"},
-        "data": {"type": "object", "nullable": True},
+        "data": {"type": "object", "nullable": True, "additionalProperties": _ANY},
         "datacontenttype": {"type": "string", "nullable": True, "enum": [EITHER]},
         "dataschema": _TEXT | {"nullable": True},
     },

@@ -91,6 +91,10 @@ class Judge:
 
 def subjects_of(customer: Document) -> list[str]:
     """Return the event subjects that *customer* pays for: its key, and those named."""
-    named = (customer.get("usageAttribution") or {}).get("subjectKeys", [])
     key = customer.get("key")
-    return [key, *named] if key else list(named)
+    return [*([key] if key else ()), *subject_keys(customer)]
+
+
+def subject_keys(customer: Document) -> list[str]:
+    """Return the event subjects that *customer* names beside its key."""
+    return list((customer.get("usageAttribution") or {}).get("subjectKeys", ()))

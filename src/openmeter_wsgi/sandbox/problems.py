@@ -77,13 +77,11 @@ class Problem(Exception):
         if self.detail is not None:
             body["detail"] = self.detail
         if self.flaw is not None:
+            field = self.flaw.pointer.strip("/").replace("/", ".")
+            rule, reason = self.flaw.rule, self.flaw.reason
+            body["detail"] = f"{title}: {field} [{rule}]: {reason}"
             body["invalid_parameters"] = [
-                {
-                    "field": self.flaw.pointer.strip("/").replace("/", "."),
-                    "rule": self.flaw.rule,
-                    "reason": self.flaw.reason,
-                    "source": "body",
-                }
+                {"field": field, "rule": rule, "reason": reason, "source": ""}
             ]
         return body
 

@@ -49,6 +49,8 @@ def check(schema: Schema, value: Any, pointer: str = "") -> Flaw | None:
     if (allowed := schema.get("enum")) and value not in allowed:
         reason = f"value is not one of the allowed values {_compact(allowed)}"
         return Flaw(pointer, "enum", reason)
+    if "type" not in schema:
+        return None
     return _TYPES[schema["type"]](schema, value, pointer)
 
 
@@ -60,9 +62,9 @@ def _string(schema: Schema, value: Any, pointer: str) -> Flaw | None:
     if not isinstance(value, str):
         return Flaw(pointer, "type", "value must be a string")
     if len(value) < (least := schema.get("minLength", 0)):
-        return Flaw(pointer, "minLength", f"minimum string length is {least}")
+        return Flaw(pointer, "min_length", f"minimum string length is {least}")
     if len(value) > (most := schema.get("maxLength", len(value))):
-        return Flaw(pointer, "maxLength", f"maximum string length is {most}")
+        return Flaw(pointer, "max_length", f"maximum string length is {most}")
     if (pattern := schema.get("pattern")) and not matches(pattern, value):
         reason = f'string doesn\'t match the regular expression "{pattern}"'
         return Flaw(pointer, "pattern", reason)
@@ -90,7 +92,7 @@ def _object(schema: Schema, value: Any, pointer: str) -> Flaw | None:
         part = properties.get(name, additional)
         if part is False:
             reason = f'property "{name}" is unsupported'
-            return Flaw(pointer, "additionalProperties", reason)
+            return Flaw(pointer, "properties", reason)
         if part is not True and (flaw := check(part, value[name], f"{pointer}/{name}")):
             return flaw
     for name in schema.get("required", ()):

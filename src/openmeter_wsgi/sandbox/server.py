@@ -162,9 +162,10 @@ class Sandbox:
             self._granting.forget(customer)
 
     def value(self, customer: str, feature: str) -> dict[str, Any]:
-        """Return what the API answers to whether *customer* has *feature*.
+        """Return the value of *customer*'s entitlement to *feature*.
 
-        Not counted as a question, and without faults.
+        It holds all that the API answers, and ``hasAccess`` also where it is false and
+        the v2 API leaves it out. Not counted as a question, and without faults.
 
         :raises ValueError: if there is no such customer.
         """
