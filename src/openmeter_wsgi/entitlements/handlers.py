@@ -54,7 +54,7 @@ class EntitlementDenied(HTTPException):
     def answer(self, environ: Any, start_response: Any, *, is_started: bool) -> Any:
         """Answer the request in place of an application that has raised this.
 
-        *is_started*: the application has called *start_response* before.
+        *is_started*: it had called *start_response* before.
         """
         if not is_started:
             return self._refusal(environ, start_response)
