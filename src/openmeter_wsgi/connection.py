@@ -8,12 +8,13 @@ import encodings.idna  # noqa: F401
 import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
+from requests.structures import CaseInsensitiveDict
 from urllib3.util.connection import create_connection
 
 from openmeter_wsgi.deadline import Deadline
@@ -92,7 +93,12 @@ class Connection:
         reply = self._attempt(method, url, data, headers)
         if reply.status == 401 and self._renew_key():
             reply = self._attempt(method, url, data, headers)
-        return reply._replace(body=self._without_key(reply.body))
+        return reply._replace(
+            body=self._without_key(reply.body),
+            headers=CaseInsensitiveDict(
+                {name: self._text_without_key(v) for name, v in reply.headers.items()}
+            ),
+        )
 
     def close(self) -> None:
         """Close the connections. The next request opens new ones."""
@@ -132,14 +138,20 @@ class Connection:
                 # To the parser, headers that were cut off are a whole answer.
                 response.close()
                 raise requests.ReadTimeout
+            if response.status_code < 200:
+                # The answer itself comes after it, and would be taken for the next.
+                response.close()
+                raise Unavailable(
+                    f"{response.status_code} in place of an answer", ambiguous=True
+                )
             if response.cookies:
                 session.cookies.update(response.cookies)
             body = self._read(response)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.close()  # what is wrong may be in the environment, and set right there
             if deadline.is_over:
                 error = _late(error, self._timeout)
-            raise _no_answer(error, url) from error
+            raise self._no_answer(error, url) from error
         finally:
             deadline.end()
         return Reply(response.status_code, response.headers, body)
@@ -167,6 +179,32 @@ class Connection:
                 response.close()  # the rest stays unread, so the connection ends here
         return b"".join(chunks)
 
+    def _no_answer(self, error: OSError | ValueError, url: str) -> DeliveryError:
+        """Say what an attempt without an answer means, and if it may have arrived."""
+        reason = self._text_without_key(_said(error))
+        if isinstance(error, requests.exceptions.InvalidURL) or (
+            isinstance(error, ValueError) and not isinstance(error, OSError)
+        ):
+            # Ours was read before. What cannot be parsed would show its password.
+            return Held("the URL of the proxy cannot be parsed (see http_proxy, ...)")
+        if not isinstance(error, requests.RequestException) or isinstance(
+            error, requests.exceptions.SSLError | ValueError
+        ):
+            # What is no RequestException is a CA bundle that is not there.
+            return Held(f"cannot talk to {url}: {reason}")
+        cause = error.args[0] if error.args else None
+        cause = getattr(cause, "reason", cause)
+        where = urlsplit(url).netloc.rpartition("@")[2]
+        if isinstance(cause, urllib3.exceptions.ProxyError):
+            # A connection lost after the request was sent is called one, too.
+            cause, where = cause.original_error, f"{where} through a proxy"
+        never_connected = isinstance(cause, _UNCONNECTED)
+        # A tunnel that a proxy refuses is an OSError and none of its subclasses.
+        return Unavailable(
+            f"{where}: {reason}",
+            ambiguous=not never_connected and type(cause) is not OSError,
+        )
+
     def _prepared(
         self,
         session: requests.Session,
@@ -189,6 +227,12 @@ class Connection:
     def _without_key(self, body: bytes) -> bytes:
         key = self._key.known
         return body.replace(key.encode(), b"[api_key]") if key else body
+
+    def _text_without_key(self, text: str) -> str:
+        key = self._key.known
+        for form in (key, quote(key, safe="")) if key else ():
+            text = text.replace(form, "[api_key]")
+        return text
 
     def _current_key(self) -> str | None:
         try:
@@ -316,7 +360,7 @@ def _new_session(url: str, deadline: Deadline) -> requests.Session:
     return session
 
 
-def _late(error: OSError, timeout: float) -> OSError:
+def _late(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
     """Return what stands for an attempt that was ended by its deadline."""
     never_connected = isinstance(error, requests.exceptions.ConnectTimeout) or (
         isinstance(getattr(error.args and error.args[0], "reason", None), _UNCONNECTED)
@@ -324,28 +368,6 @@ def _late(error: OSError, timeout: float) -> OSError:
     if never_connected:
         return error
     return requests.ReadTimeout(f"no whole answer within {timeout:g} s")
-
-
-def _no_answer(error: OSError, url: str) -> DeliveryError:
-    """Say what an attempt without an answer means, and if it may have arrived."""
-    reason = _said(error)
-    if not isinstance(error, requests.RequestException) or isinstance(
-        error, requests.exceptions.SSLError | ValueError
-    ):
-        # What is no RequestException is a CA bundle that is not there.
-        return Held(f"cannot talk to {url}: {reason}")
-    cause = error.args[0] if error.args else None
-    cause = getattr(cause, "reason", cause)
-    where = urlsplit(url).netloc.rpartition("@")[2]
-    if isinstance(cause, urllib3.exceptions.ProxyError):
-        # A connection lost after the request was sent is called one, too.
-        cause, where = cause.original_error, f"{where} through a proxy"
-    never_connected = isinstance(cause, _UNCONNECTED)
-    # A tunnel that a proxy refuses is an OSError and none of its subclasses.
-    return Unavailable(
-        f"{where}: {reason}",
-        ambiguous=not never_connected and type(cause) is not OSError,
-    )
 
 
 def _said(error: BaseException) -> str:

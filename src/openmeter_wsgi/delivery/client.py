@@ -23,7 +23,6 @@ _PATHS = {
 _ONE = "application/cloudevents+json"
 _BATCH = "application/cloudevents-batch+json"
 
-_ACCEPTED = {200, 202, 204}
 _REFUSED = {400, 413}
 
 
@@ -64,7 +63,7 @@ class OpenMeterClient:
             self.clock_ahead = time.time() - date
         if reply.status in _REFUSED:
             raise Rejected(reason(reply.body), status=reply.status)
-        if reply.status not in _ACCEPTED or reply.is_page:
+        if not 200 <= reply.status <= 299 or reply.is_page:
             raise failure(reply)
 
     def close(self) -> None:

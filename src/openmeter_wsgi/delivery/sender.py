@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch, shortened
 from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
-from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
+from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected, Unavailable
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.timestamps import age_of
 
@@ -194,8 +194,9 @@ class Sender(Generic[_B]):
         self._delivered()
         return 0.0
 
-    def give_up_attempt(self) -> float:
+    def give_up_attempt(self, error: Exception) -> float:
         """Return the wait after an attempt that broke off in a way nobody foresaw."""
+        self.outage.note(Unavailable(f"an attempt broke off, {error!r}"))
         batch = self._pending[0]
         batch.failures += 1
         return self._backoff(batch.failures)

@@ -326,12 +326,12 @@ class Worker(Generic[_B]):
     def _attempt(self) -> float:
         try:
             return self._sender.attempt()
-        except Exception:
+        except Exception as error:
             # Of all that can happen here nothing may end the thread.
             logger.exception(
                 "%s: an attempt broke off; its events are kept", "delivery"
             )
-            return self._sender.give_up_attempt()
+            return self._sender.give_up_attempt(error)
 
     # -- Waiting
 
