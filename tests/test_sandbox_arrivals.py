@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from openmeter_wsgi.sandbox import Sandbox, turned_away
+from openmeter_wsgi.sandbox import Sandbox, store
 from test_sandbox_page import HOSTILE, OLD
 from test_sandbox_support import Api, event
 
@@ -96,7 +96,7 @@ def test_a_refused_batch_names_the_event_that_is_to_blame(api, kind, flaw, reaso
         (b"nonsense", "nonsense"),
         (b"\xff", "\ufffd"),
         (b"[]", None),
-        (b"[" * 100_000, "[" * turned_away.MAX_DATA),
+        (b"[" * 100_000, "[" * store.MAX_DATA),
         (b'"\\ud800"', "?"),
         (b"[null, 1]", None),
     ],
@@ -295,8 +295,8 @@ def test_hostile_texts_are_listed_as_texts(api, hostile):
 
 
 def test_what_is_kept_of_events_that_were_not_stored_is_bounded(api, monkeypatch):
-    monkeypatch.setattr(turned_away, "KEPT", 5)
-    monkeypatch.setattr(turned_away, "KEPT_OF_REQUEST", 3)
+    monkeypatch.setattr(store, "KEPT", 5)
+    monkeypatch.setattr(store, "KEPT_OF_REQUEST", 3)
     for number in range(4):
         api.ingest([event(number, id=f"{number}.{n}") for n in range(4)]
                    + [event(id=f"{number}.bad", subject="")])  # fmt: skip

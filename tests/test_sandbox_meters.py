@@ -4,7 +4,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from openmeter_wsgi.sandbox import Sandbox
-from openmeter_wsgi.sandbox.windows import window_end, window_start
+from openmeter_wsgi.sandbox.usage import window_end, window_start
 from test_sandbox_support import Api, event
 
 HOUR = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)

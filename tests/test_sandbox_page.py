@@ -7,7 +7,7 @@ import pytest
 
 import openmeter_wsgi.sandbox
 from openmeter_wsgi.sandbox import Sandbox
-from openmeter_wsgi.sandbox.guard import is_allowed
+from openmeter_wsgi.sandbox.app import is_allowed
 from test_sandbox_support import Api, event
 
 PAGE = Path(openmeter_wsgi.sandbox.__file__).with_name("page")

@@ -1,6 +1,6 @@
 import pytest
 
-from openmeter_wsgi.sandbox.uri import InvalidURI, reencode
+from openmeter_wsgi.sandbox.ingest import InvalidURI, reencode
 
 
 @pytest.mark.parametrize(

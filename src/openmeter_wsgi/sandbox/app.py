@@ -1,34 +1,31 @@
-"""The sandbox as a WSGI application: its parts, put together."""
+"""The sandbox as a WSGI application, for programs of this machine alone."""
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from flask import Flask
+from flask import Flask, request
 
 from openmeter_wsgi.sandbox import (
-    arrival_routes,
     catalog,
-    customer_routes,
+    dashboard,
     entitlement_routes,
     events,
-    guard,
     ingest,
     meters,
-    overview,
-    page_actions,
-    problems,
+    protocol,
+    trace,
 )
-from openmeter_wsgi.sandbox.access import Access
-from openmeter_wsgi.sandbox.customers import Customers
-from openmeter_wsgi.sandbox.dashboard_cache import DashboardCache
-from openmeter_wsgi.sandbox.entitlements import Entitlements
-from openmeter_wsgi.sandbox.parts import Parts
-from openmeter_wsgi.sandbox.questions import Questions
-from openmeter_wsgi.sandbox.resources import Resources
-from openmeter_wsgi.sandbox.tally import Tally
+from openmeter_wsgi.sandbox.context import Context, DashboardCache, Questions, Tally
+from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
+from openmeter_wsgi.sandbox.protocol import Problem
+from openmeter_wsgi.sandbox.store import Customers, Resources
 
 if TYPE_CHECKING:
+    from flask import Response
+
     from openmeter_wsgi.sandbox.faults import Faults
     from openmeter_wsgi.sandbox.store import Store
 
@@ -36,45 +33,121 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
-    customer_routes.routes,
-    entitlement_routes.routes,
+    catalog.customers,
     catalog.features,
     catalog.subjects,
-    overview.routes,
-    arrival_routes.routes,
-    page_actions.routes,
+    entitlement_routes.routes,
+    dashboard.routes,
+    trace.routes,
 )
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+        " connect-src 'self'; base-uri 'none'; form-action 'none';"
+        # No text becomes markup or code, whatever a script does with it.
+        " frame-ancestors 'none'; require-trusted-types-for 'script';"
+        " trusted-types 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
-def create_app(parts: Parts, *, host: str) -> Flask:
-    """Return the application that serves *parts* at the address *host*."""
+def control_access(app: Flask, bound: str) -> None:
+    """Let only this machine's programs talk to *app*, which listens at *bound*."""
+
+    @app.before_request
+    def check() -> None:
+        host = request.headers.get("Host", "")
+        if not is_allowed(host, bound):
+            # A page of another site whose name was made to point at this machine.
+            raise Problem(403, f"host {host!r} is not a name of this sandbox")
+        if request.method not in ("GET", "HEAD") and _is_foreign(host):
+            raise Problem(403, "requests from pages of other sites are refused")
+
+    @app.after_request
+    def protect(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+
+def is_allowed(host: str, bound: str) -> bool:
+    """Return whether a Host header can only mean this sandbox."""
+    name = _name(host)
+    if name is None:
+        return False
+    if name in (bound.lower(), "localhost") or name.endswith(".localhost"):
+        return True
+    address = _address(name)
+    if _is_loopback(bound):
+        return address is not None and address.is_loopback
+    # Reachable from other machines: under any address, and under names without a
+    # dot (a container's), which no foreign site can own.
+    return address is not None or "." not in name
+
+
+def _name(host: str) -> str | None:
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+    return name if name and "@" not in host and "/" not in host else None
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _is_loopback(bound: str) -> bool:
+    address = _address(bound)
+    return bound == "localhost" or (address is not None and address.is_loopback)
+
+
+def _is_foreign(host: str) -> bool:
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return True
+    origin = request.headers.get("Origin")
+    return origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+
+
+def create_app(here: Context, *, host: str) -> Flask:
+    """Return the application that serves *here* at the address *host*."""
     # No static folder: the page's few files are routes of their own.
     app = Flask("openmeter_wsgi.sandbox", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.json.compact = True  # type: ignore[attr-defined]
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    guard.install(app, host)
-    problems.install(app)
-    parts.install(app)
+    control_access(app, host)
+    protocol.install(app)
+    here.install(app)
     for routes in ROUTES:
         app.register_blueprint(routes)
     return app
 
 
-def create_parts(store: Store, faults: Faults) -> Parts:
-    """Return the parts of a sandbox that keeps everything in *store*."""
+def create_context(store: Store, faults: Faults) -> Context:
+    """Return the context of a sandbox that keeps everything in *store*."""
     meters = Resources(store, "meter", key="slug")
-    return Parts(
+    features = Resources(store, "feature", key="key")
+    customers, entitlements = Customers(store), Entitlements(store)
+    return Context(
         store=store,
         tally=Tally(),
         faults=faults,
-        dashboards=DashboardCache(store, meters),
+        dashboards=DashboardCache(store),
         meters=meters,
-        customers=Customers(store),
-        entitlements=Entitlements(store),
+        customers=customers,
+        entitlements=entitlements,
         access=Access(store, meters),
         questions=Questions(),
-        features=Resources(store, "feature", key="key"),
+        features=features,
         subjects=Resources(store, "subject", key="key"),
+        granting=Granting(store, customers, features, meters, entitlements),
     )

@@ -1,4 +1,4 @@
-"""The routes of features and subjects: create, list, read, delete."""
+"""The routes of customers, features and subjects."""
 
 from __future__ import annotations
 
@@ -6,14 +6,83 @@ from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox import documents
-from openmeter_wsgi.sandbox.parameters import integer, paged
-from openmeter_wsgi.sandbox.parts import parts
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.schema import KEY, Flaw, Schema, check
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.protocol import (
+    KEY,
+    PREFIX,
+    Flaw,
+    Problem,
+    Schema,
+    check,
+    integer,
+    paged,
+    parse,
+    read,
+)
+from openmeter_wsgi.sandbox.store import CUSTOMER, subject_keys, subjects_of
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.resources import Document
+    from openmeter_wsgi.sandbox.protocol import Document
+
+customers = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
+
+
+@customers.post("")
+def _create_customer() -> tuple[Response, int]:
+    customer = read(request.get_data(), CUSTOMER, "CustomerCreate")
+    _check_subjects(customer, context().customers.all())
+    return jsonify(context().customers.create(customer)), 201
+
+
+@customers.get("")
+def _list_customers() -> Response:
+    found = [c for c in context().customers.all() if _matches(c)]
+    return jsonify(paged(found, request.args))
+
+
+@customers.get("/<customer>")
+def _get_customer(customer: str) -> Response:
+    # A deleted one too, as OpenMeter does here and nowhere else.
+    return jsonify(context().customers.look_up(customer))
+
+
+@customers.delete("/<customer>")
+def _delete_customer(customer: str) -> tuple[str, int]:
+    here = context()
+    found = here.customers.get(customer)
+    if here.entitlements.of(found):
+        detail = f"customer {found['id']} still has active entitlements"
+        raise Problem(409, f"{detail}, please remove them before deleting the customer")
+    here.customers.retire(found["id"])
+    return "", 204
+
+
+def _check_subjects(customer: Document, others: list[Document]) -> None:
+    if not subjects_of(customer):
+        detail = "either key or usageAttribution.subjectKeys must be provided"
+        raise Problem(400, f"validation error: {detail}")
+    # The key of another customer may be a subject key: both pay for that subject.
+    taken = {key: other["id"] for other in others for key in subject_keys(other)}
+    if owner := taken.get(customer.get("key", "")):
+        detail = f"key {customer['key']} overlaps with subject of another customer"
+        raise Problem(409, f"conflict error: {detail}: {owner}")
+    if both := [key for key in subject_keys(customer) if key in taken]:
+        detail = f"one or multiple subject keys of [{' '.join(both)}] are already"
+        detail += " associated with an different customer in the namespace default"
+        raise Problem(409, f"conflict error: {detail}")
+
+
+def _matches(customer: Document) -> bool:
+    """Return whether the parameters choose *customer*, by parts of its texts."""
+    wanted = request.args
+    for name in ("key", "name", "primaryEmail"):
+        part = wanted.get(name, "").lower()
+        if part not in customer.get(name, "").lower():
+            return False
+    # The key of a customer is no subject key here, although its events count.
+    subject = wanted.get("subject", "").lower()
+    return not subject or any(subject in one.lower() for one in subject_keys(customer))
+
 
 _TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 _SLUG: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
@@ -42,22 +111,23 @@ SUBJECT: Schema = {
 #: A feature is a running total: averages and extremes are none.
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
 
-
 features = Blueprint("features", __name__, url_prefix="/api/v1/features")
 
 
 @features.post("")
 def _create_feature() -> tuple[Response, int]:
-    feature = documents.read(request.get_data(), FEATURE, "FeatureCreateInputs")
+    feature = read(request.get_data(), FEATURE, "FeatureCreateInputs")
     _check_feature(feature)
-    return jsonify(parts().features.create(feature)), 201
+    return jsonify(context().features.create(feature)), 201
 
 
 @features.get("")
 def _list_features() -> Response:
     wanted = request.args.getlist("meterSlug")
     found = [
-        f for f in parts().features.all() if not wanted or f.get("meterSlug") in wanted
+        f
+        for f in context().features.all()
+        if not wanted or f.get("meterSlug") in wanted
     ]
     # Whoever asks for a page gets one; OpenMeter's older form is a bare list.
     if "page" in request.args:
@@ -69,12 +139,12 @@ def _list_features() -> Response:
 
 @features.get("/<feature>")
 def _get_feature(feature: str) -> Response:
-    return jsonify(parts().features.get(feature))
+    return jsonify(context().features.get(feature))
 
 
 @features.delete("/<feature>")
 def _delete_feature(feature: str) -> tuple[str, int]:
-    parts().features.delete(feature)
+    context().features.delete(feature)
     return "", 204
 
 
@@ -82,7 +152,7 @@ def _check_feature(feature: Document) -> None:
     slug = feature.get("meterSlug")
     if slug is None:
         return
-    meter = parts().meters.get(slug)
+    meter = context().meters.get(slug)
     if meter["aggregation"] not in FEATURE_AGGREGATIONS:
         detail = f"meter {slug} has aggregation {meter['aggregation']},"
         raise Problem(400, f"{detail} which features do not support")
@@ -96,7 +166,7 @@ subjects = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
 
 @subjects.post("")
 def _upsert_subjects() -> Response:
-    items = documents.parse(request.get_data())
+    items = parse(request.get_data())
     if flaw := check({"type": "array", "items": SUBJECT}, items):
         raise _refused(flaw)
     return jsonify([_upsert(item) for item in items])
@@ -104,26 +174,26 @@ def _upsert_subjects() -> Response:
 
 @subjects.get("")
 def _list_subjects() -> Response:
-    return jsonify(parts().subjects.all())
+    return jsonify(context().subjects.all())
 
 
 @subjects.get("/<subject>")
 def _get_subject(subject: str) -> Response:
-    return jsonify(parts().subjects.get(subject))
+    return jsonify(context().subjects.get(subject))
 
 
 @subjects.delete("/<subject>")
 def _delete_subject(subject: str) -> tuple[str, int]:
-    parts().subjects.delete(subject)
+    context().subjects.delete(subject)
     return "", 204
 
 
 def _refused(flaw: Flaw) -> Problem:
-    return Problem(400, f"{documents.PREFIX}doesn't match schema: {flaw}", flaw=flaw)
+    return Problem(400, f"{PREFIX}doesn't match schema: {flaw}", flaw=flaw)
 
 
 def _upsert(item: Document) -> Document:
-    known = parts().subjects
+    known = context().subjects
     if found := known.find(item["key"]):
         return known.update(found | item)
     return known.create(item)

@@ -1,25 +1,109 @@
-"""The routes that list events: v1 by time, v2 in pages that a cursor turns."""
+"""Listing events: v1 by time, v2 in pages, with the flaws that OpenMeter names."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import json
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, jsonify, request
 
-from openmeter_wsgi.sandbox.listing import Filter, Judge, select, subjects_of
-from openmeter_wsgi.sandbox.parameters import integer, moment, refuse
-from openmeter_wsgi.sandbox.parts import parts
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.schema import check
-from openmeter_wsgi.sandbox.windows import rfc3339
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.meters import flaw_of
+from openmeter_wsgi.sandbox.protocol import (
+    Problem,
+    check,
+    integer,
+    moment,
+    refuse,
+    rfc3339,
+)
+from openmeter_wsgi.sandbox.store import subjects_of
 
 if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable
+
     from flask import Response
 
-    from openmeter_wsgi.sandbox.schema import Schema
+    from openmeter_wsgi.sandbox.protocol import Document, Schema
+
+
+_COLUMNS = "seq, id, source, type, subject, time, data, ingested_at"
+
+
+@dataclass(slots=True)
+class Filter:
+    """Which events are listed: an SQL condition grown term by term."""
+
+    terms: list[str] = field(default_factory=lambda: ["1"])
+    values: list[Any] = field(default_factory=list)
+
+    def where(self, term: str, *values: Any) -> None:
+        """Require *term*, which has a question mark for each of *values*."""
+        self.terms.append(term)
+        self.values.extend(values)
+
+    def where_in(self, column: str, values: Iterable[str]) -> None:
+        """Require *column* to be one of *values*."""
+        wanted = list(values)
+        self.where(f"{column} IN ({', '.join('?' * len(wanted))})", *wanted)
+
+
+def select(
+    connection: sqlite3.Connection, chosen: Filter, limit: int, order: str = "time"
+) -> list[tuple[Any, ...]]:
+    """Return the newest events by *order*, as rows of the table."""
+    return connection.execute(
+        f"SELECT {_COLUMNS} FROM events WHERE {' AND '.join(chosen.terms)}"  # noqa: S608
+        f" ORDER BY {order} DESC, seq DESC LIMIT ?",
+        (*chosen.values, limit),
+    ).fetchall()
+
+
+class Judge:
+    """Says of an event what OpenMeter's list of events says of it."""
+
+    def __init__(self, meters: list[Document], customers: list[Document]) -> None:
+        self._meters: dict[str, list[Document]] = {}
+        for meter in meters:
+            self._meters.setdefault(meter["eventType"], []).append(meter)
+        self._customers: dict[str, str] = {}
+        for customer in customers:
+            for subject in subjects_of(customer):
+                self._customers.setdefault(subject, customer["id"])
+
+    def flaws(self, event_type: str, data: str | None) -> list[str]:
+        """Return why meters do not count an event."""
+        meters = self._meters.get(event_type)
+        if not meters:
+            return [f"no meter found for event type: {event_type}"]
+        return [flaw for meter in meters if (flaw := flaw_of(meter, data))]
+
+    def document(self, row: tuple[Any, ...]) -> Document:
+        """Return a row of `select` as the API lists it."""
+        _, id_, source, event_type, subject, moment, data, ingested_at = row
+        event: Document = {
+            "specversion": "1.0",
+            "id": id_,
+            "source": source,
+            "type": event_type,
+            "subject": subject,
+            "time": rfc3339(moment),
+        }
+        if data is not None:
+            event |= {"datacontenttype": "application/json", "data": json.loads(data)}
+        arrived = rfc3339(ingested_at)
+        listed = {"event": event, "ingestedAt": arrived, "storedAt": arrived}
+        flaws = self.flaws(event_type, data)
+        if customer := self._customers.get(subject):
+            listed["customerId"] = customer
+        else:
+            flaws.append(f"no customer found for event subject: {subject}")
+        return listed | {"validationError": "\n".join(flaws)} if flaws else listed
+
 
 #: OpenMeter lists no events older than this.
 HORIZON = 32 * 24 * 3600
@@ -40,12 +124,11 @@ FILTER: Schema = {
     "properties": dict.fromkeys(("id", "source", "type", "subject"), _CONDITION),
 }
 
-
 routes = Blueprint("events", __name__)
 
 
 def _fetch(chosen: Filter, limit: int) -> tuple[Judge, list[tuple[Any, ...]]]:
-    here = parts()
+    here = context()
     with here.store.reading() as connection:
         meters = here.meters.within(connection)
         judge = Judge(meters, here.customers.within(connection))
@@ -79,7 +162,7 @@ def _v1_filter() -> Filter:
         if name in arguments:
             chosen.where(term, arguments[name])
     if wanted := arguments.getlist("customerId"):
-        found = [parts().customers.get(customer) for customer in wanted]
+        found = [context().customers.get(customer) for customer in wanted]
         chosen.where_in("subject", [s for one in found for s in subjects_of(one)])
     for name, term in (("ingestedAtFrom", ">="), ("ingestedAtTo", "<=")):
         if (limit := moment(arguments.get(name), name)) is not None:
@@ -89,7 +172,7 @@ def _v1_filter() -> Filter:
 
 def _period() -> Filter:
     chosen = Filter()
-    horizon = int(parts().store.clock()) - HORIZON
+    horizon = int(context().store.clock()) - HORIZON
     start = moment(request.args.get("from"), "from")
     # A minute of grace, for a client that counts the days itself.
     if start is not None and start < horizon - 60:

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openmeter_wsgi.sandbox.problems import Problem
+from openmeter_wsgi.sandbox.protocol import Problem
 
 #: Longer than any sensible client waits, in seconds.
 MAX_LATENCY = 60.0

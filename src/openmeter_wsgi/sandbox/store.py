@@ -3,20 +3,179 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import secrets
 import sqlite3
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.sandbox import sql_functions, turned_away
-from openmeter_wsgi.sandbox.turned_away import Outcome, TurnedAway
+from openmeter_wsgi.sandbox.protocol import Problem, rfc3339
+from openmeter_wsgi.sandbox.usage import install
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from openmeter_wsgi.sandbox.cloudevent import Event
+    from openmeter_wsgi.sandbox.protocol import Document, Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event as OpenMeter's Kafka message holds it: nothing else survives."""
+
+    id: str
+    source: str
+    type: str
+    subject: str
+    #: Seconds since 1970; OpenMeter meters at this resolution.
+    time: int
+    #: JSON text, or None where there was no data.
+    data: str | None
+    #: The data is no JSON, which OpenMeter finds out too late to say so: 500.
+    broken: bool = False
+
+    @property
+    def key(self) -> str:
+        """What OpenMeter deduplicates by; ``a-b`` + ``c`` equals ``a`` + ``b-c``."""
+        return f"default-{self.source}-{self.id}"
+
+
+def subjects_of(customer: Document) -> list[str]:
+    """Return the event subjects that *customer* pays for: its key, and those named."""
+    key = customer.get("key")
+    return [*([key] if key else ()), *subject_keys(customer)]
+
+
+def subject_keys(customer: Document) -> list[str]:
+    """Return the event subjects that *customer* names beside its key."""
+    return list((customer.get("usageAttribution") or {}).get("subjectKeys", ()))
+
+
+REJECTED_TABLES = """
+CREATE TABLE IF NOT EXISTS rejected (
+    -- One row of numbers with the events that were stored: the order of arrival.
+    seq INTEGER PRIMARY KEY,
+    outcome TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    id TEXT,
+    source TEXT,
+    type TEXT,
+    subject TEXT,
+    -- Whole seconds, or whatever an event that was refused had there.
+    time,
+    data TEXT,
+    ingested_at REAL NOT NULL
+);
+"""
+#: The newest that are kept, and those of one request.
+KEPT = 20_000
+KEPT_OF_REQUEST = 1_000
+#: Characters of an attribute, and of the data, of an event that fits no schema.
+MAX_TEXT = 300
+MAX_DATA = 10_000
+_ATTRIBUTES = ("id", "source", "type", "subject", "time")
+
+
+class Outcome(StrEnum):
+    """What became of an event that arrived and was not stored."""
+
+    DUPLICATE = "duplicate"
+    #: From 1970 or earlier.
+    DROPPED = "dropped"
+    REFUSED = "refused"
+    #: On purpose, or by data that OpenMeter answers with 500.
+    FAILED = "failed"
+
+
+class Rejected(NamedTuple):
+    """One event that was not stored, in the order of the table's columns."""
+
+    outcome: Outcome
+    reason: str
+    #: Its place in the request, from 1, and how many events came with it.
+    position: int
+    batch: int
+    id: str | None = None
+    source: str | None = None
+    type: str | None = None
+    subject: str | None = None
+    time: int | str | None = None
+    data: str | None = None
+
+
+def insert_rejected(
+    connection: sqlite3.Connection, rows: Iterable[Rejected], first: int, now: float
+) -> None:
+    """Write *rows* down under the numbers from *first*, and forget the oldest."""
+    connection.executemany(
+        "INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [(seq, *row, now) for seq, row in enumerate(rows, first)],
+    )
+    connection.execute(
+        "DELETE FROM rejected WHERE seq <= (SELECT seq FROM rejected"
+        " ORDER BY seq DESC LIMIT 1 OFFSET ?)",
+        (KEPT,),
+    )
+
+
+def rejected_events(
+    body: bytes, outcome: Outcome, reason: str, culprit: int | None = None
+) -> list[Rejected]:
+    """Return what a request held that was answered with an error.
+
+    :param culprit: the place of the event that the *reason* is about, from 1.
+    """
+    items = _items(body)
+    shared = f"refused together with event {culprit} of its batch: {reason}"
+    return [
+        Rejected(
+            outcome,
+            reason if culprit in (None, position) else shared,
+            position,
+            len(items),
+            **_texts(item),
+        )
+        for position, item in _kept(items, culprit)
+    ]
+
+
+def _kept(items: list[Any], culprit: int | None) -> Iterator[tuple[int, Any]]:
+    for position, item in enumerate(items, 1):
+        if position <= KEPT_OF_REQUEST or position == culprit:
+            yield position, item
+
+
+def _items(body: bytes) -> list[Any]:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return [body.decode("utf-8", "replace")]
+    if isinstance(document, list):
+        return document or [None]
+    return [document]
+
+
+def _texts(item: Any) -> dict[str, Any]:
+    """Return the attributes of something that may be no event at all, as texts."""
+    if not isinstance(item, dict):
+        return {"data": None if item is None else _text(item, MAX_DATA)}
+    found = {n: _text(item[n], MAX_TEXT) for n in _ATTRIBUTES if n in item}
+    if item.get("data") is not None:
+        found["data"] = _text(item["data"], MAX_DATA)
+    return found
+
+
+def _text(value: Any, limit: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # Halves of surrogate pairs are no text that could be stored.
+    return text[:limit].encode("utf-8", "replace").decode()
+
 
 TABLES = """
 PRAGMA journal_mode = WAL;
@@ -45,11 +204,10 @@ CREATE TABLE IF NOT EXISTS resources (
     UNIQUE (kind, key)
 );
 """
-
-
 #: The number of what arrived last, stored or not.
 NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
-    ifnull((SELECT max(seq) FROM turned_away), 0))"""
+    ifnull((SELECT max(seq) FROM rejected), 0))"""
+
 #: Greater than the number of any event.
 EVERYTHING = 2**63 - 1
 
@@ -73,8 +231,8 @@ _REASONS = {
 
 def _away(
     event: Event, outcome: Outcome, position: int, batch: Sequence[Event]
-) -> TurnedAway:
-    return TurnedAway(
+) -> Rejected:
+    return Rejected(
         outcome,
         _REASONS[outcome],
         position,
@@ -122,7 +280,7 @@ class Store:
         self._closed = False
         self._writer = self._connect()
         try:
-            self._writer.executescript(TABLES + turned_away.TABLES)
+            self._writer.executescript(TABLES + REJECTED_TABLES)
         except BaseException:
             self.close()
             raise
@@ -131,7 +289,7 @@ class Store:
         connection = sqlite3.connect(
             self._path, timeout=10, isolation_level=None, check_same_thread=False
         )
-        sql_functions.install(connection)
+        install(connection)
         return connection
 
     @contextlib.contextmanager
@@ -167,7 +325,7 @@ class Store:
         """Store *events*, the first of each key only."""
         duplicates = 0
         rows: list[tuple[Any, ...]] = []
-        away: list[TurnedAway] = []
+        away: list[Rejected] = []
         with self.writing() as connection:
             now = self.clock()
             for position, event in enumerate(events, 1):
@@ -187,7 +345,7 @@ class Store:
         dropped = sum(one.outcome is Outcome.DROPPED for one in away)
         return Added(len(rows), duplicates, dropped)
 
-    def turn_away(self, events: Sequence[TurnedAway]) -> None:
+    def reject(self, events: Sequence[Rejected]) -> None:
         """Remember *events* that were not stored, to say what became of them."""
         with self.writing() as connection:
             self._insert(connection, [], events, self.clock())
@@ -196,7 +354,7 @@ class Store:
     def _insert(
         connection: sqlite3.Connection,
         rows: Sequence[tuple[Any, ...]],
-        away: Sequence[TurnedAway],
+        away: Sequence[Rejected],
         now: float,
     ) -> None:
         (newest,) = connection.execute(NEWEST).fetchone()
@@ -206,7 +364,7 @@ class Store:
             [(seq, *row) for seq, row in enumerate(rows, newest + 1)],
         )
         if away:
-            turned_away.insert(connection, away, newest + len(rows) + 1, now)
+            insert_rejected(connection, away, newest + len(rows) + 1, now)
 
     def horizon(self, connection: sqlite3.Connection) -> int:
         """Return the number of the newest event that meters count by now.
@@ -240,3 +398,204 @@ class Store:
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop().close()
+
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def ulid() -> str:
+    """Return a new id of the form that OpenMeter gives its resources."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+class Resources:
+    """All resources of one kind, by id and by key.
+
+    :param kind: what one of them is called in an error.
+    :param key: the property of a document that is unique among its kind.
+    """
+
+    def __init__(self, store: Store, kind: str, *, key: str) -> None:
+        self._store = store
+        self._kind = kind
+        self._key = key
+
+    def create(self, document: Document) -> Document:
+        """Store *document* with an id and times of its own, and return that."""
+        now = rfc3339(self._store.clock())
+        created = {"id": ulid(), "createdAt": now, "updatedAt": now, **document}
+        try:
+            self._insert(created)
+        except sqlite3.IntegrityError:
+            key = document.get(self._key)
+            detail = f"{self._kind} with {self._key} {key} already exists"
+            raise Problem(409, detail) from None
+        return created
+
+    def _insert(self, document: Document) -> None:
+        with self._store.writing() as connection:
+            connection.execute(
+                "INSERT INTO resources VALUES (?, ?, ?, ?)",
+                (
+                    self._kind,
+                    document["id"],
+                    document.get(self._key),
+                    json.dumps(document),
+                ),
+            )
+
+    def change(self, id_: str, edit: Callable[[Document], None]) -> Document:
+        """Let *edit* change the one with this id, while nobody else does.
+
+        What *edit* raises is raised, and then nothing is changed.
+        """
+        with self._store.writing() as connection:
+            (text,) = connection.execute(
+                "SELECT document FROM resources WHERE kind = ? AND id = ?",
+                (self._kind, id_),
+            ).fetchone()
+            document: Document = json.loads(text)
+            edit(document)
+            document["updatedAt"] = rfc3339(self._store.clock())
+            connection.execute(
+                "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
+                (json.dumps(document), self._kind, id_),
+            )
+        return document
+
+    def update(self, document: Document) -> Document:
+        """Replace what has the id of *document*."""
+        updated = {**document, "updatedAt": rfc3339(self._store.clock())}
+        with self._store.writing() as connection:
+            connection.execute(
+                "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
+                (json.dumps(updated), self._kind, document["id"]),
+            )
+        return updated
+
+    def all(self) -> list[Document]:
+        """Return all, oldest first."""
+        with self._store.reading() as connection:
+            return self.within(connection)
+
+    def within(self, connection: sqlite3.Connection) -> list[Document]:
+        """Return all, as *connection* sees them."""
+        rows = connection.execute(
+            "SELECT document FROM resources WHERE kind = ? ORDER BY rowid",
+            (self._kind,),
+        )
+        return [json.loads(document) for (document,) in rows]
+
+    def find(self, id_or_key: str) -> Document | None:
+        """Return the one with this id or key."""
+        with self._store.reading() as connection:
+            row = connection.execute(
+                "SELECT document FROM resources"
+                " WHERE kind = ? AND (id = ? OR key = ?) ORDER BY id = ? DESC",
+                (self._kind, id_or_key, id_or_key, id_or_key),
+            ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def get(self, id_or_key: str) -> Document:
+        """Return the one with this id or key, or answer 404."""
+        found = self.find(id_or_key)
+        if found is None:
+            raise Problem(404, f"{self._kind} with id or key {id_or_key} not found")
+        return found
+
+    def with_prefix(self, prefix: str) -> list[Document]:
+        """Return those whose key begins with *prefix*, oldest first."""
+        with self._store.reading() as connection:
+            rows = connection.execute(
+                "SELECT document FROM resources WHERE kind = ?"
+                " AND key >= ? AND key < ? ORDER BY rowid",
+                (self._kind, prefix, prefix + "\U0010ffff"),
+            )
+            return [json.loads(document) for (document,) in rows]
+
+    def retire(self, id_: str) -> None:
+        """Delete the one with this id, but remember that it was there."""
+        deleted = {"deletedAt": rfc3339(self._store.clock())}
+        with self._store.writing() as connection:
+            connection.execute(
+                "UPDATE resources SET kind = ?, key = NULL,"
+                " document = json_patch(document, ?) WHERE kind = ? AND id = ?",
+                (f"deleted {self._kind}", json.dumps(deleted), self._kind, id_),
+            )
+
+    def delete(self, id_or_key: str) -> None:
+        """Remove the one with this id or key, or answer 404."""
+        document = self.get(id_or_key)
+        with self._store.writing() as connection:
+            connection.execute(
+                "DELETE FROM resources WHERE kind = ? AND id = ?",
+                (self._kind, document["id"]),
+            )
+
+
+_METADATA: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_SUBJECT_KEYS: Schema = {
+    "type": "array",
+    "items": {"type": "string", "minLength": 1},
+}
+CUSTOMER: Schema = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 256},
+        "description": {"type": "string", "maxLength": 1024},
+        "metadata": _METADATA | {"nullable": True},
+        "key": {"type": "string", "minLength": 1, "maxLength": 256},
+        "usageAttribution": {
+            "type": "object",
+            "required": ["subjectKeys"],
+            "properties": {"subjectKeys": _SUBJECT_KEYS},
+        },
+        "primaryEmail": {"type": "string"},
+        "currency": {"type": "string", "pattern": "^[A-Z]{3}$"},
+        "billingAddress": {"type": "object"},
+    },
+}
+
+
+class Customers(Resources):
+    """All customers; those that were deleted are remembered by their id."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, "customer", key="key")
+        self._deleted = Resources(store, "deleted customer", key="key")
+
+    def look_up(self, id_or_key: str) -> Document:
+        """Return the one with this id, deleted or not, or this key; or answer 404."""
+        found = self.find(id_or_key) or self._deleted.find(id_or_key)
+        if found is None:
+            detail = f"customer with id or key {id_or_key} not found"
+            raise Problem(404, f"{detail} in default namespace")
+        return found
+
+    def get(self, id_or_key: str) -> Document:
+        """Return what `look_up` does, or answer 412 if it is deleted."""
+        found = self.look_up(id_or_key)
+        if "deletedAt" in found:
+            raise _gone(found)
+        return found
+
+    def of_subject(self, subject: str) -> Document:
+        """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
+        found = _payers(self, subject)
+        if not found:
+            if deleted := _payers(self._deleted, subject):
+                raise _gone(deleted[-1])
+            raise Problem(404, f"customer with subject key {subject} not found")
+        # A key wins against the subjects that another customer names.
+        return min(found, key=lambda one: one.get("key") != subject)
+
+
+def _payers(customers: Resources, subject: str) -> list[Document]:
+    return [one for one in customers.all() if subject in subjects_of(one)]
+
+
+def _gone(customer: Document) -> Problem:
+    where = f"namespace=default customer.id={customer['id']}"
+    return Problem(412, f"customer is deleted [{where}]")

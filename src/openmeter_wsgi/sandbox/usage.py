@@ -1,33 +1,125 @@
-"""Reading meters: the usage that events add up to."""
+"""Reading meters: the usage that events add up to, whole or in windows."""
 
 from __future__ import annotations
 
 import math
+import re
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zoneinfo import ZoneInfo
 
-from openmeter_wsgi.sandbox.cloudevent import parse_time
-from openmeter_wsgi.sandbox.metering import Path
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.windows import rfc3339, window_end
+from openmeter_wsgi.sandbox.protocol import Problem, parse_time, rfc3339
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping, Sequence
 
-Meter = dict[str, Any]
-Row = dict[str, Any]
 
+_STEP = re.compile(
+    r"""\.(?P<name>[\w-]+)|\['(?P<quoted>[^'"\\]+)'\]|\[(?P<index>\d+)\]"""
+)
+
+
+class JsonPath:
+    """A JSONPath of names and indexes: ``$.usage.tokens``, ``$.items[0]``."""
+
+    def __init__(self, text: str) -> None:
+        self._steps: list[str | int] = []
+        position = 1 if text.startswith("$") else len(text) + 1
+        while position < len(text):
+            step = _STEP.match(text, position)
+            if step is None:
+                break
+            name = step["name"] or step["quoted"]
+            self._steps.append(name if name is not None else int(step["index"]))
+            position = step.end()
+        if position != len(text) or not self._steps:
+            raise ValueError(f"the sandbox cannot read the JSON path {text}")
+
+    @property
+    def sqlite(self) -> str:
+        """The same path for SQLite's JSON functions."""
+        return "$" + "".join(
+            f"[{step}]" if isinstance(step, int) else f'."{step}"'
+            for step in self._steps
+        )
+
+    def find(self, document: Any) -> Any:
+        """Return what lies at the path; LookupError where nothing does."""
+        for step in self._steps:
+            document = _children(document, step)[step]
+        return document
+
+
+def _children(document: Any, step: str | int) -> Any:
+    if isinstance(document, list if isinstance(step, int) else dict):
+        return document
+    raise LookupError(step)
+
+
+def to_float(text: str) -> float:
+    """Return *text* as Go's ``strconv.ParseFloat`` does, or raise ValueError."""
+    if "_" in text or not text.isascii() or text != text.strip():
+        raise ValueError(f"could not convert string to float: {text!r}")
+    return float(text)
+
+
+#: In units that every time zone's clock keeps in step with.
+_SECONDS = {"MINUTE": 60, "HOUR": 3600}
+SIZES = ("MINUTE", "HOUR", "DAY", "MONTH")
+
+
+def window_start(moment: int, size: str, zone: str) -> int:
+    """Return when the window began that *moment* lies in, in Unix seconds."""
+    if size == "MINUTE":
+        return moment - moment % 60
+    # All offsets of living time zones are multiples of a quarter of an hour.
+    return _start(moment - moment % 900, size, zone)
+
+
+@lru_cache(maxsize=65_536)
+def _start(moment: int, size: str, zone: str) -> int:
+    local = datetime.fromtimestamp(moment, ZoneInfo(zone))
+    if size == "HOUR":
+        # Not by replacing the minutes: an hour that a clock change repeats is two.
+        return moment - local.minute * 60 - local.second
+    midnight = local.replace(hour=0, minute=0, second=0, fold=0)
+    if size == "MONTH":
+        midnight = midnight.replace(day=1)
+    return int(midnight.timestamp())
+
+
+def window_end(start: int, size: str, zone: str) -> int:
+    """Return when the window that began at *start* ends, in Unix seconds."""
+    if seconds := _SECONDS.get(size):
+        return start + seconds
+    local = datetime.fromtimestamp(start, ZoneInfo(zone))
+    # 32 days after the first of a month lies in the next one.
+    beyond = local + timedelta(days=1 if size == "DAY" else 32)
+    if size == "MONTH":
+        beyond = beyond.replace(day=1)
+    return int(beyond.timestamp())
+
+
+Meter = dict[str, Any]
+
+Row = dict[str, Any]
 #: A number, or a text that is one; everything else is NULL, which no aggregate counts.
 NUMBER = """CASE json_type(data, :value)
     WHEN 'integer' THEN CAST(json_extract(data, :value) AS REAL)
     WHEN 'real' THEN json_extract(data, :value)
     WHEN 'text' THEN to_number(json_extract(data, :value)) END"""
+
 #: ClickHouse's JSON_VALUE: what is missing, an object or an array is the empty text.
 TEXT = """CASE json_type(data, :{0})
     WHEN 'null' THEN 'null' WHEN 'true' THEN 'true' WHEN 'false' THEN 'false'
     WHEN 'object' THEN '' WHEN 'array' THEN ''
     ELSE coalesce(CAST(json_extract(data, :{0}) AS TEXT), '') END"""
+
 AGGREGATES = {
     "COUNT": "count(*)",
     "SUM": f"sum({NUMBER})",
@@ -72,7 +164,7 @@ class _Statement:
     def __init__(self, meter: Meter, query: Query) -> None:
         self.parameters: dict[str, Any] = {"type": meter["eventType"]}
         if path := meter.get("valueProperty"):
-            self.parameters["value"] = Path(path).sqlite
+            self.parameters["value"] = JsonPath(path).sqlite
         self._paths = meter.get("groupBy", {})
         groups = [self._group(name) for name in query.group_by]
         window = "0"
@@ -98,7 +190,7 @@ class _Statement:
     def _group(self, name: str) -> str:
         if name == "subject":
             return "subject"
-        return TEXT.format(self._bind(Path(self._paths[name]).sqlite))
+        return TEXT.format(self._bind(JsonPath(self._paths[name]).sqlite))
 
     def _conditions(self, meter: Meter, query: Query) -> list[str]:
         conditions = ["type = :type"]
@@ -147,3 +239,167 @@ def _row(meter: Meter, query: Query, values: tuple[Any, ...]) -> Row:
 def tidy(value: float) -> float:
     """Return *value* without a point where it is whole, as Go writes it."""
     return int(value) if float(value).is_integer() and abs(value) < 1e21 else value
+
+
+#: Sums kept; a question whose sum is not among them adds up its events anew.
+KEPT = 4096
+
+
+class Edge(NamedTuple):
+    """Where a span of usage begins or ends.
+
+    Two coordinates, as an event has two: OpenMeter knows its time alone, to the
+    second; the number of its arrival tells apart what a second holds, so that a reset
+    by hand takes effect at once.
+    """
+
+    #: Unix seconds; events from this moment on are after the edge,
+    time: int
+    #: unless they arrived no later than the event of this number.
+    seq: int = 0
+
+    def passed(self, moment: int, seq: int) -> bool:
+        """Return whether an event is after the edge."""
+        return moment >= self.time and seq > self.seq
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which events an entitlement counts, and how."""
+
+    meter: str
+    type: str
+    aggregation: str
+    path: str | None
+    subjects: tuple[str, ...]
+    #: JSON path to the text that has to be there.
+    filters: tuple[tuple[str, str], ...] = ()
+
+    def statement(self) -> tuple[str, dict[str, Any]]:
+        """Return SQL for the events in order of arrival, and its parameters."""
+        parameters: dict[str, Any] = {"type": self.type}
+        if self.path:
+            parameters["value"] = JsonPath(self.path).sqlite
+        subjects = {f"s{n}": subject for n, subject in enumerate(self.subjects)}
+        terms = ["type = :type", "seq > :after", "seq <= :horizon"]
+        terms.append(f"subject IN ({', '.join(f':{name}' for name in subjects)})")
+        for number, (path, text) in enumerate(self.filters):
+            parameters |= {f"p{number}": JsonPath(path).sqlite, f"t{number}": text}
+            terms.append(f"{TEXT.format(f'p{number}')} = :t{number}")
+        sql = (
+            f"SELECT time, seq, {_VALUES[self.aggregation]}"  # noqa: S608
+            " FROM events INDEXED BY events_by_arrival"
+            f" WHERE {' AND '.join(terms)} ORDER BY seq"
+        )
+        return sql, parameters | subjects
+
+
+_VALUES = {
+    "COUNT": "1",
+    "SUM": NUMBER,
+    "LATEST": NUMBER,
+    "UNIQUE_COUNT": f"nullif({TEXT.format('value')}, 'null')",
+}
+
+
+class _Total:
+    """The usage between two edges, as far as it has been read."""
+
+    def __init__(self, source: Source, start: Edge, end: Edge) -> None:
+        self.position = 0
+        self._span = (start, end)
+        self._aggregation = source.aggregation
+        self._sum = 0.0
+        self._texts: set[str] = set()
+        self._newest = (-1, -1, 0.0)
+        self._sql, self._parameters = source.statement()
+
+    def read(self, connection: sqlite3.Connection, horizon: int) -> float:
+        """Return the usage of the events up to *horizon*."""
+        window = {"after": self.position, "horizon": horizon}
+        start, end = self._span
+        for moment, seq, value in connection.execute(
+            self._sql, self._parameters | window
+        ):
+            self.position = seq
+            within = start.passed(moment, seq) and not end.passed(moment, seq)
+            if within and value is not None:
+                self._add(moment, seq, value)
+        return self._value()
+
+    def _add(self, moment: int, seq: int, value: Any) -> None:
+        if self._aggregation == "UNIQUE_COUNT":
+            self._texts.add(value)
+        elif self._aggregation == "LATEST":
+            self._newest = max(self._newest, (moment, seq, value))
+        else:
+            self._sum += value
+
+    def _value(self) -> float:
+        if self._aggregation == "UNIQUE_COUNT":
+            return float(len(self._texts))
+        return self._newest[2] if self._aggregation == "LATEST" else self._sum
+
+
+class UsageCache:
+    """The usage of entitlements. Any thread: one at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._totals: OrderedDict[tuple[Source, Edge, Edge], _Total] = OrderedDict()
+
+    def usage(
+        self,
+        connection: sqlite3.Connection,
+        source: Source,
+        start: Edge,
+        end: Edge,
+        horizon: int,
+    ) -> float:
+        """Return what *source* counts from *start* to *end*, up to *horizon*."""
+        if not source.subjects:
+            return 0.0
+        key = (source, start, end)
+        with self._lock:
+            total = self._totals.pop(key, None)
+            # A clock put back, or a longer lag: what was seen is out of sight again.
+            if total is None or total.position > horizon:
+                total = _Total(*key)
+            value = total.read(connection, horizon)
+            self._totals[key] = total
+            if len(self._totals) > KEPT:
+                self._totals.popitem(last=False)
+            return value
+
+
+def install(connection: sqlite3.Connection) -> None:
+    """Teach *connection* the functions of this module."""
+    connection.create_function("to_number", 1, to_number, deterministic=True)
+    connection.create_function("window_start", 3, window_start, deterministic=True)
+    connection.create_aggregate("latest", 3, Latest)  # type: ignore[arg-type]
+
+
+class Latest:
+    """SQL aggregate: the value of the newest event that has one."""
+
+    def __init__(self) -> None:
+        self._newest: tuple[int, int, float | None] = (-1, -1, None)
+
+    def step(self, moment: int, seq: int, value: float | None) -> None:
+        """Take one event."""
+        if value is not None:
+            self._newest = max(self._newest, (moment, seq, value))
+
+    def finalize(self) -> float | None:
+        """Return the newest value."""
+        return self._newest[2]
+
+
+@lru_cache(maxsize=4096)
+def to_number(text: str) -> float | None:
+    """Return *text* as ClickHouse's ``toFloat64OrNull`` does, infinities excluded."""
+    try:
+        value = to_float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
