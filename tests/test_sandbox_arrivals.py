@@ -124,7 +124,9 @@ def test_attributes_of_what_is_refused_are_shown_whatever_they_are(api):
 
 
 def test_events_before_one_that_is_no_json_are_stored_and_the_rest_is_explained(api):
-    broken = event(2, data=..., data_base64=base64.b64encode(b"{").decode())
+    encoded = base64.b64encode(b"{").decode()
+    kind = {"datacontenttype": "application/json", "data_base64": encoded}
+    broken = event(2, data=..., **kind)
 
     assert api.ingest([event(1), broken, event(3)]).status_code == 500
 

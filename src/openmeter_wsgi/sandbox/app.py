@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from flask import Flask, request
+from werkzeug.routing import BaseConverter
 
 from openmeter_wsgi.sandbox import (
     catalog,
@@ -33,6 +34,7 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
+    meters.v3,
     catalog.customers,
     catalog.features,
     catalog.subjects,
@@ -71,6 +73,9 @@ def control_access(app: Flask, bound: str) -> None:
     def protect(response: Response) -> Response:
         response.headers.update(HEADERS)
         response.headers.setdefault("Cache-Control", "no-store")
+        if response.status_code in (202, 204):
+            # An answer without content has no type either.
+            del response.headers["Content-Type"]
         return response
 
 
@@ -116,26 +121,100 @@ def _is_foreign(host: str) -> bool:
     return origin is not None and urlsplit(origin).netloc.lower() != host.lower()
 
 
+class _Key(BaseConverter):
+    """A part of a path that may hold any character, a slash as ``%2F``.
+
+    The server leaves ``%2F`` and ``%25`` encoded, so that a slash within a key is none
+    between two parts.
+    """
+
+    def to_python(self, value: str) -> str:
+        return unquote(value)
+
+
+#: What OpenMeter has and the sandbox does not, by the beginning of the path.
+NOT_OFFERED = (
+    *(f"/api/v1/{family}" for family in (
+        "addons", "apps", "billing", "debug", "entitlements", "grants", "info",
+        "marketplace", "notification", "plans", "portal", "stripe", "subscriptions",
+    )),
+    "/api/v1/customers/<customer>/<any(apps, stripe, subscriptions):part>",
+    "/api/v1/meters/<meter>/group-by",
+    "/api/v1/subjects/<subject>/entitlements",
+    "/api/v2/<any(entitlements, grants):part>",
+    "/api/v2/customers/<customer>/entitlements/<feature>/history",
+    *(f"/api/v3/openmeter/{family}" for family in (
+        "addons", "apps", "billing", "credits", "currencies", "customers", "features",
+        "llm-cost", "meters", "plans", "subscriptions", "tax-codes",
+    )),
+)  # fmt: skip
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+def _refuse_the_rest(app: Flask) -> None:
+    """Answer 501 to what OpenMeter would do and the sandbox does not."""
+
+    def refuse(**_: str) -> Response:
+        portal = request.path.startswith("/api/v1/portal/")
+        if portal and "Authorization" not in request.headers:
+            raise Problem(401, "missing authorization header")
+        detail = f"the sandbox does not offer {request.method} {request.path}"
+        raise Problem(501, detail)
+
+    for rule in NOT_OFFERED:
+        for form in (rule, f"{rule}/<path:rest>"):
+            app.add_url_rule(form, "not_offered", refuse, methods=_METHODS)
+    app.add_url_rule("/api/v3/openmeter/events", "not_offered", methods=["GET"])
+
+
+def _limit_methods(app: Flask) -> None:
+    """Answer 405 to HEAD and OPTIONS, as OpenMeter does."""
+
+    @app.before_request
+    def check() -> None:
+        if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
+            raise Problem(405)
+
+
 def create_app(here: Context, *, host: str) -> Flask:
     """Return the application that serves *here* at the address *host*."""
     # No static folder: the page's few files are routes of their own.
     app = Flask("openmeter_wsgi.sandbox", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.json.compact = True  # type: ignore[attr-defined]
-    app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
+    app.url_map.converters["default"] = _Key
     control_access(app, host)
+    _limit_methods(app)
     protocol.install(app)
     here.install(app)
     for routes in ROUTES:
         app.register_blueprint(routes)
+    _refuse_the_rest(app)
     return app
 
 
 def create_context(store: Store, faults: Faults) -> Context:
     """Return the context of a sandbox that keeps everything in *store*."""
-    meters = Resources(store, "meter", key="slug")
-    features = Resources(store, "feature", key="key")
+    meters = Resources(
+        store,
+        "meter",
+        key="slug",
+        unknown="not found error: meter not found: {}",
+        taken="conflict error: meter with the same slug already exists",
+    )
+    features = Resources(
+        store,
+        "feature",
+        unknown="feature not found: {}",
+        taken="feature {id} with key {key} already exists",
+    )
+    namespace = "namespace=default subject.idOrKey"
+    subjects = Resources(
+        store,
+        "subject",
+        unknown=f"not found error: subject not found [{namespace}={{}}]",
+    )
     customers, entitlements = Customers(store), Entitlements(store)
     return Context(
         store=store,
@@ -148,6 +227,6 @@ def create_context(store: Store, faults: Faults) -> Context:
         access=Access(store, meters),
         questions=Questions(),
         features=features,
-        subjects=Resources(store, "subject", key="key"),
+        subjects=subjects,
         granting=Granting(store, customers, features, meters, entitlements),
     )

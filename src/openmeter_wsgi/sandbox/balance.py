@@ -50,17 +50,20 @@ def _add_months(moment: int, months: int) -> int:
         return moment
     date = datetime.fromtimestamp(moment, UTC)
     years, month = divmod(date.month - 1 + months, 12)
-    year = date.year + years
+    # Python's last year ends all that would go on.
+    year = max(1, min(date.year + years, 9999))
     day = min(date.day, calendar.monthrange(year, month + 1)[1])
     return int(date.replace(year=year, month=month + 1, day=day).timestamp())
 
 
 def parse_interval(text: str) -> Interval:
     """Return the interval *text*, a name or an ISO 8601 duration, or answer 400."""
-    found = _ISO.fullmatch(_NAMES.get(text.upper(), text.upper()))
-    parts = {k: int(v) for k, v in found.groupdict("0").items()} if found else {}
-    if not any(parts.values()):
+    found = _ISO.fullmatch(_NAMES.get(text, text))
+    if found is None and "." in text:
+        raise Problem(501, f"the sandbox takes no fractions of a period: {text!r}")
+    if found is None:
         raise Problem(400, f"failed to map interval: cannot parse period {text!r}")
+    parts = {k: int(v) for k, v in found.groupdict("0").items()}
     seconds = sum(parts[name] * length for name, length in _SECONDS.items())
     months = parts["years"] * 12 + parts["months"]
     if months + seconds / _MONTH > _LONGEST:
@@ -70,10 +73,10 @@ def parse_interval(text: str) -> Interval:
 
 def recurring(period: dict[str, Any], now: float) -> dict[str, Any]:
     """Return the usage period that a client asked for as OpenMeter answers it."""
-    text = period["interval"].upper()
+    text = period["interval"]
     interval = parse_interval(text)
     if interval.longest < SHORTEST:
-        raise Problem(400, "invalid usage period: interval must be at least an hour")
+        raise Problem(400, "validation error: UsagePeriod must be at least 1 hour")
     names = {iso: name for name, iso in _NAMES.items()}
     iso = _NAMES.get(text, text)
     anchor = parse_time(period["anchor"]) if "anchor" in period else int(now)

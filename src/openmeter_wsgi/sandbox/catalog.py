@@ -8,83 +8,49 @@ from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.protocol import (
+    JSON,
     KEY,
+    METADATA,
     PREFIX,
-    Flaw,
+    TEXTS,
     Problem,
     Schema,
+    body_of,
     check,
     integer,
+    invalid,
     paged,
     parse,
     read,
 )
-from openmeter_wsgi.sandbox.store import CUSTOMER, subject_keys, subjects_of
+from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
 
 if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.protocol import Document
 
-customers = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
-
-
-@customers.post("")
-def _create_customer() -> tuple[Response, int]:
-    customer = read(request.get_data(), CUSTOMER, "CustomerCreate")
-    _check_subjects(customer, context().customers.all())
-    return jsonify(context().customers.create(customer)), 201
-
-
-@customers.get("")
-def _list_customers() -> Response:
-    found = [c for c in context().customers.all() if _matches(c)]
-    return jsonify(paged(found, request.args))
-
-
-@customers.get("/<customer>")
-def _get_customer(customer: str) -> Response:
-    # A deleted one too, as OpenMeter does here and nowhere else.
-    return jsonify(context().customers.look_up(customer))
-
-
-@customers.delete("/<customer>")
-def _delete_customer(customer: str) -> tuple[str, int]:
-    here = context()
-    found = here.customers.get(customer)
-    if here.entitlements.of(found):
-        detail = f"customer {found['id']} still has active entitlements"
-        raise Problem(409, f"{detail}, please remove them before deleting the customer")
-    here.customers.retire(found["id"])
-    return "", 204
-
-
-def _check_subjects(customer: Document, others: list[Document]) -> None:
-    if not subjects_of(customer):
-        detail = "either key or usageAttribution.subjectKeys must be provided"
-        raise Problem(400, f"validation error: {detail}")
-    # The key of another customer may be a subject key: both pay for that subject.
-    taken = {key: other["id"] for other in others for key in subject_keys(other)}
-    if owner := taken.get(customer.get("key", "")):
-        detail = f"key {customer['key']} overlaps with subject of another customer"
-        raise Problem(409, f"conflict error: {detail}: {owner}")
-    if both := [key for key in subject_keys(customer) if key in taken]:
-        detail = f"one or multiple subject keys of [{' '.join(both)}] are already"
-        detail += " associated with an different customer in the namespace default"
-        raise Problem(409, f"conflict error: {detail}")
-
-
-def _matches(customer: Document) -> bool:
-    """Return whether the parameters choose *customer*, by parts of its texts."""
-    wanted = request.args
-    for name in ("key", "name", "primaryEmail"):
-        part = wanted.get(name, "").lower()
-        if part not in customer.get(name, "").lower():
-            return False
-    # The key of a customer is no subject key here, although its events count.
-    subject = wanted.get("subject", "").lower()
-    return not subject or any(subject in one.lower() for one in subject_keys(customer))
-
-
-_TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+CUSTOMER: Schema = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 256},
+        "description": {"type": "string", "maxLength": 1024},
+        "metadata": METADATA,
+        "key": {"type": "string", "minLength": 1, "maxLength": 256},
+        "usageAttribution": {
+            "type": "object",
+            "required": ["subjectKeys"],
+            "properties": {
+                "subjectKeys": {
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1},
+                }
+            },
+        },
+        "primaryEmail": {"type": "string"},
+        "currency": {"type": "string", "pattern": "^[A-Z]{3}$"},
+        "billingAddress": {"type": "object"},
+    },
+}
 _SLUG: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
 FEATURE: Schema = {
     "type": "object",
@@ -92,10 +58,13 @@ FEATURE: Schema = {
     "properties": {
         "key": _SLUG,
         "name": {"type": "string"},
-        "metadata": _TEXTS,
+        "metadata": TEXTS,
         "meterSlug": _SLUG,
-        "meterGroupByFilters": _TEXTS,
-        "advancedMeterGroupByFilters": {"type": "object"},
+        "meterGroupByFilters": TEXTS,
+        "advancedMeterGroupByFilters": {
+            "type": "object",
+            "additionalProperties": {"type": "object"},
+        },
     },
 }
 SUBJECT: Schema = {
@@ -111,12 +80,107 @@ SUBJECT: Schema = {
 #: A feature is a running total: averages and extremes are none.
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
 
+customers = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
+
+
+@customers.post("")
+def _create_customer() -> tuple[Response, int]:
+    customer = _read_customer()
+    _check_subjects(customer, context().customers.all())
+    created = context().customers.create(customer)
+    _provision_subjects(created)
+    return jsonify(created), 201
+
+
+@customers.get("")
+def _list_customers() -> Response:
+    return jsonify(paged([c for c in context().customers.all() if _matches(c)]))
+
+
+@customers.get("/<customer>")
+def _get_customer(customer: str) -> Response:
+    # A deleted one too, as OpenMeter does here and nowhere else.
+    return jsonify(context().customers.look_up(customer))
+
+
+@customers.put("/<customer>")
+def _change_customer(customer: str) -> Response:
+    changed = _read_customer()
+    found = context().customers.get(customer)
+    others = [c for c in context().customers.all() if c["id"] != found["id"]]
+    _check_subjects(changed, others)
+    kept = {name: found[name] for name in ("id", "createdAt")}
+    updated = context().customers.update(kept | changed)
+    _provision_subjects(updated)
+    return jsonify(updated)
+
+
+@customers.delete("/<customer>")
+def _delete_customer(customer: str) -> tuple[str, int]:
+    here = context()
+    found = here.customers.get(customer)
+    if here.entitlements.of(found):
+        detail = f"conflict error: customer {found['id']} still has active entitlements"
+        raise Problem(409, f"{detail}, please remove them before deleting the customer")
+    here.customers.retire(found["id"])
+    return "", 204
+
+
+def _read_customer() -> Document:
+    customer = read(CUSTOMER, "CustomerCreate")
+    if not subject_keys(customer):
+        customer.pop("usageAttribution", None)
+    return customer
+
+
+def _check_subjects(customer: Document, others: list[Document]) -> None:
+    if not subjects_of(customer):
+        detail = "either key or usageAttribution.subjectKeys must be provided"
+        before = "validation error: error creating customer: validation error: "
+        raise Problem(400, f"{before}validation error: {detail}")
+    # The key of another customer may be a subject key: both pay for that subject.
+    taken = {key: other["id"] for other in others for key in subject_keys(other)}
+    if owner := taken.get(customer.get("key", "")):
+        detail = f"key {customer['key']} overlaps with subject of another customer"
+        raise Problem(409, f"conflict error: {detail}: {owner}")
+    if both := [key for key in subject_keys(customer) if key in taken]:
+        detail = f"one or multiple subject keys of [{' '.join(both)}] are already"
+        detail += " associated with an different customer in the namespace default"
+        raise Problem(409, f"conflict error: {detail}")
+
+
+def _provision_subjects(customer: Document) -> None:
+    """Create the subjects that *customer* names, as OpenMeter does."""
+    known = context().subjects
+    metadata = {"createdBy": "subject.provisioner", "customerId": customer["id"]}
+    for key in subject_keys(customer):
+        if known.find(key) is None:
+            known.create({"key": key, "metadata": metadata})
+
+
+def _matches(customer: Document) -> bool:
+    """Return whether the parameters choose *customer*, by parts of its texts."""
+    wanted = request.args
+    for name in ("key", "name", "primaryEmail"):
+        part = wanted.get(name, "").lower()
+        if part not in customer.get(name, "").lower():
+            return False
+    # The key of a customer is no subject key here, although its events count.
+    subject = wanted.get("subject", "").lower()
+    return not subject or any(subject in one.lower() for one in subject_keys(customer))
+
+
 features = Blueprint("features", __name__, url_prefix="/api/v1/features")
 
 
 @features.post("")
 def _create_feature() -> tuple[Response, int]:
-    feature = read(request.get_data(), FEATURE, "FeatureCreateInputs")
+    feature = read(FEATURE, "FeatureCreateInputs")
+    if advanced := feature.get("advancedMeterGroupByFilters"):
+        feature["meterGroupByFilters"] = _simple_filters(advanced)
+    elif filters := feature.get("meterGroupByFilters"):
+        equal = {name: {"$eq": value} for name, value in filters.items()}
+        feature["advancedMeterGroupByFilters"] = equal
     _check_feature(feature)
     return jsonify(context().features.create(feature)), 201
 
@@ -124,14 +188,11 @@ def _create_feature() -> tuple[Response, int]:
 @features.get("")
 def _list_features() -> Response:
     wanted = request.args.getlist("meterSlug")
-    found = [
-        f
-        for f in context().features.all()
-        if not wanted or f.get("meterSlug") in wanted
-    ]
+    found = context().features.all()
+    found = [f for f in found if not wanted or f.get("meterSlug") in wanted]
     # Whoever asks for a page gets one; OpenMeter's older form is a bare list.
     if "page" in request.args:
-        return jsonify(paged(found, request.args))
+        return jsonify(paged(found))
     offset = integer(request.args, "offset", 0, 0, 10**9)
     limit = integer(request.args, "limit", 100, 1, 1000)
     return jsonify(found[offset : offset + limit])
@@ -143,9 +204,17 @@ def _get_feature(feature: str) -> Response:
 
 
 @features.delete("/<feature>")
-def _delete_feature(feature: str) -> tuple[str, int]:
-    context().features.delete(feature)
+def _archive_feature(feature: str) -> tuple[str, int]:
+    # Entitlements to it go on.
+    context().features.retire(context().features.get(feature)["id"])
     return "", 204
+
+
+def _simple_filters(advanced: Document) -> Document:
+    if any(set(condition) != {"$eq"} for condition in advanced.values()):
+        detail = "the sandbox offers only $eq in advancedMeterGroupByFilters"
+        raise Problem(501, detail)
+    return {name: str(condition["$eq"]) for name, condition in advanced.items()}
 
 
 def _check_feature(feature: Document) -> None:
@@ -154,11 +223,13 @@ def _check_feature(feature: Document) -> None:
         return
     meter = context().meters.get(slug)
     if meter["aggregation"] not in FEATURE_AGGREGATIONS:
-        detail = f"meter {slug} has aggregation {meter['aggregation']},"
-        raise Problem(400, f"{detail} which features do not support")
-    for name in feature.get("meterGroupByFilters", {}):
-        if name not in meter.get("groupBy", {}):
-            raise Problem(400, f"meter {slug} has no group by {name}")
+        detail = f"meter {slug}'s aggregation is {meter['aggregation']} but features"
+        allowed = ", ".join(FEATURE_AGGREGATIONS)
+        raise Problem(400, f"{detail} can only be created for {allowed}")
+    groups = meter.get("groupBy", {})
+    if unknown := feature.get("meterGroupByFilters", {}).keys() - groups.keys():
+        detail = f"invalid filters for feature: map[{' '.join(sorted(unknown))}]"
+        raise Problem(400, f"{detail}, available columns: [{' '.join(groups)}]")
 
 
 subjects = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
@@ -166,9 +237,9 @@ subjects = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
 
 @subjects.post("")
 def _upsert_subjects() -> Response:
-    items = parse(request.get_data())
+    items = parse(body_of(JSON))
     if flaw := check({"type": "array", "items": SUBJECT}, items):
-        raise _refused(flaw)
+        raise invalid(f"{PREFIX}doesn't match schema: {flaw}", flaw)
     return jsonify([_upsert(item) for item in items])
 
 
@@ -184,16 +255,13 @@ def _get_subject(subject: str) -> Response:
 
 @subjects.delete("/<subject>")
 def _delete_subject(subject: str) -> tuple[str, int]:
-    context().subjects.delete(subject)
+    context().subjects.retire(context().subjects.get(subject)["id"])
     return "", 204
-
-
-def _refused(flaw: Flaw) -> Problem:
-    return Problem(400, f"{PREFIX}doesn't match schema: {flaw}", flaw=flaw)
 
 
 def _upsert(item: Document) -> Document:
     known = context().subjects
+    shown = {k: item[k] for k in SUBJECT["properties"] if item.get(k) is not None}
     if found := known.find(item["key"]):
-        return known.update(found | item)
-    return known.create(item)
+        return known.update(found | shown)
+    return known.create({"metadata": {}} | shown)

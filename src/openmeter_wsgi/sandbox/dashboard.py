@@ -16,14 +16,17 @@ from flask import Blueprint, Response, jsonify, request, send_from_directory
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.entitlements import NO_ACCESS
 from openmeter_wsgi.sandbox.protocol import (
+    JSON,
     KEY,
     Problem,
+    body_of,
     check,
     integer,
     parse,
     parse_time,
     read,
     refuse,
+    tidy,
 )
 from openmeter_wsgi.sandbox.usage import (
     AGGREGATES,
@@ -31,7 +34,6 @@ from openmeter_wsgi.sandbox.usage import (
     TEXT,
     JsonPath,
     Query,
-    tidy,
     usage,
 )
 
@@ -420,13 +422,13 @@ _VISIBILITY: Schema = {
 
 
 def _read(schema: Schema) -> Document:
-    return read(request.get_data(), schema, "Sandbox")
+    return read(schema, "Sandbox")
 
 
 @routes.put("/sandbox/api/faults")
 def _set_faults() -> Response:
     faults = context().faults
-    faults.update(parse(request.get_data()))
+    faults.update(parse(body_of(JSON)))
     return jsonify(faults.document())
 
 

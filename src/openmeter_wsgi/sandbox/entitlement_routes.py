@@ -2,45 +2,66 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context, question
-from openmeter_wsgi.sandbox.entitlements import document, v1, v2
+from openmeter_wsgi.sandbox.entitlements import (
+    PRESETS,
+    grant_document,
+    v1,
+    v1_grant_document,
+    v2,
+)
 from openmeter_wsgi.sandbox.protocol import (
+    DATE_TIME,
+    JSON,
     KEY,
+    PREFIX,
+    TEXTS,
+    TIME,
+    ULID,
     Problem,
+    body_of,
     check,
+    invalid,
     matches,
     moment,
     paged,
+    parse,
+    path_parameter,
     read,
+    rfc3339,
 )
 
 if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.protocol import Document, Schema
 
-ULID = "^[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}$"
 _ID: Schema = {"type": "string", "pattern": ULID}
 #: The key of a feature.
-FEATURE_KEY: Schema = {
-    "type": "string",
-    "minLength": 1,
-    "maxLength": 64,
-    "pattern": KEY,
-}
-#: A customer, by id or by key.
-CUSTOMER: Schema = {"type": "string", "minLength": 1, "maxLength": 256}
-_TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-_TIME: Schema = {"type": "string", "format": "date-time"}
+_KEY: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
 _AMOUNT: Schema = {"type": "number", "minimum": 0}
 _PRIORITY: Schema = {"type": "integer", "minimum": 1, "maximum": 255}
 _FLAG: Schema = {"type": "boolean"}
+#: An ISO 8601 duration, or a name.
+_INTERVAL = (
+    r"^(?:P(?:\d+(?:\.\d+)?Y)?(?:\d+(?:\.\d+)?M)?(?:\d+(?:\.\d+)?W)?(?:\d+(?:\.\d+)?D)?"
+    r"(?:T(?:\d+(?:\.\d+)?H)?(?:\d+(?:\.\d+)?M)?(?:\d+(?:\.\d+)?S)?)?|DAY|WEEK|MONTH|YEAR)$"
+)
+_NO_INTERVAL = "doesn't match schema due to: doesn't match any schema from \"anyOf\""
+_NO_START = (
+    "doesn't match schema due to: doesn't match schema due to: value is not one of the"
+    ' allowed values ["CURRENT_PERIOD_START","NOW"]'
+)
 PERIOD: Schema = {
     "type": "object",
     "required": ["interval"],
-    "properties": {"interval": {"type": "string"}, "anchor": _TIME},
+    "properties": {
+        "interval": {"type": "string", "pattern": _INTERVAL, "otherwise": _NO_INTERVAL},
+        "anchor": TIME,
+    },
 }
 GRANT: Schema = {
     "type": "object",
@@ -48,10 +69,10 @@ GRANT: Schema = {
     "properties": {
         "amount": _AMOUNT,
         "priority": _PRIORITY,
-        "effectiveAt": _TIME,
+        "effectiveAt": TIME,
         "minRolloverAmount": {"type": "number"},
         "maxRolloverAmount": {"type": "number"},
-        "metadata": _TEXTS,
+        "metadata": TEXTS,
         "recurrence": PERIOD,
         "expiration": {
             "type": "object",
@@ -70,7 +91,7 @@ GRANT: Schema = {
 RESET: Schema = {
     "type": "object",
     "properties": {
-        "effectiveAt": _TIME,
+        "effectiveAt": TIME,
         "retainAnchor": _FLAG,
         "preserveOverage": _FLAG,
     },
@@ -78,9 +99,9 @@ RESET: Schema = {
 
 _COMMON: dict[str, Schema] = {
     "type": {"type": "string"},
-    "featureKey": FEATURE_KEY,
+    "featureKey": _KEY,
     "featureId": _ID,
-    "metadata": _TEXTS,
+    "metadata": TEXTS,
     "usagePeriod": PERIOD,
 }
 
@@ -99,7 +120,11 @@ ENTITLEMENTS: dict[str, Schema] = {
         | {
             "isSoftLimit": _FLAG,
             "isUnlimited": _FLAG,
-            "measureUsageFrom": {"type": "string"},
+            "measureUsageFrom": {
+                "type": "string",
+                "pattern": f"^(?:{'|'.join(PRESETS)})$|{DATE_TIME}",
+                "otherwise": _NO_START,
+            },
             "preserveOverageAtReset": _FLAG,
             "issueAfterReset": _AMOUNT,
             "issueAfterResetPriority": _PRIORITY,
@@ -112,49 +137,67 @@ ENTITLEMENTS: dict[str, Schema] = {
         },
     },
 }
-#: What every kind must at least be for its own schema to be chosen.
-KIND: Schema = {
+ACCESS: Schema = {
     "type": "object",
-    "required": ["type"],
-    "properties": {"type": {"type": "string", "enum": list(ENTITLEMENTS)}},
+    "required": ["customer"],
+    "properties": {
+        "customer": {"type": "object", "required": ["keys"]},
+        "feature": {"type": "object", "required": ["keys"]},
+        "include_credits": _FLAG,
+    },
 }
+_KEYS: Schema = {"type": "array", "items": {"type": "string"}}
+#: The most customers or features that one query of version 3 asks for.
+MOST_KEYS = 100
 
 routes = Blueprint("entitlements", __name__, url_prefix="/api")
 _V1_SUBJECT = "/v1/subjects/<subject>/entitlements"
 _V1 = "/v1/customers/<customer>"
 _V2 = "/v2/customers/<customer>/entitlements"
 _ONE = f"{_V2}/<feature>"
+_V3 = "/v3/openmeter"
 
 
 @routes.post(_V2)
 def _create(customer: str) -> tuple[Response, int]:
     found = _customer(customer)
-    return jsonify(_created(found, v2=True)), 201
+    return jsonify(_created(found)), 201
 
 
 @routes.post(_V1_SUBJECT)
 def _create_of_subject(subject: str) -> tuple[Response, int]:
-    shown = _created(_customer_of(subject), v2=False)
+    shown = _created(_customer_of(subject))
     shown = {k: v for k, v in shown.items() if not k.startswith("customer")}
     return jsonify(shown | {"subjectKey": subject}), 201
 
 
-def _created(customer: Document, *, v2: bool) -> Document:
-    body = request.get_data()
-    kind = read(body, KIND, "EntitlementV2CreateInputs")["type"]
-    suffix = "V2" if v2 and kind == "metered" else ""
-    name = f"Entitlement{kind.title()}{suffix}CreateInputs"
-    asked = read(body, ENTITLEMENTS[kind], name)
+@routes.put(f"{_ONE}/override")
+def _override(customer: str, feature: str) -> tuple[Response, int]:
+    payer, found = _found(customer, feature)
+    return jsonify(_created(payer, instead_of=found)), 201
+
+
+def _created(customer: Document, instead_of: Document | None = None) -> Document:
+    asked = _read_entitlement()
     here = context()
     wanted = asked.get("featureId", asked.get("featureKey"))
     if wanted is None:
-        raise Problem(400, "validation error: feature ID or key is required")
-    feature = here.features.find(wanted)
-    if feature is None:
-        raise Problem(404, f"feature not found: {wanted}")
-    return here.entitlements.document(
-        here.entitlements.create(customer, feature, asked)
-    )
+        raise Problem(400, "validation error: feature id or key must be set")
+    feature = here.features.get(wanted)
+    if instead_of is not None:
+        here.entitlements.delete(instead_of)
+    made = here.entitlements.create(customer, feature, asked)
+    return here.entitlements.document(made)
+
+
+def _read_entitlement() -> Document:
+    body = parse(body_of(JSON))
+    kind = body.get("type") if isinstance(body, dict) else None
+    if not isinstance(kind, str) or kind not in ENTITLEMENTS:
+        name = "#/components/schemas/EntitlementV2CreateInputs"
+        reason = 'discriminator property "type" has invalid value'
+        raise invalid(f"{PREFIX}doesn't match schema {name}: {reason}")
+    return read(ENTITLEMENTS[kind])
 
 
 @routes.get(_V2)
@@ -162,7 +205,7 @@ def _created(customer: Document, *, v2: bool) -> Document:
 def _list(customer: str) -> Response:
     here = context()
     found = here.entitlements.of(_customer(customer))
-    return jsonify(paged([here.entitlements.document(e) for e in found], request.args))
+    return jsonify(paged([here.entitlements.document(e) for e in found]))
 
 
 @routes.get(_ONE)
@@ -181,25 +224,33 @@ def _delete(customer: str, feature: str) -> tuple[str, int]:
 
 @routes.post(f"{_ONE}/grants")
 def _grant(customer: str, feature: str) -> tuple[Response, int]:
+    asked = read(GRANT, "EntitlementGrantCreateInputV2")
     _, found = _found(customer, feature)
-    asked = read(request.get_data(), GRANT, "EntitlementGrantCreateInputV2")
     here = context()
     made = here.entitlements.grant(found, asked)
-    return jsonify(document(made, here.store.clock())), 201
+    return jsonify(grant_document(made, here.store.clock())), 201
 
 
 @routes.get(f"{_ONE}/grants")
 def _grants(customer: str, feature: str) -> Response:
     _, found = _found(customer, feature)
     now = context().store.clock()
-    made = [document(g, now) for g in found.get("_", {}).get("grants", [])]
-    return jsonify(paged(made, request.args))
+    made = [grant_document(g, now) for g in found.get("_", {}).get("grants", [])]
+    return jsonify(paged(made))
+
+
+@routes.get(f"{_V1_SUBJECT}/<feature>/grants")
+def _grants_of_subject(subject: str, feature: str) -> Response:
+    found = context().entitlements.get(_customer_of(subject), feature)
+    now = context().store.clock()
+    made = found.get("_", {}).get("grants", [])
+    return jsonify([v1_grant_document(grant, now) for grant in made])
 
 
 @routes.post(f"{_ONE}/reset")
 def _reset(customer: str, feature: str) -> tuple[str, int]:
+    asked = read(RESET, "ResetEntitlementUsageInput")
     _, found = _found(customer, feature)
-    asked = read(request.get_data(), RESET, "ResetEntitlementUsageInput")
     context().entitlements.reset(found, asked)
     return "", 204
 
@@ -207,22 +258,23 @@ def _reset(customer: str, feature: str) -> tuple[str, int]:
 @routes.get(f"{_V1_SUBJECT}/<feature>/value")
 @question("subject_value")
 def _value_of_subject(subject: str, feature: str) -> Response:
+    at = _time()
     customer = _customer_of(subject)
     found = context().entitlements.get(customer, feature)
-    return jsonify(v1(context().access.value(customer, found, _time())))
+    return jsonify(v1(context().access.value(customer, found, at)))
 
 
 @routes.get(f"{_V1}/entitlements/<feature>/value")
 @question("value")
 def _value_v1(customer: str, feature: str) -> Response:
-    _check_feature(feature, ulid=False)
+    path_parameter("featureKey", feature, KEY)
     return jsonify(v1(_value(customer, feature)))
 
 
 @routes.get(f"{_ONE}/value")
 @question("value_v2")
 def _value_v2(customer: str, feature: str) -> Response:
-    _check_feature(feature, ulid=True)
+    _check_feature(feature)
     return jsonify(v2(_value(customer, feature)))
 
 
@@ -238,6 +290,103 @@ def _access(customer: str) -> Response:
     return jsonify({"entitlements": values})
 
 
+@routes.get(f"{_V3}/customers/<customer>/entitlement-access")
+@question("access_v3")
+def _access_v3(customer: str) -> Response:
+    if not matches(ULID, customer):
+        raise Problem(404)
+    found = context().customers.find(customer)
+    if found is None or found["id"] != customer:
+        detail = f"not found error: customer with id {customer} not found"
+        raise Problem(404, f"{detail} in default namespace")
+    listed = []
+    for entitlement in context().entitlements.of(found):
+        value = context().access.value(found, entitlement)
+        shown = {"feature_key": entitlement["featureKey"], "type": entitlement["type"]}
+        shown |= {k: value[k] for k in ("config",) if k in value}
+        listed.append(shown | {"has_access": value["hasAccess"]})
+    return jsonify({"data": sorted(listed, key=lambda one: str(one["feature_key"]))})
+
+
+@routes.post(f"{_V3}/entitlement-access/query")
+@question("access_query")
+def _query_access() -> Response:
+    asked = read(ACCESS)
+    keys = _keys(asked, "customer")
+    features = _keys(asked, "feature") if "feature" in asked else None
+    here = context()
+    rows: list[Document] = []
+    errors: list[Document] = []
+    for key in dict.fromkeys(keys):
+        payers = here.customers.with_subject(key)
+        if not payers:
+            error = {"code": "customer_not_found", "message": "customer not found"}
+            errors.append(error | {"customer": key})
+        elif payers[0]["id"] in (row["customer"]["id"] for row in rows):
+            known = next(r for r in rows if r["customer"]["id"] == payers[0]["id"])
+            known["matched"].append(key)
+        else:
+            rows.append(_access_row(payers[0], key, features))
+    rows.sort(key=lambda row: str(row["customer"]["id"]))
+    ends = [base64.b64encode(r["customer"]["id"].encode()).decode() for r in rows]
+    page: Document = {"next": None, "previous": None, "size": MOST_KEYS}
+    page |= {"first": ends[0], "last": ends[-1]} if ends else {}
+    body = {"data": rows, "meta": {"page": page}}
+    return jsonify(body | ({"errors": errors} if errors else {}))
+
+
+def _keys(asked: Document, kind: str) -> list[str]:
+    keys: list[str] = asked[kind]["keys"]
+    if flaw := check(_KEYS, keys, f"/{kind}/keys"):
+        raise invalid(str(flaw), flaw)
+    if not 1 <= len(keys) <= MOST_KEYS:
+        raise invalid(f"{kind}.keys: expected 1 to {MOST_KEYS} keys, got {len(keys)}")
+    return keys
+
+
+def _access_row(customer: Document, key: str, features: list[str] | None) -> Document:
+    here = context()
+    if features is None:
+        features = [feature["key"] for feature in here.features.all()]
+    shown = {
+        "id": customer["id"],
+        "name": customer["name"],
+        "labels": {},
+        "created_at": customer["createdAt"],
+        "updated_at": customer["updatedAt"],
+    }
+    shown |= {name: customer[name] for name in ("key",) if name in customer}
+    if "usageAttribution" in customer:
+        subjects = customer["usageAttribution"]["subjectKeys"]
+        shown["usage_attribution"] = {"subject_keys": subjects}
+    return {
+        "customer": shown,
+        "features": {feature: _access_entry(customer, feature) for feature in features},
+        "matched": [key],
+        "updated_at": rfc3339(here.store.clock()),
+    }
+
+
+def _access_entry(customer: Document, feature: str) -> Document:
+    here = context()
+    found = here.entitlements.find(customer, feature)
+    if found is None:
+        known = here.features.find(feature)
+        code = "feature_unavailable" if known else "feature_not_found"
+    elif here.access.value(customer, found)["hasAccess"]:
+        return {"has_access": True}
+    else:
+        code = "usage_limit_reached"
+    return {"has_access": False, "reason": {"code": code, "message": _REASONS[code]}}
+
+
+_REASONS = {
+    "feature_unavailable": "feature is not available for customer",
+    "feature_not_found": "feature is not found",
+    "usage_limit_reached": "usage limit for feature reached",
+}
+
+
 def _value(customer: str, feature: str) -> Document:
     here = context()
     at = _time()
@@ -251,30 +400,23 @@ def _time() -> int | None:
 
 
 def _customer(id_or_key: str) -> Document:
-    if flaw := check(CUSTOMER, id_or_key):
-        raise _refused("customerIdOrKey", flaw.reason)
+    if not 1 <= len(id_or_key) <= 256:
+        reason = 'doesn\'t match any schema from "anyOf"'
+        detail = f'parameter "customerIdOrKey" in path has an error: {reason}'
+        raise invalid(detail)
     return context().customers.get(id_or_key)
 
 
 def _customer_of(subject: str) -> Document:
     """Return who pays for *subject*, which has to exist as an entity of its own."""
-    found = context().subjects.find(subject)
-    if found is None:
-        raise Problem(404, f"subject not found: {subject}")
-    return context().customers.of_subject(found["key"])
+    return context().customers.of_subject(context().subjects.get(subject)["key"])
 
 
 def _found(customer: str, feature: str) -> tuple[Document, Document]:
+    _check_feature(feature)
     found = _customer(customer)
     return found, context().entitlements.get(found, feature)
 
 
-def _check_feature(feature: str, *, ulid: bool) -> None:
-    flaw = check(FEATURE_KEY, feature)
-    if flaw is not None and not (ulid and matches(ULID, feature)):
-        name = "entitlementIdOrFeatureKey" if ulid else "featureKey"
-        raise _refused(name, flaw.reason)
-
-
-def _refused(name: str, reason: str) -> Problem:
-    return Problem(400, f'parameter "{name}" in path has an error: {reason}')
+def _check_feature(feature: str) -> None:
+    path_parameter("entitlementIdOrFeatureKey", feature, f"{KEY}|{ULID}")

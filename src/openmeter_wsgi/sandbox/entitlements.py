@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.sandbox.balance import (
@@ -16,9 +15,16 @@ from openmeter_wsgi.sandbox.balance import (
     recurring,
     whole_minute,
 )
-from openmeter_wsgi.sandbox.protocol import Problem, parse_moment, parse_time, rfc3339
+from openmeter_wsgi.sandbox.protocol import (
+    Problem,
+    go_time,
+    parse_moment,
+    parse_time,
+    rfc3339,
+    tidy,
+)
 from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
-from openmeter_wsgi.sandbox.usage import Edge, Source, UsageCache, tidy
+from openmeter_wsgi.sandbox.usage import Edge, Source, UsageCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,15 +48,15 @@ def new_grant(entitlement: Document, asked: Document, now: float) -> Document:
     # A period that began within this minute is the only one that starts between two.
     effective = max(whole_minute(effective), start if effective >= start else 0)
     if effective < start:
-        detail = f"grant effective date {rfc3339(effective)} is before the current"
-        raise Problem(400, f"validation error: {detail} usage period {rfc3339(start)}")
+        detail = f"grant effective date {go_time(effective)} is before the current"
+        raise Problem(400, f"validation error: {detail} usage period {go_time(start)}")
     grant = {
         "id": ulid(),
         "entitlementId": entitlement["id"],
         "createdAt": rfc3339(now),
         "updatedAt": rfc3339(now),
         "amount": asked["amount"],
-        "priority": 1,
+        "priority": 0,
         "effectiveAt": rfc3339(effective),
         "minRolloverAmount": asked.get("minRolloverAmount", 0),
         "maxRolloverAmount": asked.get("maxRolloverAmount", asked["amount"]),
@@ -74,7 +80,7 @@ def _expiry(effective: int, expiration: Document) -> int:
     return interval.after(effective, int(expiration["count"]))
 
 
-def document(grant: Document, now: float) -> Document:
+def grant_document(grant: Document, now: float) -> Document:
     """Return *grant* as the API shows it."""
     shown = {name: value for name, value in grant.items() if name != "_"}
     if recurrence := grant.get("recurrence"):
@@ -84,7 +90,17 @@ def document(grant: Document, now: float) -> Document:
     return shown
 
 
-_PRESETS = ("CURRENT_PERIOD_START", "NOW")
+def v1_grant_document(grant: Document, now: float) -> Document:
+    """Return *grant* as version 1 of the API shows it: every grant expires."""
+    shown = grant_document(grant, now)
+    if "expiration" not in shown:
+        shown["expiration"] = {"count": 100, "duration": "YEAR"}
+        ends = parse_interval("YEAR").after(int(now), 100)
+        shown["expiresAt"] = rfc3339(ends + now % 1)
+    return shown
+
+
+PRESETS = ("CURRENT_PERIOD_START", "NOW")
 
 
 def _boolean(*_: Any) -> Document:
@@ -95,8 +111,7 @@ def _static(_: Document, __: Document, asked: Document, *___: Any) -> Document:
     try:
         json.loads(asked["config"])
     except ValueError:
-        detail = "invalid entitlement value for type static: Config is not valid JSON"
-        raise Problem(400, detail) from None
+        raise Problem(400, "validation error: invalid JSON config") from None
     return {"config": asked["config"]}
 
 
@@ -126,14 +141,16 @@ def _metered(
     }
     metered |= _issue(asked)
     whole = entitlement | metered
-    if amount := metered.get("issueAfterReset"):
-        own = {"minRolloverAmount": amount, "maxRolloverAmount": amount}
+    if amount := metered["issueAfterReset"]:
         grant = {
             "amount": amount,
-            "priority": metered["issueAfterResetPriority"],
+            "priority": metered.get("issueAfterResetPriority", 1),
             "effectiveAt": rfc3339(start),
+            "minRolloverAmount": amount,
+            "maxRolloverAmount": amount,
+            "annotations": {"issueAfterReset": True},
         }
-        metered["_"]["grants"].append(new_grant(whole, grant | own, now))
+        metered["_"]["grants"].append(new_grant(whole, grant, now))
     for grant in asked.get("grants", ()):
         metered["_"]["grants"].append(new_grant(whole, grant, now))
     return metered
@@ -148,17 +165,17 @@ def _issue(asked: Document) -> Document:
     issue = asked.get("issue") or {}
     amount = issue.get("amount", asked.get("issueAfterReset"))
     priority = issue.get("priority", asked.get("issueAfterResetPriority"))
-    if amount is None:
-        if priority is not None:
-            detail = "IssueAfterResetPriority requires IssueAfterReset"
-            raise Problem(400, f"invalid entitlement value for type metered: {detail}")
-        return {}
-    priority = priority or 1
-    return {
-        "issueAfterReset": amount,
-        "issueAfterResetPriority": priority,
-        "issue": {"amount": amount, "priority": priority},
-    }
+    if amount is None and priority is not None:
+        detail = "IssueAfterResetPriority requires IssueAfterReset"
+        raise Problem(400, f"invalid entitlement value for type metered: {detail}")
+    if amount is not None and "grants" in asked:
+        detail = "issueAfterReset and grants cannot be used together"
+        raise Problem(400, f"validation error: {detail}")
+    shown = {"issueAfterReset": amount or 0, "issue": {"amount": amount or 0}}
+    if priority is None:
+        return shown
+    issued = {"amount": amount, "priority": priority}
+    return shown | {"issueAfterResetPriority": priority, "issue": issued}
 
 
 def _measure_from(asked: Document, period: Document, now: float) -> int:
@@ -168,10 +185,7 @@ def _measure_from(asked: Document, period: Document, now: float) -> int:
         return Recurrence(parse_time(period["anchor"]), interval).start(now)
     if wanted == "NOW":
         return whole_minute(now)
-    if re.match(r"\d{4}-", wanted):
-        return whole_minute(parse_moment(wanted))
-    expected = f"a time or one of {', '.join(_PRESETS)}"
-    raise Problem(400, f"measureUsageFrom: expected {expected}, got {wanted!r}")
+    return whole_minute(parse_moment(wanted))
 
 
 class Entitlements:
@@ -183,7 +197,7 @@ class Entitlements:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._all = Resources(store, "entitlement", key="key")
+        self._all = Resources(store, "entitlement")
 
     def create(
         self,
@@ -198,9 +212,8 @@ class Entitlements:
         """
         if old := self.find(customer, feature["key"]):
             detail = f"entitlement with id {old['id']} already exists for feature"
-            raise Problem(
-                409, f"{detail} {feature['id']} and customer {customer['id']}"
-            )
+            detail = f"{detail} {feature['id']} and customer {customer['id']}"
+            raise Problem(409, detail, extensions={"conflictingEntityId": old["id"]})
         now = self._store.clock()
         entitlement = {
             "id": ulid(),
@@ -270,9 +283,8 @@ class Entitlements:
         moment = asked.get("effectiveAt")
         at = parse_moment(moment) if moment else now
         if at > now:
-            raise Problem(
-                400, f"validation error: cannot reset at {moment} in the future"
-            )
+            detail = f"cannot reset at {go_time(at)} in the future"
+            raise Problem(400, f"validation error: {detail}")
         self.reset_at(entitlement, (whole_minute(at), 0), asked)
 
     def reset_at(
@@ -283,9 +295,10 @@ class Entitlements:
         def begin(current: Document) -> None:
             _require_metered(current)
             own = current["_"]
-            if edge <= begun(current, self._store.clock()):
-                reason = "can only end usage period after current period start time"
-                raise Problem(400, f"validation error: {reason}")
+            last = begun(current, self._store.clock())
+            if edge <= last:
+                detail = f"reset at {go_time(edge[0])} must be after last reset at"
+                raise Problem(400, f"validation error: {detail} {go_time(last[0])}")
             anchors = [own["anchor"], *(reset["anchor"] for reset in own["resets"])]
             retained = asked.get("retainAnchor", False)
             preserve = asked.get("preserveOverage", current["preserveOverageAtReset"])
@@ -348,8 +361,10 @@ class Access:
             return {"hasAccess": True}
         if entitlement["type"] == "static":
             return {"hasAccess": True, "config": entitlement["config"]}
-        if at is not None and at < entitlement["_"]["measureFrom"][0]:
+        if at is not None and at < parse_time(entitlement["activeFrom"]):
             return NO_ACCESS
+        if entitlement["_"]["measureFrom"][0] > (at or self._store.clock()):
+            raise Problem(500, reason="usage is measured from a time in the future on")
         balance = self.balance(customer, entitlement, at)
         return {
             "hasAccess": entitlement["isSoftLimit"] or balance.left > 0,
@@ -365,12 +380,11 @@ class Access:
     ) -> Balance:
         """Return the balance of a metered *entitlement*, *at* a time or now."""
         source, since = self._source(customer, entitlement)
-        # The running minute counts as a whole: OpenMeter's resolution.
-        if at is None:
-            moment = self._store.clock()
-            until = whole_minute(moment) + 60
-        else:
-            moment, until = at, math.ceil(at / 60) * 60
+        # OpenMeter rounds up to the minute: the running one counts as a whole, and the
+        # last one of a usage period is answered for the next.
+        until = (
+            math.ceil(at / 60) * 60 if at else whole_minute(self._store.clock()) + 60
+        )
         with self._store.reading() as connection:
             horizon = self._store.horizon(connection)
 
@@ -378,7 +392,7 @@ class Access:
                 first = Edge(max(start.time, since), start.seq)
                 return self._usage_cache.usage(connection, source, first, end, horizon)
 
-            return burn_down(entitlement, moment, until, usage)
+            return burn_down(entitlement, until, until, usage)
 
     def _source(self, customer: Document, entitlement: Document) -> tuple[Source, int]:
         """Return what *entitlement* counts, and since when its meter does."""
@@ -481,6 +495,8 @@ class Granting:
         now = self._store.clock()
         start = current_period(entitlement, now)[0]
         grant = {"amount": amount, "effectiveAt": rfc3339(max(start, int(now)))}
+        # As the amount of the period, which is used up first because it was first.
+        grant["priority"] = 1
         self._entitlements.grant(entitlement, grant)
         return self._entitlements.get_by_id(entitlement["id"])
 

@@ -1,4 +1,8 @@
-"""OpenMeter's side of HTTP: bodies, parameters, schemas, and its error bodies."""
+"""OpenMeter's side of HTTP: bodies, parameters, schemas, and its error bodies.
+
+The texts are those of OpenMeter and of kin-openapi, the validator in front of it, so
+that a client sees here what it will see there.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_options_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,36 +29,28 @@ if TYPE_CHECKING:
 
     Arguments = MultiDict[str, str]
 
-
-def parse_time(moment: str) -> int:
-    """Return RFC 3339 *moment* in whole seconds since 1970."""
-    if not re.search(r"(Z|[+-]\d\d:\d\d)$", moment):
-        raise ValueError(moment)
-    if moment.startswith("0000-"):
-        # A year that Go knows and Python does not; it is dropped for its age anyway.
-        return -1
-    return int(datetime.fromisoformat(moment).timestamp() // 1)
-
-
-def rfc3339(moment: float) -> str:
-    """Return Unix *moment* in the form OpenMeter writes."""
-    text = datetime.fromtimestamp(moment, UTC).isoformat(timespec="auto")
-    return text.replace("+00:00", "Z")
-
-
 logger = logging.getLogger(__name__)
+
 #: OpenMeter's ids are ``<host>/<random>-<number>``.
 _RUN = f"sandbox/{secrets.token_urlsafe(7)}"
-
 _numbers = itertools.count(1)
+#: What version 3 says where version 1 leaves the detail out.
+_DETAILS_V3 = {
+    404: "The requested entity was not found",
+    405: "The requested method is not allowed",
+}
+#: The times that Python knows, in Unix seconds: the years 1 and 9999.
+_OLDEST, _NEWEST = -62_135_596_800, 253_402_300_799
 
 
 class Problem(Exception):
     """A request that is answered with an error.
 
-    :param detail: None where OpenMeter leaves it out: 404, 405 and every 500.
-    :param flaw: what the schema says against the body. Such answers of the v1 API
-        have no ``instance``, those of v3 name the field.
+    :param detail: None where OpenMeter leaves it out: unknown routes and every 500.
+    :param invalid: whether it was found by the validator in front of OpenMeter. Such
+        answers of version 1 have no ``instance``, those of version 3 name the field.
+    :param flaw: what the schema says against the body.
+    :param terse: whether version 3 keeps the detail to itself.
     :param reason: what the page shows where *detail* says too little.
     :param position: the place of the event that is to blame in its batch, from 1.
     :param retry_after: seconds for the header of that name.
@@ -63,7 +61,10 @@ class Problem(Exception):
         status: int,
         detail: str | None = None,
         *,
+        invalid: bool = False,
         flaw: Flaw | None = None,
+        terse: bool = False,
+        extensions: Document | None = None,
         reason: str | None = None,
         position: int | None = None,
         retry_after: float | None = None,
@@ -71,44 +72,64 @@ class Problem(Exception):
         super().__init__(detail or HTTPStatus(status).phrase)
         self.status = status
         self.detail = detail
+        self.invalid = invalid
         self.flaw = flaw
+        self.terse = terse
+        self.extensions = extensions
         self.reason = reason or str(self)
         self.position = position
         self.retry_after = retry_after
 
-    def v1(self) -> dict[str, Any]:
+    def v1(self) -> Document:
         """Return the body as the v1 and v2 APIs write it."""
-        body: dict[str, Any] = {
+        body: Document = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
         }
         if self.detail is not None:
             body["detail"] = self.detail
-        if self.flaw is None:
+        if not self.invalid:
             body["instance"] = _instance()
+        if self.extensions is not None:
+            body["extensions"] = self.extensions
         return body
 
-    def v3(self) -> dict[str, Any]:
+    def v3(self) -> Document:
         """Return the body as the v3 API writes it."""
         title = HTTPStatus(self.status).phrase
+        detail, parameters = self.detail, None
+        if self.invalid:
+            detail, parameters = self._parameters(title)
+        elif self.terse:
+            detail = title
+        elif detail is None and self.status in _DETAILS_V3:
+            detail = _DETAILS_V3[self.status]
+        else:
+            return self.v1()
         slug = title.lower().replace(" ", "-")
-        body: dict[str, Any] = {
+        body: Document = {
             "type": f"https://kongapi.info/konnect/{slug}",
             "status": self.status,
             "title": title,
             "instance": _instance(),
+            "detail": detail,
         }
-        if self.detail is not None:
-            body["detail"] = self.detail
-        if self.flaw is not None:
-            field = self.flaw.pointer.strip("/").replace("/", ".")
-            rule, reason = self.flaw.rule, self.flaw.reason
-            body["detail"] = f"{title}: {field} [{rule}]: {reason}"
-            body["invalid_parameters"] = [
-                {"field": field, "rule": rule, "reason": reason, "source": ""}
-            ]
-        return body
+        return body | ({"invalid_parameters": parameters} if parameters else {})
+
+    def _parameters(self, title: str) -> tuple[str, list[Document]]:
+        if self.flaw is None:
+            parameter = {"field": "", "reason": self.detail, "source": ""}
+            return f"{title}: : {self.detail}", [parameter]
+        field = self.flaw.pointer.strip("/").replace("/", ".")
+        rule, reason = self.flaw.rule, self.flaw.reason
+        parameter = {"field": field, "rule": rule, "reason": reason, "source": ""}
+        return f"{title}: {field} [{rule}]: {reason}", [parameter]
+
+
+def invalid(detail: str, flaw: Flaw | None = None) -> Problem:
+    """Return the problem of a request that the validator refuses."""
+    return Problem(400, detail, invalid=True, flaw=flaw)
 
 
 def _instance() -> str:
@@ -146,13 +167,17 @@ def install(app: Flask) -> None:
 
 Document = dict[str, Any]
 Schema = dict[str, Any]
-#: The zone is optional here although RFC 3339 requires it; the next layer does too.
 DATE_TIME = (
     r"^[0-9]{4}-(0[1-9]|10|11|12)-(0[1-9]|[12][0-9]|3[01])"
-    r"T([0-1][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
-    r"(Z|(\+|-)[0-9]{2}:[0-9]{2})?$"
+    r"T([0-1][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?"
+    r"(Z|(\+|-)[0-9]{2}:[0-9]{2})$"
 )
 KEY = "^[a-z0-9]+(?:_[a-z0-9]+)*$"
+ULID = "^[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}$"
+TIME: Schema = {"type": "string", "format": "date-time"}
+#: A map of texts; OpenMeter's metadata may be null.
+TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+METADATA: Schema = TEXTS | {"nullable": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +187,11 @@ class Flaw:
     pointer: str
     rule: str
     reason: str
+
+    def nested(self) -> str:
+        """Return the text of a flaw in a schema that others refer to."""
+        steps = [f'Error at "/{step}"' for step in self.pointer.split("/")[1:]]
+        return ": ".join([": doesn't match schema due to: ".join(steps), self.reason])
 
     def __str__(self) -> str:
         return (
@@ -176,15 +206,11 @@ def check(schema: Schema, value: Any, pointer: str = "") -> Flaw | None:
             return None
         return Flaw(pointer, "nullable", "Value is not nullable")
     if (allowed := schema.get("enum")) and value not in allowed:
-        reason = f"value is not one of the allowed values {_compact(allowed)}"
-        return Flaw(pointer, "enum", reason)
+        listed = json.dumps(allowed, separators=(",", ":"))
+        return Flaw(pointer, "enum", f"value is not one of the allowed values {listed}")
     if "type" not in schema:
         return None
     return _TYPES[schema["type"]](schema, value, pointer)
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 def _string(schema: Schema, value: Any, pointer: str) -> Flaw | None:
@@ -196,7 +222,7 @@ def _string(schema: Schema, value: Any, pointer: str) -> Flaw | None:
         return Flaw(pointer, "max_length", f"maximum string length is {most}")
     if (pattern := schema.get("pattern")) and not matches(pattern, value):
         reason = f'string doesn\'t match the regular expression "{pattern}"'
-        return Flaw(pointer, "pattern", reason)
+        return Flaw(pointer, "pattern", schema.get("otherwise", reason))
     if schema.get("format") == "date-time" and not matches(DATE_TIME, value):
         reason = (
             'string doesn\'t match the format "date-time": '
@@ -268,53 +294,90 @@ _TYPES: dict[str, Callable[[Schema, Any, str], Flaw | None]] = {
     "integer": _number,
     "boolean": _boolean,
 }
+
+
 PREFIX = "request body has an error: "
+JSON = "application/json"
+#: How Go's decoder calls what Python's says; %r is the character.
+_SYNTAX = {
+    "Expecting value": "invalid character %s looking for beginning of value",
+    "Expecting property name enclosed in double quotes": (
+        "invalid character %s looking for beginning of object key string"
+    ),
+    "Expecting ':' delimiter": "invalid character %s after object key",
+    "Expecting ',' delimiter": "invalid character %s after object key:value pair",
+    "Invalid control character at": "invalid character %s in string literal",
+}
 
 
-def require(body: bytes) -> None:
-    """Refuse an empty *body*."""
+def body_of(*kinds: str) -> bytes:
+    """Return the body of the request, if it has one of a content type in *kinds*."""
+    body = request.get_data()
     if not body:
-        raise Problem(400, f"{PREFIX}value is required but missing")
+        raise invalid(f"{PREFIX}value is required but missing")
+    given = request.headers.get("Content-Type", "").strip()
+    bare = parse_options_header(given)[0] if ";" in given else given
+    if bare not in kinds:
+        raise invalid(f'{PREFIX}header Content-Type has unexpected value "{given}"')
+    return body
 
 
 def parse(body: bytes) -> Any:
-    """Return the JSON document in *body*.
+    """Return the first JSON document in *body*; Go's decoder ignores what follows.
 
     Numbers are float64, as everything passes through one in OpenMeter: integers
     beyond 2^53 lose their last digits.
     """
-    require(body)
     # Go reads broken UTF-8, and escapes of half a character, as U+FFFD.
     text = body.decode("utf-8", "replace")
     try:
-        return json.loads(
-            text, parse_int=number, parse_float=number, parse_constant=_constant
-        )
+        return _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))[0]
     except (ValueError, RecursionError) as error:
         detail = f"{PREFIX}failed to decode request body: {_reason(text, error)}"
-        raise Problem(400, detail) from None
+        raise invalid(detail) from None
 
 
 def number(digits: str) -> int | float:
     """Return the float64 nearest to *digits*, as an int where it is a whole one."""
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"cannot unmarshal number {digits} into a float64")
-    # Go writes whole float64s without a point, up to this exponent.
-    return int(value) if value.is_integer() and abs(value) < 1e21 else value
+        raise ValueError(
+            f"json: cannot unmarshal number {digits} into Go value of type float64"
+        )
+    return tidy(value)
+
+
+def tidy(value: float) -> float:
+    """Return *value* as Go writes it: a whole number without a point up to 1e21.
+
+    Beyond 2^53 it has the shortest digits that mean this float64, filled with zeros.
+    """
+    whole = float(value).is_integer() and abs(value) < 1e21
+    return int(Decimal(repr(float(value)))) if whole else value
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"invalid character {name[0]!r} looking for beginning of value")
+    first = name.lstrip("-")[0]
+    raise ValueError(f"invalid character {first!r} looking for beginning of value")
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=number, parse_float=number, parse_constant=_constant
+)
 
 
 def _reason(text: str, error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "exceeded max depth"
-    first = text.lstrip(" \t\r\n")[:1]
-    if first and first not in '{["-0123456789tfn':
-        return f"invalid character {first!r} looking for beginning of value"
-    return str(error)
+        return "invalid character '[' exceeded max depth"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    rest = text[error.pos :].lstrip(" \t\r\n")
+    if not rest or error.msg.startswith("Unterminated"):
+        return "unexpected EOF" if text.strip(" \t\r\n") else "EOF"
+    # Go names the byte, and U+FFFD stands for one that is no UTF-8.
+    first = request.get_data()[:1] if rest[0] == "\ufffd" else rest[0].encode()[:1]
+    sentence = _SYNTAX.get(error.msg, "invalid character %s in string escape code")
+    return sentence % repr(first.decode("latin-1"))
 
 
 def well_formed(text: str) -> str:
@@ -324,18 +387,37 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read(body: bytes, schema: Schema, name: str) -> dict[str, Any]:
-    """Return the object in *body*, checked against the schema called *name*."""
-    document: dict[str, Any] = parse(body)
+def read(schema: Schema, name: str | None = None) -> Document:
+    """Return the object in the body of the request, checked against *schema*.
+
+    :param name: what an error calls the schema; None if it names only the place.
+    """
+    document: Document = parse(body_of(JSON))
     if flaw := check(schema, document):
         text = f"{PREFIX}doesn't match schema #/components/schemas/{name}: {flaw}"
-        raise Problem(400, text, flaw=flaw)
-    return document
+        # A schema that another refers to is not named.
+        bare = name is None or flaw.rule == "enum"
+        raise invalid(flaw.nested() if bare else text, flaw)
+    known = schema.get("properties", {})
+    return {name: part for name, part in document.items() if name in known}
+
+
+def path_parameter(name: str, value: str, pattern: str) -> str:
+    """Return *value* of the path if it fits, at most 64 characters long."""
+    schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": pattern}
+    if flaw := check(schema, value):
+        raise invalid(f'parameter "{name}" in path has an error: {flaw.reason}')
+    return value
 
 
 def refuse(name: str, reason: str) -> Problem:
     """Return the problem of a parameter."""
-    return Problem(400, f'parameter "{name}" in query has an error: {reason}')
+    return invalid(f'parameter "{name}" in query has an error: {reason}')
+
+
+def _format_error(name: str, reason: str) -> Problem:
+    detail = f"invalid param format {name}: Invalid format for parameter {name}"
+    return Problem(400, f"{detail}: {reason}")
 
 
 def integer(
@@ -346,7 +428,8 @@ def integer(
     if text is None:
         return default
     if not re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII):
-        raise refuse(name, f"value {text}: an invalid integer: invalid syntax")
+        reason = f'strconv.ParseInt: parsing "{text}": invalid syntax'
+        raise _format_error(name, f"error binding string parameter: {reason}")
     value = int(text)
     if value < least:
         raise refuse(name, f"number must be at least {least}")
@@ -356,16 +439,19 @@ def integer(
 
 
 def moment(text: str | None, name: str) -> int | None:
-    """Return RFC 3339 *text* in Unix seconds."""
+    """Return RFC 3339 *text*, or a date, in Unix seconds."""
     if text is None:
         return None
-    wrong = refuse(name, 'string doesn\'t match the format "date-time"')
-    if not matches(DATE_TIME, text):
-        raise wrong
     try:
-        return parse_time(text)
+        if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text, re.ASCII):
+            return parse_time(f"{text}T00:00:00Z")
+        if matches(DATE_TIME, text):
+            return parse_time(text)
     except ValueError:
-        raise wrong from None
+        pass
+    reason = f"error parsing '{text}' as RFC3339 or 2006-01-02 time: parsing time"
+    reason += f' "{text}" as "2006-01-02": cannot parse "{text}" as "2006"'
+    raise _format_error(name, reason)
 
 
 def parse_moment(text: str) -> int:
@@ -374,7 +460,28 @@ def parse_moment(text: str) -> int:
         return parse_time(text)
     except ValueError:
         detail = f'parsing time "{text}": not in RFC3339 format'
-        raise Problem(400, f"request body has an error: {detail}") from None
+        raise Problem(400, f"{PREFIX}{detail}") from None
+
+
+def parse_time(moment: str) -> int:
+    """Return RFC 3339 *moment* in whole seconds since 1970."""
+    if not re.search(r"(Z|[+-]\d\d:\d\d)$", moment):
+        raise ValueError(moment)
+    if moment.startswith("0000-"):
+        # A year that Go knows and Python does not; it is dropped for its age anyway.
+        return -1
+    return int(datetime.fromisoformat(moment).timestamp() // 1)
+
+
+def rfc3339(moment: float) -> str:
+    """Return Unix *moment* in the form OpenMeter writes."""
+    known = min(max(moment, _OLDEST), _NEWEST)
+    return datetime.fromtimestamp(known, UTC).isoformat().replace("+00:00", "Z")
+
+
+def go_time(moment: float) -> str:
+    """Return Unix *moment* in the form of Go's ``time.Time.String``."""
+    return rfc3339(moment).replace("T", " ").replace("Z", " +0000 UTC")
 
 
 def page(arguments: Arguments) -> tuple[int, int]:
@@ -383,9 +490,9 @@ def page(arguments: Arguments) -> tuple[int, int]:
     return number, integer(arguments, "pageSize", 100, 1, 1000)
 
 
-def paged(items: list[Document], arguments: Arguments) -> Document:
+def paged(items: list[Document]) -> Document:
     """Return the page of *items* that is asked for, as the API wraps it."""
-    number, size = page(arguments)
+    number, size = page(request.args)
     return {
         "totalCount": len(items),
         "page": number,

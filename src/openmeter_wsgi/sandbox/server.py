@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import socket
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote
 
 from werkzeug.exceptions import BadRequest
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
@@ -60,6 +62,7 @@ class _Handler(WSGIRequestHandler):
             body = b""
         else:
             app = self.server.app
+        environ["PATH_INFO"] = _path_info(self.path)
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
         environ["wsgi.input_terminated"] = True
         chunks, status, headers = run_wsgi_app(app, environ, buffered=True)
@@ -132,6 +135,13 @@ class Server(ThreadedWSGIServer):
             thread.join(max(0.0, deadline - time.monotonic()))
         for connection in list(self._open):
             self.shutdown_request(connection)
+
+
+def _path_info(target: str) -> str:
+    """Return the path of a request, decoded but for ``%2F`` and ``%25``."""
+    path = re.sub("%(2[Ff]|25)", r"%25\1", target.partition("?")[0])
+    # A part of a path is text in latin-1, as WSGI has it.
+    return unquote(path, "latin-1")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ from openmeter_wsgi.sandbox.usage import install
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from openmeter_wsgi.sandbox.protocol import Document, Schema
+    from openmeter_wsgi.sandbox.protocol import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,13 @@ class Event:
     data: str | None
     #: The data is no JSON, which OpenMeter finds out too late to say so: 500.
     broken: bool = False
+
+    @property
+    def lost(self) -> str | None:
+        """Why OpenMeter takes it and then drops it, if so."""
+        if self.time <= 0:
+            return f"its time is 1970 or earlier: {_LOST}"
+        return None if self.source else f"its source is no URI with a name: {_LOST}"
 
     @property
     def key(self) -> str:
@@ -177,10 +184,13 @@ def _text(value: Any, limit: int) -> str:
     return text[:limit].encode("utf-8", "replace").decode()
 
 
-TABLES = """
+#: Of the tables below.
+_VERSION = 2
+TABLES = f"""
 PRAGMA journal_mode = WAL;
 -- A sandbox's events need not survive a power cut.
 PRAGMA synchronous = OFF;
+PRAGMA user_version = {_VERSION};
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
@@ -189,7 +199,9 @@ CREATE TABLE IF NOT EXISTS events (
     subject TEXT NOT NULL,
     time INTEGER NOT NULL,
     data TEXT,
-    ingested_at REAL NOT NULL
+    ingested_at REAL NOT NULL,
+    -- When meters, balances and the list of events begin to know of it.
+    stored_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
 CREATE INDEX IF NOT EXISTS events_by_arrival ON events (type, subject, seq);
@@ -219,22 +231,20 @@ class Added(NamedTuple):
     stored: int
     #: Ids that had been there before.
     duplicates: int
-    #: From 1970 or earlier: OpenMeter drops them without a word.
+    #: OpenMeter drops them without a word.
     dropped: int
 
 
-_REASONS = {
-    Outcome.DUPLICATE: "an event with this source and id had arrived before",
-    Outcome.DROPPED: "its time is 1970 or earlier: OpenMeter drops it without a word",
-}
+_DUPLICATE = "an event with this source and id had arrived before"
+_LOST = "OpenMeter answers 204 and drops it without a word"
 
 
-def _away(
-    event: Event, outcome: Outcome, position: int, batch: Sequence[Event]
+def _rejected(
+    event: Event, reason: str, position: int, batch: Sequence[Event]
 ) -> Rejected:
     return Rejected(
-        outcome,
-        _REASONS[outcome],
+        Outcome.DUPLICATE if reason is _DUPLICATE else Outcome.DROPPED,
+        reason,
         position,
         len(batch),
         event.id,
@@ -268,7 +278,7 @@ class Store:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.dedupe = dedupe
-        self.visible_after = visible_after
+        self._visible_after = visible_after
         self.clock = clock
         self.persistent = path is not None
         #: Grows with every change, so that a reader can tell whether to look again.
@@ -280,10 +290,25 @@ class Store:
         self._closed = False
         self._writer = self._connect()
         try:
-            self._writer.executescript(TABLES + REJECTED_TABLES)
+            self._create_tables()
         except BaseException:
             self.close()
             raise
+
+    def _create_tables(self) -> None:
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if (
+            version != _VERSION
+            and self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        ):
+            raise sqlite3.DatabaseError(
+                "another version of the sandbox made it, or something else; "
+                "delete it or name a new file"
+            )
+        self._writer.executescript(TABLES + REJECTED_TABLES)
+        found = self._writer.execute("SELECT max(stored_at) FROM events").fetchone()
+        #: When the newest event was or will be visible.
+        self._latest = found[0] or 0.0
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -328,18 +353,20 @@ class Store:
         away: list[Rejected] = []
         with self.writing() as connection:
             now = self.clock()
+            # What came first is stored first, also where the lag became shorter.
+            self._latest = stored = max(now + self._visible_after, self._latest)
             for position, event in enumerate(events, 1):
                 if self._is_duplicate(connection, event.key):
                     duplicates += 1
                     if self.dedupe:
-                        away.append(_away(event, Outcome.DUPLICATE, position, events))
+                        away.append(_rejected(event, _DUPLICATE, position, events))
                         continue
-                if event.time <= 0:
-                    away.append(_away(event, Outcome.DROPPED, position, events))
+                if event.lost:
+                    away.append(_rejected(event, event.lost, position, events))
                     continue
                 rows.append(
                     (event.id, event.source, event.type, event.subject, event.time,
-                     event.data, now)
+                     event.data, now, stored)
                 )  # fmt: skip
             self._insert(connection, rows, away, now)
         dropped = sum(one.outcome is Outcome.DROPPED for one in away)
@@ -360,23 +387,44 @@ class Store:
         (newest,) = connection.execute(NEWEST).fetchone()
         connection.executemany(
             "INSERT INTO events (seq, id, source, type, subject, time, data,"
-            " ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            " ingested_at, stored_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [(seq, *row) for seq, row in enumerate(rows, newest + 1)],
         )
         if away:
             insert_rejected(connection, away, newest + len(rows) + 1, now)
 
-    def horizon(self, connection: sqlite3.Connection) -> int:
-        """Return the number of the newest event that meters count by now.
+    @property
+    def visible_after(self) -> float:
+        """Seconds from an event's arrival until it is stored and counted.
 
-        OpenMeter's sink writes events down some seconds after it was told that they
-        are taken; until then neither a meter nor a balance knows of them.
+        What is stored stays so; what still waits follows a change at once.
         """
-        if not self.visible_after:
+        return self._visible_after
+
+    @visible_after.setter
+    def visible_after(self, seconds: float) -> None:
+        with self.writing() as connection:
+            now, self._visible_after = self.clock(), seconds
+            connection.execute(
+                "UPDATE events SET stored_at = max(?, ingested_at + ?)"
+                " WHERE stored_at > ?",
+                (now, seconds, now),
+            )
+            found = connection.execute("SELECT max(stored_at) FROM events").fetchone()
+            self._latest = found[0] or 0.0
+
+    def horizon(self, connection: sqlite3.Connection) -> int:
+        """Return the number of the newest event that is visible by now.
+
+        OpenMeter's sink writes events down some time after it was told that they
+        are taken; until then neither a meter nor a balance nor a list knows of them.
+        """
+        now = self.clock()
+        if now >= self._latest:
             return EVERYTHING
         row = connection.execute(
-            "SELECT seq FROM events WHERE ingested_at <= ? ORDER BY seq DESC LIMIT 1",
-            (self.clock() - self.visible_after,),
+            "SELECT seq FROM events WHERE stored_at <= ? ORDER BY seq DESC LIMIT 1",
+            (now,),
         ).fetchone()
         return row[0] if row else 0
 
@@ -412,14 +460,26 @@ def ulid() -> str:
 class Resources:
     """All resources of one kind, by id and by key.
 
-    :param kind: what one of them is called in an error.
+    :param kind: what one of them is called.
     :param key: the property of a document that is unique among its kind.
+    :param unknown: what OpenMeter says of one that is not there.
+    :param taken: what OpenMeter says of a key that exists, with its ``{id}``.
     """
 
-    def __init__(self, store: Store, kind: str, *, key: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        kind: str,
+        *,
+        key: str = "key",
+        unknown: str = "not found error: {} not found",
+        taken: str = "conflict error: {key} already exists",
+    ) -> None:
         self._store = store
         self._kind = kind
         self._key = key
+        self._unknown = unknown
+        self._taken = taken
 
     def create(self, document: Document) -> Document:
         """Store *document* with an id and times of its own, and return that."""
@@ -428,8 +488,8 @@ class Resources:
         try:
             self._insert(created)
         except sqlite3.IntegrityError:
-            key = document.get(self._key)
-            detail = f"{self._kind} with {self._key} {key} already exists"
+            known = self.find(key := document[self._key]) or {}
+            detail = self._taken.format(id=known.get("id"), key=key)
             raise Problem(409, detail) from None
         return created
 
@@ -489,6 +549,8 @@ class Resources:
 
     def find(self, id_or_key: str) -> Document | None:
         """Return the one with this id or key."""
+        if "\0" in id_or_key:
+            raise Problem(500, reason="PostgreSQL refuses a key with NUL")
         with self._store.reading() as connection:
             row = connection.execute(
                 "SELECT document FROM resources"
@@ -501,7 +563,7 @@ class Resources:
         """Return the one with this id or key, or answer 404."""
         found = self.find(id_or_key)
         if found is None:
-            raise Problem(404, f"{self._kind} with id or key {id_or_key} not found")
+            raise Problem(404, self._unknown.format(id_or_key))
         return found
 
     def with_prefix(self, prefix: str) -> list[Document]:
@@ -524,53 +586,19 @@ class Resources:
                 (f"deleted {self._kind}", json.dumps(deleted), self._kind, id_),
             )
 
-    def delete(self, id_or_key: str) -> None:
-        """Remove the one with this id or key, or answer 404."""
-        document = self.get(id_or_key)
-        with self._store.writing() as connection:
-            connection.execute(
-                "DELETE FROM resources WHERE kind = ? AND id = ?",
-                (self._kind, document["id"]),
-            )
-
-
-_METADATA: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-_SUBJECT_KEYS: Schema = {
-    "type": "array",
-    "items": {"type": "string", "minLength": 1},
-}
-CUSTOMER: Schema = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 256},
-        "description": {"type": "string", "maxLength": 1024},
-        "metadata": _METADATA | {"nullable": True},
-        "key": {"type": "string", "minLength": 1, "maxLength": 256},
-        "usageAttribution": {
-            "type": "object",
-            "required": ["subjectKeys"],
-            "properties": {"subjectKeys": _SUBJECT_KEYS},
-        },
-        "primaryEmail": {"type": "string"},
-        "currency": {"type": "string", "pattern": "^[A-Z]{3}$"},
-        "billingAddress": {"type": "object"},
-    },
-}
-
 
 class Customers(Resources):
     """All customers; those that were deleted are remembered by their id."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(store, "customer", key="key")
-        self._deleted = Resources(store, "deleted customer", key="key")
+        super().__init__(store, "customer")
+        self._deleted = Resources(store, "deleted customer")
 
     def look_up(self, id_or_key: str) -> Document:
         """Return the one with this id, deleted or not, or this key; or answer 404."""
         found = self.find(id_or_key) or self._deleted.find(id_or_key)
         if found is None:
-            detail = f"customer with id or key {id_or_key} not found"
+            detail = f"not found error: customer with id or key {id_or_key} not found"
             raise Problem(404, f"{detail} in default namespace")
         return found
 
@@ -583,13 +611,21 @@ class Customers(Resources):
 
     def of_subject(self, subject: str) -> Document:
         """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
-        found = _payers(self, subject)
+        found = self.with_subject(subject)
         if not found:
             if deleted := _payers(self._deleted, subject):
                 raise _gone(deleted[-1])
-            raise Problem(404, f"customer with subject key {subject} not found")
-        # A key wins against the subjects that another customer names.
-        return min(found, key=lambda one: one.get("key") != subject)
+            detail = f"not found error: customer with subject key {subject} not found"
+            raise Problem(404, f"{detail} in default namespace")
+        return found[0]
+
+    def with_subject(self, subject: str) -> list[Document]:
+        """Return those that pay for *subject*.
+
+        A key wins against the subjects that another customer names.
+        """
+        found = _payers(self, subject)
+        return sorted(found, key=lambda one: one.get("key") != subject)
 
 
 def _payers(customers: Resources, subject: str) -> list[Document]:
@@ -598,4 +634,4 @@ def _payers(customers: Resources, subject: str) -> list[Document]:
 
 def _gone(customer: Document) -> Problem:
     where = f"namespace=default customer.id={customer['id']}"
-    return Problem(412, f"customer is deleted [{where}]")
+    return Problem(412, f"precondition failed error: customer is deleted [{where}]")

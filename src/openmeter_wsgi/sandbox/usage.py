@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from openmeter_wsgi.sandbox.protocol import Problem, parse_time, rfc3339
+from openmeter_wsgi.sandbox.protocol import Problem, parse_time, rfc3339, tidy
 
 if TYPE_CHECKING:
     import sqlite3
@@ -62,7 +62,7 @@ def _children(document: Any, step: str | int) -> Any:
 
 
 def to_float(text: str) -> float:
-    """Return *text* as Go's ``strconv.ParseFloat`` does, or raise ValueError."""
+    """Return *text* as ClickHouse's ``toFloat64`` does, or raise ValueError."""
     if "_" in text or not text.isascii() or text != text.strip():
         raise ValueError(f"could not convert string to float: {text!r}")
     return float(text)
@@ -105,6 +105,13 @@ def window_end(start: int, size: str, zone: str) -> int:
     return int(beyond.timestamp())
 
 
+def local_time(moment: int, zone: str) -> str:
+    """Return Unix *moment* in the form OpenMeter writes, in the time zone *zone*."""
+    if zone == "UTC":
+        return rfc3339(moment)
+    return datetime.fromtimestamp(moment, ZoneInfo(zone)).isoformat()
+
+
 Meter = dict[str, Any]
 
 Row = dict[str, Any]
@@ -142,6 +149,8 @@ class Query:
     zone: str = "UTC"
     #: None is all of them, an empty sequence none.
     subjects: Sequence[str] | None = None
+    #: The customers that are asked for, by the subjects that they pay for.
+    customers: Mapping[str, str] | None = None
     group_by: Sequence[str] = ()
     #: Group-by name to the values that count.
     filters: Mapping[str, Sequence[str]] | None = None
@@ -166,6 +175,7 @@ class _Statement:
         if path := meter.get("valueProperty"):
             self.parameters["value"] = JsonPath(path).sqlite
         self._paths = meter.get("groupBy", {})
+        self._customers = query.customers
         groups = [self._group(name) for name in query.group_by]
         window = "0"
         if query.window:
@@ -190,25 +200,37 @@ class _Statement:
     def _group(self, name: str) -> str:
         if name == "subject":
             return "subject"
+        if name == "customer_id" and self._customers:
+            cases = (f"WHEN :{self._bind(subject)} THEN :{self._bind(customer)}"
+                     for subject, customer in self._customers.items())  # fmt: skip
+            return f"CASE subject {' '.join(cases)} END"
         return TEXT.format(self._bind(JsonPath(self._paths[name]).sqlite))
 
     def _conditions(self, meter: Meter, query: Query) -> list[str]:
-        conditions = ["type = :type"]
         start = query.start
         if since := meter.get("eventFrom"):
             start = max(start or 0, parse_time(since))
-        if start is not None:
-            conditions.append(f"time >= :{self._bind(start)}")
-        if query.end is not None:
-            conditions.append(f"time < :{self._bind(query.end)}")
-        if query.horizon is not None:
-            conditions.append(f"seq <= :{self._bind(query.horizon)}")
-        if query.only is not None:
-            conditions.append(f"seq = :{self._bind(query.only)}")
-        if query.subjects is not None:
-            conditions.append(f"subject IN ({self._list(query.subjects)})")
-        for name, values in (query.filters or {}).items():
-            conditions.append(f"{self._group(name)} IN ({self._list(values)})")
+        limits = {
+            "time >=": start,
+            "time <": query.end,
+            "seq <=": query.horizon,
+            "seq =": query.only,
+        }
+        conditions = ["type = :type"]
+        conditions += [
+            f"{term} :{self._bind(limit)}"
+            for term, limit in limits.items()
+            if limit is not None
+        ]
+        choices = [("subject", query.subjects), ("subject", query.customers)]
+        choices += [
+            (self._group(n), found) for n, found in (query.filters or {}).items()
+        ]
+        conditions += [
+            f"{column} IN ({self._list(list(values))})"
+            for column, values in choices
+            if values is not None
+        ]
         return conditions
 
     def _list(self, values: Sequence[str]) -> str:
@@ -219,26 +241,26 @@ def _row(meter: Meter, query: Query, values: tuple[Any, ...]) -> Row:
     window, first, last, value, *groups = values
     if isinstance(value, float) and not math.isfinite(value):
         raise Problem(500, reason=f"meter {meter['slug']}: value is infinite")
+    zone = "UTC"
     if query.window:
-        start, end = window, window_end(window, query.window, query.zone)
+        zone = query.zone
+        # ClickHouse's DateTime begins anew after 2106.
+        start, end = window, window_end(window, query.window, zone) % 2**32
     else:
         # Without windows OpenMeter answers with the period asked for, or else with
         # the whole minutes that hold events.
         start = first - first % 60 if query.start is None else query.start
-        end = last - last % 60 + 60 if query.end is None else query.end
+        end = (last - last % 60 + 60) % 2**32 if query.end is None else query.end
     named = dict(zip(query.group_by, groups, strict=True))
-    return {
+    row = {
         "value": tidy(value),
-        "windowStart": rfc3339(start),
-        "windowEnd": rfc3339(end),
+        "windowStart": local_time(start, zone),
+        "windowEnd": local_time(end, zone),
         "subject": named.pop("subject", None),
-        "groupBy": named,
     }
-
-
-def tidy(value: float) -> float:
-    """Return *value* without a point where it is whole, as Go writes it."""
-    return int(value) if float(value).is_integer() and abs(value) < 1e21 else value
+    if query.customers is not None:
+        row["customerId"] = named.pop("customer_id")
+    return row | {"groupBy": named}
 
 
 #: Sums kept; a question whose sum is not among them adds up its events anew.
