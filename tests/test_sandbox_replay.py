@@ -16,7 +16,7 @@ HISTORY = "`GET …/entitlements/{feature}/history`"
 OTHERS = "What this page does not name"
 METERS = "`GET /api/v3/openmeter/meters`"
 WORDS = "A feature with unknown filters"
-#: All calls that are answered otherwise, and the row of the documentation that says why.
+#: All calls that are answered otherwise, and the row of the page that says why.
 DIFFERENT = {
     "ingest.body_deep": DEEP,
     "query.count_deep": DEEP,

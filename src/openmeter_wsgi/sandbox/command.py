@@ -13,20 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from openmeter_wsgi.sandbox.faults import GROUPS, Settings
+from openmeter_wsgi.sandbox.faults import GROUPS, Settings, names
 from openmeter_wsgi.sandbox.server import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-#: The name on the command line to the name in Python.
-OPTIONS = {
-    "fail-rate": "fail_rate",
-    "latency": "latency",
-    "hang": "hang",
-    "outage": "outage",
-    "retry-after": "retry_after",
-}
 
 Fault = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -43,10 +34,12 @@ class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 
         where, _, rest = str(value).partition(":")
         fault, equals, text = rest.partition("=")
         groups = GROUPS if where == "both" else (where,)
-        if not set(groups) <= set(GROUPS) or fault not in OPTIONS:
+        known = [n.replace("_", "-") for n in names(where)]
+        if not set(groups) <= set(GROUPS) or fault not in known:
             self.fail(_expected(value), param, ctx)
+        name = fault.replace("-", "_")
         try:
-            setting = {OPTIONS[fault]: _read(fault, text) if equals else _FULL[fault]}
+            setting = {name: _read(name, text) if equals else _FULL[name]}
             Settings(**setting)
         except (KeyError, ValueError) as error:
             reason = "it needs a value" if isinstance(error, KeyError) else str(error)
@@ -55,18 +48,23 @@ class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 
 
 
 #: What a fault means that is named without a value.
-_FULL: dict[str, Any] = {"outage": True, "fail-rate": 1.0}
+_FULL: dict[str, Any] = {
+    "outage": True, "forget": True, "claim": True, "fail_rate": 1.0, "denied": 401,
+}  # fmt: skip
 
 
-def _read(fault: str, text: str) -> Any:
-    if fault == "outage":
-        raise ValueError("an outage has no value")
-    return float(text)
+def _read(name: str, text: str) -> Any:
+    if name.startswith("refused"):
+        return text
+    if _FULL.get(name) is True:
+        raise ValueError(f"{name} has no value")
+    return int(text) if name == "denied" else float(text)
 
 
 def _expected(value: str) -> str:
     where = "|".join((*GROUPS, "both"))
-    return f"{value!r}: expected {where}:{'|'.join(OPTIONS)}, such as both:outage"
+    listed = "|".join(names("ingest")).replace("_", "-")
+    return f"{value!r}: expected {where}:{listed}, such as both:outage"
 
 
 _EXIT_CODES = """\b
@@ -115,7 +113,7 @@ Exit codes:
     default=0.0,
     show_default=True,
     type=click.FloatRange(0, 3600),
-    help="Seconds until meters and balances count an event; OpenMeter takes 2 to 3.",
+    help="Seconds until an event is counted and listed; OpenMeter takes about 1.",
 )
 @click.option(
     "--fault",
@@ -123,7 +121,8 @@ Exit codes:
     multiple=True,
     type=FaultType(),
     help="A fault of ingest, entitlements or both: latency=2, fail-rate=0.1, hang=30,"
-    " outage, retry-after=5. May be repeated: --fault entitlements:outage.",
+    " byte-delay=0.01, outage, retry-after=5, denied=401; of ingest also forget, claim,"
+    " refused-type=T, refused-subject=S. May be repeated: --fault ingest:outage.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
 def command(

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
-from flask import Flask, current_app
+from flask import Flask, current_app, request
 
 from openmeter_wsgi.sandbox.protocol import Problem
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
-    from openmeter_wsgi.sandbox.faults import Faults
+    from openmeter_wsgi.sandbox.faults import Faults, GroupFaults
     from openmeter_wsgi.sandbox.store import Customers, Resources, Store
 
 #: Reasons may quote the client; they must not fill the memory.
@@ -174,6 +174,16 @@ def context() -> Context:
     return cast("Context", current_app.extensions[_KEY])
 
 
+#: A list in the environ, for what waits between two bytes of the answer.
+PAUSES = "openmeter_wsgi.sandbox.pauses"
+
+
+def slow_down(faults: GroupFaults) -> None:
+    """Let the answer of the current request go byte by byte, if that is set."""
+    if faults.settings.byte_delay:
+        request.environ[PAUSES].append(faults.pause)
+
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -197,6 +207,7 @@ def question(kind: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
                 return view(*args, **kwargs)
             finally:
                 here.faults.entitlements.delay()
+                slow_down(here.faults.entitlements)
 
         return answer
 

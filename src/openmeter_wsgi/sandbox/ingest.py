@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from flask import Blueprint, Response, request
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import context, slow_down
 from openmeter_wsgi.sandbox.faults import Fault
 from openmeter_wsgi.sandbox.protocol import (
     PREFIX,
@@ -112,6 +112,7 @@ def _answer(*, v3: bool) -> Response:
         raise
     finally:
         faults.delay()
+        slow_down(faults)
     return Response(status=202 if v3 else 204)
 
 
@@ -138,6 +139,12 @@ def _ingest(here: Context, fault: Fault | None, *, v3: bool) -> None:
         (n, flaw) for n, event in enumerate(events) if (flaw := _unsendable(event))
     )
     whole, flaw = next(flaws, (len(events), None))
+    _meet_faults(here, events)
+    if here.faults.ingest.settings.forget:
+        reason = "answered 204 and forgotten, on purpose"
+        body = request.get_data()
+        here.store.reject(rejected_events(body, Outcome.DROPPED, reason))
+        return
     added = here.store.add(events[:whole])
     here.tally.add(received=whole, **added._asdict())
     if flaw is not None:
@@ -145,6 +152,19 @@ def _ingest(here: Context, fault: Fault | None, *, v3: bool) -> None:
         raise Problem(500, reason=reason, position=whole + 1)
     if fault is Fault.AFTER:
         raise Problem(500, reason="on purpose, after the events were taken")
+
+
+def _meet_faults(here: Context, events: list[Event]) -> None:
+    """Refuse what is set to be refused; remember the ids of what is set to fail."""
+    settings = here.faults.ingest.settings
+    for position, event in enumerate(events, 1):
+        for name, text in (("type", event.type), ("subject", event.subject)):
+            if text == getattr(settings, f"refused_{name}"):
+                detail = f"the {name} {text!r} is refused, on purpose"
+                raise Problem(400, detail, position=position)
+    if settings.claim:
+        here.store.claim(events)
+        raise Problem(500, reason="on purpose, after the ids were remembered")
 
 
 def accept(*, now: int, v3: bool) -> list[Event]:

@@ -18,6 +18,7 @@ from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.test import run_wsgi_app
 
 from openmeter_wsgi.sandbox.app import create_app, create_context
+from openmeter_wsgi.sandbox.context import PAUSES
 from openmeter_wsgi.sandbox.faults import Faults
 from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Store
@@ -31,6 +32,21 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.context import Question
 
 logger = logging.getLogger("openmeter_wsgi.sandbox")
+
+
+class _Slow(io.RawIOBase):
+    """A file that is written byte by byte."""
+
+    def __init__(self, file: Any, pause: Callable[[], None]) -> None:
+        self.file = file
+        self._pause = pause
+
+    def write(self, data: Any) -> int:
+        for byte in bytes(data):
+            self.file.write(bytes((byte,)))
+            self.file.flush()
+            self._pause()
+        return len(data)
 
 
 class _Handler(WSGIRequestHandler):
@@ -64,9 +80,11 @@ class _Handler(WSGIRequestHandler):
             app = self.server.app
         environ["PATH_INFO"] = _path_info(self.path)
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
-        environ["wsgi.input_terminated"] = True
+        environ |= {"wsgi.input_terminated": True, PAUSES: []}
         chunks, status, headers = run_wsgi_app(app, environ, buffered=True)
         code, _, reason = status.partition(" ")
+        for pause in environ[PAUSES]:
+            self.wfile = _Slow(self.wfile, pause)  # type: ignore[assignment]
         self.send_response(int(code), reason)
         for name, value in headers:
             self.send_header(name, value)
@@ -74,8 +92,10 @@ class _Handler(WSGIRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.writelines(chunks)
+            self.wfile.write(b"".join(chunks))
         self.wfile.flush()
+        if isinstance(self.wfile, _Slow):
+            self.wfile = self.wfile.file
 
     def _read_body(self, environ: dict[str, Any]) -> bytes:
         if environ.get("wsgi.input_terminated"):

@@ -372,6 +372,12 @@ class Store:
         dropped = sum(one.outcome is Outcome.DROPPED for one in away)
         return Added(len(rows), duplicates, dropped)
 
+    def claim(self, events: Sequence[Event]) -> None:
+        """Remember the ids of *events* and nothing else."""
+        with self.writing() as connection:
+            for event in events:
+                self._is_duplicate(connection, event.key)
+
     def reject(self, events: Sequence[Rejected]) -> None:
         """Remember *events* that were not stored, to say what became of them."""
         with self.writing() as connection:
