@@ -34,7 +34,6 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
-    meters.v3,
     catalog.customers,
     catalog.features,
     catalog.subjects,

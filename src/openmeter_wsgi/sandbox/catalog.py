@@ -9,74 +9,58 @@ from flask import Blueprint, Response, jsonify, request
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.protocol import (
     JSON,
-    KEY,
     METADATA,
     PREFIX,
+    SLUG,
+    TEXT,
     TEXTS,
     Problem,
-    Schema,
     body_of,
     check,
     integer,
     invalid,
+    list_of,
     paged,
     parse,
     read,
+    shape,
+    text,
 )
 from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
 
 if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.protocol import Document
 
-CUSTOMER: Schema = {
-    "type": "object",
-    "required": ["name"],
-    "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 256},
-        "description": {"type": "string", "maxLength": 1024},
-        "metadata": METADATA,
-        "key": {"type": "string", "minLength": 1, "maxLength": 256},
-        "usageAttribution": {
-            "type": "object",
-            "required": ["subjectKeys"],
-            "properties": {
-                "subjectKeys": {
-                    "type": "array",
-                    "items": {"type": "string", "minLength": 1},
-                }
-            },
-        },
-        "primaryEmail": {"type": "string"},
-        "currency": {"type": "string", "pattern": "^[A-Z]{3}$"},
-        "billingAddress": {"type": "object"},
+CUSTOMER = shape(
+    "name",
+    name=text(256),
+    description=TEXT | {"maxLength": 1024},
+    metadata=METADATA,
+    key=text(256),
+    usageAttribution=shape("subjectKeys", subjectKeys=list_of(text())),
+    primaryEmail=TEXT,
+    currency=TEXT | {"pattern": "^[A-Z]{3}$"},
+    billingAddress={"type": "object"},
+)
+FEATURE = shape(
+    "key name",
+    key=SLUG,
+    name=TEXT,
+    metadata=TEXTS,
+    meterSlug=SLUG,
+    meterGroupByFilters=TEXTS,
+    advancedMeterGroupByFilters={
+        "type": "object",
+        "additionalProperties": {"type": "object"},
     },
-}
-_SLUG: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
-FEATURE: Schema = {
-    "type": "object",
-    "required": ["key", "name"],
-    "properties": {
-        "key": _SLUG,
-        "name": {"type": "string"},
-        "metadata": TEXTS,
-        "meterSlug": _SLUG,
-        "meterGroupByFilters": TEXTS,
-        "advancedMeterGroupByFilters": {
-            "type": "object",
-            "additionalProperties": {"type": "object"},
-        },
-    },
-}
-SUBJECT: Schema = {
-    "type": "object",
-    "required": ["key"],
-    "properties": {
-        "key": {"type": "string"},
-        "displayName": {"type": "string", "nullable": True},
-        "metadata": {"type": "object", "nullable": True},
-        "stripeCustomerId": {"type": "string", "nullable": True},
-    },
-}
+)
+SUBJECT = shape(
+    "key",
+    key=TEXT,
+    displayName=TEXT | {"nullable": True},
+    metadata={"type": "object", "nullable": True},
+    stripeCustomerId=TEXT | {"nullable": True},
+)
 #: A feature is a running total: averages and extremes are none.
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
 

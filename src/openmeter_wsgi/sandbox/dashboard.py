@@ -16,8 +16,9 @@ from flask import Blueprint, Response, jsonify, request, send_from_directory
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.entitlements import NO_ACCESS
 from openmeter_wsgi.sandbox.protocol import (
+    FLAG,
     JSON,
-    KEY,
+    SLUG,
     Problem,
     body_of,
     check,
@@ -26,8 +27,11 @@ from openmeter_wsgi.sandbox.protocol import (
     parse_time,
     read,
     refuse,
+    shape,
+    text,
     tidy,
 )
+from openmeter_wsgi.sandbox.protocol import TEXT as PLAIN
 from openmeter_wsgi.sandbox.usage import (
     AGGREGATES,
     NUMBER,
@@ -338,14 +342,8 @@ SPANS = (60, 7 * 24 * 3600)
 #: How meters are looked at: slug to dimension and subject.
 VIEWS: Schema = {
     "type": "object",
-    "additionalProperties": {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {
-            "by": {"type": "string"},
-            "subject": {"type": "string", "nullable": True},
-        },
-    },
+    "additionalProperties": shape("", by=PLAIN, subject=PLAIN | {"nullable": True})
+    | {"additionalProperties": False},
 }
 
 routes = Blueprint("dashboard", __name__)
@@ -398,27 +396,21 @@ def _views() -> dict[str, View]:
     return {slug: View(**view) for slug, view in asked.items()}
 
 
-_NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 256}
-_WHICH: Schema = {
-    "type": "object",
-    "required": ["customer", "feature"],
+_WHICH = shape("customer feature", customer=text(256), feature=text(256)) | {
     "additionalProperties": False,
-    "properties": {"customer": _NAME, "feature": _NAME},
 }
-_GRANT: Schema = _WHICH | {
+_GRANT = _WHICH | {
     "properties": {
-        "customer": _NAME,
-        "feature": {**_NAME, "maxLength": 64, "pattern": KEY},
+        "customer": text(256),
+        "feature": SLUG,
         "amount": {"type": "number", "minimum": 0, "nullable": True},
-        "soft": {"type": "boolean"},
-        "period": _NAME,
+        "soft": FLAG,
+        "period": text(256),
     },
 }
-_VISIBILITY: Schema = {
-    "type": "object",
-    "required": ["visibleAfter"],
-    "properties": {"visibleAfter": {"type": "number", "minimum": 0, "maximum": 3600}},
-}
+_VISIBILITY = shape(
+    "visibleAfter", visibleAfter={"type": "number", "minimum": 0, "maximum": 3600}
+)
 
 
 def _read(schema: Schema) -> Document:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, jsonify, request
@@ -17,34 +16,33 @@ from openmeter_wsgi.sandbox.entitlements import (
 )
 from openmeter_wsgi.sandbox.protocol import (
     DATE_TIME,
+    FLAG,
     JSON,
     KEY,
     PREFIX,
+    SLUG,
+    TEXT,
     TEXTS,
     TIME,
     ULID,
     Problem,
     body_of,
-    check,
     invalid,
+    list_of,
     matches,
     moment,
     paged,
     parse,
     path_parameter,
     read,
-    rfc3339,
+    shape,
 )
 
 if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.protocol import Document, Schema
 
-_ID: Schema = {"type": "string", "pattern": ULID}
-#: The key of a feature.
-_KEY: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
 _AMOUNT: Schema = {"type": "number", "minimum": 0}
 _PRIORITY: Schema = {"type": "integer", "minimum": 1, "maximum": 255}
-_FLAG: Schema = {"type": "boolean"}
 #: An ISO 8601 duration, or a name.
 _INTERVAL = (
     r"^(?:P(?:\d+(?:\.\d+)?Y)?(?:\d+(?:\.\d+)?M)?(?:\d+(?:\.\d+)?W)?(?:\d+(?:\.\d+)?D)?"
@@ -55,100 +53,53 @@ _NO_START = (
     "doesn't match schema due to: doesn't match schema due to: value is not one of the"
     ' allowed values ["CURRENT_PERIOD_START","NOW"]'
 )
-PERIOD: Schema = {
-    "type": "object",
-    "required": ["interval"],
-    "properties": {
-        "interval": {"type": "string", "pattern": _INTERVAL, "otherwise": _NO_INTERVAL},
-        "anchor": TIME,
-    },
-}
-GRANT: Schema = {
-    "type": "object",
-    "required": ["amount", "effectiveAt"],
-    "properties": {
-        "amount": _AMOUNT,
-        "priority": _PRIORITY,
-        "effectiveAt": TIME,
-        "minRolloverAmount": {"type": "number"},
-        "maxRolloverAmount": {"type": "number"},
-        "metadata": TEXTS,
-        "recurrence": PERIOD,
-        "expiration": {
-            "type": "object",
-            "required": ["duration", "count"],
-            "properties": {
-                "duration": {
-                    "type": "string",
-                    "enum": ["HOUR", "DAY", "WEEK", "MONTH", "YEAR"],
-                },
-                "count": {"type": "integer", "minimum": 1, "maximum": 1000},
-            },
-        },
-        "annotations": {"type": "object"},
-    },
-}
-RESET: Schema = {
-    "type": "object",
-    "properties": {
-        "effectiveAt": TIME,
-        "retainAnchor": _FLAG,
-        "preserveOverage": _FLAG,
-    },
-}
-
+PERIOD = shape(
+    "interval",
+    interval=TEXT | {"pattern": _INTERVAL, "otherwise": _NO_INTERVAL},
+    anchor=TIME,
+)
+GRANT = shape(
+    "amount effectiveAt",
+    amount=_AMOUNT,
+    priority=_PRIORITY,
+    effectiveAt=TIME,
+    minRolloverAmount={"type": "number"},
+    maxRolloverAmount={"type": "number"},
+    metadata=TEXTS,
+    recurrence=PERIOD,
+    expiration=shape(
+        "duration count",
+        duration=TEXT | {"enum": ["HOUR", "DAY", "WEEK", "MONTH", "YEAR"]},
+        count={"type": "integer", "minimum": 1, "maximum": 1000},
+    ),
+    annotations={"type": "object"},
+)
+RESET = shape("", effectiveAt=TIME, retainAnchor=FLAG, preserveOverage=FLAG)
 _COMMON: dict[str, Schema] = {
-    "type": {"type": "string"},
-    "featureKey": _KEY,
-    "featureId": _ID,
+    "type": TEXT,
+    "featureKey": SLUG,
+    "featureId": TEXT | {"pattern": ULID},
     "metadata": TEXTS,
     "usagePeriod": PERIOD,
 }
-
 #: By the kind of entitlement.
 ENTITLEMENTS: dict[str, Schema] = {
-    "boolean": {"type": "object", "required": ["type"], "properties": _COMMON},
-    "static": {
-        "type": "object",
-        "required": ["type", "config"],
-        "properties": _COMMON | {"config": {"type": "string"}},
-    },
-    "metered": {
-        "type": "object",
-        "required": ["type", "usagePeriod"],
-        "properties": _COMMON
-        | {
-            "isSoftLimit": _FLAG,
-            "isUnlimited": _FLAG,
-            "measureUsageFrom": {
-                "type": "string",
-                "pattern": f"^(?:{'|'.join(PRESETS)})$|{DATE_TIME}",
-                "otherwise": _NO_START,
-            },
-            "preserveOverageAtReset": _FLAG,
-            "issueAfterReset": _AMOUNT,
-            "issueAfterResetPriority": _PRIORITY,
-            "issue": {
-                "type": "object",
-                "required": ["amount"],
-                "properties": {"amount": _AMOUNT, "priority": _PRIORITY},
-            },
-            "grants": {"type": "array", "items": GRANT},
-        },
-    },
+    "boolean": shape("type", **_COMMON),
+    "static": shape("type config", **_COMMON, config=TEXT),
+    "metered": shape(
+        "type usagePeriod",
+        **_COMMON,
+        isSoftLimit=FLAG,
+        isUnlimited=FLAG,
+        measureUsageFrom=TEXT
+        | {"pattern": f"^(?:{'|'.join(PRESETS)})$|{DATE_TIME}", "otherwise": _NO_START},
+        preserveOverageAtReset=FLAG,
+        issueAfterReset=_AMOUNT,
+        issueAfterResetPriority=_PRIORITY,
+        issue=shape("amount", amount=_AMOUNT, priority=_PRIORITY),
+        grants=list_of(GRANT),
+    ),
 }
-ACCESS: Schema = {
-    "type": "object",
-    "required": ["customer"],
-    "properties": {
-        "customer": {"type": "object", "required": ["keys"]},
-        "feature": {"type": "object", "required": ["keys"]},
-        "include_credits": _FLAG,
-    },
-}
-_KEYS: Schema = {"type": "array", "items": {"type": "string"}}
-#: The most customers or features that one query of version 3 asks for.
-MOST_KEYS = 100
 
 routes = Blueprint("entitlements", __name__, url_prefix="/api")
 _V1_SUBJECT = "/v1/subjects/<subject>/entitlements"
@@ -306,85 +257,6 @@ def _access_v3(customer: str) -> Response:
         shown |= {k: value[k] for k in ("config",) if k in value}
         listed.append(shown | {"has_access": value["hasAccess"]})
     return jsonify({"data": sorted(listed, key=lambda one: str(one["feature_key"]))})
-
-
-@routes.post(f"{_V3}/entitlement-access/query")
-@question("access_query")
-def _query_access() -> Response:
-    asked = read(ACCESS)
-    keys = _keys(asked, "customer")
-    features = _keys(asked, "feature") if "feature" in asked else None
-    here = context()
-    rows: list[Document] = []
-    errors: list[Document] = []
-    for key in dict.fromkeys(keys):
-        payers = here.customers.with_subject(key)
-        if not payers:
-            error = {"code": "customer_not_found", "message": "customer not found"}
-            errors.append(error | {"customer": key})
-        elif payers[0]["id"] in (row["customer"]["id"] for row in rows):
-            known = next(r for r in rows if r["customer"]["id"] == payers[0]["id"])
-            known["matched"].append(key)
-        else:
-            rows.append(_access_row(payers[0], key, features))
-    rows.sort(key=lambda row: str(row["customer"]["id"]))
-    ends = [base64.b64encode(r["customer"]["id"].encode()).decode() for r in rows]
-    page: Document = {"next": None, "previous": None, "size": MOST_KEYS}
-    page |= {"first": ends[0], "last": ends[-1]} if ends else {}
-    body = {"data": rows, "meta": {"page": page}}
-    return jsonify(body | ({"errors": errors} if errors else {}))
-
-
-def _keys(asked: Document, kind: str) -> list[str]:
-    keys: list[str] = asked[kind]["keys"]
-    if flaw := check(_KEYS, keys, f"/{kind}/keys"):
-        raise invalid(str(flaw), flaw)
-    if not 1 <= len(keys) <= MOST_KEYS:
-        raise invalid(f"{kind}.keys: expected 1 to {MOST_KEYS} keys, got {len(keys)}")
-    return keys
-
-
-def _access_row(customer: Document, key: str, features: list[str] | None) -> Document:
-    here = context()
-    if features is None:
-        features = [feature["key"] for feature in here.features.all()]
-    shown = {
-        "id": customer["id"],
-        "name": customer["name"],
-        "labels": {},
-        "created_at": customer["createdAt"],
-        "updated_at": customer["updatedAt"],
-    }
-    shown |= {name: customer[name] for name in ("key",) if name in customer}
-    if "usageAttribution" in customer:
-        subjects = customer["usageAttribution"]["subjectKeys"]
-        shown["usage_attribution"] = {"subject_keys": subjects}
-    return {
-        "customer": shown,
-        "features": {feature: _access_entry(customer, feature) for feature in features},
-        "matched": [key],
-        "updated_at": rfc3339(here.store.clock()),
-    }
-
-
-def _access_entry(customer: Document, feature: str) -> Document:
-    here = context()
-    found = here.entitlements.find(customer, feature)
-    if found is None:
-        known = here.features.find(feature)
-        code = "feature_unavailable" if known else "feature_not_found"
-    elif here.access.value(customer, found)["hasAccess"]:
-        return {"has_access": True}
-    else:
-        code = "usage_limit_reached"
-    return {"has_access": False, "reason": {"code": code, "message": _REASONS[code]}}
-
-
-_REASONS = {
-    "feature_unavailable": "feature is not available for customer",
-    "feature_not_found": "feature is not found",
-    "usage_limit_reached": "usage limit for feature reached",
-}
 
 
 def _value(customer: str, feature: str) -> Document:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.sandbox.balance import (
@@ -24,7 +25,7 @@ from openmeter_wsgi.sandbox.protocol import (
     tidy,
 )
 from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
-from openmeter_wsgi.sandbox.usage import Edge, Source, UsageCache
+from openmeter_wsgi.sandbox.usage import Edge, Query, usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -346,7 +347,6 @@ class Access:
     def __init__(self, store: Store, meters: Resources) -> None:
         self._store = store
         self._meters = meters
-        self._usage_cache = UsageCache()
 
     def value(
         self, customer: Document, entitlement: Document | None, at: int | None = None
@@ -379,38 +379,26 @@ class Access:
         self, customer: Document, entitlement: Document, at: int | None = None
     ) -> Balance:
         """Return the balance of a metered *entitlement*, *at* a time or now."""
-        source, since = self._source(customer, entitlement)
-        # OpenMeter rounds up to the minute: the running one counts as a whole, and the
-        # last one of a usage period is answered for the next.
-        until = (
-            math.ceil(at / 60) * 60 if at else whole_minute(self._store.clock()) + 60
-        )
-        with self._store.reading() as connection:
-            horizon = self._store.horizon(connection)
-
-            def usage(start: Edge, end: Edge) -> float:
-                first = Edge(max(start.time, since), start.seq)
-                return self._usage_cache.usage(connection, source, first, end, horizon)
-
-            return burn_down(entitlement, until, until, usage)
-
-    def _source(self, customer: Document, entitlement: Document) -> tuple[Source, int]:
-        """Return what *entitlement* counts, and since when its meter does."""
         own = entitlement["_"]
         meter = self._meters.find(own["meter"])
         if meter is None:
             raise Problem(500, reason=f"meter {own['meter']} was deleted")
-        groups = meter.get("groupBy", {})
-        since = meter.get("eventFrom")
-        source = Source(
-            meter["id"],
-            meter["eventType"],
-            meter["aggregation"],
-            meter.get("valueProperty"),
-            tuple(subjects_of(customer)),
-            tuple((groups[name], text) for name, text in own["filters"].items()),
-        )
-        return source, parse_time(since) if since else 0
+        # OpenMeter rounds up to the minute: the running one counts as a whole, and the
+        # last one of a usage period is answered for the next.
+        now = self._store.clock()
+        until = math.ceil(at / 60) * 60 if at else whole_minute(now) + 60
+        with self._store.reading() as connection:
+            query = Query(
+                subjects=subjects_of(customer),
+                filters={name: [text] for name, text in own["filters"].items()},
+                horizon=self._store.horizon(connection),
+            )
+
+            def used(start: Edge, end: Edge) -> float:
+                rows = usage(connection, meter, replace(query, after=start, before=end))
+                return float(rows[0]["value"]) if rows else 0.0
+
+            return burn_down(entitlement, until, until, used)
 
 
 def v1(value: Document) -> Document:

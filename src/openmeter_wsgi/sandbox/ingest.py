@@ -19,6 +19,8 @@ from openmeter_wsgi.sandbox.context import context, slow_down
 from openmeter_wsgi.sandbox.faults import Fault
 from openmeter_wsgi.sandbox.protocol import (
     PREFIX,
+    TEXT,
+    TIME,
     Flaw,
     Problem,
     Schema,
@@ -28,6 +30,8 @@ from openmeter_wsgi.sandbox.protocol import (
     number,
     parse,
     parse_time,
+    shape,
+    text,
     well_formed,
 )
 from openmeter_wsgi.sandbox.store import Event, Outcome, rejected_events
@@ -39,24 +43,19 @@ if TYPE_CHECKING:
 SINGLE = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
 EITHER = "application/json"
-_TEXT: Schema = {"type": "string", "minLength": 1}
-#: Anything but null: OpenAPI 3.0 allows null only where a schema says nullable.
-_ANY: Schema = {}
-EVENT: Schema = {
-    "type": "object",
-    "required": ["id", "source", "specversion", "type", "subject"],
-    "properties": {
-        "id": _TEXT,
-        "source": _TEXT,
-        "specversion": _TEXT,
-        "type": _TEXT,
-        "subject": _TEXT,
-        "time": {"type": "string", "nullable": True, "format": "date-time"},
-        "data": {"type": "object", "nullable": True, "additionalProperties": _ANY},
-        "datacontenttype": {"type": "string", "nullable": True, "enum": [EITHER]},
-        "dataschema": _TEXT | {"nullable": True},
-    },
-}
+EVENT = shape(
+    "id source specversion type subject",
+    id=text(),
+    source=text(),
+    specversion=text(),
+    type=text(),
+    subject=text(),
+    time=TIME | {"nullable": True},
+    # Anything but null: OpenAPI 3.0 allows null only where a schema says nullable.
+    data={"type": "object", "nullable": True, "additionalProperties": {}},
+    datacontenttype=TEXT | {"nullable": True, "enum": [EITHER]},
+    dataschema=text(nullable=True),
+)
 #: v3 knows the same attributes and no others, and fills in the version.
 EVENT_V3: Schema = EVENT | {
     "additionalProperties": False,
@@ -158,9 +157,9 @@ def _meet_faults(here: Context, events: list[Event]) -> None:
     """Refuse what is set to be refused; remember the ids of what is set to fail."""
     settings = here.faults.ingest.settings
     for position, event in enumerate(events, 1):
-        for name, text in (("type", event.type), ("subject", event.subject)):
-            if text == getattr(settings, f"refused_{name}"):
-                detail = f"the {name} {text!r} is refused, on purpose"
+        for name, given in (("type", event.type), ("subject", event.subject)):
+            if given == getattr(settings, f"refused_{name}"):
+                detail = f"the {name} {given!r} is refused, on purpose"
                 raise Problem(400, detail, position=position)
     if settings.claim:
         here.store.claim(events)

@@ -18,19 +18,23 @@ from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.protocol import (
     KEY,
     METADATA,
+    SLUG,
+    TEXT,
     TEXTS,
     TIME,
     ULID,
     Document,
     Problem,
     Schema,
-    integer,
+    list_of,
     moment,
     page,
     path_parameter,
     read,
     refuse,
     rfc3339,
+    shape,
+    text,
 )
 from openmeter_wsgi.sandbox.store import subjects_of
 from openmeter_wsgi.sandbox.usage import (
@@ -45,40 +49,34 @@ from openmeter_wsgi.sandbox.usage import (
 
 AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "AVG", "MIN", "MAX", "LATEST")
 _NAMES: Schema = {
-    "name": {"type": "string", "minLength": 1, "maxLength": 256},
-    "description": {"type": "string", "maxLength": 1024},
+    "name": text(256),
+    "description": TEXT | {"maxLength": 1024},
     "groupBy": TEXTS,
     "metadata": METADATA,
 }
-METER: Schema = {
-    "type": "object",
-    "required": ["slug", "aggregation", "eventType"],
-    "properties": {
-        "slug": {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY},
-        "aggregation": {"type": "string", "enum": list(AGGREGATIONS)},
-        "eventType": {"type": "string", "minLength": 1},
-        "eventFrom": TIME,
-        "valueProperty": {"type": "string", "minLength": 1},
-        **_NAMES,
-    },
-}
-CHANGE: Schema = {"type": "object", "properties": _NAMES}
-_LIST: Schema = {"type": "array", "items": {"type": "string"}}
-QUERY: Schema = {
-    "type": "object",
-    "properties": {
-        "clientId": {"type": "string", "minLength": 1, "maxLength": 36},
-        "from": TIME,
-        "to": TIME,
-        "windowSize": {"type": "string", "enum": list(SIZES)},
-        "windowTimeZone": {"type": "string"},
-        "subject": _LIST,
-        "filterCustomerId": _LIST,
-        "filterGroupBy": {"type": "object", "additionalProperties": _LIST},
-        "advancedMeterGroupByFilters": {"type": "object"},
-        "groupBy": _LIST,
-    },
-}
+METER = shape(
+    "slug aggregation eventType",
+    slug=SLUG,
+    aggregation=TEXT | {"enum": list(AGGREGATIONS)},
+    eventType=text(),
+    eventFrom=TIME,
+    valueProperty=text(),
+    **_NAMES,
+)
+CHANGE = shape("", **_NAMES)
+_LIST = list_of(TEXT)
+QUERY = shape(
+    "",
+    **{"from": TIME, "to": TIME},
+    clientId=text(36),
+    windowSize=TEXT | {"enum": list(SIZES)},
+    windowTimeZone=TEXT,
+    subject=_LIST,
+    filterCustomerId=_LIST,
+    filterGroupBy={"type": "object", "additionalProperties": _LIST},
+    advancedMeterGroupByFilters={"type": "object"},
+    groupBy=_LIST,
+)
 
 routes = Blueprint("meters", __name__, url_prefix="/api/v1/meters")
 
@@ -138,38 +136,6 @@ def _query_meter(meter: str) -> Response:
     if request.accept_mimetypes.best_match(kinds) == "text/csv":
         return _csv(rows, query)
     return jsonify(_echo(asked) | {"data": rows})
-
-
-v3 = Blueprint("meters_v3", __name__, url_prefix="/api/v3/openmeter/meters")
-
-
-@v3.get("")
-def _list_v3() -> Response:
-    wanted = request.args.get("filter[key]")
-    found = [m for m in context().meters.all() if wanted in (None, "", m["slug"])]
-    number = integer(request.args, "page[number]", 1, 1, 10**9)
-    size = integer(request.args, "page[size]", 20, 1, 1000)
-    items = [_v3(meter) for meter in found[(number - 1) * size : number * size]]
-    page = {"size": size, "number": number, "total": len(found)}
-    return jsonify({"data": items, "meta": {"page": page}})
-
-
-def _v3(meter: Meter) -> Document:
-    """Return *meter* as version 3 of the API shows it."""
-    shown = {
-        "id": meter["id"],
-        "key": meter["slug"],
-        "name": meter["name"],
-        "description": meter.get("description"),
-        "aggregation": meter["aggregation"].lower(),
-        "event_type": meter["eventType"],
-        "value_property": meter.get("valueProperty"),
-        "dimensions": meter.get("groupBy"),
-        "labels": meter["metadata"] or {},
-        "created_at": meter["createdAt"],
-        "updated_at": meter["updatedAt"],
-    }
-    return {name: part for name, part in shown.items() if part is not None}
 
 
 def _meter(id_or_slug: str) -> Meter:

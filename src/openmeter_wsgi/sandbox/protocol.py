@@ -175,9 +175,34 @@ DATE_TIME = (
 KEY = "^[a-z0-9]+(?:_[a-z0-9]+)*$"
 ULID = "^[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}$"
 TIME: Schema = {"type": "string", "format": "date-time"}
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
 #: A map of texts; OpenMeter's metadata may be null.
-TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
 METADATA: Schema = TEXTS | {"nullable": True}
+
+
+def text(most: int | None = None, **more: Any) -> Schema:
+    """Return the schema of a text that is not empty, of at most *most* characters."""
+    limit = {} if most is None else {"maxLength": most}
+    return TEXT | {"minLength": 1} | limit | more
+
+
+def shape(required: str, /, **properties: Schema) -> Schema:
+    """Return the schema of an object with *properties*, the *required* ones named."""
+    return {
+        "type": "object",
+        "required": required.split(),
+        "properties": properties,
+    }
+
+
+def list_of(items: Schema) -> Schema:
+    """Return the schema of an array."""
+    return {"type": "array", "items": items}
+
+
+SLUG: Schema = text(64, pattern=KEY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,6 @@ CREATE TABLE IF NOT EXISTS events (
     stored_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
-CREATE INDEX IF NOT EXISTS events_by_arrival ON events (type, subject, seq);
 CREATE INDEX IF NOT EXISTS events_by_time ON events (time, seq);
 CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS resources (
