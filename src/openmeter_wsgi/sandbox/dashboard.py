@@ -183,11 +183,13 @@ def _finite(value: float | None) -> float | None:
 
 
 UNCOUNTED = 10
+#: The type of the events by which ``openmeter-wsgi check`` tries whether any arrive.
+PROBE = "openmeter_wsgi.check"
 
 
 def uncounted(connection: sqlite3.Connection, meters: list[Document]) -> list[Document]:
     """Return the types of events that no meter counts, with meters that would."""
-    counted = list({meter["eventType"] for meter in meters})
+    counted = list({meter["eventType"] for meter in meters} | {PROBE})
     marks = ", ".join("?" * len(counted))
     rows = connection.execute(
         "SELECT type, count(*), count(DISTINCT subject), max(seq) FROM events"  # noqa: S608
@@ -253,10 +255,15 @@ def dashboard(
     # Whole steps, so that columns keep their events as time goes on.
     end = (now // step + 1) * step
     times = range(end - step * COLUMNS, end, step)
+    stored, waiting, oldest = connection.execute(
+        "SELECT count(*), sum(seq > ?), min(time) FROM events", (horizon,)
+    ).fetchone()
     return {
         "times": list(times),
         "step": step,
-        "stored": connection.execute("SELECT count(*) FROM events").fetchone()[0],
+        "stored": stored,
+        "waiting": waiting or 0,
+        "oldest": oldest,
         "meters": [
             meter_over_time(
                 connection,

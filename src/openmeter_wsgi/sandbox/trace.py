@@ -132,7 +132,7 @@ def document(row: tuple[Any, ...]) -> Document:
 ARRIVALS = 100
 
 
-def journey(
+def trace(
     connection: sqlite3.Connection,
     seq: int,
     *,
@@ -216,7 +216,7 @@ def _refusal(event: Document, meter: Document) -> str | None:
 
 #: Arrivals in one answer.
 MOST = 1_000
-#: Characters of an event's data in the list; the journey has all of them.
+#: Characters of an event's data in the list; the trace has all of them.
 EXCERPT = 300
 _LAST = 2**63 - 1
 #: Types and subjects that are offered for filtering.
@@ -275,10 +275,10 @@ def _names(connection: sqlite3.Connection) -> Document:
 
 
 @routes.get("/<int:seq>")
-def _journey(seq: int) -> Response:
+def _trace(seq: int) -> Response:
     here = context()
     with here.store.reading() as connection:
-        told = journey(
+        told = trace(
             connection,
             min(seq, _LAST),
             meters=here.meters.within(connection),
