@@ -19,7 +19,7 @@ from openmeter_wsgi.sandbox import (
     protocol,
     trace,
 )
-from openmeter_wsgi.sandbox.context import Context, DashboardCache, Questions, Tally
+from openmeter_wsgi.sandbox.context import Context, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
 from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Customers, Resources
@@ -133,20 +133,18 @@ class _Key(BaseConverter):
 
 #: What OpenMeter has and the sandbox does not, by the beginning of the path.
 NOT_OFFERED = (
-    *(f"/api/v1/{family}" for family in (
-        "addons", "apps", "billing", "debug", "entitlements", "grants", "info",
-        "marketplace", "notification", "plans", "portal", "stripe", "subscriptions",
-    )),
-    "/api/v1/customers/<customer>/<any(apps, stripe, subscriptions):part>",
+    "/api/v1/<any(addons, apps, billing, debug, entitlements, grants, info):family>",
+    "/api/v1/<any(marketplace, notification, plans, portal, stripe):family>",
+    "/api/v1/subscriptions",
+    "/api/v1/customers/<customer>/<any(apps, stripe, subscriptions):family>",
     "/api/v1/meters/<meter>/group-by",
     "/api/v1/subjects/<subject>/entitlements",
-    "/api/v2/<any(entitlements, grants):part>",
+    "/api/v2/<any(entitlements, grants):family>",
     "/api/v2/customers/<customer>/entitlements/<feature>/history",
-    *(f"/api/v3/openmeter/{family}" for family in (
-        "addons", "apps", "billing", "credits", "currencies", "customers", "features",
-        "llm-cost", "meters", "plans", "subscriptions", "tax-codes",
-    )),
-)  # fmt: skip
+    "/api/v3/openmeter/<any(addons, apps, billing, credits, currencies):family>",
+    "/api/v3/openmeter/<any(customers, 'entitlement-access', features, meters):family>",
+    "/api/v3/openmeter/<any('llm-cost', plans, subscriptions, 'tax-codes'):family>",
+)
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -195,37 +193,19 @@ def create_app(here: Context, *, host: str) -> Flask:
 
 def create_context(store: Store, faults: Faults) -> Context:
     """Return the context of a sandbox that keeps everything in *store*."""
-    meters = Resources(
-        store,
-        "meter",
-        key="slug",
-        unknown="not found error: meter not found: {}",
-        taken="conflict error: meter with the same slug already exists",
-    )
-    features = Resources(
-        store,
-        "feature",
-        unknown="feature not found: {}",
-        taken="feature {id} with key {key} already exists",
-    )
-    namespace = "namespace=default subject.idOrKey"
-    subjects = Resources(
-        store,
-        "subject",
-        unknown=f"not found error: subject not found [{namespace}={{}}]",
-    )
+    meters = Resources(store, "meter", key="slug")
+    features = Resources(store, "feature")
     customers, entitlements = Customers(store), Entitlements(store)
     return Context(
         store=store,
         tally=Tally(),
         faults=faults,
-        dashboards=DashboardCache(store),
         meters=meters,
         customers=customers,
         entitlements=entitlements,
         access=Access(store, meters),
         questions=Questions(),
         features=features,
-        subjects=subjects,
+        subjects=Resources(store, "subject"),
         granting=Granting(store, customers, features, meters, entitlements),
     )

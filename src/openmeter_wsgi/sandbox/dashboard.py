@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -372,13 +371,15 @@ def _overview() -> Response:
     span = integer(request.args, "span", 900, *SPANS)
     views = _views()
 
-    def compute(now: int) -> Document:
-        with here.store.reading() as connection:
-            meters = here.meters.within(connection)
-            seen = here.store.horizon(connection)
-            return dashboard(connection, meters, span, now, views=views, horizon=seen)
-
-    asked = (span, tuple(sorted(views.items(), key=itemgetter(0))))
+    with here.store.reading() as connection:
+        shown = dashboard(
+            connection,
+            here.meters.within(connection),
+            span,
+            int(here.store.clock()),
+            views=views,
+            horizon=here.store.horizon(connection),
+        )
     return jsonify(
         {
             "dedupe": here.store.dedupe,
@@ -389,7 +390,7 @@ def _overview() -> Response:
             "refusals": here.tally.refusals(),
             "access": entitlement_table(here),
         }
-        | here.dashboards.read(asked, compute)
+        | shown
     )
 
 

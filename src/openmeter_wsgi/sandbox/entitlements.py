@@ -249,13 +249,10 @@ class Entitlements:
             raise Problem(404, detail)
         return found
 
-    def get_by_id(self, id_: str) -> Document:
-        """Return the one with this id, whoever's it is, or answer 404."""
-        return self._all.get(id_)
-
     def of(self, customer: Document) -> list[Document]:
         """Return all of *customer*, oldest first."""
-        return self._all.with_prefix(f"{customer['id']}:")
+        with self._store.reading() as connection:
+            return self._all.within(connection, f"{customer['id']}:")
 
     def all(self) -> list[Document]:
         """Return all, oldest first."""
@@ -455,7 +452,7 @@ class Granting:
         known = self._feature(feature, metered=asked["type"] == "metered")
         found = self._entitlements.find(payer, known["key"])
         if found and _same(found, asked):
-            return self._add(found, amount) if amount else found
+            return self._add(payer, found, amount) if amount else found
         if found:
             self._entitlements.delete(found)
         edge = self._now()
@@ -479,14 +476,14 @@ class Granting:
             self._entitlements.delete(entitlement)
         self._customers.retire(found["id"])
 
-    def _add(self, entitlement: Document, amount: float) -> Document:
+    def _add(self, payer: Document, entitlement: Document, amount: float) -> Document:
         now = self._store.clock()
         start = current_period(entitlement, now)[0]
         grant = {"amount": amount, "effectiveAt": rfc3339(max(start, int(now)))}
         # As the amount of the period, which is used up first because it was first.
         grant["priority"] = 1
         self._entitlements.grant(entitlement, grant)
-        return self._entitlements.get_by_id(entitlement["id"])
+        return self._entitlements.get(payer, entitlement["id"])
 
     def _now(self) -> tuple[int, int]:
         with self._store.reading() as connection:
