@@ -19,7 +19,7 @@ from openmeter_wsgi.sandbox import (
     protocol,
     trace,
 )
-from openmeter_wsgi.sandbox.context import Context, Questions, Tally
+from openmeter_wsgi.sandbox.context import KEY, Context, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
 from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Customers, Resources
@@ -67,6 +67,9 @@ def control_access(app: Flask, bound: str) -> None:
             raise Problem(403, f"host {host!r} is not a name of this sandbox")
         if request.method not in ("GET", "HEAD") and _is_foreign(host):
             raise Problem(403, "requests from pages of other sites are refused")
+        # OpenMeter knows neither for any of its routes.
+        if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
+            raise Problem(405)
 
     @app.after_request
     def protect(response: Response) -> Response:
@@ -145,32 +148,24 @@ NOT_OFFERED = (
     "/api/v3/openmeter/<any(customers, 'entitlement-access', features, meters):family>",
     "/api/v3/openmeter/<any('llm-cost', plans, subscriptions, 'tax-codes'):family>",
 )
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 def _refuse_the_rest(app: Flask) -> None:
     """Answer 501 to what OpenMeter would do and the sandbox does not."""
 
     def refuse(**_: str) -> Response:
-        portal = request.path.startswith("/api/v1/portal/")
-        if portal and "Authorization" not in request.headers:
-            raise Problem(401, "missing authorization header")
         detail = f"the sandbox does not offer {request.method} {request.path}"
         raise Problem(501, detail)
 
     for rule in NOT_OFFERED:
         for form in (rule, f"{rule}/<path:rest>"):
-            app.add_url_rule(form, "not_offered", refuse, methods=_METHODS)
+            app.add_url_rule(
+                form,
+                "not_offered",
+                refuse,
+                methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            )
     app.add_url_rule("/api/v3/openmeter/events", "not_offered", methods=["GET"])
-
-
-def _limit_methods(app: Flask) -> None:
-    """Answer 405 to HEAD and OPTIONS, as OpenMeter does."""
-
-    @app.before_request
-    def check() -> None:
-        if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
-            raise Problem(405)
 
 
 def create_app(here: Context, *, host: str) -> Flask:
@@ -182,9 +177,8 @@ def create_app(here: Context, *, host: str) -> Flask:
     app.url_map.merge_slashes = False
     app.url_map.converters["default"] = _Key
     control_access(app, host)
-    _limit_methods(app)
     protocol.install(app)
-    here.install(app)
+    app.extensions[KEY] = here
     for routes in ROUTES:
         app.register_blueprint(routes)
     _refuse_the_rest(app)

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from flask import Flask, current_app, request
+from flask import current_app, request
 
 from openmeter_wsgi.sandbox.protocol import Problem
 
@@ -116,7 +116,8 @@ class Questions:
             self._counts.clear()
 
 
-_KEY = "openmeter_wsgi.sandbox"
+#: Where an application keeps its context.
+KEY = "openmeter_wsgi.sandbox"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,22 +136,19 @@ class Context:
     subjects: Resources
     granting: Granting
 
-    def install(self, app: Flask) -> None:
-        """Let the routes of *app* find this context."""
-        app.extensions[_KEY] = self
-
 
 def context() -> Context:
     """Return the context of the sandbox that serves the current request."""
-    return cast("Context", current_app.extensions[_KEY])
+    return cast("Context", current_app.extensions[KEY])
 
 
 #: A list in the environ, for what waits between two bytes of the answer.
 PAUSES = "openmeter_wsgi.sandbox.pauses"
 
 
-def slow_down(faults: GroupFaults) -> None:
-    """Let the answer of the current request go byte by byte, if that is set."""
+def delay(faults: GroupFaults) -> None:
+    """Let the answer of the current request be late, or go byte by byte, as is set."""
+    faults.delay()
     if faults.settings.byte_delay:
         request.environ[PAUSES].append(faults.pause)
 
@@ -170,8 +168,7 @@ def question(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     raise Problem(500)
                 return view(**kwargs)
             finally:
-                here.faults.entitlements.delay()
-                slow_down(here.faults.entitlements)
+                delay(here.faults.entitlements)
 
         return answer
 

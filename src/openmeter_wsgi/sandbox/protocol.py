@@ -44,8 +44,8 @@ _OLDEST, _NEWEST = -62_135_596_800, 253_402_300_799
 
 
 @dataclass(eq=False)
-class Problem(Exception):
-    """A request that is answered with an error."""
+class Problem(ValueError):
+    """A request that is answered with an error; in Python, a value that is wrong."""
 
     status: int
     #: None where OpenMeter leaves it out: unknown routes and every 500.
@@ -347,8 +347,12 @@ def parse(body: bytes) -> Any:
     """
     # Go reads broken UTF-8, and escapes of half a character, as U+FFFD.
     text = body.decode("utf-8", "replace")
+    start = len(text) - len(text.lstrip(" \t\r\n"))
     try:
-        return _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))[0]
+        document = _DECODER.raw_decode(text, start)[0]
+        if "\\ud" not in text.lower():
+            return document
+        return json.loads(well_formed(json.dumps(document, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         detail = f"{PREFIX}failed to decode request body: {_reason(text, error)}"
         raise invalid(detail) from None

@@ -204,6 +204,7 @@ CREATE TABLE IF NOT EXISTS events (
     stored_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
+CREATE INDEX IF NOT EXISTS events_by_arrival ON events (type, subject, seq);
 CREATE INDEX IF NOT EXISTS events_by_time ON events (time, seq);
 CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS resources (
@@ -221,17 +222,6 @@ NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
 
 #: Greater than the number of any event.
 EVERYTHING = 2**63 - 1
-
-
-class Added(NamedTuple):
-    """What became of the events of one request."""
-
-    #: Now counted by meters.
-    stored: int
-    #: Ids that had been there before.
-    duplicates: int
-    #: OpenMeter drops them without a word.
-    dropped: int
 
 
 _DUPLICATE = "an event with this source and id had arrived before"
@@ -279,7 +269,6 @@ class Store:
         self.dedupe = dedupe
         self._visible_after = visible_after
         self.clock = clock
-        self.persistent = path is not None
         self._directory = None if path else tempfile.TemporaryDirectory("-openmeter")
         self._path = Path(path or Path(self._directory.name, "sandbox.sqlite"))  # type: ignore[union-attr]
         self._lock = threading.Lock()
@@ -342,8 +331,8 @@ class Store:
                 raise
             self._writer.commit()
 
-    def add(self, events: Sequence[Event]) -> Added:
-        """Store *events*, the first of each key only."""
+    def add(self, events: Sequence[Event]) -> dict[str, int]:
+        """Store *events*, the first of each key only; return what became of them."""
         duplicates = 0
         rows: list[tuple[Any, ...]] = []
         away: list[Rejected] = []
@@ -366,7 +355,7 @@ class Store:
                 )  # fmt: skip
             self._insert(connection, rows, away, now)
         dropped = sum(one.outcome is Outcome.DROPPED for one in away)
-        return Added(len(rows), duplicates, dropped)
+        return {"stored": len(rows), "duplicates": duplicates, "dropped": dropped}
 
     def claim(self, events: Sequence[Event]) -> None:
         """Remember the ids of *events* and nothing else."""
