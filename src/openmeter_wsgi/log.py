@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any
 
 #: An outage of an hour under load is a line a minute, not a line a request.
 REPEAT_INTERVAL = 60.0
