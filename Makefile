@@ -74,13 +74,13 @@ chaos: $(INSTALLED)
 	$(BIN)/python -m tests.seal_loop --seconds 60
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.instructions
-	$(BIN)/python -m benchmarks.request_cost $(if $(PEERS),--peers)
-	$(BIN)/python -m benchmarks.entitlements
+	$(BIN)/python -m tests.benchmarks.instructions
+	$(BIN)/python -m tests.benchmarks.request_cost $(if $(PEERS),--peers)
+	$(BIN)/python -m tests.benchmarks.entitlements
 	for each in start memory delivery latency socket_cost routing; do \
-		$(BIN)/python -m benchmarks.$$each --json build/bench/$$each.json || exit 1; \
+		$(BIN)/python -m tests.benchmarks.$$each --json build/bench/$$each.json || exit 1; \
 	done
-	$(BIN)/python -m benchmarks.growth --json build/bench/growth.json \
+	$(BIN)/python -m tests.benchmarks.growth --json build/bench/growth.json \
 		--plots $(or $(PLOTS),build/bench)
 
 overshoot: $(INSTALLED)
@@ -89,8 +89,8 @@ overshoot: $(INSTALLED)
 # Needs valgrind, which it installs as root on Debian.
 guard: $(INSTALLED)
 	command -v valgrind || apt-get install --quiet=2 --yes --no-install-recommends valgrind
-	$(BIN)/python -m benchmarks.instructions --guard
-	$(BIN)/python -m benchmarks.start --guard
+	$(BIN)/python -m tests.benchmarks.instructions --guard
+	$(BIN)/python -m tests.benchmarks.start --guard
 
 dist: $(INSTALLED)
 	rm -rf dist
@@ -98,7 +98,7 @@ dist: $(INSTALLED)
 
 release-check: dist
 	$(BIN)/twine check --strict dist/*
-	packaging/release-check $(PYTHON) dist
+	tests/packaging/release-check $(PYTHON) dist
 
 clean:
 	rm -rf $(VENV) build dist

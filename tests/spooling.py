@@ -64,7 +64,7 @@ class Process:
 
     def __init__(self, code: str, *arguments: str) -> None:
         here = Path(__file__).parent
-        path = os.pathsep.join([str(here.parent / "src"), str(here)])
+        path = os.pathsep.join([str(here.parent), str(here)])
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
             stdin=subprocess.PIPE,

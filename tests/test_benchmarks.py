@@ -5,7 +5,8 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from benchmarks import (
+
+from tests.benchmarks import (
     delivery,
     entitlements,
     growing,

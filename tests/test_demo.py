@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import requests
+
 from examples.demo import access
 from examples.demo.access import Scene
 from examples.demo.comparison import Billed, differences
 from examples.demo.expectation import Account, expect
 from examples.demo.load import Answer, Kind, Request, plan
 from examples.demo.report import conclude_access, make_console
-
 from openmeter_wsgi import Policy
 from openmeter_wsgi.sandbox.store import Store
 

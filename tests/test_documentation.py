@@ -39,7 +39,7 @@ def is_there(target: Path, anchor: str) -> bool:
 @functools.cache
 def parameters() -> set[str]:
     """Return the names of all that can be given to our own functions."""
-    modules = (ROOT / "src").rglob("*.py")
+    modules = (ROOT / "openmeter_wsgi").rglob("*.py")
     return {
         node.arg
         for module in modules

@@ -354,7 +354,7 @@ def test_a_header_names_the_customer_where_the_policy_says_so(make, entitled):
 
 
 def flask_app(view):
-    app = flask.Flask("tests")
+    app = flask.Flask("application")
     app.add_url_rule("/", "view", view)
     return app.wsgi_app
 

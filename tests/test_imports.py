@@ -1,4 +1,4 @@
-"""What is imported when: little with the package, all the rest before a request."""
+"""What is imported when: nothing with the package, all the rest before a request."""
 
 from __future__ import annotations
 
@@ -39,8 +39,23 @@ def run(code: str, *arguments: str) -> str:
 # -- With the package
 
 
-def test_the_package_alone_imports_only_what_a_handler_calls() -> None:
-    loaded = set(run("import sys, openmeter_wsgi; print(*sys.modules)").split())
+def loaded_by(code: str) -> set[str]:
+    return set(run(f"import sys\n{code}\nprint(*sys.modules)").split())
+
+
+@pytest.mark.parametrize("module", ["openmeter_wsgi", "openmeter_wsgi.pytest_plugin"])
+def test_the_package_and_its_plugin_import_nothing(module: str) -> None:
+    own = {
+        "openmeter_wsgi", "openmeter_wsgi.version", "openmeter_wsgi.pytest_plugin",
+    }  # fmt: skip
+    added = loaded_by(f"import pytest, {module}") - loaded_by("import pytest")
+
+    assert added <= own
+
+
+@pytest.mark.parametrize("name", ["OpenMeterMiddleware", "set_meters", "Decision"])
+def test_the_first_name_imports_all_that_a_handler_calls_and_no_more(name: str) -> None:
+    loaded = loaded_by(f"from openmeter_wsgi import {name}")
 
     assert "openmeter_wsgi.middleware" in loaded
     assert not LATER & loaded

@@ -19,8 +19,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
 
-CHECKOUT = Path(__file__).parents[1]
-SOURCES = CHECKOUT / "src"
+CHECKOUT = Path(__file__).parents[2]
 ENVIRONMENTS = CHECKOUT / "build" / "peers"
 #: Seconds until what is still not installed, or gives no answer, is given up.
 INSTALLING, ANSWERING = 120.0, 30.0
@@ -124,8 +123,11 @@ class Running:
         self.name = peer.name
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.peer_process", peer.name, application, url],
-            cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": f"{CHECKOUT}:{SOURCES}"},
+            [
+                python, "-m", "tests.benchmarks.peer_process",
+                peer.name, application, url,
+            ],
+            cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
             text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""The process of `benchmarks.peers` that serves one peer and times it.
+"""The process of `tests.benchmarks.peers` that serves one peer and times it.
 
-    python -m benchmarks.peer_process PEER APPLICATION URL
+    python -m tests.benchmarks.peer_process PEER APPLICATION URL
 
 Each line that it reads is a number of requests; it answers with the seconds that one
 takes, bare and wrapped, or with why it cannot. Every peer is set up as its own
@@ -18,7 +18,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import paths
+from tests.benchmarks import paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

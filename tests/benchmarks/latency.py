@@ -1,6 +1,6 @@
 """How long requests take under threads: bare, metered, while events go, in an outage.
 
-    python -m benchmarks.latency [--rounds 5] [--seconds 3]
+    python -m tests.benchmarks.latency [--rounds 5] [--seconds 3]
 
 gunicorn's gthread with 8 threads serves a handler that computes for 200 µs. Requests
 come at a fixed pace over 8 connections and are timed from the moment at which each
@@ -22,10 +22,10 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from benchmarks import report
-from benchmarks.pacing import ask
-from benchmarks.sink import running_sink
-from benchmarks.waiting import NOWHERE
+from tests.benchmarks import report
+from tests.benchmarks.pacing import ask
+from tests.benchmarks.sink import running_sink
+from tests.benchmarks.waiting import NOWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ _GUNICORN = ("--worker-class", "gthread", "--threads", "8", "--log-level", "erro
 
 def loops() -> int:
     """Return how often the handler must count to take its time on this machine."""
-    from benchmarks.latency_app import work
+    from tests.benchmarks.latency_app import work
 
     taken = []
     for _ in range(50):
@@ -74,7 +74,7 @@ def serving(options: tuple[str, bool, bool] | None, variables: dict[str, str],
             own["BENCH_SPOOL"] = tempfile.mkdtemp(dir=own["TMPDIR"]) if spool else ""
         process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", *_GUNICORN, "--bind",
-             f"fd://{listener.fileno()}", "benchmarks.latency_app:app"],
+             f"fd://{listener.fileno()}", "tests.benchmarks.latency_app:app"],
             env={**os.environ, **own}, pass_fds=[listener.fileno()],
         )  # fmt: skip
         try:

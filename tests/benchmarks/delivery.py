@@ -1,6 +1,6 @@
 """What delivering costs: at a usual rate, at full speed, and beside requests.
 
-    python -m benchmarks.delivery [--rounds 5] [--seconds 3] [--events 100000]
+    python -m tests.benchmarks.delivery [--rounds 5] [--seconds 3] [--events 100000]
 
 Each round takes memory and spool in turns, to a sink in a process of its own on
 loopback. The part of a core is the processor time of the threads that deliver, not of
@@ -18,10 +18,10 @@ import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from benchmarks import paths, report, waiting
-from benchmarks.calls import Calls
-from benchmarks.sink import running_sink
 from openmeter_wsgi.events import RequestIds
+from tests.benchmarks import paths, report, waiting
+from tests.benchmarks.calls import Calls
+from tests.benchmarks.sink import running_sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable

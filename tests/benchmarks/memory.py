@@ -1,6 +1,6 @@
 """What an event costs in memory while it waits.
 
-    python -m benchmarks.memory [--events 1000000] [--in-memory 200000]
+    python -m tests.benchmarks.memory [--events 1000000] [--in-memory 200000]
 
 Each figure is that of a process of its own: anonymous memory (RssAnon) with the
 events, less that before the first. OpenMeter is away meanwhile, the thread tries.
@@ -20,8 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import report, waiting
 from openmeter_wsgi.events import RequestIds
+from tests.benchmarks import report, waiting
 
 MOST_BYTES = 340.0
 #: Beside which the spool may cost no more.
@@ -61,7 +61,7 @@ def hold(count: int, spool_dir: str | None) -> int:
 
 def held(count: int, directory: str | None = None) -> int:
     """Return the same of a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--hold", str(count)]
+    command = [sys.executable, "-m", "tests.benchmarks.memory", "--hold", str(count)]
     if directory is not None:
         command += ["--spool", f"{directory}/{count}-{os.urandom(4).hex()}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

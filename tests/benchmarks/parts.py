@@ -1,9 +1,9 @@
 """What a metered request pays for: its parts, in instructions, one by one.
 
-    python -m benchmarks.parts [--times 500]
+    python -m tests.benchmarks.parts [--times 500]
 
-Counted as by `benchmarks.instructions`. Each part is repeated in a loop of its own,
-whose own price is taken off; what a bare request pays as well is not in it.
+Counted as by `tests.benchmarks.instructions`. Each part is repeated in a loop of its
+own, whose own price is taken off; what a bare request pays as well is not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
-from benchmarks import counting, paths, waiting
 from openmeter_wsgi.delivery.queue import MemoryQueue
 from openmeter_wsgi.events import RequestIds, quoted
 from openmeter_wsgi.policy import Policy
@@ -24,6 +23,7 @@ from openmeter_wsgi.request import REQUEST, SETTLED, RequestRecord, new_record
 from openmeter_wsgi.response import Response, SizedResponse
 from openmeter_wsgi.stats import Counts
 from openmeter_wsgi.timestamps import clock
+from tests.benchmarks import counting, paths, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,7 +189,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.run:
         run(given.times, given.run)
-    counted = counting.count("benchmarks.parts", "--times", given.times)
+    counted = counting.count("tests.benchmarks.parts", "--times", given.times)
     loop = counted.pop(_LOOP)
     print("| part | instructions |\n|---|---:|")
     for name, each in counted.items():

@@ -1,6 +1,6 @@
 """What choosing a route costs beside the matcher that the rules come from.
 
-    python -m benchmarks.routing [--rounds 15] [--calls 2000]
+    python -m tests.benchmarks.routing [--rounds 15] [--calls 2000]
 
 One of 100 routes is chosen, half of which are exact. A round times werkzeug's matcher,
 bound to the same rules, and both kinds of routes, one after the other; a figure is
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.routing import Map, Rule
 
-from benchmarks import report
 from openmeter_wsgi.route_rules import RouteRule
 from openmeter_wsgi.routes import Routes
+from tests.benchmarks import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,15 +1,16 @@
 """How much longer a request takes when it is metered.
 
-    python -m benchmarks.request_cost [--rounds 11] [--requests 2000] [--peers]
+    python -m tests.benchmarks.request_cost [--rounds 11] [--requests 2000] [--peers]
 
 Every round times all variants one after the other, so that what slows the machine
 down slows all of them; a figure is the median over the rounds, a ratio to the bare
 application of the same round, with the smallest and the largest. What is added is
 compared with what the naive wrapper adds in the same run.
 
-With --peers the same rounds time what others would pick instead (`benchmarks.peers`).
-These deliver to a sink while they are timed, as they would in use, and so does "this
-package, as it comes"; the ways before them only make events, and deliver afterwards.
+With --peers the same rounds time what others would pick instead
+(`tests.benchmarks.peers`). These deliver to a sink while they are timed, as they would
+in use, and so does "this package, as it comes"; the ways before them only make events,
+and deliver afterwards.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import statistics
 import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import paths, peers
-from benchmarks.report import number
-from benchmarks.sink import running_sink
 from openmeter_wsgi import OpenMeterMiddleware
+from tests.benchmarks import paths, peers
+from tests.benchmarks.report import number
+from tests.benchmarks.sink import running_sink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

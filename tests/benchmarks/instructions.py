@@ -1,6 +1,6 @@
 """How many instructions each way through the middleware adds to a request.
 
-    python -m benchmarks.instructions [--requests 1000] [--json FILE] [--guard]
+    python -m tests.benchmarks.instructions [--requests 1000] [--json FILE] [--guard]
 
 Counted by valgrind, so the figures are the same on a busy machine and on an idle one.
 One process serves so many requests in each way, one after the other; what it executes
@@ -20,8 +20,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import counting, paths
 from openmeter_wsgi.timestamps import clock
+from tests.benchmarks import counting, paths
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
@@ -118,7 +118,7 @@ def main() -> None:
     if given.run:
         run(given.requests, given.run)
     counted = rows(
-        counting.count("benchmarks.instructions", "--requests", given.requests)
+        counting.count("tests.benchmarks.instructions", "--requests", given.requests)
     )
     print(table(counted))
     if given.json:

@@ -8,9 +8,9 @@ from wsgiref.util import setup_testing_defaults
 
 from flask import Flask
 
-from benchmarks.naive import NaiveMetering
 from openmeter_wsgi import OpenMeterMiddleware, Policy
 from openmeter_wsgi.sandbox import Sandbox
+from tests.benchmarks.naive import NaiveMetering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,13 +1,13 @@
 """What each chunk of a stream costs more when the response is measured.
 
-    python -m benchmarks.stream_cost [--rounds 15] [--chunks 20000]
+    python -m tests.benchmarks.stream_cost [--rounds 15] [--chunks 20000]
 
 Every round serves the same stream bare and under each policy, one after the other; a
 figure is the median over the rounds of what a chunk takes more than in the bare
 application of the same round, in nanoseconds of processor time, with the smallest and
 the largest. The chunks are events of a language model, 170 bytes each; what reading
-larger ones costs is in ``benchmarks.body_cost``. Then, among 100 routes: what choosing
-a policy costs beside one call of werkzeug's own matcher.
+larger ones costs is in ``tests.benchmarks.body_cost``. Then, among 100 routes: what
+choosing a policy costs beside one call of werkzeug's own matcher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from wsgiref.util import setup_testing_defaults
 
 from werkzeug.routing import Map, Rule
 
-from benchmarks.body_cost import EVENT
 from openmeter_wsgi import (
     OpenMeterMiddleware,
     bytes_sent,
@@ -32,6 +31,7 @@ from openmeter_wsgi import (
 )
 from openmeter_wsgi.route_rules import RouteRule
 from openmeter_wsgi.routes import Routes
+from tests.benchmarks.body_cost import EVENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

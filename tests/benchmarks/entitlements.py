@@ -1,6 +1,6 @@
 """What a request pays for a decision on its entitlements.
 
-    python -m benchmarks.entitlements [--rounds 25] [--calls 2000]
+    python -m tests.benchmarks.entitlements [--rounds 25] [--calls 2000]
 
 Every round times all ways one after the other, so that what slows the machine down
 slows all of them: a figure is the median over the rounds, with the smallest and the
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import requests
 from cachetools import TTLCache
 
-from benchmarks.paths import serve, trivial_app
 from openmeter_wsgi import OpenMeterMiddleware, Policy
 from openmeter_wsgi.sandbox import Sandbox
+from tests.benchmarks.paths import serve, trivial_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.paths import trivial_app
 from openmeter_wsgi import OpenMeterMiddleware, Policy
 from openmeter_wsgi.events import static_templates
 from openmeter_wsgi.timestamps import timestamp
 from openmeter_wsgi.usage import Meter
+from tests.benchmarks.paths import trivial_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """What reading a body costs, chunk by chunk.
 
-    python -m benchmarks.body_cost [--rounds 15]
+    python -m tests.benchmarks.body_cost [--rounds 15]
 
 Every round times all readers one after the other and a reader that does nothing;
 a figure is the median over the rounds of the ratio to that one, and of the cost of

@@ -1,7 +1,7 @@
 """The fixture ``openmeter``: what an application would bill, in its own tests.
 
 This module is imported in every run of pytest where the package is installed, whether
-it is needed there or not: so it stands outside of it, and imports nothing of it.
+it is needed there or not: so it imports nothing, and nor does the package itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether an event costs the same however much there is of everything else.
 
-    python -m benchmarks.growth [--rounds 5] [--plots build/bench]
+    python -m tests.benchmarks.growth [--rounds 5] [--plots build/bench]
 
 Processor time of one event: with so many waiting, so many workers on one directory of
 a spool, so many routes, so many known subjects. Rounds go through all sizes in turns;
@@ -18,8 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import growing, report
-from benchmarks.plot import plot
+from tests.benchmarks import growing, report
+from tests.benchmarks.plot import plot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -35,7 +35,7 @@ def count(module: str, option: str, times: int) -> dict[str, float]:
             ],
             # Equal hashes make equal dictionaries, and so equal counts.
             env={**os.environ, "PYTHONHASHSEED": "0"},
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:

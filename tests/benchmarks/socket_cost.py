@@ -1,6 +1,6 @@
 """What a stream over a socket costs more when its response is metered.
 
-    python -m benchmarks.socket_cost [--rounds 15] [--chunks 2000]
+    python -m tests.benchmarks.socket_cost [--rounds 15] [--chunks 2000]
 
 Every round sends the same chunks of 16 KiB bare and metered, one after the other, into
 a socket that another process empties; a figure is the ratio of the seconds that took.
@@ -15,8 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
-from benchmarks import report
 from openmeter_wsgi import OpenMeterMiddleware
+from tests.benchmarks import report
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The application of `benchmarks.latency`, as gunicorn loads it."""
+"""The application of `tests.benchmarks.latency`, as gunicorn loads it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import waiting
-from benchmarks.pacing import BODY
 from openmeter_wsgi.events import RequestIds
+from tests.benchmarks import waiting
+from tests.benchmarks.pacing import BODY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
