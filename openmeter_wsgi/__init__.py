@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.version import VERSION as __version__  # noqa: F401, N811
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.decorators import meter as meter
+    from openmeter_wsgi.decorators import no_meter as no_meter
     from openmeter_wsgi.entitlements.decision import Decision as Decision
     from openmeter_wsgi.entitlements.decision import Denial as Denial
     from openmeter_wsgi.entitlements.handlers import (
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.measures import status as status
     from openmeter_wsgi.middleware import OpenMeterMiddleware as OpenMeterMiddleware
     from openmeter_wsgi.policy import Policy as Policy
+    from openmeter_wsgi.policy import StatusCodes as StatusCodes
     from openmeter_wsgi.request import add_meters as add_meters
     from openmeter_wsgi.request import get_meters as get_meters
     from openmeter_wsgi.request import set_idempotency_key as set_idempotency_key
@@ -47,9 +50,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import set_subject as set_subject
     from openmeter_wsgi.request import set_user as set_user
     from openmeter_wsgi.stats import Stats as Stats
-    from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
-    from openmeter_wsgi.views import meter as meter
-    from openmeter_wsgi.views import no_meter as no_meter
 
 # The package alone imports nothing: its pytest plugin is loaded in every run of
 # pytest. The first of these names imports all of them, so that no request does.
@@ -70,15 +70,14 @@ _TOGETHER = {
 # These come one by one: options and measures with a policy or a middleware,
 # decorators with a view.
 _LATE = {
+    "decorators": ("meter", "no_meter"),
     "measures": (
         "Measure", "bytes_received", "bytes_sent", "computed", "duration", "llm_usage",
         "method", "multi_status", "records", "request_header", "response_header",
         "response_json", "route", "status",
     ),
-    "policy": ("Policy",),
+    "policy": ("Policy", "StatusCodes"),
     "stats": ("Stats",),
-    "status_codes": ("StatusCodes",),
-    "views": ("meter", "no_meter"),
 }  # fmt: skip
 _MODULE = {
     name: module

@@ -19,6 +19,7 @@ from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import (
+    Usage,
     are_small,
     encode_events,
     quoted,
@@ -26,23 +27,19 @@ from openmeter_wsgi.events import (
     static_templates,
 )
 from openmeter_wsgi.exchange import route_of
-from openmeter_wsgi.measured_meters import evaluate
-from openmeter_wsgi.measures import Measure, computed
+from openmeter_wsgi.measures import Measure, computed, evaluate
 from openmeter_wsgi.request import COMPLETED, FAILED, OPTIONS, is_options, method_of
 from openmeter_wsgi.subject import SubjectFinder
-from openmeter_wsgi.timestamps import clock, timestamp
-from openmeter_wsgi.usage import Usage
-from openmeter_wsgi.wire import SHORT_SUBJECT
+from openmeter_wsgi.values import SHORT_SUBJECT, clock, timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from openmeter_wsgi.events import RequestIds
+    from openmeter_wsgi.events import Meter, RequestIds
     from openmeter_wsgi.exchange import Exchange
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.request import RequestRecord, RunTimeMeters
-    from openmeter_wsgi.usage import Meter
 
 logger = log.get_logger(__name__)
 

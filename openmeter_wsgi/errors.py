@@ -1,4 +1,4 @@
-"""What can go wrong, and whom it concerns.
+"""Errors: what users catch, and what delivery tells its sender.
 
 ::
 

@@ -1,11 +1,12 @@
-"""What the edges of frameworks share: who is calling is known only inside them."""
+"""Shared code of the Flask and Django packages: policy and subject."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.entitlements.refusal import quota_headers
+from openmeter_wsgi.decorators import asks_itself
+from openmeter_wsgi.entitlements.handlers import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, read_text_options
@@ -16,7 +17,6 @@ from openmeter_wsgi.request import (
     metered_request,
     record_of,
 )
-from openmeter_wsgi.views import asks_itself
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

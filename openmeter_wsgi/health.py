@@ -1,4 +1,4 @@
-"""What is wrong now, for whoever asks whether this process is well."""
+"""Health: the problems a process has now, and an endpoint that reports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log lines that an operator can read: a repetition is thinned, and counted."""
+"""Loggers that thin out repeated lines and count them."""
 
 from __future__ import annotations
 

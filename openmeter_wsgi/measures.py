@@ -7,24 +7,51 @@ A policy names them where a number or a text would stand::
 
 A measure that has no value gives no event, which is counted; ``.default(0)`` gives it
 one. It is never guessed.
+
+========================  ==========================================================
+``$request.method``       method
+``$request.route``        the template of the address
+``$request.bytes``        bytes of the request's body
+``$request.header.NAME``  a header of the request
+``$response.status``      status code
+``$response.bytes``       bytes of the response's body
+``$response.duration``    seconds
+``$response.header.NAME`` a header of the response
+``$response.json.PATH``   what a JSONPath finds: ``$response.json.usage.total_tokens``
+``$response.records``     JSON lines
+``$response.succeeded``   parts of a multi-status response; also ``.failed``
+``$llm``                  all that a language model used, in place of ``data``
+``$llm.FIELD``            one figure of it: ``$llm.total_tokens``
+``$llm:PROVIDER``         the same from reports of one shape: ``$llm:openai``
+``$llm:PROVIDER.FIELD``   one figure of them: ``$llm:openai.total_tokens``
+========================  ==========================================================
+
+``?? VALUE`` behind one of these is its default, as JSON: ``$response.header.X-N ?? 0``.
+Text that begins with a dollar sign and means nothing else is written with two.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.events import Number, Usage, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from openmeter_wsgi.bodies.llm_shapes import Provider
 
 logger = log.get_logger(__name__)
+
 
 _NONE: Any = object()
 _COMPUTED = "computed("
@@ -188,7 +215,10 @@ def llm_usage(field: str | None = None, *, provider: Provider | None = None) -> 
     reported and no others. With a *provider* it reads reports of that shape alone.
     State it wherever the body holds anything of the caller's.
     """
-    from openmeter_wsgi.bodies.llm_shapes import FIELDS, PROVIDERS  # see `reader_of`
+    from openmeter_wsgi.bodies.llm_shapes import (
+        FIELDS,
+        PROVIDERS,  # see `reader_of`
+    )
 
     if field is not None and field not in FIELDS:
         raise ValueError(f"expected one of {', '.join(FIELDS)}, got {field!r}")
@@ -253,3 +283,214 @@ def as_number(value: object) -> int | float | Decimal | Unknown:
         if number is not None:
             return _plain(number)
     return Unknown("not_a_number")
+
+
+_PLAIN: dict[str, Callable[[], Measure]] = {
+    "$request.method": method,
+    "$request.route": route,
+    "$request.bytes": bytes_received,
+    "$response.status": status,
+    "$response.bytes": bytes_sent,
+    "$response.duration": duration,
+    "$response.records": records,
+    "$response.succeeded": lambda: multi_status("succeeded"),
+    "$response.failed": lambda: multi_status("failed"),
+    "$llm": llm_usage,
+}
+_WITH_NAME: dict[str, Callable[[str], Measure]] = {
+    "$request.header.": request_header,
+    "$response.header.": response_header,
+    "$llm.": llm_usage,
+    "$llm:": lambda rest: _llm_usage_of(*rest.split(".", 1)),
+}
+_JSON = "$response.json"
+
+
+def read_measure(text: str) -> Measure | str:
+    """Return the measure that *text* names, or the text that it is.
+
+    :raises ValueError: if it begins with a dollar sign and names no measure.
+    """
+    if not text.startswith("$"):
+        return text
+    if text.startswith("$$"):
+        return text[1:]
+    name, separator, default = text.partition(" ?? ")
+    measure = _named(name.strip())
+    if not separator:
+        return measure
+    try:
+        return measure.default(msgspec.json.decode(default))
+    except msgspec.DecodeError:
+        raise ValueError(f"{text!r}: expected JSON behind '??'") from None
+
+
+def _named(name: str) -> Measure:
+    if make := _PLAIN.get(name):
+        return make()
+    if name.startswith(_JSON) and name[len(_JSON) :][:1] in {".", "["}:
+        return response_json("$" + name.removeprefix(_JSON))
+    for prefix, make_named in _WITH_NAME.items():
+        if (rest := name.removeprefix(prefix)) != name and rest:
+            return make_named(rest)
+    known = ", ".join([*_PLAIN, *(f"{prefix}NAME" for prefix in _WITH_NAME)])
+    raise ValueError(
+        f"{name!r} is no measure; expected one of {known}, {_JSON}.PATH "
+        "(or two dollar signs for text that begins with one)"
+    )
+
+
+def _llm_usage_of(provider: str, field: str | None = None) -> Measure:
+    return llm_usage(field, provider=provider)  # type: ignore[arg-type]
+
+
+#: Stands for a measure where the rest of a document is checked.
+_ANY_NUMBER = 1
+
+
+class _NoValue(Exception):
+    def __init__(self, measure: Measure, reason: str) -> None:
+        self.measure = measure
+        self.reason = reason
+        super().__init__(reason)
+
+
+class MeasuredMeter(NamedTuple):
+    """A meter whose number, or whose data, is known only in the end."""
+
+    type: str
+    #: A document, or a measure alone for a number by type.
+    content: Any
+    measures: tuple[Measure, ...]
+
+    @property
+    def is_quantity(self) -> bool:
+        """Whether it says how much, and not only of what kind."""
+        return any(measure.is_quantity for measure in self.measures)
+
+    def example(self, value_property: str) -> Any:
+        """Return its data with 1 for each measure; None where all of it is one."""
+        if isinstance(self.content, Measure):
+            return {value_property: _ANY_NUMBER}
+        data = self.content.get("data", {})
+        return None if isinstance(data, Measure) else _replaced(data)
+
+
+class Evaluated(NamedTuple):
+    """What measured meters came to."""
+
+    usage: Usage
+    #: The measures that had no value, and why, by the type of their meter.
+    missing: list[tuple[str, Measure, str]]
+
+
+def split(meter: Any, meters: Any) -> tuple[Usage, tuple[MeasuredMeter, ...]]:
+    """Part what a policy states into what is known now and what is measured.
+
+    :raises ValueError: naming what is wrong. It may be called again with the same.
+    """
+    documents: list[Mapping[str, Any]] = []
+    numbers: dict[str, Any] = {}
+    measured: list[MeasuredMeter] = []
+    given = [meter] if isinstance(meter, Mapping) else list(meter or ())
+    for document in given:
+        read = _with_measures(document)
+        if found := tuple(_measures_in(read)):
+            _check(read)
+            measured.append(MeasuredMeter(read["type"], read, found))
+        else:
+            documents.append(read)
+    for name, value in (meters or {}).items():
+        number = read_measure(value) if isinstance(value, str) else value
+        if isinstance(number, Measure):
+            read_usage({name: _ANY_NUMBER})
+            measured.append(MeasuredMeter(name, number, (number,)))
+        else:
+            numbers[name] = number
+    plain = read_usage(documents).documents if documents else ()
+    return Usage(read_usage(numbers).numbers if numbers else {}, plain), (*measured,)
+
+
+def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
+    """Return what *meters* come to at the end of *exchange*. Never raises."""
+    numbers: dict[str, Number] = {}
+    documents: list[Mapping[str, Any]] = []
+    missing: list[tuple[str, Measure, str]] = []
+    for meter in meters:
+        try:
+            value = _filled(meter.content, exchange)
+            if isinstance(meter.content, Measure):
+                numbers |= read_usage({meter.type: _number(meter, value)}).numbers
+            else:
+                read_usage(value)
+                documents.append(value)
+        except _NoValue as none:
+            missing.append((meter.type, none.measure, none.reason))
+        except MeterValueError as error:
+            logger.error("meter %r: not sent: %s", meter.type, error)
+            missing.append((meter.type, meter.measures[0], "invalid"))
+    plain = read_usage(documents).documents if documents else ()
+    return Evaluated(Usage(numbers, plain), missing)
+
+
+def _number(meter: MeasuredMeter, value: object) -> Any:
+    number = as_number(value)
+    if isinstance(number, Unknown):
+        raise _NoValue(meter.content, number.reason)
+    return number
+
+
+def _with_measures(value: Any) -> Any:
+    """Return *value* with texts that name measures replaced by them."""
+    if isinstance(value, str):
+        return read_measure(value)
+    if isinstance(value, Mapping):
+        return {key: _with_measures(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_measures(each) for each in value]
+    return value
+
+
+def _measures_in(value: Any) -> Iterable[Measure]:
+    if isinstance(value, Measure):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _measures_in(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _measures_in(each)
+
+
+def _check(document: Mapping[str, Any]) -> None:
+    """Check all of a document but its measures."""
+    data = document.get("data")
+    stand_in = {"any": _ANY_NUMBER} if isinstance(data, Measure) else _replaced(data)
+    rest = {key: value for key, value in document.items() if key != "data"}
+    if found := next(iter(_measures_in(rest)), None):
+        raise ValueError(f"expected measures in data alone, got {found!r} outside it")
+    read_usage({**rest, "data": stand_in})
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, Measure):
+        return _ANY_NUMBER
+    if isinstance(value, Mapping):
+        return {key: _replaced(each) for key, each in value.items()}
+    return [_replaced(each) for each in value] if isinstance(value, list) else value
+
+
+def _filled(value: Any, exchange: Exchange) -> Any:
+    """Return *value* with every measure replaced by what it comes to."""
+    if isinstance(value, Measure):
+        found = value.value(exchange)
+        if isinstance(found, Unknown):
+            raise _NoValue(value, found.reason)
+        return found
+    if isinstance(value, Mapping):
+        return {key: _filled(each, exchange) for key, each in value.items()}
+    return (
+        [_filled(each, exchange) for each in value]
+        if isinstance(value, list)
+        else value
+    )

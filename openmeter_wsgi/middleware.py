@@ -8,8 +8,11 @@ import sys
 from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.handlers import EntitlementDenied
-from openmeter_wsgi.entitlements.refusal import Refusal, telling_quota
+from openmeter_wsgi.entitlements.handlers import (
+    EntitlementDenied,
+    Refusal,
+    telling_quota,
+)
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.request import (

@@ -1,25 +1,382 @@
-"""The options of one policy: frozen, checked, all problems told at once."""
+"""The policy: all options of a middleware, frozen and checked together."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import (
+    Callable,
+    Iterable,
+    Mapping,
+)
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_type_hints
 
-from openmeter_wsgi.api_key import ApiKey
+import msgspec
+
+from openmeter_wsgi import options as read
+from openmeter_wsgi import options as read_entitlement
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.measured_meters import MeasuredMeter, split
-from openmeter_wsgi.options import values as read
-from openmeter_wsgi.options.billing import BillingOptions
-from openmeter_wsgi.options.contradictions import contradictions
-from openmeter_wsgi.options.delivery import DeliveryOptions
-from openmeter_wsgi.options.entitlements import EntitlementOptions
-from openmeter_wsgi.options.files import read_file, read_variables
-from openmeter_wsgi.route_rules import RouteRule
-from openmeter_wsgi.usage import Meter, Usage, number_meter
+from openmeter_wsgi.events import Meter, Usage, number_meter
+from openmeter_wsgi.measures import (
+    Measure,
+    MeasuredMeter,
+    split,
+)
+from openmeter_wsgi.options import (
+    ApiKey,
+    CountedMeter,
+    read_file,
+    read_variables,
+    unaddressable,
+)
+from openmeter_wsgi.routes import RouteRule
+
+_FORMS = "'200', '200-299' or '2xx'"
+_TOKEN = re.compile(r"(\d{3})(?:\s*-\s*(\d{3}))?|([1-5])[xX]{2}", re.ASCII)
+
+
+class StatusCodes:
+    """A set of status codes, such as ``"200-299, 304"``, ``"2xx"`` or ``[200, 201]``.
+
+    :raises ValueError: naming the part that is no code and no range.
+    """
+
+    __slots__ = ("codes", "text")
+
+    def __init__(self, codes: str | Iterable[int | str] | StatusCodes) -> None:
+        #: Every code, as the first three characters of a WSGI status line.
+        self.codes = frozenset(f"{code}" for code in _read(codes))
+        #: The same, as short as it can be said.
+        self.text = _shortest(sorted(map(int, self.codes)))
+
+    def __contains__(self, code: str) -> bool:
+        return code in self.codes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StatusCodes) and self.codes == other.codes
+
+    def __hash__(self) -> int:
+        return hash(self.codes)
+
+    def __repr__(self) -> str:
+        return f"StatusCodes({self.text!r})"
+
+
+def _read(codes: object) -> set[int]:
+    if isinstance(codes, StatusCodes):
+        return set(map(int, codes.codes))
+    tokens: Iterable[object]
+    if isinstance(codes, str):
+        tokens = [token.strip() for token in codes.split(",")]
+    elif isinstance(codes, Iterable) and not isinstance(codes, bytes):
+        tokens = codes
+    else:
+        raise ValueError(f"expected codes such as {_FORMS}, got {codes!r}")
+    read = {code for token in tokens for code in _read_token(token)}
+    if not read:
+        raise ValueError(f"expected at least one code such as {_FORMS}, got {codes!r}")
+    return read
+
+
+def _read_token(token: object) -> range:
+    if isinstance(token, int) and not isinstance(token, bool):
+        token = str(token)
+    if token == "*":  # noqa: S105 - no secret
+        raise ValueError(
+            "'*' would bill errors too: write '200-599' if that is what you mean"
+        )
+    found = _TOKEN.fullmatch(token.strip()) if isinstance(token, str) else None
+    if not found:
+        raise ValueError(f"expected {_FORMS}, got {token!r}")
+    first, last, hundred = found.groups()
+    if hundred:
+        first, last = f"{hundred}00", f"{hundred}99"
+    low, high = int(first), int(last or first)
+    if low > high:
+        raise ValueError(f"expected a range that rises, got {token!r}")
+    if not 100 <= low <= high <= 599:
+        raise ValueError(f"expected codes from 100 to 599, got {token!r}")
+    return range(low, high + 1)
+
+
+def _shortest(codes: list[int]) -> str:
+    ranges: list[list[int]] = []
+    for code in codes:
+        if ranges and code == ranges[-1][1] + 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+Billed: TypeAlias = Literal["all", "measured", "none"]
+#: From an environ to the subject of its request, empty or None if it has none.
+SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
+
+DEFAULT_SOURCE = "api-gateway"
+_NAME = Annotated[str, msgspec.Meta(min_length=1)]
+_HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
+class BillingOptions:
+    """What is billed, and to whom."""
+
+    #: What each request is billed: a document, ``{"type": …, "data": {…}}``, or a
+    #: list of them. ``data`` is sent as it stands, with measures in it filled in.
+    meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
+        default=None, metadata={"read": read.meter}
+    )
+    #: The same as numbers by type: ``{"api_requests": 1}`` sends ``{"total": 1}``.
+    #: Zero is allowed and sends nothing.
+    meters: Mapping[str, float] | None = dataclasses.field(
+        default=None, metadata={"read": read.meters}
+    )
+    #: A predicate on the finished exchange besides the status: a callable,
+    #: ``computed(callable, "json")`` where it looks at the body, or a measure, which
+    #: may be text (``"$response.succeeded"``).
+    meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
+        default=None, metadata={"read": read.meter_when}
+    )
+    #: The name of the number in the ``data`` of an event made from a number.
+    value_property: _NAME = "total"
+    #: The status codes that are billed: ``"200-299"``, ``"2xx, 304"``, ``[200, 201]``.
+    #: Everything else is counted and not billed.
+    meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
+        default="200-299", metadata={"read": StatusCodes}
+    )
+    #: ``"intended"``: codes from 400 on among those are billed on purpose. Without it
+    #: ``openmeter-wsgi check`` takes them for a mistake.
+    billing_errors: Literal["intended"] | None = None
+    #: What of a response that the application broke off is billed: ``"measured"`` is
+    #: what handlers and measures counted, without the flat price of the request.
+    on_failure: Billed = "measured"
+    #: What of a response that the client did not take to its end is billed. With less
+    #: than ``"all"`` a client that hangs up before the last byte pays less.
+    on_abort: Billed = "all"
+    #: Whether OPTIONS requests, which browsers send by themselves, count as others do.
+    meter_options: bool = False
+    #: The service that the events come from, constant per service: together with an
+    #: event's id it is what OpenMeter deduplicates by.
+    event_source: str = dataclasses.field(
+        default=DEFAULT_SOURCE, metadata={"read": read.source}
+    )
+    #: A header that your own proxy sets and clients cannot: its value becomes the id
+    #: of the request in the ids of its events. Wants an ``event_source`` of its own.
+    trusted_request_id_header: _HEADER | None = None
+
+    #: Whether handlers call :func:`set_idempotency_key`: OpenMeter must deduplicate.
+    idempotency_keys: bool = False
+    #: Gets every settled request that became no event, and why: a callable on a
+    #: mapping, or a file that grows by a line of JSON for each.
+    audit: str | Callable[[dict[str, Any]], object] | None = dataclasses.field(
+        default=None, metadata={"read": read.audit}
+    )
+    #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
+    #: metered. What a route does not name it inherits.
+    routes: Mapping[str, Mapping[str, Any] | None] | None = dataclasses.field(
+        default=None, metadata={"read": read.routes}
+    )
+    #: Under what a request is that no rule names: this policy, or none.
+    unmatched: Literal["policy"] | None = dataclasses.field(
+        default="policy", metadata={"read": read.unmatched}
+    )
+
+    # -- To whom
+    #: Who is billed: a callable on the environ, or ``"header:Name"``. A header that
+    #: clients can set lets them bill each other.
+    subject: str | SubjectCallable | None = dataclasses.field(
+        default=None, metadata={"read": read.subject}
+    )
+    #: Whether subjects in a header may hold commas. Without it a header with a comma is
+    #: one that was sent twice, and the request has no subject.
+    subject_commas: bool = False
+    #: Where the subject is in what :func:`set_user` was given.
+    subject_path: str = dataclasses.field(
+        default=".sub", metadata={"read": read.subject_path}
+    )
+    #: What becomes of a request without subject: ``"skip"`` counts it and bills
+    #: nobody, any other text is the subject that is billed instead.
+    on_missing_subject: str = dataclasses.field(
+        default="skip", metadata={"read": read.text}
+    )
+
+
+ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
+class DeliveryOptions:
+    """How events reach OpenMeter: one for the whole process."""
+
+    #: The key of OpenMeter Cloud or Kong Konnect: text, or a callable that is called
+    #: again after a 401. A server of your own needs none.
+    api_key: str | Callable[[], str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.key}
+    )
+    #: A file that holds the key, read again after a 401.
+    api_key_file: str | None = None
+    #: The key for questions about entitlements; default: ``api_key``.
+    entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.key}
+    )
+    #: The server's address, without ``/api`` and what follows.
+    api_url: str = dataclasses.field(
+        default="https://openmeter.cloud", metadata={"read": read.url}
+    )
+    #: Which of OpenMeter's APIs takes the events: ``"v1"`` of OpenMeter Cloud and of a
+    #: server of your own, ``"v3"`` of newer ones, ``"konnect"`` of Kong Konnect.
+    api_flavor: ApiFlavor = "v1"
+    #: Seconds until an attempt without an answer is given up.
+    request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
+
+    #: Events that make a batch go before ``flush_interval`` is over.
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+    #: Seconds that an event waits for others at most.
+    flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
+    #: Of so many events the queue in memory takes no more; what is dropped is counted.
+    max_queue_events: Annotated[int, msgspec.Meta(ge=1)] = 250_000
+    #: The same as bytes. Whichever is reached first holds.
+    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
+    #: Seconds that the exit of a process may take for what still waits.
+    shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
+    #: Where settled usage waits, so that it survives the process; None: in memory.
+    #: One directory per OpenMeter server and key; any number of processes.
+    spool_dir: str | None = None
+    #: How a process appends there. ``"auto"``: the fastest form that is safe there.
+    journal: Literal["auto", "mmap", "write"] = "auto"
+    #: Of this size the spool takes no more; a segment per process more or less.
+    max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
+    #: Seconds for which a batch without an answer may be sent again. Longer than
+    #: OpenMeter remembers ids, it might be billed twice.
+    resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
+    #: ``"ship"``: another process delivers the spool, this one starts no thread.
+    delivery: Literal["thread", "ship"] = "thread"
+    #: Settle, count and log what would be billed, and send nothing.
+    dry_run: bool = False
+
+
+FailMode: TypeAlias = Literal["open", "closed", "stale"]
+EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
+class EntitlementOptions:
+    """Whose requests are let in, and what happens to the others."""
+
+    #: The features that a request's customer must have access to, all of them.
+    required_entitlements: tuple[str, ...] = dataclasses.field(
+        default=(), metadata={"read": read_entitlement.features}
+    )
+    #: From a subject to the key of its customer: a callable or a mapping. Default:
+    #: the subject itself.
+    customer: Callable[[str], str | None] | Mapping[str, str] | None = (
+        dataclasses.field(default=None, metadata={"read": read_entitlement.customer})
+    )
+    #: What decides where OpenMeter does not answer and nothing is known: let through,
+    #: answer 503, or go by the last known answer however old it is.
+    fail_mode: FailMode = "open"
+    #: False: decide, count and log, and let everything through.
+    enforce: bool = True
+    #: The status of a denial for a quota that is used up.
+    limit_status: Literal[429, 402, 403] = 429
+    #: A callable on environ and decision; the WSGI application it returns answers.
+    denied_response: Callable[[dict[str, Any], Any], Any] | None = dataclasses.field(
+        default=None, metadata={"read": read_entitlement.function}
+    )
+    #: Whether responses tell limit, remaining and reset in RateLimit headers.
+    usage_headers: bool = False
+    #: Features whose quota is counted down between two answers, and the meter types
+    #: that they count (a list where both have the same name).
+    entitlement_meters: Mapping[str, CountedMeter] = dataclasses.field(
+        default_factory=dict, metadata={"read": read_entitlement.counted_meters}
+    )
+    #: What a request sets apart when it begins, by feature, where the policy's own
+    #: meters do not say it; or a callable on the environ that says so.
+    reserve: Mapping[str, float] | Callable[[dict[str, Any]], Any] | None = (
+        dataclasses.field(default=None, metadata={"read": read_entitlement.reserved})
+    )
+    #: Where entitlements are asked for; default: ``api_url``.
+    entitlements_url: str | None = dataclasses.field(
+        default=None, metadata={"read": read_entitlement.optional_url}
+    )
+    #: Customers of v2 or v1, or the subjects of v1, which OpenMeter has deprecated and
+    #: announced to remove.
+    entitlements_path: EntitlementsPath = "v2"
+    #: Seconds that a request waits for an answer never heard before.
+    entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
+    #: Seconds for which an allowance holds; then it is asked for anew, behind the
+    #: back of a request.
+    allow_ttl: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    #: Seconds for which a denial holds.
+    deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    #: Seconds for which either answer holds longer while OpenMeter does not answer.
+    max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
+    #: Answers that a process keeps, one per customer and feature.
+    entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    #: Questions a second that all who share a spool or a Redis ask at most, and each
+    #: process where there is neither. OpenMeter Cloud allows 30.
+    question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
+    #: Seconds after which OpenMeter has counted what was delivered to it.
+    visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    #: A Redis that hosts share, so that a quota holds across all of them.
+    redis_url: str | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read_entitlement.redis_url}
+    )
+
+
+def contradictions(policy: Policy) -> list[str]:
+    """Return a sentence for each contradiction."""
+    return [*_sources(policy), *_places(policy), *_quotas(policy), *_ids(policy)]
+
+
+def _sources(policy: Policy) -> list[str]:
+    if policy.trusted_request_id_header and policy.event_source == DEFAULT_SOURCE:
+        return [
+            "event_source: expected a name of this service's own, got the default: "
+            "with trusted_request_id_header two services behind one proxy would "
+            "share ids"
+        ]
+    return []
+
+
+def _places(policy: Policy) -> list[str]:
+    problems = []
+    if policy.delivery == "ship" and policy.spool_dir is None:
+        problems.append("spool_dir: expected a directory for delivery='ship'")
+    if policy.required_entitlements and policy.api_flavor == "konnect":
+        problems.append(
+            "required_entitlements: Kong Konnect answers no questions about single "
+            "entitlements; set entitlements_url to an OpenMeter server that does, and "
+            "api_flavor to its own"
+        )
+    return problems
+
+
+def _quotas(policy: Policy) -> list[str]:
+    if not isinstance(policy.reserve, dict):
+        return []
+    counted = policy.entitlement_meters
+    return [
+        f"reserve: {feature!r} is not in entitlement_meters, so nothing counts it"
+        for feature in policy.reserve
+        if feature not in counted
+    ]
+
+
+def _ids(policy: Policy) -> list[str]:
+    if policy.entitlements_path != "v1":
+        return []
+    named = {*policy.required_entitlements, *policy.entitlement_meters}
+    return [
+        f"required_entitlements: {feature!r} is an id, which OpenMeter's v1 does not "
+        "take; write the key of the feature, or ask by entitlements_path='v2'"
+        for feature in unaddressable(sorted(named))
+    ]
+
 
 #: What a route can say of itself. All else is one for the whole process.
 PER_ROUTE = frozenset({

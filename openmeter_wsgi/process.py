@@ -17,7 +17,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
-from openmeter_wsgi.entitlements.making import entitlements_of
+from openmeter_wsgi.entitlements.service import entitlements_of
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.stats import Counts, Stats
@@ -26,10 +26,9 @@ from openmeter_wsgi.threads import threads_are_greenlets
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from openmeter_wsgi.entitlements.checking import Entitlements
-    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.entitlements.service import Entitlements
+    from openmeter_wsgi.policy import Policy, StatusCodes
     from openmeter_wsgi.routes import Routes
-    from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
 

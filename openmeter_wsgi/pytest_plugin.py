@@ -1,4 +1,4 @@
-"""The fixture ``openmeter``: what an application would bill, in its own tests.
+"""The pytest fixture ``openmeter``: billing of an application in its own tests.
 
 This module is imported in every run of pytest where the package is installed, whether
 it is needed there or not: so it imports nothing, and nor does the package itself.

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.usage import Meter, Meters, Number, Usage, add_numbers, read_usage
-from openmeter_wsgi.wire import text_problem
+from openmeter_wsgi.events import Meter, Meters, Number, Usage, add_numbers, read_usage
+from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.exchange import ResponseCapture
     from openmeter_wsgi.frameworks import RememberedSubjects
-    from openmeter_wsgi.ledger import Reservation
+    from openmeter_wsgi.quota.account import Reservation
 
 logger = log.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Counts: nothing that is not billed goes unsaid."""
+"""Counts: requests, events and losses of a process, by reason."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from openmeter_wsgi import log
 from openmeter_wsgi.request import REQUEST, SUBJECT, USER
-from openmeter_wsgi.wire import SHORT_SUBJECT, text_problem
+from openmeter_wsgi.values import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy

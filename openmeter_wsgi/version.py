@@ -1,3 +1,3 @@
-"""The version of this package, in the one place that says it."""
+"""The version of this package."""
 
 VERSION = "0.1.0"

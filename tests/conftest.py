@@ -64,8 +64,8 @@ def _fresh_log():
 @pytest.fixture
 def patient_ledger(monkeypatch):
     """No request passes only because a busy machine gives it no turn in time."""
-    monkeypatch.setattr("openmeter_wsgi.ledger.database.PATIENCE", PATIENCE)
-    monkeypatch.setattr("openmeter_wsgi.ledger.account._PATIENCE", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.quota.sqlite.PATIENCE", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.quota.account._PATIENCE", PATIENCE)
 
 
 @pytest.fixture

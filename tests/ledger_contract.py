@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from openmeter_wsgi.ledger import Ledger, Refusal, Reservation
+from openmeter_wsgi.quota.account import Refusal, Reservation
+from openmeter_wsgi.quota.ledger import Ledger
 
 LAG = 5.0
 START = 1_000_000.0

@@ -18,8 +18,9 @@ from hypothesis.stateful import (
 )
 
 from ledger_contract import START, Clock
-from openmeter_wsgi.ledger import Ledger, Reservation
-from openmeter_wsgi.ledger.sqlite import SqliteStore
+from openmeter_wsgi.quota.account import Reservation
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.sqlite import SqliteStore
 
 LAG = 5.0
 WORKERS = 3

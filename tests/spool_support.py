@@ -11,7 +11,7 @@ import time
 
 from click.testing import CliRunner
 
-from openmeter_wsgi.commands import spool
+from openmeter_wsgi.cli import spool
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
 WORKER = """

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts

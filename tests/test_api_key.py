@@ -1,7 +1,7 @@
 import pytest
 
 from openmeter_wsgi import ConfigError, OpenMeterMiddleware, Policy
-from openmeter_wsgi.api_key import ApiKey, checked_key
+from openmeter_wsgi.options import ApiKey, checked_key
 
 
 def test_surrounding_white_space_is_no_part_of_a_key():

@@ -12,11 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
-from openmeter_wsgi.commands.check import command, look
-from openmeter_wsgi.commands.checks import event as event_check
-from openmeter_wsgi.commands.checks import repetition, spool_directory
-from openmeter_wsgi.commands.checks.findings import MARK
-from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
+from openmeter_wsgi.cli import check_configuration, check_server
+from openmeter_wsgi.cli.check import command, look
+from openmeter_wsgi.cli.check_configuration import is_on_layer
+from openmeter_wsgi.cli.findings import MARK
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool import files as directory
@@ -28,10 +27,9 @@ from test_sandbox_support import Api, event
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
     """The sandbox stores at once, so nothing need be waited for."""
-    monkeypatch.setattr(repetition, "PAUSE", 0.01)
-    monkeypatch.setattr(repetition, "GRACE", 0.01)
-    for module in (event_check, repetition):
-        monkeypatch.setattr(module, "PATIENCE", 0.01)
+    monkeypatch.setattr(check_server, "PAUSE", 0.01)
+    monkeypatch.setattr(check_server, "GRACE", 0.01)
+    monkeypatch.setattr(check_server, "PATIENCE", 0.01)
 
 
 @pytest.fixture
@@ -486,7 +484,7 @@ def test_a_server_that_drops_a_repetition_is_fine_and_the_spool_remembers(
 
 def test_the_two_are_equal_and_five_seconds_apart(openmeter, monkeypatch):
     """So far that they are in different flushes of OpenMeter's sink."""
-    monkeypatch.setattr(repetition, "PAUSE", 5.0)
+    monkeypatch.setattr(check_server, "PAUSE", 5.0)
     stored = []
 
     def rule(request):
@@ -589,7 +587,7 @@ def test_a_place_that_the_spool_does_not_outlive_is_warned_of(
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"1 0 0:1 / / rw - {kind} {kind} rw\n")
     monkeypatch.setattr(directory, "_MOUNTS", mounts)
-    monkeypatch.setattr(spool_directory, "_ROOT", tmp_path)  # the same device
+    monkeypatch.setattr(check_configuration, "_ROOT", tmp_path)  # the same device
 
     volume = found("--no-dedupe-check", api_url=sandbox.url, spool_dir=_made(tmp_path))[
         "spool volume"

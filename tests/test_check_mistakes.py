@@ -15,9 +15,8 @@ import trustme
 from click.testing import CliRunner
 
 from openmeter_server import Answer, OpenMeterServer, problem, redirect
-from openmeter_wsgi.commands.check import command
-from openmeter_wsgi.commands.checks import event as event_check
-from openmeter_wsgi.commands.checks import repetition, spool_directory
+from openmeter_wsgi.cli import check_configuration, check_server
+from openmeter_wsgi.cli.check import command
 from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool import files as directory
 from spool_support import event, put, shipping
@@ -28,10 +27,9 @@ NOBODY = 65534
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch):
-    monkeypatch.setattr(repetition, "PAUSE", 0.01)
-    monkeypatch.setattr(repetition, "GRACE", 0.01)
-    for module in (event_check, repetition):
-        monkeypatch.setattr(module, "PATIENCE", 0.01)
+    monkeypatch.setattr(check_server, "PAUSE", 0.01)
+    monkeypatch.setattr(check_server, "GRACE", 0.01)
+    monkeypatch.setattr(check_server, "PATIENCE", 0.01)
 
 
 @pytest.fixture
@@ -459,7 +457,7 @@ def test_a_spool_on_the_own_layer_of_a_container(sandbox, tmp_path, monkeypatch)
     mounts = tmp_path / "mountinfo"
     mounts.write_text("1 0 0:1 / / rw - overlay overlay rw\n")
     monkeypatch.setattr(directory, "_MOUNTS", mounts)
-    monkeypatch.setattr(spool_directory, "_ROOT", tmp_path)  # the same device
+    monkeypatch.setattr(check_configuration, "_ROOT", tmp_path)  # the same device
 
     code, wrong = check("--no-dedupe-check", api_url=sandbox.url, spool_dir=spool)
 

@@ -21,9 +21,9 @@ from openmeter_server import (
     problem,
     redirect,
 )
-from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, Held, Rejected, Unavailable
+from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.version import VERSION
 
 NO_KEY = ApiKey.from_options(None, None)

@@ -13,7 +13,7 @@ from click.shell_completion import get_completion_class
 from click.testing import CliRunner
 
 from openmeter_wsgi import cli
-from openmeter_wsgi.commands.completion import VARIABLE
+from openmeter_wsgi.cli.completion import VARIABLE
 from openmeter_wsgi.version import VERSION
 from spool_support import COMMAND
 
@@ -199,6 +199,6 @@ def test_completing_a_command_imports_none_of_them():
         "group = _group();"
         "found = group.shell_complete(click.Context(group), 's');"
         "assert {one.value for one in found} >= {'send', 'sandbox'};"
-        "assert 'openmeter_wsgi.commands.send' not in sys.modules"
+        "assert 'openmeter_wsgi.cli.send' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=40)

@@ -9,10 +9,10 @@ import pytest
 import trustme
 
 from openmeter_wsgi import deadline
-from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import Unavailable
+from openmeter_wsgi.options import ApiKey
 from spooling import event, threads, until
 
 NO_KEY = ApiKey.from_options(None, None)

@@ -19,7 +19,7 @@ from openmeter_wsgi import OpenMeterMiddleware, set_meters
 from openmeter_wsgi.delivery.delayed import MAX_AHEAD, Delayed, split_by_date
 from openmeter_wsgi.delivery.queue import ListedBatch, NumberedBatch
 from openmeter_wsgi.spool.lines import Slice, SpoolBatch
-from openmeter_wsgi.timestamps import moment_of
+from openmeter_wsgi.values import moment_of
 from spooling import PATIENCE, Process, segments, spool_queue, until
 
 HOUR = 3_600.0

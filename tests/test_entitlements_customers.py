@@ -1,7 +1,7 @@
 """The cache of the customers that subjects belong to."""
 
+from openmeter_wsgi.entitlements.cache import Lifetimes
 from openmeter_wsgi.entitlements.customers import FoundCustomers
-from openmeter_wsgi.entitlements.known import Lifetimes
 
 LIFETIMES = Lifetimes(allow=60.0, deny=5.0, max_stale=600.0)
 

@@ -22,8 +22,8 @@ import requests
 import overshoot
 from entitling import ask
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
-from openmeter_wsgi.ledger.terms import Lessee, Request, StoreAway
+from openmeter_wsgi.quota.sqlite import NAME, SqliteStore
+from openmeter_wsgi.quota.store import Lessee, Request, StoreAway
 from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
 from spooling import threads, until

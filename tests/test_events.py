@@ -18,13 +18,18 @@ from openmeter_wsgi import (
     OpenMeterMiddleware,
     Policy,
     set_meters,
-    timestamps,
+    values,
 )
-from openmeter_wsgi.events import RequestIds, encode_events, size_problem
+from openmeter_wsgi.events import (
+    Meter,
+    RequestIds,
+    encode_events,
+    read_usage,
+    size_problem,
+)
 from openmeter_wsgi.process import Process
 from openmeter_wsgi.request import new_record
-from openmeter_wsgi.usage import Meter, read_usage
-from openmeter_wsgi.wire import MAX_EXACT_INTEGER, MAX_GROWTH, message_bytes
+from openmeter_wsgi.values import MAX_EXACT_INTEGER, MAX_GROWTH, message_bytes
 
 TEXT = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1
@@ -422,7 +427,7 @@ def test_ids_of_requests_are_counted_up() -> None:
 def test_timestamps_are_the_clock_to_the_hundredth() -> None:
     for _ in range(1_000):
         before = time.time()
-        text = timestamps.timestamp()
+        text = values.timestamp()
         after = time.time()
 
         moment = datetime.datetime.fromisoformat(text).timestamp()
@@ -432,11 +437,11 @@ def test_timestamps_are_the_clock_to_the_hundredth() -> None:
 
 def test_a_clock_that_is_set_back_is_believed() -> None:
     moments = iter([1_000_000_000.999, 1_000_000_000.5, 999_999_999.0])
-    before = timestamps.go_by(lambda: next(moments))
+    before = values.go_by(lambda: next(moments))
     try:
-        texts = [timestamps.timestamp() for _ in range(3)]
+        texts = [values.timestamp() for _ in range(3)]
     finally:
-        timestamps.go_by(before)
+        values.go_by(before)
 
     assert texts == [
         "2001-09-09T01:46:40.99Z",

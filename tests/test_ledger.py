@@ -8,9 +8,9 @@ import pytest
 
 from ledger_contract import START, Clock, LedgerContract
 from ledger_machine import Machine, machine_settings
-from openmeter_wsgi.ledger import Account
-from openmeter_wsgi.ledger.sqlite import SqliteStore
-from openmeter_wsgi.ledger.terms import Lessee
+from openmeter_wsgi.quota.account import Account
+from openmeter_wsgi.quota.sqlite import SqliteStore
+from openmeter_wsgi.quota.store import Lessee
 
 
 def _crash(ledger):

@@ -12,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ledger_contract import end
-from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
-from openmeter_wsgi.ledger.sqlite import NAME, SqliteStore
-from openmeter_wsgi.ledger.terms import PATIENCE
+from openmeter_wsgi.quota.account import Refusal, Reservation
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.sqlite import NAME, SqliteStore
+from openmeter_wsgi.quota.store import PATIENCE
+from openmeter_wsgi.quota.stores import open_store
 from spooling import Process, until
 
 QUOTA = 1_000
@@ -27,7 +29,9 @@ LONG = 30.0
 HAMMER = """
 import json, random, sys, threading, time
 from urllib.request import urlopen
-from openmeter_wsgi.ledger import Ledger, Refusal, open_store
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.account import Refusal
+from openmeter_wsgi.quota.stores import open_store
 
 directory, url, threads, lag = sys.argv[1:]
 lock = threading.Lock()
@@ -98,7 +102,8 @@ ledger.close()
 
 HOLDING = """
 import sys, time
-from openmeter_wsgi.ledger import Ledger, open_store
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.stores import open_store
 
 ledger = Ledger(open_store(sys.argv[1]), delivered_until=time.time)
 account = ledger.account("acme")
@@ -110,7 +115,8 @@ sys.stdin.read()
 
 OPENING = """
 import logging, sys, time
-from openmeter_wsgi.ledger import Ledger, open_store
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.stores import open_store
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 store = open_store(sys.argv[1])

@@ -42,8 +42,7 @@ from openmeter_wsgi import (
 )
 from openmeter_wsgi.bodies.llm_shapes import FIELDS, PLACES, PROVIDERS
 from openmeter_wsgi.bodies.reader import Unknown
-from openmeter_wsgi.measure_texts import read_measure
-from openmeter_wsgi.measures import Measure, as_number
+from openmeter_wsgi.measures import Measure, as_number, read_measure
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:

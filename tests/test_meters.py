@@ -22,8 +22,8 @@ from openmeter_wsgi import (
     get_meters,
     set_meters,
 )
+from openmeter_wsgi.events import read_usage
 from openmeter_wsgi.request import RunTimeMeters
-from openmeter_wsgi.usage import read_usage
 
 DOCUMENT = {"type": "llm", "data": {"model": "gpt-4", "tokens": 150}}
 

@@ -2,14 +2,14 @@ import pytest
 
 from entitling import NO, YES, Entitled, document, metered
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
-from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.errors import Held, Unavailable
-from openmeter_wsgi.questions import (
+from openmeter_wsgi.entitlements.client import (
     NO_ACCESS,
     UNKNOWN_CUSTOMER,
     QuestionClient,
     Terms,
 )
+from openmeter_wsgi.errors import Held, Unavailable
+from openmeter_wsgi.options import ApiKey
 from recorded import customer
 
 KEY = ApiKey.from_options("secret-key", None)

@@ -16,8 +16,7 @@ from werkzeug.routing import Map, Rule
 from billing import serve, usage
 from openmeter_wsgi import ConfigError, OpenMeterMiddleware, Policy, bytes_sent
 from openmeter_wsgi.request import REQUEST
-from openmeter_wsgi.route_rules import RouteRule
-from openmeter_wsgi.routes import Routes
+from openmeter_wsgi.routes import RouteRule, Routes
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import HANG, Answer, problem
-from openmeter_wsgi.commands import sending
-from openmeter_wsgi.commands.send import command
+from openmeter_wsgi.cli import send as sending
+from openmeter_wsgi.cli.send import command
 from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND, days_ago, event, put, run
 from test_sandbox_support import Api

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmeter_server import Answer, problem
-from openmeter_wsgi.api_key import ApiKey
 from openmeter_wsgi.delivery.batch import ListedBatch
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.delivery.sender import (
@@ -17,6 +16,7 @@ from openmeter_wsgi.delivery.sender import (
     Sender,
 )
 from openmeter_wsgi.errors import Held, Rejected, Unavailable
+from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.stats import Counts
 
 NO_ANSWER = Unavailable("no answer", ambiguous=True)

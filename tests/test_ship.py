@@ -192,7 +192,7 @@ def test_its_log_can_be_json(tmp_path, openmeter):
         code, log = ship.end(signal.SIGTERM)
 
     assert line["level"] == "INFO"
-    assert line["logger"] == "openmeter_wsgi.commands.ship"
+    assert line["logger"] == "openmeter_wsgi.cli.ship"
     assert line["message"].startswith(f"this process is the sender of {spool}")
     assert datetime.fromisoformat(line["time"]).tzinfo is not None
     assert code == 0

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import HANG, Answer, problem
-from openmeter_wsgi.commands.spool import command
+from openmeter_wsgi.cli.spool import command
 from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND, days_ago, event, put, run, said, shipping, worker
 from test_sandbox_support import Api

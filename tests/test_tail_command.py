@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from openmeter_wsgi.commands.following import Following
+from openmeter_wsgi.cli.tail import Following
 from spool_support import COMMAND, event, put, shipping, worker
 
 

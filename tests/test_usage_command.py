@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import Answer, problem
-from openmeter_wsgi.commands import periods
-from openmeter_wsgi.commands.usage import command
+from openmeter_wsgi.cli import usage as periods
+from openmeter_wsgi.cli.usage import command
 from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND
 from test_sandbox_support import Api, event

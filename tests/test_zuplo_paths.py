@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Map, Rule
 
-from openmeter_wsgi.zuplo.paths import OPEN_API, URL_PATTERN, rules
+from openmeter_wsgi.zuplo.openapi import OPEN_API, URL_PATTERN, rules
 
 
 def matches(made: list[str], path: str) -> bool:

@@ -14,11 +14,13 @@ from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 from openmeter_wsgi import Policy
-from openmeter_wsgi.options.billing import BillingOptions
-from openmeter_wsgi.options.delivery import DeliveryOptions
-from openmeter_wsgi.options.entitlements import EntitlementOptions
-from openmeter_wsgi.options.files import AS_JSON, AS_LIST
-from openmeter_wsgi.policy import PER_ROUTE
+from openmeter_wsgi.options import AS_JSON, AS_LIST
+from openmeter_wsgi.policy import (
+    PER_ROUTE,
+    BillingOptions,
+    DeliveryOptions,
+    EntitlementOptions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

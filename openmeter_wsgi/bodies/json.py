@@ -22,7 +22,7 @@ from openmeter_wsgi.bodies.reader import (
     is_compressed,
 )
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.wire import is_finite
+from openmeter_wsgi.values import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -1,1 +1,1 @@
-"""From a finished event to OpenMeter: queue, sender."""
+"""Delivery: a queue in memory, a worker, a sender and an HTTP client."""

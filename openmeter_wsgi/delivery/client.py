@@ -7,12 +7,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.connection import Connection
+from openmeter_wsgi.connection import Connection, failure, reason
 from openmeter_wsgi.errors import Rejected
-from openmeter_wsgi.reply import failure, reason
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.api_key import ApiKey
+    from openmeter_wsgi.options import ApiKey
 
 _PATHS = {
     "v1": "/api/v1/events",

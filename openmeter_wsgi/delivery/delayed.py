@@ -12,7 +12,7 @@ import time
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from openmeter_wsgi.timestamps import WHOLE_SECONDS, moment_of
+from openmeter_wsgi.values import WHOLE_SECONDS, moment_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

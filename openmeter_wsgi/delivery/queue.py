@@ -19,7 +19,7 @@ from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.threads import ExitHook, ends_without_hooks
-from openmeter_wsgi.timestamps import moment_of
+from openmeter_wsgi.values import moment_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -30,7 +30,7 @@ from openmeter_wsgi.delivery.batch import Batch, shortened
 from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected, Unavailable
 from openmeter_wsgi.health import Problem
-from openmeter_wsgi.timestamps import age_of
+from openmeter_wsgi.values import age_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

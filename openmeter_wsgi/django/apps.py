@@ -1,4 +1,4 @@
-"""The application for ``INSTALLED_APPS``: system checks and a command."""
+"""The Django application for ``INSTALLED_APPS``: system checks and a command."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ class OpenMeterConfig(AppConfig):
     def ready(self) -> None:
         """Register the checks."""
         # Not at the top: there are settings only now.
-        from openmeter_wsgi.django.checks import check_configuration
+        from openmeter_wsgi.django.settings import check_configuration
 
         checks.register(check_configuration, "openmeter")

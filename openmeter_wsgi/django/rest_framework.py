@@ -1,4 +1,4 @@
-"""For the REST framework, whose views authenticate by themselves."""
+"""A permission of the REST framework that checks entitlements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application for ``wsgi.py``."""
+"""The metered WSGI application for Django's ``wsgi.py``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def get_wsgi_application(**options: Any) -> OpenMeterMiddleware:
     """
     app = wsgi.get_wsgi_application()
     # Not at the top: there are settings only now.
-    from openmeter_wsgi.django.configuration import (
+    from openmeter_wsgi.django.lost_users import watch_users
+    from openmeter_wsgi.django.settings import (
         policy_of_settings,
         view_middleware_problem,
     )
-    from openmeter_wsgi.django.lost_users import watch_users
 
     policy = policy_of_settings(**options)
     if problem := view_middleware_problem():

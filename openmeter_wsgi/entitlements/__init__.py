@@ -1,1 +1,1 @@
-"""Who may: the right answer, fast, also when OpenMeter is away."""
+"""Entitlements: whether a request is allowed, with answers kept in a cache."""

@@ -12,9 +12,13 @@ from openmeter_wsgi.errors import DeliveryError, Held
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from openmeter_wsgi.entitlements.asking import HasToken, Question
-    from openmeter_wsgi.entitlements.known import Lifetimes
-    from openmeter_wsgi.questions import Answers, QuestionClient
+    from openmeter_wsgi.entitlements.cache import Lifetimes
+    from openmeter_wsgi.entitlements.client import (
+        Answers,
+        HasToken,
+        Question,
+        QuestionClient,
+    )
 
 #: A page has a hundred customers, and is a question.
 _MAX_PAGES = 10

@@ -1,4 +1,4 @@
-"""What was decided of one request, and why."""
+"""The decision on one request, and its reason."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from openmeter_wsgi.options.entitlements import FailMode
-    from openmeter_wsgi.questions import Answer
+    from openmeter_wsgi.entitlements.client import Answer
+    from openmeter_wsgi.policy import FailMode
 
 #: ``no_access``: OpenMeter says no. ``limit_reached``: the quota is used up.
 #: ``unknown_customer``: OpenMeter has no such customer. ``no_subject``: nobody was

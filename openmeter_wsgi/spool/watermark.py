@@ -23,7 +23,7 @@ from openmeter_wsgi.spool.files import (
     read_name,
     whole_end,
 )
-from openmeter_wsgi.timestamps import moment_of
+from openmeter_wsgi.values import moment_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,31 +1,256 @@
-"""A transport that keeps what it is given, and what else a test has of OpenMeter."""
+"""A stand-in for the metering of a process: events and grants kept in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime  # noqa: TC003 - decoded into
+import itertools
+import threading
+import weakref
+from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from openmeter_wsgi.billing import Audit
 from openmeter_wsgi.delivery.queue import Backlog
-from openmeter_wsgi.entitlements.checking import Entitlements
-from openmeter_wsgi.entitlements.countdown import Countdown
-from openmeter_wsgi.entitlements.known import Lifetimes
+from openmeter_wsgi.entitlements.cache import Lifetimes
+from openmeter_wsgi.entitlements.client import (
+    NO_ACCESS,
+    UNKNOWN_CUSTOMER,
+    Answer,
+    Breaker,
+    Terms,
+)
+from openmeter_wsgi.entitlements.service import Countdown, Entitlements
+from openmeter_wsgi.errors import Unavailable
 from openmeter_wsgi.events import RequestIds
-from openmeter_wsgi.ledger import Ledger
-from openmeter_wsgi.ledger.sqlite import SqliteStore
 from openmeter_wsgi.process import Process
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.sqlite import SqliteStore
 from openmeter_wsgi.stats import Counts
-from openmeter_wsgi.testing.granting import DirectAsker, Grants, GrantsClient
-from openmeter_wsgi.testing.responses import OpenResponses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from openmeter_wsgi.entitlements.client import Answering, Question
+    from openmeter_wsgi.entitlements.decision import Reason
     from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
+
+
+#: A stream that has so many chunks may have no end: it is closed in the middle.
+_MAX_CHUNKS = 10_000
+
+
+class OpenResponses:
+    """The responses that are not closed yet, the oldest first."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._open: weakref.WeakValueDictionary[int, Response] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def watch(self, settled: Iterable[bytes]) -> Response:
+        """Return what a test client gets in place of a response that settles."""
+        kind = _SizedResponse if hasattr(settled, "__len__") else Response
+        response = kind(settled)
+        self._open[next(self._numbers)] = response
+        return response
+
+    def finish(self) -> None:
+        """Take each response of this thread to its end; what is read stays readable."""
+        mine = threading.get_ident()
+        for _, response in sorted(self._open.items()):
+            if response.thread == mine:  # others have a server that closes theirs
+                response.finish()
+
+
+class Response:
+    """A response that its client reads now, later, or never.
+
+    What nobody closes counts as read to its end: so a server would have done.
+    """
+
+    def __init__(self, settled: Any) -> None:
+        self.thread = threading.get_ident()
+        self._settled = settled
+        self._chunks: Iterator[bytes] | None = None
+        self._read_ahead: deque[bytes] = deque()
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._read_ahead:
+            return self._read_ahead.popleft()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return next(self._rest())
+
+    def close(self) -> None:
+        """End it where it is."""
+        self._closed = True
+        self._settled.close()
+
+    def finish(self) -> None:
+        """Read what is left of it for a later reader, and close it."""
+        if self._closed:
+            return
+        try:
+            try:
+                self._read_ahead.extend(islice(self._rest(), _MAX_CHUNKS))
+            finally:
+                self.close()
+        except Exception as error:  # noqa: BLE001 - the application's: its reader gets it
+            self._error = error
+
+    def _rest(self) -> Iterator[bytes]:
+        if self._chunks is None:
+            self._chunks = iter(self._settled)
+        return self._chunks
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.finish()
+
+
+class _SizedResponse(Response):
+    def __init__(self, settled: Any) -> None:
+        super().__init__(settled)
+        self._length = len(settled)
+
+    def __len__(self) -> int:
+        return self._length
+
+
+LIMIT_REACHED = Answer(
+    has_access=False,
+    balance=0.0,
+    usage=0.0,
+    overage=0.0,
+    total_available_grant_amount=0,
+)
+_DENIALS: dict[Reason, Answer] = {
+    "no_access": NO_ACCESS,
+    "limit_reached": LIMIT_REACHED,
+    "unknown_customer": UNKNOWN_CUSTOMER,
+}
+
+
+class Grants:
+    """Who has access to what. Nobody has, unless it is said."""
+
+    def __init__(self) -> None:
+        self.is_away = False
+        #: Features that were asked for and never spoken of, by customer.
+        self.never_granted: dict[tuple[str, str], None] = {}
+        self._said: dict[tuple[str, str | None], Answer] = {}
+
+    def grant(
+        self, feature: str, subject: str | None, balance: float | None, config: Any
+    ) -> None:
+        """Give access, to everybody where no subject is named."""
+        if balance is not None and balance <= 0:
+            self._said[feature, subject] = LIMIT_REACHED
+        else:
+            self._said[feature, subject] = Answer(
+                has_access=True,
+                balance=balance,
+                usage=None if balance is None else 0.0,
+                total_available_grant_amount=balance,
+                config=None if config is None else msgspec.json.encode(config).decode(),
+            )
+
+    def deny(self, feature: str, subject: str | None, reason: Reason) -> None:
+        """Take access away.
+
+        :raises ValueError: if OpenMeter has no such reason.
+        """
+        if reason not in _DENIALS:
+            raise ValueError(
+                f"reason: expected one of {', '.join(_DENIALS)}, got {reason!r}"
+            )
+        self._said[feature, subject] = _DENIALS[reason]
+
+    def answer(self, customer: str, feature: str) -> Answer:
+        """Return what OpenMeter would say."""
+        for key in ((feature, customer), (feature, None)):
+            if (said := self._said.get(key)) is not None:
+                return said
+        self.never_granted[customer, feature] = None
+        return NO_ACCESS
+
+
+class GrantsClient:
+    """Answers as a `QuestionClient` does, without a network."""
+
+    def __init__(self, grants: Grants) -> None:
+        self._grants = grants
+
+    def answers(self, customer: str, features: Sequence[str]) -> dict[str, Answer]:
+        """Return what was said of *features*.
+
+        :raises Unavailable: in an outage.
+        """
+        self._check()
+        return {feature: self._grants.answer(customer, feature) for feature in features}
+
+    def can_look_up(self, subject: str) -> bool:  # noqa: ARG002
+        """Return False: in a test each subject is a customer."""
+        return False
+
+    def terms(self, customer: str, feature: str) -> Terms:  # noqa: ARG002
+        """Return the terms of an entitlement: a hard limit without a period."""
+        self._check()
+        return Terms()
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+    def _check(self) -> None:
+        if self._grants.is_away:
+            raise Unavailable("an outage that the test has called for")
+
+
+class DirectAsker:
+    """Asks in the thread of the request, as often as it is told to."""
+
+    def __init__(self, client: GrantsClient, answering: Answering) -> None:
+        self.breaker = Breaker()
+        self._client = client
+        self._answering = answering
+
+    def ask(self, question: Question) -> None:
+        """Ask; without an answer what was known before goes on to hold."""
+        try:
+            self._answering(
+                self._client,  # type: ignore[arg-type]
+                question,
+                _nobody_waits,
+                self.has_token,
+            )
+        except Unavailable:
+            return
+
+    refresh = ask
+
+    def has_token(self) -> bool:
+        """Ask as much as you like: nobody is at the other end."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing: there is no connection."""
+
+
+def _nobody_waits() -> None:
+    pass
 
 
 class Event(msgspec.Struct, frozen=True):

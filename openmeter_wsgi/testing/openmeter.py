@@ -1,24 +1,152 @@
-"""What a test has in its hand."""
+"""The test helper `OpenMeter`: expectations, and reports of those that fail."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import os
-from typing import TYPE_CHECKING, Any, Self
+from decimal import Decimal, InvalidOperation
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from openmeter_wsgi import timestamps
+import msgspec
+
+from openmeter_wsgi import values
 from openmeter_wsgi.process import replaced
 from openmeter_wsgi.testing.collecting import Collected
-from openmeter_wsgi.testing.expectation import Expectation
-from openmeter_wsgi.testing.report import report
+from openmeter_wsgi.values import add_exactly, written_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from decimal import Decimal
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.decision import Reason
-    from openmeter_wsgi.testing.collecting import Event
+    from openmeter_wsgi.testing.collecting import Event, Unmetered
+
+
+#: Of many lines of one kind so many are shown.
+_SHOWN = 20
+_NO_REQUEST = (
+    "no request came through an OpenMeterMiddleware: is the application wrapped, and "
+    "does the test's client call it as WSGI does?"
+)
+
+
+def report(
+    expected: str, collected: Collected, findings: Iterable[tuple[Event, str]]
+) -> str:
+    """Say what was *expected*, and of each event why it is not that."""
+    lines = [expected]
+    lines += _section("metered", [_metered(*finding) for finding in findings])
+    lines += _section("not metered", [_unmetered(each) for each in collected.unmetered])
+    lines += _section("lost", _lost(collected))
+    lines += _section("never granted", _never_granted(collected))
+    if len(lines) == 1:
+        lines.append(f"  {_NO_REQUEST}")
+    return "\n".join(lines)
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    if not lines:
+        return []
+    more = len(lines) - _SHOWN
+    shown = [*lines[:_SHOWN], f"… and {more} more"] if more > 0 else lines
+    return [f"{title}:", *(f"  {line}" for line in shown)]
+
+
+def _metered(event: Event, why_not: str) -> str:
+    text = f"{event.type} of {event.subject!r}: {shown(event.data)}"
+    return f"{text}  <- {why_not}" if why_not else text
+
+
+def _unmetered(each: Unmetered) -> str:
+    text = f"{each.method} {each.path} ({each.status or 'no status'}): {each.reason}"
+    return text if each.policy == "default" else f"{text} [{each.policy}]"
+
+
+def _lost(collected: Collected) -> list[str]:
+    return [f"{n} meters: {reason}" for reason, n in collected.dropped.items()]
+
+
+def _never_granted(collected: Collected) -> list[str]:
+    return [
+        f"{feature!r} of {customer!r}: see openmeter.grant({feature!r})"
+        for customer, feature in collected.grants.never_granted
+    ]
+
+
+def shown(data: Any) -> str:
+    """Return *data* as the JSON that it is sent as."""
+    return msgspec.json.encode(data).decode()
+
+
+class Expectation(NamedTuple):
+    """Events of one type, and what they come to together."""
+
+    type: str
+    subject: str | None = None
+    #: The sum of their numbers of the name *of*.
+    total: float | Decimal | None = None
+    of: str = "total"
+    #: What the data of each has at least.
+    data: Mapping[str, Any] | None = None
+    times: int | None = None
+
+    def __str__(self) -> str:
+        text = f"expected {self.type!r} to be metered"
+        if self.times is not None:
+            text += f" {self.times} times" if self.times != 1 else " once"
+        if self.subject is not None:
+            text += f", subject {self.subject!r}"
+        if self.data is not None:
+            text += f", with data {shown(dict(self.data))}"
+        if self.total is not None:
+            text += f", {self.of} {self.total} in all"
+        return text
+
+    def mismatch(self, event: Event) -> str:
+        """Say in what *event* differs, nothing if it is one of those."""
+        if event.type != self.type:
+            return f"type {event.type!r}"
+        if self.subject not in {None, event.subject}:
+            return f"subject {event.subject!r}"
+        for name, value in (self.data or {}).items():
+            if name not in event.data:
+                return f"no {name!r} in its data"
+            if not _equal(event.data[name], value):
+                return f"{name} {event.data[name]!r}"
+        return ""
+
+    def shortfall(self, found: Sequence[Event]) -> str:
+        """Say what is wrong with all that were found, nothing if they are it."""
+        if self.times is not None and len(found) != self.times:
+            return f"but {len(found)} were"
+        if self.times is None and not found:
+            return "but none was"
+        if self.total is None:
+            return ""
+        try:
+            values = [Decimal(str(event.data[self.of])) for event in found]
+        except KeyError:
+            names = sorted({name for event in found for name in event.data})
+            return f"but there is no {self.of!r} in the data: say of={_or(names)}"
+        except InvalidOperation:
+            return f"but {self.of!r} is no number"
+        total = reduce(add_exactly, values, Decimal(0))
+        if total != Decimal(str(self.total)):
+            return f"but it comes to {total}"
+        return ""
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(map(repr, names)) or "…"
+
+
+def _equal(found: Any, wanted: Any) -> bool:
+    """Compare as OpenMeter does, to which an exact number comes as text."""
+    if found == wanted:
+        return True
+    return isinstance(wanted, int | Decimal) and written_number(wanted) == found
+
 
 _START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 _KEY = "OPENMETER_API_KEY"
@@ -39,7 +167,7 @@ class OpenMeter:
         self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._entered.callback(timestamps.go_by, timestamps.go_by(self._clock))
+        self._entered.callback(values.go_by, values.go_by(self._clock))
         if _KEY not in os.environ:
             os.environ[_KEY] = "test"
             self._entered.callback(os.environ.pop, _KEY, None)

@@ -10,10 +10,10 @@ governs. Both are documents in, options out: nothing here runs during a request.
     routes.oas.json ► read_routes ────┘
 """
 
-from openmeter_wsgi.zuplo.application import options_of as options_of
+from openmeter_wsgi.zuplo.openapi import read_routes as read_routes
 from openmeter_wsgi.zuplo.policies import ZuploPolicy as ZuploPolicy
 from openmeter_wsgi.zuplo.policies import read_policies as read_policies
-from openmeter_wsgi.zuplo.routes import read_routes as read_routes
-from openmeter_wsgi.zuplo.toml import to_toml as to_toml
 from openmeter_wsgi.zuplo.translation import Translation as Translation
+from openmeter_wsgi.zuplo.translation import options_of as options_of
+from openmeter_wsgi.zuplo.translation import to_toml as to_toml
 from openmeter_wsgi.zuplo.translation import translate as translate

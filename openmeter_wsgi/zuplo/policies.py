@@ -1,26 +1,367 @@
-"""``policies.json``: the policies that meter, in our options."""
+"""Zuplo's `policies.json`: documents, entries and options, read into ours.
+
+Sources: Zuplo's pages on ``openmeter-inbound`` and ``monetization-inbound``, and its
+monetization policy reference.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.options.entitlement_values import feature_like
-from openmeter_wsgi.zuplo.documents import (
-    Source,
-    did_you_mean,
-    inside,
-    load,
-    resolve,
-    variables_in,
-)
-from openmeter_wsgi.zuplo.entries import COMPOSITE, Entry, read_entries
-from openmeter_wsgi.zuplo.options import OPTIONS, Option, feature_key, read_names
+import msgspec
+
+from openmeter_wsgi.errors import ConfigError, MeterValueError
+from openmeter_wsgi.events import read_usage
+from openmeter_wsgi.options import feature_like, feature_problem
+from openmeter_wsgi.policy import StatusCodes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
+
+
+#: A JSON text, or the path of a file that holds one.
+Source = str | os.PathLike[str]
+
+_VARIABLE = re.compile(r"\$env\(\s*([^()]*?)\s*\)")
+
+
+def load(source: Source) -> Any:
+    """Return the document in *source*: text if it opens a JSON object or array.
+
+    :raises ConfigError: naming the file, and what is wrong with it.
+    """
+    if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
+        content, what = source, "the text"
+    else:
+        path = Path(source)
+        content, what = _read(path), repr(str(path))
+    try:
+        return msgspec.json.decode(content)
+    except msgspec.DecodeError as error:
+        raise ConfigError([f"{what}: {error}"]) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError([f"{str(path)!r}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{str(path)!r}: {error}"]) from None
+
+
+def inside(place: str, key: str) -> str:
+    """Return the place of *key* in what stands at *place*."""
+    if not re.fullmatch(r"[\w$-]+", key):
+        return f"{place}[{key!r}]"
+    return f"{place}.{key}" if place else key
+
+
+def resolve(
+    value: Any, place: str, environ: Mapping[str, str], problems: list[str]
+) -> Any:
+    """Return *value* with the variable for every ``$env(NAME)`` in its texts.
+
+    Zuplo puts empty text for a variable that is not set; billed under an empty
+    name, usage would be lost, so here it is a problem.
+    """
+    if isinstance(value, dict):
+        return {
+            key: resolve(each, inside(place, key), environ, problems)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [
+            resolve(each, f"{place}[{n}]", environ, problems)
+            for n, each in enumerate(value)
+        ]
+    if not isinstance(value, str):
+        return value
+    problems += [
+        f"{place}: the variable {name!r} is not set, or is empty"
+        for name in variables_in(value)
+        if not environ.get(name)
+    ]
+    return _VARIABLE.sub(lambda found: environ.get(found[1], ""), value)
+
+
+def variables_in(value: object) -> tuple[str, ...]:
+    """Return the names of the variables that a text refers to, each once."""
+    found = _VARIABLE.findall(value) if isinstance(value, str) else []
+    return tuple(dict.fromkeys(found))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the hint that *name* was meant to be one of *names*, if it is near."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Option(NamedTuple):
+    """What an option of Zuplo's becomes."""
+
+    #: The name of ours; None where there is nothing to say here.
+    name: str | None
+    #: Returns the value as ours has it, None if it says nothing.
+    read: Callable[[Any], Any]
+    #: Why it has no meaning here.
+    why: str = ""
+
+
+def read_text(value: Any) -> str:
+    """Read text that is not empty. It may be a key, so no message contains it."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {type(value).__name__}")
+    if not value.strip():
+        raise ValueError("expected text that is not empty")
+    return value
+
+
+def read_names(value: Any) -> list[str] | None:
+    """Read a list of names."""
+    if not isinstance(value, list) or not all(
+        isinstance(name, str) and name for name in value
+    ):
+        raise ValueError(f"expected a list of names, got {value!r}")
+    return list(dict.fromkeys(value)) or None
+
+
+def read_features(value: Any) -> list[str] | None:
+    """Read a list of features, each by the key that OpenMeter takes for it."""
+    names = read_names(value) or []
+    return list(dict.fromkeys(map(feature_key, names))) or None
+
+
+def feature_key(name: str) -> str:
+    """Return *name*, or the key like it that OpenMeter takes."""
+    if (problem := feature_problem(name)) is None:
+        return name
+    if (like := feature_like(name)) is None:
+        raise ValueError(problem)
+    return like
+
+
+def read_status_codes(value: Any) -> Any:
+    """Check status codes and leave them as they were written."""
+    StatusCodes(value)
+    return value
+
+
+def read_seconds(value: Any) -> float:
+    """Read a duration."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"expected a number of seconds above 0, got {value!r}")
+    return value
+
+
+def read_meters(value: Any) -> dict[str, Any] | None:
+    """Read numbers by meter."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a mapping of meter to number, got {value!r}")
+    for name, number in value.items():
+        if isinstance(number, str):
+            raise ValueError(f"meter {name!r}: expected a number, got {number!r}")
+        read_usage({name: number})
+    return dict(value) or None
+
+
+def read_meter(value: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """Read one document or a list of them."""
+    if isinstance(value, list):
+        return [_read_document(document) for document in value] or None
+    return _read_document(value)
+
+
+def _read_document(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("type"), str):
+        raise MeterValueError(f"expected {{'type': …, 'data': {{…}}}}, got {entry!r}")
+    document = dict(entry)
+    if "value" in document and "data" not in document:
+        # Zuplo's own example has it there; what OpenMeter can count is in data.
+        document["data"] = {"value": document.pop("value")}
+    read_usage(document)
+    for key in ("id", "time"):
+        if document.get(key) is not None:
+            raise MeterValueError(
+                f"meter {entry['type']!r}: the same {key} for every request would "
+                "be billed once"
+            )
+    return {key: _as_text(value) for key, value in document.items()}
+
+
+def _as_text(value: Any) -> Any:
+    """Return *value* with texts that would name a measure here marked as texts."""
+    if isinstance(value, Mapping):
+        return {key: _as_text(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_text(each) for each in value]
+    return f"${value}" if isinstance(value, str) and value.startswith("$") else value
+
+
+def _unread(value: Any) -> Any:
+    return value
+
+
+def _nothing(why: str) -> Option:
+    return Option(None, _unread, why)
+
+
+_AUTHENTICATION = "the application authenticates, and leaves the user with set_user()"
+_PLANS = "plans and payments are not asked for; see required_entitlements"
+_BOTH = {
+    "meterOnStatusCodes": Option("meter_on_status_codes", read_status_codes),
+    "requiredEntitlements": Option("required_entitlements", read_features),
+}
+_OPENMETER = {
+    "apiUrl": Option("api_url", read_text),
+    "apiKey": Option("api_key", read_text),
+    "meter": Option("meter", read_meter),
+    "eventSource": Option("event_source", read_text),
+    "subjectPath": Option("subject_path", read_text),
+    **_BOTH,
+}
+_MONETIZATION = {
+    "meters": Option("meters", read_meters),
+    "cacheTtlSeconds": Option("allow_ttl", read_seconds),
+    "authHeader": _nothing(_AUTHENTICATION),
+    "authScheme": _nothing(_AUTHENTICATION),
+    # The first version of the policy had these.
+    "bucketId": _nothing("a bucket is Zuplo's own store of customers"),
+    "allowRequestsWithoutSubscription": _nothing(_PLANS),
+    "allowedSubscriptionStatuses": _nothing(_PLANS),
+    "allowRequestsOverQuota": _nothing(_PLANS),
+    **_BOTH,
+}
+#: The options that each kind of policy has.
+OPTIONS: dict[str, dict[str, Option]] = {
+    "openmeter-inbound": _OPENMETER,
+    "monetization-inbound": _MONETIZATION,
+}
+#: What Zuplo's documentation gives as the default of these options.
+DEFAULTS: dict[str, Any] = {
+    "meter_on_status_codes": "200-299",
+    "event_source": "api-gateway",
+    "subject_path": ".sub",
+}
+
+COMPOSITE = "composite-inbound"
+#: What Zuplo runs. ``policyType`` is only what its editor goes by.
+_EXPORTS = {
+    "OpenMeterInboundPolicy": "openmeter-inbound",
+    "MonetizationInboundPolicy": "monetization-inbound",
+    "CompositeInboundPolicy": COMPOSITE,
+}
+_SUCCESSORS = {"openmeter-metering-inbound": "openmeter-inbound"}
+_KEYS = ("name", "policyType", "type", "handler", "options")
+
+
+class Entry(NamedTuple):
+    """A policy as it stands in the file, its options unread."""
+
+    place: str
+    name: str | None
+    kind: str
+    options_place: str
+    options: Mapping[str, Any]
+    #: Its other keys.
+    unknown: list[str]
+
+
+def read_entries(document: Any, problems: list[str]) -> list[Entry]:
+    """Return the entries of a whole file, of a list, or the one that stands alone.
+
+    :raises ConfigError: if it is none of them. Its values are not shown: the key
+        may be among them.
+    """
+    within = ""
+    if isinstance(document, Mapping):
+        if "policies" not in document:
+            return [_read_entry("", _alone(document), problems)]
+        within, document = "policies", document["policies"]
+    if not isinstance(document, list):
+        raise ConfigError([f"{within or 'the document'}: expected a list of policies"])
+    objects = [isinstance(each, Mapping) for each in document]
+    if not all(objects):
+        raise ConfigError([f"{within}[{objects.index(False)}]: expected an object"])
+    return [
+        _read_entry(f"{within}[{n}]", each, problems) for n, each in enumerate(document)
+    ]
+
+
+def _alone(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "export" in document and "handler" not in document:
+        # Some of Zuplo's pages show the handler alone.
+        return {"handler": document}
+    if not document.keys() & set(_KEYS[1:]):
+        raise ConfigError(
+            [f"expected a policy or a list of them, got the keys {list(document)}"]
+        )
+    return document
+
+
+def _read_entry(place: str, document: Mapping[str, Any], problems: list[str]) -> Entry:
+    name = document.get("name")
+    if name is not None and (not isinstance(name, str) or not name):
+        problems.append(f"{inside(place, 'name')}: expected a name, got {name!r}")
+        name = None
+    kind = _kind(place, document, problems)
+    options_place, options = _options(place, document, problems)
+    unknown = [key for key in document if key not in _KEYS]
+    return Entry(place, name, kind, options_place, options, unknown)
+
+
+def _kind(place: str, document: Mapping[str, Any], problems: list[str]) -> str:
+    """Return what Zuplo would run: by its export, or else by its type."""
+    said = _text(document.get("policyType", document.get("type")))
+    handler = document.get("handler")
+    if isinstance(handler, str):
+        # "$import(@zuplo/runtime).OpenMeterInboundPolicy"
+        export: str | None = handler.rpartition(").")[2]
+    else:
+        export = _text(handler.get("export")) if isinstance(handler, Mapping) else None
+    runs = _EXPORTS.get(export) if export else None
+    if export and said in _EXPORTS.values() and runs != said:
+        problems.append(
+            f"{inside(place, 'handler')}: expected the export of a policy of the type "
+            f"{said!r}, got {export!r}{did_you_mean(export, _EXPORTS)}"
+        )
+    kind = runs or said or export
+    if kind is None or kind in _SUCCESSORS:
+        wanted = repr(_SUCCESSORS[kind]) if kind else "the type of a policy"
+        problems.append(
+            f"{inside(place, 'policyType')}: expected {wanted}, got {kind!r}"
+        )
+    return kind or ""
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _options(
+    place: str, document: Mapping[str, Any], problems: list[str]
+) -> tuple[str, Mapping[str, Any]]:
+    """Return the options and their place: in the handler, or beside it."""
+    beside, handler = inside(place, "options"), document.get("handler")
+    if not isinstance(handler, Mapping) or "options" not in handler:
+        where, options = beside, document.get("options")
+    elif "options" in document:
+        problems.append(f"{beside}: expected options once, got the handler's too")
+        return beside, {}
+    else:
+        where = inside(inside(place, "handler"), "options")
+        options = handler["options"]
+    if options is None or isinstance(options, Mapping):
+        return where, options or {}
+    problems.append(f"{where}: expected an object")
+    return where, {}
+
 
 _KEY = "apiKey"
 

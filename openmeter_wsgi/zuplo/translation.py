@@ -1,21 +1,124 @@
-"""Policies and routes together: the options of every route."""
+"""Zuplo's policies and routes translated into our options, in code or as TOML.
+
+Zuplo takes the one that stands first in the document (its page on routing), a rule's
+matcher the more exact one, as web frameworks do.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import os
+import re
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError, MeterValueError
-from openmeter_wsgi.zuplo.combination import combined
-from openmeter_wsgi.zuplo.documents import did_you_mean
-from openmeter_wsgi.zuplo.options import OPTIONS
-from openmeter_wsgi.zuplo.overlap import overlapping
+from openmeter_wsgi.events import add_numbers
+from openmeter_wsgi.policy import StatusCodes
+from openmeter_wsgi.zuplo.openapi import read_routes
+from openmeter_wsgi.zuplo.policies import DEFAULTS, OPTIONS, did_you_mean, read_policies
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
+
+logger = log.get_logger(__name__)
+
+
+Options = dict[str, Any] | None
+
+
+def overlapping(
+    routes: Mapping[str, Options],
+) -> tuple[dict[str, Options], list[str]]:
+    """Return the routes that are needed, and what matches otherwise than in Zuplo.
+
+    A route that is not metered is needed where the rule of another one, which is
+    metered, would match it as well.
+    """
+    needed = {rule for rule, options in routes.items() if options is not None}
+    notes: list[str] = []
+    for (first, its), (second, other) in combinations(routes.items(), 2):
+        if its == other or not _overlap(first, second):
+            continue
+        needed |= {first, second}
+        if exactness(second) > exactness(first):
+            notes.append(
+                f"{second}: Zuplo would use {first}, which stands before it; here the "
+                "more exact rule governs"
+            )
+    return {rule: routes[rule] for rule in routes if rule in needed}, notes
+
+
+def exactness(rule: str) -> tuple[bool, ...]:
+    """Return what sorts the more exact of two overlapping rules behind."""
+    return tuple("<" not in part for part in rule.split("/"))
+
+
+def _overlap(left: str, right: str) -> bool:
+    """Say whether a request may match both rules; in doubt it may."""
+    lefts, rights = left.split("/"), right.split("/")
+    for one, other in zip(lefts, rights, strict=False):
+        if "<path:" in one or "<path:" in other:
+            return True
+        if one != other and "<" not in one and "<" not in other:
+            return False
+    return len(lefts) == len(rights)
+
+
+#: Zuplo runs all policies of a route, so of these all hold.
+_ADDED_UP = ("meter", "meters", "required_entitlements")
+
+
+def combined(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
+    """Return the options of all *policies*, whose meters are added up.
+
+    :raises ConfigError: naming the policies that differ in anything else.
+    """
+    options: dict[str, Any] = {}
+    for policy in policies:
+        for name, value in policy.options.items():
+            if name not in _ADDED_UP:
+                options.setdefault(name, value)
+    problems = [
+        f"{name}: expected the same of all policies on one route, they differ: "
+        + ", ".join(map(str, policies))
+        for name in options
+        if len({_effect(policy, name, options) for policy in policies}) > 1
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return {**_added_up(policies), **options}
+
+
+def _effect(policy: ZuploPolicy, name: str, options: dict[str, Any]) -> object:
+    """Return what *policy* says of *name*, be it by default."""
+    value = policy.options.get(name, DEFAULTS.get(name, options[name]))
+    return StatusCodes(value) if name == "meter_on_status_codes" else value
+
+
+def _added_up(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
+    documents: list[dict[str, Any]] = []
+    numbers: dict[str, Any] = {}
+    features: list[str] = []
+    for policy in policies:
+        said = policy.options
+        meter = said.get("meter", [])
+        documents += meter if isinstance(meter, list) else [meter]
+        for name, number in said.get("meters", {}).items():
+            numbers[name] = add_numbers(name, numbers.get(name, 0), number)
+        features += said.get("required_entitlements", [])
+    found = {
+        "meter": documents[0] if len(documents) == 1 else documents,
+        "meters": numbers,
+        "required_entitlements": list(dict.fromkeys(features)),
+    }
+    return {name: value for name, value in found.items() if value}
+
 
 #: Options of the one queue that all routes share.
 DELIVERY = ("api_key", "api_url")
@@ -189,3 +292,127 @@ def _stated(policy: ZuploPolicy, name: str) -> object:
     """Return the value, or where it comes from if it was not looked up."""
     unread = policy.key_variables if name == "api_key" else None
     return policy.options.get(name, unread)
+
+
+_VARIABLE = "OPENMETER_API_KEY"
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def to_toml(translation: Translation) -> str:
+    """Return *translation* as TOML. It never contains the key.
+
+    A route that is not metered is ``false``.
+
+    :raises ConfigError: for a null in the data of a meter, which TOML cannot say.
+    """
+    top = translation.default_options
+    lines = [_comment(f"Not taken over: {text}") for text in translation.warnings]
+    lines += _key_comment(translation)
+    lines += _options(translation.delivery if top is None else top)
+    if top is None:
+        lines += ["", _comment("Requests that match none of these are not metered.")]
+        lines += _routes(translation.routes)
+    return "\n".join(lines) + "\n"
+
+
+def _routes(routes: Mapping[str, dict[str, Any] | None]) -> Iterator[str]:
+    if unmetered := [rule for rule, options in routes.items() if options is None]:
+        yield "[routes]"
+        for rule in unmetered:
+            yield f"{_key(rule)} = false"
+        yield ""
+    blocks = [
+        [f"[routes.{_key(rule)}]", *_options(options, leave_out=DELIVERY)]
+        for rule, options in routes.items()
+        if options is not None
+    ]
+    for n, block in enumerate(blocks):
+        yield from ["", *block] if n else block
+
+
+def _key_comment(translation: Translation) -> Iterator[str]:
+    variables = translation.key_variables
+    if variables is None:
+        return
+    if variables == (_VARIABLE,):
+        yield _comment(f"The key is read from the variable {_VARIABLE}.")
+    elif variables:
+        names = " and ".join(variables)
+        yield _comment(f"Set the variable {_VARIABLE} to what {names} held for Zuplo.")
+    else:
+        yield _comment(
+            f"Set the variable {_VARIABLE} to the key that Zuplo's file has."
+        )
+
+
+def _options(
+    options: Mapping[str, Any], leave_out: tuple[str, ...] = ()
+) -> Iterator[str]:
+    for name, value in options.items():
+        if name != "api_key" and name not in leave_out:
+            yield f"{_key(name)} = {_value(value, name)}"
+
+
+def _comment(text: str) -> str:
+    # A line break would end the comment, and what follows would be options.
+    return "# " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else _text(name)
+
+
+def _value(value: Any, place: str) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{_key(k)} = {_value(v, f'{place}.{k}')}" for k, v in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(_value(v, f'{place}[{n}]') for n, v in enumerate(value))}]"
+    if isinstance(value, str):
+        return _text(value)
+    if value is None:
+        raise ConfigError([f"{place}: expected what TOML can say, got null"])
+    return json.dumps(value)
+
+
+def _text(text: str) -> str:
+    # The escapes of JSON are escapes of TOML as well; but TOML wants one for DEL,
+    # and none in two halves, as JSON's ASCII form has it beyond the first plane.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+#: How long an allowance is kept is one for the whole process here.
+_LIFETIME = "allow_ttl"
+
+
+def options_of(
+    policies: str | os.PathLike[str],
+    routes: str | os.PathLike[str] | None,
+    environ: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the options that the files say; warn of what they say in vain.
+
+    :raises ConfigError: with every problem, each with its place.
+    """
+    read = read_policies(os.fspath(policies), environ)
+    rules = None if routes is None else read_routes(os.fspath(routes), read)
+    translation = translate(read, rules)
+    for warning in translation.warnings:
+        logger.warning("Zuplo's configuration: %s", warning)
+    if translation.default_options is not None:
+        return translation.default_options
+    return _with_lifetime(translation)
+
+
+def _with_lifetime(translation: Translation) -> dict[str, Any]:
+    own = {rule: dict(said) if said else None
+           for rule, said in translation.routes.items()}  # fmt: skip
+    lifetimes = set()
+    for said in filter(None, own.values()):
+        lifetimes.add(said.pop(_LIFETIME, None))
+        for name in DELIVERY:
+            said.pop(name, None)
+    options = {**translation.delivery, "routes": own, "unmatched": None}
+    if known := [each for each in lifetimes if each is not None]:
+        options[_LIFETIME] = min(known)
+    return options

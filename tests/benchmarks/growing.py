@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
-from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
+from openmeter_wsgi.entitlements.cache import Known, KnownAnswers, Lifetimes
+from openmeter_wsgi.entitlements.client import Answer
 from openmeter_wsgi.events import MAX_BATCH_BYTES, RequestIds
-from openmeter_wsgi.questions import Answer
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.reader import SpoolReader
 from tests.benchmarks import waiting

@@ -20,7 +20,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.timestamps import clock
+from openmeter_wsgi.values import clock
 from tests.benchmarks import counting, paths
 
 if TYPE_CHECKING:

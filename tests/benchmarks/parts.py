@@ -22,7 +22,7 @@ from openmeter_wsgi.process import Process, ProcessGuard
 from openmeter_wsgi.request import REQUEST, SETTLED, RequestRecord, new_record
 from openmeter_wsgi.response import Response, SizedResponse
 from openmeter_wsgi.stats import Counts
-from openmeter_wsgi.timestamps import clock
+from openmeter_wsgi.values import clock
 from tests.benchmarks import counting, paths, waiting
 
 if TYPE_CHECKING:

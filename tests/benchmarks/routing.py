@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.routing import Map, Rule
 
-from openmeter_wsgi.route_rules import RouteRule
-from openmeter_wsgi.routes import Routes
+from openmeter_wsgi.routes import RouteRule, Routes
 from tests.benchmarks import report
 
 if TYPE_CHECKING:

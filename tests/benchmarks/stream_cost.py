@@ -29,8 +29,7 @@ from openmeter_wsgi import (
     multi_status,
     records,
 )
-from openmeter_wsgi.route_rules import RouteRule
-from openmeter_wsgi.routes import Routes
+from openmeter_wsgi.routes import RouteRule, Routes
 from tests.benchmarks.body_cost import EVENT
 
 if TYPE_CHECKING:

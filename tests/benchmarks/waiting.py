@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi import OpenMeterMiddleware, Policy
-from openmeter_wsgi.events import static_templates
-from openmeter_wsgi.timestamps import timestamp
-from openmeter_wsgi.usage import Meter
+from openmeter_wsgi.events import Meter, static_templates
+from openmeter_wsgi.values import timestamp
 from tests.benchmarks.paths import trivial_app
 
 if TYPE_CHECKING:

@@ -14,9 +14,11 @@ from hypothesis.stateful import run_state_machine_as_test
 from ledger_contract import START, LedgerContract, end
 from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.ledger import Ledger, Refusal, Reservation, open_store
-from openmeter_wsgi.ledger.redis_store import LIFETIME, SILENCE, RedisStore
-from openmeter_wsgi.ledger.terms import PATIENCE
+from openmeter_wsgi.quota.account import Refusal, Reservation
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.redis import LIFETIME, SILENCE, RedisStore
+from openmeter_wsgi.quota.store import PATIENCE
+from openmeter_wsgi.quota.stores import open_store
 from spooling import until
 
 #: No step takes so long, on whatever machine; a Redis that hangs, for ever.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from openmeter_wsgi.django.configuration import policy_of_settings
+from openmeter_wsgi.django.settings import policy_of_settings
 
 if TYPE_CHECKING:
     from django.core.management.base import CommandParser
@@ -32,7 +32,7 @@ class Command(BaseCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Look, and end as ``openmeter-wsgi check`` does."""
         try:
-            from openmeter_wsgi.commands.check import command
+            from openmeter_wsgi.cli.check import command
         except ModuleNotFoundError as missing:
             raise CommandError(
                 f"{missing.name} is not installed; run: "

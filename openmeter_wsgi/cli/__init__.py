@@ -1,0 +1,151 @@
+"""The command line: ``openmeter-wsgi``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from openmeter_wsgi.version import VERSION
+
+if TYPE_CHECKING:
+    import click
+
+
+class Command(NamedTuple):
+    """Where a subcommand is written: imported only when it is called for."""
+
+    #: The module that holds it as ``command``.
+    module: str
+    #: The extra that installs what it needs.
+    extra: str
+    help: str
+
+
+COMMANDS = {
+    "check": Command(
+        "openmeter_wsgi.cli.check",
+        "cli",
+        "Say whether usage would be billed, and right; and what to do if not.",
+    ),
+    "send": Command(
+        "openmeter_wsgi.cli.send",
+        "cli",
+        "Send an event, or those of a file.",
+    ),
+    "tail": Command(
+        "openmeter_wsgi.cli.tail",
+        "cli",
+        "Print the events of a spool as applications on this host settle them.",
+    ),
+    "usage": Command(
+        "openmeter_wsgi.cli.usage",
+        "cli",
+        "Print what the meters of the server have counted.",
+    ),
+    "ship": Command(
+        "openmeter_wsgi.cli.ship",
+        "cli",
+        "Deliver a spool to OpenMeter, as a process of its own.",
+    ),
+    "spool": Command(
+        "openmeter_wsgi.cli.spool",
+        "cli",
+        "Look into a spool, and put its dead letters in order.",
+    ),
+    "import": Command(
+        "openmeter_wsgi.cli.import_",
+        "cli",
+        "Print the configuration of another product as a file of options.",
+    ),
+    "sandbox": Command(
+        "openmeter_wsgi.sandbox.command",
+        "sandbox",
+        "Serve OpenMeter's API on this machine, with a page that shows the usage.",
+    ),
+    "completion": Command(
+        "openmeter_wsgi.cli.completion",
+        "cli",
+        "Print a script for the shell, to complete command lines.",
+    ),
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        group = _group()
+    except ModuleNotFoundError as missing:
+        called = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
+        _refuse(missing, called.extra if called else "cli")
+    group(prog_name="openmeter-wsgi")
+
+
+def _group() -> click.Group:
+    # click is an extra: without it this module must still be able to say so.
+    import click
+    from click.shell_completion import CompletionItem
+
+    from openmeter_wsgi.cli.exits import exit_codes
+
+    class Commands(click.Group):
+        """The subcommands by name."""
+
+        def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+            return list(COMMANDS)
+
+        def get_command(
+            self,
+            ctx: click.Context,  # noqa: ARG002
+            cmd_name: str,
+        ) -> click.Command | None:
+            return _load(COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+        def format_commands(
+            self,
+            ctx: click.Context,  # noqa: ARG002
+            formatter: click.HelpFormatter,
+        ) -> None:
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, COMMANDS[name].help) for name in COMMANDS])
+
+        def shell_complete(
+            self, ctx: click.Context, incomplete: str
+        ) -> list[CompletionItem]:
+            # Not the group's own, which would load every command.
+            return [
+                *(
+                    CompletionItem(name, help=known.help)
+                    for name, known in COMMANDS.items()
+                    if name.startswith(incomplete)
+                ),
+                *click.Command.shell_complete(self, ctx, incomplete),
+            ]
+
+    group = Commands(
+        help="Usage metering for WSGI applications.",
+        epilog=exit_codes(_3="the answer is no; each command says what that means"),
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    return click.version_option(VERSION, message="%(version)s")(group)
+
+
+def _load(known: Command) -> click.Command:
+    try:
+        command: click.Command = importlib.import_module(known.module).command
+    except ModuleNotFoundError as missing:
+        _refuse(missing, known.extra)
+    return command
+
+
+def _refuse(missing: ModuleNotFoundError, extra: str) -> NoReturn:
+    """End with one line that says what to install."""
+    package = (missing.name or "").partition(".")[0]
+    if package == "openmeter_wsgi":
+        # Not an extra but a fault of our own, which deserves its traceback.
+        raise missing
+    sys.stderr.write(
+        f"openmeter-wsgi: {package} is not installed; "
+        f"run: pip install 'openmeter_wsgi[{extra}]'\n"
+    )
+    sys.exit(1)

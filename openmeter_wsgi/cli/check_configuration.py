@@ -1,0 +1,326 @@
+"""Checks of the configuration, the application and the spool directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi.cli import old_events
+from openmeter_wsgi.cli.findings import failure, ok, unknown, warning
+from openmeter_wsgi.cli.spool_reader import holder
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.lock import ELECTION
+from openmeter_wsgi.middleware import OpenMeterMiddleware
+from openmeter_wsgi.policy import Policy, StatusCodes
+from openmeter_wsgi.served_routes import layers_of, misplaced_decorators
+from openmeter_wsgi.spool.files import file_system, prepare_directory
+from openmeter_wsgi.spool.watermark import backlog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openmeter_wsgi.cli.findings import Finding, Situation
+
+
+_REMEDIES = {
+    "api_url": "write scheme, host and port alone, such as http://127.0.0.1:8888",
+    "api_key": "set OPENMETER_API_KEY to a key that may ingest events",
+    "api_key_file": "name one file that holds the key and nothing else",
+    "spool_dir": "name a directory of the application's own, mode 0700",
+}
+
+#: The loggers that warn of a configuration which nothing else here looks at.
+_WARNS = {
+    "openmeter_wsgi.options": "write it as the option is called",
+    "openmeter_wsgi.measures": "name the whole path, such as $.usage.total_tokens",
+}
+
+
+def problems_of(error: ConfigError) -> list[Finding]:
+    """Return a failure for each problem of a configuration."""
+    return [failure("configuration", said, _remedy(said)) for said in error.problems]
+
+
+@contextlib.contextmanager
+def warnings_told() -> Iterator[list[Finding]]:
+    """Collect what reading a configuration would write into the log."""
+    found: list[Finding] = []
+    package = logging.getLogger("openmeter_wsgi")
+    handler = _Collector(found)
+    package.addHandler(handler)
+    try:
+        yield found
+    finally:
+        package.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, found: list[Finding]) -> None:
+        super().__init__()
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What the others say has a check of its own.
+        for name, remedy in _WARNS.items():
+            if record.name == name and record.levelno >= logging.WARNING:
+                said = record.getMessage()
+                self._found.append(warning("configuration", said, remedy))
+
+
+def _remedy(problem: str) -> str:
+    option = problem.partition(":")[0].partition("[")[0]
+    if option in _REMEDIES:
+        return _REMEDIES[option]
+    if option in {field.name for field in dataclasses.fields(Policy)}:
+        return f"mend {option} where it is set: in the code, in the file or in " + (
+            f"OPENMETER_{option.upper()}"
+        )
+    if problem.startswith("unknown option"):
+        return "write an option as it is called; the fields of Policy are all there are"
+    return "mend it where it is set"
+
+
+_STATUS_CODES = "billed status codes"
+
+
+def look_at_status_codes(situation: Situation) -> Iterator[Finding]:
+    """Say whether responses are billed that are errors, under any policy."""
+    told = set()
+    for route, policy in situation.policies():
+        finding = _look_at_status_codes(_STATUS_CODES, policy)
+        if (finding.found, finding.severity) not in told:
+            told.add((finding.found, finding.severity))
+            named = _STATUS_CODES if route is None else f"{_STATUS_CODES} of {route!r}"
+            yield finding._replace(name=named)
+
+
+def _look_at_status_codes(name: str, policy: Policy) -> Finding:
+    codes = StatusCodes(policy.meter_on_status_codes)
+    errors = [code for code in codes.codes if code[0] in "45"]
+    if not errors:
+        return ok(name, codes.text)
+    if policy.billing_errors == "intended":
+        return ok(name, f"{codes.text}; that errors are billed is intended")
+    return failure(
+        name,
+        f"{codes.text} bills errors too, {StatusCodes(errors).text}",
+        "set meter_on_status_codes to what customers shall pay for, such as "
+        "'200-299'; if errors are among it, say so with billing_errors='intended'",
+    )
+
+
+def look_at_dry_run(situation: Situation) -> Iterator[Finding]:
+    """Say whether anything is sent at all."""
+    if situation.policy.dry_run:
+        yield warning(
+            "dry run",
+            "dry_run is set: usage is counted and logged, and none is sent",
+            "leave dry_run out where customers shall be billed",
+        )
+
+
+_APPLICATION = "application"
+
+
+class NoApplication(Exception):
+    """There is no WSGI application where one was named."""
+
+
+def load_application(name: str) -> Any:
+    """Return the application that *name* says, as ``module:app`` or ``module:make()``.
+
+    A module is looked for in the working directory, too, as servers do.
+
+    :raises NoApplication: saying why there is none.
+    """
+    module_name, _, path = name.partition(":")
+    made = path.endswith("()")
+    path = path.removesuffix("()") or "application"
+    sys.path.insert(0, os.getcwd())
+    try:
+        # What it prints must not be taken for what is found.
+        with contextlib.redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module_name)
+            for attribute in path.split("."):
+                found = getattr(found, attribute)
+            found = found() if made else found
+    except (Exception, SystemExit) as error:
+        # The application's own code may fail in any way.
+        raise NoApplication(f"{name!r}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise NoApplication(f"{name!r}: expected a WSGI application, got {found!r}")
+    return found
+
+
+def middlewares(app: Any) -> list[OpenMeterMiddleware]:
+    """Return every middleware of ours around *app*, the outermost first."""
+    return [one for one in layers_of(app) if isinstance(one, OpenMeterMiddleware)]
+
+
+def look_at_layers(name: str, found: list[OpenMeterMiddleware]) -> Iterator[Finding]:
+    """Say whether an application is metered, and once."""
+    if not found:
+        yield failure(
+            _APPLICATION,
+            f"{name} is not wrapped in OpenMeterMiddleware: nothing is billed",
+            "wrap it, and name what the server serves: the outermost application",
+        )
+        return
+    if len(found) == 1:
+        yield ok(_APPLICATION, f"{name} is metered, once")
+        return
+    outer, *inner = found
+    said = f"{name} is wrapped {len(found)} times; the outermost alone bills"
+    remedy = "remove the others; the options of single routes belong into routes"
+    if all(each.policy == outer.policy for each in inner):
+        yield warning(_APPLICATION, said, remedy)
+    else:
+        yield failure(
+            _APPLICATION,
+            f"{said}, and what the inner policy says is never billed",
+            remedy,
+        )
+
+
+def look_at_views(app: Any) -> Iterator[Finding]:
+    """Say which views are metered otherwise than their decorator says."""
+    for template, name in misplaced_decorators(app):
+        yield failure(
+            f"view {name}",
+            f"its @meter or @no_meter stands above the decorator that registers it for "
+            f"{template}, and has no effect",
+            "put it below, next to the function",
+        )
+
+
+_SPOOL = "spool directory"
+_ROOT = Path("/")
+_MEMORY = ("tmpfs", "ramfs")
+_REMEDY = (
+    "set spool_dir to a directory of the application's own, mode 0700, on a local file "
+    "system"
+)
+
+
+def look_at_spool(situation: Situation) -> Iterator[Finding]:
+    """Say whether the spool can be where it shall be, and whether it stays there."""
+    path = situation.policy.spool_dir
+    if path is None:
+        yield ok(_SPOOL, "none: usage waits in memory and a killed process loses it")
+        return
+    directory = Path(os.path.abspath(path))
+    finding = _directory(directory)
+    yield finding
+    if finding.severity == "ok":
+        situation.spool = directory
+        yield from _look_for_sender(situation, directory)
+        yield from _look_for_old_events(directory)
+    existing = directory if directory.exists() else directory.parent
+    if existing.exists():
+        yield from _look_beneath(existing)
+
+
+def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]:
+    if situation.policy.delivery != "ship":
+        return
+    name = "sender of the spool"
+    if holder(directory / ELECTION) is None:
+        yield warning(
+            name,
+            "delivery='ship' leaves it to another process, and none is there: usage "
+            "waits in the spool",
+            f"run openmeter-wsgi ship --spool-dir {directory}",
+        )
+    else:
+        yield ok(name, "there is one")
+
+
+def _look_for_old_events(directory: Path) -> Iterator[Finding]:
+    if problem := old_events.oldest(backlog(directory).oldest_at):
+        yield warning("age of the spool", problem, old_events.REMEDY)
+
+
+def _directory(directory: Path) -> Finding:
+    if not os.path.lexists(directory):
+        # Not made here: it would belong to whoever runs this.
+        return _absent(directory)
+    owner = directory.lstat().st_uid
+    if owner != os.geteuid():
+        return failure(
+            _SPOOL,
+            f"{directory} belongs to user {owner}, this runs as {os.geteuid()}",
+            "run this and the application as one user, who owns the directory",
+        )
+    try:
+        prepare_directory(str(directory))
+        _try_to_write(directory)
+    except ConfigError as error:
+        return failure(_SPOOL, str(error).removeprefix("spool_dir: "), _REMEDY)
+    except OSError as error:
+        return failure(
+            _SPOOL,
+            f"{directory} takes no file: {error.strerror}",
+            "let the application's user write there, and see that the disk has room",
+        )
+    return ok(_SPOOL, f"{directory} on {file_system(directory) or 'a file system'}")
+
+
+def _absent(directory: Path) -> Finding:
+    if directory.parent.is_dir():
+        return unknown(
+            _SPOOL,
+            f"{directory} is not there yet; the application makes it at its start",
+            "check again when the application has run",
+        )
+    return failure(
+        _SPOOL,
+        f"{directory} cannot be made, {directory.parent} is no directory",
+        f"make {directory.parent}, writable for the application's user",
+    )
+
+
+def _try_to_write(directory: Path) -> None:
+    path = directory / f"check.{secrets.token_hex(8)}.new"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, b"\n")
+    finally:
+        os.close(fd)
+        path.unlink()
+
+
+def _look_beneath(directory: Path) -> Iterator[Finding]:
+    name, kind = "spool volume", file_system(directory)
+    if is_on_layer(directory, _ROOT):
+        yield warning(
+            name,
+            f"{directory} is in the container itself: the next deployment deletes it, "
+            "with all that is not delivered",
+            "mount a volume there that outlives the container",
+        )
+    elif kind in _MEMORY:
+        yield warning(
+            name,
+            f"{directory} is in memory ({kind}) and gone when the machine restarts",
+            "set spool_dir to a directory on a disk",
+        )
+    else:
+        yield ok(name, f"{directory} is not on a container's own layer")
+
+
+def is_on_layer(directory: Path, root: Path) -> bool:
+    """Say whether *directory* is on the writable layer of a container.
+
+    Of an overlay *root* it is, unless something is mounted in between.
+    """
+    same = directory.stat().st_dev == root.stat().st_dev
+    return same and file_system(root) == "overlay"

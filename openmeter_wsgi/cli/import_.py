@@ -1,0 +1,75 @@
+"""``openmeter-wsgi import``: print another product's configuration as options."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from typing import TYPE_CHECKING
+
+import click
+
+from openmeter_wsgi.cli.exits import EXIT_CODES
+from openmeter_wsgi.cli.output import print_json, printable
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.zuplo import read_policies, read_routes, to_toml, translate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from openmeter_wsgi.zuplo import ZuploPolicy
+
+
+@click.group("import", epilog=EXIT_CODES)
+def command() -> None:
+    """Print the configuration of another product as a file of options."""
+
+
+@command.command("zuplo", epilog=EXIT_CODES)
+@click.argument("policies", type=click.Path(dir_okay=False), metavar="POLICIES")
+@click.option(
+    "--routes",
+    type=click.Path(dir_okay=False),
+    multiple=True,
+    metavar="FILE",
+    help="A routes.oas.json; may be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def _zuplo(policies: str, routes: tuple[str, ...], as_json: bool) -> None:
+    """Print what Zuplo's POLICIES, a policies.json, say as TOML.
+
+    Variables that the file refers to must be set, but for the key's: the key is
+    not printed.
+    """
+    try:
+        read = read_policies(policies, os.environ, secrets=False)
+        text = to_toml(translate(read, _read_routes(routes, read)))
+    except ConfigError as error:
+        problems = "\n  ".join(map(printable, error.problems))
+        raise click.ClickException(f"{printable(policies)}\n  {problems}") from None
+    if as_json:
+        # What a comment says must not be lost, and JSON has none.
+        _print_comments(text)
+        print_json(tomllib.loads(text), indent=2)
+    else:
+        click.echo(text, nl=False)
+    if others := [policy for policy in read if not policy.metered]:
+        names = ", ".join(policy.name or policy.kind for policy in others)
+        click.echo(printable(f"no policies that meter: {names}"), err=True)
+
+
+def _print_comments(text: str) -> None:
+    for line in text.splitlines():
+        if line.startswith("# "):
+            click.echo(line.removeprefix("# "), err=True)
+
+
+def _read_routes(
+    files: tuple[str, ...], policies: Sequence[ZuploPolicy]
+) -> dict[str, list[str]] | None:
+    """Return the routes of all *files*; of the same rule the first one holds."""
+    if not files:
+        return None
+    found: dict[str, list[str]] = {}
+    for file in files:
+        found = {**read_routes(file, policies), **found}
+    return found

@@ -1,0 +1,132 @@
+"""``openmeter-wsgi ship``: deliver a spool, as a process of its own."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from openmeter_wsgi.cli import old_events
+from openmeter_wsgi.cli.arguments import open_spool, read_policy, spool_options
+from openmeter_wsgi.cli.exits import EXIT_CODES, BadConfiguration, stop_signals
+from openmeter_wsgi.cli.output import printable
+from openmeter_wsgi.cli.spool_reader import DeadLetterFile, holder
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.lock import ELECTION
+from openmeter_wsgi.spool.delivery import SpoolDelivery
+from openmeter_wsgi.stats import Counts
+
+if TYPE_CHECKING:
+    import threading
+    from pathlib import Path
+
+    from openmeter_wsgi.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+@click.command("ship", epilog=EXIT_CODES)
+@spool_options
+@click.option("--json", "as_json", is_flag=True, help="Log in JSON, a line a message.")
+def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> None:
+    """Deliver a spool to OpenMeter, in the foreground, until SIGTERM or SIGINT.
+
+    One process at a time is the sender of a directory. While another one is, this
+    one waits and takes over when that one ends. Run it as the user whom the
+    directory belongs to, and give the applications delivery="ship" if none of
+    their processes is to be the sender.
+    """
+    directory = open_spool(spool_dir, may_be_empty=True, to_write=True)
+    policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
+    if policy.dry_run:
+        raise BadConfiguration("dry_run is set, under which nothing is sent")
+    _log_to_stderr(_JsonLines() if as_json else _Lines())
+    _erase_settled(directory)
+    with stop_signals() as stopped:
+        _ship(policy, directory, stopped)
+
+
+def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
+    new_client = partial(
+        OpenMeterClient,
+        url=policy.api_url,
+        flavor=policy.api_flavor,
+        key=policy.key,
+        timeout=policy.request_timeout,
+    )
+    counts = Counts()
+
+    def elected() -> None:
+        logger.info(
+            "this process is the sender of %s to %s; %d events wait",
+            directory, policy.api_url, queue.waiting,
+        )  # fmt: skip
+        if problem := old_events.oldest(queue.in_spool.oldest_at):
+            logger.warning("%s: %s: %s", directory, problem, old_events.REMEDY)
+
+    queue = SpoolDelivery(policy, new_client, counts, elected=elected)
+    if (sender := holder(directory / ELECTION)) is not None:
+        logger.info(
+            "%s has a sender, process %s; this one takes over when it ends",
+            directory, sender if sender > 0 else "in another container",
+        )  # fmt: skip
+    queue.start()
+    stopped.wait()
+    logger.info("stopping within %.1f s", policy.shutdown_timeout)
+    queue.close()
+    # At exit it would wait for an answer once more.
+    atexit.unregister(queue.close_at_exit)
+    logger.info(
+        "stopped; %d events delivered, %d dead letters, %d events left in %s",
+        counts.delivered, counts.dead_lettered, queue.waiting, directory,
+    )  # fmt: skip
+
+
+def _erase_settled(directory: Path) -> None:
+    """Take dead letters off the disk that were put back while there was a sender."""
+    letters = DeadLetterFile(directory)
+    with contextlib.suppress(OSError), letters.changing():
+        letters.erase_settled()
+
+
+class _Lines(logging.Formatter):
+    """One line a message, whatever is in it; a stack keeps its own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+
+    @staticmethod
+    def converter(timestamp: float | None) -> time.struct_time:
+        """Return UTC."""
+        return time.gmtime(timestamp)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
+class _JsonLines(_Lines):
+    """One document a message, the stack within it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {
+            "time": self.formatTime(record, self.datefmt),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["stack"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
+def _log_to_stderr(formatter: logging.Formatter) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("openmeter_wsgi").setLevel(logging.INFO)

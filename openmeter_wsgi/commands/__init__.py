@@ -1,1 +1,0 @@
-"""The subcommands: check the configuration; deliver a spool, put it in order."""

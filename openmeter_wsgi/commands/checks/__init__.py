@@ -1,1 +1,0 @@
-"""What ``openmeter-wsgi check`` looks at: one module per kind of finding."""

@@ -1,0 +1,94 @@
+"""Django's settings: the policy in them, and the system checks of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from django.apps import apps
+from django.conf import settings
+from django.core import checks
+from django.utils.module_loading import import_string
+
+from openmeter_wsgi.django.view_middleware import (
+    ViewMiddleware,
+    authenticated_user,
+    subject_from,
+)
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.frameworks import make_policy
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.policy import Policy
+
+
+SETTING = "OPENMETER"
+VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
+
+
+def policy_of_settings(**options: Any) -> Policy:
+    """Return the policy of ``settings.OPENMETER``; *options* go before it.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+    said = getattr(settings, SETTING, {})
+    if not isinstance(said, dict):
+        raise ConfigError([f"{SETTING}: expected options by name, got {said!r}"])
+    return make_policy(
+        said, options, read_subject=subject_from, default_subject=authenticated_user
+    )
+
+
+def view_middleware_problem() -> str | None:
+    """Say that our middleware is missing, None if it is there."""
+    if any(_is_class(name, ViewMiddleware) for name in settings.MIDDLEWARE):
+        return None
+    return (
+        f"MIDDLEWARE: expected {VIEW_MIDDLEWARE!r} among them, without which neither "
+        "subject nor route is known and no entitlement is asked for"
+    )
+
+
+def _is_class(name: str, expected: type) -> bool:
+    try:
+        found = import_string(name)
+    except Exception:  # noqa: BLE001 - Django itself says what is wrong, and better
+        return False
+    return isinstance(found, type) and issubclass(found, expected)
+
+
+_PERMISSION = "openmeter_wsgi.django.rest_framework.HasEntitlements"
+
+
+def check_configuration(**_: Any) -> list[checks.CheckMessage]:
+    """Return a message for each problem of the configuration."""
+    found: list[checks.CheckMessage] = []
+    try:
+        found += _rest_framework(policy_of_settings())
+    except ConfigError as error:
+        hint = (
+            f"See {SETTING} in the settings, and the variables {SETTING}_…; where "
+            f"nothing is to be sent, {SETTING}_DRY_RUN=1 needs no key."
+        )
+        for said in error.problems:
+            found.append(checks.Error(said, hint=hint, id="openmeter.E001"))
+    if problem := view_middleware_problem():
+        hint = f"Put {VIEW_MIDDLEWARE!r} at the end of MIDDLEWARE."
+        found.append(checks.Error(problem, hint=hint, id="openmeter.E002"))
+    return found
+
+
+def _rest_framework(policy: Policy) -> list[checks.CheckMessage]:
+    if not policy.required_entitlements or not apps.is_installed("rest_framework"):
+        return []
+    named = getattr(settings, "REST_FRAMEWORK", {})
+    if _PERMISSION in named.get("DEFAULT_PERMISSION_CLASSES", ()):
+        return []
+    return [
+        checks.Warning(
+            "required_entitlements: views of the REST framework authenticate after "
+            "they would be asked for, so whoever has no session is answered 401",
+            hint=f"Add {_PERMISSION!r} to DEFAULT_PERMISSION_CLASSES, after the "
+            "permissions that authenticate.",
+            id="openmeter.W001",
+        )
+    ]

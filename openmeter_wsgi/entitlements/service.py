@@ -1,0 +1,433 @@
+"""The entitlement service of a process: decisions from answers and local quotas."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import replace
+
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.cache import Known, KnownAnswers, Lifetimes, passing
+from openmeter_wsgi.entitlements.client import (
+    Asker,
+    Question,
+    QuestionClient,
+    questions_about,
+)
+from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
+from openmeter_wsgi.entitlements.decision import Decision, Source, together, unanswered
+from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.health import Problem
+from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.stores import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from openmeter_wsgi.entitlements.cache import Passes
+    from openmeter_wsgi.entitlements.client import (
+        Answer,
+        Answering,
+        Asks,
+        HasToken,
+        Terms,
+    )
+    from openmeter_wsgi.options import CountedMeter
+    from openmeter_wsgi.policy import FailMode, Policy
+    from openmeter_wsgi.quota.account import Refusal, Reservation
+    from openmeter_wsgi.stats import Counts
+    from openmeter_wsgi.subject import FindSubject
+
+logger = log.get_logger(__name__)
+
+
+#: Seconds between two looks after what is leased and not used.
+_TEND_INTERVAL = 0.5
+
+
+class Countdown:
+    """The quotas of all customers, as far as this process uses them.
+
+    Any thread. Nothing is opened and no thread started before the first answer with a
+    balance.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        meters: Mapping[str, CountedMeter],
+        *,
+        tends: bool = True,
+    ) -> None:
+        #: By feature.
+        self.meters = meters
+        self._ledger = ledger
+        #: Whether a thread looks after what is leased: in a short life none is needed.
+        self._tends = tends
+        self._tending: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._pid = os.getpid()
+
+    def answered(
+        self, customer: str, feature: str, balance: float | None, asked_at: float
+    ) -> None:
+        """Take over the balance that OpenMeter said; *asked_at* is wall clock."""
+        if balance is not None and feature in self.meters:
+            self._ledger.account(_key(customer, feature)).answered(balance, asked_at)
+            if self._tending is None and self._tends:
+                self._start_tending()
+
+    def reserve(
+        self, customer: str, feature: str, amount: float
+    ) -> Reservation | Refusal:
+        """Set *amount* apart for a request that begins, or say why not."""
+        return self._ledger.account(_key(customer, feature)).reserve(amount)
+
+    def remaining(self, customer: str, feature: str) -> float:
+        """Return about how much is left."""
+        return self._ledger.account(_key(customer, feature)).available()
+
+    def settle(
+        self, reserved: Iterable[Reservation], used: dict[tuple[str, str], float]
+    ) -> None:
+        """Let reservations become what was *used*, by customer and feature.
+
+        What was used without a reservation is counted, too.
+        """
+        left = {_key(*whose): amount for whose, amount in used.items()}
+        for reservation in reserved:
+            reservation.settle(left.pop(reservation.key, 0.0))
+        for key, amount in left.items():
+            if amount:
+                self._ledger.account(key).spend(amount)
+
+    def close(self) -> None:
+        """Hand back what is leased. A later answer begins anew.
+
+        In a child of a fork it does nothing: all of this is its parent's.
+        """
+        if os.getpid() != self._pid:
+            return
+        thread, self._tending = self._tending, None
+        if thread is None:
+            return
+        self._closed.set()
+        self._closed = threading.Event()
+        atexit.unregister(self.close)
+        self._ledger.close()
+
+    def _start_tending(self) -> None:
+        self._tending = thread = threading.Thread(
+            target=self._tend,
+            args=(self._closed,),
+            name="openmeter_wsgi.ledger",
+            daemon=True,
+        )
+        atexit.register(self.close)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.error(
+                "%s: no thread can be started to hand back what is not used", error
+            )
+
+    def _tend(self, closed: threading.Event) -> None:
+        while not closed.wait(_TEND_INTERVAL):
+            self._ledger.tend()
+
+
+def _key(customer: str, feature: str) -> str:
+    return f"{customer}\0{feature}"
+
+
+#: The terms of an entitlement are asked for anew when they are older than this, in
+#: seconds, and when so small a part of the grant is left that they may decide.
+_TERMS_HOLD = 600.0
+_LITTLE = 0.2
+
+
+class Entitlements:
+    """What one process knows of entitlements, and how it learns more.
+
+    Any thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        new_asker: Callable[[Answering], Asks],
+        countdown: Countdown,
+        lifetimes: Lifetimes,
+        cache_size: int,
+        tells_periods: bool,
+        close_store: Callable[[], None],
+    ) -> None:
+        self.countdown = countdown
+        self._close_store = close_store
+        #: Whether responses say when a quota is granted anew.
+        self._tells_periods = tells_periods
+        self._answers = KnownAnswers(cache_size)
+        self._customers = FoundCustomers(cache_size, lifetimes)
+        self._lifetimes = lifetimes
+        self._asker = new_asker(self._answer)
+
+    def decide(
+        self, customer: str, features: tuple[str, ...], fail_mode: FailMode
+    ) -> Decision:
+        """Say whether *customer* may use all of *features*. Never raises.
+
+        Waits only for an answer that has never been heard or has outlived its time,
+        and at most ``entitlement_timeout``.
+        """
+        fresh = [self._answers.fresh(feature)(customer) for feature in features]
+        if None not in fresh:
+            return together(fresh)  # type: ignore[arg-type]
+        now = time.monotonic()
+        found = self._found(customer, features, now, fail_mode)
+        return together(
+            [
+                _decision(feature, known, now, fail_mode)
+                for feature, known in zip(features, found, strict=True)
+            ]
+        )
+
+    def fresh(self, feature: str) -> Callable[[str], Decision | None]:
+        """Return what finds a decision that needs no question, by customer."""
+        return self._answers.fresh(feature)
+
+    def passing(
+        self,
+        feature: str,
+        *,
+        find_subject: FindSubject,
+        anonymous: str | None,
+        counts: Counts,
+    ) -> Passes:
+        """Return what lets requests pass of which enough is known (see `passing`)."""
+        return passing(
+            self._answers.finder(feature),
+            self._answers.clock,
+            find_subject=find_subject,
+            anonymous=anonymous,
+            counts=counts,
+        )
+
+    def known(self, customer: str, feature: str) -> Known | None:
+        """Return what is known, however old it is."""
+        return self._answers.get(customer, feature)
+
+    def refresh(self, customer: str, feature: str) -> None:
+        """Ask anew, behind the request's back."""
+        self._asker.refresh(Question(customer, (feature,)))
+
+    def account(self, customer: str) -> str:
+        """Return the name under which the quota of *customer* is counted down."""
+        return self._customers.account(customer)
+
+    def invalidate(self, customer: str, feature: str | None = None) -> None:
+        """Forget what was said of *customer*: the next request asks."""
+        for name in {customer, *self._customers.forget(customer)}:
+            self._answers.forget(name, feature)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with asking now."""
+        if not self._asker.breaker.is_open:
+            return []
+        text = (
+            "OpenMeter does not say who may; known answers hold for max_stale, then "
+            "fail_mode decides"
+        )
+        return [Problem("entitlements", text)]
+
+    def close(self) -> None:
+        """Hand back what was set apart for this process, and close connections."""
+        self._asker.close()
+        self.countdown.close()
+        self._close_store()
+
+    def _found(
+        self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
+    ) -> list[Known | None]:
+        found = [self._answers.get(customer, feature) for feature in features]
+        pairs = list(zip(features, found, strict=True))
+        if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
+            for question in questions_about(customer, missing):
+                self._asker.ask(question)
+            found = [self._answers.get(customer, feature) for feature in features]
+            after = time.monotonic()
+            any_age = fail_mode == "stale"
+            return [k if k and (any_age or after < k.usable_until) else None
+                    for k in found]  # fmt: skip
+        if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
+            for question in questions_about(customer, aged):
+                self._asker.refresh(question)
+        return found
+
+    # -- In the thread of a question
+
+    def _answer(
+        self,
+        client: QuestionClient,
+        question: Question,
+        answered: Callable[[], None],
+        has_token: HasToken,
+    ) -> None:
+        customer, asked_at, asked_wall = (
+            question.customer,
+            time.monotonic(),
+            time.time(),
+        )
+        answers = answers_about(client, question, self._customers, has_token)
+        account = self.account(customer)
+        later = []
+        for feature, answer in answers.items():
+            if isinstance(answer, DeliveryError):
+                continue
+            heard = _Heard(customer, account, feature, answer, asked_at)
+            self.countdown.answered(account, feature, answer.balance, asked_wall)
+            terms, terms_at = _terms_for(answer, self._answers.get(customer, feature))
+            self._remember(heard, terms, terms_at)
+            if not self._wants_terms(heard, terms, terms_at):
+                continue
+            if self._decides_by_terms(heard, terms):
+                self._learn_terms(client, heard)
+            else:
+                later.append(heard)
+        answered()
+        for heard in later:
+            self._learn_terms(client, heard)
+        if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
+            raise errors[0]
+
+    def _remember(self, heard: _Heard, terms: Terms | None, terms_at: float) -> None:
+        known = Known(
+            heard.feature,
+            heard.answer,
+            terms,
+            asked_at=heard.asked_at,
+            terms_at=terms_at,
+            lifetimes=self._lifetimes,
+        )
+        self._answers.put(heard.customer, heard.feature, known)
+
+    def _wants_terms(self, heard: _Heard, terms: Terms | None, terms_at: float) -> bool:
+        answer = heard.answer
+        if answer.balance is None:
+            return False
+        if not answer.has_access:
+            return True
+        is_counted = heard.feature in self.countdown.meters
+        if not is_counted and not self._tells_periods:
+            return False
+        if terms is None or heard.asked_at - terms_at > _TERMS_HOLD:
+            return True
+        granted = answer.total_available_grant_amount or 0.0
+        is_low = is_counted and answer.balance <= granted * _LITTLE
+        return is_low or terms.is_over(time.time())
+
+    def _decides_by_terms(self, heard: _Heard, terms: Terms | None) -> bool:
+        """Return True if the request that waits needs the terms, too.
+
+        A denial tells when the quota is granted anew; a soft limit is not counted
+        down.
+        """
+        if not heard.answer.has_access:
+            return True
+        return terms is None and heard.feature in self.countdown.meters
+
+    def _learn_terms(self, client: QuestionClient, heard: _Heard) -> None:
+        if not self._asker.has_token():
+            return
+        try:
+            terms = client.terms(heard.account, heard.feature)
+        except DeliveryError as error:
+            logger.warning(
+                "%s: OpenMeter does not say when the period of %r ends (status %s: %s)",
+                "entitlements", heard.feature, error.status or "none", error.reason,
+            )  # fmt: skip
+            return
+        self._remember(heard, terms, time.monotonic())
+
+
+class _Heard(NamedTuple):
+    """One answer, and what was asked."""
+
+    customer: str
+    #: The name under which OpenMeter has the customer.
+    account: str
+    feature: str
+    answer: Answer
+    asked_at: float
+
+
+def _terms_for(answer: Answer, before: Known | None) -> tuple[Terms | None, float]:
+    """Return what is known of the terms, and since when."""
+    if before is None:
+        return None, -math.inf
+    granted = before.answer.total_available_grant_amount
+    if granted != answer.total_available_grant_amount:
+        return before.terms, -math.inf  # perhaps it is another entitlement now
+    return before.terms, before.terms_at
+
+
+def _decision(
+    feature: str, known: Known | None, now: float, fail_mode: FailMode
+) -> Decision:
+    if known is None:
+        return unanswered((feature,), fail_mode)
+    source: Source = "cache"
+    if known.asked_at >= now:
+        source = "openmeter"
+    else:
+        known.used = True
+    if now >= known.fresh_until:
+        source = "stale"
+    decision = known.decision
+    return replace(decision, source=source)
+
+
+#: First sights leave this part of the questions to customers that are known.
+_RESERVED_QUESTIONS = 0.5
+
+
+def entitlements_of(
+    policy: Policy, delivered_until: Callable[[], float]
+) -> Entitlements:
+    """Return the entitlements of one process. Opens nothing and starts no thread."""
+    rate = policy.question_rate
+    store = open_store(spool_dir=policy.spool_dir, redis_url=policy.redis_url)
+    ledger = Ledger(
+        store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
+    )
+    new_client = partial(
+        QuestionClient,
+        url=policy.entitlements_url or policy.api_url,
+        path=policy.entitlements_path,
+        key=policy.questions_key,
+        timeout=policy.entitlement_timeout,
+    )
+    return Entitlements(
+        new_asker=lambda answering: Asker(
+            new_client=new_client,
+            answering=answering,
+            take_question=lambda reserve: store.take_question(rate, reserve=reserve),
+            timeout=policy.entitlement_timeout,
+            reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
+        ),
+        countdown=Countdown(ledger, policy.entitlement_meters),
+        lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
+        cache_size=policy.entitlement_cache_size,
+        close_store=store.close,
+        tells_periods=any(
+            each.usage_headers
+            for each in (policy, *(own for _, own in policy.of_routes))
+            if each is not None
+        ),
+    )

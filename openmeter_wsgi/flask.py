@@ -1,0 +1,210 @@
+"""Metering for Flask: `OpenMeter(app)`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import flask
+
+from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.frameworks import (
+    FrameworkMiddleware,
+    LastingSubject,
+    keep_subject,
+    make_policy,
+    must_ask,
+)
+from openmeter_wsgi.policy import read_text_options
+from openmeter_wsgi.request import has_user
+from openmeter_wsgi.subject import path_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flask.testing import FlaskClient
+    from werkzeug.test import TestResponse
+
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.subject import FindSubject
+
+
+def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
+    """Return what finds the subject of a request while Flask serves it.
+
+    *source* is a path that begins with ``g``, ``session`` or ``current_user``
+    (Flask-Login's), such as ``"g.jwt.sub"``; or a callable on the environ. It is read
+    when the response starts, and may use all that a view may.
+
+    :raises ValueError: if it is neither.
+    """
+    if callable(source):
+        return LastingSubject(source)
+    root, _, path = str(source).partition(".")
+    names_something = path and all(path.split("."))
+    if root == "current_user" and (names_something or source == root):
+        return LastingSubject(_user_reader(path))
+    if root in _ROOTS and names_something:
+        of, read = _ROOTS[root], path_reader(path)
+        return LastingSubject(lambda _: read(of()))
+    raise ValueError(
+        "expected 'header:Name', a callable on the environ, 'current_user', or a path "
+        f"such as 'g.jwt.sub', 'session.customer' or 'current_user.id', got {source!r}"
+    )
+
+
+_ROOTS: dict[str, Callable[[], Any]] = {
+    "g": lambda: flask.g,
+    "session": lambda: flask.session,
+}
+
+
+def _user_reader(path: str) -> Callable[[dict[str, Any]], Any]:
+    read = path_reader(path) if path else lambda user: user.get_id()
+
+    def read_user(_: dict[str, Any]) -> object:
+        # Here, and not at the top: Flask-Login may be absent.
+        from flask_login import current_user  # type: ignore[import-untyped]
+
+        return read(current_user) if current_user.is_authenticated else None
+
+    return read_user
+
+
+_read_current_user = _user_reader("")
+
+
+def _read_user_of_flask_login(environ: dict[str, Any]) -> object:
+    # What `set_user` was given is nearer to what is meant.
+    if has_user(environ) or not hasattr(flask.current_app, "login_manager"):
+        return None
+    return _read_current_user(environ)
+
+
+#: Finds the user of Flask-Login, where the application has it.
+user_of_flask_login: FindSubject = LastingSubject(_read_user_of_flask_login)
+
+
+def keep_users_that_log_out(app: flask.Flask) -> None:
+    """Have the user whom a view of *app* logs out billed for that request."""
+    try:
+        from flask_login import user_logged_out
+    except ImportError:
+        return
+    # Not weakly: nothing else keeps it.
+    user_logged_out.connect(_before_log_out, sender=app, weak=False)
+
+
+def _before_log_out(_: flask.Flask, **__: Any) -> None:
+    keep_subject(flask.request.environ)
+
+
+_WITHOUT_BODY = (204, 304)
+
+
+class _Settling:
+    """Reads a response and closes it; a stream is left to the test.
+
+    A request is metered when its response is closed, and Flask's test client leaves
+    that to whoever collects garbage.
+    """
+
+    def open(self, *args: Any, **kwargs: Any) -> TestResponse:
+        """Send a request; see :class:`werkzeug.test.Client`."""
+        response: TestResponse = super().open(*args, **kwargs)  # type: ignore[misc]
+        ends = response.content_length is not None
+        if ends or response.status_code in _WITHOUT_BODY:
+            response.get_data()
+            response.close()
+        return response
+
+
+def settling(client: type[FlaskClient] | None) -> type[FlaskClient]:
+    """Return *client*, or Flask's own, as one that ends its responses."""
+    # Only tests pay for what tests need.
+    from flask.testing import FlaskClient
+
+    base = client or FlaskClient
+    return type(base.__name__, (_Settling, base), {})
+
+
+_PREFIX = "OPENMETER_"
+_NAME = "openmeter"
+
+
+class OpenMeter:
+    """Meters an application of Flask, or several from one factory.
+
+    Options are those of :class:`Policy`: keywords go before
+    ``app.config["OPENMETER_…"]``, which goes before variables. ``subject`` also takes
+    what :func:`subject_from` does; without it Flask-Login's user is the subject, where
+    that is in use.
+
+    ``app.extensions["openmeter"]`` is the application's :class:`OpenMeterMiddleware`.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+
+    def __init__(self, app: flask.Flask | None = None, **options: Any) -> None:
+        self._options = options
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: flask.Flask) -> None:
+        """Meter *app*, whose configuration must be complete by now."""
+        if _NAME in app.extensions:
+            raise ConfigError([f"app {app.name!r}: is metered already"])
+        policy = _policy(app, self._options)
+        middleware = FrameworkMiddleware(app.wsgi_app, policy)
+        app.wsgi_app = middleware  # type: ignore[method-assign]
+        app.extensions[_NAME] = middleware
+        if _requires_anything(policy):
+            _ask_before_views(app)
+        keep_users_that_log_out(app)
+        _settle_in_tests(app)
+
+
+def _policy(app: flask.Flask, keywords: dict[str, Any]) -> Policy:
+    config = app.config.get_namespace(_PREFIX)
+    # Text is often a variable that went through the configuration.
+    texts = {_PREFIX + k.upper(): v for k, v in config.items() if isinstance(v, str)}
+    read = read_text_options(texts)
+    given = {name: value for name, value in config.items() if value != ""}
+    return make_policy(
+        {**given, **read},
+        keywords,
+        read_subject=subject_from,
+        default_subject=user_of_flask_login,
+    )
+
+
+def _requires_anything(policy: Policy) -> bool:
+    policies = [policy, *(own for _, own in policy.of_routes)]
+    return any(own and own.required_entitlements for own in policies)
+
+
+def _ask_before_views(app: flask.Flask) -> None:
+    """Let entitlements be asked for when a view is about to be called.
+
+    Not in a before_request function: those of the application, which authenticate,
+    may be registered later, and those of blueprints are called later.
+    """
+    dispatch = app.dispatch_request
+
+    def ask_and_dispatch(*context: Any) -> flask.typing.ResponseReturnValue:
+        request = flask.request
+        view = app.view_functions.get(request.endpoint or "")
+        if request.routing_exception is None and must_ask(request.environ, view):
+            require_entitlements(request)
+        return dispatch(*context)
+
+    app.dispatch_request = ask_and_dispatch  # type: ignore[method-assign]
+
+
+def _settle_in_tests(app: flask.Flask) -> None:
+    app.test_client_class = partial(_test_client, app.test_client_class)  # type: ignore[assignment]
+
+
+def _test_client(own: Any, *args: Any, **kwargs: Any) -> Any:
+    return settling(own)(*args, **kwargs)

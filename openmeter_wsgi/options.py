@@ -1,0 +1,558 @@
+"""Options: each one read and checked, from code, variables or a file.
+
+Every reader returns the checked value, and reads its own result again unchanged.
+It raises ValueError with what was expected and what was given, whichever of type
+and value is wrong; the policy adds the name of the option.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from urllib.parse import urlsplit
+
+import msgspec
+
+from openmeter_wsgi import log
+from openmeter_wsgi.errors import ConfigError, MeterValueError
+from openmeter_wsgi.events import read_usage
+from openmeter_wsgi.measures import Measure, read_measure, split
+from openmeter_wsgi.routes import RouteRule
+from openmeter_wsgi.values import source_problem, text_problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = log.get_logger(__name__)
+
+
+#: OpenMeter Cloud and Kong Konnect; a server of one's own has no authentication.
+_HOSTED = (".openmeter.cloud", ".konghq.com")
+
+
+def checked_key(text: object) -> str:
+    """Return the key in *text* without surrounding white space.
+
+    :raises ValueError: if it cannot be sent in a header. The message never
+        contains the key.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"expected text, got {type(text).__name__}")
+    key = text.strip()
+    if not key:
+        raise ValueError("expected a key, got empty text")
+    for position, character in enumerate(key):
+        if not "!" <= character <= "~":
+            raise ValueError(
+                f"expected visible ASCII characters, got another one at {position}"
+            )
+    return key
+
+
+class ApiKey:
+    """Where the key comes from. Read on first use, and again after a 401.
+
+    Used by the sender alone, so it takes no lock.
+    """
+
+    def __init__(self, read: Callable[[], object] | None, name: str) -> None:
+        self._read = read
+        self._name = name
+        self._key: str | None = None
+
+    @classmethod
+    def from_options(
+        cls, key: str | Callable[[], str] | None, file: str | Path | None
+    ) -> ApiKey:
+        """Return the key that *key* or *file* says, or one that is no key.
+
+        :raises ValueError: if a text or a file holds none. A callable is not
+            called yet: it may do what only a worker process can.
+        """
+        if file is not None:
+            path = Path(file)
+            made = cls(path.read_text, f"api_key_file {str(path)!r}")
+            made.current()
+            return made
+        if callable(key):
+            return cls(key, "api_key()")
+        if key is None:
+            return cls(None, "no key")
+        text = checked_key(key)
+        return cls(lambda: text, "api_key")
+
+    def current(self) -> str | None:
+        """Return the key to send, None for a server that needs none.
+
+        :raises ValueError: if it cannot be read now, naming where it is read.
+        """
+        if self._key is None and self._read is not None:
+            self._key = self._fresh(self._read)
+        return self._key
+
+    @property
+    def known(self) -> str | None:
+        """The key that was read last, None before that."""
+        return self._key
+
+    def renew(self) -> bool:
+        """Read the key again and say whether it is another one."""
+        if self._read is None:
+            return False
+        before, self._key = self._key, None
+        self._key = self._fresh(self._read)
+        return self._key != before
+
+    def required_by(self, url: str, flavor: str) -> bool:
+        """Say whether there is no key and the server at *url* wants one."""
+        host = urlsplit(url).hostname or ""
+        hosted = host == "openmeter.cloud" or host.endswith(_HOSTED)
+        return self._read is None and (hosted or flavor == "konnect")
+
+    def _fresh(self, read: Callable[[], object]) -> str:
+        try:
+            return checked_key(read())
+        except ValueError as error:
+            raise ValueError(f"{self._name}: {error}") from None
+        except Exception as error:
+            # A callable is the user's own and may raise anything at all.
+            raise ValueError(
+                f"{self._name}: cannot be read: {type(error).__name__}: {error}"
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"<ApiKey from {self._name}>"
+
+
+_SECRET_HEADERS = {
+    "authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key",
+}  # fmt: skip
+
+
+def key(value: Any) -> Any:
+    """Read a key: text that can be sent in a header, a callable, or None."""
+    return value if value is None or callable(value) else checked_key(value)
+
+
+def url(value: Any) -> str:
+    """Return a base URL without a trailing slash."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected a URL, got {value!r}")
+    parts = urlsplit(value.strip())
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(
+            f"expected a URL such as https://openmeter.cloud, got {value!r}"
+        )
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("expected a URL without a user or password: use api_key")
+    if parts.query or parts.fragment:
+        raise ValueError(f"expected a URL without ? and #, got {value!r}")
+    _ = parts.port  # raises for one that is no port
+    if parts.path.rstrip("/").endswith("/events"):
+        raise ValueError(
+            f"expected the server's address alone, its path is added, got {value!r}"
+        )
+    return value.strip().rstrip("/")
+
+
+def optional_url(value: Any) -> str | None:
+    """Return a base URL, or None."""
+    return None if value is None else url(value)
+
+
+def redis_url(value: Any) -> str | None:
+    """Read the address of a Redis. It may hold a password, so it is never shown."""
+    schemes = ("redis://", "rediss://", "unix://")
+    if value is None or (isinstance(value, str) and value.startswith(schemes)):
+        return value
+    raise ValueError(f"expected a URL that begins with one of {', '.join(schemes)}")
+
+
+def function(value: Any) -> Any:
+    """Read a callable, or None."""
+    if value is None or callable(value):
+        return value
+    raise ValueError(f"expected a callable, got {value!r}")
+
+
+def source(value: Any) -> str:
+    """Read the source of events."""
+    if problem := source_problem(value):
+        raise ValueError(problem)
+    return str(value)
+
+
+def text(value: Any) -> str:
+    """Read text that is not empty."""
+    if problem := text_problem(value):
+        raise ValueError(problem)
+    return str(value)
+
+
+def subject(value: Any) -> Any:
+    """Return a callable as it is, or 'header:Name' checked."""
+    if value is None or callable(value):
+        return value
+    kind, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    name = name.strip()
+    if kind != "header" or not name.replace("-", "").isalnum() or not name.isascii():
+        raise ValueError(
+            f"expected a callable on the environ or 'header:Name', got {value!r}"
+        )
+    if name.lower() in _SECRET_HEADERS:
+        raise ValueError(
+            f"expected a header that holds no secret, got {name!r}: the subject is "
+            "stored, shown and logged"
+        )
+    return f"header:{name}"
+
+
+def subject_path(value: Any) -> str:
+    """Read a path through the user."""
+    if isinstance(value, str) and all(value.removeprefix(".").split(".")):
+        return value
+    raise ValueError(f"expected a path such as '.sub' or '.data.id', got {value!r}")
+
+
+def meter(value: Any) -> Any:
+    """Read one document or several; numbers by type have their own option."""
+    if value is None:
+        return None
+    documents = [value] if isinstance(value, Mapping) else list(value)
+    if not documents or not all(map(_is_document, documents)):
+        raise ValueError(
+            "expected {'type': …, 'data': {…}} or a list of them, got "
+            f"{value!r}; numbers by type go to meters"
+        )
+    for document in documents:
+        if document.get("id") or document.get("time"):
+            raise ValueError(
+                f"meter {document['type']!r}: an id or time that is the same for every "
+                "request would be billed once"
+            )
+    split(documents, None)
+    return value
+
+
+def _is_document(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("type"), str)
+
+
+def meters(value: Any) -> Any:
+    """Read numbers by type."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or isinstance(value.get("type"), str):
+        raise ValueError(f"expected a mapping of type to number, got {value!r}")
+    if not value:
+        raise ValueError("expected at least one type and number, got {}; leave it out")
+    split(None, value)
+    return value
+
+
+def routes(value: Any) -> Any:
+    """Read rules and the options of each; None or False: not metered."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected options by rule, got {value!r}")
+    for rule, own in value.items():
+        RouteRule(rule)
+        if own is not None and own is not False and not isinstance(own, Mapping):
+            raise ValueError(f"{rule!r}: expected options or None, got {own!r}")
+    return value
+
+
+def unmatched(value: Any) -> Any:
+    """Read what governs a request that no rule names."""
+    if value in {None, False, "none"}:
+        return None
+    if value == "policy":
+        return value
+    raise ValueError(f"expected 'policy' or None, got {value!r}")
+
+
+def meter_when(value: Any) -> Any:
+    """Read a predicate on the exchange: a callable, a measure, or its text."""
+    if isinstance(value, str):
+        value = read_measure(value)
+    if value is None or isinstance(value, Measure) or callable(value):
+        return value
+    raise ValueError(
+        "expected a callable on the exchange or a measure such as "
+        f"'$response.succeeded', got {value!r}"
+    )
+
+
+def audit(value: Any) -> Any:
+    """Read a callable, or the path of a file."""
+    if value is None or callable(value):
+        return value
+    if isinstance(value, str | os.PathLike) and os.fspath(value):
+        return os.fspath(value)
+    raise ValueError(f"expected a callable or the path of a file, got {value!r}")
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """Read a value whose type says it all."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    try:
+        converted = msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        expected = _expected(str(error), hint)
+        raise ValueError(f"{expected}, got {value!r}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return converted
+
+
+def _expected(message: str, hint: Any) -> str:
+    if choices := _choices(hint):
+        return "expected one of " + ", ".join(map(repr, choices))
+    return "e" + message.split(", got")[0].removeprefix("E")
+
+
+def _choices(hint: Any) -> list[Any]:
+    """Return the values that a Literal allows, or one of Literals and None."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    parts = get_args(hint)
+    if not any(get_origin(part) is Literal for part in parts):
+        return []
+    return [
+        choice
+        for part in parts
+        for choice in ([None] if part is type(None) else _choices(part))
+    ]
+
+
+def unknown(name: str, names: Sequence[str]) -> str:
+    """Say that *name* is no option, and which of *names* was probably meant."""
+    import difflib  # here, as few make a mistake
+
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"unknown option {name!r}" + (
+        f" (did you mean {close[0]!r}?)" if close else ""
+    )
+
+
+#: The key of a feature, where it is created and where it is asked for.
+_FEATURE = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*", re.ASCII)
+_MAX_FEATURE = 64
+#: The id of an entitlement, which version 2 takes in place of a key.
+_ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}", re.ASCII)
+
+
+class CountedMeter(NamedTuple):
+    """The meter that a feature's balance counts, and where its number is."""
+
+    type: str
+    #: The property of ``data``, None for ``value_property``. An event without it
+    #: counts as 1, as OpenMeter's COUNT does.
+    property: str | None = None
+
+
+def features(value: Any) -> tuple[str, ...]:
+    """Read the keys of features, each once."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"expected a list of feature keys, got {value!r}")
+    keys = tuple(dict.fromkeys(value))
+    for key in keys:
+        if problem := feature_problem(key):
+            raise ValueError(problem)
+    return keys
+
+
+def feature_problem(key: Any) -> str | None:
+    """Return the reason why OpenMeter can have no feature *key*, and a key it takes."""
+    if problem := text_problem(key):
+        return problem
+    if not unaddressable([key]) or is_ulid(key):
+        return None
+    proposed = feature_like(key)
+    hint = f"; write {proposed!r} here and in OpenMeter" if proposed else ""
+    return (
+        f"OpenMeter takes no feature key like {key!r} (expected a-z and 0-9, words "
+        f"joined by one _, 1 to {_MAX_FEATURE} characters){hint}"
+    )
+
+
+def feature_like(key: str) -> str | None:
+    """Return the key like *key* that OpenMeter takes, None if there is none."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    words = re.findall(r"[a-z0-9]+", snake, re.ASCII)
+    return "_".join(words)[:_MAX_FEATURE].rstrip("_") or None
+
+
+def is_ulid(key: str) -> bool:
+    """Return True if *key* has the form of an id."""
+    return _ULID.fullmatch(key) is not None
+
+
+def unaddressable(keys: Iterable[str]) -> list[str]:
+    """Return those of *keys* that are not the key of a feature."""
+    return [
+        key for key in keys if not _FEATURE.fullmatch(key) or len(key) > _MAX_FEATURE
+    ]
+
+
+def customer(value: Any) -> Any:
+    """Read what maps a subject to the key of its customer."""
+    if value is None or callable(value) or isinstance(value, Mapping):
+        return value
+    raise ValueError(
+        f"expected a callable on the subject or a mapping of subjects, got {value!r}"
+    )
+
+
+def counted_meters(value: Any) -> dict[str, CountedMeter]:
+    """Read the meters that features count: by feature, or a list of equal keys."""
+    if isinstance(value, Mapping):
+        return {_feature(key): _counted(key, meter) for key, meter in value.items()}
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"expected a list of feature keys, got {value!r}")
+    keys = list(value)
+    for key in keys:
+        if problem := feature_problem(key):
+            like = None if text_problem(key) else feature_like(key)
+            mapping = f", with its meter: { ({like: key})!r}" if like else ""
+            raise ValueError(problem + mapping)
+    return {key: CountedMeter(key) for key in keys}
+
+
+def _feature(key: Any) -> str:
+    if problem := feature_problem(key):
+        raise ValueError(problem)
+    return str(key)
+
+
+def _counted(feature: str, meter: Any) -> CountedMeter:
+    for text in meter if isinstance(meter, CountedMeter) else ():
+        if text is not None and (problem := text_problem(text)):
+            raise ValueError(problem)
+    if isinstance(meter, CountedMeter):
+        return meter
+    if isinstance(meter, str) and meter:
+        return CountedMeter(meter)
+    if isinstance(meter, Mapping) and {"type"} <= meter.keys() <= {"type", "property"}:
+        return _counted(feature, CountedMeter(**meter))
+    raise ValueError(
+        f"{feature!r}: expected a meter type or {{'type': …, 'property': …}}, got "
+        f"{meter!r}"
+    )
+
+
+def reserved(value: Any) -> Any:
+    """Read what a request reserves of features: amounts, or what says them."""
+    if value is None or callable(value):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"expected amounts by feature or a callable on the environ, got {value!r}"
+        )
+    return amounts(value)
+
+
+def amounts(value: Mapping[str, Any]) -> dict[str, float]:
+    """Return amounts by feature, each finite and not negative.
+
+    :raises ValueError: naming the one that is not.
+    """
+    try:
+        numbers = read_usage(dict(value)).numbers if value else {}
+    except MeterValueError as error:
+        raise ValueError(str(error).replace("meter", "feature", 1)) from None
+    return {feature: float(number) for feature, number in numbers.items()}
+
+
+_PREFIX = "OPENMETER_"
+#: Options whose variable is written as JSON.
+AS_JSON = ("meter", "meters", "customer", "reserve", "routes")
+#: A list of names with commas, or JSON.
+AS_LIST = ("required_entitlements", "entitlement_meters")
+
+
+def read_variables(
+    environ: Mapping[str, str], hints: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options that *environ* sets; an empty variable sets none.
+
+    *hints* has the type of each option there is. A variable that is nearly an
+    option's is warned of; others with our prefix are somebody else's.
+
+    :raises ConfigError: naming each variable whose text cannot be read.
+    """
+    options: dict[str, Any] = {}
+    problems: list[str] = []
+    for variable, text in environ.items():
+        if not variable.startswith(_PREFIX) or not text.strip():
+            continue
+        name = variable.removeprefix(_PREFIX).lower()
+        if name not in hints:
+            _warn_if_misspelt(variable, name, list(hints))
+            continue
+        try:
+            options[name] = _read_text(name, text, hints[name])
+        except msgspec.MsgspecError as error:
+            problems.append(f"{variable}: {error}, got {text!r}")
+    if problems:
+        raise ConfigError(problems)
+    return options
+
+
+def _read_text(name: str, text: str, hint: Any) -> Any:
+    if name in AS_JSON:
+        return msgspec.json.decode(text)
+    if name in AS_LIST:
+        if text.lstrip()[:1] in "[{":
+            return msgspec.json.decode(text)
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return msgspec.convert(text.strip(), hint, strict=False)
+    except TypeError:
+        return text.strip()  # a type that is no JSON type, such as a callable
+    except msgspec.ValidationError:
+        if hint in {int, float, bool} or "int" in str(hint) or "float" in str(hint):
+            raise
+        return text.strip()
+
+
+def _warn_if_misspelt(variable: str, name: str, names: list[str]) -> None:
+    import difflib  # here, as few make a mistake
+
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+        logger.warning(
+            "%s: is no option, did you mean %s%s?", variable, _PREFIX, close[0].upper()
+        )
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the options in a file; JSON if it ends so, else TOML.
+
+    :raises ConfigError: naming the file and what is wrong with it.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            options = msgspec.json.decode(content)
+        else:
+            options = _toml(content.decode())
+    except OSError as error:
+        raise ConfigError([f"{str(path)!r}: {error.strerror}"]) from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError([f"{str(path)!r}: {error}"]) from None
+    if not isinstance(options, dict):
+        raise ConfigError([f"{str(path)!r}: expected options by name, got {options!r}"])
+    return options
+
+
+def _toml(text: str) -> Any:
+    # Here, as few applications have such a file, and all import this module.
+    import tomllib
+
+    return tomllib.loads(text)

@@ -1,0 +1,286 @@
+"""Metrics for Prometheus: the counts of a middleware, of one or many processes.
+
+Needs the extra ``prometheus``. One call does it, in one process or in many::
+
+    application = OpenMeterMiddleware(application)
+    export_metrics(application)
+
+A single process is asked when it is scraped. In prometheus_client's multi-process mode
+(``PROMETHEUS_MULTIPROC_DIR``) the process that is scraped cannot ask the others, and
+custom collectors are left out; so each process that has settled a request writes its
+counts into that directory every few seconds, and once more when it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from openmeter_wsgi import log
+from openmeter_wsgi.stats import BOUNDS, Durations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import Metric
+
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
+    from openmeter_wsgi.process import Process
+    from openmeter_wsgi.stats import Stats
+
+logger = log.get_logger(__name__)
+
+
+#: Figures by the values of their labels.
+Figures: TypeAlias = "Mapping[tuple[str, ...], float]"
+
+
+class Figure(NamedTuple):
+    """One figure, or one for each combination of labels."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    read: Callable[[Stats], Figures]
+
+
+def _by_reason(name: str) -> Callable[[Stats], Figures]:
+    return lambda stats: {(reason,): n for reason, n in getattr(stats, name).items()}
+
+
+def _one(name: str) -> Callable[[Stats], Figures]:
+    return lambda stats: {(): getattr(stats, name)}
+
+
+def _not_metered(stats: Stats) -> Figures:
+    return {
+        (policy, reason): n
+        for policy, reasons in stats.not_metered_by_policy.items()
+        for reason, n in reasons.items()
+    }
+
+
+def _decisions(stats: Stats) -> Figures:
+    results = {
+        "allowed": stats.allowed,
+        "denied": stats.denied_by_source,
+        "let_through": stats.let_through_by_source,
+    }
+    return {(result, source): n for result, sources in results.items()
+            for source, n in sources.items()}  # fmt: skip
+
+
+def _denials(stats: Stats) -> Figures:
+    results = {"denied": stats.denied, "let_through": stats.let_through}
+    return {(result, reason): n for result, reasons in results.items()
+            for reason, n in reasons.items()}  # fmt: skip
+
+
+def age(stats: Stats) -> Figures:
+    """Return for how many seconds the oldest event waits, 0 if none does."""
+    return {(): max(time.time() - stats.oldest_at, 0.0) if stats.oldest_at else 0.0}
+
+
+COUNTERS = (
+    Figure("requests_settled", "Requests whose response has ended.", (),
+            _one("settled")),
+    Figure("requests_metered", "Requests that became events.", (), _one("metered")),
+    Figure("requests_not_metered", "Requests that became no event.",
+            ("policy", "reason"), _not_metered),
+    Figure("requests_remarked", "Requests billed by a body that says several things.",
+            ("remark",), _by_reason("remarks")),
+    Figure("events", "Events made of requests.", (), _one("events")),
+    Figure("events_delivered", "Events that OpenMeter took.", (), _one("delivered")),
+    Figure("events_dropped", "Events and meters that were lost.", ("reason",),
+            _by_reason("dropped")),
+    Figure("events_dead_lettered", "Events that OpenMeter refuses for good.", (),
+            _one("dead_lettered")),
+    Figure("events_unspooled", "Events that the spool could not take.", (),
+            _one("unspooled")),
+    Figure("delivery_retries", "Attempts after the first one of a batch.", (),
+            _one("retries")),
+    Figure("delivery_ambiguous", "Attempts without an answer that may have arrived.",
+            (), _one("ambiguous")),
+    Figure("entitlement_decisions", "Decisions by where the answer came from.",
+            ("result", "source"), _decisions),
+    Figure("entitlement_denials", "Features denied, or let through all the same.",
+            ("result", "reason"), _denials),
+)  # fmt: skip
+GAUGES = (
+    Figure("queue_events", "Events that wait for delivery.", (), _one("waiting")),
+    Figure("queue_bytes", "The size of what waits.", (), _one("waiting_bytes")),
+    Figure("queue_oldest_age_seconds", "The age of the oldest event that waits.", (),
+            age),
+)  # fmt: skip
+HISTOGRAMS = {
+    "delivery_seconds": "How old the oldest event of a batch was on its delivery.",
+    "attempt_seconds": "How long OpenMeter took for an attempt.",
+}
+
+
+class OpenMeterCollector(Collector):
+    """The counts of the process that is asked, at the moment when it is."""
+
+    def __init__(self, middleware: OpenMeterMiddleware, prefix: str) -> None:
+        self._middleware = middleware
+        self._prefix = prefix
+
+    def describe(self) -> Iterable[Metric]:
+        """Return the names, without looking anything up."""
+        for figure in COUNTERS:
+            yield CounterMetricFamily(self._name(figure.name), figure.help)
+        for figure in GAUGES:
+            yield GaugeMetricFamily(self._name(figure.name), figure.help)
+        for name, text in HISTOGRAMS.items():
+            yield HistogramMetricFamily(self._name(name), text)
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the figures of this moment."""
+        stats = self._middleware.stats()
+        kinds: Any = ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES))
+        for kind, figures in kinds:
+            for figure in figures:
+                family = kind(
+                    self._name(figure.name), figure.help, labels=figure.labels
+                )
+                for labels, value in figure.read(stats).items():
+                    family.add_metric(labels, value)
+                yield family
+        for name, text in HISTOGRAMS.items():
+            yield _histogram(self._name(name), text, getattr(stats, name))
+
+    def _name(self, name: str) -> str:
+        return f"{self._prefix}_{name}"
+
+
+def _histogram(name: str, text: str, durations: Durations) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text)
+    so_far = 0
+    buckets = []
+    for bound, n in zip((*BOUNDS, float("inf")), durations.counts, strict=True):
+        so_far += n
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), so_far))
+    family.add_metric((), buckets, durations.seconds)
+    return family
+
+
+class ProcessMetrics:
+    """prometheus_client's own metrics, which keep their values in its directory."""
+
+    def __init__(
+        self, registry: CollectorRegistry, prefix: str, *, in_spool: bool
+    ) -> None:
+        # All processes see one spool; of their own memory each sees another.
+        mode: Any = "livemax" if in_spool else "livesum"
+        self.counters = [
+            Counter(f"{prefix}_{f.name}", f.help, f.labels, registry=registry)
+            for f in COUNTERS
+        ]
+        self.gauges = [
+            Gauge(
+                f"{prefix}_{f.name}",
+                f.help,
+                f.labels,
+                registry=registry,
+                multiprocess_mode="livemax" if f.read is age else mode,
+            )
+            for f in GAUGES
+        ]
+        self.histograms = {
+            name: Histogram(f"{prefix}_{name}", text, registry=registry, buckets=BOUNDS)
+            for name, text in HISTOGRAMS.items()
+        }
+
+
+class _Publisher:
+    """Writes the counts of one process into prometheus_client's metrics."""
+
+    def __init__(self, process: Process, metrics: ProcessMetrics) -> None:
+        self._process = process
+        self._metrics = metrics
+        self._written: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._writing = threading.Lock()
+
+    def publish(self) -> None:
+        """Write what has changed. Any thread."""
+        if not self._process.guard.fits():
+            return
+        with self._writing:
+            stats = self._process.stats()
+            for figure, counter in zip(COUNTERS, self._metrics.counters, strict=True):
+                for labels, value in figure.read(stats).items():
+                    self._add(counter, figure.name, labels, value)
+            for figure, gauge in zip(GAUGES, self._metrics.gauges, strict=True):
+                gauge.set(figure.read(stats)[()])
+            for name, histogram in self._metrics.histograms.items():
+                for seconds in getattr(self._process.counts, name).fetch_recent():
+                    histogram.observe(seconds)
+
+    def run(self, interval: float) -> None:
+        """Write every so many seconds. The thread's body."""
+        while True:
+            time.sleep(interval)
+            try:
+                self.publish()
+            except Exception:
+                logger.exception("%s: could not be written; tried again in %.0f s",
+                                 "metrics", interval)  # fmt: skip
+
+    def _add(
+        self, counter: Counter, name: str, labels: tuple[str, ...], value: float
+    ) -> None:
+        before = self._written.get((name, labels), 0.0)
+        if value > before:
+            (counter.labels(*labels) if labels else counter).inc(value - before)
+            self._written[name, labels] = value
+
+
+def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
+    """Write from now on what *process* counts, until its process ends."""
+    publisher = _Publisher(process, metrics)
+    publisher.publish()
+    # Before the exit hook of the delivery, and so run after it.
+    atexit.register(publisher.publish)
+    thread = threading.Thread(
+        target=publisher.run,
+        args=(interval,),
+        name="openmeter_wsgi.metrics",
+        daemon=True,
+    )
+    try:
+        thread.start()
+    except RuntimeError as error:
+        logger.error("%s: metrics are written at the exit of this process only", error)
+
+
+def export_metrics(
+    middleware: OpenMeterMiddleware,
+    *,
+    registry: CollectorRegistry = REGISTRY,
+    prefix: str = "openmeter_wsgi",
+    interval: float = 5.0,
+) -> None:
+    """Let Prometheus see what *middleware* counts, of all of its processes.
+
+    :param prefix: another one for each further middleware of the same process.
+    :param interval: seconds between two writes, in multi-process mode.
+    :raises ValueError: if there are metrics of this name.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        in_spool = middleware.policy.spool_dir is not None
+        metrics = ProcessMetrics(registry, prefix, in_spool=in_spool)
+        middleware.on_first_request(lambda process: begin(process, metrics, interval))
+    else:
+        registry.register(OpenMeterCollector(middleware, prefix))

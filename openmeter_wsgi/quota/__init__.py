@@ -1,0 +1,1 @@
+"""Quotas that hold between two answers of OpenMeter."""

@@ -1,0 +1,407 @@
+"""A store in Redis, for many hosts: the scripts in Lua and their client.
+
+The rules are those of `tables`. Every script gets the keys of one hash tag:
+
+====  ======================================================================
+1     hash: the store's name; the token bucket
+2     sorted set: lessees, by the time at which their leases end
+3     hash: the origin of each lessee
+4     hash: the watermarks of each origin, as JSON: [[at, until], ...]
+5     hash: when each origin was heard of last
+====  ======================================================================
+
+and makes those of accounts and leases from a prefix of the same tag. Numbers travel
+as text, written with 17 digits: Lua's own conversion would keep 14.
+
+All its keys have one hash tag, so a cluster keeps them on one node. Times are those of
+the hosts: their clocks must agree within the visibility lag.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from openmeter_wsgi.quota.store import PATIENCE, ROUNDING, Lease, StoreAway
+from openmeter_wsgi.quota.tables import KEPT_ACCOUNTS, KEPT_WATERMARKS, WATERMARKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from openmeter_wsgi.quota.store import Lessee, Request
+
+
+_COMMON = """
+local names, lessees, origins, watermarks, heard = unpack(KEYS)
+local prefix = ARGV[1]
+local now = tonumber(ARGV[2])
+
+local function text(number)
+  if number == math.huge then return "inf" end
+  if number == -math.huge then return "-inf" end
+  return string.format("%.17g", number)
+end
+
+local function number(value, default)
+  if not value then return default end
+  if value == "inf" then return math.huge end
+  if value == "-inf" then return -math.huge end
+  return tonumber(value)
+end
+
+local function account_of(key) return prefix .. "account:" .. key end
+local function spent_of(key) return prefix .. "spent:" .. key end
+local function leases_of(key) return prefix .. "leases:" .. key end
+local function keys_of(lessee) return prefix .. "lessee:" .. lessee end
+
+local function add(hash, field, amount)
+  local sum = number(redis.call("HGET", hash, field), 0) + amount
+  redis.call("HSET", hash, field, text(sum))
+end
+
+local function keep(key, kept)
+  for _, name in ipairs({account_of(key), spent_of(key), leases_of(key)}) do
+    redis.call("EXPIRE", name, kept)
+  end
+end
+"""
+
+#: prefix, now, kept, lessee, origin, alive until, silence, a name, rounding, JSON of
+#: {key, held, wanted or false, spent: [[second, amount]], answer or false: [balance,
+#: asked at, seen at]}, all numbers as text. Returns granted ("" if refused),
+#: available, room, the store's name.
+EXCHANGE = (
+    _COMMON
+    + """
+local kept, lessee, origin = ARGV[3], ARGV[4], ARGV[5]
+local alive_until, silence, rounding = ARGV[6], number(ARGV[7]), number(ARGV[9])
+redis.call("HSETNX", names, "store", ARGV[8])
+if redis.call("ZADD", lessees, alive_until, lessee) == 1 and origin == lessee then
+  redis.call("HDEL", watermarks, origin)  -- it had been given up, and is back
+end
+redis.call("HSET", origins, lessee, origin)
+redis.call("HSETNX", heard, origin, text(now))
+local count = redis.call("ZCARD", lessees)
+local store = redis.call("HGET", names, "store")
+
+local function delivered_until(whose, moment)
+  local known = number(redis.call("HGET", heard, whose), 0)
+  if now - known > silence then return math.huge end
+  local until_ = -math.huge
+  local marks = redis.call("HGET", watermarks, whose)
+  for _, mark in ipairs(marks and cjson.decode(marks) or {}) do
+    if number(mark[1]) <= moment then until_ = number(mark[2]) end
+  end
+  return until_
+end
+
+local function cover(key, seen_at)
+  local rest, untils = 0, {}
+  local spent = redis.call("HGETALL", spent_of(key))
+  for i = 1, #spent, 2 do
+    local second, whose = string.match(spent[i], "^(-?%d+):(.*)$")
+    untils[whose] = untils[whose] or delivered_until(whose, seen_at)
+    if tonumber(second) + 1 <= untils[whose] then
+      redis.call("HDEL", spent_of(key), spent[i])
+    else
+      rest = rest + number(spent[i + 1])
+    end
+  end
+  local leased = 0
+  for _, amount in ipairs(redis.call("HVALS", leases_of(key))) do
+    leased = leased + number(amount)
+  end
+  return rest, leased
+end
+
+local function left(balance, spent, leased, wanted)
+  local rest = balance - spent - leased
+  if rest == math.huge or rest == -math.huge then return rest end
+  for _, exact in ipairs({0, wanted or 0}) do
+    if math.abs(rest - exact) <= rounding * math.abs(balance) then return exact end
+  end
+  return rest
+end
+
+local function grant(available, wanted)
+  if not wanted then return 0 end
+  if available <= 0 or available < wanted then return false end
+  if available == math.huge then return wanted end
+  local share = available / (4 * count + 4)
+  if wanted > 0 then share = math.floor(share / wanted) * wanted end
+  return math.min(math.max(share, wanted), available)
+end
+
+local answers = {}
+for i = 10, #ARGV do
+  local request = cjson.decode(ARGV[i])
+  local key = request.key
+  local account = account_of(key)
+  local known = redis.call("HMGET", account, "balance", "asked_at", "spent", "leased")
+  local balance, asked_at = number(known[1], math.huge), number(known[2], -math.huge)
+  local spent, leased = number(known[3], 0), number(known[4], 0)
+  local held = number(request.held)
+  local wanted = request.wanted and number(request.wanted)
+  for _, bucket in ipairs(request.spent) do
+    local amount = number(bucket[2])
+    add(spent_of(key), bucket[1] .. ":" .. origin, amount)
+    spent = spent + amount
+  end
+  local answer = request.answer
+  if answer and (number(answer[2]) > asked_at or asked_at > now + 1) then
+    balance, asked_at = number(answer[1]), number(answer[2])
+    spent, leased = cover(key, number(answer[3]))
+  end
+  leased = leased + held - number(redis.call("HGET", leases_of(key), lessee), 0)
+  local available = left(balance, spent, leased, wanted)
+  local granted = grant(available, wanted)
+  local lease = held + (granted or 0)
+  if lease ~= 0 then
+    redis.call("HSET", leases_of(key), lessee, text(lease))
+    redis.call("SADD", keys_of(lessee), key)
+  else
+    redis.call("HDEL", leases_of(key), lessee)
+    redis.call("SREM", keys_of(lessee), key)
+  end
+  redis.call("EXPIRE", keys_of(lessee), kept)
+  redis.call("HSET", account, "balance", text(balance), "asked_at", text(asked_at),
+    "spent", text(spent), "leased", text(leased + (granted or 0)))
+  keep(key, kept)
+  answers[#answers + 1] = {
+    granted and text(granted) or "", text(available),
+    text(left(balance, spent, 0, wanted)), store,
+  }
+end
+return answers
+"""
+)
+
+#: prefix, now, origin, until, kept, interval
+PUBLISH = (
+    _COMMON
+    + """
+local origin, until_, kept, interval = ARGV[3], ARGV[4], number(ARGV[5]), ARGV[6]
+redis.call("HSET", heard, origin, text(now))
+local known = redis.call("HGET", watermarks, origin)
+local marks, newest, base = {}, nil, nil
+for _, mark in ipairs(known and cjson.decode(known) or {}) do
+  local at = number(mark[1])
+  if at < now - kept then
+    base = mark  -- the newest of the old ones still says something
+  elseif at <= now + 1 then
+    if base then marks[#marks + 1] = base; base = nil end
+    marks[#marks + 1] = mark
+  end
+end
+if base then marks[#marks + 1] = base end
+newest = marks[#marks]
+if not newest or (number(until_) > number(newest[2])
+    and now >= number(newest[1]) + number(interval)) then
+  marks[#marks + 1] = {text(now), until_}
+end
+redis.call("HSET", watermarks, origin, cjson.encode(marks))
+"""
+)
+
+#: prefix, now, kept, lessee, alive until, lessee to bury or ""
+#: Buries that one, or else all whose time is up; returns how many.
+LOOK = (
+    _COMMON
+    + """
+local kept, lessee, alive_until, wanted = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local dead = {wanted}
+if wanted == "" then
+  if redis.call("HEXISTS", origins, lessee) == 1 then
+    redis.call("ZADD", lessees, alive_until, lessee)
+  end
+  dead = redis.call("ZRANGEBYSCORE", lessees, "-inf", "(" .. text(now))
+end
+for _, who in ipairs(dead) do
+  local origin = redis.call("HGET", origins, who) or who
+  for _, key in ipairs(redis.call("SMEMBERS", keys_of(who))) do
+    local amount = number(redis.call("HGET", leases_of(key), who), 0)
+    add(spent_of(key), text(math.floor(now)) .. ":" .. origin, amount)
+    if redis.call("EXISTS", account_of(key)) == 1 then
+      add(account_of(key), "spent", amount)
+      add(account_of(key), "leased", -amount)
+    end
+    redis.call("HDEL", leases_of(key), who)
+    keep(key, kept)
+  end
+  redis.call("DEL", keys_of(who))
+  redis.call("ZREM", lessees, who)
+  redis.call("HDEL", origins, who)
+  if origin == who then  -- what it had not delivered will never come
+    redis.call("HSET", heard, origin, text(now))
+    redis.call("HSET", watermarks, origin, cjson.encode({{text(now), "inf"}}))
+  end
+end
+return #dead
+"""
+)
+
+#: prefix, now, silence: forget origins of which nothing was heard for long.
+PRUNE = (
+    _COMMON
+    + """
+local known = redis.call("HGETALL", heard)
+for i = 1, #known, 2 do
+  if now - number(known[i + 1]) > 2 * number(ARGV[3]) then
+    redis.call("HDEL", heard, known[i])
+    redis.call("HDEL", watermarks, known[i])
+  end
+end
+"""
+)
+
+#: prefix, now, rate, reserve. Returns the seconds to wait, 0 if a token was taken.
+QUESTION = (
+    _COMMON
+    + """
+local rate, reserve = number(ARGV[3]), number(ARGV[4])
+local full = math.max(rate, 1)
+local tokens = number(redis.call("HGET", names, "tokens"), full)
+local at = number(redis.call("HGET", names, "at"), now)
+tokens = math.min(tokens + math.max(now - at, 0) * rate, full)
+reserve = math.max(math.min(reserve, full - 1), 0)
+local wait = (1 + reserve - tokens) / rate
+if wait <= 1e-6 then
+  wait = 0
+  tokens = tokens - 1
+end
+redis.call("HSET", names, "tokens", text(tokens), "at", text(now))
+return text(wait)
+"""
+)
+
+#: A lessee that was not heard of for so many seconds is dead.
+LIFETIME = 30.0
+#: An origin that was not heard of for so many is gone, and its spool with it: nobody
+#: else would ever say that what was settled there is delivered.
+SILENCE = 3_600.0
+_PREFIX = "{openmeter_wsgi}:"
+_KEYS = ("names", "lessees", "origins", "watermarks", "heard")
+_PRUNE_INTERVAL = 600.0
+
+
+class RedisStore:
+    """The ledger of all hosts that use one Redis. *clock* is for questions alone."""
+
+    #: Each host has its spool; there is none beside Redis.
+    origin = None
+    returns = 0
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        self._url = url
+        self._clock = clock
+        self._pruned_at = 0.0
+        self._connect()
+
+    def __str__(self) -> str:
+        """Return where it is, without any password."""
+        at = self._redis.connection_pool.connection_kwargs
+        return f"Redis at {at.get('path') or at.get('host')}:{at.get('port', '')}"
+
+    def _connect(self) -> None:
+        self._pid = os.getpid()
+        self._redis = redis.Redis.from_url(
+            self._url,
+            socket_timeout=PATIENCE,
+            socket_connect_timeout=PATIENCE,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+        )
+        self._scripts = {
+            text: self._redis.register_script(text)
+            for text in (
+                EXCHANGE,
+                PUBLISH,
+                LOOK,
+                PRUNE,
+                QUESTION,
+            )
+        }
+
+    def exchange(
+        self, lessee: Lessee, requests: Sequence[Request], now: float
+    ) -> list[Lease]:
+        """Hand in what was spent and take new leases: one script."""
+        answers = self._run(
+            EXCHANGE,
+            now,
+            int(KEPT_ACCOUNTS),
+            *(lessee.token, lessee.origin, now + LIFETIME, SILENCE),
+            *(secrets.token_hex(12), ROUNDING),
+            *map(_document, requests),
+        )
+        return [
+            Lease(float(granted) if granted else None, float(left), float(room), store)
+            for granted, left, room, store in answers
+        ]
+
+    def publish(self, lessee: Lessee, until: float, now: float) -> None:
+        """Write a watermark of the lessee's origin."""
+        limits = KEPT_WATERMARKS, WATERMARKS
+        self._run(PUBLISH, now, lessee.origin, until, *limits)
+
+    def look(self, lessee: Lessee, now: float) -> bool:
+        """Renew the lease, bury the dead, and say whether there were any."""
+        if not 0 <= now - self._pruned_at < _PRUNE_INTERVAL:
+            self._run(PRUNE, now, SILENCE)
+            self._pruned_at = now
+        return bool(self._bury(lessee, now, ""))
+
+    def leave(self, lessee: Lessee, now: float) -> None:
+        """Give up what the lessee has; a lease it still holds counts as spent."""
+        self._bury(lessee, now, lessee.token)
+
+    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+        """Take a token of the bucket."""
+        return float(self._run(QUESTION, self._clock(), rate, reserve))
+
+    def close(self) -> None:
+        """Close all connections."""
+        if os.getpid() == self._pid:
+            self._redis.close()
+
+    def _bury(self, lessee: Lessee, now: float, whom: str) -> int:
+        return int(
+            self._run(
+                LOOK,
+                now,
+                int(KEPT_ACCOUNTS),
+                *(lessee.token, now + LIFETIME, whom),
+            )
+        )
+
+    def _run(self, script: str, now: float, *arguments: float | str) -> Any:
+        if os.getpid() != self._pid:
+            self._connect()  # the sockets are the parent's
+        try:
+            return self._scripts[script](
+                keys=[_PREFIX + name for name in _KEYS],
+                args=[_PREFIX, repr(now), *arguments],
+            )
+        except (redis.RedisError, OSError) as error:
+            raise StoreAway(f"{self}: {error}") from error
+
+
+def _document(request: Request) -> str:
+    """Return a request as JSON, its numbers as text that loses nothing."""
+    wanted, answer = request.wanted, request.answer
+    return json.dumps(
+        {
+            "key": request.key,
+            "held": repr(request.held),
+            "wanted": wanted is not None and repr(wanted),
+            "spent": [[str(s), repr(amount)] for s, amount in request.spent.items()],
+            "answer": answer is not None and [repr(float(part)) for part in answer],
+        }
+    )

@@ -1,0 +1,224 @@
+"""The tables of a ledger in SQL: each function is one step of a transaction."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.quota.store import (
+    Lease,
+    Lessee,
+    grant,
+    left,
+    refilled,
+    wait_for_question,
+)
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Mapping
+
+    from openmeter_wsgi.quota.store import Answer, Request
+
+#: Of this version is a file that holds these tables.
+VERSION = 1
+#: Watermarks are kept for so many seconds: an answer takes the one of its own time.
+KEPT_WATERMARKS = 600.0
+#: Accounts that nobody used for so many seconds are forgotten.
+KEPT_ACCOUNTS = 3_600.0
+#: Watermarks of one origin are at least so many seconds apart.
+WATERMARKS = 0.2
+#: The origin of all who share the spool beside this file.
+_HOST = "host"
+
+SCHEMA = (
+    "CREATE TABLE names (what TEXT PRIMARY KEY, name TEXT)",
+    "CREATE TABLE lessees (lessee TEXT PRIMARY KEY, origin TEXT)",
+    "CREATE TABLE watermarks (origin TEXT, at REAL, until REAL,"
+    " PRIMARY KEY (origin, at)) WITHOUT ROWID",
+    # spent and leased are sums over the next two tables, so that only an answer
+    # needs to go through them.
+    "CREATE TABLE accounts (key TEXT PRIMARY KEY, balance REAL, asked_at REAL,"
+    " spent REAL, leased REAL, used_at REAL)",
+    "CREATE TABLE spent (key TEXT, origin TEXT, second INTEGER, amount REAL,"
+    " PRIMARY KEY (key, origin, second)) WITHOUT ROWID",
+    "CREATE TABLE leases (key TEXT, lessee TEXT, amount REAL,"
+    " PRIMARY KEY (key, lessee)) WITHOUT ROWID",
+    "CREATE INDEX leases_of ON leases (lessee)",
+    "CREATE TABLE questions (id INTEGER PRIMARY KEY, tokens REAL, at REAL)",
+)
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Make the tables."""
+    for statement in SCHEMA:
+        db.execute(statement)
+    for what in ("store", "origin"):
+        db.execute("INSERT INTO names VALUES (?, ?)", (what, secrets.token_hex(12)))
+    db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def name(db: sqlite3.Connection, what: str) -> str:
+    """Return the random name of the ``"store"`` or of its ``"origin"``."""
+    (found,) = db.execute("SELECT name FROM names WHERE what = ?", (what,)).fetchone()
+    return str(found)
+
+
+def enter(db: sqlite3.Connection, lessee: Lessee) -> None:
+    """Write down that the lessee is there."""
+    row = (lessee.token, _origin(lessee))
+    entered = db.execute("INSERT OR IGNORE INTO lessees VALUES (?, ?)", row).rowcount
+    if entered and lessee.is_alone:  # it had been given up, and is back
+        db.execute("DELETE FROM watermarks WHERE origin = ?", (lessee.token,))
+
+
+def lessees(db: sqlite3.Connection) -> list[Lessee]:
+    """Return all that have entered and not left."""
+    rows = db.execute("SELECT lessee, origin FROM lessees").fetchall()
+    return [Lessee(token, origin) for token, origin in rows]
+
+
+def exchange(
+    db: sqlite3.Connection, lessee: Lessee, request: Request, now: float, store: str
+) -> Lease:
+    """Hand in and lend: see :meth:`Store.exchange`."""
+    key = request.key
+    row = db.execute(
+        "SELECT balance, asked_at, spent, leased FROM accounts WHERE key = ?", (key,)
+    ).fetchone()
+    balance, asked_at, spent, leased = row or (math.inf, -math.inf, 0.0, 0.0)
+    spent += _add_spent(db, key, _origin(lessee), request.spent)
+    answer = request.answer
+    # One from the future is of a clock that was put back since.
+    if answer and (answer.asked_at > asked_at or asked_at > now + 1):
+        balance, asked_at = answer.balance, answer.asked_at
+        spent, leased = _covered(db, key, answer)
+    leased += request.held - _leased(db, key, lessee.token)
+    (count,) = db.execute("SELECT COUNT(*) FROM lessees").fetchone()
+    available = left(balance, spent, leased, request.wanted)
+    granted = grant(available, request.wanted, count)
+    lent = granted or 0.0
+    _lease(db, key, lessee.token, request.held + lent)
+    db.execute(
+        "INSERT OR REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?)",
+        (key, balance, asked_at, spent, leased + lent, now),
+    )
+    return Lease(granted, available, left(balance, spent, 0.0, request.wanted), store)
+
+
+def publish(db: sqlite3.Connection, lessee: Lessee, until: float, now: float) -> None:
+    """Write a watermark down: see :meth:`Store.publish`."""
+    origin = _origin(lessee)
+    # Of a clock that was put back since.
+    db.execute("DELETE FROM watermarks WHERE origin = ? AND at > ?", (origin, now + 1))
+    newest = db.execute(
+        "SELECT at, until FROM watermarks WHERE origin = ? ORDER BY at DESC LIMIT 1",
+        (origin,),
+    ).fetchone()
+    if newest and (until <= newest[1] or now < newest[0] + WATERMARKS):
+        return
+    row = (origin, now, until)
+    db.execute("INSERT OR REPLACE INTO watermarks VALUES (?, ?, ?)", row)
+    # The newest of the old ones stays: it still says something.
+    db.execute(
+        "DELETE FROM watermarks WHERE origin = ?1 AND at < (SELECT MAX(at)"
+        " FROM watermarks WHERE origin = ?1 AND at < ?2)",
+        (origin, now - KEPT_WATERMARKS),
+    )
+
+
+def bury(db: sqlite3.Connection, lessee: Lessee, now: float) -> None:
+    """Count what a dead lessee had leased as spent now: nobody knows better."""
+    rows = db.execute(
+        "SELECT key, amount FROM leases WHERE lessee = ?", (lessee.token,)
+    ).fetchall()
+    for key, amount in rows:
+        _add_spent(db, key, _origin(lessee), {math.floor(now): amount})
+        db.execute(
+            "UPDATE accounts SET spent = spent + ?1, leased = leased - ?1"
+            " WHERE key = ?2",
+            (amount, key),
+        )
+    db.execute("DELETE FROM leases WHERE lessee = ?", (lessee.token,))
+    db.execute("DELETE FROM lessees WHERE lessee = ?", (lessee.token,))
+    if lessee.is_alone:  # what it had not delivered will never come
+        row = (lessee.origin, now, math.inf)
+        db.execute("INSERT OR REPLACE INTO watermarks VALUES (?, ?, ?)", row)
+
+
+def prune(db: sqlite3.Connection, now: float) -> None:
+    """Forget accounts that nobody uses, and origins of which nothing is left."""
+    old = "SELECT key FROM accounts WHERE used_at < ? AND leased <= 0"
+    for table in ("spent", "leases", "accounts"):
+        db.execute(
+            f"DELETE FROM {table} WHERE key IN ({old})",  # noqa: S608 - names of ours
+            (now - KEPT_ACCOUNTS,),
+        )
+    db.execute(
+        "DELETE FROM watermarks WHERE origin NOT IN (SELECT origin FROM spent)"
+        " AND origin NOT IN (SELECT origin FROM lessees)"
+    )
+
+
+def take_question(
+    db: sqlite3.Connection, rate: float, reserve: float, now: float
+) -> float:
+    """Take a token: see :meth:`Store.take_question`."""
+    row = db.execute("SELECT tokens, at FROM questions").fetchone()
+    tokens = refilled(row, rate, now)
+    wait = wait_for_question(tokens, rate, reserve)
+    if not wait:
+        tokens -= 1
+    db.execute("INSERT OR REPLACE INTO questions VALUES (1, ?, ?)", (tokens, now))
+    return wait
+
+
+def _origin(lessee: Lessee) -> str:
+    # The tables may be newer than the name that the spool had for this lessee.
+    return lessee.token if lessee.is_alone else _HOST
+
+
+def _add_spent(
+    db: sqlite3.Connection, key: str, origin: str, spent: Mapping[int, float]
+) -> float:
+    db.executemany(
+        "INSERT INTO spent VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+        " SET amount = amount + excluded.amount",
+        [(key, origin, second, amount) for second, amount in spent.items()],
+    )
+    return sum(spent.values())
+
+
+def _covered(db: sqlite3.Connection, key: str, answer: Answer) -> tuple[float, float]:
+    """Drop what the answer knows of; return what is left spent, and leased.
+
+    What counts is the watermark of the moment up to which the answer sees, not a
+    later one: what was delivered since is not in it.
+    """
+    db.execute(
+        "DELETE FROM spent WHERE key = ? AND second + 1 <= (SELECT until"
+        " FROM watermarks WHERE origin = spent.origin AND at <= ?"
+        " ORDER BY at DESC LIMIT 1)",
+        (key, answer.seen_at),
+    )
+    sums = []
+    for table in ("spent", "leases"):
+        query = f"SELECT TOTAL(amount) FROM {table} WHERE key = ?"  # noqa: S608
+        sums += db.execute(query, (key,)).fetchone()
+    return sums[0], sums[1]
+
+
+def _leased(db: sqlite3.Connection, key: str, lessee: str) -> float:
+    row = db.execute(
+        "SELECT amount FROM leases WHERE key = ? AND lessee = ?", (key, lessee)
+    ).fetchone()
+    return row[0] if row else 0.0
+
+
+def _lease(db: sqlite3.Connection, key: str, lessee: str, amount: float) -> None:
+    if amount:
+        row = (key, lessee, amount)
+        db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", row)
+    else:
+        db.execute("DELETE FROM leases WHERE key = ? AND lessee = ?", (key, lessee))
