@@ -21,7 +21,7 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.util.connection import create_connection
 
 from openmeter_wsgi.deadline import Deadline
-from openmeter_wsgi.errors import MAX_REASON, DeliveryError, Held, Unavailable
+from openmeter_wsgi.errors import MAX_REASON, DeliveryError, Misconfigured, Unavailable
 from openmeter_wsgi.log import clean
 from openmeter_wsgi.version import VERSION
 
@@ -57,11 +57,11 @@ class Reply(NamedTuple):
         return "html" in content_type or self.body.lstrip()[:1] == b"<"
 
 
-def failure(reply: Reply) -> Unavailable | Held:
+def delivery_error(reply: Reply) -> Unavailable | Misconfigured:
     """Return what an answer means that is not what was hoped for."""
     status, headers, body = reply
     if status < 300 and reply.is_page:
-        return Held("a web page instead of an OpenMeter server", status=status)
+        return Misconfigured("a web page instead of an OpenMeter server", status=status)
     said = reason(body)
     if status in _TRY_LATER or 500 <= status <= 599:
         return Unavailable(
@@ -74,7 +74,7 @@ def failure(reply: Reply) -> Unavailable | Held:
         )
     if 300 <= status <= 399:
         said = f"a redirect to {headers.get('Location')!r}, which is not followed"
-    return Held(said, status=status)
+    return Misconfigured(said, status=status)
 
 
 def reason(body: bytes) -> str:
@@ -267,12 +267,14 @@ class Connection:
             isinstance(error, ValueError) and not isinstance(error, OSError)
         ):
             # Ours was read before. What cannot be parsed would show its password.
-            return Held("the URL of the proxy cannot be parsed (see http_proxy, ...)")
+            return Misconfigured(
+                "the URL of the proxy cannot be parsed (see http_proxy, ...)"
+            )
         if not isinstance(error, requests.RequestException) or isinstance(
             error, requests.exceptions.SSLError | ValueError
         ):
             # What is no RequestException is a CA bundle that is not there.
-            return Held(f"cannot talk to {url}: {reason}")
+            return Misconfigured(f"cannot talk to {url}: {reason}")
         cause = error.args[0] if error.args else None
         cause = getattr(cause, "reason", cause)
         where = urlsplit(url).netloc.rpartition("@")[2]
@@ -319,13 +321,13 @@ class Connection:
         try:
             return self._key.current()
         except ValueError as error:
-            raise Held(str(error)) from error
+            raise Misconfigured(str(error)) from error
 
     def _renew_key(self) -> bool:
         try:
             return self._key.renew()
         except ValueError as error:
-            raise Held(str(error), status=401) from error
+            raise Misconfigured(str(error), status=401) from error
 
 
 class _Adapter(HTTPAdapter):

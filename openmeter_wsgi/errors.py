@@ -9,7 +9,7 @@
     │   └─ SpoolFull                 no room for another segment
     └─ DeliveryError                 one attempt to send; never leaves the sender
         ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
-        ├─ Held                      wrong key or address: kept until that is mended
+        ├─ Misconfigured             wrong key or address: kept until that is mended
         ├─ Expired                   in doubt for longer than the resend window
         ├─ Deposed                   another process has become the sender meanwhile
         └─ Rejected                  400, 413: something in this batch is refused
@@ -88,7 +88,7 @@ class Unavailable(DeliveryError):
     """OpenMeter could not be reached or could not answer: try again later."""
 
 
-class Held(DeliveryError):
+class Misconfigured(DeliveryError):
     """The answer speaks of the configuration, not of the events: keep them all."""
 
 

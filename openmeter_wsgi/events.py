@@ -30,7 +30,7 @@ from openmeter_wsgi.values import (
     is_finite,
     is_later,
     message_bytes,
-    rfc3339,
+    read_time,
     source_problem,
     text_problem,
     timestamp,
@@ -139,7 +139,7 @@ def _read_document(entry: Mapping[str, Any]) -> Meter:
     if "source" in given and (problem := source_problem(given["source"])):
         raise MeterValueError(f"meter {name!r}: source: {problem}")
     if "time" in given:
-        given["time"] = rfc3339(given["time"], f"meter {name!r}: time")
+        given["time"] = read_time(given["time"], f"meter {name!r}: time")
     data = encode_data(entry.get("data", {}), f"meter {name!r}: data")
     return Meter(name, data, **given)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import (
+    DeniedResponse,
     EntitlementDenied,
-    Refusal,
     telling_quota,
 )
 from openmeter_wsgi.exchange import ResponseCapture
@@ -260,14 +260,14 @@ def _prepare_spool(policy: Policy) -> None:
 
 def _refusal(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
-) -> Refusal | None:
+) -> DeniedResponse | None:
     """Return what answers in place of the application, None if it may."""
     if not billing.gate.passes(environ, request) and billing.must_ask(environ):
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:
             billing.refuse(environ)
             request.state = SETTLED
-            return Refusal(decision, billing.policy)
+            return DeniedResponse(decision, billing.policy)
     if billing.tells_quota and request.server_start is not None:
         request.server_start = telling_quota(request.decision, request.server_start)
     return None

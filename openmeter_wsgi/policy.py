@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, get_type_hints
 import msgspec
 
 from openmeter_wsgi import options as read
-from openmeter_wsgi import options as read_entitlement
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import Meter, Usage, number_meter
 from openmeter_wsgi.measures import (
@@ -269,12 +268,12 @@ class EntitlementOptions:
 
     #: The features that a request's customer must have access to, all of them.
     required_entitlements: tuple[str, ...] = dataclasses.field(
-        default=(), metadata={"read": read_entitlement.features}
+        default=(), metadata={"read": read.features}
     )
     #: From a subject to the key of its customer: a callable or a mapping. Default:
     #: the subject itself.
     customer: Callable[[str], str | None] | Mapping[str, str] | None = (
-        dataclasses.field(default=None, metadata={"read": read_entitlement.customer})
+        dataclasses.field(default=None, metadata={"read": read.customer})
     )
     #: What decides where OpenMeter does not answer and nothing is known: let through,
     #: answer 503, or go by the last known answer however old it is.
@@ -285,23 +284,23 @@ class EntitlementOptions:
     limit_status: Literal[429, 402, 403] = 429
     #: A callable on environ and decision; the WSGI application it returns answers.
     denied_response: Callable[[dict[str, Any], Any], Any] | None = dataclasses.field(
-        default=None, metadata={"read": read_entitlement.function}
+        default=None, metadata={"read": read.function}
     )
     #: Whether responses tell limit, remaining and reset in RateLimit headers.
     usage_headers: bool = False
     #: Features whose quota is counted down between two answers, and the meter types
     #: that they count (a list where both have the same name).
     entitlement_meters: Mapping[str, CountedMeter] = dataclasses.field(
-        default_factory=dict, metadata={"read": read_entitlement.counted_meters}
+        default_factory=dict, metadata={"read": read.counted_meters}
     )
     #: What a request sets apart when it begins, by feature, where the policy's own
     #: meters do not say it; or a callable on the environ that says so.
     reserve: Mapping[str, float] | Callable[[dict[str, Any]], Any] | None = (
-        dataclasses.field(default=None, metadata={"read": read_entitlement.reserved})
+        dataclasses.field(default=None, metadata={"read": read.reserved})
     )
     #: Where entitlements are asked for; default: ``api_url``.
     entitlements_url: str | None = dataclasses.field(
-        default=None, metadata={"read": read_entitlement.optional_url}
+        default=None, metadata={"read": read.optional_url}
     )
     #: Customers of v2 or v1, or the subjects of v1, which OpenMeter has deprecated and
     #: announced to remove.
@@ -324,7 +323,7 @@ class EntitlementOptions:
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     #: A Redis that hosts share, so that a quota holds across all of them.
     redis_url: str | None = dataclasses.field(
-        default=None, repr=False, metadata={"read": read_entitlement.redis_url}
+        default=None, repr=False, metadata={"read": read.redis_url}
     )
 
 

@@ -17,7 +17,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
-from openmeter_wsgi.entitlements.service import entitlements_of
+from openmeter_wsgi.entitlements.service import entitlement_service
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.stats import Counts, Stats
@@ -26,7 +26,7 @@ from openmeter_wsgi.threads import threads_are_greenlets
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from openmeter_wsgi.entitlements.service import Entitlements
+    from openmeter_wsgi.entitlements.service import EntitlementService
     from openmeter_wsgi.policy import Policy, StatusCodes
     from openmeter_wsgi.routes import Routes
 
@@ -172,7 +172,7 @@ class Process:
         counts: Counts | None = None,
         transport: Transport | None = None,
         ids: RequestIds | None = None,
-        entitlements: Entitlements | None = None,
+        entitlements: EntitlementService | None = None,
         watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
     ) -> None:
         #: Whether this process is the one that it belongs to.
@@ -181,7 +181,7 @@ class Process:
         self.ids = ids or RequestIds()
         #: What takes the events.
         self.transport = transport or _transport_of(policy, self.counts)
-        self.entitlements = entitlements or entitlements_of(
+        self.entitlements = entitlements or entitlement_service(
             policy, self.transport.delivered_until
         )
         self.watch = watch

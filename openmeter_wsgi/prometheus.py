@@ -88,7 +88,7 @@ def _denials(stats: Stats) -> Figures:
             for reason, n in reasons.items()}  # fmt: skip
 
 
-def age(stats: Stats) -> Figures:
+def seconds_since(stats: Stats) -> Figures:
     """Return for how many seconds the oldest event waits, 0 if none does."""
     return {(): max(time.time() - stats.oldest_at, 0.0) if stats.oldest_at else 0.0}
 
@@ -122,7 +122,7 @@ GAUGES = (
     Figure("queue_events", "Events that wait for delivery.", (), _one("waiting")),
     Figure("queue_bytes", "The size of what waits.", (), _one("waiting_bytes")),
     Figure("queue_oldest_age_seconds", "The age of the oldest event that waits.", (),
-            age),
+            seconds_since),
 )  # fmt: skip
 HISTOGRAMS = {
     "delivery_seconds": "How old the oldest event of a batch was on its delivery.",
@@ -194,7 +194,7 @@ class ProcessMetrics:
                 f.help,
                 f.labels,
                 registry=registry,
-                multiprocess_mode="livemax" if f.read is age else mode,
+                multiprocess_mode="livemax" if f.read is seconds_since else mode,
             )
             for f in GAUGES
         ]

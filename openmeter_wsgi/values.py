@@ -329,7 +329,7 @@ class Clock:
 clock = Clock()
 
 
-def go_by(now: Callable[[], float]) -> Callable[[], float]:
+def set_clock(now: Callable[[], float]) -> Callable[[], float]:
     """Let *now* say what time it is (seconds since 1970); return what did before."""
     before, clock.now = clock.now, now
     # Of another clock nobody knows how long a hundredth of a second takes.
@@ -376,7 +376,7 @@ def age_of(event: bytes) -> float:
     return 0.0 if moment is None else max(time.time() - moment, 0.0)
 
 
-def rfc3339(value: object, what: str) -> str:
+def read_time(value: object, what: str) -> str:
     """Return the point in time *value* as text.
 
     :raises MeterValueError: if it is no RFC 3339 text and no datetime, names no

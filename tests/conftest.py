@@ -11,7 +11,9 @@ from hypothesis import settings
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.log import RepeatFilter
+from openmeter_wsgi.sandbox import Sandbox
 from spooling import PATIENCE, begin_test, threads, until
+from test_sandbox_support import Api
 
 _FOREIGN = {
     "http_proxy", "https_proxy", "all_proxy", "no_proxy", "netrc",
@@ -74,6 +76,20 @@ def quick_path():
     room = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=room) as directory:
         yield Path(directory)
+
+
+@pytest.fixture
+def sandbox():
+    """A sandbox of the test's own."""
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def api(sandbox):
+    """A session of requests to that sandbox."""
+    with Api(sandbox.url) as api:
+        yield api
 
 
 @pytest.fixture

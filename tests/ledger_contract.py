@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from openmeter_wsgi.quota.account import Refusal, Reservation
+from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
 
 LAG = 5.0
@@ -58,7 +58,7 @@ class LedgerContract:
 
         taken = [account.reserve(1.0) for _ in range(3)]
         assert all(isinstance(one, Reservation) for one in taken)
-        assert account.reserve(1.0) == Refusal(held_back=True, available=0.0)
+        assert account.reserve(1.0) == NotReserved(held_back=True, available=0.0)
 
         for one in taken:
             one.settle(1.0)
@@ -130,14 +130,16 @@ class LedgerContract:
         account.answered(1.0, START)
         assert isinstance(account.reserve(0.0), Reservation)
         assert isinstance(account.reserve(1.0), Reservation)
-        assert account.reserve(0.0) == Refusal(held_back=True, available=0.0)
+        assert account.reserve(0.0) == NotReserved(held_back=True, available=0.0)
 
     @pytest.mark.parametrize("balance", [0.0, -5.0])
     def test_of_an_exhausted_balance_nothing_is_had(self, new_ledger, balance):
         account = new_ledger().account("acme")
         account.answered(balance, START)
         for amount in (0.0, 1.0):
-            assert account.reserve(amount) == Refusal(held_back=False, available=0.0)
+            assert account.reserve(amount) == NotReserved(
+                held_back=False, available=0.0
+            )
 
     def test_without_an_answer_nobody_is_refused(self, new_ledger):
         account = new_ledger().account("acme")
@@ -152,7 +154,7 @@ class LedgerContract:
             account.reserve(0.1).settle(0.1)
             clock.now += 1
             ledger.tend()
-        assert account.reserve(0.1) == Refusal(held_back=False, available=0.0)
+        assert account.reserve(0.1) == NotReserved(held_back=False, available=0.0)
 
     # -- Answers
 
@@ -172,7 +174,7 @@ class LedgerContract:
         account.answered(1_000.0, START + 1)
         assert isinstance(account.reserve(1.0), Reservation)
         account.answered(0.0, START + 2)
-        assert isinstance(account.reserve(1.0), Refusal)
+        assert isinstance(account.reserve(1.0), NotReserved)
 
     def test_an_answer_covers_what_was_delivered_and_visible(self, new_ledger, clock):
         ledger = new_ledger()
@@ -193,7 +195,7 @@ class LedgerContract:
         clock.now += LAG - 1
         ledger.tend()
         account.answered(10.0, clock.now)
-        assert account.reserve(7.0) == Refusal(held_back=False, available=6.0)
+        assert account.reserve(7.0) == NotReserved(held_back=False, available=6.0)
 
     def test_what_was_delivered_late_is_covered_late(self, new_ledger, clock):
         # An outage: spent at once, delivered only 60 seconds later.
@@ -208,7 +210,7 @@ class LedgerContract:
         clock.now += 1
         ledger.tend()
         account.answered(10.0, clock.now)  # delivered a second ago: not seen yet
-        assert isinstance(account.reserve(1.0), Refusal)
+        assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += LAG
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), Reservation)
@@ -252,7 +254,7 @@ class LedgerContract:
             account.reserve(1.0).settle(1.0)
         assert asked < 100
         for _ in range(100):  # "nothing left" is remembered
-            assert isinstance(account.reserve(1.0), Refusal)
+            assert isinstance(account.reserve(1.0), NotReserved)
         assert asked < 100
         ledger.close()
 
@@ -266,7 +268,7 @@ class LedgerContract:
         account.reserve(2.0).settle(2.0)
         ours.close()
         account = others.account("acme")
-        assert account.reserve(6.0) == Refusal(held_back=False, available=5.0)
+        assert account.reserve(6.0) == NotReserved(held_back=False, available=5.0)
 
     def test_the_dead_leave_what_they_held_as_spent(self, new_ledger, clock, crash):
         ours, others = new_ledger(), new_ledger()
@@ -298,7 +300,7 @@ class LedgerContract:
         clock.now += 1
         ours.tend()
         other = others.account("acme")
-        assert other.reserve(1.0) == Refusal(held_back=False, available=0.0)
+        assert other.reserve(1.0) == NotReserved(held_back=False, available=0.0)
         crash(ours)
         others.tend()
         clock.now += LAG + 1
@@ -314,7 +316,7 @@ class LedgerContract:
             account.reserve(1.0).settle(1.0)
         ours.tend()
         assert isinstance(others.account("a").reserve(99.0), Reservation)
-        assert isinstance(others.account("d").reserve(99.0), Refusal)
+        assert isinstance(others.account("d").reserve(99.0), NotReserved)
         assert ours.account("a") is not None
         assert ours.account("d") is account
 

@@ -21,7 +21,7 @@ from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool import files as directory
 from spool_support import COMMAND, days_ago, put
 from spool_support import event as spooled
-from test_sandbox_support import Api, event
+from test_sandbox_support import event
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +29,7 @@ def _hurried(monkeypatch):
     """The sandbox stores at once, so nothing need be waited for."""
     monkeypatch.setattr(check_server, "PAUSE", 0.01)
     monkeypatch.setattr(check_server, "GRACE", 0.01)
-    monkeypatch.setattr(check_server, "PATIENCE", 0.01)
-
-
-@pytest.fixture
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def api(sandbox):
-    with Api(sandbox.url) as api:
-        yield api
+    monkeypatch.setattr(check_server, "EVENT_PATIENCE", 0.01)
 
 
 def run(*arguments, **variables):

@@ -20,7 +20,6 @@ from openmeter_wsgi.cli.check import command
 from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool import files as directory
 from spool_support import event, put, shipping
-from test_sandbox_support import Api
 
 NOBODY = 65534
 
@@ -29,19 +28,7 @@ NOBODY = 65534
 def _hurried(monkeypatch):
     monkeypatch.setattr(check_server, "PAUSE", 0.01)
     monkeypatch.setattr(check_server, "GRACE", 0.01)
-    monkeypatch.setattr(check_server, "PATIENCE", 0.01)
-
-
-@pytest.fixture
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def api(sandbox):
-    with Api(sandbox.url) as api:
-        yield api
+    monkeypatch.setattr(check_server, "EVENT_PATIENCE", 0.01)
 
 
 @pytest.fixture

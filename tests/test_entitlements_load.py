@@ -22,7 +22,7 @@ import requests
 import overshoot
 from entitling import ask
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.quota.sqlite import NAME, SqliteStore
+from openmeter_wsgi.quota.sqlite import DATABASE_NAME, SqliteStore
 from openmeter_wsgi.quota.store import Lessee, Request, StoreAway
 from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
@@ -213,7 +213,7 @@ def test_a_request_after_close_works_as_before(
     assert statuses(app, 4) == {"200 OK": 4}
 
     app.close(20)
-    assert open_files(tmp_path / "spool" / NAME) == []
+    assert open_files(tmp_path / "spool" / DATABASE_NAME) == []
 
     assert statuses(app, 10) == {"200 OK": 6, "429 Too Many Requests": 4}
     assert sandbox.asked(kind="value_v2") == 1

@@ -437,11 +437,11 @@ def test_timestamps_are_the_clock_to_the_hundredth() -> None:
 
 def test_a_clock_that_is_set_back_is_believed() -> None:
     moments = iter([1_000_000_000.999, 1_000_000_000.5, 999_999_999.0])
-    before = values.go_by(lambda: next(moments))
+    before = values.set_clock(lambda: next(moments))
     try:
         texts = [values.timestamp() for _ in range(3)]
     finally:
-        values.go_by(before)
+        values.set_clock(before)
 
     assert texts == [
         "2001-09-09T01:46:40.99Z",

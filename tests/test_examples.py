@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from openmeter_wsgi.sandbox import Sandbox
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "flask_app.py"
 ACME = {"X-API-Key": "acme-key"}
 REQUEST = ("api-request", {"region": "eu"})
-
-
-@pytest.fixture
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ledger_contract import end
-from openmeter_wsgi.quota.account import Refusal, Reservation
+from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.sqlite import NAME, SqliteStore
+from openmeter_wsgi.quota.sqlite import DATABASE_NAME, SqliteStore
 from openmeter_wsgi.quota.store import PATIENCE
 from openmeter_wsgi.quota.stores import open_store
 from spooling import Process, until
@@ -30,7 +30,7 @@ HAMMER = """
 import json, random, sys, threading, time
 from urllib.request import urlopen
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.account import Refusal
+from openmeter_wsgi.quota.account import NotReserved
 from openmeter_wsgi.quota.stores import open_store
 
 directory, url, threads, lag = sys.argv[1:]
@@ -76,7 +76,7 @@ def work():
     global served
     while open_:
         outcome = account.reserve(1.0)
-        if isinstance(outcome, Refusal):
+        if isinstance(outcome, NotReserved):
             time.sleep(0.02)
             continue
         time.sleep(random.random() / 100)
@@ -234,13 +234,13 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
         ledger.tend()
         end(ledger)
         mine = new_ledger(tmp_path)
-        refused = isinstance(mine.account("acme").reserve(50.0), Refusal)
+        refused = isinstance(mine.account("acme").reserve(50.0), NotReserved)
         granted = isinstance(mine.account("acme").reserve(10.0), Reservation)
         mine.close()
         os._exit(0 if refused and granted else 1)
     assert os.waitpid(pid, 0)[1] == 0
     ledger.tend()
-    assert isinstance(account.reserve(31.0), Refusal)
+    assert isinstance(account.reserve(31.0), NotReserved)
     assert isinstance(account.reserve(30.0), Reservation)
     end(ledger)
 
@@ -282,7 +282,7 @@ def served(directory, times=3):
         assert isinstance(account.reserve(1.0), Reservation)
         ledger.tend()
         slowest = max(slowest, time.monotonic() - began)
-    assert isinstance(account.reserve(11.0 - times), Refusal)
+    assert isinstance(account.reserve(11.0 - times), NotReserved)
     end(ledger)
     return slowest
 
@@ -297,22 +297,22 @@ def served(directory, times=3):
     ids=["text", "zeros", "noise"],
 )
 def test_a_file_that_cannot_be_read_is_set_aside(tmp_path, content, caplog):
-    (tmp_path / NAME).write_bytes(content)
+    (tmp_path / DATABASE_NAME).write_bytes(content)
     served(tmp_path)
-    assert (tmp_path / f"{NAME}.unreadable").read_bytes()[:16] == content[:16]
+    assert (tmp_path / f"{DATABASE_NAME}.unreadable").read_bytes()[:16] == content[:16]
     assert "a new one is made" in caplog.text
-    with sqlite3.connect(tmp_path / NAME) as db:
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
 
 
 def test_a_file_of_another_version_is_set_aside(tmp_path):
-    with sqlite3.connect(tmp_path / NAME) as db:
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as db:
         db.execute("CREATE TABLE accounts (something TEXT)")
         db.execute("PRAGMA user_version = 77")
     db.close()
     served(tmp_path)
-    assert (tmp_path / f"{NAME}.unreadable").exists()
+    assert (tmp_path / f"{DATABASE_NAME}.unreadable").exists()
 
 
 def test_a_file_that_is_damaged_while_it_is_used_is_replaced(tmp_path, caplog):
@@ -321,12 +321,12 @@ def test_a_file_that_is_damaged_while_it_is_used_is_replaced(tmp_path, caplog):
     account.answered(100.0, time.time())
     account.reserve(50.0).settle(50.0)
     account.reserve(20.0).settle(20.0)
-    with sqlite3.connect(tmp_path / NAME) as db:
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as db:
         for table in ("accounts", "spent", "leases"):
             db.execute(f"DROP TABLE {table}")
     db.close()
     # What was spent here is told to the new one.
-    assert isinstance(account.reserve(31.0), Refusal)
+    assert isinstance(account.reserve(31.0), NotReserved)
     assert isinstance(account.reserve(30.0), Reservation)
     assert "a new one is made" in caplog.text
     end(ledger)
@@ -337,12 +337,12 @@ def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
     for ledger in (ours, others):
         ledger.account("acme").answered(100.0, time.time())
     ours.account("acme").reserve(50.0).settle(50.0)
-    for path in tmp_path.glob(f"{NAME}*"):
+    for path in tmp_path.glob(f"{DATABASE_NAME}*"):
         path.unlink()
     for ledger in (ours, others):
         ledger.tend()
     ours.account("acme").reserve(20.0).settle(20.0)
-    assert isinstance(others.account("acme").reserve(31.0), Refusal)
+    assert isinstance(others.account("acme").reserve(31.0), NotReserved)
     for ledger in (ours, others):
         end(ledger)
 
@@ -350,7 +350,7 @@ def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
 def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
     served(tmp_path)
     began = time.monotonic()
-    with Process(LOCKING, str(tmp_path / NAME)) as process:
+    with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
         assert process.line() == "locked"
         ledger = new_ledger(tmp_path)
         account = ledger.account("another")
@@ -375,7 +375,7 @@ def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):
 
 def test_a_place_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
     """For root, who may write to every directory, as well."""
-    (tmp_path / NAME).mkdir()
+    (tmp_path / DATABASE_NAME).mkdir()
     assert served(tmp_path) < LONG
     assert "may be overshot" in caplog.text
 
@@ -383,7 +383,7 @@ def test_a_place_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
 def test_the_file_is_for_its_owner_alone(tmp_path):
     ledger = new_ledger(tmp_path)
     ledger.account("acme").answered(1.0, time.time())
-    made = [path for path in tmp_path.iterdir() if path.name.startswith(NAME)]
+    made = [path for path in tmp_path.iterdir() if path.name.startswith(DATABASE_NAME)]
     assert {path.stat().st_mode & 0o777 for path in made} == {0o600}
     assert len(made) == 3
     end(ledger)
@@ -394,7 +394,7 @@ def test_a_key_may_hold_what_no_database_takes_as_text(tmp_path, caplog):
     account = ledger.account("a\0\udcff\n\U0001f600")
     account.answered(1.0, time.time())
     assert isinstance(account.reserve(1.0), Reservation)
-    assert isinstance(account.reserve(1.0), Refusal)
+    assert isinstance(account.reserve(1.0), NotReserved)
     assert not caplog.text
     end(ledger)
 
@@ -413,7 +413,7 @@ def test_long_gone_accounts_are_forgotten(tmp_path):
         now += 2 * 3_600
         ledger.account(name).answered(10.0, now)
         ledger.tend()
-    with sqlite3.connect(tmp_path / NAME) as db:
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as db:
         keys = {key for (key,) in db.execute("SELECT key FROM accounts")}
         assert keys == {"new", "newer"}
         assert db.execute("SELECT * FROM spent").fetchall() == []

@@ -10,7 +10,7 @@ from metrics_app import answer
 from openmeter_server import RESET, Answer, problem
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.sender import Outage
-from openmeter_wsgi.errors import Held, Unavailable
+from openmeter_wsgi.errors import Misconfigured, Unavailable
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_end_of_an_outage_is_told_with_its_length_and_what_follows(caplog):
 def test_the_end_of_one_vain_attempt_is_not_told(caplog):
     clock = Clock()
     trouble = Outage(clock=clock)
-    trouble.note(Held("no such key", status=401))
+    trouble.note(Misconfigured("no such key", status=401))
     clock.now = 1
 
     assert trouble.problem.code == "held"

@@ -4,15 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from openmeter_wsgi.sandbox import Sandbox
 from test_sandbox_page import HOSTILE
 from test_sandbox_support import Api, event
-
-
-@pytest.fixture
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
 
 
 @pytest.fixture

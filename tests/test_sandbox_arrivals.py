@@ -10,18 +10,6 @@ from test_sandbox_page import HOSTILE, OLD
 from test_sandbox_support import Api, event
 
 
-@pytest.fixture
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def api(sandbox):
-    with Api(sandbox.url) as api:
-        yield api
-
-
 def listed(api, **parameters):
     answer = api.get("/sandbox/api/arrivals", params=parameters)
     assert answer.status_code == 200, answer.text

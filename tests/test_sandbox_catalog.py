@@ -1,17 +1,8 @@
 import pytest
 
-from openmeter_wsgi.sandbox import Sandbox
-from test_sandbox_support import Api
-
 CUSTOMERS = "/api/v1/customers"
 FEATURES = "/api/v1/features"
 SUBJECTS = "/api/v1/subjects"
-
-
-@pytest.fixture
-def api():
-    with Sandbox() as sandbox, Api(sandbox.url) as api:
-        yield api
 
 
 def test_a_customer_is_found_by_id_and_key(api):

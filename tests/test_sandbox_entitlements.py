@@ -61,12 +61,6 @@ class Catalog:
 
 
 @pytest.fixture
-def api():
-    with Sandbox() as sandbox, Api(sandbox.url) as api:
-        yield api
-
-
-@pytest.fixture
 def catalog(api):
     return Catalog(api)
 

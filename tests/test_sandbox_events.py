@@ -8,12 +8,6 @@ from openmeter_wsgi.sandbox import Sandbox
 from test_sandbox_support import Api, event
 
 
-@pytest.fixture
-def api():
-    with Sandbox() as sandbox, Api(sandbox.url) as api:
-        yield api
-
-
 def at(**later) -> str:
     moment = datetime.now(UTC) + timedelta(**later)
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -2,14 +2,7 @@
 
 import pytest
 
-from openmeter_wsgi.sandbox import Sandbox
 from test_sandbox_support import Api, event
-
-
-@pytest.fixture
-def sandbox():
-    with Sandbox() as sandbox:
-        yield sandbox
 
 
 @pytest.fixture

@@ -21,12 +21,6 @@ V3 = "/api/v3/openmeter/events"
 KONNECT = "/v3/openmeter/events"
 
 
-@pytest.fixture
-def api():
-    with Sandbox() as sandbox, Api(sandbox.url) as api:
-        yield api
-
-
 def test_an_event_is_answered_with_204_and_nothing(api):
     answer = api.ingest(event())
 

@@ -3,17 +3,10 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.sandbox.usage import window_end, window_start
-from test_sandbox_support import Api, event
+from test_sandbox_support import event
 
 HOUR = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-
-
-@pytest.fixture
-def api():
-    with Sandbox() as sandbox, Api(sandbox.url) as api:
-        yield api
 
 
 def at(**later) -> str:

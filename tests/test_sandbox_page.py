@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 import openmeter_wsgi.sandbox
-from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.sandbox.app import is_allowed
-from test_sandbox_support import Api, event
+from test_sandbox_support import event
 
 PAGE = Path(openmeter_wsgi.sandbox.__file__).with_name("page")
 OLD = "2020-01-01T00:00:00Z"
@@ -22,12 +21,6 @@ HOSTILE = [
     "\u202egnp.exe",
     "__proto__",
 ]
-
-
-@pytest.fixture
-def api():
-    with Sandbox() as sandbox, Api(sandbox.url) as api:
-        yield api
 
 
 class Links(HTMLParser):

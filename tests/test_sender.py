@@ -15,7 +15,7 @@ from openmeter_wsgi.delivery.sender import (
     MAX_SERVER_ERRORS,
     Sender,
 )
-from openmeter_wsgi.errors import Held, Rejected, Unavailable
+from openmeter_wsgi.errors import Misconfigured, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.stats import Counts
 
@@ -24,7 +24,7 @@ BUSY = Unavailable("busy", status=503)
 BROKEN = Unavailable("broken", status=500, ambiguous=True)
 NO_GATEWAY = Unavailable("no gateway", status=502, ambiguous=True)
 TOO_MANY = Unavailable("slow down", status=429, retry_after=7.0)
-WRONG_KEY = Held("wrong key", status=401)
+WRONG_KEY = Misconfigured("wrong key", status=401)
 INVALID = Rejected("invalid", status=400)
 TOO_LARGE = Rejected("too large", status=413)
 

@@ -169,8 +169,8 @@ def test_an_age_is_counted_back_from_now():
 def test_windows_end_where_the_clocks_of_their_zone_say(window, start, stop):
     moment = datetime(2026, 10, 25, 0, 30, tzinfo=UTC).astimezone(BERLIN)
 
-    assert periods.rfc3339(periods.begin(moment, window)) == start
-    assert periods.rfc3339(periods.end(moment, window)) == stop
+    assert periods.time_text(periods.window_begin(moment, window)) == start
+    assert periods.time_text(periods.window_end(moment, window)) == stop
 
 
 @pytest.mark.parametrize(

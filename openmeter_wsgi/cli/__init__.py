@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import click
 
 
-class Command(NamedTuple):
+class Subcommand(NamedTuple):
     """Where a subcommand is written: imported only when it is called for."""
 
     #: The module that holds it as ``command``.
@@ -23,47 +23,47 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "check": Command(
+    "check": Subcommand(
         "openmeter_wsgi.cli.check",
         "cli",
         "Say whether usage would be billed, and right; and what to do if not.",
     ),
-    "send": Command(
+    "send": Subcommand(
         "openmeter_wsgi.cli.send",
         "cli",
         "Send an event, or those of a file.",
     ),
-    "tail": Command(
+    "tail": Subcommand(
         "openmeter_wsgi.cli.tail",
         "cli",
         "Print the events of a spool as applications on this host settle them.",
     ),
-    "usage": Command(
+    "usage": Subcommand(
         "openmeter_wsgi.cli.usage",
         "cli",
         "Print what the meters of the server have counted.",
     ),
-    "ship": Command(
+    "ship": Subcommand(
         "openmeter_wsgi.cli.ship",
         "cli",
         "Deliver a spool to OpenMeter, as a process of its own.",
     ),
-    "spool": Command(
+    "spool": Subcommand(
         "openmeter_wsgi.cli.spool",
         "cli",
         "Look into a spool, and put its dead letters in order.",
     ),
-    "import": Command(
+    "import": Subcommand(
         "openmeter_wsgi.cli.import_",
         "cli",
         "Print the configuration of another product as a file of options.",
     ),
-    "sandbox": Command(
+    "sandbox": Subcommand(
         "openmeter_wsgi.sandbox.command",
         "sandbox",
         "Serve OpenMeter's API on this machine, with a page that shows the usage.",
     ),
-    "completion": Command(
+    "completion": Subcommand(
         "openmeter_wsgi.cli.completion",
         "cli",
         "Print a script for the shell, to complete command lines.",
@@ -130,7 +130,7 @@ def _group() -> click.Group:
     return click.version_option(VERSION, message="%(version)s")(group)
 
 
-def _load(known: Command) -> click.Command:
+def _load(known: Subcommand) -> click.Command:
     try:
         command: click.Command = importlib.import_module(known.module).command
     except ModuleNotFoundError as missing:

@@ -11,7 +11,7 @@ import msgspec
 
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
 from openmeter_wsgi.cli.listing import Listing, NoAnswer
-from openmeter_wsgi.entitlements.client import QuestionClient
+from openmeter_wsgi.entitlements.client import EntitlementClient
 from openmeter_wsgi.errors import DeliveryError
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _needed(situation: Situation) -> list[str]:
 def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
     """Ask for a customer who does not exist, as a request would ask."""
     url = policy.entitlements_url or policy.api_url
-    client = QuestionClient(
+    client = EntitlementClient(
         url=url,
         path=policy.entitlements_path,
         key=policy.questions_key,
@@ -244,13 +244,13 @@ def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]
         client.close()
 
 
-def _ask(client: QuestionClient, features: list[str]) -> None:
+def _ask(client: EntitlementClient, features: list[str]) -> None:
     for answer in client.answers(MARK, features).values():
         if isinstance(answer, DeliveryError):
             raise answer
 
 
-def _look_at_lookups(client: QuestionClient, url: str) -> Iterator[Finding]:
+def _look_at_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
     """Look for the customer of a subject, as is done where no key is like it."""
     try:
         if client.can_look_up(MARK):

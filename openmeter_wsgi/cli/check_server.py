@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
-from openmeter_wsgi.cli.listing import NoAnswer, is_untrusted, short_reason
+from openmeter_wsgi.cli.listing import NoAnswer, error_text, is_untrusted
 from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import DeliveryError, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey
@@ -55,7 +55,7 @@ def explain(error: DeliveryError, policy: Policy) -> Iterator[Finding]:
 
 def _no_answer(error: DeliveryError, policy: Policy) -> Finding:
     url = policy.api_url
-    said = short_reason(error)
+    said = error_text(error)
     if (other := _other_scheme(url)) and _speaks(other, policy.request_timeout):
         scheme = urlsplit(url).scheme
         return failure(
@@ -75,7 +75,7 @@ def _reach(error: DeliveryError, policy: Policy) -> str:
             "with that of its authority"
         )
     host = urlsplit(policy.api_url).hostname
-    if "host is known" in short_reason(error):
+    if "host is known" in error_text(error):
         return f"set api_url to the address of the server: is {host!r} misspelt?"
     return "set api_url to the address of the server, and let this machine reach it"
 
@@ -221,23 +221,23 @@ def look_at_clock(situation: Situation) -> Iterator[Finding]:
 
 _EVENT = "event"
 #: An event is listed some seconds after it was taken; waited for is so long.
-PATIENCE = 30.0
+EVENT_PATIENCE = 30.0
 #: Seconds between two looks.
-INTERVAL = 0.5
+POLL_INTERVAL = 0.5
 
 
 def look_at_event(situation: Situation) -> Iterator[Finding]:
     """Find the marked event in OpenMeter's list, and read what is wrong with it."""
     assert situation.sent is not None  # noqa: S101 - the table says so
     try:
-        entries = listed(situation, situation.sent.id, PATIENCE)
+        entries = listed(situation, situation.sent.id, EVENT_PATIENCE)
     except NoAnswer as error:
         yield unanswered(_EVENT, error, "list events")
         return
     if not entries:
         yield warning(
             _EVENT,
-            f"taken, and not listed within {PATIENCE:.0f} s",
+            f"taken, and not listed within {EVENT_PATIENCE:.0f} s",
             "see whether the server's sink worker runs, which stores what was taken",
         )
         return
@@ -254,7 +254,7 @@ def listed(situation: Situation, event_id: str, patience: float) -> list[Any]:
     while not (entries := situation.listing.entries(event_id, source)):
         if time.monotonic() > deadline:
             break
-        situation.wait(INTERVAL, "Waiting for OpenMeter to list an event")
+        situation.wait(POLL_INTERVAL, "Waiting for OpenMeter to list an event")
     return entries
 
 
@@ -335,14 +335,14 @@ def _times_stored(situation: Situation, sent: Sent) -> int:
     situation.client.ingest([sent.encoded])
     # Listed after the repetition, whether that one is or not.
     after = situation.send()
-    if not listed(situation, after.id, PATIENCE):
+    if not listed(situation, after.id, EVENT_PATIENCE):
         return 0
     source = situation.policy.event_source
     deadline = time.monotonic() + GRACE
     while (times := len(situation.listing.entries(sent.id, source))) <= 1:
         if (left := deadline - time.monotonic()) <= 0:
             break
-        pause = min(left, INTERVAL)
+        pause = min(left, POLL_INTERVAL)
         situation.wait(pause, "Waiting whether a repeated event is stored")
     return times
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
 
 
-def short_reason(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return what is at the bottom of *error*, else what it says itself."""
     chain = list(_chain(error))
-    for said in map(_said, reversed(chain)):
+    for said in map(_text_of, reversed(chain)):
         if said is not None:
             return said
     return str(error) or type(error).__name__
@@ -48,7 +48,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [one for one in inner if isinstance(one, BaseException)]
 
 
-def _said(error: BaseException) -> str | None:
+def _text_of(error: BaseException) -> str | None:
     """Return what one link says, None where it only wraps another one."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
@@ -199,7 +199,7 @@ class Listing:
                 allow_redirects=False,
             )
         except (OSError, ValueError) as error:
-            raise NoAnswer(f"{self._url}{what}: {short_reason(error)}") from error
+            raise NoAnswer(f"{self._url}{what}: {error_text(error)}") from error
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         # Set always, or requests would look into a .netrc.

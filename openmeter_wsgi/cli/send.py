@@ -14,7 +14,7 @@ import msgspec
 from openmeter_wsgi.cli import old_events
 from openmeter_wsgi.cli.arguments import options_given, read_policy, server_options
 from openmeter_wsgi.cli.exits import ANSWER_IS_NO, exit_codes
-from openmeter_wsgi.cli.listing import short_reason
+from openmeter_wsgi.cli.listing import error_text
 from openmeter_wsgi.cli.old_events import is_old
 from openmeter_wsgi.cli.output import print_json, printable, progress
 from openmeter_wsgi.delivery.client import OpenMeterClient
@@ -103,7 +103,7 @@ def _check_attributes(document: Mapping[str, Any]) -> None:
         )
 
 
-class Flaw(NamedTuple):
+class InvalidLine(NamedTuple):
     """What is wrong with a line."""
 
     line: int
@@ -118,7 +118,7 @@ class CheckedEvents:
         self.count = 0
         #: How many of the valid ones are older than what Kafka keeps.
         self.old = 0
-        self.flaws: list[Flaw] = []
+        self.flaws: list[InvalidLine] = []
 
     def add(self, lines: Iterable[bytes], *, source: str, new_ids: bool) -> None:
         """Check *lines*; empty ones are passed over."""
@@ -129,7 +129,7 @@ class CheckedEvents:
             try:
                 event = encode_event(read_line(line), source=source, new_id=new_id)
             except InvalidEvent as error:
-                self.flaws.append(Flaw(number, str(error)))
+                self.flaws.append(InvalidLine(number, str(error)))
             else:
                 self._file.write(event + b"\n")
                 self.count += 1
@@ -145,7 +145,7 @@ class CheckedEvents:
 _FIRST_DELAY, _MAX_DELAY = 1.0, 30.0
 
 
-class Refusal(NamedTuple):
+class RejectedEvent(NamedTuple):
     """An event that OpenMeter does not take."""
 
     id: str
@@ -173,7 +173,7 @@ class Sending:
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.sent = 0
-        self.refused: list[Refusal] = []
+        self.refused: list[RejectedEvent] = []
         self._client = client
         self._batch_size = batch_size
         self._patience = patience
@@ -207,7 +207,9 @@ class Sending:
         except Rejected as error:
             if len(batch) == 1:
                 id_ = msgspec.json.decode(batch[0])["id"]
-                self.refused.append(Refusal(id_, f"{error.status}: {error.reason}"))
+                self.refused.append(
+                    RejectedEvent(id_, f"{error.status}: {error.reason}")
+                )
                 return
             middle = len(batch) // 2
             self._send(batch[:middle])
@@ -241,7 +243,7 @@ class Sending:
 
 def _told(error: DeliveryError) -> str:
     if error.status is None:
-        return f"OpenMeter does not answer: {short_reason(error)}"
+        return f"OpenMeter does not answer: {error_text(error)}"
     return f"OpenMeter answers {error.status}: {error.reason}"
 
 
@@ -340,7 +342,7 @@ class Outcome:
         self._events = events
         self._policy = policy
         self._sent = 0
-        self._refused: Sequence[Refusal] = ()
+        self._refused: Sequence[RejectedEvent] = ()
         self._error: str | None = None
         # So that a single event can be found, or sent again, by its id.
         self._ids = [_id(event) for event in events] if events.count == 1 else []

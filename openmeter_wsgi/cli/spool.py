@@ -27,7 +27,7 @@ from openmeter_wsgi.cli.output import (
     progress,
     size,
 )
-from openmeter_wsgi.cli.spool_reader import Census, DeadLetterFile, Letter, requeue
+from openmeter_wsgi.cli.spool_reader import DeadLetterFile, Letter, SpoolReader, requeue
 from openmeter_wsgi.errors import SpoolError
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from openmeter_wsgi.cli.spool_reader import Segment
+    from openmeter_wsgi.cli.spool_reader import SegmentState
     from openmeter_wsgi.policy import Policy
 
 
@@ -48,7 +48,7 @@ _COLUMNS = ("state", "id", "type", "subject", "time", "status", "reason")
 
 def print_status(directory: Path, *, as_json: bool) -> None:
     """Print the state of a spool."""
-    census = Census(directory)
+    census = SpoolReader(directory)
     told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
     letters = DeadLetterFile(directory).read()
     ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
@@ -123,7 +123,7 @@ def export(directory: Path, file: str, *, as_json: bool) -> None:
         )
 
 
-def _told(census: Census) -> Iterator[dict[str, Any]]:
+def _told(census: SpoolReader) -> Iterator[dict[str, Any]]:
     for segment in census.segments:
         waiting, oldest = 0, None
         for event in census.waiting(segment):
@@ -139,7 +139,7 @@ def _told(census: Census) -> Iterator[dict[str, Any]]:
         }
 
 
-def _age_of(event: bytes, segment: Segment) -> float:
+def _age_of(event: bytes, segment: SegmentState) -> float:
     said = name_of(msgspec.json.decode(event), "time") or ""
     try:
         moment = datetime.fromisoformat(said)
@@ -228,7 +228,7 @@ def _sender(pid: int | None) -> str:
 
 def _documents(directory: Path) -> Iterator[dict[str, Any]]:
     yield from _dead(directory)
-    census = Census(directory)
+    census = SpoolReader(directory)
     segments = progress(census.segments, "Reading segments", len(census.segments))
     for segment in segments:
         for event in census.waiting(segment):
@@ -398,7 +398,7 @@ def _questions(directory: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _unanswered(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for event in Census(directory).in_doubt():
+    for event in SpoolReader(directory).in_doubt():
         yield "in doubt", msgspec.json.decode(event)
     for letter in DeadLetterFile(directory).read():
         if letter.expired and letter.can_be_sent:

@@ -3,9 +3,9 @@
 A lock that is tried is held for a moment, and in that moment another asker would
 see a dead owner alive, or a worker would fail to be elected.
 
-A sender may append to their file at any moment, so it is never rewritten while
-there is one. What is put back or purged is first marked in a second file, which
-only these commands write; it is erased as soon as no sender is running.
+A sender may append to the dead letters at any moment, so their file is never
+rewritten while there is one. What is put back or purged is first marked in a second
+file, which only these commands write; it is erased as soon as no sender is running.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def holder(path: Path) -> int | None:
     return None if found[_TYPE] == fcntl.F_UNLCK else found[_PID]
 
 
-class Segment(NamedTuple):
+class SegmentState(NamedTuple):
     """One file of events, and what is known of its owner."""
 
     name: SegmentName
@@ -73,7 +73,7 @@ class Segment(NamedTuple):
     alive: bool
 
 
-class Census:
+class SpoolReader:
     """The segments of a directory at one moment, and how far they are delivered.
 
     The sender goes on meanwhile: what it delivers and deletes is simply not there.
@@ -91,7 +91,7 @@ class Census:
         """The process id of the sender, None if there is none."""
         return holder(self._directory / ELECTION)
 
-    def waiting(self, segment: Segment) -> Iterator[bytes]:
+    def waiting(self, segment: SegmentState) -> Iterator[bytes]:
         """Yield the events of a segment that are not delivered."""
         start = 0
         for low, high in self.progress.done.get(segment.name.key, []):
@@ -111,7 +111,7 @@ class Census:
         for doubt in self.progress.in_flight:
             yield from doubt.lines.items()
 
-    def _find(self) -> Iterator[Segment]:
+    def _find(self) -> Iterator[SegmentState]:
         names = [n for n in map(read_name, os.listdir(self._directory)) if n]
         alive = {
             owner: holder(self._directory / (owner + LOCK)) is not None
@@ -121,7 +121,7 @@ class Census:
             if (fd := self._open(name)) is not None:
                 size = os.fstat(fd).st_size
                 os.close(fd)
-                yield Segment(name, size, alive[name.owner])
+                yield SegmentState(name, size, alive[name.owner])
 
     def _open(self, name: SegmentName) -> int | None:
         for path in (name, name._replace(sealed=True)):
@@ -130,7 +130,7 @@ class Census:
         return None
 
     def _between(
-        self, segment: Segment, start: int, end: int | None
+        self, segment: SegmentState, start: int, end: int | None
     ) -> Iterator[bytes]:
         if (fd := self._open(segment.name)) is None:
             return

@@ -44,7 +44,7 @@ def read_moment(text: str, zone: tzinfo, now: datetime) -> datetime:
     return moment.astimezone(zone)
 
 
-def begin(moment: datetime, window: str) -> datetime:
+def window_begin(moment: datetime, window: str) -> datetime:
     """Return when the window began that *moment* lies in."""
     whole = moment.replace(second=0, microsecond=0)
     cut: dict[str, Callable[[], datetime]] = {
@@ -56,13 +56,13 @@ def begin(moment: datetime, window: str) -> datetime:
     return cut[window]()
 
 
-def end(moment: datetime, window: str) -> datetime:
+def window_end(moment: datetime, window: str) -> datetime:
     """Return when the window ends that *moment* lies in; itself, if it begins one."""
-    start = begin(moment, window)
+    start = window_begin(moment, window)
     if start == moment:
         return moment
     if window == "MONTH":
-        return begin(start + timedelta(days=32), window)
+        return window_begin(start + timedelta(days=32), window)
     if window == "DAY":
         return start + timedelta(days=1)
     size = timedelta(hours=1) if window == "HOUR" else timedelta(minutes=1)
@@ -70,7 +70,7 @@ def end(moment: datetime, window: str) -> datetime:
     return (start.astimezone(UTC) + size).astimezone(moment.tzinfo)
 
 
-def rfc3339(moment: datetime) -> str:
+def time_text(moment: datetime) -> str:
     """Return *moment* as OpenMeter reads it."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
@@ -181,9 +181,9 @@ def _query(
     query: dict[str, str | list[str]] = {}
     edge = window or "MINUTE"
     if start := _moment("--from", since, zone):
-        query["from"] = rfc3339(begin(start, edge))
+        query["from"] = time_text(window_begin(start, edge))
     if stop := _moment("--to", until, zone):
-        query["to"] = rfc3339(end(stop, edge))
+        query["to"] = time_text(window_end(stop, edge))
     if window:
         query |= {"windowSize": window, "windowTimeZone": str(zone)}
     if subjects:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.connection import Connection, failure, reason
+from openmeter_wsgi.connection import Connection, delivery_error, reason
 from openmeter_wsgi.errors import Rejected
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class OpenMeterClient:
         if reply.status in _REFUSED:
             raise Rejected(reason(reply.body), status=reply.status)
         if not 200 <= reply.status <= 299 or reply.is_page:
-            raise failure(reply)
+            raise delivery_error(reply)
 
     def close(self) -> None:
         """Close the connections. The next request opens new ones."""

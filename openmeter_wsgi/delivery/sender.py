@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch, shortened
 from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
-from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected, Unavailable
+from openmeter_wsgi.errors import (
+    DeliveryError,
+    Expired,
+    Misconfigured,
+    Rejected,
+    Unavailable,
+)
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.values import age_of
 
@@ -342,7 +348,7 @@ class Sender(Generic[_B]):
         self, batch: _Trial[_B], error: DeliveryError, delay: float
     ) -> None:
         answer = f"answered {error.status}" if error.status else "did not answer"
-        held = isinstance(error, Held)
+        held = isinstance(error, Misconfigured)
         logger.log(
             logging.ERROR if held else logging.WARNING,
             "OpenMeter %s (%s); %d events and all behind them are kept%s, next attempt "
@@ -377,7 +383,7 @@ class Outage:
 
     def note(self, error: DeliveryError, *, refused: bool = False) -> None:
         """Note an attempt that failed, or that all events are *refused*."""
-        code = "held" if isinstance(error, Held) else "unavailable"
+        code = "held" if isinstance(error, Misconfigured) else "unavailable"
         since = self._now.since if self._now else self._clock()
         self._now = _Now(since, "refused" if refused else code, answer_of(error))
 

@@ -15,7 +15,7 @@ from openmeter_wsgi.entitlements.decision import (
     Denial,
     Quota,
     denial_of,
-    reason_of,
+    denial_reason,
 )
 from openmeter_wsgi.request import OPTIONS
 
@@ -44,7 +44,7 @@ class Lifetimes(NamedTuple):
     max_stale: float
 
 
-class Known:
+class CachedAnswer:
     """One answer, and what follows from it. Any thread; nothing but `used` changes.
 
     Times are monotonic, in seconds.
@@ -94,7 +94,7 @@ class Known:
         )
 
 
-class KnownAnswers:
+class AnswerCache:
     """The known answers by feature and customer.
 
     Belongs to one process; any thread. Of each feature so many are kept, and of too
@@ -109,7 +109,7 @@ class KnownAnswers:
         #: Monotonic, in seconds.
         self.clock = clock
         #: Reading needs no lock; a dictionary never moves once it is here.
-        self._tables: dict[str, dict[str, Known]] = {}
+        self._tables: dict[str, dict[str, CachedAnswer]] = {}
         self._finders: dict[str, Callable[[str], Decision | None]] = {}
         #: When customers were forgotten: an answer to an older question is not kept.
         self._forgotten: dict[str, float] = {}
@@ -118,11 +118,11 @@ class KnownAnswers:
     def __len__(self) -> int:
         return sum(map(len, self._tables.values()))
 
-    def get(self, customer: str, feature: str) -> Known | None:
+    def get(self, customer: str, feature: str) -> CachedAnswer | None:
         """Return what is known, however old it is."""
         return self._table(feature).get(customer)
 
-    def finder(self, feature: str) -> Callable[[str], Known | None]:
+    def finder(self, feature: str) -> Callable[[str], CachedAnswer | None]:
         """Return what finds what is known of a customer, however old it is."""
         return self._table(feature).get
 
@@ -149,7 +149,7 @@ class KnownAnswers:
 
         return fresh
 
-    def put(self, customer: str, feature: str, known: Known) -> None:
+    def put(self, customer: str, feature: str, known: CachedAnswer) -> None:
         """Remember *known*, unless something newer is there."""
         table = self._table(feature)
         with self._changing:
@@ -177,13 +177,13 @@ class KnownAnswers:
                 if feature is None or name == feature:
                     table.pop(customer, None)
 
-    def _table(self, feature: str) -> dict[str, Known]:
+    def _table(self, feature: str) -> dict[str, CachedAnswer]:
         return self._tables.get(feature) or self._tables.setdefault(feature, {})
 
 
 def _denial(feature: str, answer: Answer, terms: Terms | None) -> Denial:
     period_end = terms.period_end if terms else None
-    is_limit = reason_of(answer) == "limit_reached"
+    is_limit = denial_reason(answer) == "limit_reached"
     return denial_of(feature, answer, retry_at=period_end if is_limit else None)
 
 
@@ -211,22 +211,22 @@ def _static_values(feature: str, answer: Answer) -> tuple[tuple[str, str], ...]:
 
 
 #: Says whether a request may pass, as far as that is known.
-Passes: TypeAlias = "Callable[[dict[str, Any], RequestRecord], bool]"
+AllowFromCache: TypeAlias = "Callable[[dict[str, Any], RequestRecord], bool]"
 
 
-def nothing_passes(_: dict[str, Any], __: RequestRecord) -> bool:
+def allow_nothing(_: dict[str, Any], __: RequestRecord) -> bool:
     """Let each request go the long way."""
     return False
 
 
-def passing(
-    known_of: Callable[[str], Known | None],
+def allow_from_cache(
+    known_of: Callable[[str], CachedAnswer | None],
     clock: Callable[[], float],
     *,
     find_subject: FindSubject,
     anonymous: str | None,
     counts: Counts,
-) -> Passes:
+) -> AllowFromCache:
     """Return what lets a request pass whose customer is known to have access.
 
     For one feature that is not counted down. *anonymous* is who has to have access

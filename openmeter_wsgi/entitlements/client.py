@@ -16,8 +16,8 @@ from urllib.parse import quote
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.connection import Connection, Reply, failure
-from openmeter_wsgi.errors import DeliveryError, Held
+from openmeter_wsgi.connection import Connection, Reply, delivery_error
+from openmeter_wsgi.errors import DeliveryError, Misconfigured
 from openmeter_wsgi.options import unaddressable
 from openmeter_wsgi.values import text_problem
 
@@ -129,7 +129,7 @@ UNKNOWN_CUSTOMER = Answer(known_customer=False)
 Answers: TypeAlias = "dict[str, Answer | DeliveryError]"
 
 
-class QuestionClient:
+class EntitlementClient:
     """Asks one OpenMeter server. Belongs to one thread at a time.
 
     :raises Unavailable: from each question, if there is no answer now.
@@ -228,13 +228,13 @@ def _entry(value: msgspec.Raw | None) -> Answer | DeliveryError:
         return NO_ACCESS
     try:
         return _parsed(value, Answer)  # type: ignore[no-any-return]
-    except Held as error:
+    except Misconfigured as error:
         return error
 
 
 def _decoded(reply: Reply, kind: type[Any]) -> Any:
     if reply.status != 200 or reply.is_page:
-        raise failure(reply)
+        raise delivery_error(reply)
     return _parsed(reply.body, kind)
 
 
@@ -242,7 +242,9 @@ def _parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Held(f"an answer that cannot be read: {error}", status=200) from None
+        raise Misconfigured(
+            f"an answer that cannot be read: {error}", status=200
+        ) from None
 
 
 def _detail(reply: Reply) -> str:
@@ -347,11 +349,11 @@ HasToken: TypeAlias = "Callable[[], bool]"
 #: Puts the question to OpenMeter and remembers the answer. Its first callable is
 #: called once, when the waiting requests need wait no longer.
 Answering: TypeAlias = (
-    "Callable[[QuestionClient, Question, Callable[[], None], HasToken], None]"
+    "Callable[[EntitlementClient, Question, Callable[[], None], HasToken], None]"
 )
 
 
-class Asks(Protocol):
+class Lookup(Protocol):
     """Puts questions to OpenMeter, or to what stands in for it. Any thread."""
 
     breaker: Breaker
@@ -369,7 +371,7 @@ class Asks(Protocol):
         """Close the connections that are idle."""
 
 
-class Asker:
+class BackgroundLookup:
     """Puts questions to OpenMeter, each in a thread that ends with it.
 
     Belongs to one process; any thread. There is no pool: questions are few, because
@@ -379,7 +381,7 @@ class Asker:
     def __init__(
         self,
         *,
-        new_client: Callable[[], QuestionClient],
+        new_client: Callable[[], EntitlementClient],
         answering: Answering,
         take_question: Callable[[float], float],
         timeout: float,
@@ -393,7 +395,7 @@ class Asker:
         self._timeout = timeout
         #: How many tokens a first sight leaves to customers that are known.
         self._reserve = reserve
-        self._clients: deque[QuestionClient] = deque()
+        self._clients: deque[EntitlementClient] = deque()
         self._under_way: dict[Question, threading.Event] = {}
         #: Until when not to ask what OpenMeter calls a mistake: for features, whoever
         #: the customer is, or for one customer.
@@ -541,7 +543,7 @@ class Asker:
         self,
         error: DeliveryError,
         question: Question,
-        client: QuestionClient,
+        client: EntitlementClient,
         has_token: HasToken,
     ) -> None:
         """Note a failure where it belongs: to one customer, to features, or to all."""
@@ -557,7 +559,7 @@ class Asker:
             self.breaker.failed()
 
     def _refusal_of_nobody(
-        self, features: tuple[str, ...], client: QuestionClient, has_token: HasToken
+        self, features: tuple[str, ...], client: EntitlementClient, has_token: HasToken
     ) -> DeliveryError | None:
         """Ask for a customer that does not exist; return the error, if there is one.
 
@@ -592,7 +594,7 @@ class Asker:
         if error.status == 429:
             return
         logger.log(
-            logging.ERROR if isinstance(error, Held) else logging.WARNING,
+            logging.ERROR if isinstance(error, Misconfigured) else logging.WARNING,
             "%s: OpenMeter does not say what %r may (status %s: %s); known answers "
             "hold for max_stale, then fail_mode decides",
             "entitlements", question.customer, error.status or "none", error.reason,

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from openmeter_wsgi.errors import DeliveryError, Held
+from openmeter_wsgi.errors import DeliveryError, Misconfigured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.cache import Lifetimes
     from openmeter_wsgi.entitlements.client import (
         Answers,
+        EntitlementClient,
         HasToken,
         Question,
-        QuestionClient,
     )
 
 #: A page has a hundred customers, and is a question.
@@ -96,7 +96,7 @@ class FoundCustomers:
 
 
 def answers_about(
-    client: QuestionClient,
+    client: EntitlementClient,
     question: Question,
     found: FoundCustomers,
     has_token: HasToken,
@@ -127,7 +127,7 @@ def answers_about(
 
 
 def _by_lookup(
-    client: QuestionClient,
+    client: EntitlementClient,
     question: Question,
     found: FoundCustomers,
     has_token: HasToken,
@@ -150,14 +150,14 @@ def _by_lookup(
             if has_token()
             else {}
         )
-    raise Held(
+    raise Misconfigured(
         f"more than {_MAX_PAGES} pages of customers have subjects that contain "
         f"{subject!r}; the option customer= can name the right one"
     )
 
 
 def _answers(
-    client: QuestionClient,
+    client: EntitlementClient,
     customer: str,
     features: tuple[str, ...],
     has_token: HasToken,

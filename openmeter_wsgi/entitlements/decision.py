@@ -23,7 +23,7 @@ Reason: TypeAlias = Literal[
 #: ``openmeter``: asked just now. ``cache``: a known answer. ``stale``: one that has
 #: outlived its time. ``countdown``: counted from a known balance. ``fail_mode``: there
 #: was no answer. ``request``: nothing had to be asked.
-Source: TypeAlias = Literal[
+DecisionSource: TypeAlias = Literal[
     "openmeter", "cache", "stale", "countdown", "fail_mode", "request"
 ]
 
@@ -60,7 +60,7 @@ class Decision(msgspec.Struct, frozen=True):
     #: What was denied. Not empty although allowed: the fail mode let it through.
     denied: tuple[Denial, ...] = ()
     #: Where it comes from.
-    source: Source = "openmeter"
+    source: DecisionSource = "openmeter"
     #: The monotonic time of the oldest answer in it.
     answered_at: float | None = None
     #: Of the feature of which least is left: what was granted, what remains, and the
@@ -108,14 +108,14 @@ class Quota(msgspec.Struct, frozen=True):
         return max(math.ceil(self.period_end - time.time()), 0)
 
 
-def unanswered(features: Iterable[str], fail_mode: FailMode) -> Decision:
+def undecided(features: Iterable[str], fail_mode: FailMode) -> Decision:
     """Return the decision where OpenMeter says nothing and nothing is known."""
     denied = tuple(Denial(feature, "unavailable") for feature in features)
     return Decision(fail_mode != "closed", denied, source="fail_mode")
 
 
 #: The source of which least can be said comes last.
-_SOURCES: tuple[Source, ...] = (
+_SOURCES: tuple[DecisionSource, ...] = (
     "request", "openmeter", "cache", "countdown", "stale", "fail_mode",
 )  # fmt: skip
 
@@ -146,7 +146,7 @@ def denial_of(
     """Return the denial of *feature*, for the reason that *answer* has or another."""
     return Denial(
         feature,
-        reason or reason_of(answer),
+        reason or denial_reason(answer),
         balance=answer.balance,
         usage=answer.usage,
         overage=answer.overage,
@@ -154,7 +154,7 @@ def denial_of(
     )
 
 
-def reason_of(answer: Answer) -> Reason:
+def denial_reason(answer: Answer) -> Reason:
     """Return why *answer* denies."""
     if not answer.known_customer:
         return "unknown_customer"

@@ -12,17 +12,17 @@ import msgspec
 from msgspec.structs import replace
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.cache import nothing_passes
-from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of, unanswered
+from openmeter_wsgi.entitlements.cache import allow_nothing
+from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of, undecided
 from openmeter_wsgi.options import amounts as read_amounts
-from openmeter_wsgi.quota.account import Refusal
+from openmeter_wsgi.quota.account import NotReserved
 from openmeter_wsgi.request import record_of, reservations_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 
-    from openmeter_wsgi.entitlements.cache import Known, Passes
-    from openmeter_wsgi.entitlements.service import Entitlements
+    from openmeter_wsgi.entitlements.cache import AllowFromCache, CachedAnswer
+    from openmeter_wsgi.entitlements.service import EntitlementService
     from openmeter_wsgi.events import Meter
     from openmeter_wsgi.options import CountedMeter
     from openmeter_wsgi.policy import Policy
@@ -53,9 +53,9 @@ class Amounts:
         #: What says how much is set apart for a request, if it is not always the same.
         self._reserve = policy.reserve if callable(policy.reserve) else None
         #: What is set apart for a request, by feature.
-        self.usual = {**self._used_by_static}
+        self.fast_paths = {**self._used_by_static}
         if policy.reserve is not None and self._reserve is None:
-            self.usual.update(policy.reserve)  # type: ignore[arg-type]
+            self.fast_paths.update(policy.reserve)  # type: ignore[arg-type]
 
     @property
     def are_usual(self) -> bool:
@@ -65,13 +65,13 @@ class Amounts:
     def to_reserve(self, environ: MutableMapping[str, Any]) -> Mapping[str, float]:
         """Return what is set apart for the request of *environ*, by feature."""
         if self._reserve is None:
-            return self.usual
+            return self.fast_paths
         try:
-            return {**self.usual, **read_amounts(self._reserve(environ))}  # type: ignore[arg-type]
+            return {**self.fast_paths, **read_amounts(self._reserve(environ))}  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
             logger.error("reserve: %r raised %r; nothing is set apart",
                          self._reserve, error)  # fmt: skip
-            return self.usual
+            return self.fast_paths
 
     def used(
         self, meters: Sequence[Meter], subject: str | None
@@ -145,7 +145,7 @@ class Gate:
     def __init__(
         self,
         policy: Policy,
-        entitlements: Entitlements,
+        entitlements: EntitlementService,
         *,
         subjects: SubjectFinder,
         counts: Counts,
@@ -160,7 +160,7 @@ class Gate:
         self._amounts = Amounts(policy, self._account_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
         #: Whether a request is let through at once; if not, `admit` decides.
-        self.passes: Passes = nothing_passes
+        self.passes: AllowFromCache = allow_nothing
         #: What finds the decision on the one feature that is needed, if what requests
         #: usually use of it is counted down.
         self._fresh = None
@@ -228,7 +228,7 @@ class Gate:
             customer = self._customer_of(subject)
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
             logger.error("customer: raised %r; nobody can be asked for", error)
-            return unanswered(features, self.policy.fail_mode)
+            return undecided(features, self.policy.fail_mode)
         if not customer:
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
             return Decision(False, denied, source="request")
@@ -258,10 +258,10 @@ class Gate:
         if known is None or not known.decision.allowed or request.reserved is not None:
             return False
         if known.counts_down:
-            amount = self._amounts.usual.get(feature, 0.0)
+            amount = self._amounts.fast_paths.get(feature, 0.0)
             account = self._entitlements.account(customer)
             outcome = self._countdown.reserve(account, feature, amount)
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, NotReserved):
                 return False
             request.reserved = {feature: outcome}
         return True
@@ -297,7 +297,7 @@ class Gate:
             outcome = self._countdown.reserve(
                 account, feature, amounts.get(feature, 0.0)
             )
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, NotReserved):
                 _give_back(taken)
                 return self._refused(
                     customer, feature, known, held_back=outcome.held_back
@@ -310,7 +310,7 @@ class Gate:
         return self._with_remaining(account, decision)
 
     def _refused(
-        self, customer: str, feature: str, known: Known, *, held_back: bool
+        self, customer: str, feature: str, known: CachedAnswer, *, held_back: bool
     ) -> Decision:
         """Deny what only we count so far: the next answer will say so, or not."""
         policy = self.policy
@@ -352,7 +352,7 @@ class Gate:
             _tell(denial, subject, passes=passes)
 
 
-def _denies(known: Known) -> bool:
+def _denies(known: CachedAnswer) -> bool:
     """Say whether it is a denial, and of an age at which the fail mode has no say."""
     return not known.decision.allowed and time.monotonic() < known.usable_until
 

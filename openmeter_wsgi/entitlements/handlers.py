@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.decision import unanswered
+from openmeter_wsgi.entitlements.decision import undecided
 from openmeter_wsgi.request import bill_nothing, billing_of, environ_of, method_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _DETAIL = {
 _LATER = 5
 
 
-class Refusal:
+class DeniedResponse:
     """A WSGI application that refuses one request. It never costs the caller."""
 
     def __init__(self, decision: Decision, policy: Policy) -> None:
@@ -159,7 +159,7 @@ class EntitlementDenied(HTTPException):
     request that ends in it is not billed.
     """
 
-    def __init__(self, decision: Decision, refusal: Refusal) -> None:
+    def __init__(self, decision: Decision, refusal: DeniedResponse) -> None:
         #: Why.
         self.decision = decision
         self.code = refusal.status.value
@@ -213,7 +213,7 @@ def check_entitlements(
             "%s: called outside a metered request; it counts as no answer",
             "check_entitlements",
         )
-        return unanswered(features, "open")
+        return undecided(features, "open")
     return gate.check(environ, features or gate.required, reserve)
 
 
@@ -229,7 +229,7 @@ def require_entitlements(
     if decision.allowed or gate is None or not gate.policy.enforce:
         return decision
     bill_nothing(request)
-    raise EntitlementDenied(decision, Refusal(decision, gate.policy))
+    raise EntitlementDenied(decision, DeniedResponse(decision, gate.policy))
 
 
 def _gate(request: object) -> tuple[dict[str, Any] | None, Gate | None]:

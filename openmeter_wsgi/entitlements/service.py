@@ -13,15 +13,25 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.cache import Known, KnownAnswers, Lifetimes, passing
+from openmeter_wsgi.entitlements.cache import (
+    AnswerCache,
+    CachedAnswer,
+    Lifetimes,
+    allow_from_cache,
+)
 from openmeter_wsgi.entitlements.client import (
-    Asker,
+    BackgroundLookup,
+    EntitlementClient,
     Question,
-    QuestionClient,
     questions_about,
 )
 from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
-from openmeter_wsgi.entitlements.decision import Decision, Source, together, unanswered
+from openmeter_wsgi.entitlements.decision import (
+    Decision,
+    DecisionSource,
+    together,
+    undecided,
+)
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.quota.ledger import Ledger
@@ -30,17 +40,17 @@ from openmeter_wsgi.quota.stores import open_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from openmeter_wsgi.entitlements.cache import Passes
+    from openmeter_wsgi.entitlements.cache import AllowFromCache
     from openmeter_wsgi.entitlements.client import (
         Answer,
         Answering,
-        Asks,
         HasToken,
+        Lookup,
         Terms,
     )
     from openmeter_wsgi.options import CountedMeter
     from openmeter_wsgi.policy import FailMode, Policy
-    from openmeter_wsgi.quota.account import Refusal, Reservation
+    from openmeter_wsgi.quota.account import NotReserved, Reservation
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
@@ -51,7 +61,7 @@ logger = log.get_logger(__name__)
 _TEND_INTERVAL = 0.5
 
 
-class Countdown:
+class LocalQuota:
     """The quotas of all customers, as far as this process uses them.
 
     Any thread. Nothing is opened and no thread started before the first answer with a
@@ -85,7 +95,7 @@ class Countdown:
 
     def reserve(
         self, customer: str, feature: str, amount: float
-    ) -> Reservation | Refusal:
+    ) -> Reservation | NotReserved:
         """Set *amount* apart for a request that begins, or say why not."""
         return self._ledger.account(_key(customer, feature)).reserve(amount)
 
@@ -152,7 +162,7 @@ _TERMS_HOLD = 600.0
 _LITTLE = 0.2
 
 
-class Entitlements:
+class EntitlementService:
     """What one process knows of entitlements, and how it learns more.
 
     Any thread.
@@ -161,8 +171,8 @@ class Entitlements:
     def __init__(
         self,
         *,
-        new_asker: Callable[[Answering], Asks],
-        countdown: Countdown,
+        new_asker: Callable[[Answering], Lookup],
+        countdown: LocalQuota,
         lifetimes: Lifetimes,
         cache_size: int,
         tells_periods: bool,
@@ -172,7 +182,7 @@ class Entitlements:
         self._close_store = close_store
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
-        self._answers = KnownAnswers(cache_size)
+        self._answers = AnswerCache(cache_size)
         self._customers = FoundCustomers(cache_size, lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
@@ -208,9 +218,9 @@ class Entitlements:
         find_subject: FindSubject,
         anonymous: str | None,
         counts: Counts,
-    ) -> Passes:
-        """Return what lets requests pass of which enough is known (see `passing`)."""
-        return passing(
+    ) -> AllowFromCache:
+        """Return what allows a request from the cache (see `allow_from_cache`)."""
+        return allow_from_cache(
             self._answers.finder(feature),
             self._answers.clock,
             find_subject=find_subject,
@@ -218,7 +228,7 @@ class Entitlements:
             counts=counts,
         )
 
-    def known(self, customer: str, feature: str) -> Known | None:
+    def known(self, customer: str, feature: str) -> CachedAnswer | None:
         """Return what is known, however old it is."""
         return self._answers.get(customer, feature)
 
@@ -254,7 +264,7 @@ class Entitlements:
 
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
-    ) -> list[Known | None]:
+    ) -> list[CachedAnswer | None]:
         found = [self._answers.get(customer, feature) for feature in features]
         pairs = list(zip(features, found, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
@@ -274,7 +284,7 @@ class Entitlements:
 
     def _answer(
         self,
-        client: QuestionClient,
+        client: EntitlementClient,
         question: Question,
         answered: Callable[[], None],
         has_token: HasToken,
@@ -307,7 +317,7 @@ class Entitlements:
             raise errors[0]
 
     def _remember(self, heard: _Heard, terms: Terms | None, terms_at: float) -> None:
-        known = Known(
+        known = CachedAnswer(
             heard.feature,
             heard.answer,
             terms,
@@ -342,7 +352,7 @@ class Entitlements:
             return True
         return terms is None and heard.feature in self.countdown.meters
 
-    def _learn_terms(self, client: QuestionClient, heard: _Heard) -> None:
+    def _learn_terms(self, client: EntitlementClient, heard: _Heard) -> None:
         if not self._asker.has_token():
             return
         try:
@@ -367,7 +377,9 @@ class _Heard(NamedTuple):
     asked_at: float
 
 
-def _terms_for(answer: Answer, before: Known | None) -> tuple[Terms | None, float]:
+def _terms_for(
+    answer: Answer, before: CachedAnswer | None
+) -> tuple[Terms | None, float]:
     """Return what is known of the terms, and since when."""
     if before is None:
         return None, -math.inf
@@ -378,11 +390,11 @@ def _terms_for(answer: Answer, before: Known | None) -> tuple[Terms | None, floa
 
 
 def _decision(
-    feature: str, known: Known | None, now: float, fail_mode: FailMode
+    feature: str, known: CachedAnswer | None, now: float, fail_mode: FailMode
 ) -> Decision:
     if known is None:
-        return unanswered((feature,), fail_mode)
-    source: Source = "cache"
+        return undecided((feature,), fail_mode)
+    source: DecisionSource = "cache"
     if known.asked_at >= now:
         source = "openmeter"
     else:
@@ -397,9 +409,9 @@ def _decision(
 _RESERVED_QUESTIONS = 0.5
 
 
-def entitlements_of(
+def entitlement_service(
     policy: Policy, delivered_until: Callable[[], float]
-) -> Entitlements:
+) -> EntitlementService:
     """Return the entitlements of one process. Opens nothing and starts no thread."""
     rate = policy.question_rate
     store = open_store(spool_dir=policy.spool_dir, redis_url=policy.redis_url)
@@ -407,21 +419,21 @@ def entitlements_of(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
     )
     new_client = partial(
-        QuestionClient,
+        EntitlementClient,
         url=policy.entitlements_url or policy.api_url,
         path=policy.entitlements_path,
         key=policy.questions_key,
         timeout=policy.entitlement_timeout,
     )
-    return Entitlements(
-        new_asker=lambda answering: Asker(
+    return EntitlementService(
+        new_asker=lambda answering: BackgroundLookup(
             new_client=new_client,
             answering=answering,
             take_question=lambda reserve: store.take_question(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
             reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
-        countdown=Countdown(ledger, policy.entitlement_meters),
+        countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
         cache_size=policy.entitlement_cache_size,
         close_store=store.close,

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
-from openmeter_wsgi.quota.store import Answer, Begun, Lease, Request
+from openmeter_wsgi.quota.store import Begun, KnownBalance, Lease, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ logger = log.get_logger(__name__)
 _MAX_SECONDS = 600
 
 
-class Spending:
+class UnsettledUsage:
     """The amounts of one account and process. Whoever calls holds its lock."""
 
     __slots__ = ("_handed_in", "_past", "amount", "second")
@@ -83,7 +83,7 @@ def _merge(into: dict[int, float], amounts: Mapping[int, float]) -> None:
         into[second] += into.pop(first)  # later: it is the safe side
 
 
-class Chunk:
+class ProcessLease:
     """The part of one balance that a process has leased. Any thread.
 
     The lock is held for a few instructions, never while a store is asked. It can be
@@ -106,7 +106,7 @@ class Chunk:
         self.free = 0.0
         #: Leased and reserved.
         self.in_flight = 0.0
-        self.spending = Spending()
+        self.spending = UnsettledUsage()
         #: Left in the store, beside what is leased here.
         self._beside = 0.0
         #: Whether something was taken since this was last cleared.
@@ -174,7 +174,7 @@ class Chunk:
             self.spending.forget_before(moment)
 
 
-class Refusal(NamedTuple):
+class NotReserved(NamedTuple):
     """Not enough is left."""
 
     #: Only because of what is in flight or leased and may come back: within a second
@@ -189,7 +189,7 @@ class Reservation:
 
     __slots__ = ("_amount", "_chunk")
 
-    def __init__(self, chunk: Chunk, amount: float) -> None:
+    def __init__(self, chunk: ProcessLease, amount: float) -> None:
         self._chunk = chunk
         self._amount: float | None = amount
 
@@ -251,21 +251,21 @@ class Account:
         self.key = key
         # A subject may hold what no database takes as text.
         self._name = key.encode(errors="backslashreplace").decode()
-        self.chunk = Chunk(key, clock)
+        self.chunk = ProcessLease(key, clock)
         self._clock = clock
         self._exchange = exchange
         self._visibility_lag = visibility_lag
-        self._answer: Answer | None = None
+        self._answer: KnownBalance | None = None
         #: One at a time asks the store; the others find what it brings.
         self._asking = threading.Lock()
         self._store: str | None = None
-        self._refusal: tuple[float, float, Refusal] | None = None
+        self._refusal: tuple[float, float, NotReserved] | None = None
         self._used_at = 0.0
         self._handed_in_at = 0.0
         #: The amount last asked for: a chunk should be worth some of these.
         self._wanted = 0.0
 
-    def reserve(self, amount: float) -> Reservation | Refusal:
+    def reserve(self, amount: float) -> Reservation | NotReserved:
         """Set *amount* aside; 0 if anything at all must be left.
 
         Without any answer of OpenMeter it is granted. Waits for the store where the
@@ -287,7 +287,7 @@ class Account:
         # One from the future is of a clock that was put back since.
         if known and asked_at <= known.asked_at <= self._clock() + 1:
             return
-        self._answer = Answer(balance, asked_at, asked_at - self._visibility_lag)
+        self._answer = KnownBalance(balance, asked_at, asked_at - self._visibility_lag)
         # Else the one who is asking now, or the next one, hands it in.
         if self._asking.acquire(timeout=_PATIENCE):
             try:
@@ -303,7 +303,7 @@ class Account:
 
     # -- Asking the store
 
-    def _ask(self, amount: float) -> Reservation | Refusal:
+    def _ask(self, amount: float) -> Reservation | NotReserved:
         if refusal := self._remembered(amount):
             return refusal
         if not self._asking.acquire(timeout=_PATIENCE):
@@ -333,7 +333,7 @@ class Account:
         self.chunk.overdraw(amount)
         return Reservation(self.chunk, amount)
 
-    def _remembered(self, amount: float) -> Refusal | None:
+    def _remembered(self, amount: float) -> NotReserved | None:
         known = self._refusal
         if known is None:
             return None
@@ -342,9 +342,9 @@ class Account:
             return refusal
         return None
 
-    def _refuse(self, amount: float, lease: Lease) -> Refusal:
+    def _refuse(self, amount: float, lease: Lease) -> NotReserved:
         held_back = lease.room >= amount and lease.room > 0
-        refusal = Refusal(held_back, max(lease.available, 0.0))
+        refusal = NotReserved(held_back, max(lease.available, 0.0))
         self._refusal = (self._clock(), amount, refusal)
         return refusal
 

@@ -6,8 +6,6 @@ child would take those of its parent for its own (https://www.sqlite.org/howtoco
 2.6). A fork made in C runs no hook: whoever forks so does it before the first request,
 as servers do.
 
-It is never synced: what a loss of power takes, the next answers bring back.
-
 The file is a cache. It is never synced: what a loss of power takes, the next answers
 bring back. One that cannot be read is set aside, and a new one made.
 """
@@ -74,7 +72,7 @@ def _after() -> None:
 os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)
 
 
-class HostPresence:
+class HostLiveness:
     """The lessees of a host: one lives as long as its process holds its lock."""
 
     def __init__(self, directory: Path) -> None:
@@ -105,7 +103,7 @@ class HostPresence:
         remove_lock(self._directory / (token + LOCK))
 
 
-class ProcessPresence:
+class ProcessLiveness:
     """The lessees of one process: one lives until it leaves."""
 
     def __init__(self) -> None:
@@ -281,7 +279,7 @@ class Database:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("BEGIN IMMEDIATE")
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version != tables.VERSION:
+        if version != tables.SCHEMA_VERSION:
             tables.create(db)  # an error if there are others
         self.name = tables.name(db, "store")
         db.execute("COMMIT")
@@ -327,7 +325,7 @@ def _code(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", -1) & 0xFF
 
 
-NAME = "ledger.sqlite"
+DATABASE_NAME = "ledger.sqlite"
 #: Seconds between two looks for what nobody uses any more.
 _PRUNE_INTERVAL = 60.0
 
@@ -344,10 +342,10 @@ class SqliteStore:
         self, directory: Path | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self._directory = directory
-        self._database = Database(directory and directory / NAME)
+        self._database = Database(directory and directory / DATABASE_NAME)
         self._clock = clock
-        self._present: HostPresence | ProcessPresence = (
-            HostPresence(directory) if directory else ProcessPresence()
+        self._present: HostLiveness | ProcessLiveness = (
+            HostLiveness(directory) if directory else ProcessLiveness()
         )
         self._pruned_at = 0.0
 

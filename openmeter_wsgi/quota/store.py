@@ -33,7 +33,7 @@ class Lessee(NamedTuple):
         return self.origin == self.token
 
 
-class Answer(NamedTuple):
+class KnownBalance(NamedTuple):
     """What OpenMeter said of one balance."""
 
     balance: float
@@ -53,7 +53,7 @@ class Request(NamedTuple):
     held: float
     wanted: float | None
     spent: Mapping[int, float] = {}
-    answer: Answer | None = None
+    answer: KnownBalance | None = None
 
 
 class Lease(NamedTuple):

@@ -23,12 +23,12 @@ logger = log.get_logger(__name__)
 _Result = TypeVar("_Result")
 
 #: A store that failed is tried again after so many seconds, in the background.
-RETRY_DELAY = 2.0
+STORE_RETRY_DELAY = 2.0
 #: After so many more it is tried by a request: nobody works in the background.
 _TENDED = 10.0
 
 
-class FallingBack:
+class FallbackStore:
     """Asks the first store that can be asked; the last one always can.
 
     A store that comes back finds out from the ledgers what it missed.
@@ -93,11 +93,11 @@ class FallingBack:
             if away_until and time.monotonic() < away_until + late:
                 continue
             if away_until:  # one tries it, the others go on as before
-                self._away_until[number] = time.monotonic() + RETRY_DELAY
+                self._away_until[number] = time.monotonic() + STORE_RETRY_DELAY
             try:
                 result = call(store)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is away
-                self._away_until[number] = time.monotonic() + RETRY_DELAY
+                self._away_until[number] = time.monotonic() + STORE_RETRY_DELAY
                 self._say_away(error, self._stores[number + 1])
                 continue
             if away_until:
@@ -141,7 +141,7 @@ def open_store(
         stores.append(_redis_store(redis_url))
     if spool_dir is not None:
         stores.append(SqliteStore(Path(os.path.abspath(spool_dir))))
-    return FallingBack([*stores, SqliteStore()])
+    return FallbackStore([*stores, SqliteStore()])
 
 
 def _redis_store(url: str) -> Store:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
-    from openmeter_wsgi.quota.store import Answer, Request
+    from openmeter_wsgi.quota.store import KnownBalance, Request
 
 #: Of this version is a file that holds these tables.
-VERSION = 1
+SCHEMA_VERSION = 1
 #: Watermarks are kept for so many seconds: an answer takes the one of its own time.
 KEPT_WATERMARKS = 600.0
 #: Accounts that nobody used for so many seconds are forgotten.
@@ -56,7 +56,7 @@ def create(db: sqlite3.Connection) -> None:
         db.execute(statement)
     for what in ("store", "origin"):
         db.execute("INSERT INTO names VALUES (?, ?)", (what, secrets.token_hex(12)))
-    db.execute(f"PRAGMA user_version = {VERSION}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def name(db: sqlite3.Connection, what: str) -> str:
@@ -190,7 +190,9 @@ def _add_spent(
     return sum(spent.values())
 
 
-def _covered(db: sqlite3.Connection, key: str, answer: Answer) -> tuple[float, float]:
+def _covered(
+    db: sqlite3.Connection, key: str, answer: KnownBalance
+) -> tuple[float, float]:
     """Drop what the answer knows of; return what is left spent, and leased.
 
     What counts is the watermark of the moment up to which the answer sees, not a

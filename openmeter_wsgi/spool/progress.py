@@ -1,6 +1,6 @@
 """How far a spool is delivered, and which batch is in flight: one small file.
 
-It has two places of the same size, and each holds the whole of a progress as a line of
+The file of it has two places of the same size, and each holds all of it as a line of
 JSON, with a number and a checksum; the higher number is the newer. One is written over
 while the other stays, so a write that a crash cuts short costs nothing but itself. The
 room is made once: from then on bringing it on the disk is one block, and waits neither

@@ -24,7 +24,7 @@ from openmeter_wsgi.entitlements.client import (
     Breaker,
     Terms,
 )
-from openmeter_wsgi.entitlements.service import Countdown, Entitlements
+from openmeter_wsgi.entitlements.service import EntitlementService, LocalQuota
 from openmeter_wsgi.errors import Unavailable
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.process import Process
@@ -219,7 +219,7 @@ class GrantsClient:
             raise Unavailable("an outage that the test has called for")
 
 
-class DirectAsker:
+class DirectLookup:
     """Asks in the thread of the request, as often as it is told to."""
 
     def __init__(self, client: GrantsClient, answering: Answering) -> None:
@@ -313,7 +313,7 @@ class Collected:
     def _tell(self, record: Mapping[str, Any]) -> None:
         self.unmetered.append(msgspec.convert(record, Unmetered))
 
-    def _entitlements(self, policy: Policy, transport: Collector) -> Entitlements:
+    def _entitlements(self, policy: Policy, transport: Collector) -> EntitlementService:
         """Return entitlements that ask the test, and each time anew."""
         client = GrantsClient(self.grants)
         store = SqliteStore()
@@ -323,9 +323,9 @@ class Collected:
             visibility_lag=policy.visibility_lag,
             delivered_until=transport.delivered_until,
         )
-        return Entitlements(
-            new_asker=lambda answering: DirectAsker(client, answering),
-            countdown=Countdown(ledger, policy.entitlement_meters, tends=False),
+        return EntitlementService(
+            new_asker=lambda answering: DirectLookup(client, answering),
+            countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             cache_size=policy.entitlement_cache_size,
             close_store=store.close,

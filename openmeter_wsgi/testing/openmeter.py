@@ -167,7 +167,7 @@ class OpenMeter:
         self._entered = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._entered.callback(values.go_by, values.go_by(self._clock))
+        self._entered.callback(values.set_clock, values.set_clock(self._clock))
         if _KEY not in os.environ:
             os.environ[_KEY] = "test"
             self._entered.callback(os.environ.pop, _KEY, None)

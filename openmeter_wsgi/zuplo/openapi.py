@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.zuplo.policies import Source, inside, load
+from openmeter_wsgi.zuplo.policies import DocumentSource, inside, load
 
 if TYPE_CHECKING:
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
@@ -134,7 +134,7 @@ class _Route(NamedTuple):
 
 
 def read_routes(
-    source: Source, policies: Sequence[ZuploPolicy] = ()
+    source: DocumentSource, policies: Sequence[ZuploPolicy] = ()
 ) -> dict[str, list[str]]:
     """Return the inbound policies by rule, such as ``"GET /v1/users/<id>"``.
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 #: A JSON text, or the path of a file that holds one.
-Source = str | os.PathLike[str]
+DocumentSource = str | os.PathLike[str]
 
 _VARIABLE = re.compile(r"\$env\(\s*([^()]*?)\s*\)")
 
 
-def load(source: Source) -> Any:
+def load(source: DocumentSource) -> Any:
     """Return the document in *source*: text if it opens a JSON object or array.
 
     :raises ConfigError: naming the file, and what is wrong with it.
@@ -393,7 +393,7 @@ class ZuploPolicy:
 
 
 def read_policies(
-    source: Source,
+    source: DocumentSource,
     environ: Mapping[str, str] = os.environ,
     *,
     secrets: bool = True,

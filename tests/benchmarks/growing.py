@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
-from openmeter_wsgi.entitlements.cache import Known, KnownAnswers, Lifetimes
+from openmeter_wsgi.entitlements.cache import AnswerCache, CachedAnswer, Lifetimes
 from openmeter_wsgi.entitlements.client import Answer
 from openmeter_wsgi.events import MAX_BATCH_BYTES, RequestIds
 from openmeter_wsgi.spool.dead_letters import DeadLetters
@@ -158,9 +158,9 @@ def subjects(size: int, directory: str) -> dict[str, float]:
     }
 
 
-def _known(size: int) -> KnownAnswers:
-    answers = KnownAnswers(size)
-    known = Known(
+def _known(size: int) -> AnswerCache:
+    answers = AnswerCache(size)
+    known = CachedAnswer(
         "api_requests", Answer(has_access=True), None,
         asked_at=time.monotonic(), terms_at=0.0, lifetimes=Lifetimes(3_600, 1, 1),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from ledger_contract import START, LedgerContract, end
 from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.quota.account import Refusal, Reservation
+from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.redis import LIFETIME, SILENCE, RedisStore
 from openmeter_wsgi.quota.store import PATIENCE
@@ -120,7 +120,7 @@ class TestRedisStore(LedgerContract):
         clock.now += 60
         here.tend()
         other.answered(10.0, clock.now)
-        assert isinstance(other.reserve(1.0), Refusal)
+        assert isinstance(other.reserve(1.0), NotReserved)
         gone._known = None
         clock.now += SILENCE + 60
         here.tend()
@@ -146,7 +146,7 @@ class TestRedisStore(LedgerContract):
             ours.tend()
             others.tend()
         account.answered(10.0, clock.now)
-        assert isinstance(account.reserve(1.0), Refusal)  # it is not delivered
+        assert isinstance(account.reserve(1.0), NotReserved)  # it is not delivered
 
     def test_all_keys_share_one_hash_tag_and_those_of_accounts_expire(
         self, new_ledger, server
@@ -197,14 +197,14 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     outcome = account.reserve(50.0)
     assert time.monotonic() - began < LONG
     assert isinstance(outcome, Reservation)
-    assert isinstance(account.reserve(20.0), Refusal)  # it knows of the 40
+    assert isinstance(account.reserve(20.0), NotReserved)  # it knows of the 40
     assert "Redis at 127.0.0.1" in caplog.text
     outcome.settle(50.0)
 
     server.start()  # and has forgotten everything
     ledger.tend()
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
-    assert isinstance(account.reserve(20.0), Refusal)  # it was told of the 90
+    assert isinstance(account.reserve(20.0), NotReserved)  # it was told of the 90
     assert isinstance(account.reserve(10.0), Reservation)
     end(ledger)
 

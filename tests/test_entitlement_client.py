@@ -5,10 +5,10 @@ from openmeter_server import HANG, PAGE, Answer, problem, redirect
 from openmeter_wsgi.entitlements.client import (
     NO_ACCESS,
     UNKNOWN_CUSTOMER,
-    QuestionClient,
+    EntitlementClient,
     Terms,
 )
-from openmeter_wsgi.errors import Held, Unavailable
+from openmeter_wsgi.errors import Misconfigured, Unavailable
 from openmeter_wsgi.options import ApiKey
 from recorded import customer
 
@@ -25,7 +25,9 @@ def connect(openmeter):
     made = []
 
     def connect(path="v2", *, key=KEY, timeout=40.0):
-        client = QuestionClient(url=openmeter.url, path=path, key=key, timeout=timeout)
+        client = EntitlementClient(
+            url=openmeter.url, path=path, key=key, timeout=timeout
+        )
         made.append(client)
         return client
 
@@ -129,15 +131,15 @@ def test_on_the_deprecated_path_404_says_what_is_not_there(
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (problem(404), Held),  # the path itself is wrong
-        (problem(400, "bad key"), Held),
-        (problem(401), Held),
-        (problem(403), Held),
-        (redirect(301, "/elsewhere"), Held),
-        (PAGE, Held),
-        (document([]), Held),
-        (Answer(200, b'{"x": ' + b"[" * 100_000), Held),
-        (document({"hasAccess": "yes"}), Held),
+        (problem(404), Misconfigured),  # the path itself is wrong
+        (problem(400, "bad key"), Misconfigured),
+        (problem(401), Misconfigured),
+        (problem(403), Misconfigured),
+        (redirect(301, "/elsewhere"), Misconfigured),
+        (PAGE, Misconfigured),
+        (document([]), Misconfigured),
+        (Answer(200, b'{"x": ' + b"[" * 100_000), Misconfigured),
+        (document({"hasAccess": "yes"}), Misconfigured),
         (problem(500), Unavailable),
         (problem(503), Unavailable),
         (Answer(429, headers={"Retry-After": "7"}), Unavailable),
@@ -170,7 +172,7 @@ def test_an_answer_of_several_entitlements_says_which_cannot_be_read(
 
     answers = connect().answers("acme", ["a", "b"])
 
-    assert isinstance(answers["a"], Held)
+    assert isinstance(answers["a"], Misconfigured)
     assert answers["b"] == NO_ACCESS
     assert answers.keys() == {"a", "b"}
 
@@ -179,7 +181,7 @@ def test_an_answer_of_several_entitlements_says_which_cannot_be_read(
 def test_a_refusal_that_cannot_be_read_is_one_all_the_same(openmeter, connect, body):
     openmeter.script += [Answer(400, body)]
 
-    with pytest.raises(Held) as caught:
+    with pytest.raises(Misconfigured) as caught:
         connect().answers("acme", ["searches"])
 
     assert caught.value.status == 400

@@ -22,7 +22,7 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi.delivery.client import OpenMeterClient
-from openmeter_wsgi.errors import DeliveryError, Held, Rejected, Unavailable
+from openmeter_wsgi.errors import DeliveryError, Misconfigured, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.version import VERSION
 
@@ -218,20 +218,20 @@ def test_these_answers_are_a_delivery(openmeter, connect, status):
 @pytest.mark.parametrize(
     ("status", "kind", "ambiguous"),
     [
-        (300, Held, False),
-        (304, Held, False),
+        (300, Misconfigured, False),
+        (304, Misconfigured, False),
         (400, Rejected, False),
-        (401, Held, False),
-        (402, Held, False),
-        (403, Held, False),
-        (404, Held, False),
-        (405, Held, False),
+        (401, Misconfigured, False),
+        (402, Misconfigured, False),
+        (403, Misconfigured, False),
+        (404, Misconfigured, False),
+        (405, Misconfigured, False),
         (408, Unavailable, False),
-        (409, Held, False),
-        (412, Held, False),
+        (409, Misconfigured, False),
+        (412, Misconfigured, False),
         (413, Rejected, False),
-        (415, Held, False),
-        (422, Held, False),
+        (415, Misconfigured, False),
+        (422, Misconfigured, False),
         (429, Unavailable, False),
         (500, Unavailable, True),
         (502, Unavailable, True),
@@ -266,7 +266,7 @@ def test_a_web_page_is_no_delivery(openmeter, connect, answer):
 
     error = failure(connect())
 
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert "web page" in error.reason
 
 
@@ -276,7 +276,7 @@ def test_a_redirect_is_not_followed(openmeter, connect, status):
 
     error = failure(connect())
 
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert "/elsewhere" in error.reason
     assert len(openmeter.requests) == 1
 
@@ -479,7 +479,7 @@ def test_the_same_key_is_not_tried_twice(openmeter, connect):
 
     error = failure(connect(key=ApiKey.from_options("old", None)))
 
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert error.status == 401
     assert len(openmeter.requests) == 1
 
@@ -502,7 +502,7 @@ def test_nothing_is_sent_while_the_key_cannot_be_read(openmeter, connect):
 
     error = failure(connect(key=ApiKey.from_options(read, None)))
 
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert "the vault is sealed" in error.reason
     assert openmeter.requests == []
 
@@ -517,9 +517,9 @@ def test_a_key_that_cannot_be_read_again_is_held_and_asked_for_anew(
     openmeter.rule = authorize("new")
 
     error = failure(client)
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert error.status == 401
-    assert isinstance(failure(client), Held)
+    assert isinstance(failure(client), Misconfigured)
     assert len(openmeter.requests) == 1
 
     file.write_text("new")
@@ -641,7 +641,7 @@ def test_a_certificate_of_an_unknown_authority_is_held(
     client = connect(secure_openmeter.url)
 
     error = failure(client)
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert "certificate" in error.reason.lower()
     assert secure_openmeter.requests == []
 
@@ -657,7 +657,7 @@ def test_a_certificate_for_another_host_is_held(
 
     url = secure_openmeter.url.replace("127.0.0.1", "localhost")
 
-    assert isinstance(failure(connect(url)), Held)
+    assert isinstance(failure(connect(url)), Misconfigured)
 
 
 def test_a_ca_bundle_that_is_missing_is_held(
@@ -667,7 +667,7 @@ def test_a_ca_bundle_that_is_missing_is_held(
 
     error = failure(connect(secure_openmeter.url))
 
-    assert isinstance(error, Held)
+    assert isinstance(error, Misconfigured)
     assert "missing.pem" in error.reason
 
 
