@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from entitling import Entitled, ask, metered, middleware
+from entitling import Entitled, ask, close_all, metered, middleware
 from openmeter_wsgi import add_meters, check_entitlements, set_meters, set_subject
 from openmeter_wsgi.request import REQUEST
 from test_entitlements import body, header, ok, wait_for
@@ -33,8 +33,7 @@ def make(openmeter, entitled):
 
     yield make
     openmeter.heal()
-    for each in made:
-        each.close(40)
+    close_all(made)
 
 
 def served(app, requests, subject="acme"):

@@ -7,7 +7,16 @@ import time
 import flask
 import pytest
 
-from entitling import NO, YES, Entitled, ask, metered, middleware, wait_for
+from entitling import (
+    NO,
+    YES,
+    Entitled,
+    ask,
+    close_all,
+    metered,
+    middleware,
+    wait_for,
+)
 from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi import (
     ConfigError,
@@ -41,8 +50,7 @@ def make(openmeter, entitled):
 
     yield make
     openmeter.heal()
-    for each in made:
-        each.close(40)
+    close_all(made)
 
 
 def body(response):

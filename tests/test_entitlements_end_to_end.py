@@ -3,7 +3,7 @@
 import pytest
 import requests
 
-from entitling import ask
+from entitling import ask, close_all
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.sandbox import Sandbox
 from test_entitlements import body, ok, wait_for
@@ -38,8 +38,7 @@ def make(sandbox):
         return made[-1]
 
     yield make
-    for each in made:
-        each.close(40)
+    close_all(made)
 
 
 @pytest.mark.parametrize(

@@ -374,20 +374,29 @@ def test_a_process_that_runs_no_exit_hook_says_that_it_loses_what_it_has(
 
 
 def fork_among_threads(url: str) -> None:
-    """Fork again and again while other threads are served."""
+    """Fork again and again while other threads are served.
+
+    Between two forks they are served so many requests and no more: a machine that
+    serves faster than it delivers would fill the queue.
+    """
     middleware = metered(listed, api_url=url, flush_interval=0.001, batch_size=2)
-    stop = threading.Event()
+    stop, begun = threading.Event(), threading.Event()
+    allowed = threading.Semaphore(0)
     served = Counter[str]()
 
     def work(name: str) -> None:
-        while not stop.is_set():
+        while allowed.acquire() and not stop.is_set():
             serve(middleware, name)
             served[name] += 1
+            begun.set()
 
     threads = [threading.Thread(target=work, args=(f"t{n}",)) for n in range(2)]
     for thread in threads:
         thread.start()
     for n in range(30):
+        begun.clear()
+        allowed.release(1_000)
+        assert begun.wait(TIMEOUT)
         child = os.fork()
         if child == 0:
             serve(middleware, f"child-{n}")
@@ -395,6 +404,7 @@ def fork_among_threads(url: str) -> None:
             os._exit(0)
         wait_for(child)
     stop.set()
+    allowed.release(len(threads))
     for thread in threads:
         thread.join()
     middleware.close()
