@@ -2,6 +2,8 @@
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, documentation, tests
+#   make test-tools    the tests of what tests: the demo, the benchmarks, the chaos run
+#   make structure     figures of the package: modules, lines, imports, names
 #   make docs          the documentation alone, in build/docs
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make test-django   the Django edge under Django 4.2, 5.2 and the newest
@@ -25,10 +27,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract docs unit test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
+.PHONY: demo test lint types contract structure docs unit test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
+
+# Tests of what tests, and not of the package.
+TOOLS := $(addprefix tests/test_,benchmarks.py chaos.py demo.py overshoot.py \
+	seal_loop.py structure.py)
 
 test: lint types contract docs unit
 
@@ -42,6 +48,9 @@ types: $(INSTALLED)
 contract: $(INSTALLED)
 	$(BIN)/lint-imports
 
+structure:
+	$(PYTHON) -m tests.structure
+
 # All anew each time: a page that is not read again would not warn again.
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --fresh-env \
@@ -49,8 +58,12 @@ docs: $(INSTALLED)
 
 # The blocks of a page build on each other, so they stay in one process.
 unit: $(INSTALLED)
-	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal tests
+	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal tests \
+		$(addprefix --ignore ,$(TOOLS))
 	$(BIN)/python -X dev -m pytest README.md docs
+
+test-tools: $(INSTALLED)
+	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal $(TOOLS)
 
 # Needs root and Debian: it installs uWSGI, gevent, Redis and Apache first.
 test-servers: $(INSTALLED)

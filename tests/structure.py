@@ -1,0 +1,156 @@
+"""Figures of the package's structure: `make structure`.
+
+    python -m tests.structure [PACKAGE_DIRECTORY]
+
+All are read from the source; nothing is imported. Lines are those of Python files.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "openmeter_wsgi"
+#: What a request that becomes an event goes through.
+REQUEST_PATH = (
+    "middleware", "response", "request", "billing", "process", "subject", "routes",
+    "events", "values", "errors", "log", "delivery.queue",
+)  # fmt: skip
+#: What is not the core: an application imports it only if it asks for it.
+EDGES = (
+    "cli", "sandbox", "zuplo", "testing", "pytest_plugin", "flask", "django",
+    "frameworks", "prometheus",
+)  # fmt: skip
+_CLAUSE = r"(?:what|who|whom|whose|which|whether|where|how)\b"
+_BEGINS = re.compile(_CLAUSE, re.IGNORECASE)
+_BEHIND_VERB = re.compile(rf"\w+ {_CLAUSE}", re.IGNORECASE)
+
+
+class Module:
+    """One module, by its name within the package."""
+
+    def __init__(self, path: Path, package: Path) -> None:
+        parts = path.relative_to(package).with_suffix("").parts
+        self.name = ".".join(part for part in parts if part != "__init__")
+        text = path.read_text()
+        self.lines = len(text.splitlines())
+        self.tree = ast.parse(text)
+
+    def is_in(self, *names: str) -> bool:
+        """Say whether it is one of these modules, or in one of these packages."""
+        return any(self.name == n or self.name.startswith(f"{n}.") for n in names)
+
+    def first_lines(self) -> list[str]:
+        """Return the first line of every docstring."""
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+        return [text.split("\n")[0] for text in map(ast.get_docstring, nodes) if text]
+
+    def imported(self, package: str, names: frozenset[str]) -> set[str]:
+        """Return the modules of the package that it imports, now or later."""
+        found = set()
+        for node in _at_run_time(self.tree):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            root, _, module = node.module.partition(".")
+            if root == package:
+                for alias in node.names:
+                    there = f"{module}.{alias.name}".lstrip(".")
+                    found.add(there if there in names else module)
+        return (found & names) - {self.name}
+
+
+def _at_run_time(node: ast.AST) -> list[ast.AST]:
+    """Return all nodes below *node* but those for the type checker alone."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return []
+    below = [_at_run_time(child) for child in ast.iter_child_nodes(node)]
+    return [node, *(each for nodes in below for each in nodes)]
+
+
+def import_depth(modules: list[Module], package: str) -> int:
+    """Return how many modules the longest chain of imports has."""
+    names = frozenset(module.name for module in modules if module.name)
+    graph = {m.name: m.imported(package, names) for m in modules if m.name}
+
+    @functools.cache
+    def depth(name: str) -> int:
+        return 1 + max(map(depth, graph[name]), default=0)
+
+    return max(map(depth, graph))
+
+
+def public_names(modules: list[Module]) -> int:
+    """Return how many names the package's own module offers."""
+    (top,) = (module for module in modules if not module.name)
+    return sum(
+        alias.asname is not None
+        for node in ast.walk(top.tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    )
+
+
+def options(modules: list[Module]) -> int:
+    """Return how many options a policy has."""
+    classes = [
+        node
+        for module in modules
+        if module.is_in("policy", "options")
+        for node in module.tree.body
+        if isinstance(node, ast.ClassDef) and re.search(r"Options$|^Policy$", node.name)
+    ]
+    fields = [f for each in classes for f in each.body if isinstance(f, ast.AnnAssign)]
+    return sum(not ast.unparse(field.target).startswith("_") for field in fields)
+
+
+def figures(package: Path) -> dict[str, str]:
+    """Return the figures of a package, by what they say."""
+    paths = sorted(package.rglob("*.py"))
+    modules = [Module(path, package) for path in paths]
+    outside = [m for m in modules if not m.is_in("sandbox", "zuplo")]
+    core = [m for m in modules if not m.is_in(*EDGES)]
+    path = [m for m in modules if m.name in REQUEST_PATH]
+    sizes = sorted(m.lines for m in outside)
+    lines = [line for module in modules for line in module.first_lines()]
+    begin = sum(bool(_BEGINS.match(line)) for line in lines)
+    behind = sum(bool(_BEHIND_VERB.match(line)) for line in lines)
+
+    def of(some: list[Module]) -> str:
+        return f"{len(some)} modules, {sum(m.lines for m in some):,} lines"
+
+    return {
+        "the package": of(modules),
+        "outside sandbox and zuplo": of(outside),
+        "the core": of(core),
+        "the sandbox": of([m for m in modules if m.is_in("sandbox")]),
+        "zuplo": of([m for m in modules if m.is_in("zuplo")]),
+        "the way of a request": of(path),
+        "modules of 150 to 600 lines": _share(
+            sum(150 <= size <= 600 for size in sizes), len(sizes)
+        ),
+        "the largest module": f"{sizes[-1]} lines",
+        "import depth": f"{import_depth(modules, package.name)} modules",
+        "public names": str(public_names(modules)),
+        "options": str(options(modules)),
+        "docstrings that begin with what, who, which, …": _share(begin, len(lines)),
+        "docstrings with such a clause behind the verb": _share(behind, len(lines)),
+    }
+
+
+def _share(some: int, whole: int) -> str:
+    return f"{some} of {whole:,} ({some / whole:.0%})"
+
+
+def main() -> None:
+    """Print the figures."""
+    package = Path(sys.argv[1]) if sys.argv[1:] else PACKAGE
+    for what, figure in figures(package.resolve()).items():
+        print(f"{what:50} {figure}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
