@@ -268,10 +268,7 @@ def billed(
         ("/user", [("users", {"total": 1})]),
         (
             "/measured/x",
-            [
-                ("requests", {"total": 1}),
-                ("view", {"bytes": 5, "route": "/measured/<name>"}),
-            ],
+            [("view", {"bytes": 5, "route": "/measured/<name>"})],
         ),
         ("/model", [("tokens", {"total": 2})]),
         ("/free", []),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.errors import MeterValueError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,8 +116,8 @@ def rfc3339(value: object, what: str) -> str:
     if not isinstance(moment, datetime) or moment.tzinfo is None:
         raise MeterValueError(
             f"{what}: expected RFC 3339 text or a datetime with a time zone, "
-            f"got {value!r}"
+            f"got {shown(value)}"
         )
     if moment.timestamp() < 1:
-        raise MeterValueError(f"{what}: expected a time after 1970, got {value!r}")
+        raise MeterValueError(f"{what}: expected a time after 1970, got {shown(value)}")
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

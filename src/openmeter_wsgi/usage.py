@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.errors import MeterValueError, shown
 from openmeter_wsgi.source import source_problem
 from openmeter_wsgi.timestamps import rfc3339
 from openmeter_wsgi.wire import (
@@ -93,7 +93,7 @@ def _entries(meters: object) -> list[Mapping[str, Any]]:
             return entries
     raise MeterValueError(
         "expected {'type': …, 'data': {…}}, a mapping of type to number, "
-        f"or a list of them, got {meters!r}"
+        f"or a list of them, got {shown(meters)}"
     )
 
 
@@ -102,11 +102,11 @@ def _read_document(entry: Mapping[str, Any]) -> Meter:
     if "value" in entry and "data" not in entry:
         raise MeterValueError(
             f"meter {name!r}: the value goes into data: "
-            f"{{'type': {name!r}, 'data': {{'value': {entry['value']!r}}}}}"
+            f"{{'type': {name!r}, 'data': {{'value': {shown(entry['value'])}}}}}"
         )
     if unknown := [key for key in entry if key not in _DOCUMENT_KEYS]:
         raise MeterValueError(
-            f"meter {name!r}: unknown key {unknown[0]!r}, "
+            f"meter {name!r}: unknown key {shown(unknown[0])}, "
             f"expected one of {', '.join(_DOCUMENT_KEYS)}"
         )
     given = {
@@ -136,7 +136,8 @@ def _read_number(name: str, value: object) -> Number:
                 raise MeterValueError(f"meter {name!r}: {problem}")
             return value
     raise MeterValueError(
-        f"meter {name!r}: expected a number, finite and not negative, got {value!r}"
+        f"meter {name!r}: expected a number, finite and not negative, "
+        f"got {shown(value)}"
     )
 
 

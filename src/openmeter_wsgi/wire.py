@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.errors import MeterValueError, shown
 
 #: The largest integer up to which a 64-bit float holds every integer.
 MAX_EXACT_INTEGER = 2**53
@@ -49,7 +49,7 @@ def encode_data(data: object, what: str) -> bytes:
     :raises MeterValueError: if it is no JSON object or holds what cannot arrive.
     """
     if not isinstance(data, Mapping):
-        raise MeterValueError(f"{what}: expected a JSON object, got {data!r}")
+        raise MeterValueError(f"{what}: expected a JSON object, got {shown(data)}")
     try:
         exact: Any = _exact(data, what)
         encoded = msgspec.json.encode(
@@ -109,14 +109,14 @@ def digits_problem(number: float | Decimal) -> str | None:
 def text_problem(value: object) -> str | None:
     """Say what is wrong with *value* as a type, id or subject."""
     if not isinstance(value, str) or not value:
-        return f"expected text that is not empty, got {value!r}"
+        return f"expected text that is not empty, got {shown(value)}"
     if "\0" in value:
         # OpenMeter takes it, and then no list of events that would show it.
-        return f"expected text without NUL, got {value!r}"
+        return f"expected text without NUL, got {shown(value)}"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"expected text that can be encoded, got {value!r}"
+        return f"expected text that can be encoded, got {shown(value)}"
     return None
 
 
@@ -147,7 +147,9 @@ def _exact(value: object, path: str) -> object:
         return value
     if isinstance(value, int | float | Decimal):
         if not is_finite(value):
-            raise MeterValueError(f"{path}: expected a finite number, got {value!r}")
+            raise MeterValueError(
+                f"{path}: expected a finite number, got {shown(value)}"
+            )
         if problem := digits_problem(value):
             raise MeterValueError(f"{path}: {problem}")
         return _exact_number(value)
@@ -160,7 +162,7 @@ def _exact(value: object, path: str) -> object:
 
 def _key(key: object, path: str) -> str:
     if not isinstance(key, str):
-        raise MeterValueError(f"{path}: expected text as keys, got {key!r}")
+        raise MeterValueError(f"{path}: expected text as keys, got {shown(key)}")
     return key
 
 
