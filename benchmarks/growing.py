@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
 from benchmarks import waiting
-from openmeter_wsgi.delivery.dead_letters import DeadLetters
-from openmeter_wsgi.delivery.spool import Spool
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
 from openmeter_wsgi.events import MAX_BATCH_BYTES, RequestIds
 from openmeter_wsgi.questions import Answer
+from openmeter_wsgi.spool.dead_letters import DeadLetters
+from openmeter_wsgi.spool.reader import SpoolReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -59,7 +59,7 @@ def waiting_events(size: int, directory: str) -> dict[str, float]:
 def _taken(middleware: OpenMeterMiddleware, directory: str) -> float:
     """Take batches out of a spool as its sender does."""
     letters = DeadLetters(Path(directory), middleware.process().counts)
-    spool = Spool(Path(directory), letters)
+    spool = SpoolReader(Path(directory), letters)
     taken = []
     for _ in range(_REPEATS):
         began = time.thread_time_ns()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
 from benchmarks import counting, paths, waiting
-from openmeter_wsgi.delivery.memory import MemoryQueue
+from openmeter_wsgi.delivery.queue import MemoryQueue
 from openmeter_wsgi.events import RequestIds, quoted
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.process import Process, ProcessGuard
@@ -49,6 +49,7 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
     event = next(waiting.events(RequestIds()))
     application = _Callable()
     guard = ProcessGuard()
+    guard.confirm()
     ids = RequestIds()
     queue = MemoryQueue(max_events=10**7, max_bytes=4 * 10**9, counts=Counts())
     queue.wake_from(10**6)

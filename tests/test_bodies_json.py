@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cuts_of, in_steps, read
-from openmeter_wsgi.bodies.json_value import Document, JSONReader, json_reader
-from openmeter_wsgi.bodies.paths import NumberPath
+from openmeter_wsgi.bodies.json import Document, JSONReader, NumberPath, json_reader
 from openmeter_wsgi.bodies.reader import Reader, Unknown
 from openmeter_wsgi.errors import ConfigError
 

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from openmeter_wsgi import process
 from openmeter_wsgi.process import ProcessGuard
 from test_fork import FORKS, finish, start_code, wait_for
 
@@ -29,9 +30,12 @@ def run(case, *arguments):
 
 def fork_once(guard, fork):
     made = GUARDS[guard]()
+    assert made.fits()
+    assert not made.is_current()
+    made.confirm()
     child = FORKS[fork]()
     if not child:
-        os._exit(7 if made.is_current() else 0)
+        os._exit(7 if made.is_current() or made.fits() else 0)
     wait_for(child)
     assert made.is_current()
 
@@ -44,6 +48,7 @@ def test_a_guard_is_current_in_its_own_process_alone(guard, fork):
 
 def fork_twice():
     made = ProcessGuard()
+    made.confirm()
     child = os.fork()
     if not child:
         grandchild = os.fork()
@@ -56,3 +61,12 @@ def fork_twice():
 
 def test_a_child_of_a_child_knows_it_too():
     run(fork_twice)
+
+
+def test_what_was_made_before_threads_were_replaced_is_not_used_after(monkeypatch):
+    guard = ProcessGuard()
+    assert guard.fits()
+
+    monkeypatch.setattr(process, "threads_are_greenlets", lambda: True)
+
+    assert not guard.fits()

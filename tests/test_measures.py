@@ -7,6 +7,7 @@ import json
 import re
 import tracemalloc
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ from openmeter_wsgi import (
     set_route,
     status,
 )
-from openmeter_wsgi.bodies.llm_usage import LLMUsage
+from openmeter_wsgi.bodies.llm_shapes import FIELDS, PLACES, PROVIDERS
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.measure_texts import read_measure
 from openmeter_wsgi.measures import Measure, as_number
@@ -598,7 +599,7 @@ def test_what_a_provider_reports_is_billed_of_a_stream(
     if isinstance(expected, Unknown):
         assert (data, not_metered) == ([], {f"no_value_{expected.reason}": 1})
     else:
-        known = {k: getattr(expected, k) for k in expected.__struct_fields__}
+        known = {k: getattr(expected, k) for k in FIELDS}
         assert data == [{k: v for k, v in known.items() if v is not None}]
 
 
@@ -627,6 +628,97 @@ def _streamed(
 ) -> Iterable[bytes]:
     start_response("200 OK", [("Content-Type", "text/event-stream")])
     return iter([body[: environ["cut"]], b"more"])
+
+
+REPORT = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
+
+
+def test_several_reports_are_billed_as_the_largest_counted_and_logged(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.dumps({"usage": REPORT, "eval_count": 1}).encode()
+    middleware = OpenMeterMiddleware(
+        answering([body]), api_url=openmeter.url, flush_interval=60,
+        meters={
+            "all": llm_usage("total_tokens"),
+            "output": llm_usage("output_tokens"),
+            "stated": llm_usage("total_tokens", provider="openai"),
+            "ollama": llm_usage("output_tokens", provider="ollama"),
+        },
+    )  # fmt: skip
+    for _ in range(3):
+        Consumer().serve(middleware, make_environ())
+    remarks = middleware.stats().remarks
+    middleware.close(40)
+
+    billed_by = {event["type"]: event["data"]["total"] for event in openmeter.taken}
+    assert billed_by == {"all": 1_500, "output": 500, "stated": 1_500, "ollama": 1}
+    assert remarks == {"ambiguous_usage": 3}
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line.startswith("GET /users/<id>: the body holds several reports")
+    assert "counted as ambiguous_usage" in line
+
+
+def test_the_last_of_several_calls_is_billed_and_logged(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    middleware = OpenMeterMiddleware(
+        answering([llm_body("openai_two_calls_stream.sse")]),
+        api_url=openmeter.url, flush_interval=60,
+        meters={"tokens": llm_usage("total_tokens")},
+    )  # fmt: skip
+    Consumer().serve(middleware, make_environ())
+    remarks = middleware.stats().remarks
+    middleware.close(40)
+
+    assert [event["data"] for event in openmeter.taken] == [{"total": 27}]
+    assert remarks == {"several_calls": 1}
+    assert "the body holds several calls of a model; the last one" in caplog.text
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_stated_provider_is_read_alone(provider: Any) -> None:
+    body = json.dumps(
+        {
+            "usageMetadata": {"promptTokenCount": 1, "totalTokenCount": 3},
+            "meta": {"tokens": {"input_tokens": 2, "output_tokens": 2}},
+            "eval_count": 5,
+            "type": "message_start",
+            "message": {"usage": {"input_tokens": 3, "output_tokens": 3}},
+            "metadata": {"usage": {"totalTokens": 7}, "metrics": {}},
+            "usage": {"total_tokens": 8},
+        }
+    ).encode()
+    seen: list[Any] = []
+    middleware = OpenMeterMiddleware(
+        answering([body]),
+        dry_run=True,
+        meters={
+            "t": computed(
+                lambda e: seen.append(e.llm_usage(provider)), f"llm:{provider}"
+            )
+        },
+    )
+    Consumer().serve(middleware, make_environ())
+
+    (usage,) = seen
+    assert (usage.provider, usage.remarks) == (provider, ())
+    assert middleware.stats().remarks == {}
+
+
+def test_a_gateway_that_adds_a_total_is_read_as_the_stated_provider(
+    openmeter: OpenMeterServer,
+) -> None:
+    usage = {"input_tokens": 20, "output_tokens": 6, "cache_read_input_tokens": 100}
+    body = json.dumps({"type": "message", "usage": {**usage, "total_tokens": 26}})
+
+    data, _ = billed(
+        openmeter,
+        answering([body.encode()]),
+        meters={"t": llm_usage("total_tokens", provider="anthropic")},
+    )
+
+    assert data == [{"total": 126}]
 
 
 def test_a_compressed_body_is_counted_as_that(openmeter: OpenMeterServer) -> None:
@@ -687,6 +779,8 @@ TEXTS = {
     "$llm": llm_usage(),
     "$llm.model": llm_usage("model"),
     "$llm.cached_input_tokens": llm_usage("cached_input_tokens"),
+    "$llm:openai": llm_usage(provider="openai"),
+    "$llm:openai.total_tokens": llm_usage("total_tokens", provider="openai"),
     "$response.header.X-N ?? 0": response_header("X-N").default(0),
     '$llm.model ?? "unknown"': llm_usage("model").default("unknown"),
     "$response.json.list[?@.a > 1].n ?? null": response_json(
@@ -713,7 +807,25 @@ def test_the_page_on_measures_names_them_all() -> None:
     assert {text for text in TEXTS if re.fullmatch(r"\$[a-z]+(\.[a-z]+)?", text)} <= {
         *rows, "$llm.model",
     }  # fmt: skip
-    assert all(f"`{field}`" in page for field in LLMUsage.__struct_fields__)
+    assert all(f"`{field}`" in page for field in FIELDS)
+
+
+def test_the_page_on_measures_has_every_place_of_a_report() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "measures.md").read_text()
+    rows = set(
+        re.findall(r"^\| `(\w+)` \| `([^`]+)` \| ?([^|]*?) ?\|", page, re.MULTILINE)
+    )
+    kinds = {
+        (provider, way): set(re.findall(r"`([^`]+)`", kind))
+        for provider, way, kind in rows
+    }
+
+    assert kinds == {
+        (place.provider, ".".join(place.report).replace(".*", "[]") or "eval_count"): {
+            *place.kind, *filter(None, [place.beside]),
+        }
+        for place in PLACES
+    }  # fmt: skip
 
 
 def test_a_measure_says_how_it_is_written() -> None:
@@ -728,6 +840,10 @@ def test_a_measure_says_how_it_is_written() -> None:
         ("$response.size", "'$response.size' is no measure; expected one of $request."),
         ("$response.header.", "'$response.header.' is no measure"),
         ("$llm.tokens", "expected one of provider, model, input_tokens"),
+        ("$llm:openai.tokens", "expected one of provider, model, input_tokens"),
+        ("$llm:acme", "provider: expected one of 'openai', 'anthropic'"),
+        ("$llm:acme.total_tokens", "'ollama', 'bedrock', got 'acme'"),
+        ("$llm:", "'$llm:' is no measure"),
         ("$response.bytes ?? none", "expected JSON behind '??'"),
         ("$response.json.[", "expected a JSONPath"),
         ("$", "'$' is no measure"),
@@ -804,6 +920,7 @@ def test_what_a_handler_states_is_no_measure(openmeter: OpenMeterServer) -> None
     ("make", "arguments", "problem"),
     [
         (llm_usage, ("tokens",), "expected one of provider, model"),
+        (partial(llm_usage, provider="acme"), (), "provider: expected one of 'openai'"),
         (multi_status, ("half",), "expected 'succeeded' or 'failed', got 'half'"),
         (computed, (len, "xml"), "expected one of 'json', 'llm'"),
         (response_json, ("$[",), "expected a JSONPath"),

@@ -20,7 +20,13 @@ from pyramid.response import Response
 
 from entitling import NO, YES, Entitled
 from entitling import middleware as asking
-from openmeter_wsgi import OpenMeterMiddleware, computed, set_idempotency_key
+from openmeter_wsgi import (
+    OpenMeterMiddleware,
+    computed,
+    meter,
+    set_idempotency_key,
+    set_route,
+)
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
@@ -266,3 +272,74 @@ def test_a_repetition_is_one_whatever_the_case_of_its_method(
     middleware.close(40)
 
     assert len({event["id"] for event in openmeter.taken}) == 1
+
+
+# -- What a rule cannot know: how a framework reads a value
+
+
+def with_numbers() -> WSGIApplication:
+    app = bottle.Bottle()
+    for rule in ("/v1/numbers/<id:int>", "/v1/other", "/v1/<name>", "/v1/cheap/<id>"):
+        app.get(rule, callback=lambda **_: "served")
+
+    @app.get("/v1/decorated/<id:int>")
+    @meter(meters={"credits": 7})
+    def decorated(id: int) -> str:  # noqa: A002 - the variable of the route
+        return "served"
+
+    served: WSGIApplication = app
+    return served
+
+
+def of_falcon_with_routes() -> WSGIApplication:
+    class Served:
+        def on_get(self, req: Any, resp: falcon.Response, **_: str) -> None:
+            set_route(req, req.uri_template)
+            resp.text = "served"
+
+    app = falcon.App()
+    app.add_route("/v2/files/{name:path}", Served())
+    app.add_route("/v1/numbers/{id:int}", Served())
+    return app
+
+
+PRICES = {
+    "/v1/numbers/<int:id>": 50, "/v2/files/<path:name>": 40, "/v1/special": 2,
+    "/v1/<name>": 20, "/v1/cheap/<int:id>": 0.5, "/v1/decorated/<int:id>": 30,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "path_info", "credits_", "is_told"),
+    [
+        (with_numbers, "/v1/numbers/5", 50, False),
+        (with_numbers, "/v1/numbers/-5", 50, True),
+        (of_falcon_with_routes, "/v1/numbers/+5", 50, True),
+        (of_falcon_with_routes, "/v1/numbers/1_0", 50, True),
+        (of_falcon_with_routes, "/v2/files/", 40, True),
+        (with_numbers, "/v1/special", 2, False),  # a rule for one of many values
+        (with_numbers, "/v1/other", 20, False),
+        (with_numbers, "/v1/cheap/x", 1, False),  # the default is stricter
+        (with_numbers, "/v1/decorated/-5", 7, False),  # the view says it itself
+    ],
+)
+def test_what_no_rule_matches_has_the_price_of_its_route(
+    openmeter: OpenMeterServer,
+    caplog: pytest.LogCaptureFixture,
+    make: Any,
+    path_info: str,
+    credits_: float,
+    is_told: bool,
+) -> None:
+    middleware = OpenMeterMiddleware(
+        make(), api_url=openmeter.url, flush_interval=60, meters={"credits": 1},
+        routes={rule: {"meters": {"credits": price}} for rule, price in PRICES.items()},
+    )  # fmt: skip
+
+    statuses = [answer(middleware, path_info) for _ in range(3)]
+
+    middleware.close(40)
+    assert statuses == ["200"] * 3
+    assert [event["data"]["total"] for event in openmeter.taken] == [credits_] * 3
+    assert ("no rule matches" in caplog.text) is is_told
+    assert middleware.stats().metered == 3

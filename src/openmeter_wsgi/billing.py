@@ -26,6 +26,7 @@ from openmeter_wsgi.events import (
     size_problem,
     static_templates,
 )
+from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
 from openmeter_wsgi.policy import in_place_of
@@ -60,6 +61,18 @@ _MAX_WARNED = 1_000
 #: Status lines that are remembered: an application may invent reasons.
 _MAX_STATUS_LINES = 1_000
 _MAX_ID_LENGTH = 128
+#: What is logged where a body says several things, by the remark that is counted.
+_REMARKS = {
+    "ambiguous_usage": (
+        "%s: the body holds several reports of a model's usage; the largest is billed, "
+        "and no figure below another report's; counted as %s. llm_usage(provider=...) "
+        "reads one shape alone"
+    ),
+    "several_calls": (
+        "%s: the body holds several calls of a model; the last one is billed; counted "
+        "as %s"
+    ),
+}
 _LOST = "%s: usage of a request is lost by our own fault"
 _AUDIT_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
@@ -100,6 +113,8 @@ class Billing:
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
+        #: Whether it bills what no rule matches, beside policies of routes.
+        self._is_default = policy.routes is not None
         #: What bills most responses; None if nothing is known beforehand.
         self.fast_path = FastPath(self) if self._is_known_beforehand else None
         self._warned: set[str | None] = set()
@@ -109,6 +124,7 @@ class Billing:
         """Whether status and subject alone say what a usual response is billed."""
         return (
             self.bodies is None
+            and not self._is_default
             and not self._counts_down
             and self._identity.is_ours
             and all(meter.plain for meter in self.policy.static_meters)
@@ -158,7 +174,7 @@ class Billing:
     def hand_over(self, environ: Environ, request: RequestRecord) -> None:
         """Count a request whose socket the application has taken: nothing is billed."""
         if not self.process.is_begun:
-            self.process.begin()
+            self.process.begin(environ)
         self.not_metered.note("handed_over", environ, request.status)
         if request.reserved:
             self.gate.settle(request, (), None)
@@ -180,6 +196,8 @@ class Billing:
         try:
             if stated is not None and stated.denied:
                 return self.not_metered.note("denied", environ, status)
+            if self._is_default and (other := self._of_route(environ)) is not None:
+                return other.events(environ, request, outcome, exchange)
             if reason := self._status_reason(environ, stated, status):
                 return self.not_metered.note(reason, environ, status)
             made = self._stated_events(environ, request, outcome, exchange)
@@ -194,6 +212,25 @@ class Billing:
         finally:
             if request.reserved:
                 self.gate.settle(request, (), None)  # nothing is billed
+
+    def _of_route(self, environ: Environ) -> Billing | None:
+        """Return what bills the route by which the framework has served a request.
+
+        None where that is not known, or not stricter. No rule has matched the path: the
+        framework reads it in another way, such as ``-5`` as an integer.
+        """
+        routes, template = self.process.routes, route_of(environ)
+        if routes is None or template is None:
+            return None
+        other = routes.by_template(template, environ, self)
+        if other is not None:
+            logger.warning(
+                "route %s: a path that no rule matches was served by it; billed by the "
+                "rule, and not asked for entitlements: write the rule in a form that "
+                "matches all that the framework serves, or decorate the view",
+                template,
+            )
+        return other
 
     def _status_reason(
         self, environ: Environ, stated: RunTimeMeters | None, status: str | None
@@ -308,6 +345,9 @@ class Billing:
             missing = found.missing
             for each in found.missing:
                 self._warn_of_missing(exchange, *each)
+            for remark in sorted(exchange.remarks):
+                self._counts.remarks[remark] += 1
+                logger.warning(_REMARKS[remark], self._where(exchange), remark)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
         if meters := policy.as_meters(usage):
@@ -318,10 +358,13 @@ class Billing:
             return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
+    def _where(self, exchange: Exchange) -> str:
+        return f"{exchange.method} {exchange.route or self.name}"
+
     def _warn_of_missing(
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
-        where = f"{exchange.method} {exchange.route or self.name}"
+        where = self._where(exchange)
         if where in self._warned or len(self._warned) >= _MAX_WARNED:
             return
         self._warned.add(where)

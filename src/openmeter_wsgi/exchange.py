@@ -14,12 +14,15 @@ from openmeter_wsgi.request import REQUEST, method_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from openmeter_wsgi.bodies.llm_usage import LLMUsage
+    from openmeter_wsgi.bodies.llm_shapes import LLMUsage, Provider
     from openmeter_wsgi.bodies.multi_status import MultiStatus
     from openmeter_wsgi.bodies.reader import BodyReader
 
 #: What is read only where a measure asks for it, because it costs something a chunk.
-Body: TypeAlias = Literal["json", "llm", "records", "multi_status"]
+Body: TypeAlias = Literal[
+    "json", "llm", "records", "multi_status", "llm:openai", "llm:anthropic",
+    "llm:gemini", "llm:cohere", "llm:ollama", "llm:bedrock",
+]  # fmt: skip
 #: From Content-Type and Content-Encoding of a response to what reads its body.
 NewReader: TypeAlias = "Callable[[str | None, str | None], BodyReader[Any]]"
 
@@ -38,15 +41,16 @@ def reader_of(kind: Body) -> NewReader:
     imported only where it is asked for, and never while a request is served.
     """
     if kind == "json":
-        from openmeter_wsgi.bodies.json_value import json_reader
+        from openmeter_wsgi.bodies.json import json_reader
 
         return json_reader
-    if kind == "llm":
+    if kind.startswith("llm"):
         from openmeter_wsgi.bodies.llm import llm_reader
 
-        return llm_reader
+        provider: Any = kind.removeprefix("llm").removeprefix(":") or None
+        return functools.partial(llm_reader, provider=provider)
     if kind == "records":
-        from openmeter_wsgi.bodies.records import records_reader
+        from openmeter_wsgi.bodies.stream import records_reader
 
         return records_reader
     from openmeter_wsgi.bodies.multi_status import multi_status_reader
@@ -62,11 +66,13 @@ class Exchange:
 
     __slots__ = (
         "_bodies",
+        "_results",
         "_started_at",
         "bytes_received",
         "bytes_sent",
         "environ",
         "outcome",
+        "remarks",
         "response_headers",
         "route",
         "status",
@@ -101,6 +107,9 @@ class Exchange:
         self.bytes_received = bytes_received
         self._started_at = started_at
         self._bodies = bodies
+        self._results: dict[str, Any] = {}
+        #: What is to be known of the values that were asked for: ``ambiguous_usage``.
+        self.remarks: set[str] = set()
 
     @property
     def method(self) -> str:
@@ -126,9 +135,8 @@ class Exchange:
 
     @property
     def llm(self) -> LLMUsage | Unknown:
-        """What the body says that a language model used."""
-        usage: LLMUsage | Unknown = self.body("llm")
-        return usage
+        """The usage of a language model that the body reports."""
+        return self.llm_usage()
 
     @property
     def multi_status(self) -> MultiStatus | Unknown:
@@ -142,10 +150,19 @@ class Exchange:
         count: int | Unknown = self.body("records")
         return count
 
+    def llm_usage(self, provider: Provider | None = None) -> LLMUsage | Unknown:
+        """Return the usage of a language model, in the shape of *provider* if given."""
+        usage: LLMUsage | Unknown = self.body(f"llm:{provider}" if provider else "llm")
+        if not isinstance(usage, Unknown):
+            self.remarks.update(usage.remarks)
+        return usage
+
     def body(self, kind: str) -> Any:
-        """Return what the reader of that kind found, or why it is unknown."""
-        reader = self._bodies.get(kind)
-        return _NOT_READ if reader is None else reader.result()
+        """Return the result of the reader of that kind, or why it is unknown."""
+        if kind not in self._results:
+            reader = self._bodies.get(kind)
+            self._results[kind] = _NOT_READ if reader is None else reader.result()
+        return self._results[kind]
 
     def request_header(self, name: str) -> str | None:
         """Return a header of the request, None where it has none."""

@@ -15,8 +15,6 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, get_args
 
-import msgspec
-
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
@@ -24,6 +22,8 @@ from openmeter_wsgi.request import interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from openmeter_wsgi.bodies.llm_shapes import Provider
 
 logger = log.get_logger(__name__)
 
@@ -146,7 +146,7 @@ def response_json(path: str) -> Measure:
 
     :raises ConfigError: if it is no JSONPath, or python-jsonpath is not installed.
     """
-    from openmeter_wsgi.bodies.paths import NumberPath  # see `reader_of`
+    from openmeter_wsgi.bodies.json import NumberPath  # see `reader_of`
 
     numbers = NumberPath(path)
     if ".." in _QUOTED.sub("", path):
@@ -184,36 +184,42 @@ def multi_status(part: str = "succeeded") -> Measure:
     return Measure(f"$response.{part}", find, bodies=["multi_status"])
 
 
-def llm_usage(field: str | None = None) -> Measure:
-    """What a language model used, by one field of :class:`LLMUsage`, or all of them.
+def llm_usage(field: str | None = None, *, provider: Provider | None = None) -> Measure:
+    """The usage of a language model: one field of :class:`LLMUsage`, or all of them.
 
-    Without a field it stands for the whole ``data``, in which there is what was
-    reported and nothing else.
+    Without a field it stands for the whole ``data``, with the figures that were
+    reported and no others. With a *provider* it reads reports of that shape alone.
+    State it wherever the body holds anything of the caller's.
     """
-    from openmeter_wsgi.bodies.llm_usage import LLMUsage  # see `reader_of`
+    from openmeter_wsgi.bodies.llm_shapes import FIELDS, PROVIDERS  # see `reader_of`
 
-    known = LLMUsage.__struct_fields__
-    if field is not None and field not in known:
-        raise ValueError(f"expected one of {', '.join(known)}, got {field!r}")
+    if field is not None and field not in FIELDS:
+        raise ValueError(f"expected one of {', '.join(FIELDS)}, got {field!r}")
+    if provider is not None and provider not in PROVIDERS:
+        names = ", ".join(map(repr, PROVIDERS))
+        raise ValueError(f"provider: expected one of {names}, got {provider!r}")
 
     def find(exchange: Exchange) -> object:
-        usage = exchange.llm
+        usage = exchange.llm_usage(provider)
         if isinstance(usage, Unknown):
             return usage
         if field is None:
-            said = msgspec.structs.asdict(usage)
-            return {name: value for name, value in said.items() if value is not None}
-        found = getattr(usage, field)
-        return Unknown("not_reported") if found is None else found
+            found = {name: getattr(usage, name) for name in FIELDS}
+            return {name: value for name, value in found.items() if value is not None}
+        value = getattr(usage, field)
+        return Unknown("not_reported") if value is None else value
 
-    return Measure("$llm" if field is None else f"$llm.{field}", find, bodies=["llm"])
+    body: Body = f"llm:{provider}" if provider else "llm"  # type: ignore[assignment]
+    text = f"${body}" if field is None else f"${body}.{field}"
+    return Measure(text, find, bodies=[body])
 
 
 def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
     """What *function* makes of the exchange, None where there is no value.
 
-    *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"``,
-    ``"records"``, ``"multi_status"``. Nothing of it is read unless it is named.
+    *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"`` or
+    ``"llm:openai"`` and the like, ``"records"``, ``"multi_status"``. Nothing of it is
+    read unless it is named.
     """
     for body in bodies:
         if body not in get_args(Body):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import log
@@ -80,10 +79,6 @@ class OpenMeterMiddleware:
         if self._new_process is Process:
             self._process.say_what_errors_are_billed()
         self._look_at_views()
-        # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
-        # every request asks the process's guard as well.
-        renew = weakref.WeakMethod(self.process)
-        os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
 
     # In one piece: each call would cost each request.
     def __call__(  # noqa: C901
@@ -92,7 +87,7 @@ class OpenMeterMiddleware:
         """Serve one request (PEP 3333)."""
         process = self._process
         if not process.guard.is_current():
-            process = self.process()
+            process = self._confirmed_process()
         billing: Billing | None = process.billing
         if process.routes is not None:
             billing = process.routes.find(environ)
@@ -122,7 +117,9 @@ class OpenMeterMiddleware:
             iterable = self.app(environ, request.start_response)
         except EntitlementDenied as denied:
             # Of an application, or a framework, that does not answer it itself.
-            iterable = denied.answer(environ, request.start_response)
+            iterable = denied.answer(
+                environ, request.start_response, is_started=request.status is not None
+            )
         except BaseException:
             fail(environ, request)
             raise
@@ -170,12 +167,21 @@ class OpenMeterMiddleware:
         return cls(app, **{**options_of(policies, routes, os.environ), **options})
 
     def process(self) -> Process:
-        """Return what the process that asks owns, made anew after a fork."""
+        """Return what the process that asks owns.
+
+        After a fork, or where gevent has replaced threads, it is made anew: what the
+        parent queued stays the parent's.
+        """
         process = self._process
-        if not process.guard.is_current():
-            # The parent's queue is left to the parent.
+        if not process.guard.fits():
             process = process.successor(self._new_process, self.policy)
             self._process = process
+        return process
+
+    def _confirmed_process(self) -> Process:
+        """Return what serves the requests of this process from now on."""
+        process = self.process()
+        process.guard.confirm()
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -250,7 +256,7 @@ def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
 
 def _prepare_spool(policy: Policy) -> None:
     if policy.spool_dir is not None and not policy.dry_run:
-        from openmeter_wsgi.delivery.directory import prepare_directory
+        from openmeter_wsgi.spool.files import prepare_directory
 
         prepare_directory(policy.spool_dir)
 

@@ -11,20 +11,20 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
-from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.delivery.queue import DeliveryQueue
-from openmeter_wsgi.delivery.watching import Backlog
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
 from openmeter_wsgi.entitlements.making import entitlements_of
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.stats import Counts, Stats
+from openmeter_wsgi.threads import threads_are_greenlets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.policy import Policy
@@ -40,27 +40,44 @@ _WIPE_ON_FORK = 18
 
 
 class ProcessGuard:
-    """Knows whether this is still the process that made it. Any thread.
+    """Knows the process, and the kind of threads, that something was made for.
 
-    A fork made in C, such as uWSGI's, calls no hook of Python's; `os.getpid()` is a
-    system call. Where the kernel empties a page of memory in every child, reading one
-    byte of it says the same at a quarter of the price.
+    Any thread. A fork made in C, such as uWSGI's, calls no hook of Python's, and
+    `os.getpid()` is a system call. Where the kernel empties a page of memory in every
+    child, reading one byte of it says the same at a quarter of the price.
+
+    Locks made before gevent patches `threading` block all greenlets of a process. So
+    the first request looks whether what was made still fits, and confirms it.
     """
 
-    __slots__ = ("_page", "_pid")
+    __slots__ = ("_confirmed_pid", "_greenlets", "_page", "_pid")
 
     def __init__(self) -> None:
         self._pid = os.getpid()
+        self._greenlets = threads_are_greenlets()
+        self._confirmed_pid = 0
         self._page = _page_wiped_on_fork()
 
     def is_current(self) -> bool:
-        """Say whether this is the process that made it, and no child of it."""
+        """Say whether `confirm` was called, and in this process."""
         page = self._page
-        return os.getpid() == self._pid if page is None else page[0] == 1
+        return os.getpid() == self._confirmed_pid if page is None else page[0] == 1
+
+    def fits(self) -> bool:
+        """Say whether what was made can be used here."""
+        return self.is_current() or (
+            os.getpid() == self._pid and threads_are_greenlets() == self._greenlets
+        )
+
+    def confirm(self) -> None:
+        """Note that a request has come, and that what was made fits."""
+        self._confirmed_pid = os.getpid()
+        if self._page is not None:
+            self._page[0] = 1
 
 
 def _page_wiped_on_fork() -> mmap.mmap | None:
-    """Return a page whose first byte is 1, and 0 in a child; None where none can be."""
+    """Return a page that a child finds empty; None where the kernel has none."""
     if sys.platform != "linux":
         return None
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -69,7 +86,6 @@ def _page_wiped_on_fork() -> mmap.mmap | None:
     except (OSError, ValueError):
         page.close()  # an older kernel
         return None
-    page[0] = 1
     return page
 
 
@@ -80,7 +96,7 @@ class Transport(Protocol):
     def started(self) -> bool:
         """Whether all was done that the first request brings about."""
 
-    def start(self) -> object:
+    def start(self, environ: Mapping[str, Any]) -> object:
         """Do what the first request brings about. Called until `started`."""
 
     def put(self, event: bytes, /) -> object:
@@ -118,7 +134,7 @@ class DryRun:
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
 
-    def start(self) -> None:
+    def start(self, environ: Mapping[str, Any]) -> None:
         """Do nothing: there is no thread."""
 
     def put(self, event: bytes) -> None:
@@ -183,7 +199,7 @@ class Process:
 
     # -- Requests
 
-    def begin(self) -> None:
+    def begin(self, environ: Mapping[str, Any]) -> None:
         """Do what the first request brings about. Never raises an Exception."""
         while self._hooks_to_call:
             try:
@@ -194,7 +210,7 @@ class Process:
                 logger.exception(
                     "%s: broke off; the request goes on without it", "beginning"
                 )
-        self.transport.start()
+        self.transport.start(environ)
         self.is_begun = self.transport.started
 
     def on_first_request(self, hook: FirstRequestHook) -> None:
@@ -342,10 +358,10 @@ def _transport_of(policy: Policy, counts: Counts) -> Transport:
         timeout=policy.request_timeout,
     )
     if policy.spool_dir is None:
-        return DeliveryQueue(policy, new_client(), counts)
-    from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+        return MemoryDelivery(policy, new_client(), counts)
+    from openmeter_wsgi.spool.delivery import SpoolDelivery
 
-    return SpoolQueue(policy, new_client, counts)
+    return SpoolDelivery(policy, new_client, counts)
 
 
 def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:

@@ -79,7 +79,11 @@ class Response:
         if self.request.state != OPEN:
             self.request.fail()
             raise denied  # too late: something has been sent
-        yield from denied.answer(self.environ, self.request.start_response)
+        yield from denied.answer(
+            self.environ,
+            self.request.start_response,
+            is_started=self.request.status is not None,
+        )
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
@@ -116,7 +120,7 @@ class Response:
             if not process.guard.is_current():
                 return
             if not process.is_begun:
-                process.begin()
+                process.begin(self.environ)
             if state != FIXED:
                 self.events = self._made(billing) if events is None else events
                 request.state = FIXED

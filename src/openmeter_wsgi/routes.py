@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 #: Stands for every method that no rule names.
 _ANY = ""
+#: A variable of werkzeug's, Bottle's, Django's, Falcon's or Pyramid's.
+_VARIABLE = re.compile(r"<[^<>]*>|\{[^{}]*\}|(?<=/)\*\w*\Z")
 #: A path that some framework reads as another one: no slash in front, two in a row,
 #: dots for directories, bytes that are no UTF-8 (each a character here), line ends.
 _ODD = re.compile(r"\A[^/]|//|/\.\.?(?:/|\Z)|[\x00-\x1f\x7f-\xff]")
@@ -74,6 +76,19 @@ class Routes(Generic[T]):
         both = (own, meant) if meant is self._unmatched else (meant, own)
         return max(both, key=self._strictness)
 
+    def by_template(
+        self, template: str, environ: Mapping[str, Any], own: T
+    ) -> T | None:
+        """Return what belongs to the rule that is written as *template*.
+
+        None if there is no such rule, or it is not stricter than *own*. For requests of
+        which the framework has said by which of its routes it serves them.
+        """
+        table = self._tables.get(method_of(environ)) or self._tables[_ANY]
+        found: Any = table.by_template.get(_shape(template), own)
+        strictness = self._strictness
+        return found if strictness(found) > strictness(own) else None
+
     def _match(self, table: _Table[T], path: str) -> T:
         """Return what belongs to the rule with a variable that *path* matches."""
         if table.adapter is None:
@@ -89,7 +104,7 @@ class Routes(Generic[T]):
 class _Table(Generic[T]):
     """The rules of one method."""
 
-    __slots__ = ("adapter", "exact", "variable")
+    __slots__ = ("adapter", "by_template", "exact", "variable")
 
     def __init__(self, rules: list[tuple[RouteRule, T]]) -> None:
         self.exact: dict[str, Any] = {
@@ -100,6 +115,8 @@ class _Table(Generic[T]):
         for path, each in list(self.exact.items()):
             self.exact.setdefault(path.removesuffix("/"), each)
             self.exact.setdefault(path.removesuffix("/") + "/", each)
+        #: By what all spellings of a rule have in common, in every framework.
+        self.by_template = {_shape(rule.path): each for rule, each in rules}
         variable = [(rule.path, each) for rule, each in rules if not rule.is_exact]
         #: By the number that is the endpoint of its rule.
         self.variable = [each for _, each in variable]
@@ -117,6 +134,11 @@ def _for_method(
             if wanted in rule.methods or (wanted == _ANY and not rule.methods):
                 by_path[rule.path] = (rule, belongs)
     return list(by_path.values())
+
+
+def _shape(template: str) -> str:
+    """Return a template with its variables alike, however a framework writes them."""
+    return _VARIABLE.sub("<>", template).rstrip("/")
 
 
 def _text(path: str) -> str:

@@ -117,7 +117,9 @@ def _of_falcon(app: Any) -> Iterator[ServedRoute]:
     from falcon import inspect  # here: only who has its applications has it
 
     for route in inspect.inspect_routes(app):
-        methods = frozenset(method.method for method in route.methods)
+        # Internal are those that answer 405, and OPTIONS.
+        own = (method.method for method in route.methods if not method.internal)
+        methods = frozenset((*own, "OPTIONS"))
         yield ServedRoute(route.path, methods, None)
 
 

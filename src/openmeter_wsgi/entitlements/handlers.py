@@ -51,11 +51,13 @@ class EntitlementDenied(HTTPException):
             return super().get_response(environ, scope)
         return Response.from_app(self._refusal, environ)
 
-    def answer(self, environ: Any, start_response: Any) -> Any:
+    def answer(self, environ: Any, start_response: Any, *, is_started: bool) -> Any:
         """Answer the request in place of an application that has raised this.
 
-        The application may have called *start_response* before.
+        *is_started*: it had called *start_response* before.
         """
+        if not is_started:
+            return self._refusal(environ, start_response)
         raised = type(self), self, self.__traceback__
 
         def start(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:

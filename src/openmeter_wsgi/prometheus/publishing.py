@@ -60,7 +60,7 @@ class _Publisher:
 
     def publish(self) -> None:
         """Write what has changed. Any thread."""
-        if not self._process.guard.is_current():
+        if not self._process.guard.fits():
             return
         with self._writing:
             stats = self._process.stats()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi.billing import Audit
-from openmeter_wsgi.delivery.watching import Backlog
+from openmeter_wsgi.delivery.queue import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
@@ -129,7 +129,7 @@ class Collector:
         self._events = events
         self._counts = counts
 
-    def start(self) -> None:
+    def start(self, environ: Mapping[str, Any]) -> None:
         """Do nothing: there is no thread."""
 
     def put(self, event: bytes) -> None:
