@@ -22,13 +22,22 @@ from openmeter_wsgi.events import (
     Usage,
     are_small,
     encode_events,
+    numbered,
     quoted,
     size_problem,
     static_templates,
 )
 from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measures import Measure, computed, evaluate
-from openmeter_wsgi.request import COMPLETED, FAILED, OPTIONS, is_options, method_of
+from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.request import (
+    COMPLETED,
+    FAILED,
+    OPTIONS,
+    interrupted,
+    is_options,
+    method_of,
+)
 from openmeter_wsgi.subject import SubjectFinder
 from openmeter_wsgi.values import SHORT_SUBJECT, clock, timestamp
 
@@ -128,7 +137,8 @@ class Billing:
         found = self._variants.get(id(options))
         if found is None:
             try:
-                policy = dataclasses.replace(self.policy, routes=None, **options)
+                own = in_place_of(options)
+                policy = dataclasses.replace(self.policy, routes=None, **own)
             except ConfigError as error:
                 logger.error(
                     "%s: %s; its requests are billed as those of its route", name, error
@@ -157,6 +167,15 @@ class Billing:
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
         self.not_metered.note("denied", environ, None)
+
+    def hand_over(self, environ: Environ, request: RequestRecord) -> None:
+        """Count a request whose socket the application has taken: nothing is billed."""
+        if not self.process.is_begun:
+            self.process.begin(environ)
+        self.not_metered.note("handed_over", environ, request.status)
+        if request.reserved:
+            self.gate.settle(request, (), None)
+        request.end()
 
     def events(
         self,
@@ -240,11 +259,14 @@ class Billing:
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
+                self._say_why_nobody(environ)
                 return "no_subject"
             without = len(all_meters) - len(meters)
             self._counts.dropped["no_subject"] += without
         if self._counts_down:
             self.gate.settle(request, meters, subject)
+        if stated is not None and stated.idempotency_key and outcome is COMPLETED:
+            meters = with_own_ids(environ, meters, stated.idempotency_key)
         events = encode_events(
             meters,
             request_id=self._identity.of(environ, stated, subject, outcome),
@@ -252,6 +274,20 @@ class Billing:
             source=self.policy.event_source,
         )
         return self._storable(events) or "message_too_large"
+
+    def _say_why_nobody(self, environ: Environ) -> None:
+        if (missing := self.subjects.missing_path(environ)) is None:
+            logger.warning(
+                "%s: a request without subject is not billed (see subject, "
+                "subject_path, set_subject and on_missing_subject)",
+                "no_subject",
+            )
+            return
+        logger.error(
+            "subject at %r: %s has no %r; %d requests without subject are not billed",
+            missing.path, missing.owner, missing.name,
+            self.not_metered.counts["no_subject"] + 1,
+        )  # fmt: skip
 
     def _storable(self, events: list[bytes]) -> list[bytes]:
         """Return the events that OpenMeter can store; count and log the others."""
@@ -452,12 +488,6 @@ class NotMetered:
         self.counts[reason] += 1
         if self._audit is not None or logger.isEnabledFor(logging.DEBUG):
             self.explain(reason, environ, status)
-        if reason == "no_subject":
-            logger.warning(
-                "%s: a request without subject is not billed (see subject, "
-                "subject_path, set_subject and on_missing_subject)",
-                reason,
-            )
         return ()
 
     def explain(
@@ -472,7 +502,10 @@ class NotMetered:
             record,
         )
         if self._audit is not None:
-            self._audit.tell(record)
+            try:
+                self._audit.tell(record)
+            except BaseException as error:  # noqa: BLE001 - no Exception comes here
+                interrupted(environ, error)
 
 
 def audit_record(
@@ -551,6 +584,23 @@ class Identity:
             ):
                 return given
         return self._ids.new()
+
+
+def with_own_ids(
+    environ: Mapping[str, Any], meters: Sequence[Meter], key: str
+) -> list[Meter]:
+    """Return *meters* with ids for those that have a subject of their own.
+
+    Two customers may use the same key, and only the meter may tell them apart.
+    """
+    return [
+        msgspec.structs.replace(
+            meter, id=f"{_derived_id(environ, meter.subject, key)}:{suffix}"
+        )
+        if meter.subject and not meter.id
+        else meter
+        for meter, suffix in numbered(meters)
+    ]
 
 
 def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> str:

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 MAX_REASON = 500
 
 
+def shown(value: object) -> str:
+    """Return how Python writes *value*, for the text of an error. Never raises."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - also an integer of more than 4,300 digits
+        return f"a {type(value).__name__} that cannot be shown"
+
+
 class OpenMeterWSGIError(Exception):
     """Base of all errors of this package."""
 

@@ -6,8 +6,11 @@ attributes are refused or dropped there, so none is sent.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import secrets
+import time
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from itertools import count
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.errors import MeterValueError, shown
 from openmeter_wsgi.values import (
     MAX_GROWTH,
     MAX_MESSAGE_BYTES,
@@ -114,7 +117,7 @@ def _entries(meters: object) -> list[Mapping[str, Any]]:
             return entries
     raise MeterValueError(
         "expected {'type': …, 'data': {…}}, a mapping of type to number, "
-        f"or a list of them, got {meters!r}"
+        f"or a list of them, got {shown(meters)}"
     )
 
 
@@ -123,11 +126,11 @@ def _read_document(entry: Mapping[str, Any]) -> Meter:
     if "value" in entry and "data" not in entry:
         raise MeterValueError(
             f"meter {name!r}: the value goes into data: "
-            f"{{'type': {name!r}, 'data': {{'value': {entry['value']!r}}}}}"
+            f"{{'type': {name!r}, 'data': {{'value': {shown(entry['value'])}}}}}"
         )
     if unknown := [key for key in entry if key not in _DOCUMENT_KEYS]:
         raise MeterValueError(
-            f"meter {name!r}: unknown key {unknown[0]!r}, "
+            f"meter {name!r}: unknown key {shown(unknown[0])}, "
             f"expected one of {', '.join(_DOCUMENT_KEYS)}"
         )
     given = {
@@ -157,7 +160,8 @@ def _read_number(name: str, value: object) -> Number:
                 raise MeterValueError(f"meter {name!r}: {problem}")
             return value
     raise MeterValueError(
-        f"meter {name!r}: expected a number, finite and not negative, got {value!r}"
+        f"meter {name!r}: expected a number, finite and not negative, "
+        f"got {shown(value)}"
     )
 
 
@@ -211,32 +215,49 @@ _FIRST_BLOCK = tuple(map(str, range(1, 1_000)))
 class RequestIds:
     """Ids of requests, unique among all processes and hosts.
 
-    The first half comes from the kernel, anew in every process; the second is a number
-    that threads share without a lock. It is not formatted but put together: `block` is
+    The first half is drawn with the first request, anew in every process; the second is
+    a number that threads share without a lock. It is not formatted but put together:
     all but its last three digits, and those that have not been used.
     """
 
-    __slots__ = ("_blocks", "_prefix", "block")
+    __slots__ = ("_block", "_blocks", "_prefixes")
 
     def __init__(self, prefix: str | None = None) -> None:
-        self._prefix = f"{prefix or secrets.token_hex(12)}-"
-        self._blocks = count(1)
-        self.block: tuple[str, Iterator[str]] = (self._prefix, iter(_FIRST_BLOCK))
+        #: The first half, once it is drawn. A dictionary, as threads draw it at once.
+        self._prefixes = {} if prefix is None else {"": f"{prefix}-"}
+        self._blocks = count()
+        self._block: tuple[str, Iterator[str]] = ("", iter(()))
 
     def new(self) -> str:
         """Return an id that no other request has."""
-        head, numbers = self.block
+        head, numbers = self._block
         for number in numbers:
             return head + number
-        return self.new_in_next_block()
+        return self._new_in_next_block()
 
-    def new_in_next_block(self) -> str:
+    def _new_in_next_block(self) -> str:
         """Begin a block that no other thread has begun, and return an id of it."""
-        head = f"{self._prefix}{next(self._blocks)}"
-        numbers = iter(_BLOCK)
+        prefix = self._prefixes.get("")
+        if prefix is None:
+            prefix = self._prefixes.setdefault("", _drawn_prefix())
+        block = next(self._blocks)
+        head = f"{prefix}{block or ''}"
+        numbers = iter(_BLOCK if block else _FIRST_BLOCK)
         made = head + next(numbers)
-        self.block = (head, numbers)
+        self._block = (head, numbers)
         return made
+
+
+def _drawn_prefix() -> str:
+    """Return what no other process draws, though both woke from one snapshot.
+
+    A virtual machine that is resumed twice may get the same random numbers twice from
+    its kernel. It is never resumed twice at the same nanosecond of both its clocks.
+    """
+    drawn = hashlib.sha256(secrets.token_bytes(32))
+    for moment in (time.time_ns(), time.monotonic_ns(), os.getpid()):
+        drawn.update(moment.to_bytes(16))
+    return f"{drawn.hexdigest()[:24]}-"
 
 
 def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, str]]:
@@ -247,7 +268,7 @@ def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, st
     """
     return [
         (f'{_head(meter, source)},"id":"', f'{_json(f":{suffix}")[1:-1]}","time":"')
-        for meter, suffix in _numbered(meters)
+        for meter, suffix in numbered(meters)
     ]
 
 
@@ -270,7 +291,7 @@ def encode_events(
     """
     now = timestamp()
     events = []
-    for meter, suffix in _numbered(meters):
+    for meter, suffix in numbered(meters):
         name = _json(meter.subject or subject or "")
         event_id = _json(meter.id or f"{request_id}:{suffix}")
         time = meter.time or now
@@ -303,7 +324,7 @@ def _head(meter: Meter, source: str) -> str:
     )
 
 
-def _numbered(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
+def numbered(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
     """Pair each meter with what follows the request in its id.
 
     The second event of a type and every later one carry a number.

@@ -46,7 +46,7 @@ def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
     if root == "current_user" and (names_something or source == root):
         return LastingSubject(_user_reader(path))
     if root in _ROOTS and names_something:
-        of, read = _ROOTS[root], path_reader(path)
+        of, read = _ROOTS[root], path_reader(path, root)
         return LastingSubject(lambda _: read(of()))
     raise ValueError(
         "expected 'header:Name', a callable on the environ, 'current_user', or a path "
@@ -61,7 +61,7 @@ _ROOTS: dict[str, Callable[[], Any]] = {
 
 
 def _user_reader(path: str) -> Callable[[dict[str, Any]], Any]:
-    read = path_reader(path) if path else lambda user: user.get_id()
+    read = path_reader(path, "current_user") if path else _id_of
 
     def read_user(_: dict[str, Any]) -> object:
         # Here, and not at the top: Flask-Login may be absent.
@@ -70,6 +70,10 @@ def _user_reader(path: str) -> Callable[[dict[str, Any]], Any]:
         return read(current_user) if current_user.is_authenticated else None
 
     return read_user
+
+
+def _id_of(user: Any) -> object:
+    return user.get_id()
 
 
 _read_current_user = _user_reader("")

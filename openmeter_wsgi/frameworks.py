@@ -17,6 +17,7 @@ from openmeter_wsgi.request import (
     metered_request,
     record_of,
 )
+from openmeter_wsgi.subject import MissingPath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -136,8 +137,9 @@ class LastingSubject:
             return self._read(environ)
         if self not in remembered.found:
             found = self._read(environ)
-            if found is None or found == "":  # anonymous users have an empty name
-                found = remembered.kept.get(self)
+            # Anonymous users have an empty name.
+            if found is None or found == "" or isinstance(found, MissingPath):
+                found = remembered.kept.get(self, found)
             remembered.found[self] = found
         return remembered.found[self]
 

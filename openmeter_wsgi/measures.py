@@ -44,6 +44,7 @@ from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.events import Number, Usage, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
+from openmeter_wsgi.request import interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,9 +111,11 @@ class Measure:
         """Return the value, or an :class:`Unknown` that says why there is none."""
         try:
             found = self._find(exchange)
-        except Exception as error:  # noqa: BLE001 - the user's own code may be in it
+        except BaseException as error:  # noqa: BLE001 - the user's own code may be in it
             logger.error("%s: raised %r; it has no value", self, error)
             found = Unknown("failed")
+            if not isinstance(error, Exception):
+                interrupted(exchange.environ, error)
         if found is None:
             found = Unknown("none")
         if isinstance(found, Unknown) and self._default is not _NONE:

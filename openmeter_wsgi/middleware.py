@@ -18,7 +18,6 @@ from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.request import (
     OPEN,
     REQUEST,
-    SETTLED,
     RequestRecord,
     begin_again,
 )
@@ -29,6 +28,7 @@ from openmeter_wsgi.response import (
     fail,
     give_file,
     is_file,
+    is_iterable,
     remember_files,
 )
 
@@ -129,8 +129,14 @@ class OpenMeterMiddleware:
         if files is not None and is_file(files, iterable):
             file = give_file(environ, request, iterable)
             return file if process.watch is None else process.watch(file)
-        is_sized = type(iterable) is list or hasattr(iterable, "__len__")
-        response = SizedResponse() if is_sized else Response()
+        response: Response
+        if type(iterable) is list or hasattr(iterable, "__len__"):
+            response = SizedResponse()
+        elif is_iterable(iterable):
+            response = Response()
+        else:
+            billing.hand_over(environ, request)
+            return iterable
         response.environ = environ
         response.request = request
         response.iterable = iterable
@@ -266,7 +272,7 @@ def _refusal(
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:
             billing.refuse(environ)
-            request.state = SETTLED
+            request.end()
             return DeniedResponse(decision, billing.policy)
     if billing.tells_quota and request.server_start is not None:
         request.server_start = telling_quota(request.decision, request.server_start)

@@ -502,7 +502,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
                 made.append((rule, None))
                 continue
             problems += [f"routes[{text!r}]: {each}" for each in _misplaced(own)]
-            options = {**own, "routes": None}
+            options = {**in_place_of(own), "routes": None}
             if rule.names_options:
                 options.setdefault("meter_options", True)
             try:
@@ -535,6 +535,22 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return []
 
 
+def in_place_of(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a route or view: ``meter`` or ``meters`` replaces both.
+
+    An empty one of them means that there are none.
+    """
+    if "meter" not in own and "meters" not in own:
+        return dict(own)
+    replaced = dict(own)
+    for name in ("meter", "meters"):
+        given = own.get(name)
+        if isinstance(given, list | tuple | Mapping) and not given:
+            given = None
+        replaced[name] = given
+    return replaced
+
+
 def read_text_options(texts: Mapping[str, str]) -> dict[str, Any]:
     """Return the options in texts that are named and written as variables are.
 
@@ -548,7 +564,7 @@ def view_problems(options: Mapping[str, Any]) -> list[str]:
     unknown = [name for name in options if name not in _names()]
     known = {k: v for k, v in options.items() if k not in unknown}
     misspelt = [read.unknown(name, sorted(PER_ROUTE)) for name in unknown]
-    return [*misspelt, *_misplaced(known), *_read_options(known)[1]]
+    return [*misspelt, *_misplaced(known), *_read_options(in_place_of(known))[1]]
 
 
 def _misplaced(options: Iterable[str]) -> list[str]:

@@ -126,13 +126,30 @@ class RequestRecord:
             raise AssertionError("write called after the response was closed")
         if data and self.state == OPEN:
             self.state = STARTED
-        written = write(data)
+        try:
+            written = write(data)
+        except (AssertionError, TypeError, ValueError):
+            raise  # the application called it in a wrong way
+        except Exception:
+            if self.state < FIXED:
+                self.state = HUNG_UP
+            raise
         if self.capture is not None:
             self.capture.passed(data)
         return written
 
+    def end(self) -> None:
+        """Note that nothing is left to do, and let go of the server.
+
+        Its handler has the environ, and that has this record.
+        """
+        self.state = SETTLED
+        self.server_start = self.server_write = self.capture = None
+
     def fail(self) -> None:
         """Note that the application raised, and the status that the client will see."""
+        if self.state == HUNG_UP:
+            return  # by what the server raised
         if self.state == OPEN:
             # Nothing has been sent, so the server can still say what happened.
             self.status = _ERROR_STATUS
@@ -199,6 +216,19 @@ def record_of(environ: MutableMapping[str, Any]) -> RequestRecord:
     return request
 
 
+def interrupted(environ: Mapping[str, Any], error: BaseException) -> None:
+    """Let a request be settled before *error*, which is no Exception, is raised.
+
+    :raises BaseException: now, outside a metered request.
+    """
+    record = metered_request(environ)
+    if record is None:
+        raise error
+    if record.usage is None:
+        record.usage = RunTimeMeters()
+    record.usage.interruption = error
+
+
 def reservations_of(environ: dict[str, Any]) -> dict[str, Reservation]:
     """Return what a request has reserved of quotas, by feature; it may be added to."""
     request = record_of(environ)
@@ -245,12 +275,15 @@ class RunTimeMeters:
         "_overridden",
         "denied",
         "idempotency_key",
+        "interruption",
         "is_unmetered",
     )
 
     def __init__(self) -> None:
         #: What makes a repetition of this request the same to OpenMeter.
         self.idempotency_key: str | None = None
+        #: What is no Exception, and was raised by a callable of the policy at the end.
+        self.interruption: BaseException | None = None
         #: Whether the view says that it is not metered.
         self.is_unmetered = False
         #: Whether the request was denied, so that nothing of it is billed.
@@ -259,6 +292,11 @@ class RunTimeMeters:
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
         self._documents: list[tuple[Meter, bool]] = []
+
+    def raise_interruption(self) -> None:
+        """Raise what interrupted a callable of the policy, now that all is settled."""
+        if self.interruption is not None:
+            raise self.interruption
 
     def set(self, usage: Usage, *, flat: bool) -> None:
         """Let *usage* be all that was stated, in place of static meters too."""
@@ -327,7 +365,8 @@ def add_meters(request: object, meters: Meters) -> None:
     """Add *meters* to the usage of this request.
 
     Numbers add up onto what was stated before and onto the static meter of the
-    same type; documents become events of their own.
+    same type; documents become events of their own. One thread per request: what
+    several threads add at once may be lost.
 
     :raises MeterValueError: naming the bad value; nothing is changed then.
     """

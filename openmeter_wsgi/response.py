@@ -13,6 +13,7 @@ from openmeter_wsgi.request import (
     FAILED,
     FINISHED,
     FIXED,
+    HUNG_UP,
     OPEN,
     SETTLED,
     STARTED,
@@ -70,7 +71,7 @@ class Response:
             # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
             request.fail()
             raise
-        if request.state < FINISHED:
+        if request.state < HUNG_UP:
             request.state = FINISHED
 
     def _answered(self, denied: EntitlementDenied) -> Iterator[bytes]:
@@ -99,19 +100,20 @@ class Response:
         if self.request.state != SETTLED:
             self.settle()
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: C901 - in one piece, as the middleware
         """Put the events of this request into the queue, once, and close nothing.
 
         The events are fixed first, then put, then it is noted: an exception from a
         signal may strike in between, and a repeated put has the same ids.
         """
         request = self.request
-        if request.state == SETTLED:
+        state = request.state
+        if state == SETTLED:
             return
         billing: Billing = request.billing  # type: ignore[assignment]
         process = billing.process
         events = None
-        if request.state == FINISHED and billing.fast_path is not None:
+        if state == FINISHED and billing.fast_path is not None:
             events = billing.fast_path.events(self.environ, request)
         if events is None or events or not process.is_begun:
             # A process forked in the middle has a copy, which its parent settles.
@@ -119,7 +121,7 @@ class Response:
                 return
             if not process.is_begun:
                 process.begin(self.environ)
-            if request.state != FIXED:
+            if state != FIXED:
                 self.events = self._made(billing) if events is None else events
                 request.state = FIXED
             for event in self.events:
@@ -128,6 +130,8 @@ class Response:
         request.state = SETTLED
         # The server's handler has the environ, and that has the record.
         request.server_start = request.server_write = request.capture = None
+        if request.usage is not None:
+            request.usage.raise_interruption()
 
     def _made(self, billing: Billing) -> Sequence[bytes]:
         """Return the events of a response that the fast path does not bill."""
@@ -250,6 +254,14 @@ def fail(environ: dict[str, Any], request: RequestRecord) -> None:
     response = Response()
     response.environ, response.request, response.iterable = environ, request, None
     response.settle()
+
+
+def is_iterable(thing: object) -> bool:
+    """Say whether *thing* can be a response.
+
+    What cannot, such as gunicorn's ALREADY_HANDLED, a server knows by its identity.
+    """
+    return hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
 
 
 def is_file(files: type | FileWrapper, iterable: object) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.request import REQUEST, SUBJECT, USER
+from openmeter_wsgi.request import REQUEST, SUBJECT, USER, interrupted
 from openmeter_wsgi.values import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
+_NOTHING: Any = object()
 #: From an environ to its subject, None where it has none.
 FindSubject: TypeAlias = Callable[[dict[str, Any]], str | None]
 
@@ -53,6 +55,15 @@ class SubjectFinder:
             return _header_text(environ["REMOTE_USER"]) or self._fallback
         return self._fallback
 
+    def missing_path(self, environ: dict[str, Any]) -> MissingPath | None:
+        """Return the path of the policy that led to nothing, None if all did not."""
+        found = None if self._from_policy is None else self._from_policy(environ)
+        request: RequestRecord | None = environ.get(REQUEST)
+        caller = None if request is None else request.caller
+        if not isinstance(found, MissingPath) and caller and USER in caller:
+            found = self._from_user(caller[USER])
+        return found if isinstance(found, MissingPath) else None
+
 
 def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     source = policy.subject
@@ -64,11 +75,13 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     def call(environ: dict[str, Any]) -> object:
         try:
             return source(environ)
-        except Exception as error:  # noqa: BLE001 - the user's code, on our path
+        except BaseException as error:  # noqa: BLE001 - the user's code, on our path
             logger.error(
                 "subject: %s raised %r; the request counts as one without subject",
                 source, error,
             )  # fmt: skip
+            if not isinstance(error, Exception):
+                interrupted(environ, error)
             return None
 
     return call
@@ -113,36 +126,57 @@ def _header_text(value: object) -> str:
     return text if "\0" not in text else _text(text) or ""
 
 
-def path_reader(path: str) -> Callable[[object], object]:
+class MissingPath(NamedTuple):
+    """Stands for a subject at a path that leads to nothing."""
+
+    path: str
+    #: What has nothing of that name: the root of the path, or the type of an object.
+    owner: str
+    name: str
+
+
+def path_reader(path: str, root: str = "") -> Callable[[object], object]:
     """Return what follows *path* through mappings, sequences and attributes.
 
-    What is not there is None.
+    Where it leads to nothing that is a `MissingPath`. *root* is what the path begins
+    with in the configuration.
     """
     names = path.removeprefix(".").split(".")
+    whole = f"{root}.{path}" if root else path
 
     def read(user: object) -> object:
         value: Any = user
         try:
             for name in names:
-                if isinstance(value, Mapping):
-                    value = value.get(name)
-                elif isinstance(value, list | tuple) and name.isdecimal():
-                    value = value[int(name)] if int(name) < len(value) else None
-                else:
-                    value = getattr(value, name, None)
+                owner, value = value, _step(value, name)
+                if value is _NOTHING:
+                    is_root = root != "" and owner is user
+                    whose = root if is_root else f"a {type(owner).__name__}"
+                    return MissingPath(whole, whose, name)
         except Exception as error:  # noqa: BLE001 - a property of the user's object
-            logger.error("subject_path %r: reading it raised %r", path, error)
+            logger.error("subject_path %r: reading it raised %r", whole, error)
             return None
         return value
 
     return read
 
 
+def _step(value: Any, name: str) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return value.get(name, _NOTHING)
+    if isinstance(value, list | tuple) and name.isdecimal():
+        return value[int(name)] if int(name) < len(value) else _NOTHING
+    return getattr(value, name, _NOTHING)
+
+
 def _text(subject: object) -> str | None:
     """Return a subject as text. Numbers and UUIDs are what databases call it."""
     if isinstance(subject, int | UUID) and not isinstance(subject, bool):
-        return str(subject)
-    if subject is None or subject == "":
+        with contextlib.suppress(ValueError):  # of an integer of thousands of digits
+            return str(subject)
+    if subject is None or subject == "" or isinstance(subject, MissingPath):
         return None
     if problem := text_problem(subject):
         logger.error("subject: %s; it counts as missing", problem)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.errors import MeterValueError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def encode_data(data: object, what: str) -> bytes:
     :raises MeterValueError: if it is no JSON object or holds what cannot arrive.
     """
     if not isinstance(data, Mapping):
-        raise MeterValueError(f"{what}: expected a JSON object, got {data!r}")
+        raise MeterValueError(f"{what}: expected a JSON object, got {shown(data)}")
     try:
         exact: Any = _exact(data, what)
         encoded = msgspec.json.encode(
@@ -118,14 +118,14 @@ def digits_problem(number: float | Decimal) -> str | None:
 def text_problem(value: object) -> str | None:
     """Say what is wrong with *value* as a type, id or subject."""
     if not isinstance(value, str) or not value:
-        return f"expected text that is not empty, got {value!r}"
+        return f"expected text that is not empty, got {shown(value)}"
     if "\0" in value:
         # OpenMeter takes it, and then no list of events that would show it.
-        return f"expected text without NUL, got {value!r}"
+        return f"expected text without NUL, got {shown(value)}"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"expected text that can be encoded, got {value!r}"
+        return f"expected text that can be encoded, got {shown(value)}"
     return None
 
 
@@ -156,7 +156,9 @@ def _exact(value: object, path: str) -> object:
         return value
     if isinstance(value, int | float | Decimal):
         if not is_finite(value):
-            raise MeterValueError(f"{path}: expected a finite number, got {value!r}")
+            raise MeterValueError(
+                f"{path}: expected a finite number, got {shown(value)}"
+            )
         if problem := digits_problem(value):
             raise MeterValueError(f"{path}: {problem}")
         return _exact_number(value)
@@ -169,7 +171,7 @@ def _exact(value: object, path: str) -> object:
 
 def _key(key: object, path: str) -> str:
     if not isinstance(key, str):
-        raise MeterValueError(f"{path}: expected text as keys, got {key!r}")
+        raise MeterValueError(f"{path}: expected text as keys, got {shown(key)}")
     return key
 
 
@@ -262,17 +264,17 @@ _ENDS = frozenset("/?#")
 def source_problem(source: object) -> str | None:
     """Say what is wrong with *source*, as the parser behind OpenMeter sees it."""
     if not isinstance(source, str) or not _is_written_right(source):
-        return f"expected a URI reference such as 'my-api', got {source!r}"
+        return f"expected a URI reference such as 'my-api', got {shown(source)}"
     before, colon, _ = source.partition(":")
     if colon and _ENDS.isdisjoint(before) and not _is_scheme(before):
         return (
             "expected a URI reference, whose first part has no colon unless it is a "
-            f"scheme, got {source!r}"
+            f"scheme, got {shown(source)}"
         )
     try:
         _ = urlsplit(source).port
     except ValueError as error:
-        return f"expected a URI reference, got {source!r}: {error}"
+        return f"expected a URI reference, got {shown(source)}: {error}"
     return None
 
 
@@ -391,8 +393,8 @@ def read_time(value: object, what: str) -> str:
     if not isinstance(moment, datetime) or moment.tzinfo is None:
         raise MeterValueError(
             f"{what}: expected RFC 3339 text or a datetime with a time zone, "
-            f"got {value!r}"
+            f"got {shown(value)}"
         )
     if moment.timestamp() < 1:
-        raise MeterValueError(f"{what}: expected a time after 1970, got {value!r}")
+        raise MeterValueError(f"{what}: expected a time after 1970, got {shown(value)}")
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

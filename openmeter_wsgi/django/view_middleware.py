@@ -20,7 +20,7 @@ from openmeter_wsgi.request import (
     metered_request,
     set_route,
 )
-from openmeter_wsgi.subject import path_reader
+from openmeter_wsgi.subject import MissingPath, path_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
             "expected 'header:Name', a callable on the environ, or a path such as "
             f"'request.user.pk', got {source!r}"
         )
-    read = path_reader(path)
+    read = path_reader(path, root)
     return LastingSubject(lambda environ: read(_request_of(environ)))
 
 
@@ -74,7 +74,10 @@ _read_primary_key = path_reader("user.pk")
 
 def _read_authenticated_user(environ: dict[str, Any]) -> object:
     # What `set_user` was given is nearer to what is meant.
-    return None if has_user(environ) else _read_primary_key(_request_of(environ))
+    if has_user(environ):
+        return None
+    found = _read_primary_key(_request_of(environ))
+    return None if isinstance(found, MissingPath) else found
 
 
 #: Finds the primary key of the user that Django or its REST framework authenticated.

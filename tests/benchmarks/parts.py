@@ -128,11 +128,7 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
 
     def make_id(times: int) -> None:
         for _ in range(times):
-            try:
-                _block, numbers = ids.block
-                next(numbers)
-            except StopIteration:
-                ids.new_in_next_block()
+            ids.new()
 
     def read_clock(times: int) -> None:
         clock.renew()
