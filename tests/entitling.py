@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -12,6 +14,8 @@ from openmeter_wsgi import OpenMeterMiddleware
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from openmeter_server import Request
 
 YES: dict[str, Any] = {"hasAccess": True}
@@ -50,21 +54,30 @@ class Entitled:
         #: The questions for values, by customer and feature (``access`` for all).
         self.asked: Counter[tuple[str, str]] = Counter()
         self.asked_terms: Counter[tuple[str, str]] = Counter()
+        #: The questions for the customer of a subject.
+        self.lookups = 0
         server.rule = self
 
     def __call__(self, request: Request) -> Answer | None:
         if request.method != "GET":
             return None
+        if request.target.startswith("/api/v1/customers?subject="):
+            self.lookups += 1
+            page = {"items": [], "page": 1, "pageSize": 100, "totalCount": 0}
+            return self.instead or document(page)
         parts = [unquote(part) for part in request.target.split("?")[0].split("/")]
         customer, what, feature = (*parts[4:], "", "")[:3]
         is_terms = len(parts) == 7
         (self.asked_terms if is_terms else self.asked)[customer, feature or what] += 1
-        if self.instead is not None:
-            return self.instead
-        if refusal := self.refused.get((customer, feature)):
-            return refusal
-        if customer in self.refused:
-            return self.refused[customer]
+        for refusal in (self.instead, self.refused.get((customer, feature)),
+                        self.refused.get(customer)):  # fmt: skip
+            if refusal is not None:
+                return refusal
+        return self._answer(customer, what, feature, is_terms=is_terms)
+
+    def _answer(
+        self, customer: str, what: str, feature: str, *, is_terms: bool
+    ) -> Answer:
         if (values := self.values.get(customer)) is None:
             return problem(404, f"customer with id or key {customer} not found")
         if what == "access":
@@ -102,3 +115,11 @@ def ask(app: Any, subject: str | None = "acme", **entries: Any) -> Consumer:
     consumer = Consumer()
     consumer.serve(app, environ)
     return consumer
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 40.0) -> None:
+    """Wait for what only time brings about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        threading.Event().wait(0.01)

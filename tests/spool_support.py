@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 from click.testing import CliRunner
 
@@ -15,8 +16,8 @@ from openmeter_wsgi.commands import spool
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
 WORKER = """
 import json, sys
-from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.stats import Counts
 
@@ -26,7 +27,7 @@ policy = Policy(
     api_url="http://127.0.0.1:9",
     journal=sys.argv[2],
 )
-queue = SpoolQueue(policy, lambda: OpenMeterClient(
+queue = SpoolDelivery(policy, lambda: OpenMeterClient(
     url=policy.api_url, flavor="v1", key=policy.key, timeout=1), Counts())
 for line in sys.stdin:
     for event in json.loads(line):
@@ -38,6 +39,11 @@ for line in sys.stdin:
 def event(id_, **changes):
     whole = {"specversion": "1.0", "id": id_, "source": "test", "type": "call"}
     return whole | {"subject": "customer", "data": {"total": 1}} | changes
+
+
+def days_ago(days):
+    """Return the time so many days ago as an event has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days * 86_400))
 
 
 class Worker:

@@ -1,3 +1,4 @@
+import contextlib
 import email.utils
 import json
 import logging
@@ -21,7 +22,7 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, Held, Rejected, Unavailable
 from openmeter_wsgi.version import VERSION
 
@@ -156,9 +157,9 @@ def test_the_user_agent_is_name_and_version(openmeter, connect):
     assert openmeter.requests[0].headers["User-Agent"] == f"openmeter_wsgi/{VERSION}"
 
 
-@pytest.mark.parametrize("status", [200, 202, 204])
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 226])
 def test_one_connection_serves_for_many_batches(openmeter, connect, status):
-    openmeter.rule = lambda _: Answer(status)
+    openmeter.rule = lambda _: Answer(status, takes=True)
     client = connect()
 
     for number in range(5):
@@ -205,9 +206,9 @@ def test_a_closed_client_opens_a_new_connection(openmeter, connect):
 # -- The answer
 
 
-@pytest.mark.parametrize("status", [200, 202, 204])
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 226])
 def test_these_answers_are_a_delivery(openmeter, connect, status):
-    openmeter.rule = lambda _: Answer(status)
+    openmeter.rule = lambda _: Answer(status, takes=True)
 
     connect().ingest([event()])
 
@@ -217,8 +218,6 @@ def test_these_answers_are_a_delivery(openmeter, connect, status):
 @pytest.mark.parametrize(
     ("status", "kind", "ambiguous"),
     [
-        (201, Held, False),
-        (206, Held, False),
         (300, Held, False),
         (304, Held, False),
         (400, Rejected, False),
@@ -236,7 +235,7 @@ def test_these_answers_are_a_delivery(openmeter, connect, status):
         (429, Unavailable, False),
         (500, Unavailable, True),
         (502, Unavailable, True),
-        (503, Unavailable, False),
+        (503, Unavailable, True),
         (504, Unavailable, True),
         (507, Unavailable, True),
     ],
@@ -683,3 +682,49 @@ def test_a_broken_secure_connection_leaves_it_open_what_arrived(
 
     assert isinstance(error, Unavailable)
     assert error.ambiguous
+
+
+# -- The server's clock
+
+
+def test_the_clock_of_the_server_is_known_from_its_last_answer_with_a_date(
+    openmeter, connect
+):
+    client = connect()
+    answers = [
+        (Answer(204), 0),
+        (dated(-7_200), 7_200),
+        (Answer(204), 7_200),
+        (Answer(204, headers={"Date": "yesterday"}), 7_200),
+        (dated(600, 503), -600),
+        (dated(0, 400), 0),
+    ]
+    for number, (answer, ahead) in enumerate(answers):
+        openmeter.script.append(answer)
+        with contextlib.suppress(DeliveryError):
+            client.ingest([event(number)])
+
+        # The date has whole seconds, and a busy machine takes its time.
+        assert abs(client.clock_ahead - ahead) < 30
+
+
+def dated(ahead, status=204):
+    return Answer(
+        status,
+        headers={"Date": email.utils.formatdate(time.time() + ahead, usegmt=True)},
+    )
+
+
+@pytest.mark.parametrize("status", [101, 102, 103])
+def test_what_comes_in_place_of_an_answer_is_in_doubt_and_ends_the_connection(
+    openmeter, connect, status
+):
+    client = connect()
+    openmeter.script += [Answer(status), Answer(204), problem(400)]
+
+    error = failure(client)
+    assert type(error) is Unavailable
+    assert error.ambiguous
+
+    client.ingest([event(2)])
+    assert type(failure(client)) is Rejected

@@ -108,10 +108,11 @@ def test_who_may_is_tried_and_right():
     access = run.stdout.partition("\nAccess")[2].partition("✓ Access is right.")[0]
     rows = [line for line in access.splitlines() if "✓" in line]
     assert "✗" not in access
-    assert len(rows) == 7
+    assert len(rows) == 9
     for said in (
         "403 no_access",
         "20x 200, 5x 429, Retry-After",
+        '200, {"formats": ["csv"]}',
         "acme 200, hooli 200",
         "acme 503, hooli 503, Retry-After",
         "acme 200, hooli 403",

@@ -59,6 +59,24 @@ def test_each_path_asks_for_customers_that_are_there_and_that_are_not(
     assert sandbox.asked(kind=kind) == 2
 
 
+@pytest.mark.parametrize("key", ["acme", "Zoë 🚀"])
+def test_a_subject_of_a_customer_uses_the_quota_of_its_customer(sandbox, make, key):
+    customers = f"{sandbox.url}/api/v1/customers"
+    for name, subjects in ((key, ["s-1", "s-2"]), ("other", ["S-1", "s-11"])):
+        made = {"name": name, "key": name,
+                "usageAttribution": {"subjectKeys": subjects}}  # fmt: skip
+        requests.post(customers, json=made, timeout=40).raise_for_status()
+    sandbox.grant(key, FEATURE, 2)
+    app = make(fail_mode="closed", entitlement_meters=[FEATURE])
+
+    assert ask(app, "s-1").status == "200 OK"
+    assert ask(app, "s-2").status == "200 OK"
+    for subject in ("s-1", "s-2"):
+        assert body(ask(app, subject))["reason"] == "limit_reached"
+    assert body(ask(app, "s-11"))["reason"] == "no_access"
+    assert body(ask(app, "s-1111"))["reason"] == "unknown_customer"
+
+
 def test_a_name_that_climbs_is_nobody_elses(sandbox, make):
     for name in ("x", "acme"):
         sandbox.grant(name, FEATURE, 10)

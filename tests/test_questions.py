@@ -10,6 +10,7 @@ from openmeter_wsgi.questions import (
     QuestionClient,
     Terms,
 )
+from recorded import customer
 
 KEY = ApiKey.from_options("secret-key", None)
 
@@ -71,7 +72,9 @@ def test_several_features_cost_one_question(openmeter, entitled, connect):
     assert answers["unheard_of"] == NO_ACCESS
 
 
-@pytest.mark.parametrize("subject", ["../../x", "a/b", "a%2Fb", "ä b?c#d", "a..b", "%"])
+@pytest.mark.parametrize(
+    "subject", ["..x/y", "...", "a/b", "a%2Fb", "ä b?c#d", "a..b", "%"]
+)
 def test_a_key_never_leaves_its_place_in_the_path(entitled, connect, subject):
     entitled.values[subject] = {"searches": YES}
 
@@ -81,7 +84,10 @@ def test_a_key_never_leaves_its_place_in_the_path(entitled, connect, subject):
     assert answers["searches"].has_access
 
 
-@pytest.mark.parametrize("subject", ["", ".", "..", "...", "x" * 257])
+@pytest.mark.parametrize(
+    "subject",
+    ["", ".", "..", "../../x", "x/../acme", "x/", "/x", "x//y", "a\0b", "x" * 257],
+)
 def test_nobody_is_asked_for_a_key_that_openmeter_cannot_have(
     entitled, connect, subject
 ):
@@ -130,8 +136,8 @@ def test_on_the_deprecated_path_404_says_what_is_not_there(
         (redirect(301, "/elsewhere"), Held),
         (PAGE, Held),
         (document([]), Held),
+        (Answer(200, b'{"x": ' + b"[" * 100_000), Held),
         (document({"hasAccess": "yes"}), Held),
-        (document({"balance": 3}), Held),
         (problem(500), Unavailable),
         (problem(503), Unavailable),
         (Answer(429, headers={"Retry-After": "7"}), Unavailable),
@@ -145,6 +151,62 @@ def test_what_is_no_answer_is_no_denial(openmeter, connect, answer, expected):
 
     if answer.status == 429:
         assert caught.value.retry_after == 7
+
+
+def test_openmeter_leaves_has_access_out_of_a_denial(openmeter, connect):
+    openmeter.script += [document({}), document({"balance": 0, "usage": 7})]
+
+    nothing = connect().answers("acme", ["searches"])["searches"]
+    used_up = connect().answers("acme", ["searches"])["searches"]
+
+    assert nothing == NO_ACCESS
+    assert (used_up.has_access, used_up.usage) == (False, 7)
+
+
+def test_an_answer_of_several_entitlements_says_which_cannot_be_read(
+    openmeter, connect
+):
+    openmeter.script.append(document({"entitlements": {"a": [], "b": {}, "c": YES}}))
+
+    answers = connect().answers("acme", ["a", "b"])
+
+    assert isinstance(answers["a"], Held)
+    assert answers["b"] == NO_ACCESS
+    assert answers.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("body", [b'"\xff"', b"[" * 100_000, b'{"detail": "\xff"}'])
+def test_a_refusal_that_cannot_be_read_is_one_all_the_same(openmeter, connect, body):
+    openmeter.script += [Answer(400, body)]
+
+    with pytest.raises(Held) as caught:
+        connect().answers("acme", ["searches"])
+
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("listed", "total", "expected"),
+    [
+        ([], 0, (None, True)),
+        ([customer("other", "acme2"), customer("right", "acme")], 9, ("right", True)),
+        ([customer("other", "ACME")], 1, (None, True)),
+        ([customer("other", "ACME")], 101, (None, False)),
+        ([customer(None, "acme", id_="01J")], 1, ("01J", True)),
+        ([customer("x/../y", "acme", id_="01J")], 1, ("01J", True)),
+        ([{"id": "01J", "key": "acme"}], 1, (None, True)),
+    ],
+)
+def test_the_customer_of_a_subject_is_found_in_the_list(
+    openmeter, connect, listed, total, expected
+):
+    page = {"items": listed, "page": 1, "pageSize": 100, "totalCount": total}
+    openmeter.script.append(document(page))
+
+    assert connect().customers("acme", 1) == expected
+    assert openmeter.requests[0].target == (
+        "/api/v1/customers?subject=acme&page=1&pageSize=100"
+    )
 
 
 def test_a_server_that_hangs_is_not_waited_for(openmeter, connect):

@@ -13,6 +13,7 @@ from openmeter_wsgi import (
     OpenMeterMiddleware,
     add_meters,
     bytes_sent,
+    check_entitlements,
     set_idempotency_key,
     set_meters,
     set_subject,
@@ -164,12 +165,12 @@ def test_a_sequence_keeps_its_length(openmeter):
 
 def test_a_middleware_made_before_is_taken_over_and_given_back():
     app = application(api_key="k")
-    queue = app.wsgi_app.metering().queue
+    queue = app.wsgi_app.process().transport
 
     with OpenMeter() as openmeter:
         app.test_client().get("/")
         openmeter.assert_metered("requests", times=1)
-    assert app.wsgi_app.metering().queue is queue
+    assert app.wsgi_app.process().transport is queue
     assert app.wsgi_app.stats().settled == 0
 
 
@@ -400,6 +401,20 @@ def test_nobody_has_access_to_what_was_not_granted(openmeter):
     openmeter.assert_not_metered(reason="denied")
     text = failure(lambda: openmeter.assert_metered("requests"))
     assert "'exports' of 'acme': see openmeter.grant('exports')" in text
+
+
+def test_a_granted_value_reaches_the_handler(openmeter):
+    openmeter.grant("seats", config={"seats": [5]})
+    openmeter.grant("exports")
+
+    def app(environ, start_response):
+        decision = check_entitlements(environ, "seats", "exports")
+        start_response("200 OK", [])
+        return [repr((decision.config, decision.configs)).encode()]
+
+    client = Client(OpenMeterMiddleware(app, subject=lambda environ: "acme"))
+
+    assert client.get("/").text == repr(({"seats": [5]}, {"seats": {"seats": [5]}}))
 
 
 def test_a_grant_and_a_denial_hold_at_once(openmeter):

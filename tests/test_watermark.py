@@ -6,11 +6,11 @@ import time
 import pytest
 
 from openmeter_server import Answer
-from openmeter_wsgi.delivery import watching, watermark
-from openmeter_wsgi.delivery.memory import MemoryQueue
-from openmeter_wsgi.delivery.queue import DeliveryQueue
-from openmeter_wsgi.delivery.watermark import Marks, Watermark
+from openmeter_wsgi.delivery.queue import MemoryDelivery, MemoryQueue
+from openmeter_wsgi.delivery.ranges import Marks
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.spool import watermark
+from openmeter_wsgi.spool.watermark import Watermark
 from openmeter_wsgi.stats import Counts
 from spooling import event, new_client, spool_queue, threads, until
 
@@ -20,7 +20,7 @@ def queue(request, openmeter, tmp_path):
     if request.param == "memory":
         options = {"api_url": openmeter.url, "api_key": "secret"}
         policy = Policy(flush_interval=0.05, **options)
-        queue = DeliveryQueue(policy, new_client(openmeter.url), Counts())
+        queue = MemoryDelivery(policy, new_client(openmeter.url), Counts())
     else:
         queue = spool_queue(tmp_path / "spool", openmeter.url, flush_interval=0.05)
     queue.start()
@@ -62,7 +62,8 @@ def test_what_waits_or_is_being_sent_is_not_passed(openmeter, queue):
 def test_what_was_put_with_a_time_of_its_own_is_not_passed_either(openmeter, queue):
     passes(queue, time.time())
     openmeter.rule = lambda _: Answer(503)
-    queue.put(event("1").replace(b"2026-", b"2099-"))
+    soon = time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() + 1_200)).encode()
+    queue.put(event("1").replace(b"2026-01-01T00:00", soon))
     put_at = time.time()
     until(lambda: len(openmeter.requests) > 1 or queue.flush(0.01))
     assert queue.delivered_until() <= put_at
@@ -107,13 +108,13 @@ def test_the_watermark_of_a_spool_moves_when_what_a_mark_saw_is_delivered(
     worker = spool_queue(tmp_path, openmeter.url, delivery="ship")
     worker.put(event("1"))
     mark = Watermark(tmp_path)
-    ends = watching.ends(tmp_path)
+    ends = watermark.ends(tmp_path)
     mark.publish(1_000.0, ends)
     assert watermark.read(tmp_path) == 0.0
 
     sender = spool_queue(tmp_path, openmeter.url, flush_interval=0.05)
     sender.start()
-    until(lambda: watching.all_done(tmp_path, ends))
+    until(lambda: watermark.all_done(tmp_path, ends))
     sender.close()
     until(lambda: not threads("openmeter_wsgi.journal"))
     (tmp_path / watermark.NAME).unlink(missing_ok=True)
@@ -140,7 +141,7 @@ def test_events_that_step_aside_hold_the_watermark_of_a_queue_in_memory():
     assert events.delivered_until() == 0.0
     events.put(lines[1])
     events.put(lines[2])
-    aside, others = events.take(max_events=3, max_bytes=1_000).halves()
+    aside, others = events.take(max_events=3, max_bytes=1_000).split_at(1)
     events.done(others)
     assert events.delivered_until() == 0.0
     events.done(aside)

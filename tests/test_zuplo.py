@@ -76,7 +76,7 @@ DOCUMENTED = {
     "openmeter": {
         "api_key": "om_secret",
         "meter": {"type": "map-tile", "data": {"tiles": 1}},
-        "required_entitlements": ["map-tile"],
+        "required_entitlements": ["map_tile"],
     },
     "openmeter-without-meter": {
         "api_url": "https://openmeter.example",
@@ -95,7 +95,7 @@ DOCUMENTED = {
     "openmeter-entitlements": {
         **IN_FILE,
         "meter": SEARCH,
-        "required_entitlements": ["search", "gold-plan"],
+        "required_entitlements": ["search", "gold_plan"],
     },
     "openmeter-status-codes": {
         **IN_FILE,
@@ -127,6 +127,38 @@ DOCUMENTED = {
     "monetization-handler-alone": {"meters": {"searches": 1, "credits": 5}},
     "group.policies": {"meters": {"searches": 1}},
 }
+
+
+def entitled(*features: str, kind: str = "openmeter-inbound", **options: Any) -> Any:
+    said = {"requiredEntitlements": features, **options}
+    return read_policies(
+        json.dumps([{"type": kind, "options": said}]), {"FEATURE": "Map Tiles"}
+    )
+
+
+def test_a_feature_gets_the_key_that_openmeter_takes_for_it() -> None:
+    (policy,) = entitled("api-request", "fine", "api_request", "$env(FEATURE)")
+
+    assert policy.options["required_entitlements"] == [
+        "api_request", "fine", "map_tiles",
+    ]  # fmt: skip
+    assert [place.rpartition(".")[2] for place, _ in policy.ignored] == [
+        "requiredEntitlements[0]", "requiredEntitlements[3]",
+    ]  # fmt: skip
+    assert "'api-request'; 'api_request'" in policy.ignored[0][1]
+
+
+def test_a_feature_that_no_key_is_like_is_a_problem() -> None:
+    with pytest.raises(ConfigError, match="requiredEntitlements: OpenMeter takes no"):
+        entitled("日本")
+
+
+def test_a_meter_that_is_asked_for_by_another_key_is_asked_for() -> None:
+    (policy,) = entitled(
+        "own-maps", kind="monetization-inbound", meters={"own-maps": 1}
+    )
+
+    assert not [why for _, why in policy.ignored if "without a balance" in why]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

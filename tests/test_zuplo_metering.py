@@ -56,8 +56,8 @@ BILLED: dict[str, tuple[str, list[tuple[str, Any]]]] = {
 }  # fmt: skip
 #: Those that ask beforehand, and for what.
 REQUIRED = {
-    "openmeter": ["map-tile"],
-    "openmeter-entitlements": ["search", "gold-plan"],
+    "openmeter": ["map_tile"],
+    "openmeter-entitlements": ["search", "gold_plan"],
     "openmeter-without-meter": ["tiles", "search", "sso"],
     "gateway.policies": ["requests"],
     "monetization-entitlements": ["own_maps"],

@@ -51,9 +51,20 @@ def test_the_key_is_never_written() -> None:
     text = toml("openmeter.json", OPENMETER_API_KEY="om_secret")
 
     assert "om_secret" not in text
-    assert text.startswith("# The key is read from the variable OPENMETER_API_KEY.\n")
+    assert "\n# The key is read from the variable OPENMETER_API_KEY.\n" in text
     assert "key-in-the-file" not in toml("openmeter-one-meter.json")
     assert "OPENMETER_API_KEY" in toml("openmeter-one-meter.json")
+
+
+def test_a_feature_that_openmeter_cannot_have_is_written_by_another_key() -> None:
+    text = toml("openmeter.json", OPENMETER_API_KEY="om_secret")
+
+    comment, *_ = text.splitlines()
+    assert comment.startswith("# ")
+    assert "requiredEntitlements[0]: " in comment
+    assert "'map-tile'" in comment
+    assert "'map_tile'" in comment
+    assert '\nrequired_entitlements = ["map_tile"]\n' in text
 
 
 def test_a_variable_of_another_name_is_told() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import requests
 
 from examples.demo.openmeter import OpenMeter
-from openmeter_wsgi import OpenMeterMiddleware, Policy
+from openmeter_wsgi import OpenMeterMiddleware, Policy, check_entitlements
 from openmeter_wsgi.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 QUOTA = 20
 ASKED = 25
 FEATURE = "api_requests"
+STATIC = "exports"
 TIMEOUT = 30.0
 #: Seconds for which an answer holds; after twice as many it has to be asked again.
 LIFETIME = 0.2
@@ -54,8 +56,8 @@ def play() -> list[Scene]:
             with OpenMeter(sandbox.url) as openmeter:
                 openmeter.define([])
             sandbox.grant("acme", FEATURE, QUOTA)
-            sandbox.grant("hooli", "exports", config={"formats": ["csv"]})
-            return [*_granted(sandbox), *_away(sandbox)]
+            sandbox.grant("hooli", STATIC, config={"formats": ["csv"]})
+            return [*_granted(sandbox), *_static(sandbox), *_away(sandbox)]
     finally:
         logger.removeHandler(silence)
 
@@ -79,6 +81,19 @@ def _granted(sandbox: Sandbox) -> Iterator[Scene]:
         app.flush(TIMEOUT)
         usage = sandbox.value("acme", FEATURE)["usage"]
         yield Scene("  requests that were billed", f"{QUOTA}", f"{usage:g}")
+
+
+def _static(sandbox: Sandbox) -> Iterator[Scene]:
+    options: Any = {"required_entitlements": [STATIC], "entitlement_meters": {}}
+    with _application(sandbox, **options) as (url, _):
+        for subject, expected in (
+            ("hooli", '200, {"formats": ["csv"]}'),
+            ("acme", "403 no_access"),
+        ):
+            answer = _ask(url, subject)
+            got = f"200, {answer.text}" if answer.ok else _problem(answer)
+            label = f"{subject}, {STATIC}: what the handler gets"
+            yield Scene(label, expected, got)
 
 
 def _away(sandbox: Sandbox) -> Iterator[Scene]:
@@ -132,9 +147,11 @@ def _ask(url: str, subject: str) -> requests.Response:
         return session.get(url, headers={"X-Subject": subject}, timeout=TIMEOUT)
 
 
-def _hello(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [b"hello\n"]
+def _show_config(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
+    """Answer with the value of the static entitlement, null where there is none."""
+    config = check_entitlements(environ).config
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(config).encode()]
 
 
 class _Quiet(WSGIRequestHandler):
@@ -147,15 +164,17 @@ def _application(
     sandbox: Sandbox, **options: Any
 ) -> Iterator[tuple[str, OpenMeterMiddleware]]:
     """Serve an application that needs the feature, and counts it down."""
+    usual: Any = {
+        "required_entitlements": [FEATURE],
+        "entitlement_meters": {FEATURE: "api-request"},
+    }
     policy = Policy(
         api_url=sandbox.url,
         subject="header:X-Subject",
         meter={"type": "api-request", "data": {}},
-        required_entitlements=[FEATURE],  # type: ignore[arg-type]
-        entitlement_meters={FEATURE: "api-request"},  # type: ignore[dict-item]
-        **options,
+        **{**usual, **options},
     )
-    app = OpenMeterMiddleware(_hello, policy)
+    app = OpenMeterMiddleware(_show_config, policy)
     with make_server("127.0.0.1", 0, app, handler_class=_Quiet) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()

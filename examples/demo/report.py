@@ -171,7 +171,8 @@ def conclude_access(console: Console, scenes: Sequence[Scene]) -> list[str]:
     else:
         console.print(
             f"{YES} [bold]Access is right.[/] The quota was served to its end and not "
-            "beyond; with OpenMeter away the fail mode decides."
+            "beyond; the handler got the value of the static entitlement; with "
+            "OpenMeter away the fail mode decides."
         )
     return wrong
 

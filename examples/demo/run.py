@@ -86,8 +86,7 @@ class Demo:
         wrong = report.conclude_access(self._console, scenes)
         report.conclude(self._console, expected, found)
         if self._options.keep:
-            report.say_addresses(self._console, openmeter.url, _url(address))
-            self._wait_for_interrupt()
+            self._keep_running(openmeter.url, _url(address))
         return found + wrong
 
     def say_logs(self) -> None:
@@ -175,9 +174,10 @@ class Demo:
         self._console.print(report.access_table(scenes))
         return scenes
 
-    def _wait_for_interrupt(self) -> None:
-        """Wait for Ctrl-C, which is the way to end and no failure."""
+    def _keep_running(self, openmeter: str, app: str) -> None:
+        """Print the addresses and wait for Ctrl-C, which is no failure from then on."""
         with contextlib.suppress(KeyboardInterrupt):
+            report.say_addresses(self._console, openmeter, app)
             while True:
                 signal.pause()
         self._say("\nstopping both")

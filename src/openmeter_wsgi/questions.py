@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import datetime  # noqa: TC003 - decoded into
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import msgspec
 
 from openmeter_wsgi.connection import Connection
-from openmeter_wsgi.errors import Held
+from openmeter_wsgi.errors import DeliveryError, Held
 from openmeter_wsgi.reply import Reply, failure
+from openmeter_wsgi.wire import text_problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,12 +27,16 @@ _VALUE = {
 }
 _ACCESS = "/api/v1/customers/{}/access"
 _TERMS = "/api/v2/customers/{}/entitlements/{}"
+_CUSTOMERS = "/api/v1/customers?subject={}&page={}&pageSize={}"
+#: OpenMeter's own default.
+_PAGE_SIZE = 100
 #: A customer with hundreds of features still fits.
 _MAX_ANSWER_BYTES = 1_048_576
 #: OpenMeter's own bound, in characters.
 _MAX_KEY = 256
-#: What proxies, servers and databases on the way refuse in a path, encoded or not.
-_REFUSED_ON_THE_WAY = re.compile(r"[\x00-\x1f\x7f/\\%;]")
+#: What a server or a proxy could resolve to the path of another customer, and NUL,
+#: for which OpenMeter's database has an error only.
+_NO_KEY = re.compile(r"(?:^|[/\\])\.{1,2}(?:[/\\]|$)|^/|//|/$|\0")
 #: 412: the customer was deleted.
 _UNKNOWN = {404, 412}
 
@@ -39,7 +44,8 @@ _UNKNOWN = {404, 412}
 class Answer(msgspec.Struct, frozen=True, rename="camel"):
     """What OpenMeter says of one customer and one feature (``EntitlementValue``)."""
 
-    has_access: bool
+    #: OpenMeter leaves this out where it is false.
+    has_access: bool = False
     #: These three where the entitlement is metered.
     balance: float | None = None
     usage: float | None = None
@@ -75,11 +81,42 @@ class _Entitlement(msgspec.Struct, rename="camel"):
 
 
 class _Access(msgspec.Struct):
-    entitlements: dict[str, Answer]
+    #: Each is decoded by itself, and only if it was asked for.
+    entitlements: dict[str, msgspec.Raw]
 
 
-NO_ACCESS = Answer(has_access=False)
-UNKNOWN_CUSTOMER = Answer(has_access=False, known_customer=False)
+class _Attribution(msgspec.Struct, rename="camel"):
+    subject_keys: list[str] = []
+
+
+class _Customer(msgspec.Struct, rename="camel"):
+    id: str
+    key: str | None = None
+    usage_attribution: _Attribution | None = None
+
+    def has_subject(self, subject: str) -> bool:
+        attribution = self.usage_attribution
+        return attribution is not None and subject in attribution.subject_keys
+
+
+class _CustomerPage(msgspec.Struct, rename="camel"):
+    items: list[_Customer]
+    total_count: int
+    page_size: int
+
+
+class CustomerPage(NamedTuple):
+    """One page of the customers whose subjects contain a text."""
+
+    #: The key, or else the id, of the customer that has exactly this subject.
+    customer: str | None
+    is_last: bool
+
+
+NO_ACCESS = Answer()
+UNKNOWN_CUSTOMER = Answer(known_customer=False)
+#: By feature: the answer, or the error in its place.
+Answers: TypeAlias = "dict[str, Answer | DeliveryError]"
 
 
 class QuestionClient:
@@ -99,17 +136,36 @@ class QuestionClient:
             key=key, timeout=timeout, max_answer_bytes=_MAX_ANSWER_BYTES
         )
 
-    def answers(self, customer: str, features: Sequence[str]) -> dict[str, Answer]:
+    def answers(self, customer: str, features: Sequence[str]) -> Answers:
         """Ask for *features* of *customer*; several of them cost one request."""
-        if not _is_key(customer):
+        if not is_key(customer):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
         if len(features) > 1 and self._knows_access:
             return self._access(customer, features)
         return {feature: self._answer(customer, feature) for feature in features}
 
+    def can_look_up(self, subject: str) -> bool:
+        """Return True if *subject* may belong to a customer of another key."""
+        return self._knows_access and is_key(subject)
+
+    def customers(self, subject: str, page: int) -> CustomerPage:
+        """Look for the customer that has *subject* on one page of the list.
+
+        OpenMeter lists all customers with a subject that contains this one, in
+        capitals or not.
+        """
+        url = _CUSTOMERS.format(quote(subject, safe=""), page, _PAGE_SIZE)
+        listed = _decoded(self._get(url), _CustomerPage)
+        is_last = not listed.items or page * listed.page_size >= listed.total_count
+        for customer in listed.items:
+            if customer.has_subject(subject):
+                key = customer.key
+                return CustomerPage(key if key and is_key(key) else customer.id, True)
+        return CustomerPage(None, is_last)
+
     def terms(self, customer: str, feature: str) -> Terms:
         """Ask for the entitlement itself."""
-        reply = self._get(_TERMS, customer, feature)
+        reply = self._get(_path(_TERMS, customer, feature))
         if reply.status == 404:
             return Terms()
         said = _decoded(reply, _Entitlement)
@@ -121,53 +177,62 @@ class QuestionClient:
         self._connection.close()
 
     def _answer(self, customer: str, feature: str) -> Answer:
-        reply = self._get(self._value, customer, feature)
+        reply = self._get(_path(self._value, customer, feature))
         if reply.status in _UNKNOWN and (said := _detail(reply)):
             # Of a feature that is not there only the deprecated path says 404.
-            speaks_of = said.split(maxsplit=1)[0]
+            speaks_of = said.removeprefix("not found error: ").split(maxsplit=1)[0]
             if self._knows_access or speaks_of in {"customer", "subject"}:
                 return UNKNOWN_CUSTOMER
             return NO_ACCESS
         return _decoded(reply, Answer)  # type: ignore[no-any-return]
 
-    def _access(self, customer: str, features: Sequence[str]) -> dict[str, Answer]:
-        reply = self._get(_ACCESS, customer)
+    def _access(self, customer: str, features: Sequence[str]) -> Answers:
+        reply = self._get(_path(_ACCESS, customer))
         if reply.status in _UNKNOWN and _detail(reply):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
         found = _decoded(reply, _Access).entitlements
-        return {feature: found.get(feature, NO_ACCESS) for feature in features}
+        return {feature: _entry(found.get(feature)) for feature in features}
 
-    def _get(self, path: str, *keys: str) -> Reply:
-        # Encoded whole, so that none of them can leave its place in the path.
-        quoted = (quote(key, safe="") for key in keys)
-        return self._connection.request("GET", self._url + path.format(*quoted))
+    def _get(self, path: str) -> Reply:
+        return self._connection.request("GET", self._url + path)
 
 
-def _is_key(customer: str) -> bool:
-    """Say whether OpenMeter can have a customer of this key at all.
+def is_key(customer: str) -> bool:
+    """Return True if OpenMeter can have a customer of this key.
 
-    Dots alone would be resolved away by whoever normalises the URL, encoded or not.
-    What is too long would be a 400, which speaks of the configuration; a client that
-    names itself must not be able to bring that about.
+    A caller that names itself could otherwise bring about an error, which speaks of
+    the configuration, or get the answer about another customer.
     """
-    return customer.strip(".") != "" and len(customer) <= _MAX_KEY
+    if not customer or len(customer) > _MAX_KEY or _NO_KEY.search(customer):
+        return False
+    return text_problem(customer) is None
 
 
-def may_be_refused(customer: str) -> bool:
-    """Say whether an error may be the doing of this key alone.
+def _path(template: str, *keys: str) -> str:
+    # Encoded whole, so that none of them can leave its place in the path.
+    return template.format(*(quote(key, safe="") for key in keys))
 
-    Whoever chooses such a name for himself must not stop the questions for others.
-    """
-    return _REFUSED_ON_THE_WAY.search(customer) is not None
+
+def _entry(value: msgspec.Raw | None) -> Answer | DeliveryError:
+    if value is None:
+        return NO_ACCESS
+    try:
+        return _parsed(value, Answer)  # type: ignore[no-any-return]
+    except Held as error:
+        return error
 
 
 def _decoded(reply: Reply, kind: type[Any]) -> Any:
     if reply.status != 200 or reply.is_page:
         raise failure(reply)
+    return _parsed(reply.body, kind)
+
+
+def _parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
     try:
-        return msgspec.json.decode(reply.body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Held(f"an answer that is no entitlement: {error}", status=200) from None
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Held(f"an answer that cannot be read: {error}", status=200) from None
 
 
 def _detail(reply: Reply) -> str:
@@ -177,7 +242,7 @@ def _detail(reply: Reply) -> str:
     """
     try:
         problem = msgspec.json.decode(reply.body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     detail = problem.get("detail") if isinstance(problem, dict) else None
     return detail if isinstance(detail, str) else ""

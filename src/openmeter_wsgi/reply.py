@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import time
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from openmeter_wsgi.errors import Held, Unavailable
+from openmeter_wsgi.errors import MAX_REASON, Held, Unavailable
+from openmeter_wsgi.log import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _TRY_LATER = {408, 429}
-_MAX_REASON = 500
 #: A wait longer than this is taken for a mistake of the server.
 MAX_RETRY_AFTER = 3_600.0
 
@@ -28,6 +27,11 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
     #: The start of the body, without our key should the server repeat it.
     body: bytes
+
+    @property
+    def date(self) -> float | None:
+        """When the server answered by its own clock, None if it does not say."""
+        return _moment(self.headers.get("Date", ""))
 
     @property
     def is_page(self) -> bool:
@@ -48,8 +52,8 @@ def failure(reply: Reply) -> Unavailable | Held:
             status=status,
             retry_after=_retry_after(headers.get("Retry-After")),
             # OpenMeter stops at the first event that it cannot process: those
-            # before it are taken. A 503 comes from a proxy that asked nobody.
-            ambiguous=status >= 500 and status != 503,
+            # before it are taken. Nobody can say who else sends a 5xx, and when.
+            ambiguous=status >= 500,
         )
     if 300 <= status <= 399:
         said = f"a redirect to {headers.get('Location')!r}, which is not followed"
@@ -61,12 +65,11 @@ def reason(body: bytes) -> str:
     text = body.decode(errors="replace")
     try:
         problem = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         problem = None
     if isinstance(problem, dict):
         text = str(problem.get("detail") or problem.get("title") or text)
-    # One line, whatever is in it: control characters could forge another.
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()[:_MAX_REASON]
+    return clean(text, MAX_REASON)
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -75,8 +78,14 @@ def _retry_after(value: str | None) -> float | None:
         return None
     if value.strip().isdecimal():
         return min(float(value), MAX_RETRY_AFTER)
-    try:
-        moment = parsedate_to_datetime(value).timestamp()
-    except (ValueError, OverflowError):
+    if (moment := _moment(value)) is None:
         return None
     return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)
+
+
+def _moment(date: str) -> float | None:
+    """Return the time of an HTTP date in seconds since 1970, None if it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None

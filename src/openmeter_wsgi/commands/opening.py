@@ -11,9 +11,9 @@ import click
 
 from openmeter_wsgi.commands.exit_codes import BadConfiguration
 from openmeter_wsgi.commands.output import printable
-from openmeter_wsgi.delivery.directory import FORMAT, prepare_directory
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.spool.files import FORMAT, prepare_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,6 +9,11 @@ An event refused alone is not yet guilty: a proxy may be refusing everything. It
 is buried if the server refused it, accepted another event, and refused it again;
 until then it steps aside as a suspect and is tried again after each acceptance.
 Being refused as part of a larger batch counts as the first refusal.
+
+A 500 may mean either: Kafka is away, or it does not take one of these events. So one
+event of the batch is tried alone, and if the server accepts it while the others still
+get a 500, they are split without a wait. What gets a 500 alone is no longer waited for,
+and buried after ten of them, each with an acceptance since the one before.
 """
 
 from __future__ import annotations
@@ -17,12 +22,14 @@ import logging
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from http.client import responses
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch, shortened
-from openmeter_wsgi.delivery.trouble import Trouble, reason_of
-from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
+from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
+from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected, Unavailable
+from openmeter_wsgi.health import Problem
 from openmeter_wsgi.timestamps import age_of
 
 if TYPE_CHECKING:
@@ -39,11 +46,13 @@ FIRST_DELAY = 1.0
 #: Of the kernel: the random numbers of `random` are the application's, who may have
 #: seeded it, and the same in all processes that were forked from one.
 _JITTER = random.SystemRandom()
-#: A batch that gets a 5xx this often in a row may itself be the cause.
+#: A batch that gets a 5xx this often in a row may itself be the cause, and an event is
+#: buried that alone gets as many while others are accepted.
 MAX_SERVER_ERRORS = 10
+#: What OpenMeter answers where Kafka does not take an event, now or ever.
+_KAFKA_ERROR = 500
 
 
-_B = TypeVar("_B", bound=Batch)
 _Sent = TypeVar("_Sent", contravariant=True)
 
 
@@ -54,10 +63,16 @@ class Client(Protocol[_Sent]):
         """Deliver *events* or raise a DeliveryError."""
 
 
+_B = TypeVar("_B", bound=Batch)
+
+
 class _Trial(Generic[_B]):
     """A batch that is tried, and how that went so far."""
 
-    __slots__ = ("events", "failures", "refusal", "server_errors")
+    __slots__ = (
+        "accepted_before", "blamed", "events", "failures", "refusal", "server_errors",
+        "was_suspect",
+    )  # fmt: skip
 
     def __init__(
         self, events: _B, refusal: tuple[int | None, int] | None = None
@@ -68,6 +83,13 @@ class _Trial(Generic[_B]):
         #: Of the first refusal: its status, and how many batches the server had
         #: accepted before it.
         self.refusal = refusal
+        #: How many batches the server had accepted before it first answered 500 to this
+        #: one, or to one of which it was a part. None: it has not.
+        self.accepted_before: int | None = None
+        #: How often an event got a 500 alone with an acceptance since the last one.
+        self.blamed = 0
+        #: Whether it stood aside before.
+        self.was_suspect = False
 
 
 class Sender(Generic[_B]):
@@ -86,22 +108,35 @@ class Sender(Generic[_B]):
         jitter: Callable[[float, float], float] = _JITTER.uniform,
         bury: Callable[[bytes, DeliveryError], None] | None = None,
         waiting: Callable[[], int] = lambda: 0,
+        delay: Callable[[_B, float], None] | None = None,
+        clock_ahead: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._client = client
         self._counts = counts
         self._done = done
         self._jitter = jitter
         self._keep_buried = bury
+        #: Gives a part of a batch back, to be loaded again after as many seconds.
+        self._delay = delay
+        #: By how many seconds our clock is ahead of OpenMeter's, as far as is known.
+        self._clock_ahead = clock_ahead
         self._pending: deque[_Trial[_B]] = deque()
         self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
-        self.trouble = Trouble(waiting)
+        self.outage = Outage(waiting)
+        self._attempt_began: float | None = None
 
     @property
     def oldest(self) -> list[bytes]:
         """The first event of each batch that is being tried or stands aside."""
         return [batch.events[0] for batch in [*self._pending, *self._suspects]]
+
+    @property
+    def attempt_lasts(self) -> float:
+        """For how many seconds the attempt that is being made lasts; 0 if none is."""
+        began = self._attempt_began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def busy(self) -> bool:
@@ -113,9 +148,25 @@ class Sender(Generic[_B]):
         """Whether events stand aside that were refused alone."""
         return bool(self._suspects)
 
+    def reset(self) -> None:
+        """Forget all batches: another source is delivered, or the same one anew."""
+        self._pending.clear()
+        self._suspects.clear()
+        self._refused_in_a_row = 0
+        self.outage.forget()
+
     def load(self, events: _B) -> None:
-        """Take over a batch."""
-        self._pending.append(_Trial(events))
+        """Take over a batch, but for events that are dated too far ahead."""
+        if self._delay is None:
+            self._pending.append(_Trial(events))
+            return
+        clock_ahead = self._clock_ahead()
+        for part, wait in split_by_date(events, clock_ahead):
+            if wait:
+                self._say_ahead(len(part), wait, clock_ahead)
+                self._delay(part, wait)
+            else:
+                self._pending.append(_Trial(part))
 
     def retry_suspects(self) -> None:
         """Try the suspects again, though nothing else was accepted since."""
@@ -128,6 +179,7 @@ class Sender(Generic[_B]):
         if batch.failures:
             self._counts.retries += 1
         began = time.perf_counter()
+        self._attempt_began = time.monotonic()
         try:
             self._client.ingest(batch.events)
         except Expired as error:
@@ -137,12 +189,14 @@ class Sender(Generic[_B]):
         except DeliveryError as error:
             return self._failed(batch, error)
         finally:
+            self._attempt_began = None
             self._counts.attempt_seconds.add(time.perf_counter() - began)
         self._delivered()
         return 0.0
 
-    def give_up_attempt(self) -> float:
+    def give_up_attempt(self, error: Exception) -> float:
         """Return the wait after an attempt that broke off in a way nobody foresaw."""
+        self.outage.note(Unavailable(f"an attempt broke off, {error!r}"))
         batch = self._pending[0]
         batch.failures += 1
         return self._backoff(batch.failures)
@@ -154,7 +208,7 @@ class Sender(Generic[_B]):
         n = len(batch.events)
         self._counts.delivered += n
         self._counts.delivery_seconds.add(age_of(batch.events[0]))
-        self.trouble.is_over(n)  # before a flush says that all is done
+        self.outage.is_over(n)  # before a flush says that all is done
         self._done(batch.events)
         self.retry_suspects()
 
@@ -163,14 +217,37 @@ class Sender(Generic[_B]):
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
         batch.server_errors = batch.server_errors + 1 if is_server_error else 0
-        if batch.server_errors >= MAX_SERVER_ERRORS:
+        is_cause = error.status == _KAFKA_ERROR and self._is_cause(batch)
+        if is_cause or batch.server_errors >= MAX_SERVER_ERRORS:
             return self._refused(error)
         delay = self._backoff(batch.failures)
         if error.retry_after is not None:
             delay = max(delay, error.retry_after)  # 0 is no leave to hammer
-        self.trouble.note(error)
+        self.outage.note(error)
         self._say_failed(batch, error, delay)
+        if error.status == _KAFKA_ERROR:
+            self._try_another_part(batch)
         return delay
+
+    def _is_cause(self, batch: _Trial[_B]) -> bool:
+        """Say whether a 500 is about this batch: the server accepts others."""
+        if batch.accepted_before is None:
+            batch.accepted_before = self._accepted
+        return batch.was_suspect or self._accepted > batch.accepted_before
+
+    def _try_another_part(self, batch: _Trial[_B]) -> None:
+        """Let the next attempt be of one event, or of the others after it."""
+        pending = self._pending
+        if len(pending) > 1 and pending[1].accepted_before == batch.accepted_before:
+            pending[0], pending[1] = pending[1], pending[0]
+        elif len(batch.events) > 1:
+            pending.popleft()
+            for events in reversed(batch.events.split_at(1)):
+                part = _Trial(events)
+                part.failures = batch.failures
+                part.server_errors = batch.server_errors
+                part.accepted_before = batch.accepted_before
+                pending.appendleft(part)
 
     def _refused(self, error: DeliveryError) -> float:
         batch = self._pending.popleft()
@@ -178,16 +255,17 @@ class Sender(Generic[_B]):
             batch.refusal = (error.status, self._accepted)
         if len(batch.events) > 1:
             self._split(batch, error)
-        elif self._accepted > batch.refusal[1]:
+        elif self._is_guilty(batch, error):
             self._bury(batch.events, error)
         else:
             batch.failures += 1
             batch.server_errors = 0
+            batch.was_suspect = True
             self._suspects.append(batch)
             self._refused_in_a_row += 1
         if self._refused_in_a_row < 2:
             return 0.0
-        self.trouble.note(error, refused=True)
+        self.outage.note(error, refused=True)
         delay = self._backoff(self._refused_in_a_row)
         logger.error(
             "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
@@ -196,12 +274,24 @@ class Sender(Generic[_B]):
         )  # fmt: skip
         return delay
 
+    def _is_guilty(self, batch: _Trial[_B], error: DeliveryError) -> bool:
+        """Say whether an event that is refused alone will never be accepted."""
+        status, accepted = batch.refusal or (None, self._accepted)
+        if self._accepted <= accepted:
+            return False
+        if isinstance(error, Rejected) or batch.server_errors >= MAX_SERVER_ERRORS:
+            return True
+        batch.blamed += 1
+        batch.refusal = (status, self._accepted)
+        return batch.blamed >= MAX_SERVER_ERRORS
+
     def _split(self, batch: _Trial[_B], error: DeliveryError) -> None:
         # What a 5xx says of a batch is too weak to be held against each event of it.
         refusal = batch.refusal if isinstance(error, Rejected) else None
-        first, second = batch.events.halves()
-        self._pending.appendleft(_Trial(second, refusal))
-        self._pending.appendleft(_Trial(first, refusal))
+        for events in reversed(batch.events.split_at(len(batch.events) // 2)):
+            part = _Trial(events, refusal)
+            part.accepted_before = batch.accepted_before
+            self._pending.appendleft(part)
 
     def _expired(self, error: DeliveryError) -> float:
         """Set the batch aside: sent once more, it might be billed twice."""
@@ -238,6 +328,16 @@ class Sender(Generic[_B]):
         """Full jitter: what failed together is not tried again together."""
         return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
 
+    def _say_ahead(self, events: int, wait: float, clock_ahead: float) -> None:
+        logger.error(
+            "%s: %d events are dated %.0f s or more ahead of OpenMeter's time and are "
+            "kept until they are less than half an hour ahead, in %.0f s; Kafka would "
+            "drop them and others with them. This host's clock is %.0f s %s "
+            "OpenMeter's",
+            "clock", events, wait + MAX_AHEAD, wait, abs(clock_ahead),
+            "ahead of" if clock_ahead > 0 else "behind",
+        )  # fmt: skip
+
     def _say_failed(
         self, batch: _Trial[_B], error: DeliveryError, delay: float
     ) -> None:
@@ -250,3 +350,80 @@ class Sender(Generic[_B]):
             answer, reason_of(error), len(batch.events),
             " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
+
+
+#: The end of what lasted as many seconds is told; a single attempt in vain was told
+#: to be repeated at once.
+WORTH_TELLING = 5.0
+
+
+class _Now(NamedTuple):
+    since: float
+    code: str
+    answer: str
+
+
+class Outage:
+    """What keeps one sender from delivering. Its thread notes it, any thread asks."""
+
+    def __init__(
+        self,
+        waiting: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._waiting = waiting
+        self._clock = clock
+        self._now: _Now | None = None
+
+    def note(self, error: DeliveryError, *, refused: bool = False) -> None:
+        """Note an attempt that failed, or that all events are *refused*."""
+        code = "held" if isinstance(error, Held) else "unavailable"
+        since = self._now.since if self._now else self._clock()
+        self._now = _Now(since, "refused" if refused else code, answer_of(error))
+
+    def is_over(self, delivered: int) -> None:
+        """Note that so many events were taken, of those that still count as waiting."""
+        now, self._now = self._now, None
+        if now is None:
+            return
+        lasted = self._clock() - now.since
+        if lasted >= WORTH_TELLING:
+            logger.warning(
+                "OpenMeter takes events again after %.0f s; delivered: %d, waiting and "
+                "following now: %d",
+                lasted, delivered, max(self._waiting() - delivered, 0), extra=log.OVER,
+            )  # fmt: skip
+
+    def forget(self) -> None:
+        """Note that nothing is known any more."""
+        self._now = None
+
+    @property
+    def problem(self) -> Problem | None:
+        """What is wrong now, None if nothing is known to be."""
+        now = self._now
+        if now is None:
+            return None
+        lasted = self._clock() - now.since
+        return Problem(
+            now.code,
+            f"OpenMeter {now.answer} for {lasted:.0f} s now; {_NEXT[now.code]}",
+        )
+
+
+_NEXT = {
+    "held": "all events are kept until the key or the address is mended",
+    "unavailable": "all events are kept and tried again",
+    "refused": "that is every event tried, so it may be a proxy; all are kept",
+}
+
+
+def answer_of(error: DeliveryError) -> str:
+    """Return what OpenMeter did."""
+    answer = f"answered {error.status}" if error.status else "did not answer"
+    return f"{answer} ({reason_of(error)})"
+
+
+def reason_of(error: DeliveryError) -> str:
+    """Return what it said, or else what its status says."""
+    return error.reason or responses.get(error.status or 0, "no reason")

@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.breaker import Breaker
-from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
+from openmeter_wsgi.errors import DeliveryError, Held
 from openmeter_wsgi.options.entitlement_values import unaddressable
-from openmeter_wsgi.questions import may_be_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ _SLOW_DOWN = 1.0
 _MISTAKE_HOLDS = 5.0
 #: … and so many such questions are remembered.
 _MAX_MISTAKES = 1_000
-#: What is answered where a key alone is refused on its way.
-_REFUSALS = {400, 403, 404, 500}
+#: A key that no customer has. A question about it tells if OpenMeter answers at all.
+_NOBODY = "openmeter_wsgi.nobody"
 
 
 class Question(NamedTuple):
@@ -57,9 +57,13 @@ def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
     return [Question(customer, fine), *alone] if fine else alone
 
 
-#: Puts the question to OpenMeter and remembers the answer. The callable that it is
-#: given says, once, that who waits need wait no longer.
-Answering: TypeAlias = "Callable[[QuestionClient, Question, Callable[[], None]], None]"
+#: Waits for leave to send one request more; returns False if there is none in time.
+HasToken: TypeAlias = "Callable[[], bool]"
+#: Puts the question to OpenMeter and remembers the answer. Its first callable is
+#: called once, when the waiting requests need wait no longer.
+Answering: TypeAlias = (
+    "Callable[[QuestionClient, Question, Callable[[], None], HasToken], None]"
+)
 
 
 class Asks(Protocol):
@@ -188,8 +192,9 @@ class Asker:
     ) -> None:
         try:
             if self.has_token(reserve):
-                self._put(question, done)
+                self._put(question, done, partial(self.has_token, reserve))
         except Exception:
+            self._remember_mistake(question)
             logger.exception("%s: a question about %s broke off", "entitlements",
                              question.customer)  # fmt: skip
         finally:
@@ -216,16 +221,21 @@ class Asker:
             time.sleep(wait)
         return True
 
-    def _put(self, question: Question, done: threading.Event) -> None:
+    def _put(
+        self, question: Question, done: threading.Event, has_token: HasToken
+    ) -> None:
         try:
             client = self._clients.pop()
         except IndexError:
             client = self._new_client()
         try:
-            self._answering(client, question, done.set)
+            self._answering(client, question, done.set, has_token)
         except DeliveryError as error:
             client.close()
-            self._failed(error, question)
+            self._log_failure(error, question)
+            if error.status is None and self._note_silence(done):
+                return
+            self._failed(error, question, client, has_token)
         else:
             self._note_answer()
             self._clients.append(client)
@@ -235,25 +245,67 @@ class Asker:
             logger.warning("%s: OpenMeter answers again", "entitlements")
         self.breaker.succeeded()
 
-    def _failed(self, error: DeliveryError, question: Question) -> None:
-        if isinstance(error, Unavailable) and error.status == 429:
-            pause = error.retry_after or _SLOW_DOWN
-            self.breaker.slow_down(pause)
-            logger.warning(
-                "%s: OpenMeter was asked too often, no questions for %.1f s; what is "
-                "known goes on to hold",
-                "entitlements", pause,
-            )  # fmt: skip
+    def _note_silence(self, done: threading.Event) -> bool:
+        """Open the breaker, as nobody answered; return True if it was open before."""
+        was_open = self.breaker.is_open
+        self.breaker.failed()
+        done.set()  # who waits has waited long enough
+        return was_open
+
+    def _failed(
+        self,
+        error: DeliveryError,
+        question: Question,
+        client: QuestionClient,
+        has_token: HasToken,
+    ) -> None:
+        """Note a failure where it belongs: to one customer, to features, or to all."""
+        if self._is_too_much(error):
             return
-        if error.status in _REFUSALS and may_be_refused(question.customer):
+        refusal = self._refusal_of_nobody(question.features, client, has_token)
+        if refusal is None:
             self._remember_mistake(question)
-            if error.status < 500:  # or such names would use up all that is tried
-                self._note_answer()
-        elif error.status == 400:
+        elif refusal.status == 400:
             # Of these features alone; of the others it may know all there is.
             self._remember_mistake(question.features)
-        else:
+        elif not self._is_too_much(refusal) and error.status is not None:
             self.breaker.failed()
+
+    def _refusal_of_nobody(
+        self, features: tuple[str, ...], client: QuestionClient, has_token: HasToken
+    ) -> DeliveryError | None:
+        """Ask for a customer that does not exist; return the error, if there is one.
+
+        Whoever chooses the name of a customer could otherwise stop the questions for
+        all others, with a name that OpenMeter or a proxy has no right answer for.
+        """
+        if not has_token():
+            return None
+        try:
+            client.answers(_NOBODY, features)
+        except DeliveryError as refusal:
+            client.close()
+            return refusal
+        self._note_answer()
+        self._clients.append(client)
+        return None
+
+    def _is_too_much(self, error: DeliveryError) -> bool:
+        """Slow down if OpenMeter was asked too often."""
+        if error.status != 429:
+            return False
+        pause = error.retry_after or _SLOW_DOWN
+        self.breaker.slow_down(pause)
+        logger.warning(
+            "%s: OpenMeter was asked too often, no questions for %.1f s; known answers "
+            "go on to hold",
+            "entitlements", pause,
+        )  # fmt: skip
+        return True
+
+    def _log_failure(self, error: DeliveryError, question: Question) -> None:
+        if error.status == 429:
+            return
         logger.log(
             logging.ERROR if isinstance(error, Held) else logging.WARNING,
             "%s: OpenMeter does not say what %r may (status %s: %s); known answers "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import replace
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.asking import Question, questions_about
+from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
 from openmeter_wsgi.entitlements.decision import (
     Decision,
     Source,
@@ -22,7 +25,7 @@ from openmeter_wsgi.health import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from openmeter_wsgi.entitlements.asking import Answering, Asks
+    from openmeter_wsgi.entitlements.asking import Answering, Asks, HasToken
     from openmeter_wsgi.entitlements.countdown import Countdown
     from openmeter_wsgi.entitlements.passing import Passes
     from openmeter_wsgi.options.entitlements import FailMode
@@ -59,6 +62,7 @@ class Entitlements:
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = KnownAnswers(cache_size)
+        self._customers = FoundCustomers(cache_size, lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
 
@@ -111,9 +115,14 @@ class Entitlements:
         """Ask anew, behind the request's back."""
         self._asker.refresh(Question(customer, (feature,)))
 
+    def account(self, customer: str) -> str:
+        """Return the name under which the quota of *customer* is counted down."""
+        return self._customers.account(customer)
+
     def invalidate(self, customer: str, feature: str | None = None) -> None:
         """Forget what was said of *customer*: the next request asks."""
-        self._answers.forget(customer, feature)
+        for name in {customer, *self._customers.forget(customer)}:
+            self._answers.forget(name, feature)
 
     @property
     def problems(self) -> list[Problem]:
@@ -153,81 +162,98 @@ class Entitlements:
     # -- In the thread of a question
 
     def _answer(
-        self, client: QuestionClient, question: Question, answered: Callable[[], None]
+        self,
+        client: QuestionClient,
+        question: Question,
+        answered: Callable[[], None],
+        has_token: HasToken,
     ) -> None:
-        asked_at, asked_wall = time.monotonic(), time.time()
-        customer = question.customer
-        answers = client.answers(customer, question.features)
+        customer, asked_at, asked_wall = (
+            question.customer,
+            time.monotonic(),
+            time.time(),
+        )
+        answers = answers_about(client, question, self._customers, has_token)
+        account = self.account(customer)
         later = []
         for feature, answer in answers.items():
-            self.countdown.answered(customer, feature, answer.balance, asked_wall)
-            before = self._answers.get(customer, feature)
-            terms, terms_at = _terms_for(answer, before)
-            self._remember(customer, feature, answer, asked_at, terms, terms_at)
-            if self._wants_terms(feature, answer, asked_at - terms_at, terms):
-                if answer.has_access:
-                    later.append(feature)
-                else:
-                    # The first denial already says when the quota is granted anew.
-                    self._learn_terms(client, customer, feature, answer, asked_at)
+            if isinstance(answer, DeliveryError):
+                continue
+            heard = _Heard(customer, account, feature, answer, asked_at)
+            self.countdown.answered(account, feature, answer.balance, asked_wall)
+            terms, terms_at = _terms_for(answer, self._answers.get(customer, feature))
+            self._remember(heard, terms, terms_at)
+            if not self._wants_terms(heard, terms, terms_at):
+                continue
+            if self._decides_by_terms(heard, terms):
+                self._learn_terms(client, heard)
+            else:
+                later.append(heard)
         answered()
-        for feature in later:
-            self._learn_terms(client, customer, feature, answers[feature], asked_at)
+        for heard in later:
+            self._learn_terms(client, heard)
+        if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
+            raise errors[0]
 
-    def _remember(
-        self,
-        customer: str,
-        feature: str,
-        answer: Answer,
-        asked_at: float,
-        terms: Terms | None,
-        terms_at: float,
-    ) -> None:
+    def _remember(self, heard: _Heard, terms: Terms | None, terms_at: float) -> None:
         known = Known(
-            feature,
-            answer,
+            heard.feature,
+            heard.answer,
             terms,
-            asked_at=asked_at,
+            asked_at=heard.asked_at,
             terms_at=terms_at,
             lifetimes=self._lifetimes,
         )
-        self._answers.put(customer, feature, known)
+        self._answers.put(heard.customer, heard.feature, known)
 
-    def _wants_terms(
-        self, feature: str, answer: Answer, age: float, terms: Terms | None
-    ) -> bool:
+    def _wants_terms(self, heard: _Heard, terms: Terms | None, terms_at: float) -> bool:
+        answer = heard.answer
         if answer.balance is None:
             return False
         if not answer.has_access:
             return True
-        is_counted = feature in self.countdown.meters
+        is_counted = heard.feature in self.countdown.meters
         if not is_counted and not self._tells_periods:
             return False
-        if terms is None or age > _TERMS_HOLD:
+        if terms is None or heard.asked_at - terms_at > _TERMS_HOLD:
             return True
         granted = answer.total_available_grant_amount or 0.0
         is_low = is_counted and answer.balance <= granted * _LITTLE
         return is_low or terms.is_over(time.time())
 
-    def _learn_terms(
-        self,
-        client: QuestionClient,
-        customer: str,
-        feature: str,
-        answer: Answer,
-        asked_at: float,
-    ) -> None:
+    def _decides_by_terms(self, heard: _Heard, terms: Terms | None) -> bool:
+        """Return True if the request that waits needs the terms, too.
+
+        A denial tells when the quota is granted anew; a soft limit is not counted
+        down.
+        """
+        if not heard.answer.has_access:
+            return True
+        return terms is None and heard.feature in self.countdown.meters
+
+    def _learn_terms(self, client: QuestionClient, heard: _Heard) -> None:
         if not self._asker.has_token():
             return
         try:
-            terms = client.terms(customer, feature)
+            terms = client.terms(heard.account, heard.feature)
         except DeliveryError as error:
             logger.warning(
                 "%s: OpenMeter does not say when the period of %r ends (status %s: %s)",
-                "entitlements", feature, error.status or "none", error.reason,
+                "entitlements", heard.feature, error.status or "none", error.reason,
             )  # fmt: skip
             return
-        self._remember(customer, feature, answer, asked_at, terms, time.monotonic())
+        self._remember(heard, terms, time.monotonic())
+
+
+class _Heard(NamedTuple):
+    """One answer, and what was asked."""
+
+    customer: str
+    #: The name under which OpenMeter has the customer.
+    account: str
+    feature: str
+    answer: Answer
+    asked_at: float
 
 
 def _terms_for(answer: Answer, before: Known | None) -> tuple[Terms | None, float]:
@@ -253,10 +279,4 @@ def _decision(
     if now >= known.fresh_until:
         source = "stale"
     decision = known.decision
-    return Decision(
-        decision.allowed,
-        decision.denied,
-        source=source,
-        answered_at=known.asked_at,
-        quota=decision.quota,
-    )
+    return replace(decision, source=source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -66,6 +66,22 @@ class Decision(msgspec.Struct, frozen=True):
     #: Of the feature of which least is left: what was granted, what remains, and the
     #: seconds until it is granted anew. None where nothing is metered.
     quota: Quota | None = None
+    #: The values of static entitlements as OpenMeter sends them: feature and JSON text.
+    static_values: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def config(self) -> Any:
+        """The value of the static entitlement; None unless there is exactly one."""
+        configs = self.configs
+        return next(iter(configs.values())) if len(configs) == 1 else None
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """The values of all static entitlements in it, by feature.
+
+        Each call returns values of its own, which the handler may change.
+        """
+        return {name: msgspec.json.decode(text) for name, text in self.static_values}
 
     @property
     def age(self) -> float | None:
@@ -117,6 +133,7 @@ def together(decisions: Sequence[Decision]) -> Decision:
         source=max(sources, key=_SOURCES.index),
         answered_at=min(times, default=None),
         quota=min(quotas, key=lambda quota: quota.remaining, default=None),
+        static_values=tuple([pair for d in decisions for pair in d.static_values]),
     )
 
 

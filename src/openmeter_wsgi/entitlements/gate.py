@@ -17,26 +17,26 @@ from openmeter_wsgi.entitlements.decision import (
     unanswered,
 )
 from openmeter_wsgi.entitlements.passing import nothing_passes
-from openmeter_wsgi.environ import DECISION, RESERVED
 from openmeter_wsgi.ledger import Refusal
 from openmeter_wsgi.options.entitlement_values import amounts as read_amounts
-from openmeter_wsgi.subject import anonymous_subject
+from openmeter_wsgi.request import record_of, reservations_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.entitlements.known import Known
     from openmeter_wsgi.entitlements.passing import Passes
     from openmeter_wsgi.ledger import Reservation
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.request import RequestRecord
     from openmeter_wsgi.stats import Counts
-    from openmeter_wsgi.subject import FindSubject
+    from openmeter_wsgi.subject import SubjectFinder
     from openmeter_wsgi.usage import Meter
 
 logger = log.get_logger(__name__)
 
-Environ: TypeAlias = "MutableMapping[str, Any]"
+Environ: TypeAlias = dict[str, Any]
 
 _NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
 #: Where no feature is named there is nothing to ask, and nobody to ask for.
@@ -53,17 +53,17 @@ class Gate:
         policy: Policy,
         entitlements: Entitlements,
         *,
-        find_subject: FindSubject,
+        subjects: SubjectFinder,
         counts: Counts,
     ) -> None:
         self.policy = policy
         self.required = policy.required_entitlements
         self._entitlements = entitlements
-        self._find_subject = find_subject
+        self._find_subject = subjects.find
         self._customer_of = customer_finder(policy)
         self._counts = counts
         self._countdown = entitlements.countdown
-        self._amounts = Amounts(policy, self._customer_of)
+        self._amounts = Amounts(policy, self._account_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
         #: Whether a request is let through at once; if not, `admit` decides.
         self.passes: Passes = nothing_passes
@@ -76,8 +76,8 @@ class Gate:
         if not self._is_counted:
             self.passes = entitlements.passing(
                 feature,
-                find_subject=find_subject,
-                anonymous=anonymous_subject(policy),
+                find_subject=subjects.find,
+                anonymous=subjects.anonymous,
                 counts=counts,
             )
         elif self._amounts.are_usual and not policy.usage_headers:
@@ -87,12 +87,12 @@ class Gate:
         """Decide whether a request may begin. Never raises."""
         if (
             self._fresh is not None
-            and (subject := self._find_subject(environ))  # type: ignore[arg-type]
+            and (subject := self._find_subject(environ))
             and (decision := self._fresh(subject))
             and decision.allowed
             and self._counts_one(environ, subject)
         ):
-            environ[DECISION] = decision
+            record_of(environ).decision = decision
             self._counts.allowed["cache"] += 1
             return decision
         return self.check(environ, self.required)
@@ -115,11 +115,11 @@ class Gate:
         names = tuple(dict.fromkeys(features))
         if not names:
             return _NOTHING_REQUIRED
-        subject = self._find_subject(environ)  # type: ignore[arg-type]
+        subject = self._find_subject(environ)
         decision = _NO_SUBJECT
         if subject is not None:
             decision = self._decide(environ, subject, names, reserve)
-        environ[DECISION] = decision
+        record_of(environ).decision = decision
         self._account_for(decision, subject)
         return decision
 
@@ -151,26 +151,32 @@ class Gate:
 
     # -- Counting down
 
+    def _account_of(self, subject: str) -> str:
+        customer = self._customer_of(subject) or subject
+        return self._entitlements.account(customer)
+
     def _counts_one(self, environ: Environ, customer: str) -> bool:
         """Set apart what a request usually uses of the one feature, if it is there."""
         (feature,) = self.required
         known = self._entitlements.known(customer, feature)
         # Perhaps another answer than the one that let the request pass: a newer one.
-        if known is None or not known.decision.allowed or RESERVED in environ:
+        request = record_of(environ)
+        if known is None or not known.decision.allowed or request.reserved is not None:
             return False
         if known.counts_down:
             amount = self._amounts.usual.get(feature, 0.0)
-            outcome = self._countdown.reserve(customer, feature, amount)
+            account = self._entitlements.account(customer)
+            outcome = self._countdown.reserve(account, feature, amount)
             if isinstance(outcome, Refusal):
                 return False
-            environ[RESERVED] = {feature: outcome}
+            request.reserved = {feature: outcome}
         return True
 
     def settle(
-        self, environ: Environ, meters: Sequence[Meter], subject: str | None
+        self, request: RequestRecord, meters: Sequence[Meter], subject: str | None
     ) -> None:
         """Let what the request has reserved become what it is billed: *meters*."""
-        reserved = environ.pop(RESERVED, {})
+        reserved, request.reserved = request.reserved or {}, None
         self._countdown.settle(reserved.values(), self._amounts.used(meters, subject))
 
     def _reserve(
@@ -181,8 +187,9 @@ class Gate:
         amounts: Mapping[str, float],
         decision: Decision,
     ) -> Decision:
-        held: dict[str, Reservation] = environ.setdefault(RESERVED, {})
+        held = reservations_of(environ)
         taken: dict[str, Reservation] = {}
+        account = self._entitlements.account(customer)
         for feature in features:
             known = self._entitlements.known(customer, feature)
             if known is not None and _denies(known):
@@ -194,7 +201,7 @@ class Gate:
             if feature in held and feature not in amounts:
                 continue
             outcome = self._countdown.reserve(
-                customer, feature, amounts.get(feature, 0.0)
+                account, feature, amounts.get(feature, 0.0)
             )
             if isinstance(outcome, Refusal):
                 _give_back(taken)
@@ -206,7 +213,7 @@ class Gate:
             if (before := held.get(feature)) is not None:
                 before.settle(0.0)
             held[feature] = reservation
-        return self._with_remaining(customer, decision)
+        return self._with_remaining(account, decision)
 
     def _refused(
         self, customer: str, feature: str, known: Known, *, held_back: bool
@@ -226,13 +233,13 @@ class Gate:
             quota=quota,
         )
 
-    def _with_remaining(self, customer: str, decision: Decision) -> Decision:
+    def _with_remaining(self, account: str, decision: Decision) -> Decision:
         quota = decision.quota
         if not self.policy.usage_headers or quota is None:
             return decision
         if quota.feature not in self._countdown.meters:
             return decision
-        remaining = self._countdown.remaining(customer, quota.feature)
+        remaining = self._countdown.remaining(account, quota.feature)
         return replace(decision, quota=replace(quota, remaining=remaining))
 
     # -- Counting and telling

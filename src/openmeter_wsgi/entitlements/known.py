@@ -7,6 +7,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
+from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.decision import (
     Decision,
     Denial,
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.questions import Answer, Terms
+
+logger = log.get_logger(__name__)
 
 #: An allowance that has outlived its time is still given for as long again, while it
 #: is asked for anew behind the request's back.
@@ -80,6 +85,7 @@ class Known:
             source="cache",
             answered_at=asked_at,
             quota=_quota(feature, answer, terms),
+            static_values=_static_values(feature, answer),
         )
 
 
@@ -185,3 +191,15 @@ def _quota(feature: str, answer: Answer, terms: Terms | None) -> Quota | None:
         answer.balance,
         terms.period_end if terms else None,
     )
+
+
+def _static_values(feature: str, answer: Answer) -> tuple[tuple[str, str], ...]:
+    if answer.config is None or not answer.has_access:
+        return ()
+    try:
+        msgspec.json.decode(answer.config)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        logger.error("feature %r: the value of a static entitlement is no JSON (%s); "
+                     "the handler gets none", feature, error)  # fmt: skip
+        return ()
+    return ((feature, answer.config),)

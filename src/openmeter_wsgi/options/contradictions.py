@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from openmeter_wsgi import log
 from openmeter_wsgi.options.billing import DEFAULT_SOURCE
 from openmeter_wsgi.options.entitlement_values import unaddressable
 
 #: Its options are read, and nothing of it is known here.
 Policy: TypeAlias = Any
 
-logger = log.get_logger(__name__)
-
 
 def contradictions(policy: Policy) -> list[str]:
-    """Return a sentence for each contradiction; warn of what only looks like one."""
-    _warn_of_features(policy)
-    return [*_sources(policy), *_places(policy), *_quotas(policy)]
+    """Return a sentence for each contradiction."""
+    return [*_sources(policy), *_places(policy), *_quotas(policy), *_ids(policy)]
 
 
 def _sources(policy: Policy) -> list[str]:
@@ -54,13 +50,12 @@ def _quotas(policy: Policy) -> list[str]:
     ]
 
 
-def _warn_of_features(policy: Policy) -> None:
+def _ids(policy: Policy) -> list[str]:
+    if policy.entitlements_path != "v1":
+        return []
     named = {*policy.required_entitlements, *policy.entitlement_meters}
-    if policy.entitlements_path == "subjects":
-        return
-    for feature in unaddressable(sorted(named)):
-        logger.warning(
-            "%s: OpenMeter refuses this feature key on its customer paths (expected "
-            "a-z, 0-9 and _, at most 64); entitlements_path='subjects' accepts it",
-            feature,
-        )
+    return [
+        f"required_entitlements: {feature!r} is an id, which OpenMeter's v1 does not "
+        "take; write the key of the feature, or ask by entitlements_path='v2'"
+        for feature in unaddressable(sorted(named))
+    ]

@@ -10,9 +10,11 @@ from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.usage import read_usage
 from openmeter_wsgi.wire import text_problem
 
-#: What OpenMeter's customer paths accept as the key of a feature.
+#: The key of a feature, where it is created and where it is asked for.
 _FEATURE = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*", re.ASCII)
 _MAX_FEATURE = 64
+#: The id of an entitlement, which version 2 takes in place of a key.
+_ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}", re.ASCII)
 
 
 class CountedMeter(NamedTuple):
@@ -30,13 +32,39 @@ def features(value: Any) -> tuple[str, ...]:
         raise ValueError(f"expected a list of feature keys, got {value!r}")
     keys = tuple(dict.fromkeys(value))
     for key in keys:
-        if problem := text_problem(key):
+        if problem := feature_problem(key):
             raise ValueError(problem)
     return keys
 
 
+def feature_problem(key: Any) -> str | None:
+    """Return the reason why OpenMeter can have no feature *key*, and a key it takes."""
+    if problem := text_problem(key):
+        return problem
+    if not unaddressable([key]) or is_ulid(key):
+        return None
+    proposed = feature_like(key)
+    hint = f"; write {proposed!r} here and in OpenMeter" if proposed else ""
+    return (
+        f"OpenMeter takes no feature key like {key!r} (expected a-z and 0-9, words "
+        f"joined by one _, 1 to {_MAX_FEATURE} characters){hint}"
+    )
+
+
+def feature_like(key: str) -> str | None:
+    """Return the key like *key* that OpenMeter takes, None if there is none."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    words = re.findall(r"[a-z0-9]+", snake, re.ASCII)
+    return "_".join(words)[:_MAX_FEATURE].rstrip("_") or None
+
+
+def is_ulid(key: str) -> bool:
+    """Return True if *key* has the form of an id."""
+    return _ULID.fullmatch(key) is not None
+
+
 def unaddressable(keys: Iterable[str]) -> list[str]:
-    """Return the features whose keys OpenMeter's customer paths refuse."""
+    """Return those of *keys* that are not the key of a feature."""
     return [
         key for key in keys if not _FEATURE.fullmatch(key) or len(key) > _MAX_FEATURE
     ]
@@ -54,12 +82,26 @@ def customer(value: Any) -> Any:
 def counted_meters(value: Any) -> dict[str, CountedMeter]:
     """Read the meters that features count: by feature, or a list of equal keys."""
     if isinstance(value, Mapping):
-        return {key: _counted(key, meter) for key, meter in value.items()}
-    return {key: CountedMeter(key) for key in features(value)}
+        return {_feature(key): _counted(key, meter) for key, meter in value.items()}
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"expected a list of feature keys, got {value!r}")
+    keys = list(value)
+    for key in keys:
+        if problem := feature_problem(key):
+            like = None if text_problem(key) else feature_like(key)
+            mapping = f", with its meter: { ({like: key})!r}" if like else ""
+            raise ValueError(problem + mapping)
+    return {key: CountedMeter(key) for key in keys}
 
 
-def _counted(feature: Any, meter: Any) -> CountedMeter:
-    for text in (feature, *(meter if isinstance(meter, CountedMeter) else ())):
+def _feature(key: Any) -> str:
+    if problem := feature_problem(key):
+        raise ValueError(problem)
+    return str(key)
+
+
+def _counted(feature: str, meter: Any) -> CountedMeter:
+    for text in meter if isinstance(meter, CountedMeter) else ():
         if text is not None and (problem := text_problem(text)):
             raise ValueError(problem)
     if isinstance(meter, CountedMeter):

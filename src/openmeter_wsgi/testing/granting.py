@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from openmeter_wsgi.entitlements.breaker import Breaker
 from openmeter_wsgi.errors import Unavailable
@@ -37,7 +39,9 @@ class Grants:
         self.never_granted: dict[tuple[str, str], None] = {}
         self._said: dict[tuple[str, str | None], Answer] = {}
 
-    def grant(self, feature: str, subject: str | None, balance: float | None) -> None:
+    def grant(
+        self, feature: str, subject: str | None, balance: float | None, config: Any
+    ) -> None:
         """Give access, to everybody where no subject is named."""
         if balance is not None and balance <= 0:
             self._said[feature, subject] = LIMIT_REACHED
@@ -47,6 +51,7 @@ class Grants:
                 balance=balance,
                 usage=None if balance is None else 0.0,
                 total_available_grant_amount=balance,
+                config=None if config is None else msgspec.json.encode(config).decode(),
             )
 
     def deny(self, feature: str, subject: str | None, reason: Reason) -> None:
@@ -83,6 +88,10 @@ class GrantsClient:
         self._check()
         return {feature: self._grants.answer(customer, feature) for feature in features}
 
+    def can_look_up(self, subject: str) -> bool:  # noqa: ARG002
+        """Return False: in a test each subject is a customer."""
+        return False
+
     def terms(self, customer: str, feature: str) -> Terms:  # noqa: ARG002
         """Return the terms of an entitlement: a hard limit without a period."""
         self._check()
@@ -107,7 +116,12 @@ class DirectAsker:
     def ask(self, question: Question) -> None:
         """Ask; without an answer what was known before goes on to hold."""
         try:
-            self._answering(self._client, question, _nobody_waits)  # type: ignore[arg-type]
+            self._answering(
+                self._client,  # type: ignore[arg-type]
+                question,
+                _nobody_waits,
+                self.has_token,
+            )
         except Unavailable:
             return
 

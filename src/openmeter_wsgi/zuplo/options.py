@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from openmeter_wsgi.errors import MeterValueError
+from openmeter_wsgi.options.entitlement_values import feature_like, feature_problem
 from openmeter_wsgi.status_codes import StatusCodes
 from openmeter_wsgi.usage import read_usage
 
@@ -41,6 +42,21 @@ def read_names(value: Any) -> list[str] | None:
     ):
         raise ValueError(f"expected a list of names, got {value!r}")
     return list(dict.fromkeys(value)) or None
+
+
+def read_features(value: Any) -> list[str] | None:
+    """Read a list of features, each by the key that OpenMeter takes for it."""
+    names = read_names(value) or []
+    return list(dict.fromkeys(map(feature_key, names))) or None
+
+
+def feature_key(name: str) -> str:
+    """Return *name*, or the key like it that OpenMeter takes."""
+    if (problem := feature_problem(name)) is None:
+        return name
+    if (like := feature_like(name)) is None:
+        raise ValueError(problem)
+    return like
 
 
 def read_status_codes(value: Any) -> Any:
@@ -112,7 +128,7 @@ _AUTHENTICATION = "the application authenticates, and leaves the user with set_u
 _PLANS = "plans and payments are not asked for; see required_entitlements"
 _BOTH = {
     "meterOnStatusCodes": Option("meter_on_status_codes", read_status_codes),
-    "requiredEntitlements": Option("required_entitlements", read_names),
+    "requiredEntitlements": Option("required_entitlements", read_features),
 }
 _OPENMETER = {
     "apiUrl": Option("api_url", read_text),

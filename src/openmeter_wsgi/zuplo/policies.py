@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.options.entitlement_values import feature_like
 from openmeter_wsgi.zuplo.documents import (
     Source,
     did_you_mean,
@@ -16,7 +17,7 @@ from openmeter_wsgi.zuplo.documents import (
     variables_in,
 )
 from openmeter_wsgi.zuplo.entries import COMPOSITE, Entry, read_entries
-from openmeter_wsgi.zuplo.options import OPTIONS, Option, read_names
+from openmeter_wsgi.zuplo.options import OPTIONS, Option, feature_key, read_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,6 +128,8 @@ class _Reader:
             return
         if read is not None and option.name is not None:
             policy.options[option.name] = read
+            if option.name == "required_entitlements":
+                _note_renamed_features(policy, place, value)
 
     def leave_out(self, entry: Entry) -> ZuploPolicy:
         """Return a policy that does not meter, or a group of policies."""
@@ -146,10 +149,22 @@ def _variables(entry: Entry) -> tuple[str, ...] | None:
     return variables_in(entry.options[_KEY]) if _KEY in entry.options else None
 
 
+def _note_renamed_features(policy: ZuploPolicy, place: str, names: list[str]) -> None:
+    """Note the names of features that OpenMeter does not take as keys."""
+    for n, name in enumerate(names):
+        if (key := feature_key(name)) != name:
+            why = (
+                f"OpenMeter takes no feature key like {name!r}; {key!r} is written in "
+                "its place, and the feature needs that key in OpenMeter"
+            )
+            policy.ignored.append((f"{place}[{n}]", why))
+
+
 def _note_what_zuplo_checks(policy: ZuploPolicy, place: str) -> None:
     """Note what ``monetization-inbound`` does beside metering."""
     asked = policy.options.get("required_entitlements", [])
-    if unasked := [m for m in policy.options.get("meters", {}) if m not in asked]:
+    meters = policy.options.get("meters", {})
+    if unasked := [m for m in meters if (feature_like(m) or m) not in asked]:
         why = (
             "Zuplo refuses a caller without a balance of "
             f"{', '.join(map(repr, unasked))}; here required_entitlements would"

@@ -14,7 +14,6 @@ from openmeter_wsgi.commands.checks.findings import (
     warning,
 )
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options.entitlement_values import unaddressable
 from openmeter_wsgi.questions import QuestionClient
 
 if TYPE_CHECKING:
@@ -31,28 +30,23 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
     """Say of each feature whether OpenMeter can be asked for it, and the reverse."""
     needed = _needed(situation)
     policy = situation.policy
-    refused = [] if policy.entitlements_path == "subjects" else unaddressable(needed)
-    for feature in refused:
-        yield failure(
-            _name(feature),
-            "OpenMeter refuses this key (expected a-z, 0-9 and _, at most 64): every "
-            f"question fails, and fail_mode={policy.fail_mode!r} decides",
-            f"name it {_addressable(feature)!r} here and in OpenMeter, or ask by "
-            "entitlements_path='subjects'",
-        )
-    asked = [feature for feature in needed if feature not in refused]
-    if asked:
-        yield from _look_at_questions(policy, asked)
+    if needed:
+        yield from _look_at_questions(policy, needed)
     try:
         with Listing(policy, policy.entitlements_url, policy.questions_key) as listing:
-            there = {str(one.get("key")): one for one in listing.features()}
+            features = listing.features()
             meters = {str(one.get("slug")): one for one in listing.meters()}
     except NoAnswer as error:
         if needed:
             yield unanswered("features", error, "list features")
         return
-    for feature in asked:
-        yield _look_at_one(feature, there.get(feature), meters, situation)
+    there = {str(one.get("key")): one for one in features}
+    keys = {str(one.get("id")): str(one.get("key")) for one in features}
+    for feature in needed:
+        if feature not in there and (key := keys.get(feature)):
+            yield _an_id(feature, key)
+        else:
+            yield _look_at_one(feature, there.get(feature), meters, situation)
     yield from _others(there, needed)
 
 
@@ -75,19 +69,53 @@ def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]
         timeout=policy.request_timeout,
     )
     try:
-        client.answers(MARK, features)
+        _ask(client, features)
     except DeliveryError as error:
-        answered = "does not answer" if error.status is None else error.status
         yield failure(
             _QUESTIONS,
-            f"{url} is asked who may, and says {answered}: {error.reason}",
+            f"{url} is asked who may, and says {_said(error)}",
             "give entitlements_api_key a key that may ask, and entitlements_url the "
             "address of a server that answers",
         )
     else:
-        yield ok(_QUESTIONS, f"{url} answers who may")
+        yield from _look_at_lookups(client, url)
     finally:
         client.close()
+
+
+def _ask(client: QuestionClient, features: list[str]) -> None:
+    for answer in client.answers(MARK, features).values():
+        if isinstance(answer, DeliveryError):
+            raise answer
+
+
+def _look_at_lookups(client: QuestionClient, url: str) -> Iterator[Finding]:
+    """Look for the customer of a subject, as is done where no key is like it."""
+    try:
+        if client.can_look_up(MARK):
+            client.customers(MARK, 1)
+    except DeliveryError as error:
+        yield failure(
+            _QUESTIONS,
+            f"{url} is asked for the customer of a subject, and says {_said(error)}: "
+            "fail_mode decides on each subject that is not the key of a customer",
+            "give entitlements_api_key a key that may list customers",
+        )
+    else:
+        yield ok(_QUESTIONS, f"{url} answers who may")
+
+
+def _said(error: DeliveryError) -> str:
+    answered = "does not answer" if error.status is None else error.status
+    return f"{answered}: {error.reason}"
+
+
+def _an_id(feature: str, key: str) -> Finding:
+    return failure(
+        _name(feature),
+        "this is the id of a feature; write its key: OpenMeter denies every customer",
+        f"write {key!r}",
+    )
 
 
 def _look_at_one(
@@ -137,9 +165,3 @@ def _others(there: dict[str, Document], needed: list[str]) -> Iterator[Finding]:
 
 def _name(feature: str) -> str:
     return f"feature {feature!r}"
-
-
-def _addressable(feature: str) -> str:
-    """Return a key like *feature* that OpenMeter takes."""
-    words = "".join(c if c.isascii() and c.isalnum() else "_" for c in feature.lower())
-    return "_".join(filter(None, words.split("_")))[:64] or "feature"

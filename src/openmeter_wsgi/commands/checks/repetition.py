@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.commands.asking import NoAnswer
 from openmeter_wsgi.commands.checks.event import INTERVAL, PATIENCE, listed
 from openmeter_wsgi.commands.checks.findings import failure, ok, unknown
-from openmeter_wsgi.delivery import deduplication
 from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.spool import deduplication
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,11 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
         )
         yield from _keys_in_vain(situation)
     else:
-        yield ok(_NAME, f"of an event sent twice, {PAUSE:g} s apart, one is stored")
+        yield ok(
+            _NAME,
+            f"of an event sent twice, {PAUSE:g} s apart, one is stored",
+            deduplication.IN_THE_SINK,
+        )
     yield from _keep(situation, deduplicates=times == 1)
 
 
