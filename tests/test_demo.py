@@ -30,7 +30,7 @@ WITH_SANDBOX = (
     "import sys; from examples.demo.__main__ import main; "
     "sys.exit(main(['--requests', '60'], sandbox=sys.argv[1:]))"
 )
-COLUMNS = "seq, id, source, type, subject, time, data, ingested_at"
+COLUMNS = "seq, id, source, type, subject, time, data, ingested_at, stored_at"
 LOSE = "DELETE FROM events WHERE seq = NEW.seq"
 REPEAT = (
     f"INSERT INTO events ({COLUMNS}) "

@@ -82,7 +82,7 @@ def control_access(app: Flask, bound: str) -> None:
 
 
 def is_allowed(host: str, bound: str) -> bool:
-    """Return whether a Host header can only mean this sandbox."""
+    """Return True if a Host header can only mean this sandbox."""
     name = _name(host)
     if name is None:
         return False
@@ -134,7 +134,7 @@ class _Key(BaseConverter):
         return unquote(value)
 
 
-#: What OpenMeter has and the sandbox does not, by the beginning of the path.
+#: Paths of OpenMeter that the sandbox does not offer, by their beginning.
 NOT_OFFERED = (
     "/api/v1/<any(addons, apps, billing, debug, entitlements, grants, info):family>",
     "/api/v1/<any(marketplace, notification, plans, portal, stripe):family>",

@@ -37,7 +37,7 @@ class Interval:
     seconds: int
 
     def after(self, moment: int, times: int) -> int:
-        """Return what lies *times* intervals after *moment*, in Unix seconds."""
+        """Return the time *times* intervals after *moment*, in Unix seconds."""
         return _add_months(moment, self.months * times) + self.seconds * times
 
     @property
@@ -123,7 +123,7 @@ class Recurrence:
         return self.interval.after(self.anchor, index)
 
     def _index(self, moment: float) -> int:
-        """Return which of the moments is the last that is not after *moment*."""
+        """Return the index of the last boundary that is not after *moment*."""
         # Months are shorter than their longest: the guess is at most a little early
         # after the anchor, and a little late before it.
         index = int((moment - self.anchor) // self.interval.longest)
@@ -143,16 +143,16 @@ class Period(NamedTuple):
 
     start: Edge
     end: Edge
-    #: Whether what was used beyond the grants before is owed still.
+    #: True if usage beyond the grants of the period before is still owed.
     preserve: bool
-    #: How many resets by hand came before: a grant made after one is not burnt by
-    #: what was used before it, even within a second.
+    #: The number of resets by hand before it: usage before a reset does not burn a
+    #: grant made after it, even within a second.
     epoch: int
 
 
 @dataclass(slots=True)
 class Balance:
-    """What is left of the grants, and what was used, in the current period."""
+    """The remaining grants and the usage of the current period."""
 
     start: Edge
     usage: float = 0.0
@@ -160,12 +160,12 @@ class Balance:
     overage: float = 0.0
     #: Used, and covered.
     burnt: float = 0.0
-    #: What is left of each grant, by its id.
+    #: The remaining amount of each grant, by its id.
     grants: dict[str, float] = field(default_factory=dict)
 
     @property
     def left(self) -> float:
-        """What is left of all grants; never negative."""
+        """The sum of the remaining grants; never negative."""
         return sum(self.grants.values())
 
 
@@ -194,7 +194,7 @@ def periods(entitlement: Document, at: float, until: int) -> list[Period]:
 
 
 def current_period(entitlement: Document, at: float) -> tuple[int, int]:
-    """Return when the period of *at* began and when it will end, in Unix seconds."""
+    """Return the start and the end of the period of *at*, in Unix seconds."""
     start = periods(entitlement, at, math.ceil(at))[-1].start.time
     own = entitlement["_"]
     anchors = [r["anchor"] for r in own["resets"] if r["edge"][0] <= at]
@@ -235,7 +235,7 @@ class _Grant:
         self._recurs = document.get("recurrence")
 
     def renewals(self, after: int, until: float) -> list[int]:
-        """Return when it is full again, or for the first time."""
+        """Return the times at which it is full, the first time and by recurrence."""
         until = min(until, self.expires - 1)
         moments = [self.effective] if after < self.effective <= until else []
         if self._recurs:
@@ -291,7 +291,7 @@ def _burn_until(
     balance: Balance, end: Edge, grants: list[_Grant], usage: Usage
 ) -> None:
     used = usage(balance.start, end)
-    # What was owed comes first: a new grant covers it.
+    # The overage comes first: a new grant covers it.
     owed, balance.overage = balance.overage, 0.0
     # A meter of the latest value can fall; what is burnt stays burnt.
     added = max(0.0, used - balance.usage)

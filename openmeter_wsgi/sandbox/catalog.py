@@ -140,7 +140,7 @@ def _provision_subjects(customer: Document) -> None:
 
 
 def _matches(customer: Document) -> bool:
-    """Return whether the parameters choose *customer*, by parts of its texts."""
+    """Return True if the parameters choose *customer*, by parts of its texts."""
     wanted = request.args
     for name in ("key", "name", "primaryEmail"):
         part = wanted.get(name, "").lower()

@@ -45,7 +45,7 @@ class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 
         return groups, setting
 
 
-#: What a fault means that is named without a value.
+#: The values of faults that are named without one.
 _FULL: dict[str, Any] = {
     "outage": True, "forget": True, "claim": True, "fail_rate": 1.0, "denied": 401,
 }  # fmt: skip

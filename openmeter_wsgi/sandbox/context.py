@@ -1,4 +1,4 @@
-"""What the routes of one sandbox share, and the counts of what it was asked."""
+"""The context that the routes of one sandbox share, and its counts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Question(NamedTuple):
 
 
 class Questions:
-    """How often each question was asked, counted as it arrives. Any thread."""
+    """Counts of questions about entitlements, taken as they arrive. Any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -93,12 +93,12 @@ class Questions:
             return self._counts.copy()
 
     def count(self, **which: str | None) -> int:
-        """Return how many questions there were of the kind, customer and feature."""
+        """Return the number of questions of the kind, customer and feature."""
         with self._changed:
             return self._count(which)
 
     def wait(self, count: int, timeout: float, **which: str | None) -> bool:
-        """Return whether *count* of them came within *timeout* seconds."""
+        """Return True once *count* of them came, False after *timeout* seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._count(which) >= count, timeout)
 
@@ -116,13 +116,13 @@ class Questions:
             self._counts.clear()
 
 
-#: Where an application keeps its context.
+#: The name of the context among the extensions of an application.
 KEY = "openmeter_wsgi.sandbox"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What the requests to one sandbox share. Any thread."""
+    """The objects that all requests to one sandbox share. Any thread."""
 
     store: Store
     tally: Tally

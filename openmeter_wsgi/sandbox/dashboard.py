@@ -55,7 +55,7 @@ GROUPS = 50
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How the page looks at a meter."""
+    """The view of a meter on the page."""
 
     #: The dimension that divides its usage.
     by: str = "subject"
@@ -208,7 +208,7 @@ COLUMNS = 60
 def dashboard(
     connection: sqlite3.Connection, here: Context, span: int, views: Mapping[str, View]
 ) -> Document:
-    """Return what the page shows of the last *span* seconds, and of all time.
+    """Return the content of the page: the last *span* seconds, and all time.
 
     :param views: how the usage of a meter is divided, by slug; else by subject.
     """
@@ -307,7 +307,7 @@ def _value(here: Context, customer: Document, entitlement: Document) -> Document
 PAGE = Path(__file__).with_name("page")
 #: Seconds that a plot can span: a minute to a week.
 SPANS = (60, 7 * 24 * 3600)
-#: How meters are looked at: slug to dimension and subject.
+#: The views of meters, by slug: a dimension and a subject.
 VIEWS: Schema = {
     "type": "object",
     "additionalProperties": shape("", by=PLAIN, subject=PLAIN | {"nullable": True})

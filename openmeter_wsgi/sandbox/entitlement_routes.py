@@ -280,7 +280,7 @@ def _customer(id_or_key: str) -> Document:
 
 
 def _customer_of(subject: str) -> Document:
-    """Return who pays for *subject*, which has to exist as an entity of its own."""
+    """Return the customer of *subject*, which has to exist as an entity."""
     return context().customers.of_subject(context().subjects.get(subject)["key"])
 
 

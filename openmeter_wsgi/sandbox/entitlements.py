@@ -154,7 +154,7 @@ def _metered(
 
 
 def _issue(asked: Document) -> Document:
-    """Return what is granted anew in every period, in its old form and its new one."""
+    """Return the amount granted anew in every period, in its old and new form."""
     issue = asked.get("issue") or {}
     amount = issue.get("amount", asked.get("issueAfterReset"))
     priority = issue.get("priority", asked.get("issueAfterResetPriority"))
@@ -237,7 +237,7 @@ class Entitlements:
         return found
 
     def get(self, customer: Document, id_or_feature: str) -> Document:
-        """Return what `find` finds, or answer 404."""
+        """Return the entitlement that `find` finds, or answer 404."""
         found = self.find(customer, id_or_feature)
         if found is None:
             detail = f"entitlement not found {id_or_feature} in namespace default"
@@ -447,7 +447,7 @@ class Granting:
     def reset(self, customer: str, feature: str) -> None:
         """Begin a new usage period: usage is zero, what recurs is granted anew."""
         found, edge = self._found(customer, feature), self._now()
-        # Where nothing has arrived since the period began there is nothing to reset.
+        # Without an event since the period began there is nothing to reset.
         if edge > begun(found, self.store.clock()):
             self.entitlements.reset_at(found, edge, {"retainAnchor": True})
 

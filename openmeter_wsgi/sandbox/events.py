@@ -63,7 +63,7 @@ def _list(
     conditions = " AND ".join(f"({term})" for term, _ in terms)
     values = [value for _, found in terms for value in found]
     with here.store.reading() as connection:
-        # What the sink has not written down yet is in no list either.
+        # Events that the sink has not stored yet are in no list either.
         horizon = here.store.horizon(connection)
         rows = connection.execute(
             f"SELECT {_COLUMNS} FROM events WHERE seq <= ? AND {conditions}"  # noqa: S608
@@ -141,7 +141,7 @@ def _like(column: str, pattern: str) -> Term:
     return f"{column} GLOB ?", [glob.replace("%", "*").replace("_", "?")]
 
 
-#: What version 2 can filter by; it ignores other fields.
+#: The fields of a filter of version 2, and their columns; others are ignored.
 _FIELDS = {
     "id": "id",
     "source": "source",
@@ -239,7 +239,7 @@ def _read_cursor(cursor: str) -> tuple[int, int]:
 
 
 class Judge:
-    """Says of an event what OpenMeter's list of events says of it."""
+    """Lists events as OpenMeter does, with the reasons why meters ignore them."""
 
     def __init__(self, meters: list[Document], customers: list[Document]) -> None:
         self._meters: dict[str, list[Document]] = {}
@@ -251,7 +251,7 @@ class Judge:
                 self._customers.setdefault(subject, customer["id"])
 
     def flaws(self, event_type: str, data: str | None) -> list[str]:
-        """Return why meters do not count an event."""
+        """Return the reasons why meters do not count an event."""
         meters = self._meters.get(event_type)
         if not meters:
             return [f"no meter found for event type: {event_type}"]

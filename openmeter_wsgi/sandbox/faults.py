@@ -19,7 +19,7 @@ GROUPS = ("ingest", "entitlements")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is wrong with one group of requests; by default nothing."""
+    """The faults of one group of requests; by default none."""
 
     #: The share that is answered with 500, from 0 to 1.
     fail_rate: float = 0.0
@@ -30,7 +30,7 @@ class Settings:
     hang: float = 0.0
     #: Seconds between two bytes of an answer.
     byte_delay: float = 0.0
-    #: Whether every request is answered with 503.
+    #: True: every request is answered with 503.
     outage: bool = False
     #: Seconds: every request is answered with 429 and this ``Retry-After``.
     retry_after: float | None = None
@@ -39,10 +39,10 @@ class Settings:
     #: The event type, and the subject, for which a request is answered with 400.
     refused_type: str | None = None
     refused_subject: str | None = None
-    #: Whether events are answered with 204 and forgotten.
+    #: True: events are answered with 204 and forgotten.
     forget: bool = False
-    #: Whether ids of events are remembered, and the events then answered with 500 and
-    #: forgotten: what is sent again is a duplicate.
+    #: True: ids of events are remembered, the events answered with 500 and forgotten;
+    #: a retry is a duplicate.
     claim: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ _TEXT: _Rule = (
     "a text",
     lambda value: value is None or (isinstance(value, str) and value != ""),
 )
-#: What each setting may be.
+#: The values that each setting may have.
 _RULES: dict[str, _Rule] = {
     "fail_rate": _number(1.0),
     # Longer than any sensible client waits, in seconds.
@@ -86,7 +86,7 @@ _RULES: dict[str, _Rule] = {
     "forget": _FLAG,
     "claim": _FLAG,
 }
-#: What only events can meet.
+#: The settings of ingest alone.
 INGEST_ONLY = frozenset(("refused_type", "refused_subject", "forget", "claim"))
 
 
@@ -161,7 +161,7 @@ class GroupFaults:
             raise Problem(settings.denied, "the key is refused, on purpose")
 
     def draw(self) -> str | None:
-        """Return whether the next request fails, ``before`` or ``after`` it is taken.
+        """Return None, or ``before`` or ``after`` if the next request is to fail.
 
         One in two is taken first, as with OpenMeter, where a 500 says nothing about
         what was taken: the client will send it again.
@@ -189,7 +189,7 @@ class GroupFaults:
 
 
 class Faults:
-    """What is wrong with the sandbox, by group of requests. Any thread.
+    """The faults of the sandbox, by group of requests. Any thread.
 
     ``faults.ingest`` is for events that arrive, ``faults.entitlements`` for questions
     about entitlements; `set` and `clear` are for both.
@@ -222,7 +222,7 @@ class Faults:
             group.stop()
 
     def document(self) -> dict[str, Any]:
-        """Return what is set, by group."""
+        """Return the settings, by group."""
         return {name: group.document() for name, group in self._groups.items()}
 
     def update(self, document: Any) -> None:

@@ -64,7 +64,7 @@ ATTRIBUTES = frozenset((*EVENT["properties"], "data_base64"))
 INT32 = range(-(2**31), 2**31)
 #: The latest time that ClickHouse's DateTime holds, in the year 2106.
 LATEST = 2**32 - 1
-#: What Kafka takes for one message by default; librdkafka counts 36 bytes of its own,
+#: The largest message of Kafka by default; librdkafka counts 36 bytes of its own,
 #: and OpenMeter's three headers have about 110.
 MESSAGE = 1_000_000
 MESSAGE_OVERHEAD = 36 + 110
@@ -314,7 +314,7 @@ def _json(value: Any) -> str:
 
 
 def _unsendable(event: Event) -> str | None:
-    """Return why OpenMeter cannot send *event* to Kafka, if it cannot."""
+    """Return the reason why OpenMeter cannot send *event* to Kafka, or None."""
     if event.broken:
         return "data_base64 holds no JSON"
     names = ("id", "type", "source", "subject", "time", "data")

@@ -313,7 +313,7 @@ def _check_group_by(key: str, path: str, value_property: str | None) -> None:
 
 
 def flaw_of(meter: Meter, data: str | None) -> str | None:
-    """Return why *meter* cannot use an event with *data*, in OpenMeter's words."""
+    """Return the reason why *meter* cannot use *data*, in OpenMeter's words."""
     if meter["aggregation"] == "COUNT":
         return None
     document = json.loads(data or "null")

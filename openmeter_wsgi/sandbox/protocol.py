@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 #: OpenMeter's ids are ``<host>/<random>-<number>``.
 _RUN = f"sandbox/{secrets.token_urlsafe(7)}"
 _numbers = itertools.count(1)
-#: What version 3 says where version 1 leaves the detail out.
+#: Details of version 3, for answers without one in version 1.
 _DETAILS_V3 = {
     404: "The requested entity was not found",
     405: "The requested method is not allowed",
@@ -51,15 +51,15 @@ class Problem(ValueError):
     #: None where OpenMeter leaves it out: unknown routes and every 500.
     detail: str | None = None
     _: KW_ONLY
-    #: Whether it was found by the validator in front of OpenMeter. Such answers of
-    #: version 1 have no ``instance``, those of version 3 name the field.
+    #: True if the validator in front of OpenMeter found it. Such answers of version 1
+    #: have no ``instance``, those of version 3 name the field.
     invalid: bool = False
-    #: What the schema says against the body.
+    #: The flaw of the body that its schema does not allow.
     flaw: Flaw | None = None
-    #: Whether version 3 keeps the detail to itself.
+    #: True if version 3 keeps the detail to itself.
     terse: bool = False
     extensions: Document | None = None
-    #: What the page shows where the detail says too little.
+    #: The text on the page, if the detail says too little.
     reason: str = ""
     #: The place of the event that is to blame in its batch, from 1.
     position: int | None = None
@@ -250,7 +250,7 @@ def _string(schema: Schema, value: Any, pointer: str) -> Flaw | None:
 
 
 def matches(pattern: str, value: str) -> bool:
-    """Return whether *value* holds Go's *pattern*."""
+    """Return True if *value* matches Go's *pattern*."""
     # Go's `$` is the end of the text, Python's would forgive a newline before it.
     return re.search(pattern.removesuffix("$") + r"\Z", value, re.ASCII) is not None
 
@@ -315,7 +315,7 @@ _TYPES: dict[str, Callable[[Schema, Any, str], Flaw | None]] = {
 
 PREFIX = "request body has an error: "
 JSON = "application/json"
-#: How Go's decoder calls what Python's says; %r is the character.
+#: Errors of Python's JSON decoder in the words of Go's; %s is the character.
 _SYNTAX = {
     "Expecting value": "invalid character %s looking for beginning of value",
     "Expecting property name enclosed in double quotes": (

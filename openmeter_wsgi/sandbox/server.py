@@ -178,7 +178,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-#: How long `Sandbox.close` waits for requests that are being answered.
+#: Seconds for which `Sandbox.close` waits for requests that are being answered.
 CLOSE_TIMEOUT = 5.0
 
 
@@ -245,17 +245,17 @@ class Sandbox:
 
     @property
     def questions(self) -> Counter[Question]:
-        """How often what was asked about entitlements, since the start."""
+        """The number of times each question about entitlements was asked."""
         return self._context.questions.counts()
 
     def asked(self, **which: str | None) -> int:
-        """Return how often was asked, by ``kind``, ``customer`` and ``feature``."""
+        """Return the number of questions, by ``kind``, ``customer``, ``feature``."""
         return self._context.questions.count(**which)
 
     def wait_asked(
         self, count: int = 1, *, timeout: float = 5.0, **which: str | None
     ) -> bool:
-        """Return whether *count* such questions have come, within *timeout* seconds.
+        """Return True when *count* such questions came, False after *timeout* seconds.
 
         A question is counted when it arrives, also if its answer is late.
         """

@@ -1,4 +1,4 @@
-"""Where the sandbox keeps everything: one SQLite file, several threads."""
+"""The store of the sandbox: one SQLite file, several threads."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Event:
 
     @property
     def lost(self) -> str | None:
-        """Why OpenMeter takes it and then drops it, if so."""
+        """The reason why OpenMeter takes it and then drops it; None if it does not."""
         if self.time <= 0:
             return f"its time is 1970 or earlier: {_LOST}"
         return None if self.source else f"its source is no URI with a name: {_LOST}"
 
     @property
     def key(self) -> str:
-        """What OpenMeter deduplicates by; ``a-b`` + ``c`` equals ``a`` + ``b-c``."""
+        """The key of OpenMeter's deduplication: ``a-b`` + ``c`` is ``a`` + ``b-c``."""
         return f"default-{self.source}-{self.id}"
 
 
@@ -90,7 +90,7 @@ _ATTRIBUTES = ("id", "source", "type", "subject", "time")
 
 
 class Outcome(StrEnum):
-    """What became of an event that arrived and was not stored."""
+    """The outcome of an event that arrived and was not stored."""
 
     DUPLICATE = "duplicate"
     #: From 1970 or earlier.
@@ -134,7 +134,7 @@ def insert_rejected(
 def rejected_events(
     body: bytes, outcome: Outcome, reason: str, culprit: int | None = None
 ) -> list[Rejected]:
-    """Return what a request held that was answered with an error.
+    """Return the events of a request that was answered with an error.
 
     :param culprit: the place of the event that the *reason* is about, from 1.
     """
@@ -293,7 +293,7 @@ class Store:
             )
         self._writer.executescript(TABLES + REJECTED_TABLES)
         found = self._writer.execute("SELECT max(stored_at) FROM events").fetchone()
-        #: When the newest event was or will be visible.
+        #: The time at which the newest event was or will be visible.
         self._latest = found[0] or 0.0
 
     def _connect(self) -> sqlite3.Connection:
@@ -338,7 +338,7 @@ class Store:
         away: list[Rejected] = []
         with self.writing() as connection:
             now = self.clock()
-            # What came first is stored first, also where the lag became shorter.
+            # Events are stored in the order of arrival, whatever the lag.
             self._latest = stored = max(now + self._visible_after, self._latest)
             for position, event in enumerate(events, 1):
                 if self._is_duplicate(connection, event.key):
@@ -448,7 +448,7 @@ def ulid() -> str:
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-#: What OpenMeter says of a resource that is not there, and of a key that is taken.
+#: OpenMeter's words for a resource that is not there, and for a key that is taken.
 _UNKNOWN = {
     "meter": "not found error: meter not found: {}",
     "feature": "feature not found: {}",
@@ -578,7 +578,7 @@ class Customers(Resources):
         return found
 
     def get(self, id_or_key: str) -> Document:
-        """Return what `look_up` does, or answer 412 if it is deleted."""
+        """Return the customer that `look_up` finds, or answer 412 if it is deleted."""
         found = self.look_up(id_or_key)
         if "deletedAt" in found:
             raise _gone(found)

@@ -1,4 +1,4 @@
-"""What became of each event that arrived, for the page."""
+"""The trace of each event that arrived, for the page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STORED = "stored"
 #: Stored, and no meter can use it.
 UNCOUNTED = "uncounted"
 OUTCOMES = (STORED, UNCOUNTED, *Outcome)
-#: How far matches are counted.
+#: The number up to which matches are counted.
 MOST_COUNTED = 10_000
 _COMMON = "id, source, type, subject, time, data, ingested_at"
 _STORED = f"SELECT seq, '{STORED}', NULL, NULL, NULL, {_COMMON} FROM events"  # noqa: S608
@@ -44,7 +44,7 @@ _NAMES = (
 
 @dataclass(slots=True, kw_only=True)
 class Search:
-    """Which arrivals are wanted: an SQL condition grown term by term."""
+    """A search for arrivals: an SQL condition grown term by term."""
 
     meters: list[Document]
     outcome: str | None = None
@@ -110,7 +110,7 @@ def newest(
 
 
 def count(connection: sqlite3.Connection, search: Search) -> int:
-    """Return how many match; one more than `MOST_COUNTED` if there are more."""
+    """Return the number of matches, at most one more than `MOST_COUNTED`."""
     statement = f"SELECT count(*) FROM ({search.statement()} LIMIT :most)"  # noqa: S608
     parameters = search.parameters | {"most": MOST_COUNTED + 1}
     return int(connection.execute(statement, parameters).fetchone()[0])
@@ -156,7 +156,7 @@ def _customer(subject: str | None, customers: list[Document]) -> str | None:
 
 
 def _arrivals(connection: sqlite3.Connection, event: Document) -> list[Document]:
-    """Return when the same event came, the first time first.
+    """Return all arrivals of the same event, the first one first.
 
     The same is what OpenMeter takes for the same: it joins source and id.
     """
@@ -171,7 +171,7 @@ def _arrivals(connection: sqlite3.Connection, event: Document) -> list[Document]
 def _verdict(
     connection: sqlite3.Connection, event: Document, meter: Document
 ) -> Document:
-    """Return what *meter* makes of a stored event."""
+    """Return the verdict of *meter* on a stored event."""
     verdict = {
         "slug": meter["slug"],
         "name": meter["name"],

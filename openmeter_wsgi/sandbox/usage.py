@@ -49,7 +49,7 @@ class JsonPath:
         )
 
     def find(self, document: Any) -> Any:
-        """Return what lies at the path; LookupError where nothing does."""
+        """Return the value at the path; LookupError if there is none."""
         for step in self._steps:
             if not isinstance(document, list if isinstance(step, int) else dict):
                 raise LookupError(step)
@@ -70,7 +70,7 @@ SIZES = ("MINUTE", "HOUR", "DAY", "MONTH")
 
 
 def window_start(moment: int, size: str, zone: str) -> int:
-    """Return when the window began that *moment* lies in, in Unix seconds."""
+    """Return the start of the window of *moment*, in Unix seconds."""
     if size == "MINUTE":
         return moment - moment % 60
     # All offsets of living time zones are multiples of a quarter of an hour.
@@ -90,7 +90,7 @@ def _start(moment: int, size: str, zone: str) -> int:
 
 
 def window_end(start: int, size: str, zone: str) -> int:
-    """Return when the window that began at *start* ends, in Unix seconds."""
+    """Return the end of the window that begins at *start*, in Unix seconds."""
     if seconds := _SECONDS.get(size):
         return start + seconds
     local = datetime.fromtimestamp(start, ZoneInfo(zone))
@@ -135,7 +135,7 @@ AGGREGATES = {
 
 
 class Edge(NamedTuple):
-    """Where a span of usage begins or ends.
+    """The edge at which a span of usage begins or ends.
 
     Two coordinates, as an event has two: OpenMeter knows its time alone, to the
     second; the number of its arrival tells apart what a second holds, so that a reset
@@ -150,7 +150,7 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """Which part of a meter is asked for, and how it is cut into rows."""
+    """A query of a meter: the part of its usage, and the division into rows."""
 
     start: int | None = None
     #: Exclusive.
@@ -166,7 +166,7 @@ class Query:
     filters: Mapping[str, Sequence[str]] | None = None
     #: The number of the last event that counts; None for all of them.
     horizon: int | None = None
-    #: What is counted lies after this edge, and not after that one.
+    #: Events count that lie after the first edge and not after the second.
     after: Edge | None = None
     before: Edge | None = None
 
@@ -296,7 +296,7 @@ class UsageCache:
     def usage(
         self, connection: sqlite3.Connection, meter: Meter, query: Query, start: Edge
     ) -> float:
-        """Return what *meter* counts of *query*, after *start*."""
+        """Return the usage of *meter* that *query* selects, after *start*."""
         key = f"{meter['id']} {meter['updatedAt']} {start} {replace(query, horizon=0)}"
         newest = connection.execute(
             "SELECT max(seq) FROM events WHERE seq <= ?", (query.horizon,)
