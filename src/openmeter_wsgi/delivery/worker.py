@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-#: After an outage, events go in batches of up to this many.
-BACKLOG_BATCH = 1_000
-#: Batches that are not full are at least this many seconds apart: a request costs the
-#: same for a hundred events as for a thousand.
-SPACING = 0.1
 #: At exit attempts follow each other this closely: the deadline is near.
 CLOSING_DELAY = 0.5
 #: How often a close looks if the worker waits for its turn instead of delivering.
@@ -124,14 +119,7 @@ class Worker(Generic[_B]):
         self._exit_hook = exit_hook
         self._idle = idle
         self._batch_size = policy.batch_size
-        # Behind a collector that takes one event a request, a backlog is no excuse.
-        self._max_batch = max(
-            policy.batch_size, BACKLOG_BATCH if self._batch_size > 1 else 1
-        )
         self._flush_interval = policy.flush_interval
-        # What is only seen when it is looked for is best taken all at once.
-        self._spacing = min(source.poll or SPACING, policy.flush_interval)
-        self._gathered_at = -self._spacing
         self._wakeup = Wakeup()
         #: Whether what waits now goes without waiting for more.
         self._hurried = False
@@ -336,24 +324,19 @@ class Worker(Generic[_B]):
     # -- Waiting
 
     def _gather(self) -> None:
-        """Wait for a batch: its size, or the flush interval after its first event.
-
-        Where batches follow each other closely, they are filled as far as they may be.
-        """
-        waited = self._fill_up()
+        """Wait for a batch: its size, or the flush interval after its first event."""
         self._wait_for(1, self._until_others())
         if len(self._source):
-            self._wait_for(self._batch_size, self._flush_interval - waited)
+            self._wait_for(self._batch_size, self._flush_interval)
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
         if events := self._source.take(
-            max_events=self._max_batch, max_bytes=MAX_BATCH_BYTES
+            max_events=self._batch_size, max_bytes=MAX_BATCH_BYTES
         ):
-            self._gathered_at = time.monotonic()
             self._sender.load(events)
         else:
             self._sender.retry_suspects()
-        if hurried and (len(events) >= self._max_batch or len(self._source)):
+        if hurried and (len(events) >= self._batch_size or len(self._source)):
             self._hurried = True  # until all is taken that the flush found
 
     def _until_others(self) -> float | None:
@@ -362,17 +345,6 @@ class Worker(Generic[_B]):
         if (due_in := self._source.due_in) is not None:
             waits.append(due_in)
         return min(waits, default=None)
-
-    def _fill_up(self) -> float:
-        """Wait for a full batch until another may follow.
-
-        Return how long the first event may have waited meanwhile.
-        """
-        began = time.monotonic()
-        left = self._gathered_at + self._spacing - began
-        if left > 0:
-            self._wait_for(self._max_batch, left)
-        return time.monotonic() - began if len(self._source) else 0.0
 
     def _wait_for(self, events: int, timeout: float | None) -> None:
         """Wait for so many events, a flush or a close; for ever without a timeout.

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.delivery.sender import Sender
-from openmeter_wsgi.delivery.worker import BACKLOG_BATCH, Source, Worker
+from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.lock import Election, election
 from openmeter_wsgi.spool import deduplication
 from openmeter_wsgi.spool.dead_letters import DeadLetters
@@ -57,9 +57,7 @@ class SpoolSender:
             directory,
             policy,
             counts,
-            max_events=max(
-                policy.batch_size, BACKLOG_BATCH if policy.batch_size > 1 else 1
-            ),
+            max_events=policy.batch_size,
             began=self._begin_turn,
             ended=lambda: ended(self),
         )
