@@ -148,6 +148,11 @@ class OpenMeterMiddleware(Serving):
 
         return restore
 
+    def __del__(self) -> None:
+        # A test suite makes hundreds of applications, and closes none.
+        if (metering := getattr(self, "_metering", None)) is not None:
+            metering.queue.release()
+
     def _renew(self) -> Metering:
         """Return the metering for the requests of this process from now on."""
         metering = self.metering()

@@ -128,6 +128,7 @@ class Worker(Generic[_B]):
         self._closing = False
         self._stopping = False
         self._exiting = False
+        self._released = False
         #: Until when a calling thread delivers, None if the worker's own thread does.
         self._until: float | None = None
         self._thread: threading.Thread | None = None
@@ -217,6 +218,11 @@ class Worker(Generic[_B]):
         self._stopping = True
         self._wakeup.set()
 
+    def release(self) -> None:
+        """End as soon as nothing waits: nobody holds the delivery any more."""
+        self._released = True
+        self._wakeup.set()
+
     def end(self) -> None:
         """Start no thread any more: the process is ending."""
         self._exiting = True
@@ -243,7 +249,7 @@ class Worker(Generic[_B]):
     def _run(self) -> None:
         """Deliver until closed. The thread's body."""
         try:
-            while not (self._take_turn() or self._stopping):
+            while not (self._take_turn() or self._stopping or self._released):
                 pass
         finally:
             self._source.wake_from(1)
@@ -291,12 +297,19 @@ class Worker(Generic[_B]):
         if not self._source.is_ours:
             return True
         if self._until is None and (self._stopping or not self._closing):
-            return self._stopping
+            return self._stopping or (self._released and not self._has_work())
         if self._until is not None and time.monotonic() > self._until:
             return True
         self._source.look(last=True)
         # Hurried by close() itself, so that suspects are tried once more.
         return not (len(self._source) or self._sender.busy or self._hurried)
+
+    def _has_work(self) -> bool:
+        """Look whether anything waits, for a delivery that nobody holds any more."""
+        sender = self._sender
+        self._source.look(last=True)
+        delays = self._source.due_in is not None
+        return bool(len(self._source) or sender.busy or sender.doubtful or delays)
 
     def _step(self) -> None:
         if not self._sender.busy:
@@ -373,7 +386,8 @@ class Worker(Generic[_B]):
     def _ready(self, events: int) -> bool:
         hasty = self._is_hasty
         self._source.look(last=hasty)
-        ends = hasty or self._stopping or not self._source.is_ours
+        released = self._released and self._source.due_in is None
+        ends = hasty or self._stopping or released or not self._source.is_ours
         return (
             len(self._source) >= events or self._hurried or ends or self._source.is_full
         )

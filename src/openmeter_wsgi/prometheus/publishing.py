@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -96,8 +95,7 @@ def begin(metering: Metering, metrics: ProcessMetrics, interval: float) -> None:
     """Write from now on what *metering* counts, until its process ends."""
     publisher = _Publisher(metering, metrics)
     publisher.publish()
-    # Before the exit hook of the delivery, and so run after it.
-    atexit.register(publisher.publish)
+    metering.queue.at_exit(publisher.publish)
     thread = threading.Thread(
         target=publisher.run,
         args=(interval,),

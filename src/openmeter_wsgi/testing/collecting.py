@@ -175,6 +175,9 @@ class _Queue:
     def close(self, timeout: float | None = None) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
 
 def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Policy:
     """Return *policy* without disk and network, telling also *tell* what is audited."""
