@@ -7,10 +7,12 @@ import os
 import pytest
 
 from apps import listed, metered
+from openmeter_server import problem
 from openmeter_wsgi.errors import Expired, Unavailable
 from openmeter_wsgi.spool import progress
 from openmeter_wsgi.spool.progress import RecordingClient
 from servers import make_environ
+from spool_support import run, said
 from spooling import event, spool_queue, threads, until
 
 NAME = "1700000000000-918420eaf38c404fa12e3311-00000001"
@@ -154,3 +156,20 @@ def test_a_middleware_that_is_dropped_waits_for_a_server_that_is_away(openmeter)
     until(lambda: not threads("openmeter_wsgi"))
 
     assert len(openmeter.ids) == 1
+
+
+def test_the_status_says_why_events_wait(queue, openmeter, tmp_path):
+    openmeter.rule = lambda _: problem(403, "not this key")
+    queue.start()
+    queue.put(event("1"))
+    until(lambda: said(tmp_path / "spool", "status")["last_answer"] is not None)
+
+    status = said(tmp_path / "spool", "status")
+    assert status["last_answer"] == "answered 403 (not this key)"
+    assert status["last_answer_age"] >= 0
+    assert status["next_attempt_in"] <= 30
+    assert "answered 403" in run(tmp_path / "spool", "status").stdout
+
+    openmeter.heal()
+    assert queue.flush(40)
+    until(lambda: said(tmp_path / "spool", "status")["last_answer"] is None)

@@ -74,6 +74,12 @@ class Source(Generic[_B]):
     def look(self, *, last: bool) -> None:
         """Look for new events; with *last* for every one."""
 
+    def tell(self, answer: str | None, *, next_in: float) -> None:
+        """Tell others why events wait: the *answer* to an attempt, None if it is taken.
+
+        The next attempt is *next_in* seconds away.
+        """
+
     def wake_from(self, waiting: int) -> None:
         """Have a put wake the worker from so many *waiting* events on."""
 
@@ -316,6 +322,7 @@ class Worker(Generic[_B]):
             self._gather()
         if self._sender.busy and self._source.is_ours:
             delay = self._attempt()
+            self._source.tell(self._sender.outage.answer, next_in=delay)
             self._pause(max(delay, self._rest()))
 
     def _rest(self) -> float:
