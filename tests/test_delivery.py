@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 import trustme
@@ -1076,3 +1077,17 @@ def test_a_process_that_cannot_deliver_ends_in_time_and_says_so(openmeter, state
     assert 1 <= seconds < 40  # with the start of an interpreter on a busy machine
     assert "1 events could not be delivered within 1.0 s" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_flood_of_random_subjects_costs_little_more_than_its_events(serve, openmeter):
+    openmeter.down()
+    service = serve()
+    service.request(*customers(100))
+    tracemalloc.start()
+    try:
+        service.request(*[os.urandom(16).hex() for _ in range(20_000)])
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert used < 8 * 2**20
