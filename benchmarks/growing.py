@@ -44,7 +44,7 @@ def waiting_events(size: int, directory: str) -> dict[str, float]:
     spooled = waiting.middleware(spool_dir=f"{directory}/spool", delivery="ship")
     found = {}
     for name, middleware in (("memory", far), ("spool", spooled)):
-        put = middleware.metering().put
+        put = middleware.process().transport.put
         for event in itertools.islice(events, size):
             put(event)
         found[f"put, {name}"] = min(
@@ -58,7 +58,7 @@ def waiting_events(size: int, directory: str) -> dict[str, float]:
 
 def _taken(middleware: OpenMeterMiddleware, directory: str) -> float:
     """Take batches out of a spool as its sender does."""
-    letters = DeadLetters(Path(directory), middleware.metering().counts)
+    letters = DeadLetters(Path(directory), middleware.process().counts)
     spool = SpoolReader(Path(directory), letters)
     taken = []
     for _ in range(_REPEATS):
@@ -94,7 +94,8 @@ def _forked(directory: str, go_read: int, go: int, told: int) -> int:
         return child
     try:
         os.close(go)
-        put = waiting.middleware(spool_dir=directory, delivery="ship").metering().put
+        middleware = waiting.middleware(spool_dir=directory, delivery="ship")
+        put = middleware.process().transport.put
         events = waiting.events(RequestIds())
         put(next(events))
         os.write(told, b".")

@@ -64,7 +64,7 @@ def queue(request, kafka, tmp_path):
         handled(lambda environ: None), api_url=kafka.url, flush_interval=0.05,
         spool_dir=spool_dir,
     )  # fmt: skip
-    yield middleware.metering().queue
+    yield middleware.process().transport
     middleware.close(PATIENCE)
 
 

@@ -49,13 +49,14 @@ def test_a_signal_ends_it_with_success_while_a_connection_is_open(number):
 
 
 def test_the_options_reach_the_sandbox(tmp_path):
-    database = str(tmp_path / "usage.sqlite")
-    options = ["--database", database, "--no-dedupe", "--latency", "0.01"]
-    with running(*options, "--fail-rate", "0") as (_, url), Api(url) as api:
+    database = tmp_path / "usage.sqlite"
+    options = ["--database", str(database), "--no-dedupe", "--fail-rate", "0.01"]
+    with running(*options) as (_, url), Api(url) as api:
         overview = api.overview()
 
-    assert overview["faults"]["ingest"]["latency"] == 0.01
-    assert (overview["dedupe"], overview["persistent"]) == (False, True)
+    assert overview["faults"]["ingest"]["failRate"] == 0.01
+    assert overview["dedupe"] is False
+    assert database.exists()
 
 
 def test_the_address_can_be_json():
@@ -69,6 +70,7 @@ def test_the_address_can_be_json():
 
 def test_faults_can_be_there_from_the_start():
     faults = ["entitlements:outage", "ingest:retry-after=5", "both:latency=0.01"]
+    faults += ["entitlements:denied", "ingest:refused-type=x", "ingest:claim"]
     options = [word for fault in faults for word in ("--fault", fault)]
     with running(*options, "--visible-after", "2.5") as (_, url), Api(url) as api:
         overview = api.overview()
@@ -78,7 +80,8 @@ def test_faults_can_be_there_from_the_start():
         False, 5, 0.01,
     )  # fmt: skip
     assert (entitlements["outage"], entitlements["retryAfter"]) == (True, None)
-    assert entitlements["latency"] == 0.01
+    assert (entitlements["latency"], entitlements["denied"]) == (0.01, 401)
+    assert (ingest["refusedType"], ingest["claim"]) == ("x", True)
     assert overview["visibleAfter"] == 2.5
 
 
@@ -105,7 +108,9 @@ def test_a_port_in_use_is_one_line_that_says_how_to_choose_another():
         (["--fault", "both:hang"], "'both:hang': it needs a value"),
         (["--fault", "both:hang=long"], "could not convert string to float: 'long'"),
         (["--fault", "both:hang=700"], "hang: expected a number from 0 to 600"),
-        (["--fault", "both:outage=1"], "an outage has no value"),
+        (["--fault", "both:outage=1"], "outage has no value"),
+        (["--fault", "both:forget"], "expected ingest|entitlements|both:"),
+        (["--fault", "both:denied=402"], "denied: expected 401 or 403, got 402"),
     ],
     ids=str,
 )
@@ -141,13 +146,18 @@ def test_the_help_names_the_commands_without_importing_flask(tmp_path):
     assert (listed.returncode, unknown.returncode) == (0, 2)
 
 
+def stored(sandbox):
+    with sandbox.store.reading() as connection:
+        return connection.execute("SELECT count(*) FROM events").fetchone()[0]
+
+
 def test_closing_finishes_the_request_under_way_and_leaves_no_thread():
     sandbox = Sandbox(latency=30)
     with Api(sandbox.url) as api:
         answers = []
         request = threading.Thread(target=lambda: answers.append(api.ingest(event())))
         request.start()
-        while not sandbox.store.version:
+        while not stored(sandbox):
             request.join(0.01)
 
         sandbox.close()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any
 
 #: An outage of an hour under load is a line a minute, not a line a request.
 REPEAT_INTERVAL = 60.0
@@ -92,16 +89,6 @@ class RepeatFilter(logging.Filter):
         if repeats:
             record.msg = f"{record.msg} (and {repeats} times before)"
         return True
-
-
-def levels_known(logger: logging.Logger) -> Mapping[int, bool]:
-    """Return which levels *logger* is known to write: to ask costs a request too much.
-
-    Where it is not known, which is so after any change of a level, `isEnabledFor`
-    finds it out. Logging keeps it so since Python 3.7, without a name for it.
-    """
-    known: Mapping[int, bool] = getattr(logger, "_cache", {})
-    return known
 
 
 def get_logger(name: str) -> logging.Logger:

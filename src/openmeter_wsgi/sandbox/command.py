@@ -13,11 +13,57 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from openmeter_wsgi.sandbox.command_faults import Fault, FaultType
+from openmeter_wsgi.sandbox.faults import GROUPS, Settings, names
 from openmeter_wsgi.sandbox.server import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 8.2
+    """``WHERE:FAULT[=VALUE]``: the groups of requests, and one setting of theirs."""
+
+    name = "WHERE:FAULT"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Return the groups that *value* names and what it sets."""
+        where, _, rest = str(value).partition(":")
+        fault, equals, text = rest.partition("=")
+        groups = GROUPS if where == "both" else (where,)
+        known = [n.replace("_", "-") for n in names(where)]
+        if not set(groups) <= set(GROUPS) or fault not in known:
+            self.fail(_expected(value), param, ctx)
+        name = fault.replace("-", "_")
+        try:
+            setting = {name: _read(name, text) if equals else _FULL[name]}
+            Settings(**setting)
+        except (KeyError, ValueError) as error:
+            reason = "it needs a value" if isinstance(error, KeyError) else str(error)
+            self.fail(f"{value!r}: {reason}", param, ctx)
+        return groups, setting
+
+
+#: What a fault means that is named without a value.
+_FULL: dict[str, Any] = {
+    "outage": True, "forget": True, "claim": True, "fail_rate": 1.0, "denied": 401,
+}  # fmt: skip
+
+
+def _read(name: str, text: str) -> Any:
+    if name.startswith("refused"):
+        return text
+    if _FULL.get(name) is True:
+        raise ValueError(f"{name} has no value")
+    return int(text) if name == "denied" else float(text)
+
+
+def _expected(value: str) -> str:
+    where = "|".join((*GROUPS, "both"))
+    listed = "|".join(names("ingest")).replace("_", "-")
+    return f"{value!r}: expected {where}:{listed}, such as both:outage"
+
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -26,12 +72,11 @@ Exit codes:
   2  wrong usage, or a configuration that cannot work"""
 
 
-@click.command("sandbox", epilog=_EXIT_CODES)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address.")
+@click.command("sandbox", epilog=_EXIT_CODES, context_settings={"show_default": True})
+@click.option("--host", default="127.0.0.1", help="Address.")
 @click.option(
     "--port",
     default=8888,
-    show_default=True,
     type=click.IntRange(0, 65535),
     help="Port; 0 chooses a free one.",
 )
@@ -43,29 +88,19 @@ Exit codes:
 @click.option(
     "--dedupe/--no-dedupe",
     default=True,
-    show_default=True,
     help="Drop events whose source and id were seen before.",
 )
 @click.option(
     "--fail-rate",
     default=0.0,
-    show_default=True,
     type=click.FloatRange(0, 1),
     help="Share of ingest requests answered with 500, half of them after storing.",
 )
 @click.option(
-    "--latency",
-    default=0.0,
-    show_default=True,
-    type=click.FloatRange(0, 60),
-    help="Seconds by which ingest answers are late.",
-)
-@click.option(
     "--visible-after",
     default=0.0,
-    show_default=True,
     type=click.FloatRange(0, 3600),
-    help="Seconds until meters and balances count an event; OpenMeter takes 2 to 3.",
+    help="Seconds until an event is counted and listed; OpenMeter takes about 1.",
 )
 @click.option(
     "--fault",
@@ -73,11 +108,12 @@ Exit codes:
     multiple=True,
     type=FaultType(),
     help="A fault of ingest, entitlements or both: latency=2, fail-rate=0.1, hang=30,"
-    " outage, retry-after=5. May be repeated: --fault entitlements:outage.",
+    " byte-delay=0.01, outage, retry-after=5, denied=401; of ingest also forget, claim,"
+    " refused-type=T, refused-subject=S. May be repeated: --fault ingest:outage.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
 def command(
-    host: str, port: int, faults: tuple[Fault, ...], as_json: bool, **options: Any
+    host: str, port: int, faults: tuple[Any, ...], as_json: bool, **options: Any
 ) -> None:
     """Serve OpenMeter's API on this machine, with a page that shows the usage.
 

@@ -1,0 +1,175 @@
+"""What the routes of one sandbox share, and the counts of what it was asked."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from flask import current_app, request
+
+from openmeter_wsgi.sandbox.protocol import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
+    from openmeter_wsgi.sandbox.faults import Faults, GroupFaults
+    from openmeter_wsgi.sandbox.store import Customers, Resources, Store
+
+#: Reasons may quote the client; they must not fill the memory.
+MAX_REASONS = 50
+MAX_REASON = 300
+
+
+class Tally:
+    """Counts of requests and events, by what became of them. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+
+    def add(self, **counts: int) -> None:
+        """Add *counts* by name."""
+        with self._lock:
+            self._counts.update(counts)
+
+    def refuse(self, reason: str) -> None:
+        """Count a request that was refused, none of whose events were taken."""
+        reason = reason[:MAX_REASON]
+        with self._lock:
+            self._counts["refused"] += 1
+            if reason not in self._refusals and len(self._refusals) >= MAX_REASONS:
+                reason = "other reasons"
+            self._refusals[reason] += 1
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts; see the keys."""
+        names = ("requests", "received", "stored", "duplicates", "dropped", "refused",
+                 "failed")  # fmt: skip
+        with self._lock:
+            return {name: self._counts[name] for name in names}
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """Return the reasons of refusals, the most frequent first."""
+        with self._lock:
+            return [
+                {"reason": reason, "count": count}
+                for reason, count in self._refusals.most_common()
+            ]
+
+
+class Question(NamedTuple):
+    """One question, as it was asked."""
+
+    #: ``subject_value`` and ``value`` of the v1 API, ``value_v2``, ``access``, and
+    #: ``entitlement`` and ``entitlements`` for the objects themselves.
+    kind: str
+    #: The customer, or the subject, as the path names it.
+    customer: str
+    #: The feature, or the id of the entitlement; None where all are asked for.
+    feature: str | None
+
+
+class Questions:
+    """How often each question was asked, counted as it arrives. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._counts: Counter[Question] = Counter()
+
+    def add(self, question: Question) -> None:
+        """Count *question*."""
+        with self._changed:
+            self._counts[question] += 1
+            self._changed.notify_all()
+
+    def counts(self) -> Counter[Question]:
+        """Return a copy of the counts."""
+        with self._changed:
+            return self._counts.copy()
+
+    def count(self, **which: str | None) -> int:
+        """Return how many questions there were of the kind, customer and feature."""
+        with self._changed:
+            return self._count(which)
+
+    def wait(self, count: int, timeout: float, **which: str | None) -> bool:
+        """Return whether *count* of them came within *timeout* seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._count(which) >= count, timeout)
+
+    def _count(self, which: dict[str, str | None]) -> int:
+        wanted = {name: text for name, text in which.items() if text is not None}
+        return sum(
+            count
+            for question, count in self._counts.items()
+            if wanted.items() <= question._asdict().items()
+        )
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        with self._changed:
+            self._counts.clear()
+
+
+#: Where an application keeps its context.
+KEY = "openmeter_wsgi.sandbox"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What the requests to one sandbox share. Any thread."""
+
+    store: Store
+    tally: Tally
+    faults: Faults
+    meters: Resources
+    customers: Customers
+    entitlements: Entitlements
+    access: Access
+    questions: Questions
+    features: Resources
+    subjects: Resources
+    granting: Granting
+
+
+def context() -> Context:
+    """Return the context of the sandbox that serves the current request."""
+    return cast("Context", current_app.extensions[KEY])
+
+
+#: A list in the environ, for what waits between two bytes of the answer.
+PAUSES = "openmeter_wsgi.sandbox.pauses"
+
+
+def delay(faults: GroupFaults) -> None:
+    """Let the answer of the current request be late, or go byte by byte, as is set."""
+    faults.delay()
+    if faults.settings.byte_delay:
+        request.environ[PAUSES].append(faults.pause)
+
+
+def question(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a route one that is counted, and that meets the faults of questions."""
+
+    def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(view)
+        def answer(**kwargs: str) -> Any:
+            here = context()
+            who = kwargs.get("customer") or kwargs["subject"]
+            here.questions.add(Question(kind, who, kwargs.get("feature")))
+            try:
+                here.faults.entitlements.check()
+                if here.faults.entitlements.draw() is not None:
+                    raise Problem(500)
+                return view(**kwargs)
+            finally:
+                delay(here.faults.entitlements)
+
+        return answer
+
+    return decorate
