@@ -95,7 +95,7 @@ def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
     """Write from now on what *process* counts, until its process ends."""
     publisher = _Publisher(process, metrics)
     publisher.publish()
-    metering.queue.at_exit(publisher.publish)
+    process.transport.at_exit(publisher.publish)
     thread = threading.Thread(
         target=publisher.run,
         args=(interval,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime  # noqa: TC003 - decoded into
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,10 @@ class Collector:
         self._events.append(msgspec.json.decode(event, type=Event))
         self._counts.delivered += 1
 
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Have *call* made when the process ends."""
+        atexit.register(call)
+
     def release(self) -> None:
         """Do nothing: there is no thread."""
 
@@ -150,9 +155,6 @@ class Collector:
 
     def close(self, timeout: float | None = None) -> None:
         """Do nothing: nothing waits."""
-
-    def release(self) -> None:
-        pass
 
 
 def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Policy:
