@@ -26,6 +26,7 @@ from openmeter_wsgi.cli.check_configuration import (
     warnings_told,
 )
 from openmeter_wsgi.cli.check_meters import look_at_features, look_at_meters
+from openmeter_wsgi.cli.check_rules import look_at_rules, look_at_unmatched
 from openmeter_wsgi.cli.check_server import (
     look_at_clock,
     look_at_event,
@@ -43,7 +44,6 @@ from openmeter_wsgi.cli.findings import (
 )
 from openmeter_wsgi.cli.listing import Listing
 from openmeter_wsgi.cli.output import busy, print_json, printable
-from openmeter_wsgi.cli.rules import look_at_rules, look_at_unmatched
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
