@@ -232,8 +232,9 @@ class DeliveryOptions:
     #: Seconds until an attempt without an answer is given up.
     request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
 
-    #: Events that make a batch go before ``flush_interval`` is over.
-    batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+    #: The most events in one request. So many make a batch go before
+    #: ``flush_interval`` is over.
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500
     #: Seconds that an event waits for others at most.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
     #: Of so many events the queue in memory takes no more; what is dropped is counted.

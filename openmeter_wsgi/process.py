@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import mmap
@@ -107,6 +108,12 @@ class Transport(Protocol):
     def close(self, timeout: float | None = None) -> None:
         """Send what waits until *timeout*, then stop and say what is left."""
 
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Have *call* made when the process ends, after this was closed."""
+
+    def release(self) -> None:
+        """Stop once nothing waits: nobody holds the middleware any more."""
+
     def delivered_until(self) -> float:
         """Return a moment (wall clock) before which all that was put is delivered."""
 
@@ -147,6 +154,13 @@ class DryRun:
 
     def close(self, timeout: float | None = None) -> None:
         """Do nothing: nothing waits."""
+
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Have *call* made when the process ends."""
+        atexit.register(call)
+
+    def release(self) -> None:
+        """Do nothing: there is no thread."""
 
     def delivered_until(self) -> float:
         """Return the present: nothing that was put is on its way."""

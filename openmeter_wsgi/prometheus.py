@@ -13,7 +13,6 @@ counts into that directory every few seconds, and once more when it ends.
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import time
@@ -251,8 +250,7 @@ def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
     """Write from now on what *process* counts, until its process ends."""
     publisher = _Publisher(process, metrics)
     publisher.publish()
-    # Before the exit hook of the delivery, and so run after it.
-    atexit.register(publisher.publish)
+    process.transport.at_exit(publisher.publish)
     thread = threading.Thread(
         target=publisher.run,
         args=(interval,),

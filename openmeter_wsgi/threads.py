@@ -60,7 +60,7 @@ def ends_without_hooks(environ: Mapping[str, Any]) -> bool:
 
 
 class ExitHook:
-    """Calls *close* when the process ends, as long as somebody has it registered.
+    """Calls *close* when the process ends, as long as somebody has registered it.
 
     A process of multiprocessing ends without what `atexit` knows, but with finalizers
     of its own. One that is terminated ends without either.
@@ -68,21 +68,38 @@ class ExitHook:
 
     def __init__(self, close: Callable[[], None]) -> None:
         self._close = close
+        self._after: list[Callable[[], None]] = []
         self._users: set[int] = set()
         self._finalizer: Any = None
+
+    def end(self) -> None:
+        """Close, and make the calls that come after it."""
+        self._close()
+        for call in self._after:
+            call()
+
+    def add(self, call: Callable[[], None]) -> None:
+        """Have *call* made at the end of the process, after it was closed."""
+        self._after.append(call)
+        self.register(call)
 
     def register(self, user: object) -> None:
         """Have it called for *user*. May be repeated."""
         if not self._users:
-            atexit.register(self._close)
-            self._finalizer = _finalizer(self._close)
+            atexit.register(self.end)
+            self._finalizer = _finalizer(self.end)
         self._users.add(id(user))
+
+    def clear(self) -> None:
+        """Have nothing called any more."""
+        self._users = {id(self)}
+        self.unregister(self)
 
     def unregister(self, user: object) -> None:
         """Have it called no more, unless others have registered it, too."""
         self._users.discard(id(user))
         if not self._users:
-            atexit.unregister(self._close)
+            atexit.unregister(self.end)
             finalizer, self._finalizer = self._finalizer, None
             if finalizer is not None:
                 finalizer.cancel()

@@ -1,9 +1,11 @@
-"""What `kill -9` costs, counted: nothing that was settled may be lost.
+"""What kills and other faults cost, counted: nothing that was settled may be lost.
 
     python -m tests.chaos [--kills 200] [--seed 1]
 
 gunicorn serves under load while its workers, or it and all its workers, are killed
-at random moments. Above the middleware stands an application that writes a mark for
+at random moments; while somebody deletes the oldest files of the spool; while workers
+are stopped for a while; while OpenMeter answers byte by byte; while workers live for a
+few requests only. Above the middleware stands an application that writes a mark for
 every request whose response is closed, hence settled. In the end every mark must
 have an event at OpenMeter, and no request may have two.
 """
@@ -12,6 +14,7 @@ have an event at OpenMeter, and no request may have two.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import http.client
 import itertools
@@ -34,16 +37,24 @@ from servers import GTHREAD, SYNC, TIMEOUT, Sink, environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from http.server import BaseHTTPRequestHandler
     from wsgiref.types import StartResponse, WSGIApplication
 
 SERVERS = {"sync": SYNC, "gthread": GTHREAD}
 VICTIMS = ("worker", "all")
+FAULTS = ("cleaned", "frozen", "dripping", "short-lived")
 JOURNALS = ("auto", "write")
 CLIENTS = 4
 #: A kill comes within so many seconds after the server has settled something.
 _MOMENT = 0.4
 #: The sink answers within so many seconds, so that kills strike while it does.
 _THINKING = 0.02
+#: So long a worker is frozen, or the server drips.
+_FAULT_TIME = 1.0
+#: A cleaner deletes what is older than this many seconds.
+_OLD = 0.5
+#: A worker that is short-lived ends after so many requests.
+_FEW_REQUESTS = "40"
 
 
 # -- In the server
@@ -115,6 +126,13 @@ class Result:
     repeated: int = 0
     #: Batches that held such events.
     repeated_batches: int = 0
+    #: Answers that came byte by byte: each batch has to be repeated.
+    dripped: int = 0
+
+    @property
+    def repeats_as_it_may(self) -> bool:
+        """Whether there was at most one batch in flight for each fault."""
+        return self.repeated_batches <= self.kills + self.dripped
 
     def __add__(self, other: Result) -> Result:
         ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -131,6 +149,8 @@ class CountingSink(Sink):
         self.id_of: dict[str, str] = {}
         self.twice: set[str] = set()
         self.repeated_batches = 0
+        self.dripping = threading.Event()
+        self.dripped = 0
         super().__init__()
 
     def take(self, events: list[dict[str, Any]]) -> None:
@@ -143,6 +163,16 @@ class CountingSink(Sink):
             self.received.set()
             thinking = self._chance.uniform(0, _THINKING)
         self._never.wait(thinking)
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        if not self.dripping.is_set():
+            super().answer(handler)
+            return
+        self.dripped += 1
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            while not self._never.wait(0.05):
+                handler.wfile.write(b"H")
 
 
 class Gunicorn:
@@ -182,6 +212,20 @@ class Gunicorn:
         else:
             # The master reaps it; no other process can have got its id before.
             os.kill(chance.choice(self.workers()), signal.SIGKILL)
+
+    def strike(self, fault: str, spool: Path, sink: CountingSink, seed: Any) -> None:
+        """Let one of `FAULTS` happen."""
+        if fault == "cleaned":
+            _delete_oldest(spool)
+        elif fault == "frozen":
+            worker = seed.choice(self.workers())
+            os.kill(worker, signal.SIGSTOP)
+            time.sleep(_FAULT_TIME)
+            os.kill(worker, signal.SIGCONT)
+        elif fault == "dripping":
+            sink.dripping.set()
+            time.sleep(_FAULT_TIME)
+            sink.dripping.clear()
 
     def stop(self) -> int:
         """Stop it as a deployment does."""
@@ -280,6 +324,64 @@ def run(
     )
 
 
+def run_fault(
+    server: str, fault: str, times: int, directory: Path, *, seed: int = 0
+) -> Result:
+    """Let a fault happen so many times under load, stop, and count what arrived."""
+    chance = random.Random(f"{server} {fault} {seed}")
+    command = SERVERS[server]
+    if fault == "short-lived":
+        command = [*command, "--max-requests", _FEW_REQUESTS]
+    spool = directory / "spool"
+    with (
+        CountingSink(chance) as sink,
+        Gunicorn(
+            command,
+            directory,
+            OPENMETER_API_URL=sink.url,
+            OPENMETER_SPOOL_DIR=str(spool),
+            OPENMETER_REQUEST_TIMEOUT="0.3" if fault == "dripping" else "10",
+        ) as gunicorn,
+    ):
+        with Load(gunicorn.address):
+            for _ in range(times):
+                _wait_for_marks(gunicorn)
+                time.sleep(chance.uniform(0, _MOMENT))
+                gunicorn.strike(fault, spool, sink, chance)
+            _wait_for_marks(gunicorn)
+        marked = _names(gunicorn.marks)
+        # Each worker, too, whose files are gone: it looks when it is asked.
+        _wait_until(lambda: _all_arrived(gunicorn, marked, sink))
+        status = gunicorn.stop()
+        if status:
+            raise AssertionError(f"gunicorn ended with {status}, see {gunicorn.log}")
+    return Result(
+        kills=times,
+        acknowledged=len(marked),
+        lost=len(marked - sink.id_of.keys()),
+        twice=len(sink.twice),
+        repeated=len(sink.repeated()),
+        repeated_batches=sink.repeated_batches,
+        dripped=sink.dripped,
+    )
+
+
+def _all_arrived(gunicorn: Gunicorn, marked: set[str], sink: CountingSink) -> bool:
+    ask(gunicorn.address, f"who-looks-around-{time.monotonic_ns()}")
+    return marked <= sink.id_of.keys()
+
+
+def _delete_oldest(spool: Path) -> None:
+    """Delete what is the oldest in a spool, as a cleaner of old files does."""
+    found = []
+    for path in spool.iterdir():
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    for modified, path in sorted(found)[:3]:
+        if time.time() - modified > _OLD:
+            path.unlink(missing_ok=True)
+
+
 def _names(marks: Path) -> set[str]:
     return set(marks.read_text().split()) if marks.exists() else set()
 
@@ -311,7 +413,7 @@ def main() -> None:
     given = parser.parse_args()
     runs = list(itertools.product(SERVERS, VICTIMS, JOURNALS))
     print(
-        "| server | killed | journal | kills | acknowledged | lost "
+        "| server | struck | journal | times | acknowledged | lost "
         "| repeated | in batches |"
     )
     print("|---|---|---|---:|---:|---:|---:|---:|")
@@ -328,8 +430,14 @@ def main() -> None:
             )
         total += result
         _print_row(server, victim, journal, result)
+    for server, fault in itertools.product(SERVERS, FAULTS):
+        times = max(given.kills // 20, 1)
+        with tempfile.TemporaryDirectory() as directory:
+            result = run_fault(server, fault, times, Path(directory), seed=given.seed)
+        total += result
+        _print_row(server, fault, "auto", result)
     _print_row("all", "", "", total)
-    if total.lost or total.twice or total.repeated_batches > total.kills:
+    if total.lost or total.twice or not total.repeats_as_it_may:
         sys.exit("lost, billed twice, or repeated more often than killed: see above")
 
 

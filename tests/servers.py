@@ -149,8 +149,7 @@ class Sink:
                 batch = json.loads(body)
                 sink.take(batch if isinstance(batch, list) else [batch])
                 sink.answering.wait(TIMEOUT)
-                self.send_response(204)
-                self.end_headers()
+                sink.answer(self)
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -165,6 +164,10 @@ class Sink:
         self.events += events
         self.ids.update(event["id"] for event in events)
         self.received.set()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(204)
+        handler.end_headers()
 
     def subjects(self) -> Counter[str]:
         return Counter(event["subject"] for event in self.events)

@@ -32,3 +32,14 @@ def test_killed_processes_lose_nothing_that_was_settled(
     assert (result.lost, result.twice) == (0, 0)
     # Of each kill at most the batch that was under way comes again.
     assert result.repeated_batches <= result.kills
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("fault", chaos.FAULTS)
+def test_no_fault_loses_what_was_settled(fault: str, tmp_path: Path) -> None:
+    result = chaos.run_fault("gthread", fault, 3, tmp_path)
+
+    assert result.acknowledged > 50
+    assert (result.lost, result.twice) == (0, 0)
+    # Without its progress file a segment that is put back comes as a whole.
+    assert result.repeats_as_it_may or fault == "cleaned"

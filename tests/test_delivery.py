@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 import trustme
@@ -152,8 +153,8 @@ def test_a_batch_size_of_one_never_sends_an_array(openmeter, busy):
     assert {r.headers["Content-Type"] for r in openmeter.requests} == {SINGLE}
 
 
-def test_a_backlog_goes_in_batches_of_a_thousand(openmeter, busy):
-    service = busy(batch_size=10)
+def test_no_request_holds_more_events_than_a_batch(openmeter, busy):
+    service = busy(batch_size=1_000)
     service.request(*customers(2_500))
     openmeter.release()
     assert service.flush()
@@ -165,7 +166,7 @@ def test_a_backlog_goes_in_batches_of_a_thousand(openmeter, busy):
 
 def test_a_backlog_goes_in_batches_of_a_megabyte(openmeter, busy):
     data = {"text": "x" * 300_000}
-    service = busy(batch_size=2, meter={"type": "files", "data": data})
+    service = busy(meter={"type": "files", "data": data})
     service.request(*customers(10))
     openmeter.release()
     assert service.flush()
@@ -199,21 +200,17 @@ def test_a_full_batch_goes_before_the_interval(openmeter, serve):
     assert [request.subjects for request in openmeter.requests] == [customers(10)]
 
 
-def test_batches_that_follow_each_other_closely_are_filled(
-    openmeter, serve, monkeypatch
-):
-    monkeypatch.setattr("openmeter_wsgi.delivery.worker.SPACING", 20.0)
+def test_every_full_batch_goes_without_waiting(openmeter, serve):
     service = serve(flush_interval=NEVER, batch_size=2)
     service.request(*customers(2))
     openmeter.wait_for(2)
 
-    service.request("alice", "bob")
-    with pytest.raises(AssertionError):
-        openmeter.wait_for_requests(2, timeout=0.3)
-    service.request("carol", "dave", "erin", "frank")
+    service.request("alice", "bob", "carol", "dave", "erin")
+    openmeter.wait_for(6)
     assert service.flush()
 
-    assert [len(request.subjects) for request in openmeter.requests] == [2, 6]
+    sizes = [len(request.subjects) for request in openmeter.requests]
+    assert sizes == [2, 2, 2, 1]
 
 
 def test_the_interval_sends_what_is_there(openmeter, serve):
@@ -1080,3 +1077,17 @@ def test_a_process_that_cannot_deliver_ends_in_time_and_says_so(openmeter, state
     assert 1 <= seconds < 40  # with the start of an interpreter on a busy machine
     assert "1 events could not be delivered within 1.0 s" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_flood_of_random_subjects_costs_little_more_than_its_events(serve, openmeter):
+    openmeter.down()
+    service = serve()
+    service.request(*customers(100))
+    tracemalloc.start()
+    try:
+        service.request(*[os.urandom(16).hex() for _ in range(20_000)])
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert used < 8 * 2**20

@@ -25,7 +25,7 @@ def test_the_defaults_need_nothing_but_a_server_without_authentication() -> None
 
     assert policy.meter_on_status_codes == StatusCodes("200-299")
     assert (policy.on_failure, policy.on_abort) == ("measured", "all")
-    assert (policy.batch_size, policy.flush_interval) == (100, 1.0)
+    assert (policy.batch_size, policy.flush_interval) == (500, 1.0)
     assert policy.static_meters == ()
 
 
@@ -158,7 +158,7 @@ def test_a_policy_is_frozen_equal_and_can_be_changed_in_a_copy(tmp_path: Path) -
     copy = dataclasses.replace(policy, batch_size=7)
 
     assert copy.batch_size == 7
-    assert dataclasses.replace(copy, batch_size=100) == policy
+    assert dataclasses.replace(copy, batch_size=500) == policy
     assert copy.static_meters == policy.static_meters
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.batch_size = 3  # type: ignore[misc]

@@ -3,18 +3,22 @@
 import http.client
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from entitling import NO, YES, Entitled, ask, middleware
 from metrics_app import answer
 from openmeter_server import Answer
 from openmeter_wsgi.prometheus import export_metrics
-from servers import GUNICORN, TIMEOUT, Server
+from servers import GUNICORN, TIMEOUT, Server, environment
 
 TWO_WORKERS = [*GUNICORN, "--workers", "2", "--config", "python:metrics_app"]
 
@@ -175,3 +179,28 @@ def test_many_processes_are_counted_together(openmeter, tmp_path, preload, spool
     assert read["delivery_retries_total"] > 0
     assert read["delivery_seconds_count"] == read["delivery_seconds_bucket", "+Inf"] > 0
     assert len(openmeter.ids) == 50
+
+
+PUBLISHED_LATE = """
+from apps import listed, metered
+from openmeter_wsgi.prometheus import export_metrics
+from servers import Consumer, make_environ
+import sys
+middleware = metered(listed, api_url=sys.argv[1], flush_interval=3600.0)
+Consumer().serve(middleware, make_environ(HTTP_X_SUBJECT="acme"))
+export_metrics(middleware, interval=3600.0)
+Consumer().serve(middleware, make_environ(HTTP_X_SUBJECT="acme"))
+"""
+
+
+def test_what_the_exit_delivers_is_published(openmeter, tmp_path):
+    """Also where the delivery has begun before there were metrics."""
+    env = environment(PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    command = [sys.executable, "-c", PUBLISHED_LATE, openmeter.url]
+    subprocess.run(command, env=env, check=True, timeout=120)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+
+    delivered = registry.get_sample_value("openmeter_wsgi_events_delivered_total")
+
+    assert delivered == len(openmeter.ids) == 2

@@ -118,7 +118,8 @@ def test_an_answer_that_would_forge_lines_stays_one_line(tmp_path, openmeter):
         _, log = ship.end(signal.SIGTERM)
 
     assert " ERROR OpenMeter answered 401" in line
-    assert "forged\\u202e" in line
+    assert "forged" in line
+    assert line.strip().isprintable()
     assert not {"\x1b", "\r", "\u202e"} & set(log)
 
 

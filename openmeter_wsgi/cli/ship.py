@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
@@ -81,7 +80,7 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
     logger.info("stopping within %.1f s", policy.shutdown_timeout)
     queue.close()
     # At exit it would wait for an answer once more.
-    atexit.unregister(queue.close_at_exit)
+    queue.forget_exit()
     logger.info(
         "stopped; %d events delivered, %d dead letters, %d events left in %s",
         counts.delivered, counts.dead_lettered, queue.waiting, directory,

@@ -29,6 +29,7 @@ from openmeter_wsgi.cli.output import (
 )
 from openmeter_wsgi.cli.spool_reader import DeadLetterFile, Letter, SpoolReader, requeue
 from openmeter_wsgi.errors import SpoolError
+from openmeter_wsgi.spool import last_answer
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
 
 if TYPE_CHECKING:
@@ -52,12 +53,16 @@ def print_status(directory: Path, *, as_json: bool) -> None:
     told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
     letters = DeadLetterFile(directory).read()
     ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
+    last = last_answer.load(directory)
     status = {
         "directory": str(directory),
         "sender_alive": census.sender is not None,
         "sender_pid": census.sender,
         "waiting": sum(one["waiting"] for one in told),
         "oldest_age": max(ages, default=None),
+        "last_answer": last and last.answer,
+        "last_answer_age": last and round(max(time.time() - last.time, 0.0), 3),
+        "next_attempt_in": last and round(last.next_attempt - time.time(), 3),
         "in_doubt": sum(1 for _ in census.in_doubt()),
         "bytes": sum(one["bytes"] for one in told),
         "disk_free": shutil.disk_usage(directory).free,
@@ -189,6 +194,10 @@ def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
     yield "sender", _sender(status["sender_pid"])
     yield "events waiting", status["waiting"]
     yield "oldest of them", age(status["oldest_age"])
+    if status["last_answer"]:
+        told = age(status["last_answer_age"])
+        yield "last answer", f"OpenMeter {status['last_answer']}, {told} ago"
+        yield "next attempt in", age(max(status["next_attempt_in"], 0.0))
     yield "in doubt or under way", status["in_doubt"]
     segments = f"{size(status['bytes'])} in {len(status['segments'])}"
     yield "size of segments", segments

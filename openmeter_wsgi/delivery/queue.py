@@ -288,6 +288,7 @@ class MemoryDelivery:
         self.counts = counts
         self._shutdown_timeout = policy.shutdown_timeout
         self._is_begun = False
+        self._exit_hook = ExitHook(self.close_at_exit)
         self._hooks = FirstRequestHooks()
         self._queue = MemoryQueue(
             max_events=policy.max_queue_events,
@@ -308,7 +309,7 @@ class MemoryDelivery:
             self._queue,
             self._sender,
             policy,
-            exit_hook=ExitHook(self.close_at_exit),
+            exit_hook=self._exit_hook,
             idle=client.close,
         )
         #: Take an event. Any thread; never raises, never waits for delivery. Past
@@ -320,6 +321,10 @@ class MemoryDelivery:
     def announce(self, begin: Callable[[], None]) -> None:
         """Have *begin* called once, when the first request is settled."""
         self._hooks.add(begin)
+
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Have *call* made when the process ends, after the delivery was closed."""
+        self._exit_hook.add(call)
 
     @property
     def started(self) -> bool:
@@ -358,6 +363,11 @@ class MemoryDelivery:
                 "this process ends now",
                 "shutdown", left, limit,
             )  # fmt: skip
+
+    def release(self) -> None:
+        """Deliver what waits, and end: nobody holds this any more."""
+        if os.getpid() == self.pid:
+            self._worker.release()
 
     def close_at_exit(self) -> None:
         """Close, and deliver nothing any more: the exit hook of the process."""

@@ -405,6 +405,11 @@ class Outage:
         self._now = None
 
     @property
+    def answer(self) -> str | None:
+        """What OpenMeter did at the last attempt, None if it took the events."""
+        return self._now.answer if self._now else None
+
+    @property
     def problem(self) -> Problem | None:
         """What is wrong now, None if nothing is known to be."""
         now = self._now

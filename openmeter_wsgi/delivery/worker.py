@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-#: After an outage, events go in batches of up to this many.
-BACKLOG_BATCH = 1_000
-#: Batches that are not full are at least this many seconds apart: a request costs the
-#: same for a hundred events as for a thousand.
-SPACING = 0.1
 #: At exit attempts follow each other this closely: the deadline is near.
 CLOSING_DELAY = 0.5
 #: How often a close looks if the worker waits for its turn instead of delivering.
@@ -78,6 +73,12 @@ class Source(Generic[_B]):
 
     def look(self, *, last: bool) -> None:
         """Look for new events; with *last* for every one."""
+
+    def tell(self, answer: str | None, *, next_in: float) -> None:
+        """Tell others why events wait: the *answer* to an attempt, None if it is taken.
+
+        The next attempt is *next_in* seconds away.
+        """
 
     def wake_from(self, waiting: int) -> None:
         """Have a put wake the worker from so many *waiting* events on."""
@@ -124,14 +125,7 @@ class Worker(Generic[_B]):
         self._exit_hook = exit_hook
         self._idle = idle
         self._batch_size = policy.batch_size
-        # Behind a collector that takes one event a request, a backlog is no excuse.
-        self._max_batch = max(
-            policy.batch_size, BACKLOG_BATCH if self._batch_size > 1 else 1
-        )
         self._flush_interval = policy.flush_interval
-        # What is only seen when it is looked for is best taken all at once.
-        self._spacing = min(source.poll or SPACING, policy.flush_interval)
-        self._gathered_at = -self._spacing
         self._wakeup = Wakeup()
         #: Whether what waits now goes without waiting for more.
         self._hurried = False
@@ -140,6 +134,7 @@ class Worker(Generic[_B]):
         self._closing = False
         self._stopping = False
         self._exiting = False
+        self._released = False
         #: Until when a calling thread delivers, None if the worker's own thread does.
         self._until: float | None = None
         self._thread: threading.Thread | None = None
@@ -229,6 +224,11 @@ class Worker(Generic[_B]):
         self._stopping = True
         self._wakeup.set()
 
+    def release(self) -> None:
+        """End as soon as nothing waits: nobody holds the delivery any more."""
+        self._released = True
+        self._wakeup.set()
+
     def end(self) -> None:
         """Start no thread any more: the process is ending."""
         self._exiting = True
@@ -255,7 +255,7 @@ class Worker(Generic[_B]):
     def _run(self) -> None:
         """Deliver until closed. The thread's body."""
         try:
-            while not (self._take_turn() or self._stopping):
+            while not (self._take_turn() or self._stopping or self._released):
                 pass
         finally:
             self._source.wake_from(1)
@@ -303,18 +303,26 @@ class Worker(Generic[_B]):
         if not self._source.is_ours:
             return True
         if self._until is None and (self._stopping or not self._closing):
-            return self._stopping
+            return self._stopping or (self._released and not self._has_work())
         if self._until is not None and time.monotonic() > self._until:
             return True
         self._source.look(last=True)
         # Hurried by close() itself, so that suspects are tried once more.
         return not (len(self._source) or self._sender.busy or self._hurried)
 
+    def _has_work(self) -> bool:
+        """Look whether anything waits, for a delivery that nobody holds any more."""
+        sender = self._sender
+        self._source.look(last=True)
+        delays = self._source.due_in is not None
+        return bool(len(self._source) or sender.busy or sender.doubtful or delays)
+
     def _step(self) -> None:
         if not self._sender.busy:
             self._gather()
         if self._sender.busy and self._source.is_ours:
             delay = self._attempt()
+            self._source.tell(self._sender.outage.answer, next_in=delay)
             self._pause(max(delay, self._rest()))
 
     def _rest(self) -> float:
@@ -336,24 +344,19 @@ class Worker(Generic[_B]):
     # -- Waiting
 
     def _gather(self) -> None:
-        """Wait for a batch: its size, or the flush interval after its first event.
-
-        Where batches follow each other closely, they are filled as far as they may be.
-        """
-        waited = self._fill_up()
+        """Wait for a batch: its size, or the flush interval after its first event."""
         self._wait_for(1, self._until_others())
         if len(self._source):
-            self._wait_for(self._batch_size, self._flush_interval - waited)
+            self._wait_for(self._batch_size, self._flush_interval)
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
         if events := self._source.take(
-            max_events=self._max_batch, max_bytes=MAX_BATCH_BYTES
+            max_events=self._batch_size, max_bytes=MAX_BATCH_BYTES
         ):
-            self._gathered_at = time.monotonic()
             self._sender.load(events)
         else:
             self._sender.retry_suspects()
-        if hurried and (len(events) >= self._max_batch or len(self._source)):
+        if hurried and (len(events) >= self._batch_size or len(self._source)):
             self._hurried = True  # until all is taken that the flush found
 
     def _until_others(self) -> float | None:
@@ -362,17 +365,6 @@ class Worker(Generic[_B]):
         if (due_in := self._source.due_in) is not None:
             waits.append(due_in)
         return min(waits, default=None)
-
-    def _fill_up(self) -> float:
-        """Wait for a full batch until another may follow.
-
-        Return how long the first event may have waited meanwhile.
-        """
-        began = time.monotonic()
-        left = self._gathered_at + self._spacing - began
-        if left > 0:
-            self._wait_for(self._max_batch, left)
-        return time.monotonic() - began if len(self._source) else 0.0
 
     def _wait_for(self, events: int, timeout: float | None) -> None:
         """Wait for so many events, a flush or a close; for ever without a timeout.
@@ -401,7 +393,8 @@ class Worker(Generic[_B]):
     def _ready(self, events: int) -> bool:
         hasty = self._is_hasty
         self._source.look(last=hasty)
-        ends = hasty or self._stopping or not self._source.is_ours
+        released = self._released and self._source.due_in is None
+        ends = hasty or self._stopping or released or not self._source.is_ours
         return (
             len(self._source) >= events or self._hurried or ends or self._source.is_full
         )

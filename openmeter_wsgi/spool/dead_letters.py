@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -72,7 +73,8 @@ class DeadLetters:
                     raise OSError(f"{name} has reached {self._max_bytes} bytes")
                 if os.write(fd, line) != len(line):
                     raise OSError("no room for all of a line")
-                os.fdatasync(fd)
+                with contextlib.suppress(OSError):  # it is written all the same
+                    os.fdatasync(fd)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -95,6 +95,10 @@ class SpoolDelivery:
         """Have *begin* called once, when the first request is settled."""
         self._hooks.add(begin)
 
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Have *call* made when the process ends, after the delivery was closed."""
+        self._exit_hook.add(call)
+
     @property
     def started(self) -> bool:
         """Whether all was done that the first settled request brings about."""
@@ -227,6 +231,17 @@ class SpoolDelivery:
         self._say_what_stays(unfinished=not ended)
         if overflow := self._writer.overflow:
             overflow.close(max(deadline - now(), 0))
+
+    def release(self) -> None:
+        """Give up what this process owns, and end: nobody holds this any more."""
+        if os.getpid() == self.pid:
+            self._writer.close()
+            self._maintenance.close()
+            self._sending.worker.release()
+
+    def forget_exit(self) -> None:
+        """Do nothing at the exit of the process: it was closed before."""
+        self._exit_hook.clear()
 
     def close_at_exit(self) -> None:
         """Close, and deliver nothing any more: the exit hook of the process."""

@@ -8,6 +8,7 @@ that its owner writes into it no more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -67,9 +68,20 @@ def read_name(name: str) -> SegmentName | None:
     return SegmentName(int(made), owner, int(number), form, bool(sealed), bool(new))
 
 
+class NoFile(OSError):
+    """What bears the name of a file of the spool is a directory, a pipe or a device."""
+
+
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file of the spool; a symlink is none."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """Open a file of the spool; a symlink is none.
+
+    :raises NoFile: if it is no file, which to open could take for ever.
+    """
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NoFile(errno.EINVAL, "this is no file", str(path))
+    return fd
 
 
 class _Event(msgspec.Struct, gc=False):

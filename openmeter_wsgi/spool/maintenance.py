@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import SpoolError
-from openmeter_wsgi.spool.files import open_file, read_name, whole_end
-from openmeter_wsgi.spool.progress import sync_directory
+from openmeter_wsgi.spool.files import NoFile, open_file, read_name, whole_end
+from openmeter_wsgi.spool.progress import is_synced, sync_directory
 from openmeter_wsgi.spool.watermark import Watermark
 from openmeter_wsgi.threads import Wakeup
 
@@ -154,11 +154,13 @@ class SegmentMaintenance:
             fd = open_file(self._directory / entry)
         except FileNotFoundError:  # sealed or delivered meanwhile
             return False
+        except NoFile:
+            return True  # there is nothing in it
         try:
             synced = self._synced.get(name.key, 0)
             end = whole_end(fd, synced)
             if end > synced:
-                os.fdatasync(fd)
+                is_synced(fd)
                 self._synced[name.key] = end
             if name.sealed:
                 self._settled.add(name.key)

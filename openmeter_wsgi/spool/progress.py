@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 NAME = "progress.jsonl"
+#: Of so many batches in flight it is remembered how old they are.
+_SEEN = 100
 #: A page: no process that is killed leaves half of one.
 _PLACE_BYTES = 4_096
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -110,15 +112,27 @@ class ProgressFile:
         """
         progress.number = self._number = self._number + 1
         text = _encoded(progress)
-        if self._fd is None or len(text) >= self._place_bytes:
+        if len(text) >= self._place_bytes or not self._is_there:
             self._make(text)
             return
         # Never over what is known to be on the disk: this may be torn on its way.
         place = 1 - self._kept
-        _write(self._fd, text.ljust(self._place_bytes - 1) + b"\n", place)
-        if lasting:
-            os.fdatasync(self._fd)
+        fd = self._fd
+        assert fd is not None  # noqa: S101 - `_is_there` has seen it
+        _write(fd, text.ljust(self._place_bytes - 1) + b"\n", place)
+        if lasting and is_synced(fd):
             self._kept = place
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether the file is still what others read: somebody may have deleted it."""
+        if self._fd is None:
+            return False
+        try:
+            status = (self._directory / NAME).stat(follow_symlinks=False)
+            return os.path.samestat(os.fstat(self._fd), status)
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file."""
@@ -140,7 +154,7 @@ class ProgressFile:
         fd = os.open(unfinished, _NEW_FILE, 0o600)
         try:
             _write(fd, text.ljust(size - 1) + b"\n" + b"\n".rjust(size), 0)
-            os.fsync(fd)
+            is_synced(fd)
             unfinished.rename(path)
             sync_directory(self._directory)
         except BaseException:
@@ -151,6 +165,24 @@ class ProgressFile:
             raise
         self.close()
         self._fd, self._place_bytes, self._kept = fd, size, 0
+
+
+def is_synced(fd: int) -> bool:
+    """Bring a file on the disk, and say whether the disk has done it.
+
+    A disk that fails costs what a loss of power would: what was written is there for
+    every process, and is counted as written.
+    """
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        logger.error(
+            "%s: the disk has not kept what was written to the spool; until it does, a "
+            "loss of power costs more than one flush_interval",
+            error,
+        )
+        return False
+    return True
 
 
 def sync_directory(directory: Path) -> None:
@@ -257,11 +289,16 @@ class RecordingClient:
         *,
         resend_window: float,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._spool = spool
         self._resend_window = resend_window
         self._clock = clock
+        self._monotonic = monotonic
+        #: How old each batch in flight was when it was seen first, and when that was: a
+        #: clock that is set must not expire it.
+        self._seen: dict[float, tuple[float, float]] = {}
 
     def ingest(self, batch: SpoolBatch, /) -> None:
         """Send *batch* as the client does.
@@ -271,13 +308,14 @@ class RecordingClient:
         self._spool.check()
         now = self._clock()
         since = self._spool.in_flight_since(batch)
-        if since is not None and now - since > self._resend_window:
+        if since is not None and (age := self._age(since, now)) > self._resend_window:
             raise Expired(
-                f"expired: a batch got no answer {now - since:.0f} s ago; sent again "
+                f"expired: a batch got no answer {age:.0f} s ago; sent again "
                 "it might be billed twice"
             )
         if since is None:
             self._spool.record(batch, now)
+            self._age(now, now)
         try:
             self._client.ingest(batch)
         except DeliveryError as error:
@@ -286,3 +324,12 @@ class RecordingClient:
                 self._spool.withdraw(batch)
             raise
         self._spool.check()
+
+    def _age(self, since: float, now: float) -> float:
+        """Return for how long a batch is in flight that is so *since* then."""
+        monotonic = self._monotonic()
+        if since not in self._seen:
+            self._seen = dict(list(self._seen.items())[-_SEEN:])
+            self._seen[since] = (now - since, monotonic)
+        age, seen_at = self._seen[since]
+        return age + monotonic - seen_at

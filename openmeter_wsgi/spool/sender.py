@@ -6,9 +6,9 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.delivery.sender import Sender
-from openmeter_wsgi.delivery.worker import BACKLOG_BATCH, Source, Worker
+from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.lock import Election, election
-from openmeter_wsgi.spool import deduplication
+from openmeter_wsgi.spool import deduplication, last_answer
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.lines import SpoolBatch
@@ -57,9 +57,7 @@ class SpoolSender:
             directory,
             policy,
             counts,
-            max_events=max(
-                policy.batch_size, BACKLOG_BATCH if policy.batch_size > 1 else 1
-            ),
+            max_events=policy.batch_size,
             began=self._begin_turn,
             ended=lambda: ended(self),
         )
@@ -122,6 +120,8 @@ class SpoolSource(Source[SpoolBatch]):
         self._reader: SpoolReader | None = None
         self._election: Election | None = None
         self._is_waiting = False
+        #: Whether there may be an answer in the directory that is over.
+        self._has_told = True
         #: Whether it was said what is known of the server's deduplication.
         self._said = False
 
@@ -214,6 +214,18 @@ class SpoolSource(Source[SpoolBatch]):
         """Look for new segments, lines and deaths; with *last* for every one."""
         if self.is_ours:
             self.reader.refresh(last=last)
+
+    def tell(self, answer: str | None, *, next_in: float) -> None:
+        """Tell others why events wait: the *answer*, None if events were taken."""
+        if not self.is_ours:
+            return
+        if answer is not None:
+            self._has_told = True
+            with contextlib.suppress(OSError):  # of a full disk the log tells
+                last_answer.save(self._directory, answer, next_in=next_in)
+        elif self._has_told:
+            self._has_told = False
+            last_answer.forget(self._directory)
 
     @property
     def is_full(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import datetime  # noqa: TC003 - decoded into
@@ -361,6 +362,13 @@ class Collector:
         """Take one event."""
         self._events.append(msgspec.json.decode(event, type=Event))
         self._counts.delivered += 1
+
+    def at_exit(self, call: Callable[[], None]) -> None:
+        """Have *call* made when the process ends."""
+        atexit.register(call)
+
+    def release(self) -> None:
+        """Do nothing: there is no thread."""
 
     def delivered_until(self) -> float:
         """Return the beginning: a quota counts down all that the test has used."""
