@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 from collections import Counter, deque
+from email.utils import formatdate
 from http import HTTPStatus
 from http.client import HTTPMessage, parse_headers
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -133,6 +134,8 @@ class OpenMeterServer:
         self.rule: Callable[[Request], Answer | None] | None = None
         #: Subjects whose events make a batch invalid, at the schema's level.
         self.poison: set[str] = set()
+        #: What its answers say the time is, in seconds since 1970. None: nothing.
+        self.clock: Callable[[], float] | None = None
         self.requests: list[Request] = []
         #: Every event taken, in order, repetitions included.
         self.taken: list[dict[str, Any]] = []
@@ -324,9 +327,15 @@ class OpenMeterServer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         if answer.instead:
             return False
-        stream.write(_encoded(answer))
+        stream.write(_encoded(self._dated(answer)))
         stream.flush()
         return True
+
+    def _dated(self, answer: Answer) -> Answer:
+        if self.clock is None:
+            return answer
+        headers = {"Date": formatdate(self.clock(), usegmt=True), **answer.headers}
+        return dataclasses.replace(answer, headers=headers)
 
     def _usual(self, request: Request) -> Answer:
         if self.rule is not None and (answer := self.rule(request)):

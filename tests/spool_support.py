@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 from click.testing import CliRunner
 
@@ -38,6 +39,11 @@ for line in sys.stdin:
 def event(id_, **changes):
     whole = {"specversion": "1.0", "id": id_, "source": "test", "type": "call"}
     return whole | {"subject": "customer", "data": {"total": 1}} | changes
+
+
+def days_ago(days):
+    """Return the time so many days ago as an event has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days * 86_400))
 
 
 class Worker:

@@ -20,7 +20,8 @@ from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
 from openmeter_wsgi.delivery import directory
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.sandbox import Sandbox
-from spool_support import COMMAND
+from spool_support import COMMAND, days_ago, put
+from spool_support import event as spooled
 from test_sandbox_support import Api, event
 
 
@@ -88,6 +89,8 @@ def test_nothing_fails_where_all_is_right(sandbox, api, tmp_path):
         ],
         "ok",
     )  # fmt: skip
+    # From outside nobody can tell where OpenMeter does that.
+    assert findings.pop("deduplication")["remedy"] is not None
     assert all(finding["remedy"] is None for finding in findings.values())
 
 
@@ -344,7 +347,7 @@ def test_without_v1_what_only_it_lists_is_unknown(sandbox, flavor):
     for name in ("event", "meters", "deduplication"):
         assert findings[name]["severity"] == "unknown"
         assert (
-            f"only v1 lists what has arrived, and api_flavor is '{flavor}'"
+            f"this looks at the lists of v1 alone, and api_flavor is '{flavor}'"
             == (findings[name]["found"])
         )
 
@@ -434,6 +437,25 @@ def test_all_pages_of_meters_are_read(openmeter):
     assert findings["meter 't1000'"]["severity"] == "ok"
 
 
+# -- Old events
+
+
+def test_a_spool_whose_events_kafka_may_delete_is_warned_of(sandbox, tmp_path):
+    spool = _made(tmp_path)
+    put(spool, spooled("1", time=days_ago(6.9)))
+    young = found("--no-dedupe-check", api_url=sandbox.url, spool_dir=spool)
+    put(spool, spooled("2", time=days_ago(8.6)))
+
+    old = found("--no-dedupe-check", api_url=sandbox.url, spool_dir=spool)
+
+    assert "age of the spool" not in young
+    assert old["age of the spool"]["severity"] == "warning"
+    assert (
+        "the oldest event that waits is 9 days old" in old["age of the spool"]["found"]
+    )
+    assert "retention.ms" in old["age of the spool"]["remedy"]
+
+
 # -- Deduplication
 
 
@@ -452,6 +474,9 @@ def test_a_server_that_drops_a_repetition_is_fine_and_the_spool_remembers(
     findings = found(api_url=sandbox.url, spool_dir=_made(tmp_path))
 
     assert findings["deduplication"]["severity"] == "ok"
+    # From outside the two ways of deduplication look the same, and one loses usage.
+    assert "sink.dedupe" in findings["deduplication"]["remedy"]
+    assert "dedupe.enabled" in findings["deduplication"]["remedy"]
     verdict = _verdict(tmp_path)
     assert (verdict["api_url"], verdict["deduplicates"]) == (sandbox.url, True)
     assert datetime.fromisoformat(verdict["time"]) <= datetime.now(UTC)

@@ -1,3 +1,4 @@
+import contextlib
 import email.utils
 import json
 import logging
@@ -683,3 +684,34 @@ def test_a_broken_secure_connection_leaves_it_open_what_arrived(
 
     assert isinstance(error, Unavailable)
     assert error.ambiguous
+
+
+# -- The server's clock
+
+
+def test_the_clock_of_the_server_is_known_from_its_last_answer_with_a_date(
+    openmeter, connect
+):
+    client = connect()
+    answers = [
+        (Answer(204), 0),
+        (dated(-7_200), 7_200),
+        (Answer(204), 7_200),
+        (Answer(204, headers={"Date": "yesterday"}), 7_200),
+        (dated(600, 503), -600),
+        (dated(0, 400), 0),
+    ]
+    for number, (answer, ahead) in enumerate(answers):
+        openmeter.script.append(answer)
+        with contextlib.suppress(DeliveryError):
+            client.ingest([event(number)])
+
+        # The date has whole seconds, and a busy machine takes its time.
+        assert abs(client.clock_ahead - ahead) < 30
+
+
+def dated(ahead, status=204):
+    return Answer(
+        status,
+        headers={"Date": email.utils.formatdate(time.time() + ahead, usegmt=True)},
+    )

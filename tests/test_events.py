@@ -1,4 +1,5 @@
 import datetime
+import enum
 import json
 import threading
 import time
@@ -10,15 +11,22 @@ from cloudevents.http import from_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing import bill, environ
+from billing import bill, environ, handled, serve
 from openmeter_server import OpenMeterServer
-from openmeter_wsgi import timestamps
-from openmeter_wsgi.events import RequestIds, encode_events
+from openmeter_wsgi import (
+    MeterValueError,
+    OpenMeterMiddleware,
+    set_meters,
+    timestamps,
+)
+from openmeter_wsgi.events import RequestIds, encode_events, size_problem
 from openmeter_wsgi.usage import Meter, read_usage
 from openmeter_wsgi.usual_way import usual_make
-from openmeter_wsgi.wire import MAX_EXACT_INTEGER
+from openmeter_wsgi.wire import MAX_EXACT_INTEGER, MAX_GROWTH, message_bytes
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1
+)
 _ONE = {"type": "a", "data": {}}
 JSON = st.recursive(
     st.none()
@@ -99,7 +107,218 @@ def test_any_json_object_arrives_with_every_number_exact(data: dict[str, Any]) -
         source="api",
     )
 
-    assert json.loads(event)["data"] == as_sent(data)
+    there = {key: value for key, value in data.items() if value is not None}
+    assert json.loads(event)["data"] == as_sent(there)
+
+
+class Nothing(enum.Enum):
+    NOTHING = None
+
+
+def test_what_is_none_in_data_is_left_out_and_further_down_it_is_null(
+    openmeter: OpenMeterServer,
+) -> None:
+    data = {"region": None, "enum": Nothing.NOTHING, "n": {"deep": None}, "l": [None]}
+    document = {"type": "b", "data": data}
+
+    events = bill(
+        openmeter,
+        lambda request: set_meters(request, document),
+        meter={"type": "a", "data": data},
+    )
+
+    assert [event["data"] for event in events] == [
+        {"n": {"deep": None}, "l": [None]}
+    ] * 2
+
+
+# -- The size of Kafka's message
+
+
+def go_text(value: object) -> str:
+    """Write JSON as Go's encoding/json does."""
+    if isinstance(value, dict):
+        return (
+            "{" + ",".join(f"{go_text(k)}:{go_text(v)}" for k, v in value.items()) + "}"
+        )
+    if isinstance(value, list):
+        return "[" + ",".join(map(go_text, value)) + "]"
+    if isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
+        for character in "<>&\u2028\u2029":
+            text = text.replace(character, f"\\u{ord(character):04x}")
+        return text
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return go_number(float(value))
+    return json.dumps(value)
+
+
+def go_number(value: float) -> str:
+    if value and not 1e-6 <= abs(value) < 1e21:
+        mantissa, _, exponent = f"{value!r}".partition("e")
+        digits = (
+            f"{abs(int(exponent)):02}" if int(exponent) > 0 else exponent.lstrip("-0")
+        )
+        sign = "+" if int(exponent) > 0 else "-"
+        return f"{mantissa.removesuffix('.0')}e{sign}{digits}"
+    text = without_exponent(value)
+    return text.removesuffix(".0")
+
+
+def without_exponent(value: float) -> str:
+    mantissa, _, exponent = f"{value!r}".partition("e")
+    if not exponent:
+        return mantissa
+    shift = int(exponent)
+    sign = "-" if mantissa.startswith("-") else ""
+    whole, _, part = mantissa.lstrip("-").partition(".")
+    if shift > 0:
+        return f"{sign}{whole}{part.ljust(shift, '0')}"
+    return f"{sign}0.{'0' * (-shift - 1)}{whole}{'' if part == '0' else part}"
+
+
+#: What `message_bytes` counts among the frame.
+FIELDS = '{"id":,"type":,"source":,"subject":,"data":""}'
+
+
+def go_message(event: dict[str, Any]) -> int:
+    """Return the size of what is in a Kafka message, its key included."""
+    value = go_text(
+        {
+            **{name: event[name] for name in ("id", "type", "source", "subject")},
+            "data": go_text(event["data"]),
+        }
+    )
+    return len(value.encode()) + len((event["source"] + event["id"]).encode())
+
+
+SHARP = st.text(
+    st.sampled_from('<>&\u2028\u2029"\\\b\f\n\x01\x7f\xe9\U0001f600x1e5.0'), min_size=1
+)
+SHARP_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | SHARP
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from([1e20, -1e20, 1e16, 1.5e17, 1e21, 1e-6, 1.5e-7, 1e-5, -0.0, 3.0]),
+    lambda inner: st.lists(inner) | st.dictionaries(SHARP, inner),
+    max_leaves=20,
+)
+
+
+@given(data=st.dictionaries(SHARP, SHARP_JSON), subject=SHARP, kind=SHARP)
+def test_the_size_of_a_message_is_what_go_makes_of_the_event(
+    data: dict[str, Any], subject: str, kind: str
+) -> None:
+    [event] = encode_events(
+        meters_of({"type": kind, "data": data}),
+        request_id="r",
+        subject=subject,
+        source="api",
+    )
+
+    size = message_bytes(event)
+
+    # The rest is the frame, the time, and the names of the fields.
+    assert size - go_message(json.loads(event)) == 512 - len(FIELDS)
+    # So no event is large that is not looked at.
+    assert size <= MAX_GROWTH * len(event) + 1_000
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("x" * 990_000, True),
+        ("x" * 1_000_000, False),
+        ("<" * 142_000, True),
+        ("<" * 143_000, False),
+        ("\u2028" * 143_000, False),
+        ('"' * 249_000, True),
+        ('"' * 250_000, False),
+        ("\N{GRINNING FACE}" * 249_000, True),
+        ("\N{GRINNING FACE}" * 250_000, False),
+    ],
+)
+def test_data_that_kafka_would_not_take_is_refused_where_it_is_made(
+    text: str, fits: bool
+) -> None:
+    document = {"type": "a", "data": {"text": text}}
+
+    if fits:
+        [event] = encode_events(
+            meters_of(document), request_id="r", subject="s", source="api"
+        )
+        assert size_problem(event) is None
+    else:
+        with pytest.raises(
+            MeterValueError, match="at most 1000000 bytes in the message"
+        ):
+            meters_of(document)
+
+
+def test_an_event_whose_subject_is_too_large_is_counted_and_not_sent(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    middleware = OpenMeterMiddleware(
+        handled(lambda request: None),
+        api_url=openmeter.url,
+        flush_interval=60,
+        subject="header:X-Customer",
+        meters={"a": 1},
+    )
+    long = environ(HTTP_X_CUSTOMER="<" * 170_000)
+    for request in (environ(HTTP_X_CUSTOMER="acme"), long, long):
+        serve(middleware, dict(request))
+    middleware.close(40)
+
+    assert openmeter.subjects == ["acme"]
+    assert middleware.stats().not_metered == {"message_too_large": 2}
+    assert middleware.stats().unaccounted == 0
+    assert "default: an event is not sent: expected at most 1000000" in caplog.text
+
+
+def test_a_large_event_takes_no_other_of_its_request_along(
+    openmeter: OpenMeterServer,
+) -> None:
+    middleware = OpenMeterMiddleware(
+        handled(
+            lambda request: set_meters(
+                request, [{"type": "a"}, {"type": "b", "subject": "<" * 170_000}]
+            )
+        ),
+        api_url=openmeter.url,
+        on_missing_subject="acme",
+    )
+    serve(middleware, environ())
+    middleware.close(40)
+
+    assert [event["type"] for event in openmeter.taken] == ["a"]
+    assert middleware.stats().dropped == {"message_too_large": 1}
+    assert middleware.stats().unaccounted == 0
+
+
+# -- Time
+
+
+@pytest.mark.parametrize("ahead", [2, 3_600, 366 * 86_400])
+def test_a_time_in_the_future_is_set_to_now(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture, ahead: int
+) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    later = now + datetime.timedelta(seconds=ahead + 60)
+    before = now - datetime.timedelta(seconds=ahead)
+    documents = [{"type": "a", "time": later}, {"type": "b", "time": before}]
+
+    events = bill(openmeter, lambda request: set_meters(request, documents))
+
+    made = {
+        event["type"]: datetime.datetime.fromisoformat(event["time"])
+        for event in events
+    }
+    assert abs(made["a"] - now) < datetime.timedelta(seconds=60)
+    assert made["b"] == before
+    assert "meter 'a': its time" in caplog.text
 
 
 def test_an_event_is_a_cloudevent(openmeter: OpenMeterServer) -> None:

@@ -1,6 +1,7 @@
 import datetime
 import decimal
 import enum
+import fractions
 import logging
 import math
 import uuid
@@ -155,7 +156,6 @@ def test_numbers_arrive_exact(openmeter: OpenMeterServer) -> None:
         "price": decimal.Decimal("0.10"),
         "float": 1e300,
         "bool": True,
-        "none": None,
         "level": Level.HIGH,
         "day": datetime.date(2026, 1, 2),
         "uuid": uuid.UUID(int=1),
@@ -217,7 +217,19 @@ RECURSIVE["self"] = RECURSIVE
         ({"type": "a", "data": {"o": object()}}, "data.o: expected a JSON value"),
         ({"type": "a", "data": {"s": "\ud800"}}, "meter 'a': data: "),
         ({"type": "a", "data": RECURSIVE}, "meter 'a': data: "),
-        ({"type": "a", "data": {"s": "x" * 900_000}}, "expected at most 900000 bytes"),
+        ({"type": "a", "data": {"s": "x" * 1_000_000}}, "at most 1000000 bytes"),
+        ({"type": "a\0", "data": {}}, "meter type: expected text without NUL"),
+        ({"a\0": 1}, "meter type: expected text without NUL"),
+        ({"type": "a", "id": "\0"}, "meter 'a': id: expected text without NUL"),
+        ({"type": "a", "subject": "b\0"}, "subject: expected text without NUL"),
+        ({"type": "a", "source": "b\0"}, "source: expected a URI reference"),
+        ({"a": 10**60}, "meter 'a': expected a number of at most 60 digits, got 61"),
+        ({"a": decimal.Decimal("1E+60")}, "at most 60 digits, got 61"),
+        ({"a": decimal.Decimal("1E-60")}, "at most 60 digits, got 61"),
+        ({"a": decimal.Decimal("1E-99999999")}, "got 100000000 digits"),
+        ([{"a": 10**59}, {"a": decimal.Decimal("0.1")}], "at most 60 digits, got 61"),
+        ({"type": "a", "data": {"n": [10**60]}}, "data.n[0]: expected a number of at"),
+        ({"type": "a", "data": {"n": decimal.Decimal("1E+60")}}, "data.n: expected a"),
         ({"type": "a", "value": 1}, "the value goes into data"),
         ({"type": "a", "unit": 1}, "unknown key 'unit'"),
         ({"type": "a", "id": ""}, "meter 'a': id: expected text"),
@@ -247,11 +259,69 @@ def test_a_sum_that_is_too_large_is_refused_and_changes_nothing() -> None:
     request = environ(**{"openmeter_wsgi.meters": [None, None]})
     add_meters(request, {"a": 1e308, "b": 1})
 
-    for more in ({"b": 1, "a": 1e308}, {"b": 1, "a": 10**308}):
-        with pytest.raises(MeterValueError, match="too large"):
-            add_meters(request, more)
+    with pytest.raises(MeterValueError, match="too large"):
+        add_meters(request, {"b": 1, "a": 1e308})
 
     assert get_meters(request) == [{"a": 1e308, "b": 1}]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (decimal.Decimal("1E+30"), "1" + "0" * 30),
+        (decimal.Decimal("1.2E+29"), "12" + "0" * 28),
+        (decimal.Decimal("1E-30"), "0." + "0" * 29 + "1"),
+        (decimal.Decimal("1.230E+3"), "1230"),
+        (decimal.Decimal("1.10"), "1.10"),
+        (decimal.Decimal("123456789" * 4 + "123"), "123456789" * 4 + "123"),
+        (decimal.Decimal("9" * 30 + "." + "9" * 30), "9" * 30 + "." + "9" * 30),
+        (int("9" * 60), "9" * 60),
+    ],
+)
+def test_numbers_travel_with_all_their_digits_and_no_exponent(
+    openmeter: OpenMeterServer, number: decimal.Decimal | int, text: str
+) -> None:
+    def handler(request: Any) -> None:
+        # Added to nothing, each number was rounded to what the context holds.
+        add_meters(request, [{"n": number}, {"type": "doc", "data": {"value": number}}])
+
+    billed = usage(bill(openmeter, handler))
+
+    assert dict(billed) == {"doc": {"value": text}, "n": total(text)}
+
+
+def test_the_arithmetic_of_the_application_is_not_ours(
+    openmeter: OpenMeterServer,
+) -> None:
+    def handler(request: Any) -> None:
+        context = decimal.Context(
+            prec=3, traps=[decimal.Inexact, decimal.Rounded, decimal.FloatOperation]
+        )
+        with decimal.localcontext(context):
+            add_meters(request, {"n": decimal.Decimal("1234.5"), "f": 0.1})
+            add_meters(request, {"n": 1, "f": decimal.Decimal("0.2")})
+        decimal.setcontext(context)
+
+    before = decimal.getcontext()
+    try:
+        # Settled in the application's own thread, after it has returned.
+        billed = usage(bill(openmeter, handler, meters={"n": 0.25, "f": 1e308}))
+    finally:
+        decimal.setcontext(before)
+
+    # The sum of the other has too many digits: the larger one is sent alone.
+    assert dict(billed) == {"n": total("1235.75"), "f": total(1e308)}
+
+
+@given(st.lists(st.decimals(0, 10**15, places=20), min_size=1, max_size=5))
+def test_a_sum_of_decimals_is_exact(numbers: list[decimal.Decimal]) -> None:
+    request = environ(**{"openmeter_wsgi.meters": [None, None]})
+    for number in numbers:
+        add_meters(request, {"n": number})
+
+    [stated] = get_meters(request)
+
+    assert fractions.Fraction(stated["n"]) == sum(map(fractions.Fraction, numbers))
 
 
 def test_a_static_part_that_makes_the_sum_too_large_takes_no_other_meter_along(

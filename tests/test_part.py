@@ -64,7 +64,7 @@ def test_halves_are_halved_until_each_event_is_alone(contents):
         batches = [
             half
             for batch in batches
-            for half in (batch.halves() if len(batch) > 1 else [batch])
+            for half in (batch.split_at(len(batch) // 2) if len(batch) > 1 else [batch])
         ]
 
     assert [list(batch) for batch in batches] == [[event] for event in events]

@@ -13,7 +13,7 @@ from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.commands import sending
 from openmeter_wsgi.commands.send import command
 from openmeter_wsgi.sandbox import Sandbox
-from spool_support import COMMAND, event, put, run
+from spool_support import COMMAND, days_ago, event, put, run
 from test_sandbox_support import Api
 
 
@@ -55,6 +55,30 @@ def test_a_single_event_is_sent_as_the_middleware_would(openmeter):
         "subject": "acme",
         "data": {"total": 1},
     }
+
+
+def test_of_events_that_kafka_may_delete_is_warned_before_they_are_sent(openmeter):
+    events = [
+        event(str(days), time=days_ago(days), data={"total": 1}) for days in (1, 8, 9)
+    ]
+
+    several = send(openmeter, "-", stdin=lines(*events))
+    one = send(
+        openmeter, "--type", "a", "--subject", "b", "--time", days_ago(8), "--dry-run"
+    )
+    none = send(openmeter, "-", stdin=lines(events[0]))
+
+    assert "Warning: 2 events are older than 7 days; Kafka" in several.stderr
+    assert several.stdout == "sent 3 of 3 events\n"
+    assert "Warning: 1 events are older" in one.stderr
+    assert none.stderr == ""
+
+
+def test_a_time_in_the_future_is_sent_as_now(openmeter):
+    send(openmeter, "--type", "a", "--subject", "b", "--time", "2999-01-01T00:00:00Z")
+
+    (sent,) = openmeter.taken
+    assert sent["time"] < "2999"
 
 
 def test_a_single_event_takes_all_attributes(openmeter):

@@ -18,6 +18,7 @@ from openmeter_wsgi.stats import Counts
 NO_ANSWER = Unavailable("no answer", ambiguous=True)
 BUSY = Unavailable("busy", status=503)
 BROKEN = Unavailable("broken", status=500, ambiguous=True)
+NO_GATEWAY = Unavailable("no gateway", status=502, ambiguous=True)
 TOO_MANY = Unavailable("slow down", status=429, retry_after=7.0)
 WRONG_KEY = Held("wrong key", status=401)
 INVALID = Rejected("invalid", status=400)
@@ -86,7 +87,7 @@ def test_pauses_take_nothing_of_the_applications_random_numbers():
 # -- Failures that concern every event
 
 
-@pytest.mark.parametrize("error", [NO_ANSWER, BUSY, BROKEN, TOO_MANY, WRONG_KEY])
+@pytest.mark.parametrize("error", [NO_ANSWER, BUSY, NO_GATEWAY, TOO_MANY, WRONG_KEY])
 def test_the_failing_batch_stays_at_the_head(error):
     case = Case(ScriptedClient([error] * 5))
     case.load(named("a", "b"), named("c"))
@@ -310,12 +311,12 @@ def test_of_a_long_event_the_log_names_subject_and_id(caplog):
 # -- The tenth server error
 
 
-def poisoned_500(poison):
+def poisoned(poison, error):
     class Server(ScriptedClient):
         def ingest(self, events):
             self.tried.append(list(events))
             if poison.intersection(events):
-                raise BROKEN
+                raise error
             self.accepted += events
 
     return Server()
@@ -323,7 +324,7 @@ def poisoned_500(poison):
 
 def test_the_tenth_server_error_in_a_row_splits_the_batch():
     events = numbered(4)
-    case = Case(poisoned_500({events[3]}))
+    case = Case(poisoned({events[3]}, NO_GATEWAY))
     case.load(events)
 
     case.run()
@@ -336,13 +337,103 @@ def test_the_tenth_server_error_in_a_row_splits_the_batch():
 
 @pytest.mark.parametrize("other", [NO_ANSWER, TOO_MANY, WRONG_KEY])
 def test_any_other_answer_begins_the_count_anew(other):
-    script = [BROKEN] * 9 + [other] + [BROKEN] * 9
+    script = [NO_GATEWAY] * 9 + [other] + [NO_GATEWAY] * 9
     case = Case(ScriptedClient(script))
     case.load(numbered(4))
 
     case.run()
 
     assert case.client.tried == [numbered(4)] * 20
+
+
+# -- What gets a 500
+
+
+@pytest.mark.parametrize("position", [0, 1, 63, 126, 127])
+def test_a_500_for_one_event_delays_no_other(position):
+    events = numbered(128)
+    evil = events[position]
+    case = Case(poisoned({evil}, BROKEN))
+    case.load(events)
+
+    delays = case.run()
+
+    assert Counter(case.done) == Counter(events) - Counter([evil])
+    assert case.sender.doubtful
+    # The first answer, and that to the first event alone: all others follow at once.
+    assert sum(delays) <= 1 + 2
+    assert len(delays) <= 3 * 7 + 2
+
+
+def test_two_events_that_get_a_500_delay_the_others_by_a_few_attempts():
+    events = numbered(128)
+    case = Case(poisoned({events[0], events[90]}, BROKEN))
+    case.load(events)
+
+    delays = case.run()
+
+    left = Counter([events[0], events[90]])
+    assert Counter(case.done) == Counter(events) - left
+    assert case.sender.doubtful
+    assert case.counts.dead_lettered == 0
+    assert len(delays) <= 2 * MAX_SERVER_ERRORS + 2 * 8 + 8
+
+
+def test_in_an_outage_that_is_told_by_500_two_parts_of_the_batch_are_tried_in_turn():
+    events = numbered(4)
+    case = Case(ScriptedClient([BROKEN] * 6))
+    case.load(events, named("behind"))
+
+    delays = case.run()
+
+    one, others = events[:1], events[1:]
+    assert case.client.tried[:7] == [events, *[one, others] * 3]
+    assert case.client.tried[7:] == [one, named("behind")]
+    assert Counter(case.done) == Counter([*events, *named("behind")])
+    assert delays[:6] == [1, 2, 2, 4, 4, 8]
+
+
+def test_what_gets_a_500_alone_is_buried_after_ten_others_were_accepted_in_between():
+    evil = b"evil"
+    case = Case(poisoned({evil}, BROKEN))
+    case.load([evil, b"good"])
+    case.run()
+
+    for n in range(MAX_SERVER_ERRORS):
+        assert case.counts.dead_lettered == 0
+        assert case.sender.doubtful
+        case.sender.retry_suspects()  # as after a pause: no other was accepted since
+        case.run()
+        case.load(numbered(1, n))
+        assert case.run() == [0] * 2
+
+    assert case.counts.dead_lettered == 1
+    assert not case.sender.doubtful
+    assert case.counts.delivered == MAX_SERVER_ERRORS + 1
+
+
+@given(st.lists(st.integers(0, MAX_SERVER_ERRORS - 1), min_size=1, max_size=12))
+def test_an_event_with_fewer_500s_than_ten_is_never_buried(failures):
+    """Kafka's queue may be full at this moment, and have room at the next."""
+    left = dict(zip(numbered(len(failures)), failures, strict=True))
+
+    class Server(ScriptedClient):
+        def ingest(self, events):
+            for event in events:
+                if left[event]:
+                    left[event] -= 1
+                    raise BROKEN
+            self.accepted += events
+
+    case = Case(Server())
+    case.load(list(left))
+    case.run()
+    for _ in range(MAX_SERVER_ERRORS):
+        case.sender.retry_suspects()
+        case.run()
+
+    assert case.counts.dead_lettered == 0
+    assert Counter(case.done) == Counter(case.client.accepted) == Counter(list(left))
 
 
 def test_an_event_that_breaks_the_server_is_buried_once_others_are_accepted(
@@ -361,16 +452,19 @@ def test_an_event_that_breaks_the_server_is_buried_once_others_are_accepted(
     case.load([json.dumps({"id": s, "subject": s}).encode() for s in subjects])
 
     delays = case.run()
+    held = [r for r in openmeter.requests if "evil" in r.ids]
+    for n in range(MAX_SERVER_ERRORS):
+        case.load([json.dumps({"id": f"{n}", "subject": "x"}).encode()])
+        case.run()
     client.close()
 
     assert set(delays) == {0}
-    assert openmeter.ids == ["a", "b", "c", "e", "f", "g", "h"]
+    assert openmeter.ids[:7] == ["a", "b", "c", "e", "f", "g", "h"]
+    assert len(openmeter.ids) == 7 + MAX_SERVER_ERRORS
     assert not openmeter.duplicates
-    assert case.counts.delivered == 7
+    # Whole, without the first, in halves, alone, and once more after the others.
+    assert [len(r.ids) for r in held] == [8, 7, 3, 2, 1, 1]
     assert case.counts.dead_lettered == 1
-    # Whole, in halves, in quarters, alone, and once more after the others.
-    assert len([r for r in openmeter.requests if "evil" in r.ids]) == 50
-    assert all(r.ids == subjects for r in openmeter.requests[:10])
     assert '"id": "evil"' in caplog.text
     assert "500: Internal Server Error" in caplog.text
 
@@ -392,7 +486,7 @@ def batches(sizes):
 
 
 def check_head_is_kept(client, answers):
-    """Nothing behind a failing head is tried, unless it fails ten times."""
+    """Nothing behind a failing head is tried, unless it gets a 500, or fails often."""
     in_a_row = 0
     for tried, following, error in zip(
         client.tried, client.tried[1:], answers, strict=False
@@ -400,12 +494,9 @@ def check_head_is_kept(client, answers):
         if error is None or isinstance(error, Rejected):
             in_a_row = 0
             continue
-        broken = error.status is not None and error.status >= 500
-        in_a_row = in_a_row + 1 if broken else 0
-        if in_a_row < MAX_SERVER_ERRORS:
+        in_a_row += error.status is not None and error.status >= 500
+        if error is not BROKEN and in_a_row < MAX_SERVER_ERRORS:
             assert following == tried
-        else:
-            in_a_row = 0
 
 
 @given(SIZES, st.lists(ERRORS, max_size=60), st.sets(st.integers(0, 44)))

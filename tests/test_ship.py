@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 
 from openmeter_server import HANG, Answer
-from spool_support import COMMAND, event, put, shipping, worker
+from spool_support import COMMAND, days_ago, event, put, shipping, worker
 
 
 def run(*arguments, **variables):
@@ -37,6 +37,19 @@ def test_it_delivers_what_dead_and_living_workers_put_until_a_signal(
     assert f"this process is the sender of {spool} to {openmeter.url}" in log
     assert "2 events delivered, 0 dead letters, 0 events left" in log
     assert openmeter.duplicates == {}
+
+
+@pytest.mark.parametrize(("days", "warned"), [(6.9, False), (8.6, True)])
+def test_it_warns_of_events_that_kafka_may_delete(tmp_path, openmeter, days, warned):
+    spool = tmp_path / "spool"
+    put(spool, event("1", time=days_ago(days)), event("2", time=days_ago(0)))
+    with shipping(spool, openmeter) as ship:
+        openmeter.wait_for(2)
+
+        _, log = ship.end(signal.SIGTERM)
+
+    assert ("the oldest event that waits is 9 days old; Kafka" in log) is warned
+    assert ("retention.ms" in log) is warned
 
 
 def test_it_gives_up_within_the_shutdown_timeout_and_says_what_is_left(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.commands.spool import command
 from openmeter_wsgi.sandbox import Sandbox
-from spool_support import COMMAND, event, put, run, said, shipping, worker
+from spool_support import COMMAND, days_ago, event, put, run, said, shipping, worker
 from test_sandbox_support import Api
 
 DEAD = "dead-letters.jsonl"
@@ -128,6 +128,21 @@ def test_what_is_requeued_is_delivered_under_its_id_once(spool, openmeter):
         openmeter.wait_for(4)
     assert [e for e in openmeter.taken if e["id"] in "ab"] == letters
     assert openmeter.duplicates == {}
+
+
+def test_of_requeued_events_that_kafka_may_delete_is_warned(spool, openmeter):
+    letters = [
+        event(str(days), subject="x", time=days_ago(days)) for days in (6.9, 7.1, 30)
+    ]
+    bury(spool, openmeter, *letters)
+
+    young = run(spool, "requeue", "6.9")
+    old = run(spool, "requeue", "--all")
+
+    assert "Warning" not in young.stderr
+    assert "Warning: 2 events are older than 7 days; Kafka" in old.stderr
+    assert "retention.ms" in old.stderr
+    assert old.stdout == "requeued 2 dead letters\n"
 
 
 def test_dead_letters_are_requeued_and_purged_beside_a_sender(spool, openmeter):
@@ -274,7 +289,7 @@ def test_what_may_have_arrived_is_requeued_on_demand_only(spool, openmeter):
 
     assert said(spool, "status")["dead_letters_by_reason"] == {"expired": 2}
     assert said(spool, "requeue", "--all") == {
-        "requeued": 0, "expired": 2, "no_event": 0,
+        "requeued": 0, "old": 0, "expired": 2, "no_event": 0,
     }  # fmt: skip
     assert said(spool, "requeue", "a", "--expired")["requeued"] == 1
     assert ids(said(spool, "list", "--waiting")) == ["b", "a"]

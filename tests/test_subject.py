@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from billing import bill, environ
+from billing import bill, environ, handled, serve
 from openmeter_server import OpenMeterServer
-from openmeter_wsgi import Policy, set_subject, set_user
+from openmeter_wsgi import OpenMeterMiddleware, Policy, set_subject, set_user
 from openmeter_wsgi.subject import subject_finder
 
 
@@ -46,13 +46,48 @@ def test_empty_means_missing(empty: Any) -> None:
 
 @pytest.mark.parametrize(
     ("said", "subject"),
-    [(None, None), (42, "42"), (b"acme", None), ("", None), ("acme\udc80", None)],
+    [
+        (None, None),
+        (42, "42"),
+        (b"acme", None),
+        ("", None),
+        ("acme\udc80", None),
+        ("acme\0", None),
+    ],
 )
 def test_what_an_application_leaves_in_remote_user_may_be_anything(
     said: Any, subject: str | None
 ) -> None:
     assert find(environ(REMOTE_USER=said)) == subject
     assert find(environ(HTTP_X_NAME=said), subject="header:X-Name") == subject
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda request: set_subject(request, "acme\0"),
+        lambda request: set_user(request, {"sub": "a\0cme"}),
+        lambda request: request.update(REMOTE_USER="\0acme"),
+        lambda request: request.update(HTTP_X_CUSTOMER="ac\0me"),
+        lambda request: request.update(HTTP_X_CUSTOMER="\xc3\xa9\0"),
+    ],
+    ids=["set_subject", "set_user", "REMOTE_USER", "header", "beyond ASCII"],
+)
+def test_a_subject_with_nul_is_not_billed(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture, leave: Any
+) -> None:
+    middleware = OpenMeterMiddleware(
+        handled(leave),
+        api_url=openmeter.url,
+        subject="header:X-Customer",
+        meters={"a": 1},
+    )
+    serve(middleware, environ())
+    middleware.close(40)
+
+    assert openmeter.taken == []
+    assert middleware.stats().not_metered == {"no_subject": 1}
+    assert "subject: expected text without NUL, got " in caplog.text
 
 
 def test_nothing_but_what_the_policy_names_is_read_from_the_client() -> None:

@@ -62,7 +62,8 @@ def test_what_waits_or_is_being_sent_is_not_passed(openmeter, queue):
 def test_what_was_put_with_a_time_of_its_own_is_not_passed_either(openmeter, queue):
     passes(queue, time.time())
     openmeter.rule = lambda _: Answer(503)
-    queue.put(event("1").replace(b"2026-", b"2099-"))
+    soon = time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() + 1_200)).encode()
+    queue.put(event("1").replace(b"2026-01-01T00:00", soon))
     put_at = time.time()
     until(lambda: len(openmeter.requests) > 1 or queue.flush(0.01))
     assert queue.delivered_until() <= put_at
@@ -140,7 +141,7 @@ def test_events_that_step_aside_hold_the_watermark_of_a_queue_in_memory():
     assert events.delivered_until() == 0.0
     events.put(lines[1])
     events.put(lines[2])
-    aside, others = events.take(max_events=3, max_bytes=1_000).halves()
+    aside, others = events.take(max_events=3, max_bytes=1_000).split_at(1)
     events.done(others)
     assert events.delivered_until() == 0.0
     events.done(aside)

@@ -11,7 +11,7 @@ from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import encode_events
+from openmeter_wsgi.events import are_small, encode_events, size_problem
 from openmeter_wsgi.identity import Identity
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
@@ -114,6 +114,7 @@ class Billing:
             and not self._counts_down
             and self._identity.is_ours
             and all(meter.plain for meter in policy.static_meters)
+            and are_small(policy.static_meters, policy.event_source)
         )
         make = usual_make(
             policy.static_meters,
@@ -249,12 +250,26 @@ class Billing:
             self._counts.dropped["no_subject"] += without
         if self._counts_down:
             self.gate.settle(environ, meters, subject)
-        return encode_events(
+        events = encode_events(
             meters,
             request_id=self._identity.of(environ, stated, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
+        return self._storable(events) or "message_too_large"
+
+    def _storable(self, events: list[bytes]) -> list[bytes]:
+        """Return the events that OpenMeter can store; count and log the others."""
+        problems = [problem for each in events if (problem := size_problem(each))]
+        if not problems:
+            return events
+        for problem in problems:
+            logger.error("%s: an event is not sent: %s", self.name, problem)
+        kept = [each for each in events if size_problem(each) is None]
+        if kept:
+            # Else the request is counted as one without events.
+            self._counts.dropped["message_too_large"] += len(problems)
+        return kept
 
     def _unbilled(
         self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -43,6 +44,9 @@ class OpenMeterClient:
     def __init__(self, *, url: str, flavor: str, key: ApiKey, timeout: float) -> None:
         self._url = url + _PATHS[flavor]
         self._connection = Connection(key=key, timeout=timeout)
+        #: By how many seconds our clock is ahead of the server's, as its last answer
+        #: with a date has it.
+        self.clock_ahead = 0.0
 
     def ingest(self, events: Sequence[bytes]) -> None:
         """Send encoded events in one request.
@@ -56,6 +60,8 @@ class OpenMeterClient:
             data=events[0] if one else _array(events),
             headers={"Content-Type": _ONE if one else _BATCH},
         )
+        if (date := reply.date) is not None:
+            self.clock_ahead = time.time() - date
         if reply.status in _REFUSED:
             raise Rejected(reason(reply.body), status=reply.status)
         if reply.status not in _ACCEPTED or reply.is_page:

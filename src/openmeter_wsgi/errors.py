@@ -41,7 +41,7 @@ class ConfigError(OpenMeterWSGIError, ValueError):
 
 
 class MeterValueError(OpenMeterWSGIError, ValueError):
-    """A meter that OpenMeter would refuse, or take and silently not count."""
+    """A meter that OpenMeter would refuse, or take and count wrong or not at all."""
 
 
 class SpoolError(OpenMeterWSGIError):

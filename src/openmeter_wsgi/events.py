@@ -13,16 +13,27 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from openmeter_wsgi.timestamps import timestamp
+from openmeter_wsgi import log
+from openmeter_wsgi.timestamps import is_later, timestamp
+from openmeter_wsgi.wire import (
+    MAX_GROWTH,
+    MAX_MESSAGE_BYTES,
+    SHORT_SUBJECT,
+    message_bytes,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from openmeter_wsgi.usage import Meter
 
+logger = log.get_logger(__name__)
+
 #: The size of one event in the queue of which the sender still makes a batch.
 MAX_BATCH_BYTES = 1_000_000
-
+#: The message of an event of this size is small enough, whatever is in it.
+_SMALL_EVENT = MAX_MESSAGE_BYTES // MAX_GROWTH - 1_000
 
 #: A text as JSON has it. A call in C: msgspec's is one to bytes and one back.
 quoted = encode_basestring_ascii
@@ -81,13 +92,22 @@ def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, st
     ]
 
 
+def are_small(meters: Iterable[Meter], source: str) -> bool:
+    """Say whether no event of these meters is large, with a short subject."""
+    largest = _SMALL_EVENT - 12 * SHORT_SUBJECT - 1_000
+    return all(
+        len(_head(meter, source)) + len(meter.type) < largest for meter in meters
+    )
+
+
 def encode_events(
     meters: Sequence[Meter], *, request_id: str, subject: str | None, source: str
 ) -> list[bytes]:
     """Encode the events of one request whose meters differ from the policy's.
 
     A meter without a subject of its own takes *subject*, which may be None only
-    where every meter has one.
+    where every meter has one. A time in the future becomes the present moment: Kafka
+    refuses it, together with other events that OpenMeter has accepted.
     """
     now = timestamp()
     events = []
@@ -95,11 +115,25 @@ def encode_events(
         name = _json(meter.subject or subject or "")
         event_id = _json(meter.id or f"{request_id}:{suffix}")
         time = meter.time or now
+        if is_later(time, now):
+            logger.warning(
+                "meter %r: its time %s is in the future; it is sent with the present "
+                "time", meter.type, time,
+            )  # fmt: skip
+            time = now
         event = (
             f'{_head(meter, source)},"id":{event_id},"time":"{time}","subject":{name}}}'
         )
         events.append(event.encode())
     return events
+
+
+def size_problem(event: bytes) -> str | None:
+    """Say that OpenMeter cannot store an event for its size, None if it can."""
+    if len(event) <= _SMALL_EVENT:
+        return None
+    size = message_bytes(event)
+    return too_large(size) if size > MAX_MESSAGE_BYTES else None
 
 
 def _head(meter: Meter, source: str) -> str:

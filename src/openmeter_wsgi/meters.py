@@ -107,7 +107,7 @@ class RunTimeMeters:
             except MeterValueError as error:
                 # Each part is valid and was accepted: the larger one is billed.
                 logger.error("%s; the larger one is sent alone", error)
-                numbers[name] = max(numbers[name], number)
+                numbers[name] = max(numbers[name], number, key=float)
         documents += [m for m, flat in self._documents if with_flat or not flat]
         return Usage(numbers, tuple(documents))
 

@@ -30,6 +30,11 @@ class Reply(NamedTuple):
     body: bytes
 
     @property
+    def date(self) -> float | None:
+        """When the server answered by its own clock, None if it does not say."""
+        return _moment(self.headers.get("Date", ""))
+
+    @property
     def is_page(self) -> bool:
         """Whether it is a web page, as a proxy or a login shows it."""
         content_type = self.headers.get("Content-Type", "").lower()
@@ -75,8 +80,14 @@ def _retry_after(value: str | None) -> float | None:
         return None
     if value.strip().isdecimal():
         return min(float(value), MAX_RETRY_AFTER)
-    try:
-        moment = parsedate_to_datetime(value).timestamp()
-    except (ValueError, OverflowError):
+    if (moment := _moment(value)) is None:
         return None
     return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)
+
+
+def _moment(date: str) -> float | None:
+    """Return the time of an HTTP date in seconds since 1970, None if it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return None

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from openmeter_wsgi import log
 from openmeter_wsgi.environ import CALLER, ROUTE, SUBJECT, USER, environ_of
-from openmeter_wsgi.wire import text_problem
+from openmeter_wsgi.wire import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -85,10 +85,12 @@ def subject_finder(policy: Policy) -> FindSubject:
 def anonymous_subject(policy: Policy) -> str | None:
     """Return whom all requests are billed to that do not say who is calling.
 
-    None where they have no subject, or the policy finds it elsewhere in the request.
+    None where they have no subject, or a long one, or the policy finds it elsewhere in
+    the request.
     """
     has_fallback = policy.on_missing_subject != "skip" and policy.subject is None
-    return policy.on_missing_subject if has_fallback else None
+    is_short = len(policy.on_missing_subject) <= SHORT_SUBJECT
+    return policy.on_missing_subject if has_fallback and is_short else None
 
 
 def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
@@ -122,12 +124,13 @@ def _header_text(value: object) -> str:
     """
     if not isinstance(value, str):
         return _text(value) or ""
-    if value.isascii():
-        return value.strip()
-    try:
-        return value.encode("latin-1").decode().strip()
-    except UnicodeError:
-        return _text(value.strip()) or ""
+    if not value.isascii():
+        try:
+            value = value.encode("latin-1").decode()
+        except UnicodeError:
+            return _text(value.strip()) or ""
+    text = value.strip()
+    return text if "\0" not in text else _text(text) or ""
 
 
 def path_reader(path: str) -> Callable[[object], object]:

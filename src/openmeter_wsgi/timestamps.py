@@ -71,6 +71,15 @@ def timestamp() -> str:
     return clock.text if clock.monotonic() < clock.until else clock.renew()
 
 
+#: Of a timestamp in UTC: all but the fraction of a second and the Z.
+WHOLE_SECONDS = len("2026-01-02T03:04:05")
+
+
+def is_later(left: str, right: str) -> bool:
+    """Say whether one timestamp in UTC is in a later second than another."""
+    return left[:WHOLE_SECONDS] > right[:WHOLE_SECONDS]
+
+
 class _Timed(msgspec.Struct):
     time: datetime
 

@@ -12,7 +12,15 @@ import msgspec
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.source import source_problem
 from openmeter_wsgi.timestamps import rfc3339
-from openmeter_wsgi.wire import encode_data, encode_number, is_finite, text_problem
+from openmeter_wsgi.wire import (
+    add_exactly,
+    as_decimal,
+    digits_problem,
+    encode_data,
+    encode_number,
+    is_finite,
+    text_problem,
+)
 
 Number: TypeAlias = int | float | Decimal
 #: A document (its ``type`` is text), or a mapping of type to number, or several.
@@ -62,7 +70,8 @@ def read_usage(meters: object) -> Usage:
     """Return the usage that *meters* states, with every value checked.
 
     :raises MeterValueError: naming the value that OpenMeter would refuse, or
-        would take and leave out of the meter.
+        would take and leave out of the meter. A negative number it would count: a SUM
+        gets smaller, which no request may do.
     """
     numbers: dict[str, Number] = {}
     documents: list[Meter] = []
@@ -123,6 +132,8 @@ def _read_text(what: str, value: object) -> str:
 def _read_number(name: str, value: object) -> Number:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):  # noqa: SIM102
         if is_finite(value) and value >= 0:
+            if problem := digits_problem(value):
+                raise MeterValueError(f"meter {name!r}: {problem}")
             return value
     raise MeterValueError(
         f"meter {name!r}: expected a number, finite and not negative, got {value!r}"
@@ -134,15 +145,18 @@ def add_numbers(name: str, left: Number, right: Number) -> Number:
 
     :raises MeterValueError: if it is too large for OpenMeter to read.
     """
-    if isinstance(left, Decimal) or isinstance(right, Decimal):
-        # Decimal and float do not mix; the shortest text of a float is what was meant.
-        left, right = Decimal(str(left)), Decimal(str(right))
+    total: Number
     try:
-        total = left + right  # type: ignore[operator]
+        if isinstance(left, Decimal) or isinstance(right, Decimal):
+            total = add_exactly(as_decimal(left), as_decimal(right))
+        else:
+            total = left + right
     except OverflowError:
         total = math.inf
     if not is_finite(total):
         raise MeterValueError(f"meter {name!r}: {left!r} + {right!r} is too large")
+    if problem := digits_problem(total):
+        raise MeterValueError(f"meter {name!r}: {left!r} + {right!r}: {problem}")
     return total
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from openmeter_wsgi.environ import CALLER
 from openmeter_wsgi.events import quoted, static_templates
 from openmeter_wsgi.timestamps import clock, timestamp
+from openmeter_wsgi.wire import SHORT_SUBJECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -132,7 +133,8 @@ def usual_make(
     def make(environ: dict[str, Any]) -> list[bytes] | None:
         if environ["REQUEST_METHOD"] == "OPTIONS" or not is_own[0]:
             return None
-        if not (subject := find_subject(environ)):
+        subject = find_subject(environ)
+        if not subject or len(subject) > SHORT_SUBJECT:
             return None
         request_id = ids.new()
         tail = f'{timestamp()}","subject":{quoted(subject)}}}'
@@ -163,10 +165,10 @@ def _making_one(
             return None
         if anonymous is None or CALLER in environ or "REMOTE_USER" in environ:
             subject = find_subject(environ)
+            if not subject or len(subject) > SHORT_SUBJECT:
+                return None
         else:
             subject = anonymous
-        if not subject:
-            return None
         try:
             block, numbers = ids.block
             number = next(numbers)

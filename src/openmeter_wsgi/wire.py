@@ -8,8 +8,10 @@ JSON: an encoder writes null for them, and the meter silently counts nothing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import Any
 
 import msgspec
 
@@ -17,37 +19,100 @@ from openmeter_wsgi.errors import MeterValueError
 
 #: The largest integer up to which a 64-bit float holds every integer.
 MAX_EXACT_INTEGER = 2**53
-#: Kafka, behind OpenMeter, refuses messages above about 1 MB for good.
-MAX_DATA_BYTES = 900_000
+#: OpenMeter writes each event into a Kafka message, which may not be larger.
+MAX_MESSAGE_BYTES = 1_000_000
+#: Of it this much is for its headers, its frame, and the names of its fields.
+_FRAME_BYTES = 512
+#: An event is never more than this many times as long in its message: `<` in the data
+#: takes seven bytes there.
+MAX_GROWTH = 8
+#: A subject of as many characters is never what makes an event large.
+SHORT_SUBJECT = 1_000
+#: A number that travels as text has no more digits.
+MAX_DIGITS = 60
+#: The decimal places of a float that is added to a Decimal.
+_FLOAT_PLACES = 40
+
+#: Decimals are added in a context of ours. The application's may round to three
+#: digits, or raise what it calls inexact. Any two floats have an exact sum here.
+_CONTEXT = Context(
+    prec=1_000, rounding=ROUND_HALF_EVEN, Emin=-99_999, Emax=99_999,
+    capitals=1, clamp=0, flags=[], traps=[],
+)  # fmt: skip
 
 
 def encode_data(data: object, what: str) -> bytes:
-    """Encode the ``data`` of an event.
+    """Encode the ``data`` of an event, without the keys whose value is None.
+
+    OpenMeter refuses a null there, and takes one further down.
 
     :raises MeterValueError: if it is no JSON object or holds what cannot arrive.
     """
     if not isinstance(data, Mapping):
         raise MeterValueError(f"{what}: expected a JSON object, got {data!r}")
     try:
-        encoded = msgspec.json.encode(_exact(data, what))
+        exact: Any = _exact(data, what)
+        encoded = msgspec.json.encode(
+            {key: value for key, value in exact.items() if value is not None}
+        )
     except (TypeError, UnicodeEncodeError, RecursionError) as error:
         raise MeterValueError(f"{what}: {error}") from None
-    if len(encoded) > MAX_DATA_BYTES:
-        raise MeterValueError(
-            f"{what}: expected at most {MAX_DATA_BYTES} bytes, got {len(encoded)}"
-        )
+    if len(encoded) * MAX_GROWTH > MAX_MESSAGE_BYTES:
+        size = _data_bytes(encoded) + _FRAME_BYTES
+        if size > MAX_MESSAGE_BYTES:
+            raise MeterValueError(f"{what}: {too_large(size)}")
     return encoded
 
 
 def encode_number(number: float | Decimal) -> bytes:
-    """Encode a finite number so that it arrives exact."""
+    """Encode a finite number of at most 60 digits so that it arrives exact."""
     return msgspec.json.encode(_exact_number(number))
+
+
+def add_exactly(left: Decimal, right: Decimal) -> Decimal:
+    """Return the sum of two Decimals, whatever the application's context is."""
+    return _CONTEXT.add(left, right)
+
+
+def as_decimal(number: float | Decimal) -> Decimal:
+    """Return a finite number as a Decimal; of a float the shortest text was meant.
+
+    A float has no more than 40 places: a sum with what is left of a rounding would
+    have more digits than can be sent.
+    """
+    if isinstance(number, Decimal):
+        return number
+    exact = Decimal(str(number))
+    if exact.adjusted() < -_FLOAT_PLACES:
+        return Decimal(0)
+    if int(exact.as_tuple().exponent) < -_FLOAT_PLACES:
+        return _CONTEXT.quantize(exact, Decimal((0, (1,), -_FLOAT_PLACES)))
+    return exact
+
+
+def digits_problem(number: float | Decimal) -> str | None:
+    """Say that a finite number has too many digits for a text, None if it has not."""
+    if isinstance(number, Decimal):
+        # Not counted in the text: that of 1E-999999999 would fill the memory.
+        _, digits, exponent = number.as_tuple()
+        places = int(exponent)
+        written = max(len(digits) + places, 1) + max(-places, 0)
+    elif isinstance(number, float) or abs(number) <= MAX_EXACT_INTEGER:
+        return None
+    else:
+        written = len(str(abs(number)))
+    if written <= MAX_DIGITS:
+        return None
+    return f"expected a number of at most {MAX_DIGITS} digits, got {written} digits"
 
 
 def text_problem(value: object) -> str | None:
     """Say what is wrong with *value* as a type, id or subject."""
     if not isinstance(value, str) or not value:
         return f"expected text that is not empty, got {value!r}"
+    if "\0" in value:
+        # OpenMeter takes it, and then no list of events that would show it.
+        return f"expected text without NUL, got {value!r}"
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -63,12 +128,17 @@ def is_finite(number: float | Decimal) -> bool:
         return False
 
 
+def written_number(number: int | Decimal) -> str:
+    """Return *number* with all its digits and without an exponent."""
+    return f"{number:f}" if isinstance(number, Decimal) else str(int(number))
+
+
 def _exact_number(number: float | Decimal) -> int | float | str:
     if isinstance(number, float):
         return float(number)
-    if isinstance(number, Decimal):
-        return str(number)
-    return int(number) if abs(number) <= MAX_EXACT_INTEGER else str(int(number))
+    if isinstance(number, int) and abs(number) <= MAX_EXACT_INTEGER:
+        return int(number)
+    return written_number(number)
 
 
 def _exact(value: object, path: str) -> object:
@@ -78,6 +148,8 @@ def _exact(value: object, path: str) -> object:
     if isinstance(value, int | float | Decimal):
         if not is_finite(value):
             raise MeterValueError(f"{path}: expected a finite number, got {value!r}")
+        if problem := digits_problem(value):
+            raise MeterValueError(f"{path}: {problem}")
         return _exact_number(value)
     if isinstance(value, Mapping):
         return {_key(k, path): _exact(v, f"{path}.{k}") for k, v in value.items()}
@@ -100,3 +172,71 @@ def _builtin(value: object, path: str) -> object:
         raise MeterValueError(
             f"{path}: expected a JSON value, got {type(value).__name__}"
         ) from None
+
+
+# -- The size of a Kafka message
+
+
+class _Event(msgspec.Struct):
+    """What OpenMeter makes a message of."""
+
+    id: str
+    source: str
+    type: str
+    subject: str
+    data: msgspec.Raw = msgspec.Raw(b"")
+
+
+def message_bytes(event: bytes) -> int:
+    """Return the size of the Kafka message that OpenMeter makes of an event.
+
+    Its ``data`` is a JSON text within the JSON of the message, and both are written as
+    Go does it. The key of the message repeats source and id.
+    """
+    read = msgspec.json.decode(event, type=_Event)
+    texts = (read.id, read.source, read.type, read.subject)
+    key = len(read.source.encode()) + len(read.id.encode())
+    size = sum(_text_bytes(msgspec.json.encode(text)) for text in texts)
+    return size + key + _data_bytes(bytes(read.data)) + _FRAME_BYTES
+
+
+def too_large(size: int) -> str:
+    """Say that a message is too large."""
+    return (
+        f"expected at most {MAX_MESSAGE_BYTES} bytes in the message that OpenMeter "
+        f"makes of it (<, > and & take seven there, a quotation mark two), got {size}"
+    )
+
+
+def _text_bytes(text: bytes) -> int:
+    """Return how long a JSON text is in Go, which escapes what HTML gives a meaning."""
+    escaped = sum(map(text.count, (b"<", b">", b"&")))
+    return len(text) + 5 * escaped + 3 * _separators(text)
+
+
+def _data_bytes(data: bytes) -> int:
+    """Return how long a JSON document is within a JSON text, both written by Go."""
+    size = _text_bytes(data)
+    # Each escape by Go gains a backslash, as does each quotation mark and backslash.
+    again = sum(map(data.count, (b'"', b"\\", b"<", b">", b"&")))
+    return size + again + _separators(data) + _number_growth(data)
+
+
+def _separators(text: bytes) -> int:
+    """Return how many U+2028 and U+2029 there are."""
+    return text.count(b"\xe2\x80\xa8") + text.count(b"\xe2\x80\xa9")
+
+
+def _number_growth(data: bytes) -> int:
+    """Return by how much Go writes the floats of a document longer than we do."""
+    # Texts are matched to be passed over.
+    found = re.findall(rb'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+(?:e-?\d+)?|e-?\d+))', data)
+    return sum(len(_as_go_writes(number)) - len(number) for number in found if number)
+
+
+def _as_go_writes(number: bytes) -> str:
+    value = float(number)
+    if value == 0 or 1e-6 <= abs(value) < 1e21:
+        text = f"{Decimal(repr(value)):f}"
+        return text.removesuffix(".0")
+    return repr(value).removesuffix(".0").replace("e-0", "e-")

@@ -156,7 +156,7 @@ def _obstacle(check: Check, situation: Situation) -> str | None:
     """Say why a check cannot look, None if it can."""
     flavor = situation.policy.api_flavor
     if check.needs_listing and flavor != "v1":
-        return f"only v1 lists what has arrived, and api_flavor is {flavor!r}"
+        return f"this looks at the lists of v1 alone, and api_flavor is {flavor!r}"
     if (check.needs_answer or check.needs_event) and not situation.answers:
         return "not looked at: the server does not answer"
     if check.needs_event and situation.sent is None:

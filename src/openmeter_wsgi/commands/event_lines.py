@@ -7,8 +7,9 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from openmeter_wsgi.commands.old_events import is_old
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import MAX_BATCH_BYTES, encode_events
+from openmeter_wsgi.events import encode_events, size_problem
 from openmeter_wsgi.usage import read_usage
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def encode_event(document: Any, *, source: str, new_id: str | None = None) -> by
         (encoded,) = encode_events(meters, request_id="", subject=None, source=source)
     except (MeterValueError, ValueError) as error:
         raise InvalidEvent(str(error)) from None
-    if len(encoded) > MAX_BATCH_BYTES:
-        raise InvalidEvent(f"expected at most {MAX_BATCH_BYTES} bytes")
+    if problem := size_problem(encoded):
+        raise InvalidEvent(problem)
     return encoded
 
 
@@ -97,6 +98,8 @@ class CheckedEvents:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.count = 0
+        #: How many of the valid ones are older than what Kafka keeps.
+        self.old = 0
         self.flaws: list[Flaw] = []
 
     def add(self, lines: Iterable[bytes], *, source: str, new_ids: bool) -> None:
@@ -112,6 +115,7 @@ class CheckedEvents:
             else:
                 self._file.write(event + b"\n")
                 self.count += 1
+                self.old += is_old(event)
 
     def __iter__(self) -> Iterator[bytes]:
         self._file.seek(0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.letters import DeadLetterFile, Letter, requeue
 from openmeter_wsgi.commands.output import name_of, print_json, printable
 from openmeter_wsgi.errors import SpoolError
@@ -57,10 +58,13 @@ def requeue_letters(
         file.erase_settled()
     no_event = sum(not one.can_be_sent for one in chosen)
     left_expired = len(chosen) - len(good) - no_event
+    if old := sum(old_events.is_old(one.event) for one in good):
+        click.echo(f"Warning: {old_events.several(old)}: {old_events.REMEDY}", err=True)
     if as_json:
-        print_json(
-            {"requeued": len(good), "expired": left_expired, "no_event": no_event}
-        )
+        print_json({
+            "requeued": len(good), "old": old, "expired": left_expired,
+            "no_event": no_event,
+        })  # fmt: skip
         return
     click.echo(f"requeued {len(good)} dead letters")
     if left_expired:

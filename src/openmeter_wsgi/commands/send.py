@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.event_lines import (
     CheckedEvents,
     InvalidEvent,
@@ -79,8 +80,12 @@ def command(
             lines = progress(file, "Checking", None)
             events.add(lines, source=policy.event_source, new_ids=how["new_ids"])
         elif event is not None:
-            kept.write(_encoded(event, policy) + b"\n")
-            events.count = 1
+            encoded = _encoded(event, policy)
+            kept.write(encoded + b"\n")
+            events.count, events.old = 1, int(old_events.is_old(encoded))
+        if events.old:
+            about = old_events.several(events.old)
+            click.echo(f"Warning: {about}: {old_events.REMEDY}", err=True)
         outcome = Outcome(events, policy)
         if not how["dry_run"] and (how["skip_invalid"] or not events.flaws):
             outcome.send(how["retry_for"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.exit_codes import EXIT_CODES, BadConfiguration
 from openmeter_wsgi.commands.letters import DeadLetterFile
 from openmeter_wsgi.commands.locks import holder
@@ -61,6 +62,8 @@ class _Shipping(SpoolQueue):
             "this process is the sender of %s to %s; %d events wait",
             self._directory, self._policy.api_url, self.waiting,
         )  # fmt: skip
+        if problem := old_events.oldest(self.in_spool.oldest_at):
+            logger.warning("%s: %s: %s", self._directory, problem, old_events.REMEDY)
         super()._deliver(deadline)
 
 

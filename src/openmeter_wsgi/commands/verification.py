@@ -29,7 +29,7 @@ def print_arrived(directory: Path, policy: Policy, *, as_json: bool) -> bool:
     """Print of every event in question if it arrived; return whether all did."""
     if policy.api_flavor != "v1":
         raise click.ClickException(
-            f"api_flavor: only v1 lists events by id, got {policy.api_flavor!r}"
+            f"api_flavor: events are looked up by v1 alone, got {policy.api_flavor!r}"
         )
     questions = _questions(directory)
     try:

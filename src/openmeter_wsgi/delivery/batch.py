@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 #: Of an event this much is logged.
 _MAX_LOGGED = 4_096
@@ -23,8 +23,12 @@ class Batch(Protocol):
     def __getitem__(self, index: int, /) -> bytes:
         """Return one."""
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
+
+    @property
+    def texts(self) -> Iterable[bytes]:
+        """All events, in texts that may hold several."""
 
 
 class ListedBatch(list[bytes]):
@@ -32,10 +36,14 @@ class ListedBatch(list[bytes]):
 
     __slots__ = ()
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
-        middle = len(self) // 2
-        return type(self)(self[:middle]), type(self)(self[middle:])
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
+        return type(self)(self[:events]), type(self)(self[events:])
+
+    @property
+    def texts(self) -> Iterable[bytes]:
+        """All events, in texts that may hold several."""
+        return self
 
 
 def shortened(event: bytes) -> bytes:

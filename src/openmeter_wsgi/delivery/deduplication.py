@@ -30,6 +30,12 @@ REMEDY = (
     "switch on sink.dedupe in the server's configuration (driver redis), or an attempt "
     "without an answer may be billed twice"
 )
+#: From outside the two look the same.
+IN_THE_SINK = (
+    "on a server of your own see that sink.dedupe does it and dedupe.enabled is off: "
+    "with the latter a batch that was answered 5xx is answered 204 when it is sent "
+    "again, and is never counted"
+)
 
 
 class Verdict(msgspec.Struct, frozen=True):

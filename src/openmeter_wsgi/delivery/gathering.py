@@ -34,6 +34,10 @@ class Source(Protocol):
     def take(self, *, max_events: int, max_bytes: int) -> Batch:
         """Return the oldest events, as many as one batch may hold."""
 
+    @property
+    def due_in(self) -> float | None:
+        """The seconds until delayed events are due, None if there are none."""
+
 
 class Gathering:
     """Waits until a batch has come together in a source, and between attempts.
@@ -81,7 +85,7 @@ class Gathering:
         Where batches follow each other closely, they are filled as far as they may be.
         """
         waited = self._fill_up()
-        self._wait_for(1, MAX_DELAY if self._sender.doubtful else None)
+        self._wait_for(1, self._until_others())
         if len(self._events):
             self._wait_for(self._batch_size, self._flush_interval - waited)
         hurried, self._hurried = self._hurried, False
@@ -95,6 +99,13 @@ class Gathering:
             self._sender.retry_suspects()
         if hurried and (len(events) >= self._max_batch or len(self._events)):
             self._hurried = True  # until all is taken that the flush found
+
+    def _until_others(self) -> float | None:
+        """Return the seconds until there is something else to try, None for never."""
+        waits = [MAX_DELAY] if self._sender.doubtful else []
+        if (due_in := self._events.due_in) is not None:
+            waits.append(due_in)
+        return min(waits, default=None)
 
     def _fill_up(self) -> float:
         """Wait for a full batch until another may follow.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import ranges
 from openmeter_wsgi.delivery.batch import ListedBatch
+from openmeter_wsgi.delivery.delayed import Delayed
 from openmeter_wsgi.delivery.watermark import Marks
 
 if TYPE_CHECKING:
@@ -40,12 +41,11 @@ class NumberedBatch(ListedBatch):
         self.first = first
         self.size = sum(map(len, self)) if size is None else size
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
-        middle = len(self) // 2
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
         return (
-            type(self)(self[:middle], first=self.first),
-            type(self)(self[middle:], first=self.first + middle),
+            type(self)(self[:events], first=self.first),
+            type(self)(self[events:], first=self.first + events),
         )
 
 
@@ -90,6 +90,8 @@ class MemoryQueue:
         self._ever_taken = 0
         self._done_numbers: Ranges = []
         self._marks: Marks[int] = Marks()
+        #: Taken, and not to be sent yet.
+        self._delayed: Delayed[NumberedBatch] = Delayed()
 
     def put(self, event: bytes) -> bool:
         """Append *event*, and say whether there was room for it.
@@ -186,7 +188,12 @@ class MemoryQueue:
             return []
 
     def take(self, *, max_events: int, max_bytes: int) -> NumberedBatch:
-        """Return the oldest events, as many as one batch may hold, at least one."""
+        """Return the oldest events, as many as one batch may hold, at least one.
+
+        What was delayed and is due now comes before them, as the batch that it was.
+        """
+        if (due := self._delayed.take_due()) is not None:
+            return due
         with self._moved:
             popleft = self._events.popleft
             taken = [popleft() for _ in range(min(len(self._events), max_events))]
@@ -201,6 +208,15 @@ class MemoryQueue:
             self._taken += len(batch)
             self._ease()
         return batch
+
+    def delay(self, batch: NumberedBatch, seconds: float) -> None:
+        """Hand out *batch*, which was taken, once more after so many seconds."""
+        self._delayed.add(batch, seconds)
+
+    @property
+    def due_in(self) -> float | None:
+        """The seconds until delayed events are due, None if there are none."""
+        return self._delayed.due_in
 
     def done(self, batch: NumberedBatch) -> None:
         """Forget *batch*: it is delivered, or buried."""

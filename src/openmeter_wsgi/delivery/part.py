@@ -161,9 +161,14 @@ class SpoolBatch(Array):
         *others, last = [b"[" + first, *others]
         return b",".join([*others, last + b"]"])
 
-    def halves(self) -> tuple[Self, Self]:
-        """Return the first half and the second: it holds at least two events."""
-        missing = len(self) // 2
+    @property
+    def texts(self) -> Iterable[bytes]:
+        """All events, in texts that may hold several."""
+        return (part.text for part in self.parts)
+
+    def split_at(self, events: int) -> tuple[Self, Self]:
+        """Return the first *events* and the others: neither is empty."""
+        missing = events
         first: list[Part] = []
         second: list[Part] = []
         for part in self.parts:

@@ -49,7 +49,12 @@ class DeliveryQueue(BackgroundDelivery):
         #: this layer: a put is one call less.
         self.put = self._events.put
         self._sender = Sender(
-            client, counts, self._events.done, waiting=lambda: self._events.waiting
+            client,
+            counts,
+            self._events.done,
+            waiting=lambda: self._events.waiting,
+            delay=self._events.delay,
+            clock_ahead=lambda: client.clock_ahead,
         )
 
     def start(self) -> None:

@@ -9,6 +9,11 @@ An event refused alone is not yet guilty: a proxy may be refusing everything. It
 is buried if the server refused it, accepted another event, and refused it again;
 until then it steps aside as a suspect and is tried again after each acceptance.
 Being refused as part of a larger batch counts as the first refusal.
+
+A 500 may mean either: Kafka is away, or it does not take one of these events. So one
+event of the batch is tried alone, and if the server accepts it while the others still
+get a 500, they are split without a wait. What gets a 500 alone is no longer waited for,
+and buried after ten of them, each with an acceptance since the one before.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch, shortened
+from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
 from openmeter_wsgi.delivery.trouble import Trouble, reason_of
 from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
 from openmeter_wsgi.timestamps import age_of
@@ -39,8 +45,11 @@ FIRST_DELAY = 1.0
 #: Of the kernel: the random numbers of `random` are the application's, who may have
 #: seeded it, and the same in all processes that were forked from one.
 _JITTER = random.SystemRandom()
-#: A batch that gets a 5xx this often in a row may itself be the cause.
+#: A batch that gets a 5xx this often in a row may itself be the cause, and an event is
+#: buried that alone gets as many while others are accepted.
 MAX_SERVER_ERRORS = 10
+#: What OpenMeter answers where Kafka does not take an event, now or ever.
+_KAFKA_ERROR = 500
 
 
 _B = TypeVar("_B", bound=Batch)
@@ -57,7 +66,10 @@ class Client(Protocol[_Sent]):
 class _Trial(Generic[_B]):
     """A batch that is tried, and how that went so far."""
 
-    __slots__ = ("events", "failures", "refusal", "server_errors")
+    __slots__ = (
+        "accepted_before", "blamed", "events", "failures", "refusal", "server_errors",
+        "was_suspect",
+    )  # fmt: skip
 
     def __init__(
         self, events: _B, refusal: tuple[int | None, int] | None = None
@@ -68,6 +80,13 @@ class _Trial(Generic[_B]):
         #: Of the first refusal: its status, and how many batches the server had
         #: accepted before it.
         self.refusal = refusal
+        #: How many batches the server had accepted before it first answered 500 to this
+        #: one, or to one of which it was a part. None: it has not.
+        self.accepted_before: int | None = None
+        #: How often an event got a 500 alone with an acceptance since the last one.
+        self.blamed = 0
+        #: Whether it stood aside before.
+        self.was_suspect = False
 
 
 class Sender(Generic[_B]):
@@ -86,12 +105,18 @@ class Sender(Generic[_B]):
         jitter: Callable[[float, float], float] = _JITTER.uniform,
         bury: Callable[[bytes, DeliveryError], None] | None = None,
         waiting: Callable[[], int] = lambda: 0,
+        delay: Callable[[_B, float], None] | None = None,
+        clock_ahead: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._client = client
         self._counts = counts
         self._done = done
         self._jitter = jitter
         self._keep_buried = bury
+        #: Gives a part of a batch back, to be loaded again after as many seconds.
+        self._delay = delay
+        #: By how many seconds our clock is ahead of OpenMeter's, as far as is known.
+        self._clock_ahead = clock_ahead
         self._pending: deque[_Trial[_B]] = deque()
         self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
@@ -114,8 +139,17 @@ class Sender(Generic[_B]):
         return bool(self._suspects)
 
     def load(self, events: _B) -> None:
-        """Take over a batch."""
-        self._pending.append(_Trial(events))
+        """Take over a batch, but for events that are dated too far ahead."""
+        if self._delay is None:
+            self._pending.append(_Trial(events))
+            return
+        clock_ahead = self._clock_ahead()
+        for part, wait in split_by_date(events, clock_ahead):
+            if wait:
+                self._say_ahead(len(part), wait, clock_ahead)
+                self._delay(part, wait)
+            else:
+                self._pending.append(_Trial(part))
 
     def retry_suspects(self) -> None:
         """Try the suspects again, though nothing else was accepted since."""
@@ -163,14 +197,37 @@ class Sender(Generic[_B]):
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
         batch.server_errors = batch.server_errors + 1 if is_server_error else 0
-        if batch.server_errors >= MAX_SERVER_ERRORS:
+        is_cause = error.status == _KAFKA_ERROR and self._is_cause(batch)
+        if is_cause or batch.server_errors >= MAX_SERVER_ERRORS:
             return self._refused(error)
         delay = self._backoff(batch.failures)
         if error.retry_after is not None:
             delay = max(delay, error.retry_after)  # 0 is no leave to hammer
         self.trouble.note(error)
         self._say_failed(batch, error, delay)
+        if error.status == _KAFKA_ERROR:
+            self._try_another_part(batch)
         return delay
+
+    def _is_cause(self, batch: _Trial[_B]) -> bool:
+        """Say whether a 500 is about this batch: the server accepts others."""
+        if batch.accepted_before is None:
+            batch.accepted_before = self._accepted
+        return batch.was_suspect or self._accepted > batch.accepted_before
+
+    def _try_another_part(self, batch: _Trial[_B]) -> None:
+        """Let the next attempt be of one event, or of the others after it."""
+        pending = self._pending
+        if len(pending) > 1 and pending[1].accepted_before == batch.accepted_before:
+            pending[0], pending[1] = pending[1], pending[0]
+        elif len(batch.events) > 1:
+            pending.popleft()
+            for events in reversed(batch.events.split_at(1)):
+                part = _Trial(events)
+                part.failures = batch.failures
+                part.server_errors = batch.server_errors
+                part.accepted_before = batch.accepted_before
+                pending.appendleft(part)
 
     def _refused(self, error: DeliveryError) -> float:
         batch = self._pending.popleft()
@@ -178,11 +235,12 @@ class Sender(Generic[_B]):
             batch.refusal = (error.status, self._accepted)
         if len(batch.events) > 1:
             self._split(batch, error)
-        elif self._accepted > batch.refusal[1]:
+        elif self._is_guilty(batch, error):
             self._bury(batch.events, error)
         else:
             batch.failures += 1
             batch.server_errors = 0
+            batch.was_suspect = True
             self._suspects.append(batch)
             self._refused_in_a_row += 1
         if self._refused_in_a_row < 2:
@@ -196,12 +254,24 @@ class Sender(Generic[_B]):
         )  # fmt: skip
         return delay
 
+    def _is_guilty(self, batch: _Trial[_B], error: DeliveryError) -> bool:
+        """Say whether an event that is refused alone will never be accepted."""
+        status, accepted = batch.refusal or (None, self._accepted)
+        if self._accepted <= accepted:
+            return False
+        if isinstance(error, Rejected) or batch.server_errors >= MAX_SERVER_ERRORS:
+            return True
+        batch.blamed += 1
+        batch.refusal = (status, self._accepted)
+        return batch.blamed >= MAX_SERVER_ERRORS
+
     def _split(self, batch: _Trial[_B], error: DeliveryError) -> None:
         # What a 5xx says of a batch is too weak to be held against each event of it.
         refusal = batch.refusal if isinstance(error, Rejected) else None
-        first, second = batch.events.halves()
-        self._pending.appendleft(_Trial(second, refusal))
-        self._pending.appendleft(_Trial(first, refusal))
+        for events in reversed(batch.events.split_at(len(batch.events) // 2)):
+            part = _Trial(events, refusal)
+            part.accepted_before = batch.accepted_before
+            self._pending.appendleft(part)
 
     def _expired(self, error: DeliveryError) -> float:
         """Set the batch aside: sent once more, it might be billed twice."""
@@ -237,6 +307,16 @@ class Sender(Generic[_B]):
     def _backoff(self, failures: int) -> float:
         """Full jitter: what failed together is not tried again together."""
         return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
+
+    def _say_ahead(self, events: int, wait: float, clock_ahead: float) -> None:
+        logger.error(
+            "%s: %d events are dated %.0f s or more ahead of OpenMeter's time and are "
+            "kept until they are less than half an hour ahead, in %.0f s; Kafka would "
+            "drop them and others with them. This host's clock is %.0f s %s "
+            "OpenMeter's",
+            "clock", events, wait + MAX_AHEAD, wait, abs(clock_ahead),
+            "ahead of" if clock_ahead > 0 else "behind",
+        )  # fmt: skip
 
     def _say_failed(
         self, batch: _Trial[_B], error: DeliveryError, delay: float

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import progress, ranges
+from openmeter_wsgi.delivery.delayed import Delayed
 from openmeter_wsgi.delivery.doubts import Doubts
-from openmeter_wsgi.delivery.part import Part, SpoolBatch, take_from
+from openmeter_wsgi.delivery.part import Part, Run, SpoolBatch, take_from
 from openmeter_wsgi.delivery.progress import Progress, ProgressFile
 from openmeter_wsgi.delivery.reading import Reading, first_of_each
 from openmeter_wsgi.delivery.roll_call import RollCall
@@ -33,6 +34,8 @@ logger = log.get_logger(__name__)
 
 #: While enough is known to be sent, the directory is not looked at more often.
 _SCAN_INTERVAL = 0.1
+#: What cannot be read now is tried again after as many seconds.
+_READ_AGAIN = 1.0
 #: So many deletions are brought on the disk together.
 _DELETIONS = 16
 
@@ -63,6 +66,9 @@ class Spool:
         self._waiting_bytes = 0
         #: Batches in doubt when the last sender died: each goes again, alone.
         self._again: deque[SpoolBatch] = deque()
+        #: Where events are that were handed out, and are not to be sent yet. They are
+        #: read once more when they are due, or by the next sender.
+        self._delayed: Delayed[list[Run]] = Delayed()
         self._doubts = Doubts()
         #: Whether there is progress that the disk did not take.
         self._unsaved = False
@@ -111,7 +117,14 @@ class Spool:
         self._file.close()
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
-        """Return the oldest events, as many as one batch may hold."""
+        """Return the oldest events, as many as one batch may hold.
+
+        What was delayed and is due now comes before them, as the batch that it was.
+        """
+        if (runs := self._delayed.take_due()) is not None and (
+            batch := self._delayed_batch(runs)
+        ):
+            return batch
         self._fill()
         if self._again:
             return self._again.popleft()
@@ -133,6 +146,36 @@ class Spool:
         self._save(lasting=False)
         self._forget_done(touched.values())
 
+    # -- Delay
+
+    def delay(self, batch: SpoolBatch, seconds: float) -> None:
+        """Hand out *batch*, which was taken, once more after so many seconds."""
+        self._delayed.add(batch.runs, seconds)
+
+    @property
+    def due_in(self) -> float | None:
+        """The seconds until delayed events are due, None if there are none."""
+        return self._delayed.due_in
+
+    def _delayed_batch(self, runs: list[Run]) -> SpoolBatch | None:
+        try:
+            parts = [part for run in runs for part in self._read_run(run)]
+        except OSError:
+            self._delayed.add(runs, _READ_AGAIN)  # being renamed, it may be
+            return None
+        return SpoolBatch(parts) if parts else None
+
+    def _read_run(self, run: Run) -> list[Part]:
+        """Return what is in a place that was read before.
+
+        :raises OSError: if the segment cannot be read.
+        """
+        if (reading := self._readings.get(run.key)) is None:
+            return []
+        parts, damaged = reading.read_range(run.start, run.end)
+        self._set_aside(reading, damaged)
+        return parts
+
     # -- Doubt
 
     def in_doubt_since(self, batch: SpoolBatch) -> float | None:
@@ -153,15 +196,12 @@ class Spool:
 
     def _load_doubts(self) -> None:
         for doubt in self._loaded.doubts:
-            parts: list[Part] = []
-            for key, places in doubt.lines.items():
-                if (reading := self._readings.get(key)) is None:
-                    continue
-                for start, end in places:
-                    found, damaged = reading.read_range(start, end)
-                    self._set_aside(reading, damaged)
-                    parts += found
-            if parts:
+            runs = [
+                Run(key, start, end)
+                for key, places in doubt.lines.items()
+                for start, end in places
+            ]
+            if parts := [part for run in runs for part in self._read_run(run)]:
                 batch = SpoolBatch(parts)
                 self._doubts.add(batch.runs, doubt.since)
                 self._again.append(batch)

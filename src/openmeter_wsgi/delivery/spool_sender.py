@@ -132,6 +132,8 @@ class SpoolSender(BackgroundDelivery):
             spool.done,
             bury=letters.bury,
             waiting=lambda: self.waiting,
+            delay=spool.delay,
+            clock_ahead=lambda: self._client.clock_ahead,
         )
         self._trouble = self._sender.trouble
         self._spool = self._events = spool

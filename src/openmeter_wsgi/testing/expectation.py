@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from decimal import Decimal, InvalidOperation
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmeter_wsgi.testing.report import shown
+from openmeter_wsgi.wire import add_exactly, written_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,12 +61,13 @@ class Expectation(NamedTuple):
         if self.total is None:
             return ""
         try:
-            total = sum(Decimal(str(event.data[self.of])) for event in found)
+            values = [Decimal(str(event.data[self.of])) for event in found]
         except KeyError:
             names = sorted({name for event in found for name in event.data})
             return f"but there is no {self.of!r} in the data: say of={_or(names)}"
         except InvalidOperation:
             return f"but {self.of!r} is no number"
+        total = reduce(add_exactly, values, Decimal(0))
         if total != Decimal(str(self.total)):
             return f"but it comes to {total}"
         return ""
@@ -78,4 +81,4 @@ def _equal(found: Any, wanted: Any) -> bool:
     """Compare as OpenMeter does, to which an exact number comes as text."""
     if found == wanted:
         return True
-    return isinstance(wanted, int | Decimal) and str(wanted) == found
+    return isinstance(wanted, int | Decimal) and written_number(wanted) == found

@@ -45,9 +45,9 @@ class Finding(NamedTuple):
     remedy: str | None = None
 
 
-def ok(name: str, found: str) -> Finding:
-    """Say that a thing is as it should be."""
-    return Finding(name, Severity.OK, found)
+def ok(name: str, found: str, remedy: str | None = None) -> Finding:
+    """Say that a thing is as it should be, and what still has to be made sure."""
+    return Finding(name, Severity.OK, found, remedy)
 
 
 def warning(name: str, found: str, remedy: str) -> Finding:
@@ -133,5 +133,5 @@ class Check(NamedTuple):
     needs_answer: bool = False
     #: Whether it looks at the marked event, which OpenMeter must have taken.
     needs_event: bool = False
-    #: Whether it looks at lists that OpenMeter's v1 alone has.
+    #: Whether it looks at lists, of which only those of OpenMeter's v1 are read here.
     needs_listing: bool = False

@@ -45,7 +45,11 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
         )
         yield from _keys_in_vain(situation)
     else:
-        yield ok(_NAME, f"of an event sent twice, {PAUSE:g} s apart, one is stored")
+        yield ok(
+            _NAME,
+            f"of an event sent twice, {PAUSE:g} s apart, one is stored",
+            deduplication.IN_THE_SINK,
+        )
     yield from _keep(situation, deduplicates=times == 1)
 
 

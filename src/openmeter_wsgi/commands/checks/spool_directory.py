@@ -7,9 +7,11 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.checks.findings import failure, ok, unknown, warning
 from openmeter_wsgi.commands.locks import holder
 from openmeter_wsgi.delivery.directory import file_system, prepare_directory
+from openmeter_wsgi.delivery.watching import backlog
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.ownership import ELECTION
 
@@ -39,6 +41,7 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
     if finding.severity == "ok":
         situation.spool = directory
         yield from _look_for_sender(situation, directory)
+        yield from _look_for_old_events(directory)
     existing = directory if directory.exists() else directory.parent
     if existing.exists():
         yield from _look_beneath(existing)
@@ -57,6 +60,11 @@ def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]
         )
     else:
         yield ok(name, "there is one")
+
+
+def _look_for_old_events(directory: Path) -> Iterator[Finding]:
+    if problem := old_events.oldest(backlog(directory).oldest_at):
+        yield warning("age of the spool", problem, old_events.REMEDY)
 
 
 def _directory(directory: Path) -> Finding:

@@ -1,0 +1,40 @@
+"""Events so old that Kafka may delete them after OpenMeter has taken them."""
+
+from __future__ import annotations
+
+import time
+
+from openmeter_wsgi.timestamps import age_of
+
+#: How long Kafka keeps a message by default, by the time of its event.
+RETENTION_DAYS = 7
+_DAY = 86_400.0
+
+REMEDY = (
+    "raise retention.ms of OpenMeter's topic (om_default_events) before they are sent, "
+    "and compare 'openmeter-wsgi usage' with what was sent"
+)
+
+
+def is_old(event: bytes) -> bool:
+    """Say whether an encoded event is older than Kafka's default retention."""
+    return age_of(event) > RETENTION_DAYS * _DAY
+
+
+def oldest(moment: float | None) -> str | None:
+    """Say that the oldest event is too old, by its time; None if it is not."""
+    days = 0.0 if moment is None else (time.time() - moment) / _DAY
+    if days <= RETENTION_DAYS:
+        return None
+    return f"the oldest event that waits is {days:.0f} days old; {_DANGER}"
+
+
+def several(events: int) -> str:
+    """Say that so many events are too old."""
+    return f"{events} events are older than {RETENTION_DAYS} days; {_DANGER}"
+
+
+_DANGER = (
+    f"Kafka, which keeps {RETENTION_DAYS} days by default, may delete such an event "
+    "after OpenMeter has taken it, without a word"
+)
