@@ -1,4 +1,7 @@
-"""The API key: a text, a callable or a file, and never seen in a repr."""
+"""The API key: a text, a callable or a file, and never seen in a repr.
+
+And what the address of a server says: whether it needs a key, and its version 3.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,19 @@ if TYPE_CHECKING:
 
 #: OpenMeter Cloud and Kong Konnect; a server of one's own has no authentication.
 _HOSTED = (".openmeter.cloud", ".konghq.com")
+#: A host of Kong Konnect is the name of a region and this.
+_KONNECT = "api.konghq.com"
+
+
+def is_konnect(url: str) -> bool:
+    """Return True if *url* is the address of Kong Konnect, in any region."""
+    region, _, rest = (urlsplit(url).hostname or "").partition(".")
+    return region != "" and rest == _KONNECT
+
+
+def v3_url(url: str) -> str:
+    """Return where version 3 of OpenMeter's API begins on the server at *url*."""
+    return url + ("/v3/openmeter" if is_konnect(url) else "/api/v3/openmeter")
 
 
 def checked_key(text: object) -> str:
@@ -86,11 +102,11 @@ class ApiKey:
         self._key = self._fresh(self._read)
         return self._key != before
 
-    def required_by(self, url: str, flavor: str) -> bool:
-        """Say whether there is no key and the server at *url* wants one."""
+    def required_by(self, url: str) -> bool:
+        """Return True if there is no key and the server at *url* needs one."""
         host = urlsplit(url).hostname or ""
         hosted = host == "openmeter.cloud" or host.endswith(_HOSTED)
-        return self._read is None and (hosted or flavor == "konnect")
+        return self._read is None and hosted
 
     def _fresh(self, read: Callable[[], object]) -> str:
         try:

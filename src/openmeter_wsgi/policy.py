@@ -170,7 +170,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
             return [str(error)]
         object.__setattr__(self, "key", key)
         object.__setattr__(self, "questions_key", questions_key)
-        if key.required_by(self.api_url, self.api_flavor) and not self.dry_run:
+        if key.required_by(self.api_url) and not self.dry_run:
             return [
                 f"api_key: expected a key, which {self.api_url} requires, got none "
                 "(or set OPENMETER_API_KEY)"

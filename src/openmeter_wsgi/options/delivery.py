@@ -10,7 +10,7 @@ import msgspec
 
 from openmeter_wsgi.options import values as read
 
-ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
+ApiFlavor: TypeAlias = Literal["v1", "v3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
@@ -32,9 +32,11 @@ class DeliveryOptions:
     api_url: str = dataclasses.field(
         default="https://openmeter.cloud", metadata={"read": read.url}
     )
-    #: Which of OpenMeter's APIs takes the events: ``"v1"`` of OpenMeter Cloud and of a
-    #: server of your own, ``"v3"`` of newer ones, ``"konnect"`` of Kong Konnect.
-    api_flavor: ApiFlavor = "v1"
+    #: The version of OpenMeter's API that takes events and answers questions:
+    #: ``"v1"`` (with v2 for entitlements), or ``"v3"``, the only one of Kong Konnect.
+    api_flavor: ApiFlavor = dataclasses.field(
+        default="v1", metadata={"read": read.api_flavor}
+    )
     #: Seconds until an attempt without an answer is given up.
     request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
 

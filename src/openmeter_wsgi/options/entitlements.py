@@ -56,8 +56,8 @@ class EntitlementOptions:
     entitlements_url: str | None = dataclasses.field(
         default=None, metadata={"read": read.optional_url}
     )
-    #: Customers of v2 or v1, or the subjects of v1, which OpenMeter has deprecated and
-    #: announced to remove.
+    #: With ``api_flavor="v1"``: customers of v2 or v1, or the subjects of v1, which
+    #: OpenMeter has deprecated and announced to remove.
     entitlements_path: EntitlementsPath = "v2"
     #: Seconds that a request waits for an answer never heard before.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0

@@ -47,11 +47,21 @@ def url(value: Any) -> str:
     if parts.query or parts.fragment:
         raise ValueError(f"expected a URL without ? and #, got {value!r}")
     _ = parts.port  # raises for one that is no port
-    if parts.path.rstrip("/").endswith("/events"):
+    if parts.path.rstrip("/").endswith(("/events", "/v3/openmeter")):
         raise ValueError(
             f"expected the server's address alone, its path is added, got {value!r}"
         )
     return value.strip().rstrip("/")
+
+
+def api_flavor(value: Any) -> str:
+    """Read the version of OpenMeter's API."""
+    if value == "konnect":
+        raise ValueError(
+            "expected 'v1' or 'v3', got 'konnect': write 'v3', and api_url "
+            "'https://<region>.api.konghq.com', by which Kong Konnect is recognised"
+        )
+    return str(typed(value, Literal["v1", "v3"]))
 
 
 def optional_url(value: Any) -> str | None:

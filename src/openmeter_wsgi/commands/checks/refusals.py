@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
-from openmeter_wsgi.api_key import ApiKey
+from openmeter_wsgi.api_key import ApiKey, is_konnect
 from openmeter_wsgi.commands.checks.findings import failure, ok
 from openmeter_wsgi.commands.reasons import is_untrusted, short_reason
 from openmeter_wsgi.connection import Connection
@@ -97,9 +97,9 @@ def _key_remedy(policy: Policy) -> str:
     key = policy.key.known
     if not key:
         return "give a key in api_key or OPENMETER_API_KEY"
-    if key.startswith(_KONNECT_KEYS) and policy.api_flavor != "konnect":
+    if key.startswith(_KONNECT_KEYS) and not is_konnect(policy.api_url):
         return (
-            "this is a key of Kong Konnect: set api_flavor to 'konnect' and api_url to "
+            "this is a key of Kong Konnect: set api_flavor to 'v3' and api_url to "
             "your region, such as https://eu.api.konghq.com"
         )
     return "give a key of this server that may ingest events"
