@@ -32,8 +32,6 @@ _SLOW_DOWN = 1.0
 _MISTAKE_HOLDS = 5.0
 #: … and so many such questions are remembered.
 _MAX_MISTAKES = 1_000
-#: A key that no customer has. A question about it tells if OpenMeter answers at all.
-_NOBODY = "openmeter_wsgi.nobody"
 
 
 class Question(NamedTuple):
@@ -282,7 +280,7 @@ class Asker:
         if not has_token():
             return None
         try:
-            client.answers(_NOBODY, features)
+            client.probe(features)
         except DeliveryError as refusal:
             client.close()
             return refusal

@@ -53,6 +53,7 @@ class Entitlements:
         new_asker: Callable[[Answering], Asks],
         countdown: Countdown,
         lifetimes: Lifetimes,
+        id_lifetimes: Lifetimes | None = None,
         cache_size: int,
         tells_periods: bool,
         close_store: Callable[[], None],
@@ -62,7 +63,7 @@ class Entitlements:
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = KnownAnswers(cache_size)
-        self._customers = FoundCustomers(cache_size, lifetimes)
+        self._customers = FoundCustomers(cache_size, id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
 

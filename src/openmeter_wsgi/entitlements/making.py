@@ -7,18 +7,42 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi.entitlements.asking import Asker
 from openmeter_wsgi.entitlements.checking import Entitlements
+from openmeter_wsgi.entitlements.client_v3 import ClientV3
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
 from openmeter_wsgi.ledger import Ledger, open_store
-from openmeter_wsgi.questions import QuestionClient
+from openmeter_wsgi.questions import ClientV1
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.questions import QuestionClient
 
 #: First sights leave this part of the questions to customers that are known.
 _RESERVED_QUESTIONS = 0.5
+
+
+#: Seconds for which the id of a customer holds by which version 3 is asked. Of a
+#: customer that is deleted meanwhile OpenMeter says so.
+_IDS_HOLD = 600.0
+
+
+def question_client(policy: Policy, timeout: float) -> QuestionClient:
+    """Return a client for the version and the server that *policy* names."""
+    url = policy.entitlements_url or policy.api_url
+    key = policy.questions_key
+    if policy.api_flavor == "v3":
+        return ClientV3(url=url, key=key, timeout=timeout)
+    path = policy.entitlements_path
+    return ClientV1(url=url, path=path, key=key, timeout=timeout)
+
+
+def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
+    """Return how long the customer of a subject is known."""
+    if policy.api_flavor == "v3":
+        return lifetimes._replace(allow=max(lifetimes.allow, _IDS_HOLD))
+    return lifetimes
 
 
 def entitlements_of(
@@ -30,13 +54,8 @@ def entitlements_of(
     ledger = Ledger(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
     )
-    new_client = partial(
-        QuestionClient,
-        url=policy.entitlements_url or policy.api_url,
-        path=policy.entitlements_path,
-        key=policy.questions_key,
-        timeout=policy.entitlement_timeout,
-    )
+    new_client = partial(question_client, policy, policy.entitlement_timeout)
+    lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return Entitlements(
         new_asker=lambda answering: Asker(
             new_client=new_client,
@@ -46,7 +65,8 @@ def entitlements_of(
             reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
         countdown=Countdown(ledger, policy.entitlement_meters),
-        lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
+        lifetimes=lifetimes,
+        id_lifetimes=_id_lifetimes(policy, lifetimes),
         cache_size=policy.entitlement_cache_size,
         close_store=store.close,
         tells_periods=any(

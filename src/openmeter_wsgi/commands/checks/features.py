@@ -13,8 +13,8 @@ from openmeter_wsgi.commands.checks.findings import (
     unanswered,
     warning,
 )
+from openmeter_wsgi.entitlements.making import question_client
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.questions import QuestionClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.commands.asking import Document
     from openmeter_wsgi.commands.checks.findings import Finding, Situation
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.questions import QuestionClient
 
 _QUESTIONS = "entitlements"
 
@@ -62,14 +63,9 @@ def _needed(situation: Situation) -> list[str]:
 def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
     """Ask for a customer who does not exist, as a request would ask."""
     url = policy.entitlements_url or policy.api_url
-    client = QuestionClient(
-        url=url,
-        path=policy.entitlements_path,
-        key=policy.questions_key,
-        timeout=policy.request_timeout,
-    )
+    client = question_client(policy, policy.request_timeout)
     try:
-        _ask(client, features)
+        client.probe(features)
     except DeliveryError as error:
         yield failure(
             _QUESTIONS,
@@ -83,17 +79,11 @@ def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]
         client.close()
 
 
-def _ask(client: QuestionClient, features: list[str]) -> None:
-    for answer in client.answers(MARK, features).values():
-        if isinstance(answer, DeliveryError):
-            raise answer
-
-
 def _look_at_lookups(client: QuestionClient, url: str) -> Iterator[Finding]:
     """Look for the customer of a subject, as is done where no key is like it."""
     try:
         if client.can_look_up(MARK):
-            client.customers(MARK, 1)
+            client.lookup(MARK, 1)
     except DeliveryError as error:
         yield failure(
             _QUESTIONS,
