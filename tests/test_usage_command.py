@@ -220,13 +220,6 @@ def test_an_answer_that_is_none_is_one_line(openmeter, body):
     assert f"{openmeter.url}/api/v1/meters/calls/query" in result.stderr
 
 
-def test_only_v1_is_asked(openmeter):
-    result = usage(openmeter, api_flavor="v3")
-
-    assert result.exit_code == 1
-    assert "only v1 is asked for usage, got 'v3'" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(12, "12"), (0.1, "0.1"), (1e-9, "0.000000001"), (1e21, "1000000000000000000000")],

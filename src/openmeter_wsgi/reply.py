@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -69,9 +69,25 @@ def reason(body: bytes) -> str:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         problem = None
     if isinstance(problem, dict):
-        text = str(problem.get("detail") or problem.get("title") or text)
+        said = problem.get("detail") or _validation(problem) or problem.get("title")
+        text = str(said or text)
     # One line, whatever is in it: control characters could forge another.
     return re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()[:_MAX_REASON]
+
+
+def _validation(problem: dict[str, Any]) -> str:
+    """Return what is wrong with single fields, which version 3 tells in their place."""
+    extensions = problem.get("extensions")
+    errors = extensions.get("validationErrors") if isinstance(extensions, dict) else ()
+    if not isinstance(errors, list):
+        return ""
+    return "; ".join(
+        f"{error.get('message')} {error['value']!r}"
+        if "value" in error
+        else f"{error.get('message')}: {error.get('field')}"
+        for error in errors
+        if isinstance(error, dict)
+    )
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.commands.asking import Listing
 from openmeter_wsgi.commands.checks.application import (
     NoApplication,
     load_application,
@@ -36,7 +35,7 @@ from openmeter_wsgi.commands.checks.report import print_findings
 from openmeter_wsgi.commands.checks.server import look_at_clock, look_at_server
 from openmeter_wsgi.commands.checks.spool_directory import look_at_spool
 from openmeter_wsgi.commands.exit_codes import ANSWER_IS_NO, exit_codes
-from openmeter_wsgi.commands.opening import options_given, server_options
+from openmeter_wsgi.commands.opening import open_listing, options_given, server_options
 from openmeter_wsgi.commands.output import busy
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
@@ -51,13 +50,11 @@ CHECKS = (
     Check(look_at_spool, "spool directory"),
     Check(look_at_server, "server"),
     Check(look_at_clock, "clock", needs_answer=True),
-    Check(look_at_event, "event", needs_event=True, needs_listing=True),
-    Check(look_at_meters, "meters", needs_answer=True, needs_listing=True),
-    Check(look_at_features, "features", needs_answer=True, needs_listing=True),
+    Check(look_at_event, "event", needs_event=True),
+    Check(look_at_meters, "meters", needs_answer=True),
+    Check(look_at_features, "features", needs_answer=True),
 )
-REPETITION = Check(
-    look_at_repetition, "deduplication", needs_event=True, needs_listing=True
-)
+REPETITION = Check(look_at_repetition, "deduplication", needs_event=True)
 _EXIT_CODES = exit_codes(
     _0="nothing fails; there may be warnings, and what could not be found out",
     _3="something fails",
@@ -126,7 +123,7 @@ def look(
         key=policy.key,
         timeout=policy.request_timeout,
     )
-    with Listing(policy) as listing:
+    with open_listing(policy) as listing:
         situation = Situation(policy, client, listing, _waiting(lambda _: None))
         try:
             for check in (*checks, REPETITION) if repeat else checks:
@@ -154,9 +151,6 @@ def _waiting(say: Callable[[str], None]) -> Callable[[float, str], None]:
 
 def _obstacle(check: Check, situation: Situation) -> str | None:
     """Say why a check cannot look, None if it can."""
-    flavor = situation.policy.api_flavor
-    if check.needs_listing and flavor != "v1":
-        return f"this looks at the lists of v1 alone, and api_flavor is {flavor!r}"
     if (check.needs_answer or check.needs_event) and not situation.answers:
         return "not looked at: the server does not answer"
     if check.needs_event and situation.sent is None:

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from openmeter_wsgi.commands.asking import Listing, NoAnswer
+from openmeter_wsgi.commands.asking import NoAnswer, UsageQuery
 from openmeter_wsgi.commands.exit_codes import EXIT_CODES
-from openmeter_wsgi.commands.opening import options_given, read_policy, server_options
+from openmeter_wsgi.commands.opening import (
+    open_listing,
+    options_given,
+    read_policy,
+    server_options,
+)
 from openmeter_wsgi.commands.output import print_json, print_table, printable, progress
 from openmeter_wsgi.commands.periods import EXPECTED, begin, end, read_moment, rfc3339
 
@@ -90,12 +95,8 @@ def command(
     """
     query = _query(**what)
     policy = read_policy(policy_file, **options_given(api_url=api_url))
-    if policy.api_flavor != "v1":
-        raise click.ClickException(
-            f"api_flavor: only v1 is asked for usage, got {policy.api_flavor!r}"
-        )
     try:
-        with Listing(policy) as listing:
+        with open_listing(policy) as listing:
             names = meters or _meters_with(listing.meters(), what)
             rows = [
                 _row(name, row)
@@ -122,24 +123,19 @@ def _query(
     since: str | None,
     until: str | None,
     zone: tzinfo,
-) -> dict[str, str | list[str]]:
-    query: dict[str, str | list[str]] = {}
+) -> UsageQuery:
     edge = window or "MINUTE"
-    if start := _moment("--from", since, zone):
-        query["from"] = rfc3339(begin(start, edge))
-    if stop := _moment("--to", until, zone):
-        query["to"] = rfc3339(end(stop, edge))
-    if window:
-        query |= {"windowSize": window, "windowTimeZone": str(zone)}
-    if subjects:
-        query["subject"] = list(subjects)
-    if group_by:
-        query["groupBy"] = list(group_by)
-    for dimension, value in filters:
-        wanted = query.setdefault(f"filterGroupBy[{dimension}]", [])
-        assert isinstance(wanted, list)  # noqa: S101 - for the checker of types
-        wanted.append(value)
-    return query
+    start = _moment("--from", since, zone)
+    stop = _moment("--to", until, zone)
+    return UsageQuery(
+        since=rfc3339(begin(start, edge)) if start else None,
+        until=rfc3339(end(stop, edge)) if stop else None,
+        window=window,
+        zone=str(zone),
+        subjects=subjects,
+        group_by=group_by,
+        filters=filters,
+    )
 
 
 def _moment(option: str, text: str | None, zone: tzinfo) -> datetime | None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from openmeter_wsgi.commands.asking import Listing, NoAnswer
+from openmeter_wsgi.commands.asking import NoAnswer
 from openmeter_wsgi.commands.census import Census
 from openmeter_wsgi.commands.letters import DeadLetterFile
+from openmeter_wsgi.commands.opening import open_listing
 from openmeter_wsgi.commands.output import (
     name_of,
     print_json,
@@ -27,22 +28,20 @@ if TYPE_CHECKING:
 
 def print_arrived(directory: Path, policy: Policy, *, as_json: bool) -> bool:
     """Print of every event in question if it arrived; return whether all did."""
-    if policy.api_flavor != "v1":
-        raise click.ClickException(
-            f"api_flavor: events are looked up by v1 alone, got {policy.api_flavor!r}"
-        )
     questions = _questions(directory)
+    events = [event for _, event in questions]
     try:
-        with Listing(policy) as listing:
+        with open_listing(policy) as listing:
+            answers = progress(listing.arrived(events), "Asking", len(events))
             found = [
                 {
                     "id": event["id"],
                     "source": name_of(event, "source"),
                     "subject": name_of(event, "subject"),
                     "state": state,
-                    "arrived": listing.has(event),
+                    "arrived": arrived,
                 }
-                for state, event in progress(questions, "Asking", len(questions))
+                for (state, event), arrived in zip(questions, answers, strict=True)
             ]
     except NoAnswer as error:
         raise click.ClickException(printable(str(error))) from None

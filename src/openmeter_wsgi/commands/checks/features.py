@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.commands.asking import Listing, NoAnswer
+from openmeter_wsgi.commands.asking import NoAnswer
 from openmeter_wsgi.commands.checks.feeding import event_type, types_stated
 from openmeter_wsgi.commands.checks.findings import (
     MARK,
@@ -13,6 +13,7 @@ from openmeter_wsgi.commands.checks.findings import (
     unanswered,
     warning,
 )
+from openmeter_wsgi.commands.opening import open_listing
 from openmeter_wsgi.entitlements.making import question_client
 from openmeter_wsgi.errors import DeliveryError
 
@@ -34,7 +35,9 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
     if needed:
         yield from _look_at_questions(policy, needed)
     try:
-        with Listing(policy, policy.entitlements_url, policy.questions_key) as listing:
+        with open_listing(
+            policy, policy.entitlements_url, policy.questions_key
+        ) as listing:
             features = listing.features()
             meters = {str(one.get("slug")): one for one in listing.meters()}
     except NoAnswer as error:

@@ -7,7 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.commands.asking import NoAnswer
+from openmeter_wsgi.commands.asking import NoAnswer, UsageQuery
 from openmeter_wsgi.commands.checks.feeding import event_type, samples, types_stated
 from openmeter_wsgi.commands.checks.findings import (
     failure,
@@ -142,7 +142,9 @@ def _has_usage(situation: Situation, meter: Document) -> bool:
         hour=0, minute=0, second=0, microsecond=0
     )
     since = (today - datetime.timedelta(days=DAYS)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return bool(situation.listing.usage(str(meter.get("slug")), {"from": since}))
+    return bool(
+        situation.listing.usage(str(meter.get("slug")), UsageQuery(since=since))
+    )
 
 
 def _named(meters: list[Document]) -> str:
