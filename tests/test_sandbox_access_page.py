@@ -81,7 +81,8 @@ def test_a_row_says_how_often_it_was_asked_for_but_looking_is_no_question(sandbo
 
 def test_a_row_whose_meter_is_gone_says_so_and_the_page_goes_on(sandbox, api):
     sandbox.grant("acme", "calls", 5)
-    api.delete("/api/v1/meters/calls")
+    for path in ("features/calls", "meters/calls"):
+        assert api.delete(f"/api/v1/{path}").status_code == 204
 
     shown = row(api)
 

@@ -1,11 +1,11 @@
-"""The page's list of what arrived, and the journey of one event."""
+"""The page's list of what arrived, and the trace of one event."""
 
 import base64
 import json
 
 import pytest
 
-from openmeter_wsgi.sandbox import Sandbox, turned_away
+from openmeter_wsgi.sandbox import Sandbox, store
 from test_sandbox_page import HOSTILE, OLD
 from test_sandbox_support import Api, event
 
@@ -36,7 +36,7 @@ def ids(api, **parameters):
     return [arrival["id"] for arrival in arrivals(api, **parameters)]
 
 
-def journey(api, id_, *, newest=False):
+def trace(api, id_, *, newest=False):
     found = [a["seq"] for a in arrivals(api) if a["id"] == id_]
     answer = api.get(f"/sandbox/api/arrivals/{found[0 if newest else -1]}")
     assert answer.status_code == 200, answer.text
@@ -96,7 +96,7 @@ def test_a_refused_batch_names_the_event_that_is_to_blame(api, kind, flaw, reaso
         (b"nonsense", "nonsense"),
         (b"\xff", "\ufffd"),
         (b"[]", None),
-        (b"[" * 100_000, "[" * turned_away.MAX_DATA),
+        (b"[" * 100_000, "[" * store.MAX_DATA),
         (b'"\\ud800"', "?"),
         (b"[null, 1]", None),
     ],
@@ -124,16 +124,18 @@ def test_attributes_of_what_is_refused_are_shown_whatever_they_are(api):
 
 
 def test_events_before_one_that_is_no_json_are_stored_and_the_rest_is_explained(api):
-    broken = event(2, data=..., data_base64=base64.b64encode(b"{").decode())
+    encoded = base64.b64encode(b"{").decode()
+    kind = {"datacontenttype": "application/json", "data_base64": encoded}
+    broken = event(2, data=..., **kind)
 
     assert api.ingest([event(1), broken, event(3)]).status_code == 500
 
-    assert outcomes(journey(api, "event-1")) == ["stored", "failed"]
-    assert "no JSON" in journey(api, "event-2")["event"]["reason"]
-    assert "event 2 of its batch" in journey(api, "event-3")["event"]["reason"]
+    assert outcomes(trace(api, "event-1")) == ["stored", "failed"]
+    assert "no JSON" in trace(api, "event-2")["event"]["reason"]
+    assert "event 2 of its batch" in trace(api, "event-3")["event"]["reason"]
 
 
-def test_a_journey_tells_every_arrival_and_every_meter(sandbox, api):
+def test_a_trace_tells_every_arrival_and_every_meter(sandbox, api):
     api.meter("calls", "COUNT", groupBy={"region": "$.region", "plan": "$.plan"})
     api.meter("tokens", "SUM", "$.tokens")
     api.meter("words", "SUM", "$.words")
@@ -147,7 +149,7 @@ def test_a_journey_tells_every_arrival_and_every_meter(sandbox, api):
     api.ingest(one)
     api.ingest([event(2), one])
 
-    told = journey(api, "event-1")
+    told = trace(api, "event-1")
     stored = api.get(f"/sandbox/api/arrivals/{told['arrivals'][1]['seq']}").json()
 
     assert outcomes(told) == ["failed", "stored", "duplicate"]
@@ -170,42 +172,42 @@ def test_a_journey_tells_every_arrival_and_every_meter(sandbox, api):
     ("aggregation", "value"),
     [("MIN", 4), ("MAX", 4), ("AVG", 4), ("LATEST", 4), ("UNIQUE_COUNT", 1)],
 )
-def test_a_journey_tells_what_one_event_adds_to_any_kind_of_meter(
+def test_a_trace_tells_what_one_event_adds_to_any_kind_of_meter(
     api, aggregation, value
 ):
     api.meter("any", aggregation, "$.n")
     api.ingest([event(1, data={"n": 4}), event(2, data={"n": 9})])
 
-    (verdict,) = journey(api, "event-1")["meters"]
+    (verdict,) = trace(api, "event-1")["meters"]
 
     assert (verdict["counted"], verdict["value"]) == (True, value)
 
 
-def test_a_journey_knows_events_by_what_openmeter_joins_to_a_key(api):
+def test_a_trace_knows_events_by_what_openmeter_joins_to_a_key(api):
     api.ingest(event(id="b-c", source="a"))
     api.ingest(event(id="c", source="a-b"))
 
-    assert outcomes(journey(api, "c")) == ["stored", "duplicate"]
+    assert outcomes(trace(api, "c")) == ["stored", "duplicate"]
 
 
 def test_without_deduplication_every_arrival_is_stored():
     with Sandbox(dedupe=False) as sandbox, Api(sandbox.url) as api:
         api.ingest([event(1), event(1)])
 
-        told = journey(api, "event-1")
+        told = trace(api, "event-1")
 
     assert (outcomes(told), told["dedupe"]) == (["stored", "stored"], False)
 
 
-def test_a_journey_says_that_usage_is_not_visible_yet():
+def test_a_trace_says_that_usage_is_not_visible_yet():
     with Sandbox(visible_after=60) as sandbox, Api(sandbox.url) as api:
         api.meter("calls", "COUNT")
         api.ingest(event())
 
-        assert journey(api, "event-1")["visible"] is False
+        assert trace(api, "event-1")["visible"] is False
 
 
-def test_a_journey_of_nothing_is_not_found(api):
+def test_a_trace_of_nothing_is_not_found(api):
     for seq in (1, 2**70):
         answer = api.get(f"/sandbox/api/arrivals/{seq}")
         assert answer.status_code == 404
@@ -295,8 +297,8 @@ def test_hostile_texts_are_listed_as_texts(api, hostile):
 
 
 def test_what_is_kept_of_events_that_were_not_stored_is_bounded(api, monkeypatch):
-    monkeypatch.setattr(turned_away, "KEPT", 5)
-    monkeypatch.setattr(turned_away, "KEPT_OF_REQUEST", 3)
+    monkeypatch.setattr(store, "KEPT", 5)
+    monkeypatch.setattr(store, "KEPT_OF_REQUEST", 3)
     for number in range(4):
         api.ingest([event(number, id=f"{number}.{n}") for n in range(4)]
                    + [event(id=f"{number}.bad", subject="")])  # fmt: skip
@@ -311,5 +313,5 @@ def test_arrivals_of_earlier_runs_stay_in_a_database(tmp_path):
     with Sandbox(database=path) as sandbox, Api(sandbox.url) as api:
         api.ingest([event(1), event(2)])
 
-        assert outcomes(journey(api, "event-1")) == ["stored", "duplicate", "duplicate"]
+        assert outcomes(trace(api, "event-1")) == ["stored", "duplicate", "duplicate"]
         assert sorted(a["seq"] for a in arrivals(api)) == [1, 2, 3, 4]

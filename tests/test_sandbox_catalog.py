@@ -61,7 +61,7 @@ def test_an_unknown_customer_is_answered_in_openmeters_words(api):
 
     assert answer.status_code == 404
     assert answer.json()["detail"] == (
-        "customer with id or key nobody not found in default namespace"
+        "not found error: customer with id or key nobody not found in default namespace"
     )
 
 

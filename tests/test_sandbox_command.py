@@ -69,6 +69,7 @@ def test_the_address_can_be_json():
 
 def test_faults_can_be_there_from_the_start():
     faults = ["entitlements:outage", "ingest:retry-after=5", "both:latency=0.01"]
+    faults += ["entitlements:denied", "ingest:refused-type=x", "ingest:claim"]
     options = [word for fault in faults for word in ("--fault", fault)]
     with running(*options, "--visible-after", "2.5") as (_, url), Api(url) as api:
         overview = api.overview()
@@ -78,7 +79,8 @@ def test_faults_can_be_there_from_the_start():
         False, 5, 0.01,
     )  # fmt: skip
     assert (entitlements["outage"], entitlements["retryAfter"]) == (True, None)
-    assert entitlements["latency"] == 0.01
+    assert (entitlements["latency"], entitlements["denied"]) == (0.01, 401)
+    assert (ingest["refusedType"], ingest["claim"]) == ("x", True)
     assert overview["visibleAfter"] == 2.5
 
 
@@ -105,7 +107,9 @@ def test_a_port_in_use_is_one_line_that_says_how_to_choose_another():
         (["--fault", "both:hang"], "'both:hang': it needs a value"),
         (["--fault", "both:hang=long"], "could not convert string to float: 'long'"),
         (["--fault", "both:hang=700"], "hang: expected a number from 0 to 600"),
-        (["--fault", "both:outage=1"], "an outage has no value"),
+        (["--fault", "both:outage=1"], "outage has no value"),
+        (["--fault", "both:forget"], "expected ingest|entitlements|both:"),
+        (["--fault", "both:denied=402"], "denied: expected 401 or 403, got 402"),
     ],
     ids=str,
 )

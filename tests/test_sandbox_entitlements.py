@@ -469,7 +469,11 @@ def test_senseless_grants_are_refused(catalog, feature, grant, detail):
     ("feature", "reset", "detail"),
     [
         ("calls", {"effectiveAt": "2100-01-01T00:00:00Z"}, "in the future"),
-        ("calls", {"effectiveAt": "2020-01-01T00:00:00Z"}, "after current period"),
+        (
+            "calls",
+            {"effectiveAt": "2020-01-01T00:00:00Z"},
+            "must be after last reset at",
+        ),
         ("sso", {}, "but got boolean"),
     ],
     ids=str,
@@ -495,8 +499,11 @@ def test_a_value_can_be_asked_of_another_time(catalog):
 
 
 def test_a_meter_that_was_deleted_is_500(catalog):
-    catalog.api.delete("/api/v1/meters/calls")
+    in_use = catalog.api.delete("/api/v1/meters/calls")
+    for path in ("features/calls", "meters/calls"):
+        assert catalog.api.delete(f"/api/v1/{path}").status_code == 204
 
+    assert in_use.status_code == 409
     answer = catalog.ask("E2")
 
     assert answer.status_code == 500

@@ -1,8 +1,11 @@
 """Faults on purpose, for ingest and for questions about entitlements apart."""
 
+import http.client
 import math
+import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -20,8 +23,14 @@ QUESTIONS = [
     "/api/v2/customers/acme/entitlements",
 ]
 GROUPS = ("ingest", "entitlements")
+COMMON = {
+    "failRate": 0.0, "latency": 0.0, "hang": 0.0, "byteDelay": 0.0, "outage": False,
+    "retryAfter": None, "denied": None,
+}  # fmt: skip
 RIGHT = {
-    "failRate": 0.0, "latency": 0.0, "hang": 0.0, "outage": False, "retryAfter": None,
+    "ingest": COMMON | {"refusedType": None, "refusedSubject": None,
+                        "forget": False, "claim": False},
+    "entitlements": COMMON,
 }  # fmt: skip
 
 
@@ -81,6 +90,81 @@ def test_a_limit_says_when_to_come_back(sandbox, api):
     assert {answer.status_code for answer in answers} == {429}
     assert {answer.headers["Retry-After"] for answer in answers} == {"3"}
     assert api.overview()["refusals"] == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_is_refused(sandbox, api, status):
+    sandbox.faults.set(denied=status)
+
+    assert statuses(api) == (status, {status})
+    assert api.events() == []
+
+
+@pytest.mark.parametrize(
+    "setting", [{"refused_type": "bad"}, {"refused_subject": "bad"}], ids=str
+)
+def test_a_type_or_a_subject_refuses_the_request_that_has_it(sandbox, api, setting):
+    sandbox.faults.ingest.set(**setting)
+    (name,) = (key.removeprefix("refused_") for key in setting)
+    culprit = event(2, **{name: "bad"})
+
+    refused = api.ingest([event(1), culprit, event(3)])
+    taken = api.ingest([event(1), event(3)])
+
+    assert (refused.status_code, taken.status_code) == (400, 204)
+    assert f"the {name} 'bad' is refused" in refused.json()["detail"]
+    assert len(api.events()) == 2
+    listed = api.get("/sandbox/api/arrivals?outcome=refused").json()["arrivals"]
+    assert [one["position"] for one in listed] == [3, 2, 1]
+
+
+def test_events_are_answered_with_204_and_forgotten(sandbox, api):
+    sandbox.faults.ingest.set(forget=True)
+    forgotten = api.ingest([event(1), event(2)]).status_code
+    sandbox.faults.clear()
+    again = api.ingest(event(1)).status_code
+
+    assert (forgotten, again) == (204, 204)
+    assert [listed["event"]["id"] for listed in api.events()] == ["event-1"]
+    arrivals = api.get("/sandbox/api/arrivals?outcome=dropped").json()["arrivals"]
+    assert {one["reason"] for one in arrivals} == {
+        "answered 204 and forgotten, on purpose"
+    }
+
+
+def test_ids_are_claimed_by_a_failure_and_then_never_counted(sandbox, api):
+    sandbox.faults.ingest.set(claim=True)
+    failed = api.ingest(event(1)).status_code
+    sandbox.faults.clear()
+    again = api.ingest(event(1)).status_code
+    other = api.ingest(event(2)).status_code
+
+    assert (failed, again, other) == (500, 204, 204)
+    assert [listed["event"]["id"] for listed in api.events()] == ["event-2"]
+    assert api.overview()["counts"]["duplicates"] == 1
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_answer_comes_byte_by_byte(sandbox, api, group):
+    getattr(sandbox.faults, group).set(byte_delay=5)
+    requests_of = {
+        "ingest": b"POST /api/v1/events HTTP/1.1\r\nContent-Length: 0\r\n",
+        "entitlements": f"GET {QUESTIONS[1]} HTTP/1.1\r\n".encode(),
+    }
+    host = urlsplit(sandbox.url).netloc
+
+    with socket.create_connection(host.split(":"), timeout=PATIENCE) as client:
+        client.sendall(requests_of[group] + f"Host: {host}\r\n\r\n".encode())
+        first = client.recv(4096, socket.MSG_PEEK)
+        sandbox.faults.stop()  # the rest comes at once
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        content = answer.read()
+
+    assert first == b"H"
+    assert (answer.status, len(content) > 0) == (
+        {"ingest": 400, "entitlements": 200}[group], True,
+    )  # fmt: skip
 
 
 def test_creating_entitlements_and_the_page_have_no_faults(sandbox, api):
@@ -183,8 +267,8 @@ def test_the_page_sets_what_it_names_and_leaves_the_rest(api):
     answer = api.put("/sandbox/api/faults", json={"entitlements": {"failRate": 0.25}})
 
     expected = {
-        "ingest": RIGHT | {"latency": 0.01},
-        "entitlements": RIGHT | {"outage": True, "failRate": 0.25},
+        "ingest": RIGHT["ingest"] | {"latency": 0.01},
+        "entitlements": COMMON | {"outage": True, "failRate": 0.25},
     }
     assert answer.json() == api.overview()["faults"] == expected
 
@@ -195,8 +279,11 @@ def test_the_page_sets_what_it_names_and_leaves_the_rest(api):
         *[{group: fault} for group in GROUPS for fault in (
             {"failRate": 2}, {"failRate": -1}, {"failRate": "1"}, {"failRate": True},
             {"latency": 61}, {"latency": None}, {"hang": 601}, {"outage": 1},
-            {"retryAfter": -1}, {"x": 1}, [],
+            {"retryAfter": -1}, {"x": 1}, [], {"byteDelay": 6}, {"denied": 402},
+            {"denied": True},
         )],
+        {"ingest": {"forget": 1}}, {"ingest": {"refusedType": ""}},
+        {"entitlements": {"claim": True}},
         {"ingest": {"latency": 1}, "entitlements": {"latency": -1}},
         {"latency": 1}, {"elsewhere": {}}, [],
     ],
@@ -204,17 +291,17 @@ def test_the_page_sets_what_it_names_and_leaves_the_rest(api):
 )  # fmt: skip
 def test_senseless_faults_are_refused_and_change_nothing(api, document):
     assert api.put("/sandbox/api/faults", json=document).status_code == 400
-    assert api.overview()["faults"] == dict.fromkeys(GROUPS, RIGHT)
+    assert api.overview()["faults"] == RIGHT
 
 
 @pytest.mark.parametrize(
     "setting",
     [{"fail_rate": 1.5}, {"latency": -1}, {"hang": math.inf}, {"outage": "no"},
-     {"retry_after": -1}],
+     {"retry_after": -1}, {"forget": True}, {"denied": 500}],
     ids=str,
 )  # fmt: skip
 def test_senseless_faults_in_python_are_errors(sandbox, setting):
     with pytest.raises(ValueError, match="expected"):
         sandbox.faults.set(**setting)
 
-    assert sandbox.faults.document() == dict.fromkeys(GROUPS, RIGHT)
+    assert sandbox.faults.document() == RIGHT

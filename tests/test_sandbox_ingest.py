@@ -12,6 +12,7 @@ from cloudevents.conversion import to_structured
 from cloudevents.http import CloudEvent
 
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.sandbox.protocol import DATE_TIME
 from spooling import PATIENCE
 from test_sandbox_support import BATCH, EITHER, SINGLE, Api, event
 
@@ -119,22 +120,20 @@ SCHEMA = "request body has an error: doesn't match schema #/components/schemas/E
         ),
         (
             {"specversion": "2.0"},
-            "invalid event: specversion: unknown value: 2.0",
+            "invalid event: specversion: unknown value: 2.0\n",
         ),
         (
             {"source": "127.0.0.1:8080"},
-            'invalid event: cannot parse uri ref: parse "127.0.0.1:8080": '
-            "first path segment in URL cannot contain colon",
+            "invalid event: cannot parse uri ref: 127.0.0.1:8080",
         ),
         (
             {"source": "100%zz"},
-            'invalid event: cannot parse uri ref: parse "100%zz": '
-            'invalid URL escape "%zz"',
+            "invalid event: cannot parse uri ref: 100%zz",
         ),
         (
             {"time": "2026-01-01T00:00:00"},
-            'invalid event: cannot convert "2026-01-01T00:00:00" to time.Time: '
-            "not in RFC3339 format",
+            SCHEMA + 'Error at "/time": string doesn\'t match the format "date-time": '
+            f'string doesn\'t match pattern "{DATE_TIME}"',
         ),
         (
             {"time": "2026-02-30T00:00:00Z"},
@@ -276,9 +275,9 @@ def test_other_content_types_are_refused(api, kind, path):
     )
 
     assert answer.status_code == 400
-    assert answer.json()["detail"] == (
-        f'request body has an error: header Content-Type has unexpected value "{kind}"'
-    )
+    detail = f'body has an error: header Content-Type has unexpected value "{kind}"'
+    prefix = "Bad Request: : " if path == V3 else ""
+    assert answer.json()["detail"] == f"{prefix}request {detail}"
 
 
 def test_an_empty_array_is_accepted_as_a_batch_and_refused_as_json(api):
@@ -297,7 +296,9 @@ def test_plain_json_hides_what_is_wrong_from_the_client_not_from_the_page(api):
     assert schema.endswith('doesn\'t match any schema from "anyOf"')
     assert decoding == "invalid event: no events found"
     reasons = [refusal["reason"] for refusal in api.overview()["refusals"]]
-    assert 'Error at "/1/subject": minimum string length is 1' in reasons
+    found = 'Error at "/1/subject": minimum string length is 1'
+    assert any(found in reason for reason in reasons)
+    assert any("first path segment in URL" in reason for reason in reasons)
 
 
 def test_one_bad_event_refuses_the_whole_batch_and_its_index_is_named(api):
@@ -312,9 +313,8 @@ def test_one_bad_event_refuses_the_whole_batch_and_its_index_is_named(api):
 
 
 def test_data_that_is_no_json_fails_late_and_keeps_what_stood_before_it(api):
-    answer = api.ingest(
-        [event(1), event(2, data=..., data_base64="/w=="), event(3)],
-    )
+    broken = {"datacontenttype": EITHER, "data": ..., "data_base64": "/w=="}
+    answer = api.ingest([event(1), event(2, **broken), event(3)])
 
     assert answer.status_code == 500
     assert "detail" not in answer.json()

@@ -35,7 +35,7 @@ class Api(requests.Session):
         if path:
             definition["valueProperty"] = path
         answer = self.post("/api/v1/meters", json=definition | more)
-        assert answer.status_code == 201, answer.text
+        assert answer.status_code == 200, answer.text
         return answer.json()
 
     def rows(self, slug: str, **parameters) -> list[dict[str, Any]]:

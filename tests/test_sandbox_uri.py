@@ -1,6 +1,6 @@
 import pytest
 
-from openmeter_wsgi.sandbox.uri import InvalidURI, reencode
+from openmeter_wsgi.sandbox.ingest import InvalidEvent, reencode
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,8 @@ from openmeter_wsgi.sandbox.uri import InvalidURI, reencode
         ("ä", "%C3%A4"),
         ("*", "*"),
         ("#", ""),
+        ("//", ""),
+        ("http://", "http:"),
     ],
 )
 def test_sources_are_written_as_go_writes_them(source, written):
@@ -42,7 +44,8 @@ def test_sources_are_written_as_go_writes_them(source, written):
     ],
 )
 def test_sources_that_go_refuses_are_refused(source, reason):
-    with pytest.raises(InvalidURI) as refused:
+    with pytest.raises(InvalidEvent) as refused:
         reencode(source)
 
-    assert str(refused.value) == f'parse "{source}": {reason}'
+    assert str(refused.value) == f"cannot parse uri ref: {source}"
+    assert refused.value.reason.endswith(f": {reason}")

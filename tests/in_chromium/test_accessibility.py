@@ -53,10 +53,10 @@ def test_axe_finds_nothing_wrong_with_any_view(browser, varied, dark, width):
         found[view] = list(browser.violations())
     browser.go("events")
     browser.find("#arrivals tbody button").click()
-    browser.find("#journey[open] table, #journey[open] #journey-meters p")
-    found["journey"] = list(browser.violations())
+    browser.find("#trace[open] table, #trace[open] #trace-meters p")
+    found["trace"] = list(browser.violations())
 
-    assert found == {view: [] for view in (*VIEWS, "journey")}
+    assert found == {view: [] for view in (*VIEWS, "trace")}
 
 
 @pytest.mark.timeout(180)
@@ -154,10 +154,10 @@ def test_everything_can_be_reached_and_used_by_keyboard_alone(browser, filled):
     browser.until("return found.textContent === '1 event found'")
     tab_to(browser, "#arrivals tbody button")
     browser.press(Keys.ENTER)
-    browser.until("return document.querySelector('#journey').open")
-    assert focused(browser) == "journey-close"
-    assert "Journey of event-no tokens" in browser.text("#journey")
-    tab_to(browser, "#journey pre")
+    browser.until("return document.querySelector('#trace').open")
+    assert focused(browser) == "trace-close"
+    assert "Trace of event-no tokens" in browser.text("#trace")
+    tab_to(browser, "#trace pre")
     browser.press(Keys.ESCAPE)
     browser.until("return document.activeElement.matches('#arrivals tbody button')")
 

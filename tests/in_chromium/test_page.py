@@ -1,10 +1,13 @@
 """The sandbox's page in a browser: what it shows, and that texts stay texts."""
 
+import time
+
 import pytest
 
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.sandbox.protocol import rfc3339
 from test_sandbox_page import HOSTILE
-from test_sandbox_support import event
+from test_sandbox_support import Api, event
 
 ROWS = (
     "return [...arrivals.tBodies[0].rows]"
@@ -122,27 +125,27 @@ def test_the_counts_lead_to_the_events_they_count(browser, filled):
     assert browser.find("[name=outcome]").get_property("value") == "duplicate"
 
 
-def journey(browser, id_, outcome):
+def trace(browser, id_, outcome):
     search(browser, search=id_, outcome=outcome)
     shows(browser, id_)
     if outcome != "stored":
         browser.until(f"{ROWS}[0].includes(arguments[1])", OUTCOME, outcome)
     browser.find("#arrivals tbody button").click()
-    browser.until("return document.querySelector('#journey').open")
-    told = browser.text("#journey")
-    browser.find("#journey-close").click()
+    browser.until("return document.querySelector('#trace').open")
+    told = browser.text("#trace")
+    browser.find("#trace-close").click()
     return told
 
 
-def test_a_journey_tells_why_an_event_is_counted_or_not(browser, filled):
+def test_a_trace_tells_why_an_event_is_counted_or_not(browser, filled):
     browser.open(filled.url, "events")
     request = "01000001:request"
 
-    counted = journey(browser, request, "stored")
-    duplicate = journey(browser, request, "duplicate")
-    lame = journey(browser, "event-no tokens", "stored")
-    refused = journey(browser, "event-without a subject", "refused")
-    alone = journey(browser, "event-image", "stored")
+    counted = trace(browser, request, "stored")
+    duplicate = trace(browser, request, "duplicate")
+    lame = trace(browser, "event-no tokens", "stored")
+    refused = trace(browser, "event-without a subject", "refused")
+    alone = trace(browser, "event-image", "stored")
 
     assert "Requests COUNT✓ yes1route = /v1/" in counted
     assert "Latency AVG of $.seconds✓ yes0." in counted
@@ -246,3 +249,152 @@ def test_the_page_says_that_the_sandbox_is_gone(browser):
     assert browser.text("#status") == "The sandbox does not answer; trying again"
     browser.get("about:blank")
     assert all("ERR_" in complaint for complaint in browser.complaints())
+
+
+def test_a_lag_is_set_and_what_waits_is_named(browser, sandbox, api):
+    api.meter("calls", "COUNT")
+    api.ingest(event(1))
+    browser.open(sandbox.url, "faults")
+    set_field(browser, "[name=visibleAfter]", "3600")
+    browser.until("return wrong.textContent === 'Simulated: usage lags by 3,600 s'")
+
+    api.ingest([event(2), event(3)])
+    browser.go("usage")
+    browser.until("return counts.textContent.includes('2 not visible yet: lag')")
+    during = browser.text(".meter .total")
+    browser.go("faults")
+    browser.find("#all-right").click()
+    browser.until("return wrong.textContent === ''")
+    browser.go("usage")
+    browser.until(
+        "return document.querySelector('.meter .total').textContent.startsWith('3 ')"
+    )
+
+    assert during == "1 from 1 event"
+    assert sandbox.store.visible_after == 0
+
+
+def set_field(browser, selector, value):
+    browser.execute_script(
+        "const field = document.querySelector(arguments[0]);"
+        "if (field.type === 'checkbox') field.checked = arguments[1];"
+        "else field.value = arguments[1];"
+        "field.dispatchEvent(new Event('change', { bubbles: true }))",
+        selector,
+        value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said", "status"),
+    [
+        ("denied", "403", "ingest answered 403", 403),
+        ("refusedType", "call", "400 for type call", 400),
+        ("refusedSubject", "customer", "400 for subject customer", 400),
+        ("retryAfter", "7", "ingest limited", 429),
+        ("outage", True, "outage of ingest", 503),
+        ("claim", True, "ids claimed, events lost", 500),
+        ("forget", True, "events forgotten", 204),
+        ("byteDelay", "0.001", "ingest answered byte by byte", 204),
+    ],
+)
+def test_a_fault_is_set_named_and_stopped(
+    browser, sandbox, api, field, value, said, status
+):
+    browser.open(sandbox.url, "faults")
+
+    set_field(browser, f"[data-group=ingest] [name={field}]", value)
+    browser.until("return wrong.textContent === arguments[0]", f"Simulated: {said}")
+    during = api.ingest(event(1)).status_code
+    browser.find("#all-right").click()
+    browser.until("return wrong.textContent === ''")
+
+    assert during == status
+    assert api.ingest(event(2)).status_code == 204
+
+
+def test_back_closes_what_is_told_of_an_event_and_nothing_else(browser, sandbox, api):
+    api.ingest(event(1))
+    browser.open(sandbox.url)
+    browser.go("events")
+    for close in ("back", "button"):
+        browser.find("#arrivals tbody button").click()
+        browser.until("return document.querySelector('#trace').open")
+        if close == "back":
+            browser.back()
+        else:
+            browser.find("#trace-close").click()
+        browser.until("return !document.querySelector('#trace').open")
+        browser.until("return !history.state?.trace")
+        assert browser.current_url.endswith("#events")
+
+    browser.back()
+    browser.until("return location.hash === '#usage'")
+
+
+def test_a_narrow_window_shows_each_event_whole(browser, sandbox, api):
+    browser.resize(390, 844)
+    api.ingest(event(1, type="prompt", subject="acme", data={"tokens": 4711}))
+    browser.open(sandbox.url, "events")
+    browser.find("#arrivals tbody tr")
+
+    shown = browser.execute_script(
+        "const cells = [...document.querySelectorAll('#arrivals tbody tr > *')];"
+        "return cells.map((cell) => {"
+        " const { left, right } = cell.getBoundingClientRect();"
+        " const isInside = left >= 0 && right <= innerWidth;"
+        " return [cell.dataset.label, cell.textContent, isInside]; })"
+    )
+
+    assert {label: text for label, text, _ in shown}.items() >= {
+        "Type": "prompt", "Subject": "acme", "Data": '{"tokens":4711}', "Id": "event-1",
+    }.items()  # fmt: skip
+    assert all(inside for *_, inside in shown)
+
+
+def test_the_time_span_fits_the_data_until_one_is_chosen(browser, sandbox, api):
+    api.meter("calls", "COUNT")
+    api.ingest(event(1))
+    browser.open(sandbox.url)
+    legend = "document.querySelector('.meter .groups').textContent"
+    last = f"return {legend}.includes(arguments[0])"
+    browser.until(last, "Last 5 minutes")
+
+    api.ingest(event(2, time=rfc3339(time.time() - 7200)))
+    browser.until(last, "Last day")
+    set_field(browser, "#span", "3600")
+    browser.until(last, "Last hour")
+    api.ingest(event(3, time=rfc3339(time.time() - 2 * 86400)))
+    browser.until("return counts.textContent.includes('Stored3')")
+
+    assert browser.execute_script(last, "Last hour")
+
+
+def test_counts_that_differ_say_why(browser, tmp_path, sandbox):
+    for number in (1, 2):
+        with Sandbox(database=tmp_path / "usage.sqlite") as kept, Api(kept.url) as api:
+            if number == 1:
+                api.meter("calls", "COUNT")
+            api.ingest([event(f"{number}-{n}") for n in range(3)])
+            if number == 2:
+                browser.open(kept.url)
+                browser.find(".meter .total")
+                said = browser.text("#counts")
+                total = browser.text(".meter .total")
+                browser.open(sandbox.url)
+
+    assert "Received3since the start, in 1 request" in said
+    assert "Stored63 of them in earlier runs" in said
+    assert total == "6 from 6 events of all runs"
+
+
+def test_the_events_of_a_check_are_not_offered_as_meters(browser, sandbox, api):
+    api.ingest([event(1, type="openmeter_wsgi.check"), event(2, type="prompt")])
+
+    browser.open(sandbox.url)
+    browser.find("#uncounted li")
+
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('#uncounted strong')]"
+        ".map((name) => name.textContent)"
+    ) == ["prompt"]

@@ -1,34 +1,32 @@
-"""The sandbox as a WSGI application: its parts, put together."""
+"""The sandbox as a WSGI application, for programs of this machine alone."""
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
-from flask import Flask
+from flask import Flask, request
+from werkzeug.routing import BaseConverter
 
 from openmeter_wsgi.sandbox import (
-    arrival_routes,
     catalog,
-    customer_routes,
+    dashboard,
     entitlement_routes,
     events,
-    guard,
     ingest,
     meters,
-    overview,
-    page_actions,
-    problems,
+    protocol,
+    trace,
 )
-from openmeter_wsgi.sandbox.access import Access
-from openmeter_wsgi.sandbox.customers import Customers
-from openmeter_wsgi.sandbox.dashboard_cache import DashboardCache
-from openmeter_wsgi.sandbox.entitlements import Entitlements
-from openmeter_wsgi.sandbox.parts import Parts
-from openmeter_wsgi.sandbox.questions import Questions
-from openmeter_wsgi.sandbox.resources import Resources
-from openmeter_wsgi.sandbox.tally import Tally
+from openmeter_wsgi.sandbox.context import Context, DashboardCache, Questions, Tally
+from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
+from openmeter_wsgi.sandbox.protocol import Problem
+from openmeter_wsgi.sandbox.store import Customers, Resources
 
 if TYPE_CHECKING:
+    from flask import Response
+
     from openmeter_wsgi.sandbox.faults import Faults
     from openmeter_wsgi.sandbox.store import Store
 
@@ -36,45 +34,198 @@ ROUTES = (
     ingest.routes,
     events.routes,
     meters.routes,
-    customer_routes.routes,
-    entitlement_routes.routes,
+    catalog.customers,
     catalog.features,
     catalog.subjects,
-    overview.routes,
-    arrival_routes.routes,
-    page_actions.routes,
+    entitlement_routes.routes,
+    dashboard.routes,
+    trace.routes,
 )
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
+        " connect-src 'self'; base-uri 'none'; form-action 'none';"
+        # No text becomes markup or code, whatever a script does with it.
+        " frame-ancestors 'none'; require-trusted-types-for 'script';"
+        " trusted-types 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
-def create_app(parts: Parts, *, host: str) -> Flask:
-    """Return the application that serves *parts* at the address *host*."""
+def control_access(app: Flask, bound: str) -> None:
+    """Let only this machine's programs talk to *app*, which listens at *bound*."""
+
+    @app.before_request
+    def check() -> None:
+        host = request.headers.get("Host", "")
+        if not is_allowed(host, bound):
+            # A page of another site whose name was made to point at this machine.
+            raise Problem(403, f"host {host!r} is not a name of this sandbox")
+        if request.method not in ("GET", "HEAD") and _is_foreign(host):
+            raise Problem(403, "requests from pages of other sites are refused")
+
+    @app.after_request
+    def protect(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        response.headers.setdefault("Cache-Control", "no-store")
+        if response.status_code in (202, 204):
+            # An answer without content has no type either.
+            del response.headers["Content-Type"]
+        return response
+
+
+def is_allowed(host: str, bound: str) -> bool:
+    """Return whether a Host header can only mean this sandbox."""
+    name = _name(host)
+    if name is None:
+        return False
+    if name in (bound.lower(), "localhost") or name.endswith(".localhost"):
+        return True
+    address = _address(name)
+    if _is_loopback(bound):
+        return address is not None and address.is_loopback
+    # Reachable from other machines: under any address, and under names without a
+    # dot (a container's), which no foreign site can own.
+    return address is not None or "." not in name
+
+
+def _name(host: str) -> str | None:
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+    return name if name and "@" not in host and "/" not in host else None
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
+
+
+def _is_loopback(bound: str) -> bool:
+    address = _address(bound)
+    return bound == "localhost" or (address is not None and address.is_loopback)
+
+
+def _is_foreign(host: str) -> bool:
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return True
+    origin = request.headers.get("Origin")
+    return origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+
+
+class _Key(BaseConverter):
+    """A part of a path that may hold any character, a slash as ``%2F``.
+
+    The server leaves ``%2F`` and ``%25`` encoded, so that a slash within a key is none
+    between two parts.
+    """
+
+    def to_python(self, value: str) -> str:
+        return unquote(value)
+
+
+#: What OpenMeter has and the sandbox does not, by the beginning of the path.
+NOT_OFFERED = (
+    *(f"/api/v1/{family}" for family in (
+        "addons", "apps", "billing", "debug", "entitlements", "grants", "info",
+        "marketplace", "notification", "plans", "portal", "stripe", "subscriptions",
+    )),
+    "/api/v1/customers/<customer>/<any(apps, stripe, subscriptions):part>",
+    "/api/v1/meters/<meter>/group-by",
+    "/api/v1/subjects/<subject>/entitlements",
+    "/api/v2/<any(entitlements, grants):part>",
+    "/api/v2/customers/<customer>/entitlements/<feature>/history",
+    *(f"/api/v3/openmeter/{family}" for family in (
+        "addons", "apps", "billing", "credits", "currencies", "customers", "features",
+        "llm-cost", "meters", "plans", "subscriptions", "tax-codes",
+    )),
+)  # fmt: skip
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+def _refuse_the_rest(app: Flask) -> None:
+    """Answer 501 to what OpenMeter would do and the sandbox does not."""
+
+    def refuse(**_: str) -> Response:
+        portal = request.path.startswith("/api/v1/portal/")
+        if portal and "Authorization" not in request.headers:
+            raise Problem(401, "missing authorization header")
+        detail = f"the sandbox does not offer {request.method} {request.path}"
+        raise Problem(501, detail)
+
+    for rule in NOT_OFFERED:
+        for form in (rule, f"{rule}/<path:rest>"):
+            app.add_url_rule(form, "not_offered", refuse, methods=_METHODS)
+    app.add_url_rule("/api/v3/openmeter/events", "not_offered", methods=["GET"])
+
+
+def _limit_methods(app: Flask) -> None:
+    """Answer 405 to HEAD and OPTIONS, as OpenMeter does."""
+
+    @app.before_request
+    def check() -> None:
+        if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
+            raise Problem(405)
+
+
+def create_app(here: Context, *, host: str) -> Flask:
+    """Return the application that serves *here* at the address *host*."""
     # No static folder: the page's few files are routes of their own.
     app = Flask("openmeter_wsgi.sandbox", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.json.compact = True  # type: ignore[attr-defined]
-    app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    guard.install(app, host)
-    problems.install(app)
-    parts.install(app)
+    app.url_map.converters["default"] = _Key
+    control_access(app, host)
+    _limit_methods(app)
+    protocol.install(app)
+    here.install(app)
     for routes in ROUTES:
         app.register_blueprint(routes)
+    _refuse_the_rest(app)
     return app
 
 
-def create_parts(store: Store, faults: Faults) -> Parts:
-    """Return the parts of a sandbox that keeps everything in *store*."""
-    meters = Resources(store, "meter", key="slug")
-    return Parts(
+def create_context(store: Store, faults: Faults) -> Context:
+    """Return the context of a sandbox that keeps everything in *store*."""
+    meters = Resources(
+        store,
+        "meter",
+        key="slug",
+        unknown="not found error: meter not found: {}",
+        taken="conflict error: meter with the same slug already exists",
+    )
+    features = Resources(
+        store,
+        "feature",
+        unknown="feature not found: {}",
+        taken="feature {id} with key {key} already exists",
+    )
+    namespace = "namespace=default subject.idOrKey"
+    subjects = Resources(
+        store,
+        "subject",
+        unknown=f"not found error: subject not found [{namespace}={{}}]",
+    )
+    customers, entitlements = Customers(store), Entitlements(store)
+    return Context(
         store=store,
         tally=Tally(),
         faults=faults,
-        dashboards=DashboardCache(store, meters),
+        dashboards=DashboardCache(store),
         meters=meters,
-        customers=Customers(store),
-        entitlements=Entitlements(store),
+        customers=customers,
+        entitlements=entitlements,
         access=Access(store, meters),
         questions=Questions(),
-        features=Resources(store, "feature", key="key"),
-        subjects=Resources(store, "subject", key="key"),
+        features=features,
+        subjects=subjects,
+        granting=Granting(store, customers, features, meters, entitlements),
     )

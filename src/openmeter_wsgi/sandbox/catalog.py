@@ -1,4 +1,4 @@
-"""The routes of features and subjects: create, list, read, delete."""
+"""The routes of customers, features and subjects."""
 
 from __future__ import annotations
 
@@ -6,41 +6,152 @@ from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox import documents
-from openmeter_wsgi.sandbox.parameters import integer, paged
-from openmeter_wsgi.sandbox.parts import parts
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.schema import KEY, Flaw, Schema, check
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.protocol import (
+    JSON,
+    METADATA,
+    PREFIX,
+    SLUG,
+    TEXT,
+    TEXTS,
+    Problem,
+    body_of,
+    check,
+    integer,
+    invalid,
+    list_of,
+    paged,
+    parse,
+    read,
+    shape,
+    text,
+)
+from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.resources import Document
+    from openmeter_wsgi.sandbox.protocol import Document
 
-_TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-_SLUG: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": KEY}
-FEATURE: Schema = {
-    "type": "object",
-    "required": ["key", "name"],
-    "properties": {
-        "key": _SLUG,
-        "name": {"type": "string"},
-        "metadata": _TEXTS,
-        "meterSlug": _SLUG,
-        "meterGroupByFilters": _TEXTS,
-        "advancedMeterGroupByFilters": {"type": "object"},
+CUSTOMER = shape(
+    "name",
+    name=text(256),
+    description=TEXT | {"maxLength": 1024},
+    metadata=METADATA,
+    key=text(256),
+    usageAttribution=shape("subjectKeys", subjectKeys=list_of(text())),
+    primaryEmail=TEXT,
+    currency=TEXT | {"pattern": "^[A-Z]{3}$"},
+    billingAddress={"type": "object"},
+)
+FEATURE = shape(
+    "key name",
+    key=SLUG,
+    name=TEXT,
+    metadata=TEXTS,
+    meterSlug=SLUG,
+    meterGroupByFilters=TEXTS,
+    advancedMeterGroupByFilters={
+        "type": "object",
+        "additionalProperties": {"type": "object"},
     },
-}
-SUBJECT: Schema = {
-    "type": "object",
-    "required": ["key"],
-    "properties": {
-        "key": {"type": "string"},
-        "displayName": {"type": "string", "nullable": True},
-        "metadata": {"type": "object", "nullable": True},
-        "stripeCustomerId": {"type": "string", "nullable": True},
-    },
-}
+)
+SUBJECT = shape(
+    "key",
+    key=TEXT,
+    displayName=TEXT | {"nullable": True},
+    metadata={"type": "object", "nullable": True},
+    stripeCustomerId=TEXT | {"nullable": True},
+)
 #: A feature is a running total: averages and extremes are none.
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
+
+customers = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
+
+
+@customers.post("")
+def _create_customer() -> tuple[Response, int]:
+    customer = _read_customer()
+    _check_subjects(customer, context().customers.all())
+    created = context().customers.create(customer)
+    _provision_subjects(created)
+    return jsonify(created), 201
+
+
+@customers.get("")
+def _list_customers() -> Response:
+    return jsonify(paged([c for c in context().customers.all() if _matches(c)]))
+
+
+@customers.get("/<customer>")
+def _get_customer(customer: str) -> Response:
+    # A deleted one too, as OpenMeter does here and nowhere else.
+    return jsonify(context().customers.look_up(customer))
+
+
+@customers.put("/<customer>")
+def _change_customer(customer: str) -> Response:
+    changed = _read_customer()
+    found = context().customers.get(customer)
+    others = [c for c in context().customers.all() if c["id"] != found["id"]]
+    _check_subjects(changed, others)
+    kept = {name: found[name] for name in ("id", "createdAt")}
+    updated = context().customers.update(kept | changed)
+    _provision_subjects(updated)
+    return jsonify(updated)
+
+
+@customers.delete("/<customer>")
+def _delete_customer(customer: str) -> tuple[str, int]:
+    here = context()
+    found = here.customers.get(customer)
+    if here.entitlements.of(found):
+        detail = f"conflict error: customer {found['id']} still has active entitlements"
+        raise Problem(409, f"{detail}, please remove them before deleting the customer")
+    here.customers.retire(found["id"])
+    return "", 204
+
+
+def _read_customer() -> Document:
+    customer = read(CUSTOMER, "CustomerCreate")
+    if not subject_keys(customer):
+        customer.pop("usageAttribution", None)
+    return customer
+
+
+def _check_subjects(customer: Document, others: list[Document]) -> None:
+    if not subjects_of(customer):
+        detail = "either key or usageAttribution.subjectKeys must be provided"
+        before = "validation error: error creating customer: validation error: "
+        raise Problem(400, f"{before}validation error: {detail}")
+    # The key of another customer may be a subject key: both pay for that subject.
+    taken = {key: other["id"] for other in others for key in subject_keys(other)}
+    if owner := taken.get(customer.get("key", "")):
+        detail = f"key {customer['key']} overlaps with subject of another customer"
+        raise Problem(409, f"conflict error: {detail}: {owner}")
+    if both := [key for key in subject_keys(customer) if key in taken]:
+        detail = f"one or multiple subject keys of [{' '.join(both)}] are already"
+        detail += " associated with an different customer in the namespace default"
+        raise Problem(409, f"conflict error: {detail}")
+
+
+def _provision_subjects(customer: Document) -> None:
+    """Create the subjects that *customer* names, as OpenMeter does."""
+    known = context().subjects
+    metadata = {"createdBy": "subject.provisioner", "customerId": customer["id"]}
+    for key in subject_keys(customer):
+        if known.find(key) is None:
+            known.create({"key": key, "metadata": metadata})
+
+
+def _matches(customer: Document) -> bool:
+    """Return whether the parameters choose *customer*, by parts of its texts."""
+    wanted = request.args
+    for name in ("key", "name", "primaryEmail"):
+        part = wanted.get(name, "").lower()
+        if part not in customer.get(name, "").lower():
+            return False
+    # The key of a customer is no subject key here, although its events count.
+    subject = wanted.get("subject", "").lower()
+    return not subject or any(subject in one.lower() for one in subject_keys(customer))
 
 
 features = Blueprint("features", __name__, url_prefix="/api/v1/features")
@@ -48,20 +159,24 @@ features = Blueprint("features", __name__, url_prefix="/api/v1/features")
 
 @features.post("")
 def _create_feature() -> tuple[Response, int]:
-    feature = documents.read(request.get_data(), FEATURE, "FeatureCreateInputs")
+    feature = read(FEATURE, "FeatureCreateInputs")
+    if advanced := feature.get("advancedMeterGroupByFilters"):
+        feature["meterGroupByFilters"] = _simple_filters(advanced)
+    elif filters := feature.get("meterGroupByFilters"):
+        equal = {name: {"$eq": value} for name, value in filters.items()}
+        feature["advancedMeterGroupByFilters"] = equal
     _check_feature(feature)
-    return jsonify(parts().features.create(feature)), 201
+    return jsonify(context().features.create(feature)), 201
 
 
 @features.get("")
 def _list_features() -> Response:
     wanted = request.args.getlist("meterSlug")
-    found = [
-        f for f in parts().features.all() if not wanted or f.get("meterSlug") in wanted
-    ]
+    found = context().features.all()
+    found = [f for f in found if not wanted or f.get("meterSlug") in wanted]
     # Whoever asks for a page gets one; OpenMeter's older form is a bare list.
     if "page" in request.args:
-        return jsonify(paged(found, request.args))
+        return jsonify(paged(found))
     offset = integer(request.args, "offset", 0, 0, 10**9)
     limit = integer(request.args, "limit", 100, 1, 1000)
     return jsonify(found[offset : offset + limit])
@@ -69,26 +184,36 @@ def _list_features() -> Response:
 
 @features.get("/<feature>")
 def _get_feature(feature: str) -> Response:
-    return jsonify(parts().features.get(feature))
+    return jsonify(context().features.get(feature))
 
 
 @features.delete("/<feature>")
-def _delete_feature(feature: str) -> tuple[str, int]:
-    parts().features.delete(feature)
+def _archive_feature(feature: str) -> tuple[str, int]:
+    # Entitlements to it go on.
+    context().features.retire(context().features.get(feature)["id"])
     return "", 204
+
+
+def _simple_filters(advanced: Document) -> Document:
+    if any(set(condition) != {"$eq"} for condition in advanced.values()):
+        detail = "the sandbox offers only $eq in advancedMeterGroupByFilters"
+        raise Problem(501, detail)
+    return {name: str(condition["$eq"]) for name, condition in advanced.items()}
 
 
 def _check_feature(feature: Document) -> None:
     slug = feature.get("meterSlug")
     if slug is None:
         return
-    meter = parts().meters.get(slug)
+    meter = context().meters.get(slug)
     if meter["aggregation"] not in FEATURE_AGGREGATIONS:
-        detail = f"meter {slug} has aggregation {meter['aggregation']},"
-        raise Problem(400, f"{detail} which features do not support")
-    for name in feature.get("meterGroupByFilters", {}):
-        if name not in meter.get("groupBy", {}):
-            raise Problem(400, f"meter {slug} has no group by {name}")
+        detail = f"meter {slug}'s aggregation is {meter['aggregation']} but features"
+        allowed = ", ".join(FEATURE_AGGREGATIONS)
+        raise Problem(400, f"{detail} can only be created for {allowed}")
+    groups = meter.get("groupBy", {})
+    if unknown := feature.get("meterGroupByFilters", {}).keys() - groups.keys():
+        detail = f"invalid filters for feature: map[{' '.join(sorted(unknown))}]"
+        raise Problem(400, f"{detail}, available columns: [{' '.join(groups)}]")
 
 
 subjects = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
@@ -96,34 +221,31 @@ subjects = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
 
 @subjects.post("")
 def _upsert_subjects() -> Response:
-    items = documents.parse(request.get_data())
+    items = parse(body_of(JSON))
     if flaw := check({"type": "array", "items": SUBJECT}, items):
-        raise _refused(flaw)
+        raise invalid(f"{PREFIX}doesn't match schema: {flaw}", flaw)
     return jsonify([_upsert(item) for item in items])
 
 
 @subjects.get("")
 def _list_subjects() -> Response:
-    return jsonify(parts().subjects.all())
+    return jsonify(context().subjects.all())
 
 
 @subjects.get("/<subject>")
 def _get_subject(subject: str) -> Response:
-    return jsonify(parts().subjects.get(subject))
+    return jsonify(context().subjects.get(subject))
 
 
 @subjects.delete("/<subject>")
 def _delete_subject(subject: str) -> tuple[str, int]:
-    parts().subjects.delete(subject)
+    context().subjects.retire(context().subjects.get(subject)["id"])
     return "", 204
 
 
-def _refused(flaw: Flaw) -> Problem:
-    return Problem(400, f"{documents.PREFIX}doesn't match schema: {flaw}", flaw=flaw)
-
-
 def _upsert(item: Document) -> Document:
-    known = parts().subjects
+    known = context().subjects
+    shown = {k: item[k] for k in SUBJECT["properties"] if item.get(k) is not None}
     if found := known.find(item["key"]):
-        return known.update(found | item)
-    return known.create(item)
+        return known.update(found | shown)
+    return known.create({"metadata": {}} | shown)

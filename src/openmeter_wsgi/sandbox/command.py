@@ -13,11 +13,59 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from openmeter_wsgi.sandbox.command_faults import Fault, FaultType
+from openmeter_wsgi.sandbox.faults import GROUPS, Settings, names
 from openmeter_wsgi.sandbox.server import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+Fault = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 8.2
+    """``WHERE:FAULT[=VALUE]``: the groups of requests, and one setting of theirs."""
+
+    name = "WHERE:FAULT"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Fault:
+        """Return the groups that *value* names and what it sets."""
+        where, _, rest = str(value).partition(":")
+        fault, equals, text = rest.partition("=")
+        groups = GROUPS if where == "both" else (where,)
+        known = [n.replace("_", "-") for n in names(where)]
+        if not set(groups) <= set(GROUPS) or fault not in known:
+            self.fail(_expected(value), param, ctx)
+        name = fault.replace("-", "_")
+        try:
+            setting = {name: _read(name, text) if equals else _FULL[name]}
+            Settings(**setting)
+        except (KeyError, ValueError) as error:
+            reason = "it needs a value" if isinstance(error, KeyError) else str(error)
+            self.fail(f"{value!r}: {reason}", param, ctx)
+        return groups, setting
+
+
+#: What a fault means that is named without a value.
+_FULL: dict[str, Any] = {
+    "outage": True, "forget": True, "claim": True, "fail_rate": 1.0, "denied": 401,
+}  # fmt: skip
+
+
+def _read(name: str, text: str) -> Any:
+    if name.startswith("refused"):
+        return text
+    if _FULL.get(name) is True:
+        raise ValueError(f"{name} has no value")
+    return int(text) if name == "denied" else float(text)
+
+
+def _expected(value: str) -> str:
+    where = "|".join((*GROUPS, "both"))
+    listed = "|".join(names("ingest")).replace("_", "-")
+    return f"{value!r}: expected {where}:{listed}, such as both:outage"
+
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -65,7 +113,7 @@ Exit codes:
     default=0.0,
     show_default=True,
     type=click.FloatRange(0, 3600),
-    help="Seconds until meters and balances count an event; OpenMeter takes 2 to 3.",
+    help="Seconds until an event is counted and listed; OpenMeter takes about 1.",
 )
 @click.option(
     "--fault",
@@ -73,7 +121,8 @@ Exit codes:
     multiple=True,
     type=FaultType(),
     help="A fault of ingest, entitlements or both: latency=2, fail-rate=0.1, hang=30,"
-    " outage, retry-after=5. May be repeated: --fault entitlements:outage.",
+    " byte-delay=0.01, outage, retry-after=5, denied=401; of ingest also forget, claim,"
+    " refused-type=T, refused-subject=S. May be repeated: --fault ingest:outage.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
 def command(

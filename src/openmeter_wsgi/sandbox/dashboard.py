@@ -1,17 +1,237 @@
-"""What the page shows of usage: totals, curves, and what nobody counts."""
+"""The page: usage over time, what nobody counts, who has access, and its actions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from openmeter_wsgi.sandbox.curves import View, meter_over_time
-from openmeter_wsgi.sandbox.suggestions import uncounted
+from flask import Blueprint, Response, jsonify, request, send_from_directory
+
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.entitlements import NO_ACCESS
+from openmeter_wsgi.sandbox.protocol import (
+    FLAG,
+    JSON,
+    SLUG,
+    Problem,
+    body_of,
+    check,
+    integer,
+    parse,
+    parse_time,
+    read,
+    refuse,
+    shape,
+    text,
+    tidy,
+)
+from openmeter_wsgi.sandbox.protocol import TEXT as PLAIN
+from openmeter_wsgi.sandbox.usage import (
+    AGGREGATES,
+    NUMBER,
+    TEXT,
+    JsonPath,
+    Query,
+    usage,
+)
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
-Document = dict[str, Any]
+    from openmeter_wsgi.sandbox.context import Context
+    from openmeter_wsgi.sandbox.protocol import Document, Schema
+
+
+#: As many as have a colour and a pattern of their own.
+CURVES = 8
+GROUPS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How the page looks at a meter."""
+
+    #: The dimension that divides its usage.
+    by: str = "subject"
+    #: The only subject that is shown; None for all of them.
+    subject: str | None = None
+
+
+def meter_over_time(
+    connection: sqlite3.Connection,
+    meter: Document,
+    times: range,
+    *,
+    view: View,
+    horizon: int,
+) -> Document:
+    """Return a meter with its usage of all time, and in every column of *times*."""
+    dimensions = list(meter.get("groupBy", {}))
+    if view.by != "subject" and view.by not in dimensions:
+        view = View(subject=view.subject)
+    division = _Division(connection, meter, view, horizon)
+    groups = division.totals()
+    whole = usage(connection, meter, division.query())
+    shown = [group["group"] for group in groups[:CURVES]]
+    return {
+        "slug": meter["slug"],
+        "name": meter["name"],
+        "aggregation": meter["aggregation"],
+        "eventType": meter["eventType"],
+        "valueProperty": meter.get("valueProperty"),
+        "dimensions": dimensions,
+        "by": view.by,
+        "subject": view.subject,
+        "value": whole[0]["value"] if whole else None,
+        "events": sum(group["events"] for group in groups),
+        "unusable": sum(group["unusable"] for group in groups),
+        "groups": division.with_recent(groups[:GROUPS], times),
+        "moreGroups": max(0, len(groups) - GROUPS),
+        "curves": division.curves(shown, times),
+    }
+
+
+class _Division:
+    """The queries of one meter, divided as *view* says."""
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        meter: Document,
+        view: View,
+        horizon: int,
+    ) -> None:
+        self._connection = connection
+        self._view = view
+        self._horizon = horizon
+        self._aggregation = meter["aggregation"]
+        self._group = "subject"
+        path, since = meter.get("valueProperty"), meter.get("eventFrom")
+        self._parameters: Document = {
+            "type": meter["eventType"],
+            "since": parse_time(since) if since else 0,
+            "value": JsonPath(path).sqlite if path else None,
+            "horizon": horizon,
+            "subject": view.subject,
+        }
+        if view.by != "subject":
+            self._group = TEXT.format("dimension")
+            self._parameters["dimension"] = JsonPath(meter["groupBy"][view.by]).sqlite
+        self._where = (
+            "type = :type AND time >= :since AND seq <= :horizon"
+            " AND (:subject IS NULL OR subject = :subject)"
+        )
+
+    def query(self) -> Query:
+        """Return what asks for the whole."""
+        subject = self._view.subject
+        only = None if subject is None else (subject,)
+        return Query(subjects=only, horizon=self._horizon)
+
+    def totals(self) -> list[Document]:
+        """Return the usage of every group, the greatest first."""
+        counted = "count(*)"
+        if self._aggregation not in ("COUNT", "UNIQUE_COUNT"):
+            counted = f"count({NUMBER})"
+        rows = self._connection.execute(
+            f"SELECT {self._group}, {AGGREGATES[self._aggregation]}, count(*),"  # noqa: S608
+            f" count(*) - {counted} FROM events WHERE {self._where}"
+            " GROUP BY 1 ORDER BY 2 DESC, 1",
+            self._parameters,
+        )
+        return [
+            {"group": group, "value": _finite(total), "events": events, "unusable": bad}
+            for group, total, events, bad in rows
+        ]
+
+    def with_recent(self, groups: list[Document], times: range) -> list[Document]:
+        """Return *groups* with what they used within *times*."""
+        rows = self._connection.execute(
+            f"SELECT {self._group}, {AGGREGATES[self._aggregation]} FROM events"  # noqa: S608
+            f" WHERE {self._where} AND time >= :start AND time < :end GROUP BY 1",
+            self._parameters | {"start": times.start, "end": times.stop},
+        )
+        recent = {group: _finite(value) for group, value in rows}
+        return [group | {"recent": recent.get(group["group"])} for group in groups]
+
+    def curves(self, groups: list[str], times: range) -> list[Document]:
+        """Return the usage in every column of the plot, per group."""
+        names = {f"g{n}": group for n, group in enumerate(groups)}
+        rows = self._connection.execute(
+            f"SELECT {self._group}, (time - :start) / {times.step},"  # noqa: S608
+            f" {AGGREGATES[self._aggregation]} FROM events"
+            f" WHERE {self._where} AND time >= :start AND time < :end"
+            f" AND {self._group} IN ({', '.join(f':{name}' for name in names)})"
+            " GROUP BY 1, 2",
+            self._parameters | names | {"start": times.start, "end": times.stop},
+        )
+        values: dict[str, list[float | None]] = {g: [None] * len(times) for g in groups}
+        for group, column, value in rows:
+            values[group][column] = _finite(value)
+        return [{"group": group, "values": values[group]} for group in groups]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else tidy(value)
+
+
+UNCOUNTED = 10
+#: The type of the events by which ``openmeter-wsgi check`` tries whether any arrive.
+PROBE = "openmeter_wsgi.check"
+
+
+def uncounted(connection: sqlite3.Connection, meters: list[Document]) -> list[Document]:
+    """Return the types of events that no meter counts, with meters that would."""
+    counted = list({meter["eventType"] for meter in meters} | {PROBE})
+    marks = ", ".join("?" * len(counted))
+    rows = connection.execute(
+        "SELECT type, count(*), count(DISTINCT subject), max(seq) FROM events"  # noqa: S608
+        f" WHERE type NOT IN ({marks}) GROUP BY type ORDER BY 2 DESC LIMIT ?",
+        (*counted, UNCOUNTED),
+    ).fetchall()
+    return [
+        {
+            "type": name,
+            "events": events,
+            "subjects": subjects,
+            "suggestions": _suggestions(name, _data(connection, newest)),
+        }
+        for name, events, subjects, newest in rows
+    ]
+
+
+def _data(connection: sqlite3.Connection, seq: int) -> Document:
+    row = connection.execute("SELECT data FROM events WHERE seq = ?", (seq,)).fetchone()
+    return dict(json.loads(row[0])) if row and row[0] else {}
+
+
+def _suggestions(event_type: str, data: Document) -> list[Document]:
+    """Return definitions of meters for events of this type that look like *data*."""
+    meters = [{"slug": _slug(event_type, "count"), "aggregation": "COUNT"}]
+    for name, value in data.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and re.fullmatch(r"[\w-]+", name):
+            meters.append(
+                {
+                    "slug": _slug(event_type, name),
+                    "aggregation": "SUM",
+                    "valueProperty": f"$.{name}",
+                }
+            )
+    return [meter | {"eventType": event_type} for meter in meters[:4]]
+
+
+def _slug(*parts: str) -> str:
+    words = re.findall("[a-z0-9]+", " ".join(parts).lower())
+    return "_".join(words)[:64].strip("_")
+
 
 #: Columns of a plot, whatever time it spans.
 COLUMNS = 60
@@ -35,10 +255,15 @@ def dashboard(
     # Whole steps, so that columns keep their events as time goes on.
     end = (now // step + 1) * step
     times = range(end - step * COLUMNS, end, step)
+    stored, waiting, oldest = connection.execute(
+        "SELECT count(*), sum(seq > ?), min(time) FROM events", (horizon,)
+    ).fetchone()
     return {
         "times": list(times),
         "step": step,
-        "stored": connection.execute("SELECT count(*) FROM events").fetchone()[0],
+        "stored": stored,
+        "waiting": waiting or 0,
+        "oldest": oldest,
         "meters": [
             meter_over_time(
                 connection,
@@ -51,3 +276,181 @@ def dashboard(
         ],
         "uncounted": uncounted(connection, meters),
     }
+
+
+#: Rows shown, the newest; every balance is computed each time the page looks.
+ROWS = 100
+#: Names offered for a new grant.
+NAMES = 200
+
+
+def entitlement_table(here: Context) -> Document:
+    """Return the rows of the table, and what a new grant can be made for."""
+    customers = {customer["id"]: customer for customer in here.customers.all()}
+    entitlements = here.entitlements.all()
+    asked = _asked(here)
+    rows = [
+        _row(here, customers[entitlement["customerId"]], entitlement, asked)
+        for entitlement in entitlements[-ROWS:]
+        if entitlement["customerId"] in customers
+    ]
+    meters = [meter["slug"] for meter in here.meters.all()]
+    features = [feature["key"] for feature in here.features.all()]
+    names = {c["key"] for c in customers.values() if "key" in c}
+    return {
+        "rows": rows,
+        "moreRows": max(0, len(entitlements) - ROWS),
+        "questions": sum(asked.values()),
+        "customers": sorted(names)[:NAMES],
+        "features": sorted({*meters, *features})[:NAMES],
+    }
+
+
+def _asked(here: Context) -> Counter[tuple[str, str | None]]:
+    asked: Counter[tuple[str, str | None]] = Counter()
+    for question, count in here.questions.counts().items():
+        asked[question.customer, question.feature] += count
+    return asked
+
+
+def _row(
+    here: Context,
+    customer: Document,
+    entitlement: Document,
+    asked: Counter[tuple[str, str | None]],
+) -> Document:
+    feature = entitlement["featureKey"]
+    names = {customer["id"], customer.get("key", customer["id"])}
+    shown = here.entitlements.document(entitlement)
+    return {
+        "id": entitlement["id"],
+        "customer": customer.get("key", customer["id"]),
+        "name": customer["name"],
+        "feature": feature,
+        "kind": entitlement["type"],
+        "soft": entitlement.get("isSoftLimit", False),
+        "periodEnd": shown.get("currentUsagePeriod", {}).get("to"),
+        "asked": sum(asked[name, part] for name in names for part in (feature, None)),
+        **_value(here, customer, entitlement),
+    }
+
+
+def _value(here: Context, customer: Document, entitlement: Document) -> Document:
+    try:
+        value = here.access.value(customer, entitlement)
+    except Problem as problem:
+        return NO_ACCESS | {"error": problem.reason}
+    return {name: part for name, part in value.items() if name != "grantBalances"}
+
+
+PAGE = Path(__file__).with_name("page")
+#: Seconds that a plot can span: a minute to a week.
+SPANS = (60, 7 * 24 * 3600)
+#: How meters are looked at: slug to dimension and subject.
+VIEWS: Schema = {
+    "type": "object",
+    "additionalProperties": shape("", by=PLAIN, subject=PLAIN | {"nullable": True})
+    | {"additionalProperties": False},
+}
+
+routes = Blueprint("dashboard", __name__)
+
+
+@routes.get("/")
+def _index() -> Response:
+    return send_from_directory(PAGE, "index.html")
+
+
+@routes.get("/sandbox/page/<path:name>")
+def _file(name: str) -> Response:
+    return send_from_directory(PAGE, name)
+
+
+@routes.get("/sandbox/api/overview")
+def _overview() -> Response:
+    here = context()
+    span = integer(request.args, "span", 900, *SPANS)
+    views = _views()
+
+    def compute(now: int) -> Document:
+        with here.store.reading() as connection:
+            meters = here.meters.within(connection)
+            seen = here.store.horizon(connection)
+            return dashboard(connection, meters, span, now, views=views, horizon=seen)
+
+    asked = (span, tuple(sorted(views.items(), key=itemgetter(0))))
+    return jsonify(
+        {
+            "dedupe": here.store.dedupe,
+            "persistent": here.store.persistent,
+            "visibleAfter": here.store.visible_after,
+            "faults": here.faults.document(),
+            "counts": here.tally.counts(),
+            "refusals": here.tally.refusals(),
+            "access": entitlement_table(here),
+        }
+        | here.dashboards.read(asked, compute)
+    )
+
+
+def _views() -> dict[str, View]:
+    try:
+        asked = json.loads(request.args.get("views", "{}"))
+    except (ValueError, RecursionError):
+        raise refuse("views", "value must be a JSON object") from None
+    if flaw := check(VIEWS, asked):
+        raise refuse("views", str(flaw))
+    return {slug: View(**view) for slug, view in asked.items()}
+
+
+_WHICH = shape("customer feature", customer=text(256), feature=text(256)) | {
+    "additionalProperties": False,
+}
+_GRANT = _WHICH | {
+    "properties": {
+        "customer": text(256),
+        "feature": SLUG,
+        "amount": {"type": "number", "minimum": 0, "nullable": True},
+        "soft": FLAG,
+        "period": text(256),
+    },
+}
+_VISIBILITY = shape(
+    "visibleAfter", visibleAfter={"type": "number", "minimum": 0, "maximum": 3600}
+)
+
+
+def _read(schema: Schema) -> Document:
+    return read(schema, "Sandbox")
+
+
+@routes.put("/sandbox/api/faults")
+def _set_faults() -> Response:
+    faults = context().faults
+    faults.update(parse(body_of(JSON)))
+    return jsonify(faults.document())
+
+
+@routes.put("/sandbox/api/visibility")
+def _set_visibility() -> Response:
+    store = context().store
+    store.visible_after = _read(_VISIBILITY)["visibleAfter"]
+    return jsonify({"visibleAfter": store.visible_after})
+
+
+@routes.post("/sandbox/api/grant")
+def _grant() -> tuple[Response, int]:
+    made = context().granting.grant(**_read(_GRANT))
+    return jsonify(context().entitlements.document(made)), 201
+
+
+@routes.post("/sandbox/api/revoke")
+def _revoke() -> tuple[str, int]:
+    context().granting.revoke(**_read(_WHICH))
+    return "", 204
+
+
+@routes.post("/sandbox/api/reset")
+def _reset() -> tuple[str, int]:
+    context().granting.reset(**_read(_WHICH))
+    return "", 204

@@ -2,20 +2,191 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.sandbox.burndown import current_period
-from openmeter_wsgi.sandbox.entitlement_kinds import KINDS
-from openmeter_wsgi.sandbox.grants import new_grant
-from openmeter_wsgi.sandbox.parameters import parse_moment
-from openmeter_wsgi.sandbox.periods import recurring, whole_minute
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.resources import Resources, ulid
-from openmeter_wsgi.sandbox.windows import rfc3339
+from openmeter_wsgi.sandbox.balance import (
+    Interval,
+    Recurrence,
+    burn_down,
+    current_period,
+    parse_interval,
+    recurring,
+    whole_minute,
+)
+from openmeter_wsgi.sandbox.protocol import (
+    Problem,
+    go_time,
+    parse_moment,
+    parse_time,
+    rfc3339,
+    tidy,
+)
+from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
+from openmeter_wsgi.sandbox.usage import Edge, Query, usage
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.resources import Document
-    from openmeter_wsgi.sandbox.store import Store
+    from collections.abc import Mapping
+
+    from openmeter_wsgi.sandbox.balance import Balance
+    from openmeter_wsgi.sandbox.protocol import Document
+    from openmeter_wsgi.sandbox.store import Customers, Store
+
+_KEPT = ("priority", "metadata", "annotations", "expiration")
+
+
+def new_grant(entitlement: Document, asked: Document, now: float) -> Document:
+    """Return the grant that a client *asked* for, or answer 400.
+
+    It takes effect at the start of a minute, as in OpenMeter.
+    """
+    if asked["amount"] <= 0:
+        raise Problem(400, "validation error: amount must be positive")
+    start = current_period(entitlement, now)[0]
+    effective = parse_moment(asked["effectiveAt"])
+    # A period that began within this minute is the only one that starts between two.
+    effective = max(whole_minute(effective), start if effective >= start else 0)
+    if effective < start:
+        detail = f"grant effective date {go_time(effective)} is before the current"
+        raise Problem(400, f"validation error: {detail} usage period {go_time(start)}")
+    grant = {
+        "id": ulid(),
+        "entitlementId": entitlement["id"],
+        "createdAt": rfc3339(now),
+        "updatedAt": rfc3339(now),
+        "amount": asked["amount"],
+        "priority": 0,
+        "effectiveAt": rfc3339(effective),
+        "minRolloverAmount": asked.get("minRolloverAmount", 0),
+        "maxRolloverAmount": asked.get("maxRolloverAmount", asked["amount"]),
+        "_": {"epoch": len(entitlement["_"]["resets"])},
+    }
+    grant |= {name: asked[name] for name in _KEPT if name in asked}
+    if expiration := asked.get("expiration"):
+        grant["expiresAt"] = rfc3339(_expiry(effective, expiration))
+    if recurrence := asked.get("recurrence"):
+        grant["recurrence"] = recurring(
+            {"anchor": rfc3339(effective)} | recurrence, now
+        )
+    return grant
+
+
+def _expiry(effective: int, expiration: Document) -> int:
+    if expiration["duration"] == "HOUR":
+        interval = Interval(0, 3600)
+    else:
+        interval = parse_interval(expiration["duration"])
+    return interval.after(effective, int(expiration["count"]))
+
+
+def grant_document(grant: Document, now: float) -> Document:
+    """Return *grant* as the API shows it."""
+    shown = {name: value for name, value in grant.items() if name != "_"}
+    if recurrence := grant.get("recurrence"):
+        interval = parse_interval(recurrence["intervalISO"])
+        anchor = Recurrence(parse_time(recurrence["anchor"]), interval)
+        shown["nextRecurrence"] = rfc3339(anchor.end(now))
+    return shown
+
+
+def v1_grant_document(grant: Document, now: float) -> Document:
+    """Return *grant* as version 1 of the API shows it: every grant expires."""
+    shown = grant_document(grant, now)
+    if "expiration" not in shown:
+        shown["expiration"] = {"count": 100, "duration": "YEAR"}
+        ends = parse_interval("YEAR").after(int(now), 100)
+        shown["expiresAt"] = rfc3339(ends + now % 1)
+    return shown
+
+
+PRESETS = ("CURRENT_PERIOD_START", "NOW")
+
+
+def _boolean(*_: Any) -> Document:
+    return {}
+
+
+def _static(_: Document, __: Document, asked: Document, *___: Any) -> Document:
+    try:
+        json.loads(asked["config"])
+    except ValueError:
+        raise Problem(400, "validation error: invalid JSON config") from None
+    return {"config": asked["config"]}
+
+
+def _metered(
+    entitlement: Document,
+    feature: Document,
+    asked: Document,
+    now: float,
+    edge: tuple[int, int] | None,
+) -> Document:
+    if "meterSlug" not in feature:
+        raise Problem(400, f"invalid feature {feature['id']}: Feature has no meter")
+    period = entitlement["usagePeriod"]
+    start, arrived = edge or (_measure_from(asked, period, now), 0)
+    metered = {
+        "isSoftLimit": asked.get("isSoftLimit", False),
+        "preserveOverageAtReset": asked.get("preserveOverageAtReset", False),
+        "measureUsageFrom": rfc3339(start),
+        "_": {
+            "meter": feature["meterSlug"],
+            "filters": feature.get("meterGroupByFilters", {}),
+            "measureFrom": [start, arrived],
+            "anchor": parse_time(period["anchor"]),
+            "resets": [],
+            "grants": [],
+        },
+    }
+    metered |= _issue(asked)
+    whole = entitlement | metered
+    if amount := metered["issueAfterReset"]:
+        grant = {
+            "amount": amount,
+            "priority": metered.get("issueAfterResetPriority", 1),
+            "effectiveAt": rfc3339(start),
+            "minRolloverAmount": amount,
+            "maxRolloverAmount": amount,
+            "annotations": {"issueAfterReset": True},
+        }
+        metered["_"]["grants"].append(new_grant(whole, grant, now))
+    for grant in asked.get("grants", ()):
+        metered["_"]["grants"].append(new_grant(whole, grant, now))
+    return metered
+
+
+#: The part of an entitlement that is peculiar to its kind.
+KINDS = {"boolean": _boolean, "static": _static, "metered": _metered}
+
+
+def _issue(asked: Document) -> Document:
+    """Return what is granted anew in every period, in its old form and its new one."""
+    issue = asked.get("issue") or {}
+    amount = issue.get("amount", asked.get("issueAfterReset"))
+    priority = issue.get("priority", asked.get("issueAfterResetPriority"))
+    if amount is None and priority is not None:
+        detail = "IssueAfterResetPriority requires IssueAfterReset"
+        raise Problem(400, f"invalid entitlement value for type metered: {detail}")
+    if amount is not None and "grants" in asked:
+        detail = "issueAfterReset and grants cannot be used together"
+        raise Problem(400, f"validation error: {detail}")
+    shown = {"issueAfterReset": amount or 0, "issue": {"amount": amount or 0}}
+    if priority is None:
+        return shown
+    issued = {"amount": amount, "priority": priority}
+    return shown | {"issueAfterResetPriority": priority, "issue": issued}
+
+
+def _measure_from(asked: Document, period: Document, now: float) -> int:
+    wanted = asked.get("measureUsageFrom", "NOW")
+    if wanted == "CURRENT_PERIOD_START":
+        interval = parse_interval(period["intervalISO"])
+        return Recurrence(parse_time(period["anchor"]), interval).start(now)
+    if wanted == "NOW":
+        return whole_minute(now)
+    return whole_minute(parse_moment(wanted))
 
 
 class Entitlements:
@@ -27,7 +198,7 @@ class Entitlements:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._all = Resources(store, "entitlement", key="key")
+        self._all = Resources(store, "entitlement")
 
     def create(
         self,
@@ -42,9 +213,8 @@ class Entitlements:
         """
         if old := self.find(customer, feature["key"]):
             detail = f"entitlement with id {old['id']} already exists for feature"
-            raise Problem(
-                409, f"{detail} {feature['id']} and customer {customer['id']}"
-            )
+            detail = f"{detail} {feature['id']} and customer {customer['id']}"
+            raise Problem(409, detail, extensions={"conflictingEntityId": old["id"]})
         now = self._store.clock()
         entitlement = {
             "id": ulid(),
@@ -114,9 +284,8 @@ class Entitlements:
         moment = asked.get("effectiveAt")
         at = parse_moment(moment) if moment else now
         if at > now:
-            raise Problem(
-                400, f"validation error: cannot reset at {moment} in the future"
-            )
+            detail = f"cannot reset at {go_time(at)} in the future"
+            raise Problem(400, f"validation error: {detail}")
         self.reset_at(entitlement, (whole_minute(at), 0), asked)
 
     def reset_at(
@@ -127,9 +296,10 @@ class Entitlements:
         def begin(current: Document) -> None:
             _require_metered(current)
             own = current["_"]
-            if edge <= begun(current, self._store.clock()):
-                reason = "can only end usage period after current period start time"
-                raise Problem(400, f"validation error: {reason}")
+            last = begun(current, self._store.clock())
+            if edge <= last:
+                detail = f"reset at {go_time(edge[0])} must be after last reset at"
+                raise Problem(400, f"validation error: {detail} {go_time(last[0])}")
             anchors = [own["anchor"], *(reset["anchor"] for reset in own["resets"])]
             retained = asked.get("retainAnchor", False)
             preserve = asked.get("preserveOverage", current["preserveOverageAtReset"])
@@ -166,3 +336,202 @@ def _require_metered(entitlement: Document) -> None:
     if entitlement["type"] != "metered":
         kind = entitlement["type"]
         raise Problem(400, f"expected entitlement type metered but got {kind}")
+
+
+NO_ACCESS = {"hasAccess": False}
+
+
+class Access:
+    """Answers whether a customer has access. Any thread."""
+
+    def __init__(self, store: Store, meters: Resources) -> None:
+        self._store = store
+        self._meters = meters
+
+    def value(
+        self, customer: Document, entitlement: Document | None, at: int | None = None
+    ) -> Document:
+        """Return the value of *entitlement*, with ``hasAccess`` and all balances.
+
+        :param at: Unix seconds; None is now.
+        """
+        if entitlement is None:
+            return NO_ACCESS
+        if entitlement["type"] == "boolean":
+            return {"hasAccess": True}
+        if entitlement["type"] == "static":
+            return {"hasAccess": True, "config": entitlement["config"]}
+        if at is not None and at < parse_time(entitlement["activeFrom"]):
+            return NO_ACCESS
+        if entitlement["_"]["measureFrom"][0] > (at or self._store.clock()):
+            raise Problem(500, reason="usage is measured from a time in the future on")
+        balance = self.balance(customer, entitlement, at)
+        return {
+            "hasAccess": entitlement["isSoftLimit"] or balance.left > 0,
+            "balance": tidy(balance.left),
+            "usage": tidy(balance.usage),
+            "overage": tidy(balance.overage),
+            "totalAvailableGrantAmount": tidy(balance.left + balance.burnt),
+            "grantBalances": {k: tidy(left) for k, left in balance.grants.items()},
+        }
+
+    def balance(
+        self, customer: Document, entitlement: Document, at: int | None = None
+    ) -> Balance:
+        """Return the balance of a metered *entitlement*, *at* a time or now."""
+        own = entitlement["_"]
+        meter = self._meters.find(own["meter"])
+        if meter is None:
+            raise Problem(500, reason=f"meter {own['meter']} was deleted")
+        # OpenMeter rounds up to the minute: the running one counts as a whole, and the
+        # last one of a usage period is answered for the next.
+        now = self._store.clock()
+        until = math.ceil(at / 60) * 60 if at else whole_minute(now) + 60
+        with self._store.reading() as connection:
+            query = Query(
+                subjects=subjects_of(customer),
+                filters={name: [text] for name, text in own["filters"].items()},
+                horizon=self._store.horizon(connection),
+            )
+
+            def used(start: Edge, end: Edge) -> float:
+                rows = usage(connection, meter, replace(query, after=start, before=end))
+                return float(rows[0]["value"]) if rows else 0.0
+
+            return burn_down(entitlement, until, until, used)
+
+
+def v1(value: Document) -> Document:
+    """Return *value* as the v1 API shows it: without the balance of each grant."""
+    return {name: part for name, part in value.items() if name != "grantBalances"}
+
+
+def v2(value: Document) -> Document:
+    """Return *value* as the v2 API shows it: a denial has no ``hasAccess``."""
+    if value["hasAccess"]:
+        return value
+    return {name: part for name, part in value.items() if name != "hasAccess"}
+
+
+class Granting:
+    """Access, given and taken without the several requests that the API needs.
+
+    Unlike the API, which knows minutes, it takes effect at once: what arrived before
+    does not count. Any thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        customers: Customers,
+        features: Resources,
+        meters: Resources,
+        entitlements: Entitlements,
+    ) -> None:
+        self._store = store
+        self._customers = customers
+        self._features = features
+        self._meters = meters
+        self._entitlements = entitlements
+
+    def grant(
+        self,
+        customer: str,
+        feature: str,
+        amount: float | None = None,
+        *,
+        soft: bool = False,
+        period: str = "MONTH",
+        config: Mapping[str, Any] | None = None,
+    ) -> Document:
+        """Give *customer* access to *feature*, creating what is missing for it.
+
+        With an *amount*, or a *soft* limit, the entitlement is metered, with a *config*
+        it is static, else boolean. One of the same kind stays, and an amount is added
+        to it; any other is replaced.
+        """
+        payer = self._customer(customer)
+        asked = _asked(amount, soft=soft, period=period, config=config)
+        known = self._feature(feature, metered=asked["type"] == "metered")
+        found = self._entitlements.find(payer, known["key"])
+        if found and _same(found, asked):
+            return self._add(found, amount) if amount else found
+        if found:
+            self._entitlements.delete(found)
+        edge = self._now()
+        return self._entitlements.create(payer, known, asked, edge)
+
+    def revoke(self, customer: str, feature: str) -> None:
+        """Take the access to *feature* from *customer*."""
+        self._entitlements.delete(self._found(customer, feature))
+
+    def reset(self, customer: str, feature: str) -> None:
+        """Begin a new usage period: usage is zero, what recurs is granted anew."""
+        found, edge = self._found(customer, feature), self._now()
+        # Where nothing has arrived since the period began there is nothing to reset.
+        if edge > begun(found, self._store.clock()):
+            self._entitlements.reset_at(found, edge, {"retainAnchor": True})
+
+    def forget(self, customer: str) -> None:
+        """Delete *customer*, with all entitlements."""
+        found = self._customers.get(customer)
+        for entitlement in self._entitlements.of(found):
+            self._entitlements.delete(entitlement)
+        self._customers.retire(found["id"])
+
+    def _add(self, entitlement: Document, amount: float) -> Document:
+        now = self._store.clock()
+        start = current_period(entitlement, now)[0]
+        grant = {"amount": amount, "effectiveAt": rfc3339(max(start, int(now)))}
+        # As the amount of the period, which is used up first because it was first.
+        grant["priority"] = 1
+        self._entitlements.grant(entitlement, grant)
+        return self._entitlements.get_by_id(entitlement["id"])
+
+    def _now(self) -> tuple[int, int]:
+        with self._store.reading() as connection:
+            (newest,) = connection.execute("SELECT max(seq) FROM events").fetchone()
+        return int(self._store.clock()), newest or 0
+
+    def _found(self, customer: str, feature: str) -> Document:
+        payer = self._customers.get(customer)
+        return self._entitlements.get(payer, feature)
+
+    def _customer(self, key: str) -> Document:
+        found = self._customers.find(key)
+        return found or self._customers.create({"key": key, "name": key})
+
+    def _feature(self, key: str, *, metered: bool) -> Document:
+        if found := self._features.find(key):
+            return found
+        feature = {"key": key, "name": key}
+        if self._meters.find(key):
+            feature["meterSlug"] = key
+        elif metered:
+            detail = f"feature {key!r}: neither a feature nor a meter has this name"
+            raise Problem(404, f"{detail}; create the meter first")
+        return self._features.create(feature)
+
+
+def _asked(
+    amount: float | None,
+    *,
+    soft: bool,
+    period: str,
+    config: Mapping[str, Any] | None,
+) -> Document:
+    if amount is not None and not 0 <= amount < math.inf:
+        detail = f"amount: expected a number of at least 0, got {amount!r}"
+        raise Problem(400, detail)
+    if amount is not None or soft:
+        asked = {"type": "metered", "isSoftLimit": soft}
+        issued = {} if amount is None else {"issueAfterReset": amount}
+        return asked | issued | {"usagePeriod": {"interval": period}}
+    if config is not None:
+        return {"type": "static", "config": json.dumps(dict(config))}
+    return {"type": "boolean"}
+
+
+def _same(entitlement: Document, asked: Document) -> bool:
+    names = ("type", "isSoftLimit", "config")
+    return all(entitlement.get(name) == asked.get(name) for name in names)

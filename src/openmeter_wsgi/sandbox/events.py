@@ -1,132 +1,231 @@
-"""The routes that list events: v1 by time, v2 in pages that a cursor turns."""
+"""Listing events: v1 by time, v2 in pages, with the flaws that OpenMeter names."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, jsonify, request
 
-from openmeter_wsgi.sandbox.listing import Filter, Judge, select, subjects_of
-from openmeter_wsgi.sandbox.parameters import integer, moment, refuse
-from openmeter_wsgi.sandbox.parts import parts
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.schema import check
-from openmeter_wsgi.sandbox.windows import rfc3339
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.meters import flaw_of
+from openmeter_wsgi.sandbox.protocol import (
+    ULID,
+    Problem,
+    check,
+    integer,
+    moment,
+    parse_time,
+    refuse,
+    rfc3339,
+)
+from openmeter_wsgi.sandbox.store import subjects_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from flask import Response
 
-    from openmeter_wsgi.sandbox.schema import Schema
+    from openmeter_wsgi.sandbox.protocol import Document, Schema
 
+_COLUMNS = "seq, id, source, type, subject, time, data, ingested_at, stored_at"
 #: OpenMeter lists no events older than this.
 HORIZON = 32 * 24 * 3600
-_OPERATORS = {"$eq": "=", "$ne": "<>", "$like": "LIKE"}
-_TEXT: Schema = {"type": "string"}
-_CONDITION: Schema = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        **dict.fromkeys(_OPERATORS, _TEXT),
-        "$in": {"type": "array", "items": _TEXT},
-    },
-}
-#: The part of OpenMeter's filters that the sandbox knows; it refuses the others.
-FILTER: Schema = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": dict.fromkeys(("id", "source", "type", "subject"), _CONDITION),
-}
-
+#: A condition, and its parameters.
+Term = tuple[str, list[Any]]
+_TRUE: Term = ("1", [])
 
 routes = Blueprint("events", __name__)
 
 
-def _fetch(chosen: Filter, limit: int) -> tuple[Judge, list[tuple[Any, ...]]]:
-    here = parts()
-    with here.store.reading() as connection:
-        meters = here.meters.within(connection)
-        judge = Judge(meters, here.customers.within(connection))
-        return judge, select(connection, chosen, limit)
-
-
 @routes.get("/api/v1/events")
 def _list_v1() -> Response:
-    judge, rows = _fetch(_v1_filter(), _limit())
-    return jsonify([judge.document(row) for row in rows])
+    return jsonify(_list([*_period(), *_v1_terms()], _limit())[0])
 
 
 @routes.get("/api/v2/events")
 def _list_v2() -> Response:
     limit = _limit()
-    judge, rows = _fetch(_v2_filter(), limit)
-    body: dict[str, Any] = {"items": [judge.document(row) for row in rows]}
-    if len(rows) == limit:
-        body["nextCursor"] = _cursor(rows[-1])
+    items, last = _list(_v2_terms(), limit)
+    body: Document = {"items": items}
+    if last is not None and len(items) == limit:
+        body["nextCursor"] = _cursor(last)
     return jsonify(body)
+
+
+def _list(
+    terms: list[Term], limit: int
+) -> tuple[list[Document], tuple[Any, ...] | None]:
+    here = context()
+    conditions = " AND ".join(f"({term})" for term, _ in terms)
+    values = [value for _, found in terms for value in found]
+    with here.store.reading() as connection:
+        # What the sink has not written down yet is in no list either.
+        horizon = here.store.horizon(connection)
+        rows = connection.execute(
+            f"SELECT {_COLUMNS} FROM events WHERE seq <= ? AND {conditions}"  # noqa: S608
+            " ORDER BY time DESC, seq DESC LIMIT ?",
+            (horizon, *values, limit),
+        ).fetchall()
+        meters = here.meters.within(connection)
+        judge = Judge(meters, here.customers.within(connection))
+    return [judge.document(row) for row in rows], rows[-1] if rows else None
 
 
 def _limit() -> int:
     return integer(request.args, "limit", 100, 1, 100)
 
 
-def _v1_filter() -> Filter:
-    arguments = request.args
-    chosen = _period()
-    for name, term in (("id", "instr(id, ?)"), ("subject", "subject = ?")):
-        if name in arguments:
-            chosen.where(term, arguments[name])
-    if wanted := arguments.getlist("customerId"):
-        found = [parts().customers.get(customer) for customer in wanted]
-        chosen.where_in("subject", [s for one in found for s in subjects_of(one)])
-    for name, term in (("ingestedAtFrom", ">="), ("ingestedAtTo", "<=")):
-        if (limit := moment(arguments.get(name), name)) is not None:
-            chosen.where(f"ingested_at {term} ?", limit)
-    return chosen
-
-
-def _period() -> Filter:
-    chosen = Filter()
-    horizon = int(parts().store.clock()) - HORIZON
+def _period() -> list[Term]:
     start = moment(request.args.get("from"), "from")
-    # A minute of grace, for a client that counts the days itself.
-    if start is not None and start < horizon - 60:
-        raise Problem(400, f"from must be after {rfc3339(horizon)}")
+    horizon = _check_age("from date is too old: {0}, must be after {1}", start)
     end = moment(request.args.get("to"), "to")
-    if end is not None and start is not None and end < start:
-        raise Problem(400, "to must be after from")
-    chosen.where("time >= ?", horizon if start is None else start)
+    if start is None:
+        start = horizon
+    terms: list[Term] = [("time >= ?", [start])]
     if end is not None:
-        chosen.where("time < ?", end)
-    return chosen
+        if end < start:
+            dates = f"{rfc3339(end)} < {rfc3339(start)}"
+            raise _invalid_input(f"to date is before from date: {dates}")
+        terms.append(("time < ?", [end]))
+    return terms
 
 
-def _v2_filter() -> Filter:
-    chosen = Filter()
+def _check_age(sentence: str, start: int | None) -> int:
+    """Return the oldest time of which events are listed; refuse an older *start*."""
+    horizon = int(context().store.clock()) - HORIZON
+    if start is not None and start <= horizon:
+        raise _invalid_input(sentence.format(rfc3339(start), rfc3339(horizon)))
+    return horizon
+
+
+def _invalid_input(detail: str) -> Problem:
+    return Problem(400, f"validation error: validate input: {detail}")
+
+
+def _v1_terms() -> Iterable[Term]:
+    arguments = request.args
+    if wanted := arguments.get("id"):
+        yield _like("id", f"%{wanted}%")
+    if wanted := arguments.get("subject"):
+        yield "subject = ?", [wanted]
+    if "customerId" in arguments:
+        ids = arguments.getlist("customerId")
+        schema: Schema = {"type": "array", "items": {"type": "string", "pattern": ULID}}
+        if flaw := check(schema, ids):
+            raise refuse("customerId", str(flaw))
+        yield _of_customers(ids)
+    since = moment(arguments.get("ingestedAtFrom"), "ingestedAtFrom")
+    _check_age("ingestedAtFrom date is too old, must be after: {0}: {1}", since)
+    until = moment(arguments.get("ingestedAtTo"), "ingestedAtTo")
+    for sign, limit in ((">=", since), ("<=", until)):
+        if limit is not None:
+            yield f"ingested_at {sign} ?", [limit]
+
+
+def _of_customers(ids: list[str]) -> Term:
+    customers = [one for one in context().customers.all() if one["id"] in ids]
+    return _in("subject", [s for one in customers for s in subjects_of(one)])
+
+
+def _in(column: str, values: list[Any]) -> Term:
+    return f"{column} IN ({', '.join('?' * len(values))})", values
+
+
+def _like(column: str, pattern: str) -> Term:
+    """Return a LIKE that tells capitals apart, as ClickHouse's does."""
+    glob = re.sub(r"[*?\[]", lambda found: f"[{found[0]}]", pattern)
+    return f"{column} GLOB ?", [glob.replace("%", "*").replace("_", "?")]
+
+
+#: What version 2 can filter by; it ignores other fields.
+_FIELDS = {
+    "id": "id",
+    "source": "source",
+    "subject": "subject",
+    "type": "type",
+    "time": "time",
+    "ingestedAt": "ingested_at",
+    "storedAt": "stored_at",
+    "customerId": "customer",
+}
+_TIMES = ("time", "ingestedAt", "storedAt")
+_SIGNS = {"$eq": "=", "$ne": "<>", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
+_DEEPEST = 20
+_LISTS = ("$in", "$nin", "$and", "$or")
+
+
+def _v2_terms() -> list[Term]:
+    terms = [_TRUE]
     if cursor := request.args.get("cursor"):
-        at, seq = _read_cursor(cursor)
-        chosen.where("(time, seq) < (?, ?)", at, seq)
+        terms.append(("(time, seq) < (?, ?)", list(_read_cursor(cursor))))
     for name, condition in _conditions().items():
-        for operator, value in condition.items():
-            if operator == "$in":
-                chosen.where_in(name, value)
-            else:
-                chosen.where(f"{name} {_OPERATORS[operator]} ?", value)
-    return chosen
+        if name in _FIELDS:
+            terms.append(_term(name, condition))
+    return terms
 
 
-def _conditions() -> dict[str, dict[str, Any]]:
+def _conditions() -> Document:
+    text = request.args.get("filter", "{}")
+    error = "unmarshaling param filter: Error unmarshaling parameter filter as JSON"
     try:
-        conditions: dict[str, dict[str, Any]] = json.loads(
-            request.args.get("filter", "{}")
-        )
-    except ValueError:
-        raise refuse("filter", "value must be a JSON object") from None
-    if flaw := check(FILTER, conditions):
-        raise refuse("filter", str(flaw))
+        conditions = json.loads(text)
+    except (ValueError, RecursionError):
+        first = f"invalid character {text[:1]!r} looking for beginning of value"
+        raise Problem(400, f"{error}: {first}") from None
+    if not isinstance(conditions, dict):
+        raise Problem(400, f"{error}: expected an object")
     return conditions
+
+
+def _term(name: str, condition: Any, depth: int = 1) -> Term:
+    if not isinstance(condition, dict) or depth > _DEEPEST:
+        reason = f"expected an object, at most {_DEEPEST} deep"
+        raise Problem(400, f"unmarshaling param filter: {name}: {reason}")
+    if not condition:
+        return _TRUE
+    if len(condition) > 1:
+        detail = "validation error: filter is invalid: multiple operators are set"
+        raise _invalid_input(f"{name}: {detail}")
+    ((operator, value),) = condition.items()
+    if operator in _LISTS and not isinstance(value, list):
+        raise _invalid_input(f"{name}: {operator} takes a list")
+    if operator in ("$and", "$or"):
+        parts = [_term(name, part, depth + 1) for part in value] or [_TRUE]
+        joined = f" {operator[1:].upper()} ".join(f"({term})" for term, _ in parts)
+        return joined, [value for _, values in parts for value in values]
+    if name == "customerId":
+        ids = value if isinstance(value, list) else [value]
+        return _of_customers(ids) if operator in ("$in", "$eq") else _TRUE
+    return _comparison(name, operator, value)
+
+
+def _comparison(name: str, operator: str, value: Any) -> Term:
+    column = _FIELDS[name]
+    values = [_value(name, one) for one in (value if operator in _LISTS else [value])]
+    if operator in ("$in", "$nin"):
+        term, values = _in(column, values)
+        return f"{'NOT ' * (operator == '$nin')}{term}", values
+    if operator in _SIGNS:
+        return f"{column} {_SIGNS[operator]} ?", values
+    if operator in ("$like", "$nlike"):
+        term, values = _like(column, str(value))
+        return f"{'NOT ' * (operator == '$nlike')}{term}", values
+    if operator in ("$ilike", "$nilike"):
+        return f"{column} {'NOT ' * (operator == '$nilike')}LIKE ?", values
+    return _TRUE
+
+
+def _value(name: str, value: Any) -> Any:
+    if name not in _TIMES:
+        return str(value)
+    try:
+        return parse_time(str(value))
+    except ValueError:
+        raise _invalid_input(f"{name}: {value!r} is no time") from None
 
 
 def _cursor(row: tuple[Any, ...]) -> str:
@@ -136,6 +235,57 @@ def _cursor(row: tuple[Any, ...]) -> str:
 def _read_cursor(cursor: str) -> tuple[int, int]:
     try:
         at, _, seq = base64.urlsafe_b64decode(cursor).decode().partition(",")
-        return int(at), int(seq)
+        return min(int(at), 2**62), min(int(seq), 2**62)
     except (ValueError, binascii.Error):
-        raise refuse("cursor", "invalid cursor") from None
+        detail = "validation error: decode cursor: illegal base64 data at input byte 0"
+        raise Problem(400, detail) from None
+
+
+class Judge:
+    """Says of an event what OpenMeter's list of events says of it."""
+
+    def __init__(self, meters: list[Document], customers: list[Document]) -> None:
+        self._meters: dict[str, list[Document]] = {}
+        for meter in sorted(meters, key=lambda one: str(one["slug"])):
+            self._meters.setdefault(meter["eventType"], []).append(meter)
+        self._customers: dict[str, str] = {}
+        for customer in customers:
+            for subject in subjects_of(customer):
+                self._customers.setdefault(subject, customer["id"])
+
+    def flaws(self, event_type: str, data: str | None) -> list[str]:
+        """Return why meters do not count an event."""
+        meters = self._meters.get(event_type)
+        if not meters:
+            return [f"no meter found for event type: {event_type}"]
+        return [flaw for meter in meters if (flaw := flaw_of(meter, data))]
+
+    def document(self, row: tuple[Any, ...]) -> Document:
+        """Return a row as the API lists it."""
+        _, id_, source, event_type, subject, moment, data, ingested_at, stored_at = row
+        if "\0" in subject:
+            raise Problem(500, reason="PostgreSQL refuses a subject with NUL")
+        event: Document = {
+            "specversion": "1.0",
+            # The list trims what storage, meters and queries do not.
+            "id": id_.strip(),
+            "source": source,
+            "type": event_type.strip(),
+            "subject": subject.strip(),
+            "time": rfc3339(moment),
+        }
+        if data is not None:
+            event["datacontenttype"] = "application/json"
+            if (content := json.loads(data)) is not None:
+                event["data"] = content
+        listed = {
+            "event": event,
+            "ingestedAt": rfc3339(int(ingested_at)),
+            "storedAt": rfc3339(int(stored_at)),
+        }
+        flaws = self.flaws(event_type, data)
+        if customer := self._customers.get(subject):
+            listed["customerId"] = customer
+        else:
+            flaws.append(f"no customer found for event subject: {subject}")
+        return listed | {"validationError": "\n".join(flaws)} if flaws else listed

@@ -1,20 +1,19 @@
-"""Faults on purpose: what a client must survive, for ingest and for questions apart."""
+"""Simulated faults: what a client must survive, for ingest and for questions apart."""
 
 from __future__ import annotations
 
 import enum
 import random
+import re
 import threading
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.sandbox.problems import Problem
+from openmeter_wsgi.sandbox.protocol import Problem
 
-#: Longer than any sensible client waits, in seconds.
-MAX_LATENCY = 60.0
-MAX_HANG = 600.0
-#: What a client is asked to wait at most, in seconds.
-MAX_RETRY_AFTER = 86_400.0
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 #: The requests that have faults of their own.
 GROUPS = ("ingest", "entitlements")
 
@@ -39,45 +38,84 @@ class Settings:
     #: Seconds for which a request that was taken stays without an answer, unless it
     #: is released before.
     hang: float = 0.0
+    #: Seconds between two bytes of an answer.
+    byte_delay: float = 0.0
     #: Whether every request is answered with 503.
     outage: bool = False
     #: Seconds: every request is answered with 429 and this ``Retry-After``.
     retry_after: float | None = None
+    #: 401 or 403: what every request is answered with, as if its key were wrong.
+    denied: int | None = None
+    #: The event type, and the subject, for which a request is answered with 400.
+    refused_type: str | None = None
+    refused_subject: str | None = None
+    #: Whether events are answered with 204 and forgotten.
+    forget: bool = False
+    #: Whether ids of events are remembered, and the events then answered with 500 and
+    #: forgotten: what is sent again is a duplicate.
+    claim: bool = False
 
     def __post_init__(self) -> None:
-        _check("failRate", self.fail_rate, 1.0)
-        _check("latency", self.latency, MAX_LATENCY)
-        _check("hang", self.hang, MAX_HANG)
-        if not isinstance(self.outage, bool):
-            raise ValueError(f"outage: expected true or false, got {self.outage!r}")
-        if self.retry_after is not None:
-            _check("retryAfter", self.retry_after, MAX_RETRY_AFTER)
-
-    def document(self) -> dict[str, Any]:
-        """Return the settings as the page and its API name them."""
-        return {name: getattr(self, option) for name, option in _NAMES.items()}
+        for name, (expected, fits) in _RULES.items():
+            value = getattr(self, name)
+            if not fits(value):
+                given = _camel(name)
+                raise ValueError(f"{given}: expected {expected}, got {value!r}")
 
 
-_NAMES = {
-    "failRate": "fail_rate",
-    "latency": "latency",
-    "hang": "hang",
-    "outage": "outage",
-    "retryAfter": "retry_after",
+_Rule = tuple[str, "Callable[[Any], bool]"]
+
+
+def _number(most: float, *, optional: bool = False) -> _Rule:
+    def fits(value: Any) -> bool:
+        if value is None:
+            return optional
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and 0 <= value <= most
+
+    return f"a number from 0 to {most:g}", fits
+
+
+_FLAG: _Rule = ("true or false", lambda value: isinstance(value, bool))
+_TEXT: _Rule = (
+    "a text",
+    lambda value: value is None or (isinstance(value, str) and value != ""),
+)
+#: What each setting may be.
+_RULES: dict[str, _Rule] = {
+    "fail_rate": _number(1.0),
+    # Longer than any sensible client waits, in seconds.
+    "latency": _number(60.0),
+    "hang": _number(600.0),
+    "byte_delay": _number(5.0),
+    "outage": _FLAG,
+    "retry_after": _number(86_400.0, optional=True),
+    "denied": ("401 or 403", lambda value: value in (None, 401, 403)),
+    "refused_type": _TEXT,
+    "refused_subject": _TEXT,
+    "forget": _FLAG,
+    "claim": _FLAG,
 }
+#: What only events can meet.
+INGEST_ONLY = frozenset(("refused_type", "refused_subject", "forget", "claim"))
 
 
-def _check(name: str, value: Any, most: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= most:
-        raise ValueError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")
+def names(group: str) -> list[str]:
+    """Return the settings of *group*."""
+    known = [field.name for field in fields(Settings)]
+    return [n for n in known if group == "ingest" or n not in INGEST_ONLY]
+
+
+def _camel(name: str) -> str:
+    return re.sub("_(.)", lambda found: found[1].upper(), name)
 
 
 class GroupFaults:
     """The faults of one group of requests. Any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: str) -> None:
         self.settings = Settings()
+        self._names = names(group)
         self._stopped = threading.Event()
         self._released = threading.Event()
         # Not for secrets, and a seed would make runs alike, not more real.
@@ -88,7 +126,14 @@ class GroupFaults:
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
-        self.apply(replace(self.settings, **changes))
+        self.apply(self.changed(changes))
+
+    def changed(self, changes: dict[str, Any]) -> Settings:
+        """Return the settings with *changes*, or raise ValueError."""
+        if unknown := changes.keys() - set(self._names):
+            listed = ", ".join(map(_camel, self._names))
+            raise ValueError(f"{', '.join(unknown)}: expected one of {listed}")
+        return replace(self.settings, **changes)
 
     def apply(self, settings: Settings) -> None:
         """Take *settings*, and answer what hangs where nothing is to hang any more."""
@@ -100,19 +145,30 @@ class GroupFaults:
         """Set everything right, and answer what hangs."""
         self.apply(Settings())
 
+    def document(self) -> dict[str, Any]:
+        """Return the settings as the page and its API name them."""
+        return {_camel(name): getattr(self.settings, name) for name in self._names}
+
+    def update(self, document: dict[str, Any]) -> Settings:
+        """Return the settings with what *document* names, or raise ValueError."""
+        known = {_camel(name): name for name in self._names}
+        return self.changed({known.get(n, n): value for n, value in document.items()})
+
     def release(self) -> None:
         """Answer what hangs now; what comes later hangs as is set."""
         self._released.set()
         self._released = threading.Event()
 
     def check(self) -> None:
-        """Refuse the request where an outage or a limit is set: 503, 429."""
+        """Refuse the request where an outage, a limit or a wrong key is set."""
         settings = self.settings
         if settings.outage:
             raise Problem(503, "the sandbox is out of order, on purpose")
         if settings.retry_after is not None:
             detail = "too many requests, on purpose"
             raise Problem(429, detail, retry_after=settings.retry_after)
+        if settings.denied is not None:
+            raise Problem(settings.denied, "the key is refused, on purpose")
 
     def draw(self) -> Fault | None:
         """Return how the next request fails.
@@ -132,6 +188,10 @@ class GroupFaults:
         if settings.hang and not self._stopped.is_set():
             released.wait(settings.hang)
 
+    def pause(self) -> None:
+        """Wait between two bytes of an answer, unless the sandbox closes."""
+        self._stopped.wait(self.settings.byte_delay)
+
     def stop(self) -> None:
         """Let all wait no longer."""
         self._stopped.set()
@@ -146,8 +206,8 @@ class Faults:
     """
 
     def __init__(self) -> None:
-        self.ingest = GroupFaults()
-        self.entitlements = GroupFaults()
+        self.ingest = GroupFaults("ingest")
+        self.entitlements = GroupFaults("entitlements")
         self._groups = {name: getattr(self, name) for name in GROUPS}
 
     def set(self, **changes: Any) -> None:
@@ -155,13 +215,11 @@ class Faults:
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
-        for group in self._groups.values():
-            group.set(**changes)
+        self._apply({g: f.changed(changes) for g, f in self._groups.items()})
 
     def clear(self) -> None:
         """Set everything right, and answer what hangs."""
-        for group in self._groups.values():
-            group.clear()
+        self._apply(dict.fromkeys(GROUPS, Settings()))
 
     def release(self) -> None:
         """Answer what hangs."""
@@ -175,28 +233,19 @@ class Faults:
 
     def document(self) -> dict[str, Any]:
         """Return what is set, by group."""
-        return {name: g.settings.document() for name, g in self._groups.items()}
+        return {name: group.document() for name, group in self._groups.items()}
 
     def update(self, document: Any) -> None:
         """Set what *document* names, by group, or answer 400 and change nothing."""
-        wanted = {
-            name: replace(self._groups[name].settings, **_options(changes))
-            for name, changes in _object(document, GROUPS).items()
-        }
+        groups = document if isinstance(document, dict) else {"": None}
+        for name, changes in groups.items():
+            if name not in GROUPS or not isinstance(changes, dict):
+                raise Problem(400, f"expected an object with {', '.join(GROUPS)}")
+        try:
+            self._apply({g: self._groups[g].update(c) for g, c in groups.items()})
+        except ValueError as error:
+            raise Problem(400, str(error)) from None
+
+    def _apply(self, wanted: dict[str, Settings]) -> None:
         for name, settings in wanted.items():
             self._groups[name].apply(settings)
-
-
-def _options(changes: Any) -> dict[str, Any]:
-    options = {_NAMES[n]: v for n, v in _object(changes, tuple(_NAMES)).items()}
-    try:
-        Settings(**options)
-    except ValueError as error:
-        raise Problem(400, str(error)) from None
-    return options
-
-
-def _object(document: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(document, dict) or document.keys() - set(names):
-        raise Problem(400, f"expected an object with {', '.join(names)}")
-    return document

@@ -1,83 +1,170 @@
-"""The routes of meters: create, list, read, delete, query."""
+"""Meters: create, list, read, change, delete, query."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 import re
 import zoneinfo
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import unquote
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox import documents
-from openmeter_wsgi.sandbox.listing import subjects_of
-from openmeter_wsgi.sandbox.metering import METER, check_meter
-from openmeter_wsgi.sandbox.parameters import moment, page
-from openmeter_wsgi.sandbox.parts import parts
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.usage import Meter, Query, usage
-from openmeter_wsgi.sandbox.windows import SIZES, rfc3339
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.protocol import (
+    KEY,
+    METADATA,
+    SLUG,
+    TEXT,
+    TEXTS,
+    TIME,
+    ULID,
+    Document,
+    Problem,
+    Schema,
+    list_of,
+    moment,
+    page,
+    path_parameter,
+    read,
+    refuse,
+    rfc3339,
+    shape,
+    text,
+)
+from openmeter_wsgi.sandbox.store import subjects_of
+from openmeter_wsgi.sandbox.usage import (
+    SIZES,
+    JsonPath,
+    Meter,
+    Query,
+    Row,
+    to_float,
+    usage,
+)
 
-if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.schema import Schema
-
-_TEXTS: Schema = {"type": "array", "items": {"type": "string"}}
-_TIME: Schema = {"type": "string", "format": "date-time"}
-REQUEST: Schema = {
-    "type": "object",
-    "properties": {
-        "clientId": {"type": "string", "minLength": 1, "maxLength": 36},
-        "from": _TIME,
-        "to": _TIME,
-        "windowSize": {"type": "string", "enum": list(SIZES)},
-        "windowTimeZone": {"type": "string"},
-        "subject": _TEXTS,
-        "filterCustomerId": _TEXTS,
-        "filterGroupBy": {"type": "object", "additionalProperties": _TEXTS},
-        "groupBy": _TEXTS,
-    },
+AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "AVG", "MIN", "MAX", "LATEST")
+_NAMES: Schema = {
+    "name": text(256),
+    "description": TEXT | {"maxLength": 1024},
+    "groupBy": TEXTS,
+    "metadata": METADATA,
 }
-
+METER = shape(
+    "slug aggregation eventType",
+    slug=SLUG,
+    aggregation=TEXT | {"enum": list(AGGREGATIONS)},
+    eventType=text(),
+    eventFrom=TIME,
+    valueProperty=text(),
+    **_NAMES,
+)
+CHANGE = shape("", **_NAMES)
+_LIST = list_of(TEXT)
+QUERY = shape(
+    "",
+    **{"from": TIME, "to": TIME},
+    clientId=text(36),
+    windowSize=TEXT | {"enum": list(SIZES)},
+    windowTimeZone=TEXT,
+    subject=_LIST,
+    filterCustomerId=_LIST,
+    filterGroupBy={"type": "object", "additionalProperties": _LIST},
+    advancedMeterGroupByFilters={"type": "object"},
+    groupBy=_LIST,
+)
 
 routes = Blueprint("meters", __name__, url_prefix="/api/v1/meters")
 
 
 @routes.post("")
-def _create_meter() -> tuple[Response, int]:
-    meter = documents.read(request.get_data(), METER, "MeterCreate")
+def _create_meter() -> Response:
+    meter = read(METER, "MeterCreate")
     check_meter(meter)
-    return jsonify(parts().meters.create({"name": meter["slug"]} | meter)), 201
+    empty = {"name": meter["slug"], "metadata": None, "annotations": None}
+    return jsonify(context().meters.create(empty | meter))
 
 
 @routes.get("")
 def _list_meters() -> Response:
     number, size = page(request.args)
-    return jsonify(parts().meters.all()[(number - 1) * size : number * size])
+    return jsonify(context().meters.all()[(number - 1) * size : number * size])
 
 
 @routes.get("/<meter>")
 def _get_meter(meter: str) -> Response:
-    return jsonify(parts().meters.get(meter))
+    return jsonify(_meter(meter))
+
+
+@routes.put("/<meter>")
+def _change_meter(meter: str) -> Response:
+    changes = read(CHANGE, "MeterUpdate")
+    found = _meter(meter)
+    check_meter(found | changes)
+    kept = {k: v for k, v in found.items() if k not in ("description", "groupBy")}
+    return jsonify(context().meters.update(kept | {"metadata": None} | changes))
 
 
 @routes.delete("/<meter>")
 def _delete_meter(meter: str) -> tuple[str, int]:
-    parts().meters.delete(meter)
+    found = _meter(meter)
+    if any(f.get("meterSlug") == found["slug"] for f in context().features.all()):
+        detail = "conflict error: meter has active features and cannot be deleted"
+        raise Problem(409, detail)
+    context().meters.retire(found["id"])
     return "", 204
+
+
+@routes.get("/<meter>/subjects")
+def _subjects_of_meter(meter: str) -> Response:
+    query = Query(group_by=("subject",))
+    rows = _rows(_meter(meter) | {"aggregation": "COUNT"}, query)
+    return jsonify(sorted(str(row["subject"]) for row in rows))
 
 
 @routes.route("/<meter>/query", methods=["GET", "POST"])
 def _query_meter(meter: str) -> Response:
     asked = _asked()
-    found = parts().meters.get(meter)
-    chosen = _query(found, asked)
-    with parts().store.reading() as connection:
-        seen = parts().store.horizon(connection)
-        rows = usage(connection, found, replace(chosen, horizon=seen))
+    found = _meter(meter)
+    query = _query(found, asked)
+    rows = _rows(found, query)
+    kinds = ["application/json", "text/csv"]
+    if request.accept_mimetypes.best_match(kinds) == "text/csv":
+        return _csv(rows, query)
     return jsonify(_echo(asked) | {"data": rows})
 
 
-def _echo(asked: dict[str, Any]) -> dict[str, Any]:
+def _meter(id_or_slug: str) -> Meter:
+    path_parameter("meterIdOrSlug", id_or_slug, f"{KEY}|{ULID}")
+    return context().meters.get(id_or_slug)
+
+
+def _rows(meter: Meter, query: Query) -> list[Row]:
+    store = context().store
+    with store.reading() as connection:
+        seen = store.horizon(connection)
+        return usage(connection, meter, replace(query, horizon=seen))
+
+
+def _csv(rows: list[Row], query: Query) -> Response:
+    names = [name for name in query.group_by if name not in _RESERVED]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["window_start", "window_end", "subject", *names, "value"])
+    for row in rows:
+        groups = [row["groupBy"][name] for name in names]
+        times = [row["windowStart"], row["windowEnd"]]
+        writer.writerow([*times, row["subject"], *groups, f"{row['value']:f}"])
+    response = Response(text.getvalue())
+    response.headers["Content-Type"] = "text/csv"
+    return response
+
+
+def _echo(asked: Document) -> Document:
     echo = {
         name: rfc3339(at)
         for name in ("from", "to")
@@ -86,42 +173,62 @@ def _echo(asked: dict[str, Any]) -> dict[str, Any]:
     return echo | {k: asked[k] for k in ("windowSize",) if k in asked}
 
 
-def _asked() -> dict[str, Any]:
+def _asked() -> Document:
     """Return the query, from the parameters or the body, in the form of the body."""
     if request.method == "POST":
-        return documents.read(request.get_data(), REQUEST, "MeterQueryRequest")
-    asked: dict[str, Any] = {}
+        return read(QUERY, "MeterQueryRequest")
+    asked: Document = {}
     for name, values in request.args.lists():
-        if found := re.fullmatch(r"filterGroupBy\[(.+)\]", name):
+        if found := re.fullmatch(r"filterGroupBy\[([^]]+)\](.*)", name):
             asked.setdefault("filterGroupBy", {})[found[1]] = values
+            _check_filter(found[1], found[2], values)
         elif name in ("subject", "groupBy", "filterCustomerId"):
+            if "" in values:
+                raise refuse(name, "empty value is not allowed")
             asked[name] = values
         else:
             asked[name] = values[0]
+    if asked.get("windowSize", "DAY") not in SIZES:
+        sizes = json.dumps(SIZES, separators=(",", ":"))
+        raise refuse("windowSize", f"value is not one of the allowed values {sizes}")
     return asked
 
 
-def _query(meter: Meter, asked: dict[str, Any]) -> Query:
+def _check_filter(name: str, index: str, values: list[str]) -> None:
+    """Refuse what the validator cannot read: only a body can list several values."""
+    if index:
+        given = re.findall(rf"{re.escape(name)}\]\[(.*?)\]=", unquote(request.url))
+        texts = (request.args[f"filterGroupBy[{name}][{one}]"] for one in given)
+        listed = " ".join(map(":".join, zip(given, texts, strict=True)))
+        reason = f"value map[{listed}]"
+        reason = f"path {name}: {reason}: path is not convertible to primitive"
+        raise refuse("filterGroupBy", reason)
+    if len(values) > 1:
+        reason = f"path {name}: array items must be set with indexes"
+        raise refuse("filterGroupBy", reason)
+
+
+def _query(meter: Meter, asked: Document) -> Query:
     if "advancedMeterGroupByFilters" in asked:
-        raise Problem(400, "the sandbox does not know advancedMeterGroupByFilters")
+        detail = "the sandbox does not offer advancedMeterGroupByFilters"
+        raise Problem(501, f"{detail}; filterGroupBy takes lists of values")
     start, end = (moment(asked.get(name), name) for name in ("from", "to"))
     if start is not None and end is not None and start >= end:
-        raise Problem(400, "validation error: from must be before to")
+        reason = (
+            "from and to cannot be equal" if start == end else "from must be before to"
+        )
+        raise Problem(400, f"validation error: {reason}")
+    customers = _customers(asked.get("filterCustomerId", ()))
     return Query(
         start=start,
         end=end,
-        window=_window(asked.get("windowSize")),
+        window=asked.get("windowSize"),
         zone=_zone(asked.get("windowTimeZone", "UTC")),
-        subjects=_subjects(asked),
-        group_by=_group_by(meter, asked),
+        subjects=asked.get("subject") or None,
+        customers=customers,
+        group_by=_group_by(meter, asked, by_customer=customers is not None),
         filters=_filters(meter, asked.get("filterGroupBy", {})),
     )
-
-
-def _window(size: str | None) -> str | None:
-    if size is not None and size not in SIZES:
-        raise Problem(400, f"validation error: invalid window size type: {size}")
-    return size
 
 
 def _zone(name: str) -> str:
@@ -132,28 +239,113 @@ def _zone(name: str) -> str:
         raise Problem(400, detail) from None
 
 
-def _group_by(meter: Meter, asked: dict[str, Any]) -> list[str]:
+#: Groups that every meter has.
+_RESERVED = ("subject", "customer_id")
+
+
+def _group_by(meter: Meter, asked: Document, *, by_customer: bool) -> list[str]:
     names = list(dict.fromkeys(asked.get("groupBy", ())))
+    if "customer_id" in names and not by_customer:
+        detail = "customer filter is required with customer_id group by"
+        raise Problem(400, f"validation error: {detail}")
     for name in names:
-        if name != "subject" and name not in meter.get("groupBy", {}):
+        if name not in _RESERVED and name not in meter.get("groupBy", {}):
             raise Problem(400, f"validation error: invalid group by: {name}")
-    # Naming subjects also groups by them.
-    if "subject" in asked and "subject" not in names:
-        names.append("subject")
-    return names
+    # Naming subjects or customers also groups by them.
+    implied = {"subject": "subject" in asked, "customer_id": by_customer}
+    return names + [n for n, wanted in implied.items() if wanted and n not in names]
 
 
 def _filters(meter: Meter, wanted: dict[str, list[str]]) -> dict[str, list[str]]:
-    for name in wanted:
+    for name, values in wanted.items():
         if name not in meter.get("groupBy", {}):
             raise Problem(400, f"validation error: invalid group by filter: {name}")
-    return wanted
+        if "" in values:
+            detail = "validation error: filter is invalid: format mismatch"
+            raise Problem(400, f"validation error: {detail}")
+    return {name: values for name, values in wanted.items() if values}
 
 
-def _subjects(asked: dict[str, Any]) -> list[str] | None:
-    subjects: list[str] | None = asked.get("subject")
-    if "filterCustomerId" not in asked:
-        return subjects
-    found = [parts().customers.get(customer) for customer in asked["filterCustomerId"]]
-    theirs = [subject for one in found for subject in subjects_of(one)]
-    return theirs if subjects is None else [s for s in subjects if s in theirs]
+def _customers(ids: list[str]) -> dict[str, str] | None:
+    """Return the customers with these *ids*, by the subjects that they pay for."""
+    if not ids:
+        return None
+    known = {customer["id"]: customer for customer in context().customers.all()}
+    for id_ in ids:
+        if id_ not in known:
+            raise Problem(404, f"not found error: customer with id {id_} not found")
+    return {subject: id_ for id_ in ids for subject in subjects_of(known[id_])}
+
+
+def check_meter(meter: Meter) -> None:
+    """Refuse a definition that fits the schema and still makes no sense."""
+    path = meter.get("valueProperty")
+    counts = meter["aggregation"] == "COUNT"
+    if counts == (path is not None):
+        verb, word = ("not allowed", "is") if counts else ("required", "is not")
+        detail = f"meter value property is {verb} when the aggregation {word} count"
+        raise Problem(400, f"validation error: invalid meter aggregation: {detail}")
+    if path is not None:
+        _check_path(path, "invalid JSONPath")
+    for key, group in meter.get("groupBy", {}).items():
+        _check_path(group, "invalid JSONPath for a group by")
+        _check_group_by(key, group, path)
+
+
+def _check_path(path: str, error: str) -> None:
+    try:
+        JsonPath(path)
+    except ValueError as unread:
+        if path.startswith("$") and path.count("[") == path.count("]"):
+            raise Problem(501, str(unread)) from None
+        raise Problem(400, f"validation error: {error}: %!w(<nil>)") from None
+
+
+def _check_group_by(key: str, path: str, value_property: str | None) -> None:
+    detail = None
+    if not re.fullmatch("[a-zA-Z_][0-9a-zA-Z_]*", key):
+        rule = "only alphanumeric and underscore characters are allowed"
+        detail = f"meter group by key {key} is invalid, {rule}"
+    elif path == value_property:
+        detail = f"meter group by value {key} cannot be the same as value property"
+    if detail:
+        raise Problem(400, f"validation error: invalid meter group by: {detail}")
+
+
+def flaw_of(meter: Meter, data: str | None) -> str | None:
+    """Return why *meter* cannot use an event with *data*, in OpenMeter's words."""
+    if meter["aggregation"] == "COUNT":
+        return None
+    document = json.loads(data or "null")
+    if document is None:
+        return "invalid event: null and missing value property"
+    path = meter["valueProperty"]
+    try:
+        value = JsonPath(path).find(document)
+    except LookupError:
+        return f'invalid event: missing value property: "{path}"'
+    if value is None:
+        return "invalid event: value cannot be null"
+    if meter["aggregation"] == "UNIQUE_COUNT":
+        return None
+    return _flaw_of_number(value)
+
+
+def _flaw_of_number(value: Any) -> str | None:
+    if isinstance(value, bool | list | dict):
+        name = {bool: "bool", list: "[]interface {}", dict: "map[string]interface {}"}
+        return f"invalid event: unsupported value property type: {name[type(value)]}"
+    try:
+        number = _go_float(str(value))
+    except ValueError:
+        return f"invalid event: value cannot be parsed as float64: {value}"
+    if math.isnan(number):
+        return "invalid event: value cannot be NaN"
+    return "invalid event: value cannot be infinity" if math.isinf(number) else None
+
+
+def _go_float(text: str) -> float:
+    """Return *text* as Go's ``strconv.ParseFloat`` does, which reads more texts."""
+    if re.fullmatch(r"[+-]?0[xX][0-9a-fA-F_.]+[pP][+-]?[0-9]+", text):
+        return float.fromhex(text.replace("_", ""))
+    return to_float(re.sub(r"(?<=[0-9])_(?=[0-9])", "", text))

@@ -3,23 +3,180 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import re
+import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote
 
-from openmeter_wsgi.sandbox.app import create_app, create_parts
+from werkzeug.exceptions import BadRequest
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.test import run_wsgi_app
+
+from openmeter_wsgi.sandbox.app import create_app, create_context
+from openmeter_wsgi.sandbox.context import PAUSES
 from openmeter_wsgi.sandbox.faults import Faults
-from openmeter_wsgi.sandbox.granting import Granting
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.serving import Server, listen
+from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Store
 
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+    from wsgiref.types import WSGIApplication
 
-    from openmeter_wsgi.sandbox.questions import Question
+    from openmeter_wsgi.sandbox.context import Question
+
+logger = logging.getLogger("openmeter_wsgi.sandbox")
+
+
+class _Slow(io.RawIOBase):
+    """A file that is written byte by byte."""
+
+    def __init__(self, file: Any, pause: Callable[[], None]) -> None:
+        self.file = file
+        self._pause = pause
+
+    def write(self, data: Any) -> int:
+        for byte in bytes(data):
+            self.file.write(bytes((byte,)))
+            self.file.flush()
+            self._pause()
+        return len(data)
+
+
+class _Handler(WSGIRequestHandler):
+    """One connection.
+
+    Werkzeug's own way of answering closes the connection each time, because it cannot
+    know whether the application has read the whole request. Here the body is read
+    first, which leaves nothing to know.
+    """
+
+    protocol_version = "HTTP/1.1"
+    # An answer is one small packet; waiting for more costs 40 ms.
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def handle_expect_100(self) -> bool:
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()
+        return True
+
+    def run_wsgi(self) -> None:
+        environ = self.make_environ()
+        try:
+            body = self._read_body(environ)
+        except (OSError, ValueError):
+            self.close_connection = True
+            app: WSGIApplication = BadRequest()
+            body = b""
+        else:
+            app = self.server.app
+        environ["PATH_INFO"] = _path_info(self.path)
+        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        environ |= {"wsgi.input_terminated": True, PAUSES: []}
+        chunks, status, headers = run_wsgi_app(app, environ, buffered=True)
+        code, _, reason = status.partition(" ")
+        for pause in environ[PAUSES]:
+            self.wfile = _Slow(self.wfile, pause)  # type: ignore[assignment]
+        self.send_response(int(code), reason)
+        for name, value in headers:
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(b"".join(chunks))
+        self.wfile.flush()
+        if isinstance(self.wfile, _Slow):
+            self.wfile = self.wfile.file
+
+    def _read_body(self, environ: dict[str, Any]) -> bytes:
+        if environ.get("wsgi.input_terminated"):
+            stream: io.RawIOBase = environ["wsgi.input"]
+            return stream.read() or b""
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        body = self.rfile.read(length) if length > 0 else b""
+        if len(body) != max(length, 0):
+            raise ConnectionError("the client went away in the middle of its request")
+        return body
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        # %r keeps control characters of a path away from the terminal.
+        logger.debug("%r %s %s", self.requestline, code, size)
+
+    def log(self, type: str, message: str, *args: Any) -> None:  # noqa: A002
+        logger.debug("%s: %r", type, message % args if args else message)
+
+
+class Server(ThreadedWSGIServer):
+    """A server that knows its connections, so that it can end them."""
+
+    def __init__(
+        self, listener: socket.socket, host: str, app: WSGIApplication
+    ) -> None:
+        port = listener.getsockname()[1]
+        super().__init__(host, port, app, _Handler, fd=listener.fileno())
+        self._open: dict[socket.socket, threading.Thread] = {}
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection from a thread of its own."""
+        thread = threading.Thread(
+            target=self.process_request_thread,
+            args=(request, client_address),
+            name="openmeter_wsgi.sandbox.connection",
+            daemon=True,
+        )
+        self._open[request] = thread
+        thread.start()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        super().shutdown_request(request)
+        self._open.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what ended a connection."""
+        logger.error("%s on %r", client_address, request, exc_info=sys.exception())
+
+    def end_connections(self, timeout: float) -> None:
+        """Let requests that are being answered finish, then close all connections."""
+        deadline = time.monotonic() + timeout
+        for connection, thread in list(self._open.items()):
+            # For a thread that waits for the next request this is the end of file.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in list(self._open):
+            self.shutdown_request(connection)
+
+
+def _path_info(target: str) -> str:
+    """Return the path of a request, decoded but for ``%2F`` and ``%25``."""
+    path = re.sub("%(2[Ff]|25)", r"%25\1", target.partition("?")[0])
+    # A part of a path is text in latin-1, as WSGI has it.
+    return unquote(path, "latin-1")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; werkzeug's own way would exit the process."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
 
 #: How long `Sandbox.close` waits for requests that are being answered.
 CLOSE_TIMEOUT = 5.0
@@ -66,10 +223,9 @@ class Sandbox:
             self.store = Store(
                 database, dedupe=dedupe, visible_after=visible_after, clock=clock
             )
-            self._parts = create_parts(self.store, self.faults)
-            app = create_app(self._parts, host=host)
+            self._context = create_context(self.store, self.faults)
+            app = create_app(self._context, host=host)
             self._server = Server(listener, host, app)
-        self._granting = Granting(self._parts)
         self.host = host
         self.port = self._server.port
         self._closed = False
@@ -90,11 +246,11 @@ class Sandbox:
     @property
     def questions(self) -> Counter[Question]:
         """How often what was asked about entitlements, since the start."""
-        return self._parts.questions.counts()
+        return self._context.questions.counts()
 
     def asked(self, **which: str | None) -> int:
         """Return how often was asked, by ``kind``, ``customer`` and ``feature``."""
-        return self._parts.questions.count(**which)
+        return self._context.questions.count(**which)
 
     def wait_asked(
         self, count: int = 1, *, timeout: float = 5.0, **which: str | None
@@ -103,11 +259,11 @@ class Sandbox:
 
         A question is counted when it arrives, also if its answer is late.
         """
-        return self._parts.questions.wait(count, timeout, **which)
+        return self._context.questions.wait(count, timeout, **which)
 
     def forget_questions(self) -> None:
         """Count questions anew."""
-        self._parts.questions.clear()
+        self._context.questions.clear()
 
     def grant(
         self,
@@ -132,10 +288,10 @@ class Sandbox:
         :raises ValueError: if there is no meter to measure the feature by.
         """
         with _told():
-            found = self._granting.grant(
+            found = self._context.granting.grant(
                 customer, feature, amount, soft=soft, period=period, config=config
             )
-            return self._parts.entitlements.document(found)
+            return self._context.entitlements.document(found)
 
     def revoke(self, customer: str, feature: str) -> None:
         """Take the access to *feature* from *customer*.
@@ -143,7 +299,7 @@ class Sandbox:
         :raises ValueError: if there is none.
         """
         with _told():
-            self._granting.revoke(customer, feature)
+            self._context.granting.revoke(customer, feature)
 
     def reset(self, customer: str, feature: str) -> None:
         """Begin a new usage period, now: usage is zero, the amount granted anew.
@@ -151,7 +307,7 @@ class Sandbox:
         :raises ValueError: if there is no metered entitlement.
         """
         with _told():
-            self._granting.reset(customer, feature)
+            self._context.granting.reset(customer, feature)
 
     def delete_customer(self, customer: str) -> None:
         """Delete *customer* and its entitlements.
@@ -159,7 +315,7 @@ class Sandbox:
         :raises ValueError: if there is none.
         """
         with _told():
-            self._granting.forget(customer)
+            self._context.granting.forget(customer)
 
     def value(self, customer: str, feature: str) -> dict[str, Any]:
         """Return the value of *customer*'s entitlement to *feature*.
@@ -170,7 +326,9 @@ class Sandbox:
         :raises ValueError: if there is no such customer.
         """
         with _told():
-            return self._granting.value(customer, feature)
+            payer = self._context.customers.get(customer)
+            found = self._context.entitlements.find(payer, feature)
+            return self._context.access.value(payer, found)
 
     def close(self) -> None:
         """Finish the requests under way, then close everything. Idempotent."""

@@ -3,25 +3,194 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import secrets
 import sqlite3
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.sandbox import sql_functions, turned_away
-from openmeter_wsgi.sandbox.turned_away import Outcome, TurnedAway
+from openmeter_wsgi.sandbox.protocol import Problem, rfc3339
+from openmeter_wsgi.sandbox.usage import install
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from openmeter_wsgi.sandbox.cloudevent import Event
+    from openmeter_wsgi.sandbox.protocol import Document
 
-TABLES = """
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event as OpenMeter's Kafka message holds it: nothing else survives."""
+
+    id: str
+    source: str
+    type: str
+    subject: str
+    #: Seconds since 1970; OpenMeter meters at this resolution.
+    time: int
+    #: JSON text, or None where there was no data.
+    data: str | None
+    #: The data is no JSON, which OpenMeter finds out too late to say so: 500.
+    broken: bool = False
+
+    @property
+    def lost(self) -> str | None:
+        """Why OpenMeter takes it and then drops it, if so."""
+        if self.time <= 0:
+            return f"its time is 1970 or earlier: {_LOST}"
+        return None if self.source else f"its source is no URI with a name: {_LOST}"
+
+    @property
+    def key(self) -> str:
+        """What OpenMeter deduplicates by; ``a-b`` + ``c`` equals ``a`` + ``b-c``."""
+        return f"default-{self.source}-{self.id}"
+
+
+def subjects_of(customer: Document) -> list[str]:
+    """Return the event subjects that *customer* pays for: its key, and those named."""
+    key = customer.get("key")
+    return [*([key] if key else ()), *subject_keys(customer)]
+
+
+def subject_keys(customer: Document) -> list[str]:
+    """Return the event subjects that *customer* names beside its key."""
+    return list((customer.get("usageAttribution") or {}).get("subjectKeys", ()))
+
+
+REJECTED_TABLES = """
+CREATE TABLE IF NOT EXISTS rejected (
+    -- One row of numbers with the events that were stored: the order of arrival.
+    seq INTEGER PRIMARY KEY,
+    outcome TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
+    id TEXT,
+    source TEXT,
+    type TEXT,
+    subject TEXT,
+    -- Whole seconds, or whatever an event that was refused had there.
+    time,
+    data TEXT,
+    ingested_at REAL NOT NULL
+);
+"""
+#: The newest that are kept, and those of one request.
+KEPT = 20_000
+KEPT_OF_REQUEST = 1_000
+#: Characters of an attribute, and of the data, of an event that fits no schema.
+MAX_TEXT = 300
+MAX_DATA = 10_000
+_ATTRIBUTES = ("id", "source", "type", "subject", "time")
+
+
+class Outcome(StrEnum):
+    """What became of an event that arrived and was not stored."""
+
+    DUPLICATE = "duplicate"
+    #: From 1970 or earlier.
+    DROPPED = "dropped"
+    REFUSED = "refused"
+    #: On purpose, or by data that OpenMeter answers with 500.
+    FAILED = "failed"
+
+
+class Rejected(NamedTuple):
+    """One event that was not stored, in the order of the table's columns."""
+
+    outcome: Outcome
+    reason: str
+    #: Its place in the request, from 1, and how many events came with it.
+    position: int
+    batch: int
+    id: str | None = None
+    source: str | None = None
+    type: str | None = None
+    subject: str | None = None
+    time: int | str | None = None
+    data: str | None = None
+
+
+def insert_rejected(
+    connection: sqlite3.Connection, rows: Iterable[Rejected], first: int, now: float
+) -> None:
+    """Write *rows* down under the numbers from *first*, and forget the oldest."""
+    connection.executemany(
+        "INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [(seq, *row, now) for seq, row in enumerate(rows, first)],
+    )
+    connection.execute(
+        "DELETE FROM rejected WHERE seq <= (SELECT seq FROM rejected"
+        " ORDER BY seq DESC LIMIT 1 OFFSET ?)",
+        (KEPT,),
+    )
+
+
+def rejected_events(
+    body: bytes, outcome: Outcome, reason: str, culprit: int | None = None
+) -> list[Rejected]:
+    """Return what a request held that was answered with an error.
+
+    :param culprit: the place of the event that the *reason* is about, from 1.
+    """
+    items = _items(body)
+    shared = f"refused together with event {culprit} of its batch: {reason}"
+    return [
+        Rejected(
+            outcome,
+            reason if culprit in (None, position) else shared,
+            position,
+            len(items),
+            **_texts(item),
+        )
+        for position, item in _kept(items, culprit)
+    ]
+
+
+def _kept(items: list[Any], culprit: int | None) -> Iterator[tuple[int, Any]]:
+    for position, item in enumerate(items, 1):
+        if position <= KEPT_OF_REQUEST or position == culprit:
+            yield position, item
+
+
+def _items(body: bytes) -> list[Any]:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return [body.decode("utf-8", "replace")]
+    if isinstance(document, list):
+        return document or [None]
+    return [document]
+
+
+def _texts(item: Any) -> dict[str, Any]:
+    """Return the attributes of something that may be no event at all, as texts."""
+    if not isinstance(item, dict):
+        return {"data": None if item is None else _text(item, MAX_DATA)}
+    found = {n: _text(item[n], MAX_TEXT) for n in _ATTRIBUTES if n in item}
+    if item.get("data") is not None:
+        found["data"] = _text(item["data"], MAX_DATA)
+    return found
+
+
+def _text(value: Any, limit: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # Halves of surrogate pairs are no text that could be stored.
+    return text[:limit].encode("utf-8", "replace").decode()
+
+
+#: Of the tables below.
+_VERSION = 2
+TABLES = f"""
 PRAGMA journal_mode = WAL;
 -- A sandbox's events need not survive a power cut.
 PRAGMA synchronous = OFF;
+PRAGMA user_version = {_VERSION};
 CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
@@ -30,10 +199,11 @@ CREATE TABLE IF NOT EXISTS events (
     subject TEXT NOT NULL,
     time INTEGER NOT NULL,
     data TEXT,
-    ingested_at REAL NOT NULL
+    ingested_at REAL NOT NULL,
+    -- When meters, balances and the list of events begin to know of it.
+    stored_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
-CREATE INDEX IF NOT EXISTS events_by_arrival ON events (type, subject, seq);
 CREATE INDEX IF NOT EXISTS events_by_time ON events (time, seq);
 CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS resources (
@@ -45,11 +215,10 @@ CREATE TABLE IF NOT EXISTS resources (
     UNIQUE (kind, key)
 );
 """
-
-
 #: The number of what arrived last, stored or not.
 NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
-    ifnull((SELECT max(seq) FROM turned_away), 0))"""
+    ifnull((SELECT max(seq) FROM rejected), 0))"""
+
 #: Greater than the number of any event.
 EVERYTHING = 2**63 - 1
 
@@ -61,22 +230,20 @@ class Added(NamedTuple):
     stored: int
     #: Ids that had been there before.
     duplicates: int
-    #: From 1970 or earlier: OpenMeter drops them without a word.
+    #: OpenMeter drops them without a word.
     dropped: int
 
 
-_REASONS = {
-    Outcome.DUPLICATE: "an event with this source and id had arrived before",
-    Outcome.DROPPED: "its time is 1970 or earlier: OpenMeter drops it without a word",
-}
+_DUPLICATE = "an event with this source and id had arrived before"
+_LOST = "OpenMeter answers 204 and drops it without a word"
 
 
-def _away(
-    event: Event, outcome: Outcome, position: int, batch: Sequence[Event]
-) -> TurnedAway:
-    return TurnedAway(
-        outcome,
-        _REASONS[outcome],
+def _rejected(
+    event: Event, reason: str, position: int, batch: Sequence[Event]
+) -> Rejected:
+    return Rejected(
+        Outcome.DUPLICATE if reason is _DUPLICATE else Outcome.DROPPED,
+        reason,
         position,
         len(batch),
         event.id,
@@ -110,7 +277,7 @@ class Store:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.dedupe = dedupe
-        self.visible_after = visible_after
+        self._visible_after = visible_after
         self.clock = clock
         self.persistent = path is not None
         #: Grows with every change, so that a reader can tell whether to look again.
@@ -122,16 +289,31 @@ class Store:
         self._closed = False
         self._writer = self._connect()
         try:
-            self._writer.executescript(TABLES + turned_away.TABLES)
+            self._create_tables()
         except BaseException:
             self.close()
             raise
+
+    def _create_tables(self) -> None:
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if (
+            version != _VERSION
+            and self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone()
+        ):
+            raise sqlite3.DatabaseError(
+                "another version of the sandbox made it, or something else; "
+                "delete it or name a new file"
+            )
+        self._writer.executescript(TABLES + REJECTED_TABLES)
+        found = self._writer.execute("SELECT max(stored_at) FROM events").fetchone()
+        #: When the newest event was or will be visible.
+        self._latest = found[0] or 0.0
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
             self._path, timeout=10, isolation_level=None, check_same_thread=False
         )
-        sql_functions.install(connection)
+        install(connection)
         return connection
 
     @contextlib.contextmanager
@@ -167,27 +349,35 @@ class Store:
         """Store *events*, the first of each key only."""
         duplicates = 0
         rows: list[tuple[Any, ...]] = []
-        away: list[TurnedAway] = []
+        away: list[Rejected] = []
         with self.writing() as connection:
             now = self.clock()
+            # What came first is stored first, also where the lag became shorter.
+            self._latest = stored = max(now + self._visible_after, self._latest)
             for position, event in enumerate(events, 1):
                 if self._is_duplicate(connection, event.key):
                     duplicates += 1
                     if self.dedupe:
-                        away.append(_away(event, Outcome.DUPLICATE, position, events))
+                        away.append(_rejected(event, _DUPLICATE, position, events))
                         continue
-                if event.time <= 0:
-                    away.append(_away(event, Outcome.DROPPED, position, events))
+                if event.lost:
+                    away.append(_rejected(event, event.lost, position, events))
                     continue
                 rows.append(
                     (event.id, event.source, event.type, event.subject, event.time,
-                     event.data, now)
+                     event.data, now, stored)
                 )  # fmt: skip
             self._insert(connection, rows, away, now)
         dropped = sum(one.outcome is Outcome.DROPPED for one in away)
         return Added(len(rows), duplicates, dropped)
 
-    def turn_away(self, events: Sequence[TurnedAway]) -> None:
+    def claim(self, events: Sequence[Event]) -> None:
+        """Remember the ids of *events* and nothing else."""
+        with self.writing() as connection:
+            for event in events:
+                self._is_duplicate(connection, event.key)
+
+    def reject(self, events: Sequence[Rejected]) -> None:
         """Remember *events* that were not stored, to say what became of them."""
         with self.writing() as connection:
             self._insert(connection, [], events, self.clock())
@@ -196,29 +386,50 @@ class Store:
     def _insert(
         connection: sqlite3.Connection,
         rows: Sequence[tuple[Any, ...]],
-        away: Sequence[TurnedAway],
+        away: Sequence[Rejected],
         now: float,
     ) -> None:
         (newest,) = connection.execute(NEWEST).fetchone()
         connection.executemany(
             "INSERT INTO events (seq, id, source, type, subject, time, data,"
-            " ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            " ingested_at, stored_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [(seq, *row) for seq, row in enumerate(rows, newest + 1)],
         )
         if away:
-            turned_away.insert(connection, away, newest + len(rows) + 1, now)
+            insert_rejected(connection, away, newest + len(rows) + 1, now)
+
+    @property
+    def visible_after(self) -> float:
+        """Seconds from an event's arrival until it is stored and counted.
+
+        What is stored stays so; what still waits follows a change at once.
+        """
+        return self._visible_after
+
+    @visible_after.setter
+    def visible_after(self, seconds: float) -> None:
+        with self.writing() as connection:
+            now, self._visible_after = self.clock(), seconds
+            connection.execute(
+                "UPDATE events SET stored_at = max(?, ingested_at + ?)"
+                " WHERE stored_at > ?",
+                (now, seconds, now),
+            )
+            found = connection.execute("SELECT max(stored_at) FROM events").fetchone()
+            self._latest = found[0] or 0.0
 
     def horizon(self, connection: sqlite3.Connection) -> int:
-        """Return the number of the newest event that meters count by now.
+        """Return the number of the newest event that is visible by now.
 
-        OpenMeter's sink writes events down some seconds after it was told that they
-        are taken; until then neither a meter nor a balance knows of them.
+        OpenMeter's sink writes events down some time after it was told that they
+        are taken; until then neither a meter nor a balance nor a list knows of them.
         """
-        if not self.visible_after:
+        now = self.clock()
+        if now >= self._latest:
             return EVERYTHING
         row = connection.execute(
-            "SELECT seq FROM events WHERE ingested_at <= ? ORDER BY seq DESC LIMIT 1",
-            (self.clock() - self.visible_after,),
+            "SELECT seq FROM events WHERE stored_at <= ? ORDER BY seq DESC LIMIT 1",
+            (now,),
         ).fetchone()
         return row[0] if row else 0
 
@@ -240,3 +451,192 @@ class Store:
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.pop().close()
+
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def ulid() -> str:
+    """Return a new id of the form that OpenMeter gives its resources."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+class Resources:
+    """All resources of one kind, by id and by key.
+
+    :param kind: what one of them is called.
+    :param key: the property of a document that is unique among its kind.
+    :param unknown: what OpenMeter says of one that is not there.
+    :param taken: what OpenMeter says of a key that exists, with its ``{id}``.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        kind: str,
+        *,
+        key: str = "key",
+        unknown: str = "not found error: {} not found",
+        taken: str = "conflict error: {key} already exists",
+    ) -> None:
+        self._store = store
+        self._kind = kind
+        self._key = key
+        self._unknown = unknown
+        self._taken = taken
+
+    def create(self, document: Document) -> Document:
+        """Store *document* with an id and times of its own, and return that."""
+        now = rfc3339(self._store.clock())
+        created = {"id": ulid(), "createdAt": now, "updatedAt": now, **document}
+        try:
+            self._insert(created)
+        except sqlite3.IntegrityError:
+            known = self.find(key := document[self._key]) or {}
+            detail = self._taken.format(id=known.get("id"), key=key)
+            raise Problem(409, detail) from None
+        return created
+
+    def _insert(self, document: Document) -> None:
+        with self._store.writing() as connection:
+            connection.execute(
+                "INSERT INTO resources VALUES (?, ?, ?, ?)",
+                (
+                    self._kind,
+                    document["id"],
+                    document.get(self._key),
+                    json.dumps(document),
+                ),
+            )
+
+    def change(self, id_: str, edit: Callable[[Document], None]) -> Document:
+        """Let *edit* change the one with this id, while nobody else does.
+
+        What *edit* raises is raised, and then nothing is changed.
+        """
+        with self._store.writing() as connection:
+            (text,) = connection.execute(
+                "SELECT document FROM resources WHERE kind = ? AND id = ?",
+                (self._kind, id_),
+            ).fetchone()
+            document: Document = json.loads(text)
+            edit(document)
+            document["updatedAt"] = rfc3339(self._store.clock())
+            connection.execute(
+                "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
+                (json.dumps(document), self._kind, id_),
+            )
+        return document
+
+    def update(self, document: Document) -> Document:
+        """Replace what has the id of *document*."""
+        updated = {**document, "updatedAt": rfc3339(self._store.clock())}
+        with self._store.writing() as connection:
+            connection.execute(
+                "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
+                (json.dumps(updated), self._kind, document["id"]),
+            )
+        return updated
+
+    def all(self) -> list[Document]:
+        """Return all, oldest first."""
+        with self._store.reading() as connection:
+            return self.within(connection)
+
+    def within(self, connection: sqlite3.Connection) -> list[Document]:
+        """Return all, as *connection* sees them."""
+        rows = connection.execute(
+            "SELECT document FROM resources WHERE kind = ? ORDER BY rowid",
+            (self._kind,),
+        )
+        return [json.loads(document) for (document,) in rows]
+
+    def find(self, id_or_key: str) -> Document | None:
+        """Return the one with this id or key."""
+        if "\0" in id_or_key:
+            raise Problem(500, reason="PostgreSQL refuses a key with NUL")
+        with self._store.reading() as connection:
+            row = connection.execute(
+                "SELECT document FROM resources"
+                " WHERE kind = ? AND (id = ? OR key = ?) ORDER BY id = ? DESC",
+                (self._kind, id_or_key, id_or_key, id_or_key),
+            ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def get(self, id_or_key: str) -> Document:
+        """Return the one with this id or key, or answer 404."""
+        found = self.find(id_or_key)
+        if found is None:
+            raise Problem(404, self._unknown.format(id_or_key))
+        return found
+
+    def with_prefix(self, prefix: str) -> list[Document]:
+        """Return those whose key begins with *prefix*, oldest first."""
+        with self._store.reading() as connection:
+            rows = connection.execute(
+                "SELECT document FROM resources WHERE kind = ?"
+                " AND key >= ? AND key < ? ORDER BY rowid",
+                (self._kind, prefix, prefix + "\U0010ffff"),
+            )
+            return [json.loads(document) for (document,) in rows]
+
+    def retire(self, id_: str) -> None:
+        """Delete the one with this id, but remember that it was there."""
+        deleted = {"deletedAt": rfc3339(self._store.clock())}
+        with self._store.writing() as connection:
+            connection.execute(
+                "UPDATE resources SET kind = ?, key = NULL,"
+                " document = json_patch(document, ?) WHERE kind = ? AND id = ?",
+                (f"deleted {self._kind}", json.dumps(deleted), self._kind, id_),
+            )
+
+
+class Customers(Resources):
+    """All customers; those that were deleted are remembered by their id."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, "customer")
+        self._deleted = Resources(store, "deleted customer")
+
+    def look_up(self, id_or_key: str) -> Document:
+        """Return the one with this id, deleted or not, or this key; or answer 404."""
+        found = self.find(id_or_key) or self._deleted.find(id_or_key)
+        if found is None:
+            detail = f"not found error: customer with id or key {id_or_key} not found"
+            raise Problem(404, f"{detail} in default namespace")
+        return found
+
+    def get(self, id_or_key: str) -> Document:
+        """Return what `look_up` does, or answer 412 if it is deleted."""
+        found = self.look_up(id_or_key)
+        if "deletedAt" in found:
+            raise _gone(found)
+        return found
+
+    def of_subject(self, subject: str) -> Document:
+        """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
+        found = self.with_subject(subject)
+        if not found:
+            if deleted := _payers(self._deleted, subject):
+                raise _gone(deleted[-1])
+            detail = f"not found error: customer with subject key {subject} not found"
+            raise Problem(404, f"{detail} in default namespace")
+        return found[0]
+
+    def with_subject(self, subject: str) -> list[Document]:
+        """Return those that pay for *subject*.
+
+        A key wins against the subjects that another customer names.
+        """
+        found = _payers(self, subject)
+        return sorted(found, key=lambda one: one.get("key") != subject)
+
+
+def _payers(customers: Resources, subject: str) -> list[Document]:
+    return [one for one in customers.all() if subject in subjects_of(one)]
+
+
+def _gone(customer: Document) -> Problem:
+    where = f"namespace=default customer.id={customer['id']}"
+    return Problem(412, f"precondition failed error: customer is deleted [{where}]")

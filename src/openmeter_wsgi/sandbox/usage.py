@@ -1,33 +1,130 @@
-"""Reading meters: the usage that events add up to."""
+"""Reading meters: the usage that events add up to, whole or in windows."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zoneinfo import ZoneInfo
 
-from openmeter_wsgi.sandbox.cloudevent import parse_time
-from openmeter_wsgi.sandbox.metering import Path
-from openmeter_wsgi.sandbox.problems import Problem
-from openmeter_wsgi.sandbox.windows import rfc3339, window_end
+from openmeter_wsgi.sandbox.protocol import Problem, parse_time, rfc3339, tidy
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+_STEP = re.compile(
+    r"""\.(?P<name>[\w-]+)|\['(?P<quoted>[^'"\\]+)'\]|\[(?P<index>\d+)\]"""
+)
+
+
+class JsonPath:
+    """A JSONPath of names and indexes: ``$.usage.tokens``, ``$.items[0]``."""
+
+    def __init__(self, text: str) -> None:
+        self._steps: list[str | int] = []
+        position = 1 if text.startswith("$") else len(text) + 1
+        while position < len(text):
+            step = _STEP.match(text, position)
+            if step is None:
+                break
+            name = step["name"] or step["quoted"]
+            self._steps.append(name if name is not None else int(step["index"]))
+            position = step.end()
+        if position != len(text) or not self._steps:
+            raise ValueError(f"the sandbox cannot read the JSON path {text}")
+
+    @property
+    def sqlite(self) -> str:
+        """The same path for SQLite's JSON functions."""
+        return "$" + "".join(
+            f"[{step}]" if isinstance(step, int) else f'."{step}"'
+            for step in self._steps
+        )
+
+    def find(self, document: Any) -> Any:
+        """Return what lies at the path; LookupError where nothing does."""
+        for step in self._steps:
+            document = _children(document, step)[step]
+        return document
+
+
+def _children(document: Any, step: str | int) -> Any:
+    if isinstance(document, list if isinstance(step, int) else dict):
+        return document
+    raise LookupError(step)
+
+
+def to_float(text: str) -> float:
+    """Return *text* as ClickHouse's ``toFloat64`` does, or raise ValueError."""
+    if "_" in text or not text.isascii() or text != text.strip():
+        raise ValueError(f"could not convert string to float: {text!r}")
+    return float(text)
+
+
+#: In units that every time zone's clock keeps in step with.
+_SECONDS = {"MINUTE": 60, "HOUR": 3600}
+SIZES = ("MINUTE", "HOUR", "DAY", "MONTH")
+
+
+def window_start(moment: int, size: str, zone: str) -> int:
+    """Return when the window began that *moment* lies in, in Unix seconds."""
+    if size == "MINUTE":
+        return moment - moment % 60
+    # All offsets of living time zones are multiples of a quarter of an hour.
+    return _start(moment - moment % 900, size, zone)
+
+
+@lru_cache(maxsize=65_536)
+def _start(moment: int, size: str, zone: str) -> int:
+    local = datetime.fromtimestamp(moment, ZoneInfo(zone))
+    if size == "HOUR":
+        # Not by replacing the minutes: an hour that a clock change repeats is two.
+        return moment - local.minute * 60 - local.second
+    midnight = local.replace(hour=0, minute=0, second=0, fold=0)
+    if size == "MONTH":
+        midnight = midnight.replace(day=1)
+    return int(midnight.timestamp())
+
+
+def window_end(start: int, size: str, zone: str) -> int:
+    """Return when the window that began at *start* ends, in Unix seconds."""
+    if seconds := _SECONDS.get(size):
+        return start + seconds
+    local = datetime.fromtimestamp(start, ZoneInfo(zone))
+    # 32 days after the first of a month lies in the next one.
+    beyond = local + timedelta(days=1 if size == "DAY" else 32)
+    if size == "MONTH":
+        beyond = beyond.replace(day=1)
+    return int(beyond.timestamp())
+
+
+def local_time(moment: int, zone: str) -> str:
+    """Return Unix *moment* in the form OpenMeter writes, in the time zone *zone*."""
+    if zone == "UTC":
+        return rfc3339(moment)
+    return datetime.fromtimestamp(moment, ZoneInfo(zone)).isoformat()
+
 
 Meter = dict[str, Any]
-Row = dict[str, Any]
 
+Row = dict[str, Any]
 #: A number, or a text that is one; everything else is NULL, which no aggregate counts.
 NUMBER = """CASE json_type(data, :value)
     WHEN 'integer' THEN CAST(json_extract(data, :value) AS REAL)
     WHEN 'real' THEN json_extract(data, :value)
     WHEN 'text' THEN to_number(json_extract(data, :value)) END"""
+
 #: ClickHouse's JSON_VALUE: what is missing, an object or an array is the empty text.
 TEXT = """CASE json_type(data, :{0})
     WHEN 'null' THEN 'null' WHEN 'true' THEN 'true' WHEN 'false' THEN 'false'
     WHEN 'object' THEN '' WHEN 'array' THEN ''
     ELSE coalesce(CAST(json_extract(data, :{0}) AS TEXT), '') END"""
+
 AGGREGATES = {
     "COUNT": "count(*)",
     "SUM": f"sum({NUMBER})",
@@ -37,6 +134,20 @@ AGGREGATES = {
     "UNIQUE_COUNT": f"count(DISTINCT nullif({TEXT.format('value')}, 'null'))",
     "LATEST": f"latest(time, seq, {NUMBER})",
 }
+
+
+class Edge(NamedTuple):
+    """Where a span of usage begins or ends.
+
+    Two coordinates, as an event has two: OpenMeter knows its time alone, to the
+    second; the number of its arrival tells apart what a second holds, so that a reset
+    by hand takes effect at once.
+    """
+
+    #: Unix seconds; events from this moment on are after the edge,
+    time: int
+    #: unless they arrived no later than the event of this number.
+    seq: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +161,8 @@ class Query:
     zone: str = "UTC"
     #: None is all of them, an empty sequence none.
     subjects: Sequence[str] | None = None
+    #: The customers that are asked for, by the subjects that they pay for.
+    customers: Mapping[str, str] | None = None
     group_by: Sequence[str] = ()
     #: Group-by name to the values that count.
     filters: Mapping[str, Sequence[str]] | None = None
@@ -57,6 +170,9 @@ class Query:
     horizon: int | None = None
     #: The number of the one event that counts; None for all of them.
     only: int | None = None
+    #: What is counted lies after this edge, and not after that one.
+    after: Edge | None = None
+    before: Edge | None = None
 
 
 def usage(connection: sqlite3.Connection, meter: Meter, query: Query) -> list[Row]:
@@ -72,8 +188,9 @@ class _Statement:
     def __init__(self, meter: Meter, query: Query) -> None:
         self.parameters: dict[str, Any] = {"type": meter["eventType"]}
         if path := meter.get("valueProperty"):
-            self.parameters["value"] = Path(path).sqlite
+            self.parameters["value"] = JsonPath(path).sqlite
         self._paths = meter.get("groupBy", {})
+        self._customers = query.customers
         groups = [self._group(name) for name in query.group_by]
         window = "0"
         if query.window:
@@ -98,26 +215,46 @@ class _Statement:
     def _group(self, name: str) -> str:
         if name == "subject":
             return "subject"
-        return TEXT.format(self._bind(Path(self._paths[name]).sqlite))
+        if name == "customer_id" and self._customers:
+            cases = (f"WHEN :{self._bind(subject)} THEN :{self._bind(customer)}"
+                     for subject, customer in self._customers.items())  # fmt: skip
+            return f"CASE subject {' '.join(cases)} END"
+        return TEXT.format(self._bind(JsonPath(self._paths[name]).sqlite))
 
     def _conditions(self, meter: Meter, query: Query) -> list[str]:
-        conditions = ["type = :type"]
         start = query.start
         if since := meter.get("eventFrom"):
             start = max(start or 0, parse_time(since))
-        if start is not None:
-            conditions.append(f"time >= :{self._bind(start)}")
-        if query.end is not None:
-            conditions.append(f"time < :{self._bind(query.end)}")
-        if query.horizon is not None:
-            conditions.append(f"seq <= :{self._bind(query.horizon)}")
-        if query.only is not None:
-            conditions.append(f"seq = :{self._bind(query.only)}")
-        if query.subjects is not None:
-            conditions.append(f"subject IN ({self._list(query.subjects)})")
-        for name, values in (query.filters or {}).items():
-            conditions.append(f"{self._group(name)} IN ({self._list(values)})")
-        return conditions
+        limits = {
+            "time >=": start,
+            "time <": query.end,
+            "seq <=": query.horizon,
+            "seq =": query.only,
+        }
+        conditions = ["type = :type"]
+        conditions += [
+            f"{term} :{self._bind(limit)}"
+            for term, limit in limits.items()
+            if limit is not None
+        ]
+        choices = [("subject", query.subjects), ("subject", query.customers)]
+        choices += [
+            (self._group(n), found) for n, found in (query.filters or {}).items()
+        ]
+        conditions += [
+            f"{column} IN ({self._list(list(values))})"
+            for column, values in choices
+            if values is not None
+        ]
+        return conditions + list(self._edges(query))
+
+    def _edges(self, query: Query) -> Iterator[str]:
+        if query.after is not None:
+            time, seq = map(self._bind, query.after)
+            yield f"time >= :{time} AND seq > :{seq}"
+        if query.before is not None:
+            time, seq = map(self._bind, query.before)
+            yield f"(time < :{time} OR seq <= :{seq})"
 
     def _list(self, values: Sequence[str]) -> str:
         return ", ".join(f":{self._bind(value)}" for value in values)
@@ -127,23 +264,56 @@ def _row(meter: Meter, query: Query, values: tuple[Any, ...]) -> Row:
     window, first, last, value, *groups = values
     if isinstance(value, float) and not math.isfinite(value):
         raise Problem(500, reason=f"meter {meter['slug']}: value is infinite")
+    zone = "UTC"
     if query.window:
-        start, end = window, window_end(window, query.window, query.zone)
+        zone = query.zone
+        # ClickHouse's DateTime begins anew after 2106.
+        start, end = window, window_end(window, query.window, zone) % 2**32
     else:
         # Without windows OpenMeter answers with the period asked for, or else with
         # the whole minutes that hold events.
         start = first - first % 60 if query.start is None else query.start
-        end = last - last % 60 + 60 if query.end is None else query.end
+        end = (last - last % 60 + 60) % 2**32 if query.end is None else query.end
     named = dict(zip(query.group_by, groups, strict=True))
-    return {
+    row = {
         "value": tidy(value),
-        "windowStart": rfc3339(start),
-        "windowEnd": rfc3339(end),
+        "windowStart": local_time(start, zone),
+        "windowEnd": local_time(end, zone),
         "subject": named.pop("subject", None),
-        "groupBy": named,
     }
+    if query.customers is not None:
+        row["customerId"] = named.pop("customer_id")
+    return row | {"groupBy": named}
 
 
-def tidy(value: float) -> float:
-    """Return *value* without a point where it is whole, as Go writes it."""
-    return int(value) if float(value).is_integer() and abs(value) < 1e21 else value
+def install(connection: sqlite3.Connection) -> None:
+    """Teach *connection* the functions of this module."""
+    connection.create_function("to_number", 1, to_number, deterministic=True)
+    connection.create_function("window_start", 3, window_start, deterministic=True)
+    connection.create_aggregate("latest", 3, Latest)  # type: ignore[arg-type]
+
+
+class Latest:
+    """SQL aggregate: the value of the newest event that has one."""
+
+    def __init__(self) -> None:
+        self._newest: tuple[int, int, float | None] = (-1, -1, None)
+
+    def step(self, moment: int, seq: int, value: float | None) -> None:
+        """Take one event."""
+        if value is not None:
+            self._newest = max(self._newest, (moment, seq, value))
+
+    def finalize(self) -> float | None:
+        """Return the newest value."""
+        return self._newest[2]
+
+
+@lru_cache(maxsize=4096)
+def to_number(text: str) -> float | None:
+    """Return *text* as ClickHouse's ``toFloat64OrNull`` does, infinities excluded."""
+    try:
+        value = to_float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -6,17 +6,22 @@ export function onMeterCreated(callback) {
   changed = callback;
 }
 
-function tiles({ counts, dedupe, stored, persistent, access }) {
+function tiles({ counts, dedupe, stored, waiting, access }) {
+  const earlier = stored - counts.stored;
+  const kinds = [
+    earlier > 0 ? `${number.format(earlier)} of them in earlier runs` : "by this run",
+    ...(waiting ? [`${number.format(waiting)} not visible yet: lag`] : []),
+  ];
   const kept = dedupe ? "dropped, as with deduplication" : "counted again: no deduplication";
   const items = [
-    { name: "Received", count: counts.received, note: `in ${many(counts.requests, "request")}` },
-    { name: "Stored", count: stored, note: persistent ? "in the database, all runs" : "until the sandbox ends" },
+    { name: "Received", count: counts.received, note: `since the start, in ${many(counts.requests, "request")}` },
+    { name: "Stored", count: stored, note: kinds.join(", ") },
     { name: "Duplicates", count: counts.duplicates, note: kept, outcome: dedupe ? "duplicate" : "stored" },
     { name: "Refused", count: counts.refused, note: "requests, none of their events taken", outcome: "refused", bad: true },
-    { name: "Failed", count: counts.failed, note: "requests answered 500, 503 or 429", outcome: "failed" },
+    { name: "Failed", count: counts.failed, note: "requests answered 5xx or 429", outcome: "failed" },
     { name: "Questions", count: access.questions, note: "about entitlements" },
   ];
-  if (counts.dropped) items.push({ name: "Too old", count: counts.dropped, note: "from 1970: dropped silently", outcome: "dropped", bad: true });
+  if (counts.dropped) items.push({ name: "Lost", count: counts.dropped, note: "dropped behind a 204", outcome: "dropped", bad: true });
   return items;
 }
 

@@ -1,7 +1,7 @@
 // The live list of what arrives, with search. The sandbox searches, so that the page
 // holds no more than it shows.
 import { $, clock, get, many, node, number, options, write } from "./dom.js";
-import { tell } from "./journey.js";
+import { tell } from "./trace.js";
 import { onEnter, shown } from "./views.js";
 
 const PAGE = 100;
@@ -10,7 +10,7 @@ const MOST_COUNTED = 10_000;
 const TYPING = 250;
 const OUTCOMES = {
   stored: ["✓", "counted", "fine"], duplicate: ["=", "duplicate", "soft"], refused: ["✕", "refused", "denied"],
-  dropped: ["✕", "too old", "denied"], failed: ["!", "failed", "flaw"],
+  dropped: ["✕", "lost", "denied"], failed: ["!", "failed", "flaw"],
 };
 const form = $("search");
 const body = $("arrivals").tBodies[0];
@@ -29,12 +29,13 @@ function row(arrival) {
   const batch = arrival.batch > 1 ? ` · event ${arrival.position} of ${arrival.batch}` : "";
   const id = arrival.id ?? "not an event";
   return node("tr", { onclick: () => tell(arrival.seq) },
-    node("td", { class: "soft" }, node("time", { datetime: arrival.ingestedAt }, clock.format(new Date(arrival.ingestedAt)))),
-    node("td", { class: mark }, `${sign} ${text}${batch}`,
+    node("td", { class: "soft", "data-label": "Arrived" }, node("time", { datetime: arrival.ingestedAt }, clock.format(new Date(arrival.ingestedAt)))),
+    node("td", { class: mark, "data-label": "Outcome" }, `${sign} ${text}${batch}`,
       ...(arrival.reason && arrival.outcome !== "duplicate" ? [node("small", {}, arrival.reason)] : [])),
-    node("td", {}, arrival.type ?? "–"), node("td", {}, arrival.subject ?? "–"),
-    node("th", { scope: "row" }, node("button", { type: "button", class: "link", "aria-haspopup": "dialog" }, id)),
-    node("td", { class: "data" }, arrival.data ?? "–"));
+    node("td", { "data-label": "Type" }, arrival.type ?? "–"),
+    node("td", { "data-label": "Subject" }, arrival.subject ?? "–"),
+    node("th", { scope: "row", "data-label": "Id" }, node("button", { type: "button", class: "link", "aria-haspopup": "dialog" }, id)),
+    node("td", { class: "data", "data-label": "Data" }, arrival.data ?? "–"));
 }
 
 // In small portions: a thousand rows at once would hold up what is being typed.

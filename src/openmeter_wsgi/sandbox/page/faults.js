@@ -1,9 +1,10 @@
-// Faults on purpose: set as soon as they are changed, and named where nobody
-// overlooks them.
+// Simulated faults: set as soon as they are changed, and named where nobody overlooks
+// them.
 import { $, number, send, write } from "./dom.js";
 
 const WHO = { ingest: "ingest", entitlements: "questions" };
-const RIGHT = { failRate: 0, latency: 0, hang: 0, outage: false, retryAfter: null };
+const RIGHT = { failRate: 0, latency: 0, hang: 0, byteDelay: 0, outage: false, retryAfter: null, denied: null };
+const RIGHT_INGEST = { ...RIGHT, refusedType: null, refusedSubject: null, forget: false, claim: false };
 const groups = [...$("faults").querySelectorAll("[data-group]")];
 
 let changed = () => {};
@@ -15,6 +16,7 @@ export function onFaultChange(callback) {
 function fill(input, value) {
   if (input === document.activeElement) return;
   if (input.type === "checkbox") input.checked = value;
+  else if (typeof value === "string") input.value = value;
   else input.value = value === null ? "" : Number((value * scale(input)).toFixed(4));
 }
 
@@ -22,7 +24,7 @@ const scale = (input) => (input.name === "failRate" ? 100 : 1);
 
 export function showFaults({ faults, visibleAfter }) {
   for (const group of groups) {
-    for (const input of group.querySelectorAll("input")) {
+    for (const input of group.querySelectorAll("input, select")) {
       // A switch says what is, focused or not: it is set as soon as it is changed.
       if (input.type === "checkbox") input.checked = faults[group.dataset.group][input.name];
       else fill(input, faults[group.dataset.group][input.name]);
@@ -30,23 +32,30 @@ export function showFaults({ faults, visibleAfter }) {
   }
   fill($("faults").visibleAfter, visibleAfter);
   const wrong = Object.entries(faults).flatMap(([group, fault]) => names(WHO[group], fault));
-  if (visibleAfter) wrong.push(`usage is visible after ${number.format(visibleAfter)} s`);
-  write($("wrong"), wrong.length ? `On purpose: ${wrong.join(", ")}` : "");
+  if (visibleAfter) wrong.push(`usage lags by ${number.format(visibleAfter)} s`);
+  write($("wrong"), wrong.length ? `Simulated: ${wrong.join(", ")}` : "");
 }
 
-function names(who, { outage, latency, failRate, hang, retryAfter }) {
+function names(who, { outage, latency, failRate, hang, retryAfter, byteDelay, denied, ...more }) {
   const found = [];
   if (outage) found.push(`outage of ${who}`);
   else if (retryAfter !== null) found.push(`${who} limited`);
+  else if (denied) found.push(`${who} answered ${denied}`);
   else if (failRate) found.push(`${number.format(failRate * 100)} % of ${who} fail`);
   if (latency) found.push(`${who} ${number.format(latency)} s late`);
   if (hang) found.push(`${who} hang for ${number.format(hang)} s`);
+  if (byteDelay) found.push(`${who} answered byte by byte`);
+  if (more.refusedType) found.push(`400 for type ${more.refusedType}`);
+  if (more.refusedSubject) found.push(`400 for subject ${more.refusedSubject}`);
+  if (more.forget) found.push("events forgotten");
+  if (more.claim) found.push("ids claimed, events lost");
   return found;
 }
 
 function read(input) {
   if (input.type === "checkbox") return input.checked;
-  return input.value === "" ? null : input.valueAsNumber / scale(input);
+  if (input.value === "") return null;
+  return input.type === "text" ? input.value : Number(input.value) / scale(input);
 }
 
 async function set(path, body) {
@@ -66,5 +75,5 @@ $("faults").addEventListener("change", async ({ target }) => {
 });
 $("all-right").addEventListener("click", async () => {
   await send("PUT", "/sandbox/api/visibility", { visibleAfter: 0 });
-  await set("/sandbox/api/faults", { ingest: RIGHT, entitlements: RIGHT });
+  await set("/sandbox/api/faults", { ingest: RIGHT_INGEST, entitlements: RIGHT });
 });

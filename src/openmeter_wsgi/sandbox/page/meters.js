@@ -9,6 +9,20 @@ const SPANS = { 300: "5 minutes", 900: "15 minutes", 3600: "hour", 86400: "day",
 const WORDS = { SUM: "sum", COUNT: "number of events", AVG: "average", MIN: "least", MAX: "greatest", UNIQUE_COUNT: "different values", LATEST: "latest" };
 const UNITS = [[86400, "day"], [3600, "h"], [60, "min"], [1, "s"]];
 
+// The shortest that holds all events, unless somebody has chosen one.
+let fitting = 900;
+const span = () => Number($("span").value) || fitting;
+
+// Say whether another span fits what there is now.
+export function fit({ oldest, times, step }) {
+  const age = oldest === null ? 0 : times.at(-1) + step - oldest;
+  const spans = Object.keys(SPANS).map(Number);
+  const found = oldest === null ? 900 : spans.find((seconds) => seconds >= age) ?? spans.at(-1);
+  const isOther = found !== fitting;
+  fitting = found;
+  return isOther && !$("span").value;
+}
+
 let changed = () => {};
 export function onViewChange(callback) {
   changed = callback;
@@ -16,7 +30,7 @@ export function onViewChange(callback) {
 
 // How meters are looked at, as the sandbox is asked for them.
 const views = new Map();
-export const asked = () => ({ span: $("span").value, views: JSON.stringify(Object.fromEntries(views)) });
+export const asked = () => ({ span: span(), views: JSON.stringify(Object.fromEntries(views)) });
 
 function length(seconds) {
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
@@ -44,7 +58,7 @@ class MeterCard {
       node("header", {}, node("div", {}, this.name, this.definition), this.total),
       this.unusable,
       node("div", { class: "controls" },
-        node("label", {}, "Divide by ", this.by), node("label", {}, "Subject ", this.subject), this.subjects),
+        node("label", {}, "Group by ", this.by), node("label", {}, "Subject ", this.subject), this.subjects),
       node("div", { class: "body" },
         node("figure", {}, this.unit, this.canvas),
         node("div", { class: "groups", tabindex: "0", role: "region", "aria-label": `Legend and totals of ${slug}` }, this.table)),
@@ -56,13 +70,13 @@ class MeterCard {
     changed();
   }
 
-  update(meter, times, step) {
+  update(meter, times, step, runs) {
     Object.assign(this, { meter, columns: times, step });
     const value = meter.valueProperty ? ` of ${meter.valueProperty}` : "";
     write(this.name, meter.name);
     write(this.definition, `${meter.aggregation}${value} over events of type ${meter.eventType}`);
-    redraw(this.total, [meter.value, meter.events], () => [
-      show(meter.value), " ", node("small", {}, `from ${many(meter.events, "event")}`)]);
+    redraw(this.total, [meter.value, meter.events, runs], () => [
+      show(meter.value), " ", node("small", {}, `from ${many(meter.events, "event")}${runs}`)]);
     this.unusable.hidden = !meter.unusable;
     write(this.unusable, meter.unusable
       ? `${many(meter.unusable, "event")} without a usable number at ${meter.valueProperty}: not counted.` : "");
@@ -81,7 +95,7 @@ class MeterCard {
     const { meter } = this;
     const curves = new Set(meter.curves.map((curve) => curve.group));
     const theme = document.documentElement.dataset.theme;
-    redraw(this.table, [meter.groups, meter.moreGroups, meter.by, $("span").value, theme, repainted], () => {
+    redraw(this.table, [meter.groups, meter.moreGroups, meter.by, span(), theme, repainted], () => {
       const rows = meter.groups.map(({ group, events, recent, value }) => node("tr", {},
         node("th", { scope: "row" }, ...(curves.has(group) ? [swatch(group, !isStacked(meter))] : []), group || "(none)"),
         node("td", { class: "number soft" }, show(events)),
@@ -90,7 +104,7 @@ class MeterCard {
       if (meter.moreGroups) rows.push(node("tr", {}, node("td", { colspan: "4", class: "soft" }, `and ${many(meter.moreGroups, "more")}`)));
       if (!rows.length) rows.push(node("tr", {}, node("td", { colspan: "4", class: "soft" }, "No events of this type yet")));
       return [node("caption", { class: "quiet" }, `${meter.name} by ${meter.by}`),
-        heads(meter.by === "subject" ? "Subject" : meter.by, "#Events", `#Last ${SPANS[$("span").value]}`, "#All time"), node("tbody", {}, ...rows)];
+        heads(meter.by === "subject" ? "Subject" : meter.by, "#Events", `#Last ${SPANS[span()]}`, "#All time"), node("tbody", {}, ...rows)];
     });
   }
 
@@ -114,7 +128,8 @@ document.addEventListener("themechange", () => { repainted += 1; });
 const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 const cards = new Map();
-export async function showMeters({ meters, times, step }) {
+export async function showMeters({ meters, times, step, stored, counts }) {
+  const runs = stored > counts.stored ? " of all runs" : "";
   const wanted = new Set(meters.map((meter) => meter.slug));
   for (const [slug, card] of cards) {
     if (wanted.has(slug)) continue;
@@ -129,7 +144,7 @@ export async function showMeters({ meters, times, step }) {
     }
     // Looks are given in the order of the totals, the greatest first.
     for (const { group } of meter.curves) lookOf(group);
-    if (shown() === "usage") cards.get(meter.slug).update(meter, times, step);
+    if (shown() === "usage") cards.get(meter.slug).update(meter, times, step, runs);
     await breathe();
   }
 }

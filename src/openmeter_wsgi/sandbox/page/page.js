@@ -4,8 +4,8 @@ import { onMeterCreated, showCounts, showEmpty, showRefusals, showUncounted } fr
 import { $, get, write } from "./dom.js";
 import { pollEvents } from "./events.js";
 import { onFaultChange, showFaults } from "./faults.js";
-import { refreshJourney } from "./journey.js";
-import { asked, onViewChange, showMeters } from "./meters.js";
+import { refreshTrace } from "./trace.js";
+import { asked, fit, onViewChange, showMeters } from "./meters.js";
 import { onEnter, start } from "./views.js";
 
 const PARTS = [showCounts, showRefusals, showUncounted, showEmpty, showMeters, showAccess, showFaults];
@@ -23,9 +23,10 @@ async function refresh() {
   try {
     const overview = await get("/sandbox/api/overview", asked());
     if (turn !== turns) return;
+    if (fit(overview)) { await refresh(); return; }
     for (const part of PARTS) await part(overview);
     await pollEvents();
-    await refreshJourney();
+    await refreshTrace();
     status("Live", "live");
   } catch (error) {
     if (!(error instanceof TypeError)) console.error(error);

@@ -1,8 +1,8 @@
-// The journey of one event: when it arrived and how often, and what each meter made of
+// The trace of one event: when it arrived and how often, and what each meter made of
 // it.
 import { $, get, heads, node, redraw, show, write } from "./dom.js";
 
-const dialog = $("journey");
+const dialog = $("trace");
 const precise = new Intl.DateTimeFormat("en-GB", {
   day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3,
 });
@@ -15,22 +15,25 @@ let opener = null;
 export async function tell(seq) {
   current = seq;
   opener = document.activeElement;
-  await refreshJourney();
-  if (!dialog.open) dialog.showModal();
+  await refreshTrace();
+  if (dialog.open) return;
+  // Back closes it, as on any other page.
+  history.pushState({ trace: seq }, "");
+  dialog.showModal();
 }
 
-export async function refreshJourney() {
+export async function refreshTrace() {
   if (current === null) return;
   const seq = current;
   const told = await get(`/sandbox/api/arrivals/${seq}`).catch((error) => ({ error: error.message }));
   if (seq !== current) return;
-  write($("journey-error"), told.error ?? "");
+  write($("trace-error"), told.error ?? "");
   if (told.error) return;
-  write($("journey-title"), `Journey of ${told.event.id ?? "what was no event"}`);
-  redraw($("journey-attributes"), [told.event, told.customer], () => attributes(told));
-  redraw($("journey-arrivals"), [told.arrivals, seq], () => told.arrivals.map((arrival) => step(arrival, told)));
-  redraw($("journey-meters"), told, () => meters(told));
-  write($("journey-data"), pretty(told.event.data));
+  write($("trace-title"), `Trace of ${told.event.id ?? "what was no event"}`);
+  redraw($("trace-attributes"), [told.event, told.customer], () => attributes(told));
+  redraw($("trace-arrivals"), [told.arrivals, seq], () => told.arrivals.map((arrival) => step(arrival, told)));
+  redraw($("trace-meters"), told, () => meters(told));
+  write($("trace-data"), pretty(told.event.data));
 }
 
 function attributes({ event, customer }) {
@@ -88,12 +91,19 @@ function pretty(data) {
   }
 }
 
+let isBack = false;
+addEventListener("popstate", () => {
+  isBack = dialog.open;
+  dialog.close();
+});
 dialog.addEventListener("close", () => {
   current = null;
+  if (!isBack && history.state?.trace) history.back();
+  isBack = false;
   // Its row may be gone by now.
   (opener?.isConnected ? opener : $("events-title")).focus();
 });
 dialog.addEventListener("click", ({ target }) => {
   if (target === dialog) dialog.close();
 });
-$("journey-close").addEventListener("click", () => dialog.close());
+$("trace-close").addEventListener("click", () => dialog.close());

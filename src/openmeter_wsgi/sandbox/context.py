@@ -1,0 +1,214 @@
+"""What the routes of one sandbox share, and the counts of what it was asked."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
+
+from flask import Flask, current_app, request
+
+from openmeter_wsgi.sandbox.protocol import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
+    from openmeter_wsgi.sandbox.faults import Faults, GroupFaults
+    from openmeter_wsgi.sandbox.store import Customers, Resources, Store
+
+#: Reasons may quote the client; they must not fill the memory.
+MAX_REASONS = 50
+MAX_REASON = 300
+
+
+class Tally:
+    """Counts of requests and events, by what became of them. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        #: Grows with every change.
+        self.version = 0
+
+    def add(self, **counts: int) -> None:
+        """Add *counts* by name."""
+        with self._lock:
+            self._counts.update(counts)
+            self.version += 1
+
+    def refuse(self, reason: str) -> None:
+        """Count a request that was refused, none of whose events were taken."""
+        reason = reason[:MAX_REASON]
+        with self._lock:
+            self._counts["refused"] += 1
+            if reason not in self._refusals and len(self._refusals) >= MAX_REASONS:
+                reason = "other reasons"
+            self._refusals[reason] += 1
+            self.version += 1
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts; see the keys."""
+        names = ("requests", "received", "stored", "duplicates", "dropped", "refused",
+                 "failed")  # fmt: skip
+        with self._lock:
+            return {name: self._counts[name] for name in names}
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """Return the reasons of refusals, the most frequent first."""
+        with self._lock:
+            return [
+                {"reason": reason, "count": count}
+                for reason, count in self._refusals.most_common()
+            ]
+
+
+class Question(NamedTuple):
+    """One question, as it was asked."""
+
+    #: ``subject_value`` and ``value`` of the v1 API, ``value_v2``, ``access``, and
+    #: ``entitlement`` and ``entitlements`` for the objects themselves.
+    kind: str
+    #: The customer, or the subject, as the path names it.
+    customer: str
+    #: The feature, or the id of the entitlement; None where all are asked for.
+    feature: str | None
+
+
+class Questions:
+    """How often each question was asked, counted as it arrives. Any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._counts: Counter[Question] = Counter()
+
+    def add(self, question: Question) -> None:
+        """Count *question*."""
+        with self._changed:
+            self._counts[question] += 1
+            self._changed.notify_all()
+
+    def counts(self) -> Counter[Question]:
+        """Return a copy of the counts."""
+        with self._changed:
+            return self._counts.copy()
+
+    def count(self, **which: str | None) -> int:
+        """Return how many questions there were of the kind, customer and feature."""
+        with self._changed:
+            return self._count(which)
+
+    def wait(self, count: int, timeout: float, **which: str | None) -> bool:
+        """Return whether *count* of them came within *timeout* seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._count(which) >= count, timeout)
+
+    def _count(self, which: dict[str, str | None]) -> int:
+        wanted = {name: text for name, text in which.items() if text is not None}
+        return sum(
+            count
+            for question, count in self._counts.items()
+            if wanted.items() <= question._asdict().items()
+        )
+
+    def clear(self) -> None:
+        """Start counting anew."""
+        with self._changed:
+            self._counts.clear()
+
+
+class DashboardCache:
+    """What the page shows, computed once however many look at it. Any thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._known: dict[Hashable, tuple[Hashable, dict[str, Any]]] = {}
+
+    def read(
+        self, asked: Hashable, compute: Callable[[int], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return what *compute* makes of now, or made within this second."""
+        with self._lock:
+            now = int(self._store.clock())
+            state = (self._store.version, now)
+            known, shown = self._known.get(asked, (None, {}))
+            if known != state:
+                shown = compute(now)
+                if len(self._known) > 10:
+                    self._known.clear()
+                self._known[asked] = (state, shown)
+            return shown
+
+
+_KEY = "openmeter_wsgi.sandbox"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What the requests to one sandbox share. Any thread."""
+
+    store: Store
+    tally: Tally
+    faults: Faults
+    dashboards: DashboardCache
+    meters: Resources
+    customers: Customers
+    entitlements: Entitlements
+    access: Access
+    questions: Questions
+    features: Resources
+    subjects: Resources
+    granting: Granting
+
+    def install(self, app: Flask) -> None:
+        """Let the routes of *app* find this context."""
+        app.extensions[_KEY] = self
+
+
+def context() -> Context:
+    """Return the context of the sandbox that serves the current request."""
+    return cast("Context", current_app.extensions[_KEY])
+
+
+#: A list in the environ, for what waits between two bytes of the answer.
+PAUSES = "openmeter_wsgi.sandbox.pauses"
+
+
+def slow_down(faults: GroupFaults) -> None:
+    """Let the answer of the current request go byte by byte, if that is set."""
+    if faults.settings.byte_delay:
+        request.environ[PAUSES].append(faults.pause)
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def question(kind: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a route one that is counted, and that meets the faults of questions."""
+
+    def decorate(view: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(view)
+        def answer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            here = context()
+            who = kwargs.get("customer", kwargs.get("subject"))
+            feature = kwargs.get("feature")
+            here.questions.add(
+                Question(kind, str(who), None if feature is None else str(feature))
+            )
+            try:
+                here.faults.entitlements.check()
+                if here.faults.entitlements.draw() is not None:
+                    raise Problem(500)
+                return view(*args, **kwargs)
+            finally:
+                here.faults.entitlements.delay()
+                slow_down(here.faults.entitlements)
+
+        return answer
+
+    return decorate

@@ -1,0 +1,290 @@
+"""What became of each event that arrived, for the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Response, jsonify, request
+
+from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.events import Judge
+from openmeter_wsgi.sandbox.meters import flaw_of
+from openmeter_wsgi.sandbox.protocol import (
+    Problem,
+    integer,
+    parse_time,
+    refuse,
+    rfc3339,
+)
+from openmeter_wsgi.sandbox.store import Outcome, subjects_of
+from openmeter_wsgi.sandbox.usage import NUMBER, JsonPath, Query, usage
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    from openmeter_wsgi.sandbox.protocol import Document
+
+
+STORED = "stored"
+#: Stored, and no meter can use it.
+UNCOUNTED = "uncounted"
+OUTCOMES = (STORED, UNCOUNTED, *Outcome)
+#: How far matches are counted.
+MOST_COUNTED = 10_000
+_COMMON = "id, source, type, subject, time, data, ingested_at"
+_STORED = f"SELECT seq, '{STORED}', NULL, NULL, NULL, {_COMMON} FROM events"  # noqa: S608
+_AWAY = f"SELECT seq, outcome, reason, position, batch, {_COMMON} FROM rejected"  # noqa: S608
+_NAMES = (
+    "seq", "outcome", "reason", "position", "batch", "id", "source", "type", "subject",
+    "time", "data", "ingestedAt",
+)  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class Search:
+    """Which arrivals are wanted: an SQL condition grown term by term."""
+
+    outcome: str | None = None
+    terms: list[str] = field(default_factory=lambda: ["1"])
+    parameters: Document = field(default_factory=dict)
+
+    def where(self, term: str, **parameters: Any) -> None:
+        """Require *term*, which names *parameters*."""
+        self.terms.append(term)
+        self.parameters |= parameters
+
+    def containing(self, text: str) -> None:
+        """Require each word of *text* somewhere: id, type, subject, source or data."""
+        for number, word in enumerate(text.split()):
+            name = f"word{number}"
+            columns = ("id", "type", "subject", "source", "data")
+            found = " OR ".join(f"{c} LIKE :{name} ESCAPE '\\'" for c in columns)
+            escaped = word.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+            self.where(f"({found})", **{name: f"%{escaped}%"})
+
+    def statement(self, meters: list[Document]) -> str:
+        """Return the SELECT of all that match."""
+        common = " AND ".join(self.terms)
+        if self.outcome is None:
+            return f"{_STORED} WHERE {common} UNION ALL {_AWAY} WHERE {common}"
+        if self.outcome == STORED:
+            return f"{_STORED} WHERE {common}"
+        if self.outcome == UNCOUNTED:
+            return f"{_STORED} WHERE {common} AND NOT {self._usable(meters)}"
+        self.parameters["outcome"] = self.outcome
+        return f"{_AWAY} WHERE {common} AND outcome = :outcome"
+
+    def _usable(self, meters: list[Document]) -> str:
+        terms = ["0"]
+        for number, meter in enumerate(meters):
+            type_, path, since = (
+                f"{name}{number}" for name in ("type", "path", "from")
+            )
+            self.parameters |= {
+                type_: meter["eventType"],
+                since: parse_time(meter.get("eventFrom", "1970-01-01T00:00:00Z")),
+            }
+            term = f"type = :{type_} AND time >= :{since}"
+            if meter["aggregation"] != "COUNT":
+                self.parameters[path] = JsonPath(meter["valueProperty"]).sqlite
+                usable = NUMBER.replace(":value", f":{path}")
+                if meter["aggregation"] == "UNIQUE_COUNT":
+                    usable = f"nullif(json_type(data, :{path}), 'null')"
+                term += f" AND ({usable}) IS NOT NULL"
+            terms.append(f"({term})")
+        return f"({' OR '.join(terms)})"
+
+
+def newest(
+    connection: sqlite3.Connection,
+    search: Search,
+    meters: list[Document],
+    limit: int,
+) -> list[Document]:
+    """Return the newest *limit* arrivals that *search* wants."""
+    rows = connection.execute(
+        f"{search.statement(meters)} ORDER BY seq DESC LIMIT :limit",
+        search.parameters | {"limit": limit},
+    )
+    return [document(row) for row in rows]
+
+
+def count(
+    connection: sqlite3.Connection, search: Search, meters: list[Document]
+) -> int:
+    """Return how many match; one more than `MOST_COUNTED` if there are more."""
+    statement = f"SELECT count(*) FROM ({search.statement(meters)} LIMIT :most)"  # noqa: S608
+    parameters = search.parameters | {"most": MOST_COUNTED + 1}
+    return int(connection.execute(statement, parameters).fetchone()[0])
+
+
+def document(row: tuple[Any, ...]) -> Document:
+    """Return a row as the page reads it."""
+    arrival: Document = dict(zip(_NAMES, row, strict=True))
+    arrival["ingestedAt"] = rfc3339(arrival["ingestedAt"])
+    if isinstance(arrival["time"], int):
+        arrival["time"] = rfc3339(arrival["time"])
+    return arrival
+
+
+#: Arrivals of the same event that are told, the newest.
+ARRIVALS = 100
+
+
+def trace(
+    connection: sqlite3.Connection,
+    seq: int,
+    *,
+    meters: list[Document],
+    customers: list[Document],
+    horizon: int,
+) -> Document | None:
+    """Return the way of arrival number *seq*; None if nothing is known of it.
+
+    :param horizon: the number of the last event that meters count by now.
+    """
+    one = Search()
+    one.where("seq = :seq", seq=seq)
+    found = newest(connection, one, meters, 1)
+    if not found:
+        return None
+    (event,) = found
+    is_stored = event["outcome"] == STORED
+    return {
+        "event": event,
+        "customer": _customer(event["subject"], customers),
+        "arrivals": _arrivals(connection, event, meters),
+        "visible": seq <= horizon,
+        "meters": [_verdict(connection, event, m) for m in meters] if is_stored else [],
+    }
+
+
+def _customer(subject: str | None, customers: list[Document]) -> str | None:
+    for customer in customers:
+        if subject in subjects_of(customer):
+            return str(customer.get("key", customer["id"]))
+    return None
+
+
+def _arrivals(
+    connection: sqlite3.Connection, event: Document, meters: list[Document]
+) -> list[Document]:
+    """Return when the same event came, the first time first.
+
+    The same is what OpenMeter takes for the same: it joins source and id.
+    """
+    if event["id"] is None or event["source"] is None:
+        return [event]
+    same = Search()
+    key = f"{event['source']}-{event['id']}"
+    same.where("source || '-' || id = :key", key=key)
+    return newest(connection, same, meters, ARRIVALS)[::-1]
+
+
+def _verdict(
+    connection: sqlite3.Connection, event: Document, meter: Document
+) -> Document:
+    """Return what *meter* makes of a stored event."""
+    verdict = {
+        "slug": meter["slug"],
+        "name": meter["name"],
+        "aggregation": meter["aggregation"],
+        "valueProperty": meter.get("valueProperty"),
+    }
+    if why := _refusal(event, meter):
+        return verdict | {"counted": False, "why": why}
+    query = Query(only=event["seq"], group_by=tuple(meter.get("groupBy", ())))
+    rows = usage(connection, meter, query)
+    if not rows:
+        return verdict | {"counted": False, "why": "it has no value for this meter"}
+    return verdict | {
+        "counted": True,
+        "value": rows[0]["value"],
+        "groupBy": rows[0]["groupBy"],
+    }
+
+
+def _refusal(event: Document, meter: Document) -> str | None:
+    if event["type"] != meter["eventType"]:
+        return f"counts events of type {meter['eventType']}"
+    since = meter.get("eventFrom")
+    if since and parse_time(event["time"]) < parse_time(since):
+        return f"counts events from {since} on"
+    return flaw_of(meter, event["data"])
+
+
+#: Arrivals in one answer.
+MOST = 1_000
+#: Characters of an event's data in the list; the trace has all of them.
+EXCERPT = 300
+_LAST = 2**63 - 1
+#: Types and subjects that are offered for filtering.
+NAMES = 200
+
+routes = Blueprint("arrivals", __name__, url_prefix="/sandbox/api/arrivals")
+
+
+@routes.get("")
+def _list() -> Response:
+    here = context()
+    limit = integer(request.args, "limit", 100, 1, MOST)
+    search = _search()
+    with here.store.reading() as connection:
+        meters = here.meters.within(connection)
+        found = newest(connection, search, meters, limit)
+        body: Document = {"arrivals": _judged(found, meters)}
+        if "after" not in request.args:
+            body |= {"matches": count(connection, search, meters)}
+            body |= _names(connection)
+    body["meters"] = [meter["slug"] for meter in meters]
+    return jsonify(body)
+
+
+def _search() -> Search:
+    arguments = request.args
+    outcome = arguments.get("outcome") or None
+    if outcome is not None and outcome not in OUTCOMES:
+        raise refuse("outcome", f"value is not one of {', '.join(OUTCOMES)}")
+    search = Search(outcome=outcome)
+    search.where("seq > :after", after=integer(arguments, "after", 0, 0, _LAST))
+    for name in ("type", "subject"):
+        if arguments.get(name):
+            search.where(f"{name} = :{name}", **{name: arguments[name]})
+    search.containing(arguments.get("search", "")[:200])
+    return search
+
+
+def _judged(found: list[Document], meters: list[Document]) -> list[Document]:
+    judge = Judge(meters, [])
+    for arrival in found:
+        if arrival["outcome"] == STORED:
+            arrival["flaws"] = judge.flaws(arrival["type"], arrival["data"])
+        if arrival["data"] is not None:
+            arrival["data"] = arrival["data"][:EXCERPT]
+    return found
+
+
+def _names(connection: sqlite3.Connection) -> Document:
+    """Return the types and subjects of stored events, by the index that has them."""
+    found = {}
+    for name in ("type", "subject"):
+        statement = f"SELECT DISTINCT {name} FROM events ORDER BY 1 LIMIT ?"  # noqa: S608
+        found[f"{name}s"] = [row[0] for row in connection.execute(statement, (NAMES,))]
+    return found
+
+
+@routes.get("/<int:seq>")
+def _trace(seq: int) -> Response:
+    here = context()
+    with here.store.reading() as connection:
+        told = trace(
+            connection,
+            min(seq, _LAST),
+            meters=here.meters.within(connection),
+            customers=here.customers.within(connection),
+            horizon=here.store.horizon(connection),
+        )
+    if told is None:
+        raise Problem(404, f"arrival {seq} is not known, or not any more")
+    return jsonify(told | {"dedupe": here.store.dedupe})
