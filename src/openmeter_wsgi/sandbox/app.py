@@ -18,6 +18,7 @@ from openmeter_wsgi.sandbox import (
     meters,
     protocol,
     trace,
+    v3,
 )
 from openmeter_wsgi.sandbox.context import Context, DashboardCache, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
@@ -38,6 +39,7 @@ ROUTES = (
     catalog.features,
     catalog.subjects,
     entitlement_routes.routes,
+    v3.routes,
     dashboard.routes,
     trace.routes,
 )
@@ -163,7 +165,6 @@ def _refuse_the_rest(app: Flask) -> None:
     for rule in NOT_OFFERED:
         for form in (rule, f"{rule}/<path:rest>"):
             app.add_url_rule(form, "not_offered", refuse, methods=_METHODS)
-    app.add_url_rule("/api/v3/openmeter/events", "not_offered", methods=["GET"])
 
 
 def _limit_methods(app: Flask) -> None:
