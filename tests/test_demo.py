@@ -181,7 +181,7 @@ def test_a_server_with_one_event_too_few_or_too_many_fails_the_demo(
 
 
 def test_a_server_that_does_not_start_is_shown_with_its_words():
-    run = demo("-c", WITH_SANDBOX, "--latency", "never")
+    run = demo("-c", WITH_SANDBOX, "--visible-after", "never")
 
     assert run.returncode == 1
     assert "sandbox ended before it listened" in run.stdout

@@ -13,8 +13,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "sandbox.md"
 DEEP = "Data nested deeper than about 990 levels"
 KONNECT = "`POST /v3/openmeter/events`"
 HISTORY = "`GET …/entitlements/{feature}/history`"
+VERSION_3 = "Version 3, but for ingest and a customer's access"
 OTHERS = "What this page does not name"
-METERS = "`GET /api/v3/openmeter/meters`"
 WORDS = "A feature with unknown filters"
 #: All calls that are answered otherwise, and the row of the page that says why.
 DIFFERENT = {
@@ -28,9 +28,11 @@ DIFFERENT = {
     "query.post_empty_object": KONNECT,
     "query.post_subject_empty_list": KONNECT,
     "history.v2": HISTORY,
+    "v3.meters": VERSION_3,
+    "v3.access_query": VERSION_3,
+    "portal.meters": OTHERS,
     "debug.metrics": OTHERS,
     "info.currencies": OTHERS,
-    "v3.meters": METERS,
     "feature.bad_filter": WORDS,
 }
 
@@ -70,8 +72,8 @@ def test_what_is_answered_otherwise_says_so(differences):
         found.here["status"] for found in differences.values() if found.kind == "status"
     )
 
-    # Three are not offered, one is too deep, one is Konnect's address.
-    assert statuses == {501: 3, 400: 1, 202: 1}
+    # Six are not offered, one is too deep, one is Konnect's address.
+    assert statuses == {501: 6, 400: 1, 202: 1}
     assert [name for name, kind in kinds.items() if kind == "wording"] == [
         "feature.bad_filter"
     ]

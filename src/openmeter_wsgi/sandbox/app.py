@@ -20,7 +20,7 @@ from openmeter_wsgi.sandbox import (
     trace,
     v3,
 )
-from openmeter_wsgi.sandbox.context import Context, DashboardCache, Questions, Tally
+from openmeter_wsgi.sandbox.context import KEY, Context, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
 from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Customers, Resources
@@ -69,6 +69,9 @@ def control_access(app: Flask, bound: str) -> None:
             raise Problem(403, f"host {host!r} is not a name of this sandbox")
         if request.method not in ("GET", "HEAD") and _is_foreign(host):
             raise Problem(403, "requests from pages of other sites are refused")
+        # OpenMeter knows neither for any of its routes.
+        if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
+            raise Problem(405)
 
     @app.after_request
     def protect(response: Response) -> Response:
@@ -135,45 +138,35 @@ class _Key(BaseConverter):
 
 #: What OpenMeter has and the sandbox does not, by the beginning of the path.
 NOT_OFFERED = (
-    *(f"/api/v1/{family}" for family in (
-        "addons", "apps", "billing", "debug", "entitlements", "grants", "info",
-        "marketplace", "notification", "plans", "portal", "stripe", "subscriptions",
-    )),
-    "/api/v1/customers/<customer>/<any(apps, stripe, subscriptions):part>",
+    "/api/v1/<any(addons, apps, billing, debug, entitlements, grants, info):family>",
+    "/api/v1/<any(marketplace, notification, plans, portal, stripe):family>",
+    "/api/v1/subscriptions",
+    "/api/v1/customers/<customer>/<any(apps, stripe, subscriptions):family>",
     "/api/v1/meters/<meter>/group-by",
     "/api/v1/subjects/<subject>/entitlements",
-    "/api/v2/<any(entitlements, grants):part>",
+    "/api/v2/<any(entitlements, grants):family>",
     "/api/v2/customers/<customer>/entitlements/<feature>/history",
-    *(f"/api/v3/openmeter/{family}" for family in (
-        "addons", "apps", "billing", "credits", "currencies", "customers", "features",
-        "llm-cost", "meters", "plans", "subscriptions", "tax-codes",
-    )),
-)  # fmt: skip
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+    "/api/v3/openmeter/<any(addons, apps, billing, credits, currencies):family>",
+    "/api/v3/openmeter/<any(customers, 'entitlement-access', features, meters):family>",
+    "/api/v3/openmeter/<any('llm-cost', plans, subscriptions, 'tax-codes'):family>",
+)
 
 
 def _refuse_the_rest(app: Flask) -> None:
     """Answer 501 to what OpenMeter would do and the sandbox does not."""
 
     def refuse(**_: str) -> Response:
-        portal = request.path.startswith("/api/v1/portal/")
-        if portal and "Authorization" not in request.headers:
-            raise Problem(401, "missing authorization header")
         detail = f"the sandbox does not offer {request.method} {request.path}"
         raise Problem(501, detail)
 
     for rule in NOT_OFFERED:
         for form in (rule, f"{rule}/<path:rest>"):
-            app.add_url_rule(form, "not_offered", refuse, methods=_METHODS)
-
-
-def _limit_methods(app: Flask) -> None:
-    """Answer 405 to HEAD and OPTIONS, as OpenMeter does."""
-
-    @app.before_request
-    def check() -> None:
-        if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
-            raise Problem(405)
+            app.add_url_rule(
+                form,
+                "not_offered",
+                refuse,
+                methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            )
 
 
 def create_app(here: Context, *, host: str) -> Flask:
@@ -185,9 +178,8 @@ def create_app(here: Context, *, host: str) -> Flask:
     app.url_map.merge_slashes = False
     app.url_map.converters["default"] = _Key
     control_access(app, host)
-    _limit_methods(app)
     protocol.install(app)
-    here.install(app)
+    app.extensions[KEY] = here
     for routes in ROUTES:
         app.register_blueprint(routes)
     _refuse_the_rest(app)
@@ -196,37 +188,19 @@ def create_app(here: Context, *, host: str) -> Flask:
 
 def create_context(store: Store, faults: Faults) -> Context:
     """Return the context of a sandbox that keeps everything in *store*."""
-    meters = Resources(
-        store,
-        "meter",
-        key="slug",
-        unknown="not found error: meter not found: {}",
-        taken="conflict error: meter with the same slug already exists",
-    )
-    features = Resources(
-        store,
-        "feature",
-        unknown="feature not found: {}",
-        taken="feature {id} with key {key} already exists",
-    )
-    namespace = "namespace=default subject.idOrKey"
-    subjects = Resources(
-        store,
-        "subject",
-        unknown=f"not found error: subject not found [{namespace}={{}}]",
-    )
+    meters = Resources(store, "meter", key="slug")
+    features = Resources(store, "feature")
     customers, entitlements = Customers(store), Entitlements(store)
     return Context(
         store=store,
         tally=Tally(),
         faults=faults,
-        dashboards=DashboardCache(store),
         meters=meters,
         customers=customers,
         entitlements=entitlements,
         access=Access(store, meters),
         questions=Questions(),
         features=features,
-        subjects=subjects,
+        subjects=Resources(store, "subject"),
         granting=Granting(store, customers, features, meters, entitlements),
     )

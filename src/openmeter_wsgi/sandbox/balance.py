@@ -23,6 +23,8 @@ _SECONDS = {"weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60}
 #: OpenMeter meters by the minute, and lets no usage period be shorter than this.
 SHORTEST = 3600
 _MONTH = 31 * 86_400
+#: After all times, in Unix seconds.
+NEVER = 2**40
 #: A thousand years: what lies beyond is no date any more.
 _LONGEST = 12_000
 
@@ -50,8 +52,9 @@ def _add_months(moment: int, months: int) -> int:
         return moment
     date = datetime.fromtimestamp(moment, UTC)
     years, month = divmod(date.month - 1 + months, 12)
-    # Python's last year ends all that would go on.
-    year = max(1, min(date.year + years, 9999))
+    year = date.year + years
+    if not 1 <= year <= 9999:  # the years that Python knows
+        return NEVER if years > 0 else -NEVER
     day = min(date.day, calendar.monthrange(year, month + 1)[1])
     return int(date.replace(year=year, month=month + 1, day=day).timestamp())
 
@@ -171,32 +174,23 @@ def periods(entitlement: Document, at: float, until: int) -> list[Period]:
     own = entitlement["_"]
     interval = parse_interval(entitlement["usagePeriod"]["intervalISO"])
     preserve = entitlement["preserveOverageAtReset"]
-    first = Reset(own["measureFrom"], own["anchor"], preserve=False)
-    resets = [first, *(Reset(**reset) for reset in own["resets"])]
-    resets = [reset for reset in resets if reset.edge[0] <= at or reset is first]
+    first = {"edge": own["measureFrom"], "anchor": own["anchor"], "preserve": False}
+    resets = [first, *own["resets"]]
+    resets = [reset for reset in resets if reset["edge"][0] <= at or reset is first]
     starts: list[tuple[Edge, bool, int]] = []
     for epoch, reset in enumerate(resets):
-        starts.append((Edge(*reset.edge), reset.preserve, epoch))
-        last = at if reset is resets[-1] else resets[epoch + 1].edge[0] - 1
-        recurrence = Recurrence(reset.anchor, interval)
+        starts.append((Edge(*reset["edge"]), reset["preserve"], epoch))
+        last = at if reset is resets[-1] else resets[epoch + 1]["edge"][0] - 1
+        recurrence = Recurrence(reset["anchor"], interval)
         starts += [
             (Edge(moment), preserve, epoch)
-            for moment in recurrence.between(reset.edge[0], last)
+            for moment in recurrence.between(reset["edge"][0], last)
         ]
     ends = [*(start[0] for start in starts[1:]), Edge(until)]
     return [
         Period(edge, end, kept, epoch)
         for (edge, kept, epoch), end in zip(starts, ends, strict=True)
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """A period that was begun by hand."""
-
-    edge: list[int]
-    anchor: int
-    preserve: bool
 
 
 def current_period(entitlement: Document, at: float) -> tuple[int, int]:

@@ -49,10 +49,7 @@ FEATURE = shape(
     metadata=TEXTS,
     meterSlug=SLUG,
     meterGroupByFilters=TEXTS,
-    advancedMeterGroupByFilters={
-        "type": "object",
-        "additionalProperties": {"type": "object"},
-    },
+    advancedMeterGroupByFilters={"type": "object"},
 )
 SUBJECT = shape(
     "key",
@@ -160,9 +157,9 @@ features = Blueprint("features", __name__, url_prefix="/api/v1/features")
 @features.post("")
 def _create_feature() -> tuple[Response, int]:
     feature = read(FEATURE, "FeatureCreateInputs")
-    if advanced := feature.get("advancedMeterGroupByFilters"):
-        feature["meterGroupByFilters"] = _simple_filters(advanced)
-    elif filters := feature.get("meterGroupByFilters"):
+    if "advancedMeterGroupByFilters" in feature:
+        raise Problem(501, "the sandbox offers only meterGroupByFilters")
+    if filters := feature.get("meterGroupByFilters"):
         equal = {name: {"$eq": value} for name, value in filters.items()}
         feature["advancedMeterGroupByFilters"] = equal
     _check_feature(feature)
@@ -192,13 +189,6 @@ def _archive_feature(feature: str) -> tuple[str, int]:
     # Entitlements to it go on.
     context().features.retire(context().features.get(feature)["id"])
     return "", 204
-
-
-def _simple_filters(advanced: Document) -> Document:
-    if any(set(condition) != {"$eq"} for condition in advanced.values()):
-        detail = "the sandbox offers only $eq in advancedMeterGroupByFilters"
-        raise Problem(501, detail)
-    return {name: str(condition["$eq"]) for name, condition in advanced.items()}
 
 
 def _check_feature(feature: Document) -> None:

@@ -19,8 +19,6 @@ from openmeter_wsgi.sandbox.server import Sandbox
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Fault = tuple[tuple[str, ...], dict[str, Any]]
-
 
 class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 8.2
     """``WHERE:FAULT[=VALUE]``: the groups of requests, and one setting of theirs."""
@@ -29,7 +27,7 @@ class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Fault:
+    ) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Return the groups that *value* names and what it sets."""
         where, _, rest = str(value).partition(":")
         fault, equals, text = rest.partition("=")
@@ -74,12 +72,11 @@ Exit codes:
   2  wrong usage, or a configuration that cannot work"""
 
 
-@click.command("sandbox", epilog=_EXIT_CODES)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address.")
+@click.command("sandbox", epilog=_EXIT_CODES, context_settings={"show_default": True})
+@click.option("--host", default="127.0.0.1", help="Address.")
 @click.option(
     "--port",
     default=8888,
-    show_default=True,
     type=click.IntRange(0, 65535),
     help="Port; 0 chooses a free one.",
 )
@@ -91,27 +88,17 @@ Exit codes:
 @click.option(
     "--dedupe/--no-dedupe",
     default=True,
-    show_default=True,
     help="Drop events whose source and id were seen before.",
 )
 @click.option(
     "--fail-rate",
     default=0.0,
-    show_default=True,
     type=click.FloatRange(0, 1),
     help="Share of ingest requests answered with 500, half of them after storing.",
 )
 @click.option(
-    "--latency",
-    default=0.0,
-    show_default=True,
-    type=click.FloatRange(0, 60),
-    help="Seconds by which ingest answers are late.",
-)
-@click.option(
     "--visible-after",
     default=0.0,
-    show_default=True,
     type=click.FloatRange(0, 3600),
     help="Seconds until an event is counted and listed; OpenMeter takes about 1.",
 )
@@ -126,7 +113,7 @@ Exit codes:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
 def command(
-    host: str, port: int, faults: tuple[Fault, ...], as_json: bool, **options: Any
+    host: str, port: int, faults: tuple[Any, ...], as_json: bool, **options: Any
 ) -> None:
     """Serve OpenMeter's API on this machine, with a page that shows the usage.
 

@@ -6,14 +6,14 @@ import functools
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from flask import Flask, current_app, request
+from flask import current_app, request
 
 from openmeter_wsgi.sandbox.protocol import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
 
     from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
     from openmeter_wsgi.sandbox.faults import Faults, GroupFaults
@@ -31,14 +31,11 @@ class Tally:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
-        #: Grows with every change.
-        self.version = 0
 
     def add(self, **counts: int) -> None:
         """Add *counts* by name."""
         with self._lock:
             self._counts.update(counts)
-            self.version += 1
 
     def refuse(self, reason: str) -> None:
         """Count a request that was refused, none of whose events were taken."""
@@ -48,7 +45,6 @@ class Tally:
             if reason not in self._refusals and len(self._refusals) >= MAX_REASONS:
                 reason = "other reasons"
             self._refusals[reason] += 1
-            self.version += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts; see the keys."""
@@ -120,31 +116,8 @@ class Questions:
             self._counts.clear()
 
 
-class DashboardCache:
-    """What the page shows, computed once however many look at it. Any thread."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._lock = threading.Lock()
-        self._known: dict[Hashable, tuple[Hashable, dict[str, Any]]] = {}
-
-    def read(
-        self, asked: Hashable, compute: Callable[[int], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Return what *compute* makes of now, or made within this second."""
-        with self._lock:
-            now = int(self._store.clock())
-            state = (self._store.version, now)
-            known, shown = self._known.get(asked, (None, {}))
-            if known != state:
-                shown = compute(now)
-                if len(self._known) > 10:
-                    self._known.clear()
-                self._known[asked] = (state, shown)
-            return shown
-
-
-_KEY = "openmeter_wsgi.sandbox"
+#: Where an application keeps its context.
+KEY = "openmeter_wsgi.sandbox"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +127,6 @@ class Context:
     store: Store
     tally: Tally
     faults: Faults
-    dashboards: DashboardCache
     meters: Resources
     customers: Customers
     entitlements: Entitlements
@@ -164,50 +136,39 @@ class Context:
     subjects: Resources
     granting: Granting
 
-    def install(self, app: Flask) -> None:
-        """Let the routes of *app* find this context."""
-        app.extensions[_KEY] = self
-
 
 def context() -> Context:
     """Return the context of the sandbox that serves the current request."""
-    return cast("Context", current_app.extensions[_KEY])
+    return cast("Context", current_app.extensions[KEY])
 
 
 #: A list in the environ, for what waits between two bytes of the answer.
 PAUSES = "openmeter_wsgi.sandbox.pauses"
 
 
-def slow_down(faults: GroupFaults) -> None:
-    """Let the answer of the current request go byte by byte, if that is set."""
+def delay(faults: GroupFaults) -> None:
+    """Let the answer of the current request be late, or go byte by byte, as is set."""
+    faults.delay()
     if faults.settings.byte_delay:
         request.environ[PAUSES].append(faults.pause)
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def question(kind: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def question(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a route one that is counted, and that meets the faults of questions."""
 
-    def decorate(view: Callable[_P, _R]) -> Callable[_P, _R]:
+    def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(view)
-        def answer(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        def answer(**kwargs: str) -> Any:
             here = context()
-            who = kwargs.get("customer", kwargs.get("subject"))
-            feature = kwargs.get("feature")
-            here.questions.add(
-                Question(kind, str(who), None if feature is None else str(feature))
-            )
+            who = kwargs.get("customer") or kwargs["subject"]
+            here.questions.add(Question(kind, who, kwargs.get("feature")))
             try:
                 here.faults.entitlements.check()
                 if here.faults.entitlements.draw() is not None:
                     raise Problem(500)
-                return view(*args, **kwargs)
+                return view(**kwargs)
             finally:
-                here.faults.entitlements.delay()
-                slow_down(here.faults.entitlements)
+                delay(here.faults.entitlements)
 
         return answer
 

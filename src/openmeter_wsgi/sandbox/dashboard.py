@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flask import Blueprint, Response, jsonify, request, send_from_directory
 
 from openmeter_wsgi.sandbox.context import context
-from openmeter_wsgi.sandbox.entitlements import NO_ACCESS
+from openmeter_wsgi.sandbox.entitlements import NO_ACCESS, wanted
 from openmeter_wsgi.sandbox.protocol import (
     FLAG,
     JSON,
@@ -38,6 +36,7 @@ from openmeter_wsgi.sandbox.usage import (
     TEXT,
     JsonPath,
     Query,
+    Row,
     usage,
 )
 
@@ -64,21 +63,11 @@ class View:
     subject: str | None = None
 
 
-def meter_over_time(
-    connection: sqlite3.Connection,
-    meter: Document,
-    times: range,
-    *,
-    view: View,
-    horizon: int,
-) -> Document:
+def meter_over_time(division: _Division, times: range) -> Document:
     """Return a meter with its usage of all time, and in every column of *times*."""
-    dimensions = list(meter.get("groupBy", {}))
-    if view.by != "subject" and view.by not in dimensions:
-        view = View(subject=view.subject)
-    division = _Division(connection, meter, view, horizon)
+    meter, view = division.meter, division.view
     groups = division.totals()
-    whole = usage(connection, meter, division.query())
+    whole = division.whole()
     shown = [group["group"] for group in groups[:CURVES]]
     return {
         "slug": meter["slug"],
@@ -86,7 +75,7 @@ def meter_over_time(
         "aggregation": meter["aggregation"],
         "eventType": meter["eventType"],
         "valueProperty": meter.get("valueProperty"),
-        "dimensions": dimensions,
+        "dimensions": list(meter.get("groupBy", {})),
         "by": view.by,
         "subject": view.subject,
         "value": whole[0]["value"] if whole else None,
@@ -102,14 +91,13 @@ class _Division:
     """The queries of one meter, divided as *view* says."""
 
     def __init__(
-        self,
-        connection: sqlite3.Connection,
-        meter: Document,
-        view: View,
-        horizon: int,
+        self, connection: sqlite3.Connection, meter: Document, view: View, horizon: int
     ) -> None:
+        if view.by not in ("subject", *meter.get("groupBy", {})):
+            view = View(subject=view.subject)
+        self.meter = meter
+        self.view = view
         self._connection = connection
-        self._view = view
         self._horizon = horizon
         self._aggregation = meter["aggregation"]
         self._group = "subject"
@@ -129,11 +117,12 @@ class _Division:
             " AND (:subject IS NULL OR subject = :subject)"
         )
 
-    def query(self) -> Query:
-        """Return what asks for the whole."""
-        subject = self._view.subject
+    def whole(self) -> list[Row]:
+        """Return the usage of all groups together."""
+        subject = self.view.subject
         only = None if subject is None else (subject,)
-        return Query(subjects=only, horizon=self._horizon)
+        query = Query(subjects=only, horizon=self._horizon)
+        return usage(self._connection, self.meter, query)
 
     def totals(self) -> list[Document]:
         """Return the usage of every group, the greatest first."""
@@ -188,7 +177,7 @@ PROBE = "openmeter_wsgi.check"
 
 
 def uncounted(connection: sqlite3.Connection, meters: list[Document]) -> list[Document]:
-    """Return the types of events that no meter counts, with meters that would."""
+    """Return the types of events that no meter counts, with the data of the newest."""
     counted = list({meter["eventType"] for meter in meters} | {PROBE})
     marks = ", ".join("?" * len(counted))
     rows = connection.execute(
@@ -201,7 +190,7 @@ def uncounted(connection: sqlite3.Connection, meters: list[Document]) -> list[Do
             "type": name,
             "events": events,
             "subjects": subjects,
-            "suggestions": _suggestions(name, _data(connection, newest)),
+            "data": _data(connection, newest),
         }
         for name, events, subjects, newest in rows
     ]
@@ -212,45 +201,20 @@ def _data(connection: sqlite3.Connection, seq: int) -> Document:
     return dict(json.loads(row[0])) if row and row[0] else {}
 
 
-def _suggestions(event_type: str, data: Document) -> list[Document]:
-    """Return definitions of meters for events of this type that look like *data*."""
-    meters = [{"slug": _slug(event_type, "count"), "aggregation": "COUNT"}]
-    for name, value in data.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and re.fullmatch(r"[\w-]+", name):
-            meters.append(
-                {
-                    "slug": _slug(event_type, name),
-                    "aggregation": "SUM",
-                    "valueProperty": f"$.{name}",
-                }
-            )
-    return [meter | {"eventType": event_type} for meter in meters[:4]]
-
-
-def _slug(*parts: str) -> str:
-    words = re.findall("[a-z0-9]+", " ".join(parts).lower())
-    return "_".join(words)[:64].strip("_")
-
-
 #: Columns of a plot, whatever time it spans.
 COLUMNS = 60
 
 
 def dashboard(
-    connection: sqlite3.Connection,
-    meters: list[Document],
-    span: int,
-    now: int,
-    *,
-    views: Mapping[str, View],
-    horizon: int,
+    connection: sqlite3.Connection, here: Context, span: int, views: Mapping[str, View]
 ) -> Document:
-    """Return what the page shows of the *span* seconds until *now*, and of all time.
+    """Return what the page shows of the last *span* seconds, and of all time.
 
     :param views: how the usage of a meter is divided, by slug; else by subject.
-    :param horizon: the number of the last event that meters count by now.
     """
+    meters = here.meters.within(connection)
+    horizon = here.store.horizon(connection)
+    now = int(here.store.clock())
     step = max(1, span // COLUMNS)
     # Whole steps, so that columns keep their events as time goes on.
     end = (now // step + 1) * step
@@ -266,11 +230,8 @@ def dashboard(
         "oldest": oldest,
         "meters": [
             meter_over_time(
-                connection,
-                meter,
+                _Division(connection, meter, views.get(meter["slug"], View()), horizon),
                 times,
-                view=views.get(meter["slug"], View()),
-                horizon=horizon,
             )
             for meter in meters
         ],
@@ -370,26 +331,18 @@ def _file(name: str) -> Response:
 def _overview() -> Response:
     here = context()
     span = integer(request.args, "span", 900, *SPANS)
-    views = _views()
-
-    def compute(now: int) -> Document:
-        with here.store.reading() as connection:
-            meters = here.meters.within(connection)
-            seen = here.store.horizon(connection)
-            return dashboard(connection, meters, span, now, views=views, horizon=seen)
-
-    asked = (span, tuple(sorted(views.items(), key=itemgetter(0))))
+    with here.store.reading() as connection:
+        shown = dashboard(connection, here, span, _views())
     return jsonify(
         {
             "dedupe": here.store.dedupe,
-            "persistent": here.store.persistent,
             "visibleAfter": here.store.visible_after,
             "faults": here.faults.document(),
             "counts": here.tally.counts(),
             "refusals": here.tally.refusals(),
             "access": entitlement_table(here),
         }
-        | here.dashboards.read(asked, compute)
+        | shown
     )
 
 
@@ -440,17 +393,13 @@ def _set_visibility() -> Response:
 
 @routes.post("/sandbox/api/grant")
 def _grant() -> tuple[Response, int]:
-    made = context().granting.grant(**_read(_GRANT))
+    asked = _read(_GRANT)
+    which = asked.pop("customer"), asked.pop("feature")
+    made = context().granting.grant(*which, wanted(**asked))
     return jsonify(context().entitlements.document(made)), 201
 
 
-@routes.post("/sandbox/api/revoke")
-def _revoke() -> tuple[str, int]:
-    context().granting.revoke(**_read(_WHICH))
-    return "", 204
-
-
-@routes.post("/sandbox/api/reset")
-def _reset() -> tuple[str, int]:
-    context().granting.reset(**_read(_WHICH))
+@routes.post("/sandbox/api/<any(revoke, reset):action>")
+def _act(action: str) -> tuple[str, int]:
+    getattr(context().granting, action)(**_read(_WHICH))
     return "", 204

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.sandbox.balance import (
@@ -25,7 +25,7 @@ from openmeter_wsgi.sandbox.protocol import (
     tidy,
 )
 from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
-from openmeter_wsgi.sandbox.usage import Edge, Query, usage
+from openmeter_wsgi.sandbox.usage import Edge, Query, UsageCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,11 +104,7 @@ def v1_grant_document(grant: Document, now: float) -> Document:
 PRESETS = ("CURRENT_PERIOD_START", "NOW")
 
 
-def _boolean(*_: Any) -> Document:
-    return {}
-
-
-def _static(_: Document, __: Document, asked: Document, *___: Any) -> Document:
+def _static(asked: Document) -> Document:
     try:
         json.loads(asked["config"])
     except ValueError:
@@ -155,10 +151,6 @@ def _metered(
     for grant in asked.get("grants", ()):
         metered["_"]["grants"].append(new_grant(whole, grant, now))
     return metered
-
-
-#: The part of an entitlement that is peculiar to its kind.
-KINDS = {"boolean": _boolean, "static": _static, "metered": _metered}
 
 
 def _issue(asked: Document) -> Document:
@@ -229,7 +221,10 @@ class Entitlements:
         entitlement |= {name: asked[name] for name in ("metadata",) if name in asked}
         if "usagePeriod" in asked:
             entitlement["usagePeriod"] = recurring(asked["usagePeriod"], now)
-        entitlement |= KINDS[asked["type"]](entitlement, feature, asked, now, edge)
+        if asked["type"] == "static":
+            entitlement |= _static(asked)
+        if asked["type"] == "metered":
+            entitlement |= _metered(entitlement, feature, asked, now, edge)
         return self._all.create(entitlement)
 
     def find(self, customer: Document, id_or_feature: str) -> Document | None:
@@ -249,13 +244,10 @@ class Entitlements:
             raise Problem(404, detail)
         return found
 
-    def get_by_id(self, id_: str) -> Document:
-        """Return the one with this id, whoever's it is, or answer 404."""
-        return self._all.get(id_)
-
     def of(self, customer: Document) -> list[Document]:
         """Return all of *customer*, oldest first."""
-        return self._all.with_prefix(f"{customer['id']}:")
+        with self._store.reading() as connection:
+            return self._all.within(connection, f"{customer['id']}:")
 
     def all(self) -> list[Document]:
         """Return all, oldest first."""
@@ -339,6 +331,7 @@ def _require_metered(entitlement: Document) -> None:
 
 
 NO_ACCESS = {"hasAccess": False}
+CENTURY = 36_525 * 86_400
 
 
 class Access:
@@ -347,6 +340,7 @@ class Access:
     def __init__(self, store: Store, meters: Resources) -> None:
         self._store = store
         self._meters = meters
+        self._usage_cache = UsageCache()
 
     def value(
         self, customer: Document, entitlement: Document | None, at: int | None = None
@@ -363,7 +357,10 @@ class Access:
             return {"hasAccess": True, "config": entitlement["config"]}
         if at is not None and at < parse_time(entitlement["activeFrom"]):
             return NO_ACCESS
-        if entitlement["_"]["measureFrom"][0] > (at or self._store.clock()):
+        now = self._store.clock()
+        if at is not None and at > now + CENTURY:
+            raise Problem(501, "the sandbox looks at most a century ahead")
+        if entitlement["_"]["measureFrom"][0] > (at or now):
             raise Problem(500, reason="usage is measured from a time in the future on")
         balance = self.balance(customer, entitlement, at)
         return {
@@ -395,8 +392,8 @@ class Access:
             )
 
             def used(start: Edge, end: Edge) -> float:
-                rows = usage(connection, meter, replace(query, after=start, before=end))
-                return float(rows[0]["value"]) if rows else 0.0
+                until = replace(query, before=end)
+                return self._usage_cache.usage(connection, meter, until, start)
 
             return burn_down(entitlement, until, until, used)
 
@@ -413,6 +410,7 @@ def v2(value: Document) -> Document:
     return {name: part for name, part in value.items() if name != "hasAccess"}
 
 
+@dataclass(frozen=True, slots=True)
 class Granting:
     """Access, given and taken without the several requests that the API needs.
 
@@ -420,106 +418,90 @@ class Granting:
     does not count. Any thread.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        customers: Customers,
-        features: Resources,
-        meters: Resources,
-        entitlements: Entitlements,
-    ) -> None:
-        self._store = store
-        self._customers = customers
-        self._features = features
-        self._meters = meters
-        self._entitlements = entitlements
+    store: Store
+    customers: Customers
+    features: Resources
+    meters: Resources
+    entitlements: Entitlements
 
-    def grant(
-        self,
-        customer: str,
-        feature: str,
-        amount: float | None = None,
-        *,
-        soft: bool = False,
-        period: str = "MONTH",
-        config: Mapping[str, Any] | None = None,
-    ) -> Document:
-        """Give *customer* access to *feature*, creating what is missing for it.
+    def grant(self, customer: str, feature: str, asked: Document) -> Document:
+        """Give *customer* what is *asked*, creating what is missing for it.
 
-        With an *amount*, or a *soft* limit, the entitlement is metered, with a *config*
-        it is static, else boolean. One of the same kind stays, and an amount is added
-        to it; any other is replaced.
+        An entitlement of the same kind stays, and an amount is added to it; any other
+        is replaced.
         """
         payer = self._customer(customer)
-        asked = _asked(amount, soft=soft, period=period, config=config)
         known = self._feature(feature, metered=asked["type"] == "metered")
-        found = self._entitlements.find(payer, known["key"])
+        found = self.entitlements.find(payer, known["key"])
         if found and _same(found, asked):
-            return self._add(found, amount) if amount else found
+            amount = asked.get("issueAfterReset")
+            return self._add(payer, found, amount) if amount else found
         if found:
-            self._entitlements.delete(found)
-        edge = self._now()
-        return self._entitlements.create(payer, known, asked, edge)
+            self.entitlements.delete(found)
+        return self.entitlements.create(payer, known, asked, self._now())
 
     def revoke(self, customer: str, feature: str) -> None:
         """Take the access to *feature* from *customer*."""
-        self._entitlements.delete(self._found(customer, feature))
+        self.entitlements.delete(self._found(customer, feature))
 
     def reset(self, customer: str, feature: str) -> None:
         """Begin a new usage period: usage is zero, what recurs is granted anew."""
         found, edge = self._found(customer, feature), self._now()
         # Where nothing has arrived since the period began there is nothing to reset.
-        if edge > begun(found, self._store.clock()):
-            self._entitlements.reset_at(found, edge, {"retainAnchor": True})
+        if edge > begun(found, self.store.clock()):
+            self.entitlements.reset_at(found, edge, {"retainAnchor": True})
 
     def forget(self, customer: str) -> None:
         """Delete *customer*, with all entitlements."""
-        found = self._customers.get(customer)
-        for entitlement in self._entitlements.of(found):
-            self._entitlements.delete(entitlement)
-        self._customers.retire(found["id"])
+        found = self.customers.get(customer)
+        for entitlement in self.entitlements.of(found):
+            self.entitlements.delete(entitlement)
+        self.customers.retire(found["id"])
 
-    def _add(self, entitlement: Document, amount: float) -> Document:
-        now = self._store.clock()
+    def _add(self, payer: Document, entitlement: Document, amount: float) -> Document:
+        now = self.store.clock()
         start = current_period(entitlement, now)[0]
         grant = {"amount": amount, "effectiveAt": rfc3339(max(start, int(now)))}
         # As the amount of the period, which is used up first because it was first.
         grant["priority"] = 1
-        self._entitlements.grant(entitlement, grant)
-        return self._entitlements.get_by_id(entitlement["id"])
+        self.entitlements.grant(entitlement, grant)
+        return self.entitlements.get(payer, entitlement["id"])
 
     def _now(self) -> tuple[int, int]:
-        with self._store.reading() as connection:
+        with self.store.reading() as connection:
             (newest,) = connection.execute("SELECT max(seq) FROM events").fetchone()
-        return int(self._store.clock()), newest or 0
+        return int(self.store.clock()), newest or 0
 
     def _found(self, customer: str, feature: str) -> Document:
-        payer = self._customers.get(customer)
-        return self._entitlements.get(payer, feature)
+        payer = self.customers.get(customer)
+        return self.entitlements.get(payer, feature)
 
     def _customer(self, key: str) -> Document:
-        found = self._customers.find(key)
-        return found or self._customers.create({"key": key, "name": key})
+        found = self.customers.find(key)
+        return found or self.customers.create({"key": key, "name": key})
 
     def _feature(self, key: str, *, metered: bool) -> Document:
-        if found := self._features.find(key):
+        if found := self.features.find(key):
             return found
         feature = {"key": key, "name": key}
-        if self._meters.find(key):
+        if self.meters.find(key):
             feature["meterSlug"] = key
         elif metered:
             detail = f"feature {key!r}: neither a feature nor a meter has this name"
             raise Problem(404, f"{detail}; create the meter first")
-        return self._features.create(feature)
+        return self.features.create(feature)
 
 
-def _asked(
-    amount: float | None,
+def wanted(
+    amount: float | None = None,
     *,
-    soft: bool,
-    period: str,
-    config: Mapping[str, Any] | None,
+    soft: bool = False,
+    period: str = "MONTH",
+    config: Mapping[str, Any] | None = None,
 ) -> Document:
+    """Return the entitlement: metered with an amount or a soft limit, static with a
+    configuration, else boolean.
+    """
     if amount is not None and not 0 <= amount < math.inf:
         detail = f"amount: expected a number of at least 0, got {amount!r}"
         raise Problem(400, detail)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import random
 import re
 import threading
@@ -16,15 +15,6 @@ if TYPE_CHECKING:
 
 #: The requests that have faults of their own.
 GROUPS = ("ingest", "entitlements")
-
-
-class Fault(enum.Enum):
-    """When a request fails that is chosen to."""
-
-    #: Nothing of it was taken.
-    BEFORE = "before"
-    #: All of it was taken, and the client is told otherwise: it will send it again.
-    AFTER = "after"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,15 +160,15 @@ class GroupFaults:
         if settings.denied is not None:
             raise Problem(settings.denied, "the key is refused, on purpose")
 
-    def draw(self) -> Fault | None:
-        """Return how the next request fails.
+    def draw(self) -> str | None:
+        """Return whether the next request fails, ``before`` or ``after`` it is taken.
 
-        One chosen request in two is taken first, as with OpenMeter, where a 500 says
-        nothing about what was taken.
+        One in two is taken first, as with OpenMeter, where a 500 says nothing about
+        what was taken: the client will send it again.
         """
         if self._random.random() >= self.settings.fail_rate:
             return None
-        return self._random.choice(list(Fault))
+        return self._random.choice(("before", "after"))
 
     def delay(self) -> None:
         """Wait as long as answers are late or hang, or until the sandbox closes."""

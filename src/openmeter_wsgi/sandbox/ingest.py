@@ -15,8 +15,7 @@ from urllib.parse import quote, unquote
 
 from flask import Blueprint, Response, request
 
-from openmeter_wsgi.sandbox.context import context, slow_down
-from openmeter_wsgi.sandbox.faults import Fault
+from openmeter_wsgi.sandbox.context import context, delay
 from openmeter_wsgi.sandbox.protocol import (
     PREFIX,
     TEXT,
@@ -69,7 +68,7 @@ LATEST = 2**32 - 1
 #: and OpenMeter's three headers have about 110.
 MESSAGE = 1_000_000
 MESSAGE_OVERHEAD = 36 + 110
-#: Bytes that one byte of a request can become in the message: ``<`` is ``\\\\u003c``.
+#: Bytes that a character can become in the message: ``<`` is ``\\\\u003c`` there.
 _GROWTH = 7
 #: Answers that say something of the request; the others are faults on purpose.
 REFUSALS = range(400, 429)
@@ -110,8 +109,7 @@ def _answer(*, v3: bool) -> Response:
         _explain(here, problem)
         raise
     finally:
-        faults.delay()
-        slow_down(faults)
+        delay(faults)
     return Response(status=202 if v3 else 204)
 
 
@@ -128,16 +126,14 @@ def _explain(here: Context, problem: Problem) -> None:
     here.store.reject(rejected_events(body, outcome, reason, problem.position))
 
 
-def _ingest(here: Context, fault: Fault | None, *, v3: bool) -> None:
-    if fault is Fault.BEFORE:
+def _ingest(here: Context, fault: str | None, *, v3: bool) -> None:
+    if fault == "before":
         raise Problem(500, reason="on purpose, before anything was stored")
     events = accept(now=int(here.store.clock()), v3=v3)
     # OpenMeter takes one event after the other until the first that it cannot send to
     # Kafka; what stands before that is taken, whatever it then answers.
-    flaws = (
-        (n, flaw) for n, event in enumerate(events) if (flaw := _unsendable(event))
-    )
-    whole, flaw = next(flaws, (len(events), None))
+    flaws = [(n, why) for n, event in enumerate(events) if (why := _unsendable(event))]
+    whole, flaw = flaws[0] if flaws else (len(events), None)
     _meet_faults(here, events)
     if here.faults.ingest.settings.forget:
         reason = "answered 204 and forgotten, on purpose"
@@ -145,11 +141,11 @@ def _ingest(here: Context, fault: Fault | None, *, v3: bool) -> None:
         here.store.reject(rejected_events(body, Outcome.DROPPED, reason))
         return
     added = here.store.add(events[:whole])
-    here.tally.add(received=whole, **added._asdict())
+    here.tally.add(received=whole, **added)
     if flaw is not None:
         reason = f"{flaw}; the events before were taken"
         raise Problem(500, reason=reason, position=whole + 1)
-    if fault is Fault.AFTER:
+    if fault == "after":
         raise Problem(500, reason="on purpose, after the events were taken")
 
 
@@ -237,15 +233,15 @@ def decode(document: Document, now: int) -> Event:
     version = document.get("specversion", "1.0")
     if version not in ("1.0", "0.3"):
         raise InvalidEvent(f"specversion: unknown value: {version}\n")
-    source = reencode(well_formed(document["source"]))
+    source = reencode(document["source"])
     for name in document.keys() - ATTRIBUTES:
         _check_extension(name, document[name])
     data, broken = _data(document)
     return Event(
-        id=well_formed(document["id"]),
+        id=document["id"],
         source=source,
-        type=well_formed(document["type"]),
-        subject=well_formed(document["subject"]),
+        type=document["type"],
+        subject=document["subject"],
         time=min(_seconds(document.get("time"), now), LATEST),
         data=data,
         broken=broken,
@@ -321,27 +317,15 @@ def _unsendable(event: Event) -> str | None:
     """Return why OpenMeter cannot send *event* to Kafka, if it cannot."""
     if event.broken:
         return "data_base64 holds no JSON"
-    texts = (event.id, event.source, event.type, event.subject, event.data or "")
-    if _GROWTH * sum(len(text.encode()) for text in texts) < MESSAGE - 1_000:
+    names = ("id", "type", "source", "subject", "time", "data")
+    message = {name: getattr(event, name) for name in names}
+    if len(str(message)) * _GROWTH < MESSAGE:
         return None
-    size = message_size(event)
+    message["data"] = _escaped(event.data or "")
+    size = len((_escaped(_json(message)) + event.key).encode()) + MESSAGE_OVERHEAD
     if size > MESSAGE:
         return f"its message for Kafka has {size} of at most {MESSAGE} bytes"
     return None
-
-
-def message_size(event: Event) -> int:
-    """Return the size of *event* as OpenMeter's message for Kafka, in bytes."""
-    message = {
-        "id": event.id,
-        "type": event.type,
-        "source": event.source,
-        "subject": event.subject,
-        "time": event.time,
-        "data": _escaped(event.data or ""),
-    }
-    key = len(event.key.encode())
-    return MESSAGE_OVERHEAD + key + len(_escaped(_json(message)).encode())
 
 
 def _escaped(text: str) -> str:

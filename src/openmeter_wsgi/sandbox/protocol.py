@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from http import HTTPStatus
@@ -43,42 +43,34 @@ _DETAILS_V3 = {
 _OLDEST, _NEWEST = -62_135_596_800, 253_402_300_799
 
 
-class Problem(Exception):
-    """A request that is answered with an error.
+@dataclass(eq=False)
+class Problem(ValueError):
+    """A request that is answered with an error; in Python, a value that is wrong."""
 
-    :param detail: None where OpenMeter leaves it out: unknown routes and every 500.
-    :param invalid: whether it was found by the validator in front of OpenMeter. Such
-        answers of version 1 have no ``instance``, those of version 3 name the field.
-    :param flaw: what the schema says against the body.
-    :param terse: whether version 3 keeps the detail to itself.
-    :param reason: what the page shows where *detail* says too little.
-    :param position: the place of the event that is to blame in its batch, from 1.
-    :param retry_after: seconds for the header of that name.
-    """
+    status: int
+    #: None where OpenMeter leaves it out: unknown routes and every 500.
+    detail: str | None = None
+    _: KW_ONLY
+    #: Whether it was found by the validator in front of OpenMeter. Such answers of
+    #: version 1 have no ``instance``, those of version 3 name the field.
+    invalid: bool = False
+    #: What the schema says against the body.
+    flaw: Flaw | None = None
+    #: Whether version 3 keeps the detail to itself.
+    terse: bool = False
+    extensions: Document | None = None
+    #: What the page shows where the detail says too little.
+    reason: str = ""
+    #: The place of the event that is to blame in its batch, from 1.
+    position: int | None = None
+    #: Seconds for the header of that name.
+    retry_after: float | None = None
 
-    def __init__(
-        self,
-        status: int,
-        detail: str | None = None,
-        *,
-        invalid: bool = False,
-        flaw: Flaw | None = None,
-        terse: bool = False,
-        extensions: Document | None = None,
-        reason: str | None = None,
-        position: int | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(detail or HTTPStatus(status).phrase)
-        self.status = status
-        self.detail = detail
-        self.invalid = invalid
-        self.flaw = flaw
-        self.terse = terse
-        self.extensions = extensions
-        self.reason = reason or str(self)
-        self.position = position
-        self.retry_after = retry_after
+    def __post_init__(self) -> None:
+        self.reason = self.reason or self.detail or HTTPStatus(self.status).phrase
+
+    def __str__(self) -> str:
+        return self.reason
 
     def v1(self) -> Document:
         """Return the body as the v1 and v2 APIs write it."""
@@ -355,8 +347,12 @@ def parse(body: bytes) -> Any:
     """
     # Go reads broken UTF-8, and escapes of half a character, as U+FFFD.
     text = body.decode("utf-8", "replace")
+    start = len(text) - len(text.lstrip(" \t\r\n"))
     try:
-        return _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))[0]
+        document = _DECODER.raw_decode(text, start)[0]
+        if "\\ud" not in text.lower():
+            return document
+        return json.loads(well_formed(json.dumps(document, ensure_ascii=False)))
     except (ValueError, RecursionError) as error:
         detail = f"{PREFIX}failed to decode request body: {_reason(text, error)}"
         raise invalid(detail) from None

@@ -19,13 +19,13 @@ from werkzeug.test import run_wsgi_app
 
 from openmeter_wsgi.sandbox.app import create_app, create_context
 from openmeter_wsgi.sandbox.context import PAUSES
+from openmeter_wsgi.sandbox.entitlements import wanted
 from openmeter_wsgi.sandbox.faults import Faults
-from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Store
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from wsgiref.types import WSGIApplication
 
@@ -200,7 +200,7 @@ class Sandbox:
     :param latency: seconds by which answers to ingest requests are late. These two
         and more, for questions about entitlements too: `faults`.
     :param visible_after: seconds from an event's arrival until meters and balances
-        count it: OpenMeter takes 2 to 3. ``store.visible_after`` changes it.
+        and lists know it: OpenMeter takes about 1. ``store.visible_after`` changes it.
     :param clock: returns now in Unix seconds.
     :raises OSError: if the address cannot be listened on.
     """
@@ -287,35 +287,30 @@ class Sandbox:
         :param period: DAY, WEEK, MONTH, YEAR or an ISO 8601 duration.
         :raises ValueError: if there is no meter to measure the feature by.
         """
-        with _told():
-            found = self._context.granting.grant(
-                customer, feature, amount, soft=soft, period=period, config=config
-            )
-            return self._context.entitlements.document(found)
+        asked = wanted(amount, soft=soft, period=period, config=config)
+        found = self._context.granting.grant(customer, feature, asked)
+        return self._context.entitlements.document(found)
 
     def revoke(self, customer: str, feature: str) -> None:
         """Take the access to *feature* from *customer*.
 
         :raises ValueError: if there is none.
         """
-        with _told():
-            self._context.granting.revoke(customer, feature)
+        self._context.granting.revoke(customer, feature)
 
     def reset(self, customer: str, feature: str) -> None:
         """Begin a new usage period, now: usage is zero, the amount granted anew.
 
         :raises ValueError: if there is no metered entitlement.
         """
-        with _told():
-            self._context.granting.reset(customer, feature)
+        self._context.granting.reset(customer, feature)
 
     def delete_customer(self, customer: str) -> None:
         """Delete *customer* and its entitlements.
 
         :raises ValueError: if there is none.
         """
-        with _told():
-            self._context.granting.forget(customer)
+        self._context.granting.forget(customer)
 
     def value(self, customer: str, feature: str) -> dict[str, Any]:
         """Return the value of *customer*'s entitlement to *feature*.
@@ -325,10 +320,9 @@ class Sandbox:
 
         :raises ValueError: if there is no such customer.
         """
-        with _told():
-            payer = self._context.customers.get(customer)
-            found = self._context.entitlements.find(payer, feature)
-            return self._context.access.value(payer, found)
+        payer = self._context.customers.get(customer)
+        found = self._context.entitlements.find(payer, feature)
+        return self._context.access.value(payer, found)
 
     def close(self) -> None:
         """Finish the requests under way, then close everything. Idempotent."""
@@ -346,12 +340,3 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Tell a caller in Python what a client would be answered."""
-    try:
-        yield
-    except Problem as problem:
-        raise ValueError(problem.reason) from None

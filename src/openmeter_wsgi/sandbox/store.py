@@ -204,6 +204,7 @@ CREATE TABLE IF NOT EXISTS events (
     stored_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
+CREATE INDEX IF NOT EXISTS events_by_arrival ON events (type, subject, seq);
 CREATE INDEX IF NOT EXISTS events_by_time ON events (time, seq);
 CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS resources (
@@ -221,17 +222,6 @@ NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
 
 #: Greater than the number of any event.
 EVERYTHING = 2**63 - 1
-
-
-class Added(NamedTuple):
-    """What became of the events of one request."""
-
-    #: Now counted by meters.
-    stored: int
-    #: Ids that had been there before.
-    duplicates: int
-    #: OpenMeter drops them without a word.
-    dropped: int
 
 
 _DUPLICATE = "an event with this source and id had arrived before"
@@ -279,9 +269,6 @@ class Store:
         self.dedupe = dedupe
         self._visible_after = visible_after
         self.clock = clock
-        self.persistent = path is not None
-        #: Grows with every change, so that a reader can tell whether to look again.
-        self.version = 0
         self._directory = None if path else tempfile.TemporaryDirectory("-openmeter")
         self._path = Path(path or Path(self._directory.name, "sandbox.sqlite"))  # type: ignore[union-attr]
         self._lock = threading.Lock()
@@ -343,10 +330,9 @@ class Store:
                 self._writer.rollback()
                 raise
             self._writer.commit()
-            self.version += 1
 
-    def add(self, events: Sequence[Event]) -> Added:
-        """Store *events*, the first of each key only."""
+    def add(self, events: Sequence[Event]) -> dict[str, int]:
+        """Store *events*, the first of each key only; return what became of them."""
         duplicates = 0
         rows: list[tuple[Any, ...]] = []
         away: list[Rejected] = []
@@ -369,7 +355,7 @@ class Store:
                 )  # fmt: skip
             self._insert(connection, rows, away, now)
         dropped = sum(one.outcome is Outcome.DROPPED for one in away)
-        return Added(len(rows), duplicates, dropped)
+        return {"stored": len(rows), "duplicates": duplicates, "dropped": dropped}
 
     def claim(self, events: Sequence[Event]) -> None:
         """Remember the ids of *events* and nothing else."""
@@ -462,93 +448,87 @@ def ulid() -> str:
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
+#: What OpenMeter says of a resource that is not there, and of a key that is taken.
+_UNKNOWN = {
+    "meter": "not found error: meter not found: {}",
+    "feature": "feature not found: {}",
+    "subject": "not found error: subject not found"
+    " [namespace=default subject.idOrKey={}]",
+}
+_TAKEN = {
+    "meter": "conflict error: meter with the same slug already exists",
+    "feature": "feature {id} with key {key} already exists",
+}
+
+
 class Resources:
     """All resources of one kind, by id and by key.
 
     :param kind: what one of them is called.
     :param key: the property of a document that is unique among its kind.
-    :param unknown: what OpenMeter says of one that is not there.
-    :param taken: what OpenMeter says of a key that exists, with its ``{id}``.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        kind: str,
-        *,
-        key: str = "key",
-        unknown: str = "not found error: {} not found",
-        taken: str = "conflict error: {key} already exists",
-    ) -> None:
+    def __init__(self, store: Store, kind: str, *, key: str = "key") -> None:
         self._store = store
         self._kind = kind
         self._key = key
-        self._unknown = unknown
-        self._taken = taken
 
     def create(self, document: Document) -> Document:
         """Store *document* with an id and times of its own, and return that."""
         now = rfc3339(self._store.clock())
         created = {"id": ulid(), "createdAt": now, "updatedAt": now, **document}
+        key = document.get(self._key)
+        row = (self._kind, created["id"], key, json.dumps(created))
         try:
-            self._insert(created)
+            with self._store.writing() as connection:
+                connection.execute("INSERT INTO resources VALUES (?, ?, ?, ?)", row)
         except sqlite3.IntegrityError:
-            known = self.find(key := document[self._key]) or {}
-            detail = self._taken.format(id=known.get("id"), key=key)
-            raise Problem(409, detail) from None
+            known = self.find(str(key)) or {}
+            detail = _TAKEN.get(self._kind, "conflict error: {key} already exists")
+            raise Problem(409, detail.format(id=known.get("id"), key=key)) from None
         return created
-
-    def _insert(self, document: Document) -> None:
-        with self._store.writing() as connection:
-            connection.execute(
-                "INSERT INTO resources VALUES (?, ?, ?, ?)",
-                (
-                    self._kind,
-                    document["id"],
-                    document.get(self._key),
-                    json.dumps(document),
-                ),
-            )
 
     def change(self, id_: str, edit: Callable[[Document], None]) -> Document:
         """Let *edit* change the one with this id, while nobody else does.
 
         What *edit* raises is raised, and then nothing is changed.
         """
+        which = (self._kind, id_)
         with self._store.writing() as connection:
             (text,) = connection.execute(
-                "SELECT document FROM resources WHERE kind = ? AND id = ?",
-                (self._kind, id_),
+                "SELECT document FROM resources WHERE kind = ? AND id = ?", which
             ).fetchone()
             document: Document = json.loads(text)
             edit(document)
             document["updatedAt"] = rfc3339(self._store.clock())
             connection.execute(
                 "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
-                (json.dumps(document), self._kind, id_),
+                (json.dumps(document), *which),
             )
         return document
 
     def update(self, document: Document) -> Document:
         """Replace what has the id of *document*."""
-        updated = {**document, "updatedAt": rfc3339(self._store.clock())}
-        with self._store.writing() as connection:
-            connection.execute(
-                "UPDATE resources SET document = ? WHERE kind = ? AND id = ?",
-                (json.dumps(updated), self._kind, document["id"]),
-            )
-        return updated
+
+        def replace(current: Document) -> None:
+            current.clear()
+            current.update(document)
+
+        return self.change(document["id"], replace)
 
     def all(self) -> list[Document]:
         """Return all, oldest first."""
         with self._store.reading() as connection:
             return self.within(connection)
 
-    def within(self, connection: sqlite3.Connection) -> list[Document]:
-        """Return all, as *connection* sees them."""
+    def within(
+        self, connection: sqlite3.Connection, prefix: str = ""
+    ) -> list[Document]:
+        """Return all whose key begins with *prefix*, as *connection* sees them."""
         rows = connection.execute(
-            "SELECT document FROM resources WHERE kind = ? ORDER BY rowid",
-            (self._kind,),
+            "SELECT document FROM resources WHERE kind = ?"
+            " AND (? = '' OR (key >= ? AND key < ?)) ORDER BY rowid",
+            (self._kind, prefix, prefix, prefix + "\U0010ffff"),
         )
         return [json.loads(document) for (document,) in rows]
 
@@ -568,18 +548,8 @@ class Resources:
         """Return the one with this id or key, or answer 404."""
         found = self.find(id_or_key)
         if found is None:
-            raise Problem(404, self._unknown.format(id_or_key))
+            raise Problem(404, _UNKNOWN[self._kind].format(id_or_key))
         return found
-
-    def with_prefix(self, prefix: str) -> list[Document]:
-        """Return those whose key begins with *prefix*, oldest first."""
-        with self._store.reading() as connection:
-            rows = connection.execute(
-                "SELECT document FROM resources WHERE kind = ?"
-                " AND key >= ? AND key < ? ORDER BY rowid",
-                (self._kind, prefix, prefix + "\U0010ffff"),
-            )
-            return [json.loads(document) for (document,) in rows]
 
     def retire(self, id_: str) -> None:
         """Delete the one with this id, but remember that it was there."""
@@ -616,21 +586,14 @@ class Customers(Resources):
 
     def of_subject(self, subject: str) -> Document:
         """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
-        found = self.with_subject(subject)
+        found = _payers(self, subject)
         if not found:
             if deleted := _payers(self._deleted, subject):
                 raise _gone(deleted[-1])
             detail = f"not found error: customer with subject key {subject} not found"
             raise Problem(404, f"{detail} in default namespace")
-        return found[0]
-
-    def with_subject(self, subject: str) -> list[Document]:
-        """Return those that pay for *subject*.
-
-        A key wins against the subjects that another customer names.
-        """
-        found = _payers(self, subject)
-        return sorted(found, key=lambda one: one.get("key") != subject)
+        # A key wins against the subjects that another customer names.
+        return min(found, key=lambda one: one.get("key") != subject)
 
 
 def _payers(customers: Resources, subject: str) -> list[Document]:

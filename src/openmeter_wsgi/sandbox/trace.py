@@ -18,11 +18,12 @@ from openmeter_wsgi.sandbox.protocol import (
     rfc3339,
 )
 from openmeter_wsgi.sandbox.store import Outcome, subjects_of
-from openmeter_wsgi.sandbox.usage import NUMBER, JsonPath, Query, usage
+from openmeter_wsgi.sandbox.usage import NUMBER, Edge, JsonPath, Query, usage
 
 if TYPE_CHECKING:
     import sqlite3
 
+    from openmeter_wsgi.sandbox.context import Context
     from openmeter_wsgi.sandbox.protocol import Document
 
 
@@ -45,6 +46,7 @@ _NAMES = (
 class Search:
     """Which arrivals are wanted: an SQL condition grown term by term."""
 
+    meters: list[Document]
     outcome: str | None = None
     terms: list[str] = field(default_factory=lambda: ["1"])
     parameters: Document = field(default_factory=dict)
@@ -63,7 +65,7 @@ class Search:
             escaped = word.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
             self.where(f"({found})", **{name: f"%{escaped}%"})
 
-    def statement(self, meters: list[Document]) -> str:
+    def statement(self) -> str:
         """Return the SELECT of all that match."""
         common = " AND ".join(self.terms)
         if self.outcome is None:
@@ -71,13 +73,13 @@ class Search:
         if self.outcome == STORED:
             return f"{_STORED} WHERE {common}"
         if self.outcome == UNCOUNTED:
-            return f"{_STORED} WHERE {common} AND NOT {self._usable(meters)}"
+            return f"{_STORED} WHERE {common} AND NOT {self._usable()}"
         self.parameters["outcome"] = self.outcome
         return f"{_AWAY} WHERE {common} AND outcome = :outcome"
 
-    def _usable(self, meters: list[Document]) -> str:
+    def _usable(self) -> str:
         terms = ["0"]
-        for number, meter in enumerate(meters):
+        for number, meter in enumerate(self.meters):
             type_, path, since = (
                 f"{name}{number}" for name in ("type", "path", "from")
             )
@@ -97,24 +99,19 @@ class Search:
 
 
 def newest(
-    connection: sqlite3.Connection,
-    search: Search,
-    meters: list[Document],
-    limit: int,
+    connection: sqlite3.Connection, search: Search, limit: int
 ) -> list[Document]:
     """Return the newest *limit* arrivals that *search* wants."""
     rows = connection.execute(
-        f"{search.statement(meters)} ORDER BY seq DESC LIMIT :limit",
+        f"{search.statement()} ORDER BY seq DESC LIMIT :limit",
         search.parameters | {"limit": limit},
     )
     return [document(row) for row in rows]
 
 
-def count(
-    connection: sqlite3.Connection, search: Search, meters: list[Document]
-) -> int:
+def count(connection: sqlite3.Connection, search: Search) -> int:
     """Return how many match; one more than `MOST_COUNTED` if there are more."""
-    statement = f"SELECT count(*) FROM ({search.statement(meters)} LIMIT :most)"  # noqa: S608
+    statement = f"SELECT count(*) FROM ({search.statement()} LIMIT :most)"  # noqa: S608
     parameters = search.parameters | {"most": MOST_COUNTED + 1}
     return int(connection.execute(statement, parameters).fetchone()[0])
 
@@ -132,30 +129,21 @@ def document(row: tuple[Any, ...]) -> Document:
 ARRIVALS = 100
 
 
-def trace(
-    connection: sqlite3.Connection,
-    seq: int,
-    *,
-    meters: list[Document],
-    customers: list[Document],
-    horizon: int,
-) -> Document | None:
-    """Return the way of arrival number *seq*; None if nothing is known of it.
-
-    :param horizon: the number of the last event that meters count by now.
-    """
-    one = Search()
+def trace(connection: sqlite3.Connection, here: Context, seq: int) -> Document | None:
+    """Return the way of arrival number *seq*; None if nothing is known of it."""
+    meters = here.meters.within(connection)
+    one = Search(meters=meters)
     one.where("seq = :seq", seq=seq)
-    found = newest(connection, one, meters, 1)
+    found = newest(connection, one, 1)
     if not found:
         return None
     (event,) = found
     is_stored = event["outcome"] == STORED
     return {
         "event": event,
-        "customer": _customer(event["subject"], customers),
-        "arrivals": _arrivals(connection, event, meters),
-        "visible": seq <= horizon,
+        "customer": _customer(event["subject"], here.customers.within(connection)),
+        "arrivals": _arrivals(connection, event),
+        "visible": seq <= here.store.horizon(connection),
         "meters": [_verdict(connection, event, m) for m in meters] if is_stored else [],
     }
 
@@ -167,19 +155,17 @@ def _customer(subject: str | None, customers: list[Document]) -> str | None:
     return None
 
 
-def _arrivals(
-    connection: sqlite3.Connection, event: Document, meters: list[Document]
-) -> list[Document]:
+def _arrivals(connection: sqlite3.Connection, event: Document) -> list[Document]:
     """Return when the same event came, the first time first.
 
     The same is what OpenMeter takes for the same: it joins source and id.
     """
     if event["id"] is None or event["source"] is None:
         return [event]
-    same = Search()
+    same = Search(meters=[])
     key = f"{event['source']}-{event['id']}"
     same.where("source || '-' || id = :key", key=key)
-    return newest(connection, same, meters, ARRIVALS)[::-1]
+    return newest(connection, same, ARRIVALS)[::-1]
 
 
 def _verdict(
@@ -194,7 +180,9 @@ def _verdict(
     }
     if why := _refusal(event, meter):
         return verdict | {"counted": False, "why": why}
-    query = Query(only=event["seq"], group_by=tuple(meter.get("groupBy", ())))
+    after, before = Edge(0, event["seq"] - 1), Edge(0, event["seq"])
+    groups = tuple(meter.get("groupBy", ()))
+    query = Query(group_by=groups, after=after, before=before)
     rows = usage(connection, meter, query)
     if not rows:
         return verdict | {"counted": False, "why": "it has no value for this meter"}
@@ -229,24 +217,24 @@ routes = Blueprint("arrivals", __name__, url_prefix="/sandbox/api/arrivals")
 def _list() -> Response:
     here = context()
     limit = integer(request.args, "limit", 100, 1, MOST)
-    search = _search()
     with here.store.reading() as connection:
         meters = here.meters.within(connection)
-        found = newest(connection, search, meters, limit)
+        search = _search(meters)
+        found = newest(connection, search, limit)
         body: Document = {"arrivals": _judged(found, meters)}
         if "after" not in request.args:
-            body |= {"matches": count(connection, search, meters)}
+            body |= {"matches": count(connection, search)}
             body |= _names(connection)
     body["meters"] = [meter["slug"] for meter in meters]
     return jsonify(body)
 
 
-def _search() -> Search:
+def _search(meters: list[Document]) -> Search:
     arguments = request.args
     outcome = arguments.get("outcome") or None
     if outcome is not None and outcome not in OUTCOMES:
         raise refuse("outcome", f"value is not one of {', '.join(OUTCOMES)}")
-    search = Search(outcome=outcome)
+    search = Search(meters=meters, outcome=outcome)
     search.where("seq > :after", after=integer(arguments, "after", 0, 0, _LAST))
     for name in ("type", "subject"):
         if arguments.get(name):
@@ -278,13 +266,7 @@ def _names(connection: sqlite3.Connection) -> Document:
 def _trace(seq: int) -> Response:
     here = context()
     with here.store.reading() as connection:
-        told = trace(
-            connection,
-            min(seq, _LAST),
-            meters=here.meters.within(connection),
-            customers=here.customers.within(connection),
-            horizon=here.store.horizon(connection),
-        )
+        told = trace(connection, here, min(seq, _LAST))
     if told is None:
         raise Problem(404, f"arrival {seq} is not known, or not any more")
     return jsonify(told | {"dedupe": here.store.dedupe})

@@ -46,9 +46,18 @@ export function showUncounted({ uncounted }) {
     node("li", {},
       node("span", {}, node("strong", {}, entry.type),
         ` · ${many(entry.events, "event")} of ${many(entry.subjects, "subject")}`),
-      ...entry.suggestions.map((meter) =>
+      ...suggestions(entry).map((meter) =>
         node("button", { type: "button", onclick: () => create(meter) },
           meter.valueProperty ? `Create meter: sum ${meter.valueProperty}` : "Create meter: count")))));
+}
+
+// Meters that would count events like the newest of this type.
+function suggestions({ type, data }) {
+  const slug = (...parts) => (parts.join(" ").toLowerCase().match(/[a-z0-9]+/g) ?? ["x"]).join("_").slice(0, 64).replace(/_$/, "");
+  const sums = Object.entries(data)
+    .filter(([name, value]) => typeof value === "number" && /^[\w-]+$/.test(name))
+    .map(([name]) => ({ slug: slug(type, name), eventType: type, aggregation: "SUM", valueProperty: `$.${name}` }));
+  return [{ slug: slug(type, "count"), eventType: type, aggregation: "COUNT" }, ...sums].slice(0, 4);
 }
 
 // The button goes with its row, and the focus must not go with it.
