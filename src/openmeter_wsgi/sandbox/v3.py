@@ -82,7 +82,9 @@ def _features() -> Response:
 @routes.get("/meters")
 def _meters() -> Response:
     found = _chosen(context().meters.all(), {"key": lambda one: [one["slug"]]})
-    return _page([_meter(meter) for meter in found])
+    return _page(
+        [_meter(one) for one in sorted(found, key=lambda one: str(one["slug"]))]
+    )
 
 
 @routes.post("/meters/<meter>/query")
