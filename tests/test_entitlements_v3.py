@@ -395,6 +395,21 @@ def test_a_server_that_answers_nobody_is_not_asked_for_each(make, called, openme
     assert len(asked) <= count + 1
 
 
+@pytest.mark.parametrize("part", ["customers?", "entitlement-access"])
+def test_either_kind_of_question_that_fails_for_all_stops_them(
+    make, called, recorded, openmeter, part
+):
+    """A customer that does not exist is looked up and asked for, to tell."""
+    openmeter.rule = lambda request: (
+        problem(403, "no role") if part in request.target else recorded(request)
+    )
+    app = make("h-bool", "h_flag", fail_mode="closed")
+
+    check(ask(app), called, UNAVAILABLE)
+
+    wait_for(lambda: app.metering().entitlements._asker.breaker.is_open)
+
+
 # -- What the application gets
 
 

@@ -105,6 +105,20 @@ def test_usage_is_the_same_over_v1_and_v3(sandbox, arguments):
         assert found == [("tokens", 12.1)]
 
 
+def test_kong_konnect_is_asked_at_its_own_path(openmeter, monkeypatch):
+    """Through a proxy, so that nothing leaves this machine."""
+    monkeypatch.setenv("HTTP_PROXY", openmeter.url)
+    openmeter.rule = lambda request: Answer(200, b'{"data": []}')
+    host = "http://eu.api.konghq.com"
+
+    result = usage(openmeter, api_url=host, api_flavor="v3", api_key="kpat_x")
+
+    assert result.exit_code == 0, result.output
+    (request,) = openmeter.requests
+    assert request.target.startswith(f"{host}/v3/openmeter/meters?")
+    assert request.headers["Authorization"] == "Bearer kpat_x"
+
+
 def test_over_v3_the_meter_that_is_not_there_is_named(sandbox):
     result = usage(sandbox, "words", api_flavor="v3")
 
