@@ -61,7 +61,7 @@ def delivering(url: str, place: str, directory: str) -> OpenMeterMiddleware:
 
 def percent_of_core(middleware: OpenMeterMiddleware, seconds: float) -> float:
     """Put events at the rate, and return what the delivery of as many takes."""
-    put, counts = middleware.metering().put, middleware.metering().counts
+    put, counts = middleware.process().transport.put, middleware.process().counts
     events = waiting.events(RequestIds())
     put(next(events))
     middleware.flush(10)  # threads and connections are there
@@ -78,7 +78,7 @@ def percent_of_core(middleware: OpenMeterMiddleware, seconds: float) -> float:
 
 def events_a_second(middleware: OpenMeterMiddleware, count: int) -> float:
     """Return how many are delivered in a second, from the first put to the last."""
-    put = middleware.metering().put
+    put = middleware.process().transport.put
     made = list(itertools.islice(waiting.events(RequestIds()), count))
     began = time.perf_counter()
     for event in made:
@@ -97,7 +97,7 @@ def percent_of_throughput(middleware: OpenMeterMiddleware, count: int) -> float:
     app = paths.flask_app()
     paths.serve(app, 300)
     before = paths.serve(app, _REQUESTS)
-    put, counts = middleware.metering().put, middleware.metering().counts
+    put, counts = middleware.process().transport.put, middleware.process().counts
     events = waiting.events(RequestIds())
     served, taken, made = 0, 0.0, 0
     while served < _REQUESTS or counts.delivered < made:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
 from benchmarks import waiting
-from openmeter_wsgi.delivery.dead_letters import DeadLetters
-from openmeter_wsgi.delivery.spool import Spool
 from openmeter_wsgi.entitlements.known import Known, KnownAnswers, Lifetimes
 from openmeter_wsgi.events import MAX_BATCH_BYTES, RequestIds
 from openmeter_wsgi.questions import Answer
+from openmeter_wsgi.spool.dead_letters import DeadLetters
+from openmeter_wsgi.spool.reader import SpoolReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,7 +44,7 @@ def waiting_events(size: int, directory: str) -> dict[str, float]:
     spooled = waiting.middleware(spool_dir=f"{directory}/spool", delivery="ship")
     found = {}
     for name, middleware in (("memory", far), ("spool", spooled)):
-        put = middleware.metering().put
+        put = middleware.process().transport.put
         for event in itertools.islice(events, size):
             put(event)
         found[f"put, {name}"] = min(
@@ -58,8 +58,8 @@ def waiting_events(size: int, directory: str) -> dict[str, float]:
 
 def _taken(middleware: OpenMeterMiddleware, directory: str) -> float:
     """Take batches out of a spool as its sender does."""
-    letters = DeadLetters(Path(directory), middleware.metering().counts)
-    spool = Spool(Path(directory), letters)
+    letters = DeadLetters(Path(directory), middleware.process().counts)
+    spool = SpoolReader(Path(directory), letters)
     taken = []
     for _ in range(_REPEATS):
         began = time.thread_time_ns()
@@ -94,7 +94,8 @@ def _forked(directory: str, go_read: int, go: int, told: int) -> int:
         return child
     try:
         os.close(go)
-        put = waiting.middleware(spool_dir=directory, delivery="ship").metering().put
+        middleware = waiting.middleware(spool_dir=directory, delivery="ship")
+        put = middleware.process().transport.put
         events = waiting.events(RequestIds())
         put(next(events))
         os.write(told, b".")

@@ -49,7 +49,7 @@ def _fed(metered: OpenMeterMiddleware) -> WSGIApplication:
             due = time.perf_counter()
             while time.perf_counter() - asked_at[0] < 0.5:
                 for event in itertools.islice(events, _TURN):
-                    metered.metering().put(event)
+                    metered.process().transport.put(event)
                 due += _TURN / _RATE
                 time.sleep(max(due - time.perf_counter(), 0))
 

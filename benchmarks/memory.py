@@ -48,7 +48,7 @@ def hold(count: int, spool_dir: str | None) -> int:
     middleware = waiting.middleware(
         spool_dir=spool_dir, max_queue_events=count + 10, flush_interval=0.5
     )
-    put = middleware.metering().put
+    put = middleware.process().transport.put
     events = waiting.events(RequestIds())
     put(next(events))
     middleware.flush(1.0)  # everything has been there once: thread, connection, disk

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.util import setup_testing_defaults
 
 from benchmarks import counting, paths, waiting
-from openmeter_wsgi.delivery.memory import MemoryQueue
-from openmeter_wsgi.environ import CALLER, METERS, STATED
+from openmeter_wsgi.delivery.queue import MemoryQueue
 from openmeter_wsgi.events import RequestIds, quoted
-from openmeter_wsgi.forks import mark_process
-from openmeter_wsgi.settlement import ListSettlement, Settled
+from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.process import Process, ProcessGuard
+from openmeter_wsgi.request import REQUEST, SETTLED, RequestRecord, new_record
+from openmeter_wsgi.response import Response, SizedResponse
 from openmeter_wsgi.stats import Counts
 from openmeter_wsgi.timestamps import clock
 
@@ -39,17 +40,25 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
     """Return what repeats each part so many times."""
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)
-    cell: list[Any] = [None, None]
     body = [paths.BODY]
+    process = Process(Policy(on_missing_subject="acme", dry_run=True))
+    record = new_record()
+    record.billing = process.billing
+    record.state = SETTLED
+    record.status = "200 OK"
     event = next(waiting.events(RequestIds()))
     application = _Callable()
-    is_own = mark_process()
+    guard = ProcessGuard()
+    guard.confirm()
     ids = RequestIds()
     queue = MemoryQueue(max_events=10**7, max_bytes=4 * 10**9, counts=Counts())
     queue.wake_from(10**6)
     put = queue.put
 
     def function(environ: object, start_response: object) -> None:
+        pass
+
+    def server_start(status: str, headers: Any, exc_info: Any = None) -> Any:
         pass
 
     def loop(times: int) -> None:
@@ -64,55 +73,52 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
         for _ in range(times):
             application(environ, None)
 
-    def read_mark(times: int) -> None:
+    def ask_guard(times: int) -> None:
         for _ in range(times):
-            if not is_own[0]:
+            if not guard.is_current():
                 return
 
-    def fill_cell(times: int) -> None:
-        for _ in range(times):
-            made = [None, None]
-            if environ.setdefault(METERS, made) is not made and made[STATED]:
-                return
+    def response() -> Response:
+        made = SizedResponse()
+        made.environ, made.request, made.iterable = environ, record, body
+        return made
 
-    def make_settlement(times: int) -> None:
+    def make_record(times: int) -> None:
         for _ in range(times):
-            settlement = ListSettlement()
-            settlement.cell = cell
-            settlement.environ = environ
-            settlement.__class__ = Settled  # type: ignore[assignment]
+            made = environ[REQUEST] = RequestRecord()
+            made.billing = process.billing
+            made.state = SETTLED
+            made.server_start = server_start
+            made.status = made.server_write = made.capture = None
+            made.caller = made.usage = made.route = None
+            made.decision = made.reserved = made.remembered = None
 
-    def bind_method(times: int) -> None:
-        settlement = ListSettlement()
+    def make_response(times: int) -> None:
         for _ in range(times):
-            settlement.start_response  # noqa: B018
-        settlement.__class__ = Settled  # type: ignore[assignment]
+            response()
+
+    def start_response(times: int) -> None:
+        started = new_record()
+        started.server_start = server_start
+        for _ in range(times):
+            start = started.start_response
+            start("200 OK", [])
 
     def iterate_list(times: int) -> None:
         for _ in range(times):
             for _chunk in body:
                 pass
 
-    def iterate_settlement(times: int) -> None:
-        settlement = ListSettlement()
-        settlement.iterable = body
+    def iterate_response(times: int) -> None:
+        made = response()
         for _ in range(times):
-            for _chunk in settlement:
+            for _chunk in made:
                 pass
-        settlement.__class__ = Settled  # type: ignore[assignment]
 
-    def look_at_end(times: int) -> None:
-        iterator: Any = iter(())
+    def count_unbilled(times: int) -> None:
+        fast_path = process.billing.fast_path
         for _ in range(times):
-            if iterator.__length_hint__():
-                return
-            iterator.__setstate__(0)
-            if iterator.__length_hint__():
-                return
-
-    def look_for_caller(times: int) -> None:
-        for _ in range(times):
-            if CALLER in environ or "REMOTE_USER" in environ:
+            if fast_path is None or fast_path.events(environ, record) != ():
                 return
 
     def look_for_options(times: int) -> None:
@@ -149,15 +155,13 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
         _LOOP: loop,
         "a call of a function": call_function,
         "a call of an object, as a server calls the middleware": call_object,
-        "is this the process that it was made in? asked at the start, and where "
-        "there are events again": read_mark,
-        "a cell in the environ, for handlers, and for one inside of another": fill_cell,
-        "a settlement, made, settled and freed": make_settlement,
-        "a bound method, for start_response": bind_method,
+        "is this the process that it was made in? asked twice": ask_guard,
+        "a record in the environ": make_record,
+        "start_response, with the server's own": start_response,
+        "a response, made and freed": make_response,
         "the body iterated, a list": iterate_list,
-        "the body iterated, through the settlement": iterate_settlement,
-        "did it come to its end?": look_at_end,
-        "does the request say who is calling?": look_for_caller,
+        "the body iterated, through the response": iterate_response,
+        "a request that is not billed, counted": count_unbilled,
         "is it OPTIONS?": look_for_options,
         "an id": make_id,
         "the time": read_clock,

@@ -8,14 +8,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bottle import Bottle, abort, request
+from bottle import Bottle, HTTPResponse, abort, request
 
-from openmeter_wsgi import OpenMeterMiddleware, add_meters, route, set_subject
+from openmeter_wsgi import (
+    EntitlementDenied,
+    OpenMeterMiddleware,
+    add_meters,
+    require_entitlements,
+    route,
+    set_subject,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 #: API key to customer. Yours are in a database, and hashed.
 CUSTOMERS = {"acme-key": "acme", "globex-key": "globex"}
@@ -47,6 +54,29 @@ def export(pages: int) -> Iterator[bytes]:
     for _ in range(pages):
         yield b"x" * 1024
         add_meters(environ, {"credits": 1})
+
+
+def refuse(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer who is denied: Bottle would make 500 of an exception."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return view(*args, **kwargs)
+        except EntitlementDenied as denied:
+            answer = denied.get_response(request.environ)
+            return HTTPResponse(answer.data, answer.status, answer.headers)
+
+    return called
+
+
+shop.install(refuse)
+
+
+@shop.get("/report")
+def report() -> dict[str, str]:
+    """Only for customers who have the feature."""
+    require_entitlements(request, "reports")
+    return {"report": "all is well"}
 
 
 app = OpenMeterMiddleware(

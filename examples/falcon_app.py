@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import falcon
 
 from openmeter_wsgi import (
+    EntitlementDenied,
     OpenMeterMiddleware,
     add_meters,
+    require_entitlements,
     route,
     set_route,
     set_subject,
@@ -41,7 +43,7 @@ class Metered:
         self, req: falcon.Request, resp: falcon.Response, *_: Any
     ) -> None:
         if req.uri_template is not None:
-            set_route(req, req.uri_template)
+            set_route(req, req.root_path + req.uri_template)
 
 
 class Product:
@@ -65,9 +67,27 @@ class Export:
         resp.stream = stream()
 
 
+class Report:
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Only for customers who have the feature."""
+        require_entitlements(req, "reports")
+        resp.media = {"report": "all is well"}
+
+
+def refuse(
+    req: falcon.Request, resp: falcon.Response, denied: EntitlementDenied, _: Any
+) -> None:
+    """Answer who is denied: Falcon would make 500 of an exception."""
+    answer = denied.get_response(req.env)
+    resp.status, resp.data = answer.status, answer.data
+    resp.set_headers(list(answer.headers))
+
+
 shop = falcon.App(middleware=[Metered()])
 shop.add_route("/products/{name}", Product())
 shop.add_route("/export/{pages:int}", Export())
+shop.add_route("/report", Report())
+shop.add_error_handler(EntitlementDenied, refuse)
 
 app = OpenMeterMiddleware(
     shop, meter={"type": "api-request", "data": {"route": route()}}

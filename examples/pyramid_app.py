@@ -18,6 +18,7 @@ from pyramid.response import Response
 from openmeter_wsgi import (
     OpenMeterMiddleware,
     add_meters,
+    require_entitlements,
     route,
     set_route,
     set_subject,
@@ -38,7 +39,7 @@ def authenticate(event: ContextFound) -> None:
         raise HTTPUnauthorized
     set_subject(request, customer)
     if request.matched_route is not None:
-        set_route(request, request.matched_route.pattern)
+        set_route(request, request.script_name + request.matched_route.pattern)
 
 
 def product(request: Any) -> dict[str, str]:
@@ -59,11 +60,19 @@ def export(request: Any) -> Response:
     return Response(app_iter=stream(), content_type="text/plain")
 
 
+def report(request: Any) -> dict[str, str]:
+    """Only for customers who have the feature. The middleware answers the others."""
+    require_entitlements(request, "reports")
+    return {"report": "all is well"}
+
+
 with Configurator() as config:
     config.add_route("product", "/products/{name}")
     config.add_route("export", "/export/{pages}")
     config.add_view(product, route_name="product", renderer="json")
     config.add_view(export, route_name="export")
+    config.add_route("report", "/report")
+    config.add_view(report, route_name="report", renderer="json")
     config.add_subscriber(authenticate, ContextFound)
     shop = config.make_wsgi_app()
 

@@ -6,6 +6,7 @@ from wsgiref.util import setup_testing_defaults
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import OpenMeterMiddleware
+from openmeter_wsgi.request import begin_again, record_of
 
 Environ = dict[str, Any]
 
@@ -15,6 +16,15 @@ def environ(**changes: Any) -> Environ:
     made: Environ = {}
     setup_testing_defaults(made)
     return {**made, **changes}
+
+
+def metered_environ() -> Environ:
+    """Return the environ of a request that is being served."""
+    made = environ()
+    app: Any = OpenMeterMiddleware(handled(print), dry_run=True)
+    record_of(made)
+    begin_again(made, app.process().billing, lambda *args: lambda data: None)
+    return made
 
 
 def serve(app: Any, request: Environ) -> bytes:

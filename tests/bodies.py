@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from openmeter_wsgi.bodies.llm_usage import LLMUsage
+from openmeter_wsgi.bodies.llm_shapes import LLMUsage
 from openmeter_wsgi.bodies.reader import Unknown
 
 LLM = Path(__file__).parent / "fixtures" / "llm"
@@ -26,7 +26,7 @@ def llm_expected(name):
     expected = json.loads((LLM / f"{name}.expected").read_text())
     if "unknown" in expected:
         return Unknown(expected["unknown"])
-    return LLMUsage(**expected)
+    return LLMUsage(**expected | {"remarks": tuple(expected.get("remarks", ()))})
 
 
 def media_type_of(name):

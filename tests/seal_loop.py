@@ -23,9 +23,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from openmeter_wsgi.delivery.journal import Journal
-from openmeter_wsgi.delivery.segment import MAPPED, SEALED, WRITTEN
 from openmeter_wsgi.errors import SpoolFull
+from openmeter_wsgi.spool.files import MAPPED, SEALED, WRITTEN
+from openmeter_wsgi.spool.journal import Journal
 
 THREADS = 8
 SEGMENT_BYTES = 32 * 1024

@@ -16,8 +16,8 @@ from openmeter_wsgi.commands import spool
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
 WORKER = """
 import json, sys
-from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.stats import Counts
 
@@ -27,7 +27,7 @@ policy = Policy(
     api_url="http://127.0.0.1:9",
     journal=sys.argv[2],
 )
-queue = SpoolQueue(policy, lambda: OpenMeterClient(
+queue = SpoolDelivery(policy, lambda: OpenMeterClient(
     url=policy.api_url, flavor="v1", key=policy.key, timeout=1), Counts())
 for line in sys.stdin:
     for event in json.loads(line):

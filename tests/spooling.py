@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.client import OpenMeterClient
-from openmeter_wsgi.delivery.spool_queue import SpoolQueue
+from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
 
 #: Longer than anything takes here.
@@ -48,10 +48,10 @@ def new_client(url: str) -> OpenMeterClient:
 
 def spool_queue(
     directory: Path, url: str, *, segment_bytes: int = SMALL, **options: Any
-) -> SpoolQueue:
+) -> SpoolDelivery:
     """Return a queue on the directory; it is the caller's to close it."""
     directory.mkdir(mode=0o700, exist_ok=True)
-    return SpoolQueue(
+    return SpoolDelivery(
         spool_policy(directory, url, **options),
         lambda: new_client(url),
         Counts(),

@@ -139,7 +139,7 @@ def test_what_is_billed_is_not_told() -> None:
 def test_at_level_debug_there_is_a_line(
     reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "openmeter_wsgi.unbilled")
+    caplog.set_level(logging.DEBUG, "openmeter_wsgi.billing")
     told(reason)
     told(reason)  # nor is a repetition thinned
 
@@ -151,7 +151,7 @@ def test_at_level_debug_there_is_a_line(
 
 
 def test_without_level_debug_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "openmeter_wsgi.unbilled")
+    caplog.set_level(logging.INFO, "openmeter_wsgi.billing")
     told("status")
 
     assert caplog.records == []

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cuts_of, in_steps, read
-from openmeter_wsgi.bodies.json_value import Document, JSONReader, json_reader
-from openmeter_wsgi.bodies.paths import NumberPath
+from openmeter_wsgi.bodies.json import Document, JSONReader, NumberPath, json_reader
 from openmeter_wsgi.bodies.reader import Reader, Unknown
 from openmeter_wsgi.errors import ConfigError
 
@@ -38,7 +37,7 @@ def test_a_document_is_what_was_sent(data, document):
         (b'"abc', "cut_off"),
         (b'"\xff"', "not_json"),
         (b"1e999", "not_json"),
-        (b"[" * 100_000, "not_json"),
+        (b"[" * 100_000, "too_deep"),
         (b"[" + b"1," * 2**19 + b"1]", "too_large"),
     ],
 )
@@ -88,6 +87,13 @@ def test_a_fault_in_the_result_stays_with_the_reader(caplog):
     assert len(caplog.records) == 1
 
 
+def nested(depth):
+    document = {}
+    for _ in range(depth):
+        document = {"a": document}
+    return document
+
+
 @pytest.mark.parametrize(
     ("path", "document", "number"),
     [
@@ -97,7 +103,15 @@ def test_a_fault_in_the_result_stays_with_the_reader(caplog):
         ("$", 3, 3),
         ("$.a", {"b": 1}, Unknown("no_match")),
         ("$.a", None, Unknown("no_match")),
-        ("$.a", {"a": None}, Unknown("not_a_number")),
+        ("$.a", {"a": None}, Unknown("null")),
+        ("$.a", {"a": -1}, Unknown("negative")),
+        ("$.a", {"a": -0.0}, 0),
+        ("$.*", {"a": 7, "b": None}, Unknown("null")),
+        ("$.*", {"a": 1000, "b": -900}, Unknown("negative")),
+        ("$..n", {"n": 1000, "echo": {"n": -900}}, Unknown("negative")),
+        ("$..n", {"n": 1000, "echo": {"n": None}}, Unknown("null")),
+        ("$..n", {"n": 1000, "echo": nested(150)}, Unknown("too_deep")),
+        ("$.n", {"n": 1000, "echo": nested(150)}, 1000),
         ("$.a", {"a": True}, Unknown("not_a_number")),
         ("$.a", {"a": "7"}, Unknown("not_a_number")),
         ("$.a", {"a": math.inf}, Unknown("not_a_number")),

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from bodies import cut, read
 from openmeter_wsgi.bodies.reader import Unknown
-from openmeter_wsgi.bodies.records import RecordsReader, records_reader
+from openmeter_wsgi.bodies.stream import RecordsReader, records_reader
 
 
 @pytest.mark.parametrize(

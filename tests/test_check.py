@@ -17,9 +17,9 @@ from openmeter_wsgi.commands.checks import event as event_check
 from openmeter_wsgi.commands.checks import repetition, spool_directory
 from openmeter_wsgi.commands.checks.findings import MARK
 from openmeter_wsgi.commands.checks.spool_directory import is_on_layer
-from openmeter_wsgi.delivery import directory
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.spool import files as directory
 from spool_support import COMMAND, days_ago, put
 from spool_support import event as spooled
 from test_sandbox_support import Api, event

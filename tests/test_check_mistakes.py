@@ -18,8 +18,8 @@ from openmeter_server import Answer, OpenMeterServer, problem, redirect
 from openmeter_wsgi.commands.check import command
 from openmeter_wsgi.commands.checks import event as event_check
 from openmeter_wsgi.commands.checks import repetition, spool_directory
-from openmeter_wsgi.delivery import directory
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.spool import files as directory
 from spool_support import event, put, shipping
 from test_sandbox_support import Api
 
@@ -555,6 +555,132 @@ def test_an_application_that_is_not_wrapped(application):
 
     assert (code, [*wrong]) == (3, ["application"])
     assert "nothing is billed" in wrong["application"][1]
+
+
+MISPLACED = {
+    "flask": ("from flask import Flask; web = Flask('web')", "web.wsgi_app"),
+    "bottle": ("from bottle import Bottle; web = Bottle()", "web"),
+}
+
+
+@pytest.mark.parametrize("framework", MISPLACED)
+@pytest.mark.parametrize("decorator", ["no_meter", "meter(meters={'a': 1})"])
+def test_a_decorator_above_the_one_that_registers_the_view(
+    sandbox, application, framework, decorator
+):
+    made, wsgi = MISPLACED[framework]
+    name = application(
+        f"{made}\nfrom openmeter_wsgi import OpenMeterMiddleware, meter, no_meter\n"
+        f"@{decorator}\n@web.get('/free')\ndef free(): return 'x'\n"
+        f"@web.get('/right')\n@{decorator}\ndef right(): return 'x'\n"
+        f"app = OpenMeterMiddleware({wsgi}, api_url={sandbox.url!r})\n"
+    )
+
+    code, wrong = check("--no-dedupe-check", "--app", name)
+
+    assert (code, [*wrong]) == (3, ["view free"])
+    assert "above the decorator that registers it for /free" in wrong["view free"][1]
+
+
+SERVED = {
+    "flask": """
+from flask import Flask
+web = Flask("web")
+for rule in ("/p/<int:id>", "/files/<path:name>", "/a/b"):
+    web.add_url_rule(rule, rule, lambda **_: "x", methods=["GET"])
+wsgi = web.wsgi_app
+""",
+    "bottle": """
+from bottle import Bottle
+wsgi = Bottle()
+for rule in ("/p/<id:int>", "/files/<name:path>", "/a/b"):
+    wsgi.get(rule, callback=lambda **_: "x")
+""",
+    "falcon": """
+import falcon
+class View:
+    def on_get(self, req, resp, **_): pass
+wsgi = falcon.App()
+for rule in ("/p/{id:int}", "/files/{name:path}", "/a/b"):
+    wsgi.add_route(rule, View())
+""",
+    "pyramid": """
+from pyramid.config import Configurator
+with Configurator() as config:
+    for rule in ("/p/{id}", "/files/*name", "/a/b"):
+        config.add_route(rule, rule)
+    wsgi = config.make_wsgi_app()
+""",
+}
+REACHED = ("/p/<id>", "/p/7", "GET /p/<int:id>", "HEAD /files/a/b", "/<x>/b", "/a/b/",
+           "/files/<path:rest>", "/<path:all>", "/files/<a>/<b>/c")  # fmt: skip
+UNREACHED = ("/q", "/p", "/p/<id>/x", "/a/<path:rest>/c", "/v1/p/<id>")
+
+
+@pytest.mark.parametrize("framework", SERVED)
+def test_a_rule_that_no_request_can_match(sandbox, application, framework):
+    rules = (*REACHED, *UNREACHED, "POST /a/b")
+    name = application(
+        f"{SERVED[framework]}\nfrom openmeter_wsgi import OpenMeterMiddleware\n"
+        f"app = OpenMeterMiddleware(wsgi, api_url={sandbox.url!r}, "
+        f"routes=dict.fromkeys({rules!r}, {{}}))\n"
+    )
+
+    result = CliRunner().invoke(command, ["--json", "--no-dedupe-check", "--app", name])
+
+    said = [f for f in json.loads(result.stdout)["findings"] if f["name"] == "routes"]
+    unreached = [one["found"].split("'")[1] for one in said]
+    # Pyramid keeps methods at its views.
+    assert unreached == [*UNREACHED, *(["POST /a/b"] if framework != "pyramid" else [])]
+    assert {one["severity"] for one in said} == {"warning"}
+
+
+def test_rules_of_an_application_of_which_nothing_is_known(sandbox, application):
+    name = application(
+        METERED.format(url=sandbox.url)
+        + "from werkzeug.middleware.dispatcher import DispatcherMiddleware as Several\n"
+        "from flask import Flask\n"
+        "several = Several(Flask('a'), {'/v1': Flask('b')})\n"
+        "app = metered(several, routes={'/v1/x': {}})\n"
+        "other = metered(bare, routes={'/v1/x': {}})\n"
+    )
+
+    for each in (name, name.replace(":app", ":other")):
+        _, wrong = check("--no-dedupe-check", "--app", each)
+        assert "routes" not in wrong
+
+
+@pytest.mark.parametrize("unmatched", [None, "policy"])
+def test_entitlements_by_routes_with_unmatched_none(sandbox, tmp_path, unmatched):
+    file = tmp_path / "policy.json"
+    own = {"required_entitlements": ["deep"]}
+    options = {"unmatched": unmatched, "routes": {"/a": own}, "api_url": sandbox.url}
+    file.write_text(json.dumps(options))
+
+    _, wrong = check("--no-dedupe-check", "--policy", str(file))
+
+    assert ("routes" in wrong) is (unmatched is None)
+    if unmatched is None:
+        assert "'/a' requires entitlements" in wrong["routes"][1]
+        assert "@meter(required_entitlements=" in wrong["routes"][2]
+
+
+def test_a_path_that_also_finds_what_customers_send(sandbox, application):
+    name = application(
+        "from openmeter_wsgi import OpenMeterMiddleware, response_json\n"
+        f"app = OpenMeterMiddleware(lambda e, s: [], api_url={sandbox.url!r}, meters={{"
+        "'a': response_json('$..total'), 'b': '$response.json..tokens', "
+        "'c': '$response.json[\"..\"].d'})\n"
+    )
+
+    result = CliRunner().invoke(command, ["--json", "--no-dedupe-check", "--app", name])
+
+    findings = json.loads(result.stdout)["findings"]
+    warned = [f["found"] for f in findings if f["name"] == "configuration"]
+    assert len(warned) == 2
+    for path, said in zip(("$..total", "$..tokens"), warned, strict=True):
+        assert path in said
+        assert "what a customer sends" in said
 
 
 def test_an_application_is_checked_under_its_own_policy(sandbox, application):

@@ -22,7 +22,7 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.client import OpenMeterClient
+from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, Held, Rejected, Unavailable
 from openmeter_wsgi.version import VERSION
 
@@ -167,9 +167,9 @@ def test_the_user_agent_is_name_and_version(openmeter, connect):
     assert openmeter.requests[0].headers["User-Agent"] == f"openmeter_wsgi/{VERSION}"
 
 
-@pytest.mark.parametrize("status", [200, 202, 204])
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 226])
 def test_one_connection_serves_for_many_batches(openmeter, connect, status):
-    openmeter.rule = lambda _: Answer(status)
+    openmeter.rule = lambda _: Answer(status, takes=True)
     client = connect()
 
     for number in range(5):
@@ -216,9 +216,9 @@ def test_a_closed_client_opens_a_new_connection(openmeter, connect):
 # -- The answer
 
 
-@pytest.mark.parametrize("status", [200, 202, 204])
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 206, 226])
 def test_these_answers_are_a_delivery(openmeter, connect, status):
-    openmeter.rule = lambda _: Answer(status)
+    openmeter.rule = lambda _: Answer(status, takes=True)
 
     connect().ingest([event()])
 
@@ -228,8 +228,6 @@ def test_these_answers_are_a_delivery(openmeter, connect, status):
 @pytest.mark.parametrize(
     ("status", "kind", "ambiguous"),
     [
-        (201, Held, False),
-        (206, Held, False),
         (300, Held, False),
         (304, Held, False),
         (400, Rejected, False),
@@ -247,7 +245,7 @@ def test_these_answers_are_a_delivery(openmeter, connect, status):
         (429, Unavailable, False),
         (500, Unavailable, True),
         (502, Unavailable, True),
-        (503, Unavailable, False),
+        (503, Unavailable, True),
         (504, Unavailable, True),
         (507, Unavailable, True),
     ],
@@ -725,3 +723,18 @@ def dated(ahead, status=204):
         status,
         headers={"Date": email.utils.formatdate(time.time() + ahead, usegmt=True)},
     )
+
+
+@pytest.mark.parametrize("status", [101, 102, 103])
+def test_what_comes_in_place_of_an_answer_is_in_doubt_and_ends_the_connection(
+    openmeter, connect, status
+):
+    client = connect()
+    openmeter.script += [Answer(status), Answer(204), problem(400)]
+
+    error = failure(client)
+    assert type(error) is Unavailable
+    assert error.ambiguous
+
+    client.ingest([event(2)])
+    assert type(failure(client)) is Rejected

@@ -6,6 +6,7 @@ import pytest
 
 from entitling import Entitled, ask, metered, middleware
 from openmeter_wsgi import add_meters, check_entitlements, set_meters, set_subject
+from openmeter_wsgi.request import REQUEST
 from test_entitlements import body, header, ok, wait_for
 
 pytestmark = pytest.mark.usefixtures("patient_ledger")
@@ -44,10 +45,10 @@ def served(app, requests, subject="acme"):
 def left(app, subject):
     """Return what is left, and let it be asked for if the answer has aged."""
     environ = {"REMOTE_USER": subject}
-    gate = app.metering().billing.gate
+    gate = app.process().billing.gate
     gate.check(environ, ["api_requests"], {"api_requests": 0})
-    gate.settle(environ, (), None)
-    return app.metering().entitlements.countdown.remaining(subject, "api_requests")
+    gate.settle(environ[REQUEST], (), None)
+    return app.process().entitlements.countdown.remaining(subject, "api_requests")
 
 
 def test_the_balance_of_one_answer_is_not_overshot(make, entitled):
@@ -73,7 +74,7 @@ def test_an_answer_that_comes_between_decision_and_reservation_denies(make, enti
     newer = []
 
     def reserve(environ):
-        entitlements = app.metering().entitlements
+        entitlements = app.process().entitlements
         if newer:
             entitled.values["acme"] = newer.pop()
             wait_for(lambda: is_denied_now(entitlements))
@@ -96,7 +97,7 @@ def test_of_two_features_none_stays_set_apart_when_the_other_is_taken_away(
     taken_away = []
 
     def reserve(environ):
-        entitlements = app.metering().entitlements
+        entitlements = app.process().entitlements
         if not taken_away:
             taken_away.append(entitled.values["acme"].pop("api_requests"))
             wait_for(lambda: is_denied_now(entitlements))
@@ -108,7 +109,7 @@ def test_of_two_features_none_stays_set_apart_when_the_other_is_taken_away(
     )  # fmt: skip
 
     assert body(ask(app))["reason"] == "no_access"
-    assert app.metering().entitlements.countdown.remaining("acme", "tokens") == 5
+    assert app.process().entitlements.countdown.remaining("acme", "tokens") == 5
 
 
 def test_without_counting_down_it_is(make, entitled):
@@ -255,7 +256,7 @@ def test_a_soft_limit_is_never_counted_down(make, entitled):
     entitled.terms["acme", "api_requests"] = {"isSoftLimit": True}
     app = make()
     ask(app)
-    known = app.metering().entitlements.known
+    known = app.process().entitlements.known
     wait_for(lambda: known("acme", "api_requests").terms is not None)
 
     assert served(app, 20) == 20
@@ -265,7 +266,7 @@ def test_a_soft_limit_in_place_of_a_hard_one_shows_with_the_next_answer(make, en
     entitled.values["acme"] = {"api_requests": metered(900, granted=900)}
     entitled.terms["acme", "api_requests"] = {"isSoftLimit": False}
     app = make(allow_ttl=0.1)
-    known = app.metering().entitlements.known
+    known = app.process().entitlements.known
     wait_for(lambda: ask(app) and known("acme", "api_requests").terms is not None)
 
     entitled.values["acme"] = {"api_requests": metered(800, granted=800, soft=True)}
@@ -392,7 +393,7 @@ def test_a_request_that_lacks_one_quota_takes_nothing_of_another(make, entitled)
 
     assert served(app, 5) == 1
 
-    assert app.metering().entitlements.countdown.remaining("acme", "tokens") == 9
+    assert app.process().entitlements.countdown.remaining("acme", "tokens") == 9
 
 
 def test_what_a_handler_reserves_anew_replaces_what_it_had(make, entitled):
@@ -408,4 +409,4 @@ def test_what_a_handler_reserves_anew_replaces_what_it_had(make, entitled):
     app = make(app, **TOKENS)
     assert ask(app).status == "200 OK"
 
-    assert app.metering().entitlements.countdown.remaining("acme", "tokens") == 95
+    assert app.process().entitlements.countdown.remaining("acme", "tokens") == 95

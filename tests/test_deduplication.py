@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import deduplication
+from openmeter_wsgi.spool import deduplication
 from spooling import event, spool_queue
 
 

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from billing import environ, handled, serve
 from openmeter_server import Answer
 from openmeter_wsgi import OpenMeterMiddleware, set_meters
-from openmeter_wsgi.delivery.batch import ListedBatch
 from openmeter_wsgi.delivery.delayed import MAX_AHEAD, Delayed, split_by_date
-from openmeter_wsgi.delivery.memory import NumberedBatch
-from openmeter_wsgi.delivery.part import Part, SpoolBatch
+from openmeter_wsgi.delivery.queue import ListedBatch, NumberedBatch
+from openmeter_wsgi.spool.lines import Slice, SpoolBatch
 from openmeter_wsgi.timestamps import moment_of
 from spooling import PATIENCE, Process, segments, spool_queue, until
 
@@ -65,7 +64,7 @@ def queue(request, kafka, tmp_path):
         handled(lambda environ: None), api_url=kafka.url, flush_interval=0.05,
         spool_dir=spool_dir,
     )  # fmt: skip
-    yield middleware.metering().queue
+    yield middleware.process().transport
     middleware.close(PATIENCE)
 
 
@@ -216,7 +215,7 @@ def test_a_batch_is_cut_where_dates_are_too_far_ahead(aheads, clock_ahead, kind)
         ListedBatch(events),
         NumberedBatch(events, first=7),
         SpoolBatch(
-            [Part("one", b"".join(e + b"\n" for e in events), 0, len(events), False)]
+            [Slice("one", b"".join(e + b"\n" for e in events), 0, len(events), False)]
         ),
     ][kind]
 

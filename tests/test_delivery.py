@@ -22,11 +22,15 @@ from openmeter_server import (
     redirect,
 )
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.delivery import gathering
-from openmeter_wsgi.delivery.memory import MemoryQueue
-from openmeter_wsgi.delivery.queue import DeliveryQueue
+from openmeter_wsgi.delivery import worker as workers
+from openmeter_wsgi.delivery.batch import ListedBatch
+from openmeter_wsgi.delivery.queue import MemoryQueue
+from openmeter_wsgi.delivery.sender import Sender
+from openmeter_wsgi.delivery.worker import Source, Worker
+from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.stats import Counts
-from spooling import threads, until
+from openmeter_wsgi.threads import ExitHook
+from spooling import event, new_client, threads, until
 
 THREAD = "openmeter_wsgi.delivery"
 NEVER = 3_600.0
@@ -198,7 +202,7 @@ def test_a_full_batch_goes_before_the_interval(openmeter, serve):
 def test_batches_that_follow_each_other_closely_are_filled(
     openmeter, serve, monkeypatch
 ):
-    monkeypatch.setattr("openmeter_wsgi.delivery.gathering.SPACING", 20.0)
+    monkeypatch.setattr("openmeter_wsgi.delivery.worker.SPACING", 20.0)
     service = serve(flush_interval=NEVER, batch_size=2)
     service.request(*customers(2))
     openmeter.wait_for(2)
@@ -321,7 +325,7 @@ def test_after_a_flush_the_server_is_not_hammered(openmeter, serve):
 def test_what_was_refused_alone_is_tried_again_without_a_flush(
     openmeter, serve, monkeypatch
 ):
-    monkeypatch.setattr(gathering, "MAX_DELAY", 0.1)
+    monkeypatch.setattr(workers, "MAX_DELAY", 0.1)
     service = serve()
     openmeter.script += [problem(400, "not now")] * 2
     service.request("alice")
@@ -409,10 +413,10 @@ def test_no_event_is_overlooked_wherever_the_thread_is(openmeter, serve, closes)
     loop = {
         function.__code__
         for function in (
-            DeliveryQueue._run,
-            DeliveryQueue._finished,
-            DeliveryQueue._gather,
-            DeliveryQueue._wait_for,
+            Worker._run,
+            Worker._finished,
+            Worker._gather,
+            Worker._wait_for,
         )
     }
     for line in range(200):
@@ -504,6 +508,43 @@ def test_the_caller_gives_up_in_time(openmeter, serve, monkeypatch):
 
     assert time.monotonic() - began < PATIENCE / 2
     assert service.stats.waiting == 1
+
+
+# -- Composition
+
+
+class ListSource(Source):
+    """Events in a list: a source that knows nothing of memory queues and spools."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def __len__(self):
+        return len(self.events)
+
+    def take(self, *, max_events, max_bytes):
+        batch = ListedBatch(self.events[:max_events])
+        del self.events[:max_events]
+        return batch
+
+
+@pytest.mark.parametrize("thread", [True, False], ids=["thread", "caller"])
+def test_a_worker_delivers_a_list_without_a_queue_or_a_spool(openmeter, thread):
+    policy = Policy(api_url=openmeter.url, api_key="secret", flush_interval=NEVER)
+    source = ListSource([event(str(n)) for n in range(2_500)])
+    done = []
+    client = new_client(openmeter.url)
+    sender = Sender(client, Counts(), done.extend)
+    hook = ExitHook(lambda: None)
+    worker = Worker(source, sender, policy, exit_hook=hook, idle=client.close)
+
+    if thread:
+        worker.start()
+    assert worker.finish(time.monotonic() + PATIENCE)
+
+    assert openmeter.ids == [str(n) for n in range(2_500)]
+    assert len(done) == 2_500
+    assert not worker.is_running
 
 
 # -- Bounds
@@ -660,7 +701,9 @@ def test_an_outage_loses_and_doubles_nothing_and_keeps_the_order(
     assert (stats.delivered, stats.waiting, stats.dead_lettered) == (12, 0, 0)
     # After a 500 what is left goes in two requests.
     assert stats.retries == (7 if name == "500" else 6)
-    assert stats.ambiguous == (6 if name in {"500", "502", "close", "reset"} else 0)
+    assert stats.ambiguous == (
+        6 if name in {"500", "502", "503", "close", "reset"} else 0
+    )
     assert add_up(stats, 12)
     assert "openmeter_wsgi.delivery.sender" in {r.name for r in caplog.records}
 

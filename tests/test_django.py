@@ -13,7 +13,7 @@ from entitling import metered as metered_entitlement
 from openmeter_wsgi import ConfigError, route
 from openmeter_wsgi.django import get_wsgi_application
 from openmeter_wsgi.django.checks import check_configuration
-from openmeter_wsgi.django.view_middleware import template_of
+from openmeter_wsgi.django.route_names import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
@@ -211,6 +211,18 @@ def test_the_route_is_a_template(make, openmeter, path, expected):
 
     assert app.flush(20)
     assert [event["data"] for event in openmeter.taken] == [{"route": expected}]
+
+
+def test_a_route_begins_with_the_mount_of_the_site(make, openmeter):
+    app = make({"meters": None, "meter": {"type": "r", "data": {"route": route()}}})
+
+    for mount in ("", "/v1", "/caf\xc3\xa9/"):
+        environ = make_environ(SCRIPT_NAME=mount, PATH_INFO="/plain", HTTP_X_USER="a")
+        Consumer().serve(app, environ)
+
+    assert app.flush(20)
+    routes = [event["data"]["route"] for event in openmeter.taken]
+    assert routes == ["/plain", "/v1/plain", "/café/plain"]
 
 
 def test_the_route_of_the_root_is_a_slash():

@@ -16,7 +16,7 @@ from openmeter_wsgi import (
     require_entitlements,
     set_user,
 )
-from openmeter_wsgi.environ import DECISION
+from openmeter_wsgi.request import REQUEST
 
 PROBLEM = ("Content-Type", "application/problem+json")
 
@@ -192,7 +192,7 @@ def test_the_handler_sees_the_decision(make, entitled):
     seen = []
 
     def app(environ, start_response):
-        seen.append(environ[DECISION])
+        seen.append(environ[REQUEST].decision)
         return ok(environ, start_response)
 
     ask(make(app))
@@ -479,7 +479,7 @@ def test_a_denial_holds_for_a_shorter_time(make, entitled, openmeter):
     assert ask(app).status == "403 Forbidden"
     entitled.values["acme"] = {"searches": YES}
 
-    known = app.metering().entitlements.known("acme", "searches")
+    known = app.process().entitlements.known("acme", "searches")
     wait_for(lambda: time.monotonic() > known.fresh_until)
 
     assert ask(app).status == "200 OK"  # never once more on suspicion
@@ -491,7 +491,7 @@ def test_an_aged_allowance_is_renewed_behind_the_requests_back(
     entitled.values["acme"] = {"searches": YES}
     app = make(allow_ttl=3_600)
     ask(app)
-    app.metering().entitlements.known("acme", "searches").fresh_until = 0.0
+    app.process().entitlements.known("acme", "searches").fresh_until = 0.0
     entitled.instead = HANG
 
     started = time.monotonic()
@@ -601,7 +601,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 
 def wait_until_aged(app, *customers):
     """Wait until what is known of them would be asked for anew."""
-    known = app.metering().entitlements.known
+    known = app.process().entitlements.known
     wait_for(
         lambda: all(
             time.monotonic() > known(name, "searches").graceful_until
@@ -649,7 +649,7 @@ def test_a_feature_key_that_openmeter_refuses_is_no_denial_among_others(
 ):
     entitled.values["acme"] = {"searches": YES}
     entitled.refused["acme", "Api-Requests"] = problem(400, "no such key")
-    gate = make(fail_mode=mode).metering().billing.gate
+    gate = make(fail_mode=mode).process().billing.gate
 
     decision = gate.check({"REMOTE_USER": "acme"}, ["searches", "Api-Requests"])
 
@@ -662,7 +662,7 @@ def test_a_feature_key_that_openmeter_refuses_is_no_denial_among_others(
 def test_a_mistake_in_one_feature_leaves_the_others_alone(make, entitled):
     entitled.values["acme"] = {"exports": YES}
     app = make(required_entitlements=[])
-    gate = app.metering().billing.gate
+    gate = app.process().billing.gate
     entitled.instead = problem(400)
     gate.check({"REMOTE_USER": "acme"}, ["searches"])
     entitled.instead = None
@@ -698,7 +698,7 @@ def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
     entitled.instead = None
     names = [f"x/{n}" for n in range(1_000)]
     entitled.refused = dict.fromkeys(names, problem(404))
-    asker = app.metering().entitlements._asker
+    asker = app.process().entitlements._asker
 
     wait_for(lambda: ask(app, names.pop()) and not asker.breaker.is_open)
 
@@ -769,7 +769,7 @@ def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
         assert ask(app).status == "403 Forbidden"
 
     assert entitled.questions == 2
-    assert not app.metering().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._asker.breaker.is_open
 
 
 def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
@@ -805,7 +805,7 @@ def test_new_names_leave_questions_to_customers_that_are_known(make, entitled):
     entitled.values["acme"] = {"searches": YES}
     app = make(question_rate=4, entitlement_timeout=0.05)
     wait_for(lambda: ask(app) and app.stats().allowed)
-    app.metering().entitlements.known("acme", "searches").fresh_until = 0.0
+    app.process().entitlements.known("acme", "searches").fresh_until = 0.0
 
     for n in range(100):
         ask(app, f"new-{n}")

@@ -160,7 +160,7 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     timeout = 10
     app = limited(sandbox.url, allow_ttl=3_600, entitlement_timeout=timeout)
     assert ask(app).status == "200 OK"
-    known = app.metering().entitlements.known
+    known = app.process().entitlements.known
     until(lambda: known("acme", "api_requests").terms)  # they come behind the back
     sandbox.faults.entitlements.set(hang=60)
 

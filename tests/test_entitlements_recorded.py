@@ -7,7 +7,7 @@ import pytest
 from entitling import ask, middleware, wait_for
 from openmeter_server import CLOSE, PAGE, RESET, Answer, problem
 from openmeter_wsgi import ConfigError, Policy
-from openmeter_wsgi.environ import DECISION
+from openmeter_wsgi.request import REQUEST
 from recorded import (
     RECORDINGS,
     RecordedOpenMeter,
@@ -107,7 +107,7 @@ def make(openmeter, called):
     made = []
 
     def app(environ, start_response):
-        called.append(environ[DECISION])
+        called.append(environ[REQUEST].decision)
         start_response("200 OK", [])
         return [b"ok"]
 
@@ -249,7 +249,7 @@ def test_where_access_fails_each_feature_is_asked_for_by_itself(
 
     check(ask(app), called, status)
 
-    assert not app.metering().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._asker.breaker.is_open
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_a_key_of_a_feature_that_is_refused_for_all_is_remembered_for_all(
     assert ask(app).status == UNAVAILABLE
 
     assert len(recorded.asked) == asked
-    assert not app.metering().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._asker.breaker.is_open
 
 
 def test_an_entitlement_that_was_not_asked_for_may_be_wrong(make, called, recorded):
@@ -455,8 +455,8 @@ def test_the_customer_of_a_subject_is_looked_up_once(make, called, recorded):
     subjects_of_multi(recorded)
     app = make("g-m-1", "g_f_eu")
     ask(app)
-    app.metering().entitlements.known("g-m-1", "g_f_eu").fresh_until = 0.0
-    app.metering().entitlements.known("g-m-1", "g_f_eu").graceful_until = 0.0
+    app.process().entitlements.known("g-m-1", "g_f_eu").fresh_until = 0.0
+    app.process().entitlements.known("g-m-1", "g_f_eu").graceful_until = 0.0
 
     ask(app)
 
@@ -543,7 +543,7 @@ def test_a_subject_whose_customer_is_gone_is_looked_up_again(make, called, recor
     subjects_of_multi(recorded)
     app = make("g-m-1", "g_f_eu")
     ask(app)
-    known = app.metering().entitlements.known("g-m-1", "g_f_eu")
+    known = app.process().entitlements.known("g-m-1", "g_f_eu")
     known.fresh_until = known.graceful_until = 0.0
     gone = RECORDINGS["value2.multi_grants"].path
     recorded.answers[gone] = unknown_customer("g-multi")
@@ -586,7 +586,7 @@ def test_without_an_answer_to_the_lookup_the_fail_mode_decides(
 
     check(ask(app), called, status)
 
-    assert not app.metering().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._asker.breaker.is_open
 
 
 def test_a_lookup_ends_after_some_pages(make, called, recorded):

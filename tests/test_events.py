@@ -16,12 +16,14 @@ from openmeter_server import OpenMeterServer
 from openmeter_wsgi import (
     MeterValueError,
     OpenMeterMiddleware,
+    Policy,
     set_meters,
     timestamps,
 )
 from openmeter_wsgi.events import RequestIds, encode_events, size_problem
+from openmeter_wsgi.process import Process
+from openmeter_wsgi.request import new_record
 from openmeter_wsgi.usage import Meter, read_usage
-from openmeter_wsgi.usual_way import usual_make
 from openmeter_wsgi.wire import MAX_EXACT_INTEGER, MAX_GROWTH, message_bytes
 
 TEXT = st.text(
@@ -39,23 +41,35 @@ JSON = st.recursive(
 )
 
 
+def written(value: Any) -> Any:
+    """Return *value* as a policy has it: two dollar signs are text, one a measure."""
+    if isinstance(value, dict):
+        return {key: written(each) for key, each in value.items()}
+    if isinstance(value, str) and value.startswith("$"):
+        return f"${value}"
+    return value
+
+
 def usual_encoder(
     meters: tuple[Meter, ...], ids: RequestIds
 ) -> Callable[[str], list[dict[str, Any]]]:
     """Return what makes the events of a subject's usual request."""
-    make = usual_make(
-        meters,
-        "api",
-        ids=ids,
-        is_own=(True,),
-        find_subject=lambda environ: environ["who"],
-        anonymous=None,
+    policy = Policy(
+        meter=[written(meter.document()) for meter in meters],
+        event_source="api",
+        subject=lambda environ: environ["who"],
+        dry_run=True,
     )
+    fast_path = Process(policy, ids=ids).billing.fast_path
+    assert fast_path is not None
 
     def encode(subject: str) -> list[dict[str, Any]]:
-        made = make({"REQUEST_METHOD": "GET", "who": subject})
+        request = {"REQUEST_METHOD": "GET", "who": subject}
+        record = new_record()
+        record.status = "200 OK"
+        made = fast_path.events(request, record)
         assert made is not None
-        return [json.loads(each) for each in ([made] if type(made) is bytes else made)]
+        return [json.loads(each) for each in made]
 
     return encode
 

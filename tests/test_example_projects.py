@@ -218,8 +218,10 @@ def test_an_application_bills_who_called_which_route(framework, tmp_path):
         assert served.get("/products/moon", **acme).status_code == 404
         assert served.get("/products/anvil").status_code == 401
         assert served.get("/export/3", **acme).content == PAGE * 3
+        denied = served.get("/report", **acme)
         billed = served.billed()
 
+    assert (denied.status_code, denied.json()["feature"]) == (403, "reports")
     product, export = ({"route": route} for route in APPS[framework])
     assert billed == of(
         "acme",

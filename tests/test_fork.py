@@ -16,10 +16,12 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import werkzeug.serving
 
 from apps import listed, metered
 from openmeter_wsgi import delivery
@@ -273,6 +275,102 @@ def test_a_child_of_multiprocessing_delivers_its_own(sink: Sink) -> None:
     run(fork_by_multiprocessing, sink.url)
 
     assert_billed_once(sink, "parent", "child")
+
+
+def work_and_end(url: str, spool: str, ready: Any) -> None:
+    middleware = metered(
+        listed, api_url=url, flush_interval=LATER, spool_dir=spool or None
+    )
+    for n in range(3):
+        serve(middleware, f"child-{n}")
+    ready.set()
+    if ready.terminated:
+        threading.Event().wait()
+
+
+class Ready:
+    """Tells the parent that a child has served; it may be pickled."""
+
+    def __init__(self, context: Any, *, terminated: bool) -> None:
+        self._event = context.Event()
+        self.terminated = terminated
+
+    def set(self) -> None:
+        self._event.set()
+
+    def wait(self) -> None:
+        assert self._event.wait(TIMEOUT)
+
+
+def end_by_multiprocessing(method: str, url: str, spool: str, end: str) -> None:
+    context: Any = multiprocessing.get_context(method)
+    if end == "pool":
+        ready = Ready(context.Manager(), terminated=False)
+        with context.Pool(1) as pool:
+            pool.apply(work_and_end, (url, spool, ready))
+            pool.close()
+            pool.join()
+        return
+    ready = Ready(context, terminated=end == "terminate")
+    process = context.Process(target=work_and_end, args=(url, spool, ready))
+    process.start()
+    ready.wait()
+    if end == "terminate":
+        process.terminate()
+    process.join()
+    assert process.exitcode == (-signal.SIGTERM if end == "terminate" else 0)
+
+
+METHODS = ["fork", "forkserver", "spawn"]
+
+
+@pytest.mark.parametrize("end", ["returns", "pool"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_child_of_multiprocessing_that_ends_by_itself_delivers_what_it_has(
+    sink: Sink, method: str, end: str
+) -> None:
+    run(end_by_multiprocessing, method, sink.url, "", end)
+
+    assert_billed_once(sink, "child-0", "child-1", "child-2")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_child_of_multiprocessing_that_is_terminated_loses_nothing_of_a_spool(
+    sink: Sink, method: str, tmp_path: Path
+) -> None:
+    spool = tmp_path / "spool"
+    case = start(end_by_multiprocessing, method, sink.url, str(spool), "terminate")
+    finish(case, errors="deduplicates is not known")
+
+    other = metered(listed, api_url=sink.url, spool_dir=str(spool))
+    try:
+        serve(other, "other")
+        assert other.flush(TIMEOUT)
+    finally:
+        other.close()
+    assert_billed_once(sink, "child-0", "child-1", "child-2", "other")
+
+
+def serve_by_a_process_a_request(url: str) -> None:
+    server = werkzeug.serving.make_server(
+        "127.0.0.1", 0, metered(listed, api_url=url), processes=2
+    )
+    server.log = lambda *_: None  # type: ignore[method-assign]
+    ask = threading.Thread(
+        target=urllib.request.urlopen, args=(f"http://127.0.0.1:{server.port}/",)
+    )
+    ask.start()
+    server.handle_request()
+    ask.join()
+    server.server_close()
+
+
+def test_a_process_that_runs_no_exit_hook_says_that_it_loses_what_it_has(
+    sink: Sink,
+) -> None:
+    process = start(serve_by_a_process_a_request, sink.url)
+
+    finish(process, errors="this server ends its processes without exit hooks")
 
 
 def fork_among_threads(url: str) -> None:

@@ -8,10 +8,19 @@ import os
 
 import pytest
 
-from openmeter_wsgi import forks
+from openmeter_wsgi import process
+from openmeter_wsgi.process import ProcessGuard
 from test_fork import FORKS, finish, start_code, wait_for
 
-MARKS = {"page": forks.mark_process, "process id": forks._ProcessId}
+
+def without_page():
+    """Return a guard as a kernel makes it that empties no page in a child."""
+    guard = ProcessGuard()
+    guard._page = None
+    return guard
+
+
+GUARDS = {"page": ProcessGuard, "process id": without_page}
 
 
 def run(case, *arguments):
@@ -19,28 +28,32 @@ def run(case, *arguments):
     finish(start_code(call, *arguments))
 
 
-def fork_once(mark, fork):
-    made = MARKS[mark]()
+def fork_once(guard, fork):
+    made = GUARDS[guard]()
+    assert made.fits()
+    assert not made.is_current()
+    made.confirm()
     child = FORKS[fork]()
     if not child:
-        os._exit(7 if made[0] else 0)
+        os._exit(7 if made.is_current() or made.fits() else 0)
     wait_for(child)
-    assert made[0]
+    assert made.is_current()
 
 
 @pytest.mark.parametrize("fork", FORKS)
-@pytest.mark.parametrize("mark", MARKS)
-def test_a_mark_is_true_in_its_own_process_alone(mark, fork):
-    run(fork_once, mark, fork)
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_guard_is_current_in_its_own_process_alone(guard, fork):
+    run(fork_once, guard, fork)
 
 
 def fork_twice():
-    made = forks.mark_process()
+    made = ProcessGuard()
+    made.confirm()
     child = os.fork()
     if not child:
         grandchild = os.fork()
         if not grandchild:
-            os._exit(7 if made[0] else 0)
+            os._exit(7 if made.is_current() else 0)
         wait_for(grandchild)
         os._exit(0)
     wait_for(child)
@@ -48,3 +61,12 @@ def fork_twice():
 
 def test_a_child_of_a_child_knows_it_too():
     run(fork_twice)
+
+
+def test_what_was_made_before_threads_were_replaced_is_not_used_after(monkeypatch):
+    guard = ProcessGuard()
+    assert guard.fits()
+
+    monkeypatch.setattr(process, "threads_are_greenlets", lambda: True)
+
+    assert not guard.fits()

@@ -3,8 +3,8 @@ import threading
 
 import pytest
 
-from openmeter_wsgi.delivery.forms import make_segment
-from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN, SegmentName
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN, SegmentName
+from openmeter_wsgi.spool.journal import make_segment
 
 FORMS = pytest.mark.parametrize("form", [MAPPED, WRITTEN])
 

@@ -57,8 +57,9 @@ def test_a_middleware_in_memory_imports_nothing_of_spool_routes_and_bodies() -> 
     )
 
     assert "openmeter_wsgi.delivery.queue" in loaded
+    assert not [name for name in loaded if name.startswith("openmeter_wsgi.spool")]
     assert not loaded & {
-        "openmeter_wsgi.delivery.spool_queue", "openmeter_wsgi.bodies.llm",
+        "openmeter_wsgi.spool.delivery", "openmeter_wsgi.bodies.llm",
         "werkzeug.routing", "difflib", "tomllib", "xml.parsers.expat", "redis",
     }  # fmt: skip
 

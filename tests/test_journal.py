@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from openmeter_wsgi.delivery import journal as journals
-from openmeter_wsgi.delivery.journal import Journal, JournalClosed, RecordTooLarge
-from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN
 from openmeter_wsgi.errors import SpoolError, SpoolFull
+from openmeter_wsgi.spool import journal as journals
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
+from openmeter_wsgi.spool.journal import Journal, JournalClosed, RecordTooLarge
 from spooling import event, segments
 
 FORMS = pytest.mark.parametrize("form", [MAPPED, WRITTEN])

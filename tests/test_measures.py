@@ -7,13 +7,16 @@ import json
 import re
 import tracemalloc
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bottle
 import flask
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.wsgi import get_input_stream
 
 from bodies import LLM_NAMES, in_steps, llm_body, llm_expected, media_type_of
@@ -37,7 +40,7 @@ from openmeter_wsgi import (
     set_route,
     status,
 )
-from openmeter_wsgi.bodies.llm_usage import LLMUsage
+from openmeter_wsgi.bodies.llm_shapes import FIELDS, PLACES, PROVIDERS
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.measure_texts import read_measure
 from openmeter_wsgi.measures import Measure, as_number
@@ -325,6 +328,31 @@ def test_however_a_body_is_read_it_is_counted(
     assert data == [{"total": 7}]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"SERVER_PROTOCOL": "HTTP/2", "wsgi.input_terminated": True},
+        {"SERVER_PROTOCOL": "HTTP/2.0"},  # to an application that reads to the end
+        {"wsgi.input_terminated": True},
+        {"CONTENT_LENGTH": ""},
+    ],
+)
+def test_a_body_without_length_is_what_the_application_read(
+    openmeter: OpenMeterServer, said: dict[str, Any]
+) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        environ["wsgi.input"].read(3)
+        start_response("200 OK", [])
+        return [b"ok"]
+
+    environ = make_environ("POST", **{"wsgi.input": io.BytesIO(b"hello"), **said})
+    data, _ = billed(
+        openmeter, app, environ=environ, meters={"received": bytes_received()}
+    )
+
+    assert data == [{"total": 3}]
+
+
 def test_a_body_of_stated_length_is_not_touched(openmeter: OpenMeterServer) -> None:
     body = io.BytesIO(b"hello")
 
@@ -357,6 +385,44 @@ def test_the_route_of_flask_is_its_rule(openmeter: OpenMeterServer) -> None:
     )
 
     assert data == [{"route": rule, "bytes": 2}]
+
+
+def of_flask() -> Any:
+    app = flask.Flask(__name__)
+    app.add_url_rule("/users/<int:user>", view_func=lambda user: "x")
+    return app
+
+
+def of_bottle() -> Any:
+    app = bottle.Bottle()
+    app.get("/users/<user:int>", callback=lambda user: "x")
+    return app
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("make", "rule"), [
+    (of_flask, "/users/<int:user>"), (of_bottle, "/users/<user:int>"),
+])  # fmt: skip
+def test_a_route_begins_with_the_mount_of_its_application(
+    openmeter: OpenMeterServer, make: Callable[[], Any], rule: str, late: bool
+) -> None:
+    mounted = DispatcherMiddleware(make(), {"/v1": make(), "/v2/caf\xc3\xa9": make()})
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        # Something in between may copy the environ.
+        return mounted(dict(environ) if late else environ, start_response)
+
+    middleware = OpenMeterMiddleware(
+        app, api_url=openmeter.url, flush_interval=60,
+        meter={"type": "t", "data": {"route": route()}},
+    )  # fmt: skip
+    for path in ("/users/1", "/v1/users/1", "/v2/caf\xc3\xa9/users/1"):
+        Consumer().serve(middleware, make_environ(PATH_INFO=path))
+    Consumer().serve(middleware, make_environ(PATH_INFO="/users/1", SCRIPT_NAME="/x/"))
+    middleware.close(40)
+
+    routes = [event["data"]["route"] for event in openmeter.taken]
+    assert routes == [mount + rule for mount in ("", "/v1", "/v2/café", "/x")]
 
 
 def test_a_path_that_flask_does_not_know_has_no_route(
@@ -449,6 +515,13 @@ def test_zero_is_a_value_and_no_event(openmeter: OpenMeterServer) -> None:
         ("many", "not_a_number"),
         ("nan", "not_a_number"),
         ("", "not_a_number"),
+        # What Python reads as numbers, and HTTP does not.
+        ("1_000", "not_a_number"),
+        ("\u0661\u0662", "not_a_number"),
+        ("\xa012", "not_a_number"),
+        ("12\x0b", "not_a_number"),
+        ("+", "not_a_number"),
+        ("1e" + "9" * 30, "not_a_number"),
         ("1e999999999999", "invalid"),
         ("9" * 6_000, "invalid"),
     ],
@@ -468,8 +541,8 @@ def test_a_header_that_is_no_amount_is_not_billed(
 
 @pytest.mark.parametrize(
     ("text", "total"),
-    [("12", 12), (" 12 ", 12), ("1.5", "1.5"), ("2e3", 2000), ("12.0", 12),
-     (str(2**70), str(2**70))],
+    [("12", 12), (" 12\t", 12), ("1.5", "1.5"), ("2e3", 2000), ("12.0", 12),
+     ("+7", 7), (".5", "0.5"), ("5.", 5), (str(2**70), str(2**70))],
 )  # fmt: skip
 def test_a_header_that_is_an_amount_arrives_exact(
     openmeter: OpenMeterServer, text: str, total: object
@@ -526,7 +599,7 @@ def test_what_a_provider_reports_is_billed_of_a_stream(
     if isinstance(expected, Unknown):
         assert (data, not_metered) == ([], {f"no_value_{expected.reason}": 1})
     else:
-        known = {k: getattr(expected, k) for k in expected.__struct_fields__}
+        known = {k: getattr(expected, k) for k in FIELDS}
         assert data == [{k: v for k, v in known.items() if v is not None}]
 
 
@@ -555,6 +628,97 @@ def _streamed(
 ) -> Iterable[bytes]:
     start_response("200 OK", [("Content-Type", "text/event-stream")])
     return iter([body[: environ["cut"]], b"more"])
+
+
+REPORT = {"prompt_tokens": 1_000, "completion_tokens": 500, "total_tokens": 1_500}
+
+
+def test_several_reports_are_billed_as_the_largest_counted_and_logged(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.dumps({"usage": REPORT, "eval_count": 1}).encode()
+    middleware = OpenMeterMiddleware(
+        answering([body]), api_url=openmeter.url, flush_interval=60,
+        meters={
+            "all": llm_usage("total_tokens"),
+            "output": llm_usage("output_tokens"),
+            "stated": llm_usage("total_tokens", provider="openai"),
+            "ollama": llm_usage("output_tokens", provider="ollama"),
+        },
+    )  # fmt: skip
+    for _ in range(3):
+        Consumer().serve(middleware, make_environ())
+    remarks = middleware.stats().remarks
+    middleware.close(40)
+
+    billed_by = {event["type"]: event["data"]["total"] for event in openmeter.taken}
+    assert billed_by == {"all": 1_500, "output": 500, "stated": 1_500, "ollama": 1}
+    assert remarks == {"ambiguous_usage": 3}
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line.startswith("GET /users/<id>: the body holds several reports")
+    assert "counted as ambiguous_usage" in line
+
+
+def test_the_last_of_several_calls_is_billed_and_logged(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    middleware = OpenMeterMiddleware(
+        answering([llm_body("openai_two_calls_stream.sse")]),
+        api_url=openmeter.url, flush_interval=60,
+        meters={"tokens": llm_usage("total_tokens")},
+    )  # fmt: skip
+    Consumer().serve(middleware, make_environ())
+    remarks = middleware.stats().remarks
+    middleware.close(40)
+
+    assert [event["data"] for event in openmeter.taken] == [{"total": 27}]
+    assert remarks == {"several_calls": 1}
+    assert "the body holds several calls of a model; the last one" in caplog.text
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_stated_provider_is_read_alone(provider: Any) -> None:
+    body = json.dumps(
+        {
+            "usageMetadata": {"promptTokenCount": 1, "totalTokenCount": 3},
+            "meta": {"tokens": {"input_tokens": 2, "output_tokens": 2}},
+            "eval_count": 5,
+            "type": "message_start",
+            "message": {"usage": {"input_tokens": 3, "output_tokens": 3}},
+            "metadata": {"usage": {"totalTokens": 7}, "metrics": {}},
+            "usage": {"total_tokens": 8},
+        }
+    ).encode()
+    seen: list[Any] = []
+    middleware = OpenMeterMiddleware(
+        answering([body]),
+        dry_run=True,
+        meters={
+            "t": computed(
+                lambda e: seen.append(e.llm_usage(provider)), f"llm:{provider}"
+            )
+        },
+    )
+    Consumer().serve(middleware, make_environ())
+
+    (usage,) = seen
+    assert (usage.provider, usage.remarks) == (provider, ())
+    assert middleware.stats().remarks == {}
+
+
+def test_a_gateway_that_adds_a_total_is_read_as_the_stated_provider(
+    openmeter: OpenMeterServer,
+) -> None:
+    usage = {"input_tokens": 20, "output_tokens": 6, "cache_read_input_tokens": 100}
+    body = json.dumps({"type": "message", "usage": {**usage, "total_tokens": 26}})
+
+    data, _ = billed(
+        openmeter,
+        answering([body.encode()]),
+        meters={"t": llm_usage("total_tokens", provider="anthropic")},
+    )
+
+    assert data == [{"total": 126}]
 
 
 def test_a_compressed_body_is_counted_as_that(openmeter: OpenMeterServer) -> None:
@@ -615,6 +779,8 @@ TEXTS = {
     "$llm": llm_usage(),
     "$llm.model": llm_usage("model"),
     "$llm.cached_input_tokens": llm_usage("cached_input_tokens"),
+    "$llm:openai": llm_usage(provider="openai"),
+    "$llm:openai.total_tokens": llm_usage("total_tokens", provider="openai"),
     "$response.header.X-N ?? 0": response_header("X-N").default(0),
     '$llm.model ?? "unknown"': llm_usage("model").default("unknown"),
     "$response.json.list[?@.a > 1].n ?? null": response_json(
@@ -641,7 +807,25 @@ def test_the_page_on_measures_names_them_all() -> None:
     assert {text for text in TEXTS if re.fullmatch(r"\$[a-z]+(\.[a-z]+)?", text)} <= {
         *rows, "$llm.model",
     }  # fmt: skip
-    assert all(f"`{field}`" in page for field in LLMUsage.__struct_fields__)
+    assert all(f"`{field}`" in page for field in FIELDS)
+
+
+def test_the_page_on_measures_has_every_place_of_a_report() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "measures.md").read_text()
+    rows = set(
+        re.findall(r"^\| `(\w+)` \| `([^`]+)` \| ?([^|]*?) ?\|", page, re.MULTILINE)
+    )
+    kinds = {
+        (provider, way): set(re.findall(r"`([^`]+)`", kind))
+        for provider, way, kind in rows
+    }
+
+    assert kinds == {
+        (place.provider, ".".join(place.report).replace(".*", "[]") or "eval_count"): {
+            *place.kind, *filter(None, [place.beside]),
+        }
+        for place in PLACES
+    }  # fmt: skip
 
 
 def test_a_measure_says_how_it_is_written() -> None:
@@ -656,6 +840,10 @@ def test_a_measure_says_how_it_is_written() -> None:
         ("$response.size", "'$response.size' is no measure; expected one of $request."),
         ("$response.header.", "'$response.header.' is no measure"),
         ("$llm.tokens", "expected one of provider, model, input_tokens"),
+        ("$llm:openai.tokens", "expected one of provider, model, input_tokens"),
+        ("$llm:acme", "provider: expected one of 'openai', 'anthropic'"),
+        ("$llm:acme.total_tokens", "'ollama', 'bedrock', got 'acme'"),
+        ("$llm:", "'$llm:' is no measure"),
         ("$response.bytes ?? none", "expected JSON behind '??'"),
         ("$response.json.[", "expected a JSONPath"),
         ("$", "'$' is no measure"),
@@ -732,6 +920,7 @@ def test_what_a_handler_states_is_no_measure(openmeter: OpenMeterServer) -> None
     ("make", "arguments", "problem"),
     [
         (llm_usage, ("tokens",), "expected one of provider, model"),
+        (partial(llm_usage, provider="acme"), (), "provider: expected one of 'openai'"),
         (multi_status, ("half",), "expected 'succeeded' or 'failed', got 'half'"),
         (computed, (len, "xml"), "expected one of 'json', 'llm'"),
         (response_json, ("$[",), "expected a JSONPath"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing import bill, environ, handled, serve, usage
+from billing import bill, environ, handled, metered_environ, serve, usage
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import (
     MeterValueError,
@@ -22,7 +22,7 @@ from openmeter_wsgi import (
     get_meters,
     set_meters,
 )
-from openmeter_wsgi.meters import RunTimeMeters
+from openmeter_wsgi.request import RunTimeMeters
 from openmeter_wsgi.usage import read_usage
 
 DOCUMENT = {"type": "llm", "data": {"model": "gpt-4", "tokens": 150}}
@@ -106,7 +106,7 @@ def test_a_mapping_whose_type_is_a_number_is_a_meter_named_type(
 
 
 def test_get_meters_returns_what_set_meters_takes() -> None:
-    request = environ(**{"openmeter_wsgi.meters": [None, None]})
+    request = metered_environ()
     add_meters(request, {"a": 1, "b": 0.5})
     add_meters(request, [DOCUMENT, {"type": "x", "data": {}, "subject": "else"}])
     add_meters(request, {"a": 2})
@@ -244,7 +244,7 @@ RECURSIVE["self"] = RECURSIVE
 def test_what_openmeter_would_refuse_or_ignore_is_refused_where_it_is_made(
     meters: Any, named: str
 ) -> None:
-    request = environ(**{"openmeter_wsgi.meters": [None, None]})
+    request = metered_environ()
     set_meters(request, {"kept": 1})
 
     for helper in (set_meters, add_meters):
@@ -256,7 +256,7 @@ def test_what_openmeter_would_refuse_or_ignore_is_refused_where_it_is_made(
 
 
 def test_a_sum_that_is_too_large_is_refused_and_changes_nothing() -> None:
-    request = environ(**{"openmeter_wsgi.meters": [None, None]})
+    request = metered_environ()
     add_meters(request, {"a": 1e308, "b": 1})
 
     with pytest.raises(MeterValueError, match="too large"):
@@ -315,7 +315,7 @@ def test_the_arithmetic_of_the_application_is_not_ours(
 
 @given(st.lists(st.decimals(0, 10**15, places=20), min_size=1, max_size=5))
 def test_a_sum_of_decimals_is_exact(numbers: list[decimal.Decimal]) -> None:
-    request = environ(**{"openmeter_wsgi.meters": [None, None]})
+    request = metered_environ()
     for number in numbers:
         add_meters(request, {"n": number})
 
@@ -390,7 +390,7 @@ def test_a_static_meter_can_name_its_subject(openmeter: OpenMeterServer) -> None
 
 @pytest.mark.parametrize("carrier", ["environ", "env"])
 def test_the_helpers_find_the_environ_on_any_request(carrier: str) -> None:
-    request = environ(**{"openmeter_wsgi.meters": [None, None]})
+    request = metered_environ()
 
     set_meters(SimpleNamespace(**{carrier: request}), {"a": 1})
 

@@ -7,10 +7,9 @@ from functools import partial
 
 import pytest
 
-from openmeter_wsgi.delivery import background, spool_sender
-from openmeter_wsgi.delivery.memory import MemoryQueue
-from openmeter_wsgi.delivery.pace import Pace
-from openmeter_wsgi.delivery.queue import DeliveryQueue
+from openmeter_wsgi.delivery import worker as workers
+from openmeter_wsgi.delivery.queue import MemoryDelivery, MemoryQueue
+from openmeter_wsgi.delivery.worker import Pace
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.stats import Counts
 from spooling import event, new_client, spool_queue
@@ -92,11 +91,10 @@ def resting(request, openmeter, tmp_path, monkeypatch):
         own=partial(next, itertools.count(0, 100)),
         process=partial(next, itertools.count(0, 300)),
     )
-    monkeypatch.setattr(background, "Pace", busy)
-    monkeypatch.setattr(spool_sender, "Pace", busy)
+    monkeypatch.setattr(workers, "Pace", busy)
     if request.param == "memory":
         policy = Policy(api_url=openmeter.url, api_key="secret", flush_interval=0.05)
-        queue = DeliveryQueue(policy, new_client(openmeter.url), Counts())
+        queue = MemoryDelivery(policy, new_client(openmeter.url), Counts())
     else:
         queue = spool_queue(tmp_path / "spool", openmeter.url, flush_interval=0.05)
     queue.start()
@@ -126,13 +124,13 @@ def test_a_close_does_not_rest(resting, openmeter):
     assert len(openmeter.ids) == 5_000
 
 
-def test_a_queue_that_is_half_full_says_so_by_events_and_by_bytes():
+def test_a_queue_that_is_pressed_says_so_by_events_and_by_bytes():
     events = MemoryQueue(max_events=4, max_bytes=100, counts=Counts())
     events.put(b"1")
-    assert not events.is_half_full
+    assert not events.is_pressed
     events.put(b"2")
-    assert events.is_half_full
+    assert events.is_pressed
 
     events = MemoryQueue(max_events=4, max_bytes=100, counts=Counts())
     events.put(b"1" * 50)
-    assert events.is_half_full
+    assert events.is_pressed

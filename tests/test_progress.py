@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from openmeter_wsgi.delivery import progress
-from openmeter_wsgi.delivery.progress import Doubt, Progress, ProgressFile
+from openmeter_wsgi.spool import progress
+from openmeter_wsgi.spool.progress import InFlightBatch, Progress, ProgressFile
 
 SECTOR = 512
 KEY = "1795468382353-918420eaf38c404fa12e3311-00000002.mapped"
@@ -15,7 +15,7 @@ KEY = "1795468382353-918420eaf38c404fa12e3311-00000002.mapped"
 def of(number, segments=1):
     """Return a progress that says which one it is."""
     done = {f"{KEY}-{n}": [(0, number)] for n in range(segments)}
-    return Progress(done, [Doubt(float(number), {KEY: [(number, number + 1)]})])
+    return Progress(done, [InFlightBatch(float(number), {KEY: [(number, number + 1)]})])
 
 
 def read(directory):
@@ -23,7 +23,7 @@ def read(directory):
     loaded = progress.load(directory)
     assert loaded is not None
     numbers = {end for ((_, end),) in loaded.done.values()}
-    assert numbers <= {int(loaded.doubts[0].since) if loaded.doubts else 0}
+    assert numbers <= {int(loaded.in_flight[0].since) if loaded.in_flight else 0}
     return max(numbers, default=0)
 
 

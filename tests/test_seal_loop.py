@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import seal_loop
-from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -3,7 +3,7 @@ import tracemalloc
 
 import pytest
 
-from openmeter_wsgi.delivery.segment import (
+from openmeter_wsgi.spool.files import (
     SegmentName,
     are_events,
     is_event,

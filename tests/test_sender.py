@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from openmeter_server import Answer, problem
 from openmeter_wsgi.api_key import ApiKey
-from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.delivery.batch import ListedBatch
-from openmeter_wsgi.delivery.sender import MAX_DELAY, MAX_SERVER_ERRORS, Sender
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.delivery.sender import (
+    MAX_DELAY,
+    MAX_SERVER_ERRORS,
+    Sender,
+)
 from openmeter_wsgi.errors import Held, Rejected, Unavailable
 from openmeter_wsgi.stats import Counts
 
@@ -143,9 +147,12 @@ def test_an_attempt_that_broke_off_waits_as_well():
     case = Case(ScriptedClient())
     case.load(named("a"))
 
-    assert [case.sender.give_up_attempt() for _ in range(3)] == [1, 2, 4]
+    waits = [case.sender.give_up_attempt(ValueError("no")) for _ in range(3)]
+    assert waits == [1, 2, 4]
+    assert "broke off" in case.sender.outage.problem.text
     case.run()
     assert case.done == named("a")
+    assert case.sender.outage.problem is None
 
 
 @pytest.mark.parametrize(
@@ -582,8 +589,9 @@ def test_what_is_pending_is_delivered_once_the_server_is_well(sizes, script):
 
 
 def test_a_status_of_success_that_is_no_success_is_held(openmeter):
-    """A 201 is not what OpenMeter answers; the events are kept."""
-    openmeter.script.append(Answer(201, takes=False))
+    """A page is not what OpenMeter answers; the events are kept."""
+    page = {"Content-Type": "text/html"}
+    openmeter.script.append(Answer(200, b"<html>", page, takes=False))
     client = OpenMeterClient(
         url=openmeter.url,
         flavor="v1",

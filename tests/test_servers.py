@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 from collections import Counter
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING
 
 import pytest
@@ -168,3 +169,37 @@ def test_a_worker_that_is_aborted_still_sends_what_it_had_settled(
     assert re.search(rb"WORKER TIMEOUT", log.read_bytes())
     assert_each_answer_is_billed_once(load, sink)
     assert "stuck" not in sink.subjects()
+
+
+@pytest.mark.parametrize("command", [SYNC, WAITRESS, WSGIREF])
+def test_a_subject_that_arrives_twice_is_none(
+    command: list[str], tmp_path: Path
+) -> None:
+    with serving(command, "apps:billed", tmp_path / "log") as (server, sink):
+        with connections(server.address) as connection:
+            for names in (["real"], ["real", "victim"], ["real, victim"]):
+                connection.putrequest("GET", "/")
+                for name in names:
+                    connection.putheader("X-Subject", name)
+                connection.endheaders()
+                connection.getresponse().read()
+                connection.close()
+        server.stop(SIGINT if command is WAITRESS else SIGTERM)
+
+    assert sink.subjects() == {"real": 1, "anonymous": 2}
+
+
+@pytest.mark.parametrize(
+    ("command", "lets_through"), [(SYNC, False), (WAITRESS, False), (WSGIREF, True)]
+)
+def test_which_servers_let_underscores_through(
+    command: list[str], lets_through: bool, tmp_path: Path
+) -> None:
+    with serving(command, "apps:billed", tmp_path / "log") as (server, sink):
+        with connections(server.address) as connection:
+            connection.request("GET", "/", headers={"X_Subject": "victim"})
+            connection.getresponse().read()
+        server.stop(SIGINT if command is WAITRESS else SIGTERM)
+
+    # docs/deploying.md says which: in WSGI nobody can tell the two forms apart.
+    assert sink.subjects() == {("victim" if lets_through else "anonymous"): 1}

@@ -30,22 +30,16 @@ if TYPE_CHECKING:
 class Billed(logging.Handler):
     """A middleware in dry run, and the events that it would have sent."""
 
-    #: Whether a response is not the first one of its status: see the fixture.
-    knows_usual_ways = False
+    #: Whether usual responses take the fast path: see the fixture.
+    has_fast_path = True
 
     def __init__(self, app: Any, **options: Any) -> None:
         super().__init__()
         self.events: list[dict[str, Any]] = []
         options = {"meters": {"requests": 1}, "dry_run": True, **options}
         self.middleware = OpenMeterMiddleware(app, **options)
-        if self.knows_usual_ways:
-            self.learn("200 OK", "204 No Content", "304 X", "404 X", "500 X", "500")
-
-    def learn(self, *statuses: str) -> None:
-        """Do as if responses of these statuses had been settled before."""
-        billing = self.middleware.metering().billing
-        for status in statuses:
-            billing.usual.learn(status, is_billed=billing.bills(status))
+        if not self.has_fast_path:
+            self.middleware.process().billing.fast_path = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.msg == "dry run, would send %s":
@@ -71,17 +65,17 @@ class Billed(logging.Handler):
         return Consumer(stop_after=stop_after).serve(self.middleware, environ)
 
 
-@pytest.fixture(params=["first", "later"], autouse=True)
-def _response(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each test hold for the first response of a status and for any later one."""
-    monkeypatch.setattr(Billed, "knows_usual_ways", request.param == "later")
+@pytest.fixture(params=["fast", "general"], autouse=True)
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test hold with the fast path of billing and without it."""
+    monkeypatch.setattr(Billed, "has_fast_path", request.param == "fast")
 
 
 @contextlib.contextmanager
 def recording(app: Any, **options: Any) -> Iterator[Billed]:
     """Record the events of a new middleware around *app*; its counts must agree."""
     billed = Billed(app, **options)
-    logger = logging.getLogger("openmeter_wsgi.metering")
+    logger = logging.getLogger("openmeter_wsgi.process")
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(billed)
@@ -241,7 +235,7 @@ def test_a_settlement_that_is_interrupted_is_repeated_with_the_same_event() -> N
             raise KeyboardInterrupt
 
     handler = Interrupting()
-    logger = logging.getLogger("openmeter_wsgi.metering")
+    logger = logging.getLogger("openmeter_wsgi.process")
     with recording(answering([b"body"])) as billed:
         logger.addHandler(handler)
         response: Any = billed.middleware(make_environ(), Consumer().start_response)

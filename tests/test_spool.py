@@ -11,11 +11,12 @@ import pytest
 from billing import environ, handled, serve
 from openmeter_server import HANG, RESET, TAKEN_BUT_RESET, Answer
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.delivery import directory, progress
-from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS
-from openmeter_wsgi.delivery.directory import file_system, journal_form
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.spool import files as directory
+from openmeter_wsgi.spool import progress
+from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS
+from openmeter_wsgi.spool.files import file_system, journal_form
 from spooling import (
     PATIENCE,
     Process,
@@ -80,7 +81,7 @@ def numbered(prefix, count):
 
 
 def doubts(spool):
-    return progress.load(spool).doubts
+    return progress.load(spool).in_flight
 
 
 def dead_letters(spool):
@@ -258,7 +259,7 @@ def test_fifty_thousand_events_wait_on_the_disk_and_not_in_memory(openmeter, spo
 OUTAGE = """
 import re, sys
 from pathlib import Path
-from openmeter_wsgi.delivery.segment import SEGMENT_BYTES
+from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from spooling import event, spool_queue, until
 
 def anonymous():

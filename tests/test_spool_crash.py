@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from openmeter_wsgi.delivery.dead_letters import DeadLetters
-from openmeter_wsgi.delivery.doubt import RecordingClient
-from openmeter_wsgi.delivery.journal import Journal
-from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN
 from openmeter_wsgi.delivery.sender import Sender
-from openmeter_wsgi.delivery.spool import Spool
-from openmeter_wsgi.ownership import elected
+from openmeter_wsgi.lock import election
+from openmeter_wsgi.spool.dead_letters import DeadLetters
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
+from openmeter_wsgi.spool.journal import Journal
+from openmeter_wsgi.spool.progress import RecordingClient
+from openmeter_wsgi.spool.reader import SpoolReader
 from openmeter_wsgi.stats import Counts
 from spooling import event, segments
 
@@ -68,9 +68,9 @@ class Taking:
 def deliver(directory: Path, taken: Note) -> None:
     """Deliver what the directory holds, as the elected sender does."""
     counts = Counts()
-    with elected(directory):
+    with election(directory):
         letters = DeadLetters(directory, counts)
-        spool = Spool(directory, letters, max_events=BATCH)
+        spool = SpoolReader(directory, letters, max_events=BATCH)
         client = RecordingClient(Taking(taken), spool, resend_window=86_400)
         sender = Sender(client, counts, spool.done, bury=letters.bury)
         spool.refresh(last=True)

@@ -20,14 +20,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from openmeter_wsgi import ownership
-from openmeter_wsgi.delivery.dead_letters import DeadLetters
-from openmeter_wsgi.delivery.doubt import RecordingClient
-from openmeter_wsgi.delivery.journal import Journal, JournalClosed
-from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN
+from openmeter_wsgi import lock
 from openmeter_wsgi.delivery.sender import Sender
-from openmeter_wsgi.delivery.spool import Spool
 from openmeter_wsgi.errors import Rejected, Unavailable
+from openmeter_wsgi.spool.dead_letters import DeadLetters
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
+from openmeter_wsgi.spool.journal import Journal, JournalClosed
+from openmeter_wsgi.spool.progress import RecordingClient
+from openmeter_wsgi.spool.reader import SpoolReader
 from openmeter_wsgi.stats import Counts
 from spooling import event, segments
 
@@ -75,7 +75,7 @@ class Writer:
     def die(self):
         """Leave as one that is killed: nothing is sealed, the lock is gone."""
         owner = self.journal._owner
-        ownership._held.discard((os.getpid(), owner.token))
+        lock._held.discard((os.getpid(), owner.token))
         os.close(owner._fd)
 
 
@@ -124,7 +124,7 @@ class SpoolMachine(RuleBasedStateMachine):
         """A new sender: all that it knows, it reads."""
         self.counts = Counts()
         letters = DeadLetters(self.directory, self.counts)
-        self.spool = Spool(self.directory, letters, max_events=5)
+        self.spool = SpoolReader(self.directory, letters, max_events=5)
         client = RecordingClient(self.server, self.spool, resend_window=86_400)
         self.sender = Sender(
             client, self.counts, self.spool.done, lambda a, b: 0.0, bury=letters.bury
@@ -229,8 +229,8 @@ class SpoolMachine(RuleBasedStateMachine):
             batch = self.sender._pending[0].events
         elif not (batch := self.spool.take(max_events=5, max_bytes=1_000_000)):
             return
-        if self.spool.in_doubt_since(batch) is None:
-            self.spool.doubt(batch, time.time())
+        if self.spool.in_flight_since(batch) is None:
+            self.spool.record(batch, time.time())
         with contextlib.suppress(Rejected):
             self.server.ingest(batch)
         self.crash()

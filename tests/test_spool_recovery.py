@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from openmeter_wsgi.delivery import progress
-from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS, UNREADABLE, DeadLetters
-from openmeter_wsgi.delivery.journal import Journal
-from openmeter_wsgi.delivery.segment import MAPPED, WRITTEN, SegmentName
-from openmeter_wsgi.delivery.spool import Spool
 from openmeter_wsgi.errors import Rejected
+from openmeter_wsgi.spool import progress
+from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS, UNREADABLE, DeadLetters
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN, SegmentName
+from openmeter_wsgi.spool.journal import Journal
+from openmeter_wsgi.spool.reader import SpoolReader
 from openmeter_wsgi.stats import Counts
 from spooling import event, segments
 
@@ -26,13 +26,14 @@ def leave(directory, content, number=1, form=MAPPED, ending=""):
     """Leave a segment as a dead process has left it."""
     name = SegmentName(1_700_000_000_000, DEAD, number, form)
     path = directory / f"{name}{ending}"
+    (directory / f"{DEAD}.lock").touch()
     (directory / progress.NAME).unlink(missing_ok=True)  # that of an earlier round
     path.write_bytes(content)
     return path
 
 
 def opened(directory, counts=None):
-    return Spool(directory, DeadLetters(directory, counts or Counts()))
+    return SpoolReader(directory, DeadLetters(directory, counts or Counts()))
 
 
 def drain(spool):
@@ -181,7 +182,7 @@ def test_a_crash_between_two_batches_sends_nothing_twice(tmp_path):
         batch = spool.take(max_events=7, max_bytes=1_000_000)
         if not batch:
             break
-        spool.doubt(batch, 1.0)
+        spool.record(batch, 1.0)
         delivered += batch
         spool.done(batch)
 
@@ -195,13 +196,13 @@ def test_the_batch_in_doubt_is_sent_again_alone_and_as_it_was(tmp_path):
     spool.refresh(last=True)
     spool.done(spool.take(max_events=3, max_bytes=1_000_000))
     batch = spool.take(max_events=5, max_bytes=1_000_000)
-    spool.doubt(batch, 123.0)
+    spool.record(batch, 123.0)
 
     after = opened(tmp_path)
     after.refresh(last=True)
     again = after.take(max_events=1_000, max_bytes=1_000_000)
     assert list(again) == list(batch) == EVENTS[3:8]
-    assert after.in_doubt_since(again) == 123.0
+    assert after.in_flight_since(again) == 123.0
     after.done(again)
     assert drain(after) == EVENTS[8:]
     assert segments(tmp_path) == []
@@ -214,7 +215,7 @@ def test_a_deleted_segment_that_a_loss_of_power_brings_back_is_not_sent_again(tm
     for _ in left:
         spool.refresh(last=True)
         batch = spool.take(max_events=len(EVENTS), max_bytes=1_000_000)
-        spool.doubt(batch, 1.0)
+        spool.record(batch, 1.0)
         spool.done(batch)
     gone = [path for path in left if not path.exists()]
     gone[-3].write_bytes(TEXT)
@@ -277,6 +278,7 @@ def test_segments_go_oldest_first_and_in_the_order_of_their_owner(tmp_path):
     def of(owner, made, number, id_):
         name = SegmentName(made, owner * 24, number, MAPPED)
         (tmp_path / str(name)).write_bytes(event(id_) + b"\n")
+        (tmp_path / f"{name.owner}.lock").touch()
 
     start = 1_700_000_000_000
     of("a", start + 5, 1, "a1")

@@ -7,11 +7,12 @@ import pytest
 from billing import bill, environ, handled, serve
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import OpenMeterMiddleware, Policy, set_subject, set_user
-from openmeter_wsgi.subject import subject_finder
+from openmeter_wsgi.subject import SubjectFinder
 
 
 def find(request: dict[str, Any], **options: Any) -> str | None:
-    return subject_finder(Policy(api_url="http://127.0.0.1:1", **options))(request)
+    policy = Policy(api_url="http://127.0.0.1:1", **options)
+    return SubjectFinder(policy).find(request)
 
 
 def as_wsgi(text: str) -> str:
@@ -88,6 +89,21 @@ def test_a_subject_with_nul_is_not_billed(
     assert openmeter.taken == []
     assert middleware.stats().not_metered == {"no_subject": 1}
     assert "subject: expected text without NUL, got " in caplog.text
+
+
+@pytest.mark.parametrize("said", ["real,victim", "real, victim", ",", "a,", "é,b"])
+def test_a_header_that_was_sent_twice_is_no_subject(
+    said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = environ(HTTP_X_NAME=as_wsgi(said))
+
+    assert find(request, subject="header:X-Name") is None
+    assert "'X-Name'" in caplog.text
+    assert "subject_commas" in caplog.text
+    allowed = find(request, subject="header:X-Name", subject_commas=True)
+    assert allowed == said
+    # What a server or the application itself says was not joined of two.
+    assert find(environ(REMOTE_USER="a,b")) == "a,b"
 
 
 def test_nothing_but_what_the_policy_names_is_read_from_the_client() -> None:

@@ -165,12 +165,12 @@ def test_a_sequence_keeps_its_length(openmeter):
 
 def test_a_middleware_made_before_is_taken_over_and_given_back():
     app = application(api_key="k")
-    queue = app.wsgi_app.metering().queue
+    queue = app.wsgi_app.process().transport
 
     with OpenMeter() as openmeter:
         app.test_client().get("/")
         openmeter.assert_metered("requests", times=1)
-    assert app.wsgi_app.metering().queue is queue
+    assert app.wsgi_app.process().transport is queue
     assert app.wsgi_app.stats().settled == 0
 
 

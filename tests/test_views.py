@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from typing import TYPE_CHECKING, Any
 
 import flask
@@ -20,7 +22,9 @@ from openmeter_wsgi import (
     ConfigError,
     OpenMeterMiddleware,
     add_meters,
+    bytes_received,
     bytes_sent,
+    computed,
     duration,
     llm_usage,
     meter,
@@ -28,6 +32,10 @@ from openmeter_wsgi import (
     route,
     set_route,
 )
+from openmeter_wsgi.flask import OpenMeter as FlaskExtension
+from openmeter_wsgi.option_content import MAX_KNOWN
+from openmeter_wsgi.request import billing_of
+from openmeter_wsgi.testing import OpenMeter
 from servers import Consumer, make_environ
 
 if TYPE_CHECKING:
@@ -356,27 +364,138 @@ def test_a_generator_that_starts_late_is_measured(openmeter: OpenMeterServer) ->
     assert billed(openmeter, generated, "/")[0] == [("bytes", {"total": 5})]
 
 
-def test_bytes_that_nobody_looked_at_are_unknown_and_not_zero(
+def test_a_view_that_is_called_in_the_middle_of_a_stream_is_measured(
     openmeter: OpenMeterServer,
 ) -> None:
     def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         yield b""
         yield from generated(environ, start_response)
 
-    events, stats = billed(openmeter, app, "/")
+    events, _ = billed(openmeter, app, "/")
 
-    assert events == []
-    assert stats.not_metered == {"no_value_none": 1}
+    assert events == [("bytes", {"total": 5})]
 
 
 def test_options_that_are_gone_are_not_taken_for_others() -> None:
     # A view may be made anew for each request, and its options where old ones were.
-    billing = OpenMeterMiddleware(generated, dry_run=True).metering().billing
+    billing = OpenMeterMiddleware(generated, dry_run=True).process().billing
 
     for source in map(str, range(50)):
         options = {"event_source": source}
         assert billing.variant("view", options).policy.event_source == source
         del options
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_view_counts_a_body_that_states_no_length(
+    openmeter: OpenMeterServer, read_before: bool
+) -> None:
+    app = flask.Flask(__name__)
+
+    @app.post("/upload")
+    @meter(meters={"bytes": bytes_received()})
+    def upload() -> str:
+        return str(len(flask.request.get_data()))
+
+    @app.before_request
+    def look() -> None:
+        if read_before:
+            flask.request.get_data()
+
+    middleware = OpenMeterMiddleware(
+        app.wsgi_app, api_url=openmeter.url, flush_interval=60
+    )
+    body = {"wsgi.input": io.BytesIO(b"hello"), "wsgi.input_terminated": True}
+
+    answer = serve(middleware, make_environ("POST", PATH_INFO="/upload", **body))
+
+    middleware.close(40)
+    assert answer == b"5"
+    # What was read before the view was called, nobody has counted.
+    expected = [] if read_before else [("bytes", {"total": 5})]
+    assert usage(openmeter.taken) == expected
+    assert middleware.stats().not_metered == (
+        {"no_value_none": 1} if read_before else {}
+    )
+
+
+def anew(**made: Any) -> list[dict[str, Any]]:
+    """Return the same options twice, made of objects of their own each time."""
+
+    def subject(environ: Environ) -> str:
+        return str(made)
+
+    return [
+        {
+            "meters": {"bytes": bytes_sent(), "pages": computed(lambda _: made["n"])},
+            "meter": [{"type": "t", "data": {"route": route(), "deep": [1, {"a": 2}]}}],
+            "meter_on_status_codes": [200, 201],
+            "subject": subject if made["n"] else lambda environ: "acme",
+        }
+        for _ in range(2)
+    ]
+
+
+def governing(
+    middleware: OpenMeterMiddleware, options: dict[str, Any], view: Any
+) -> object:
+    """Return what bills a request whose view is decorated while it is served."""
+    governs: list[object] = []
+
+    def served(environ: Environ) -> None:
+        governs.append(billing_of(environ))
+
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        served.__qualname__ = view
+        meter(**options)(served)(environ)
+        start_response("200 OK", [])
+        return []
+
+    middleware.app = app
+    serve(middleware, make_environ())
+    return governs[0]
+
+
+def test_a_decorator_that_is_applied_anew_for_each_request_makes_one_policy() -> None:
+    middleware = OpenMeterMiddleware(generated, dry_run=True)
+    for n in (0, 1):
+        first, second = anew(n=n)
+        others = [
+            {**first, "meters": {"pages": computed(lambda _: 7)}},
+            {**first, "meters": {"pages": 1}},
+            {**first, "meters": {"pages": 1.0}},
+            {**first, "subject": None},
+            {**first, "meter": {"type": "t", "data": {"route": route().default("/")}}},
+        ]
+
+        one = governing(middleware, first, "view")
+
+        assert governing(middleware, second, "view") is one
+        made = [governing(middleware, options, "view") for options in others]
+        made.append(governing(middleware, first, "other_view"))
+        assert len({id(each) for each in [one, *made]}) == len(made) + 1
+
+
+def test_what_a_function_has_of_its_own_makes_other_options() -> None:
+    middleware = OpenMeterMiddleware(generated, dry_run=True)
+
+    governs = [governing(middleware, anew(n=n)[0], "view") for n in (1, 2, 1)]
+
+    assert governs[0] is governs[2] is not governs[1]
+
+
+def test_options_that_differ_with_each_request_are_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    middleware = OpenMeterMiddleware(generated, dry_run=True)
+
+    for _ in range(MAX_KNOWN + 1):
+        options = {"meter_when": object().__eq__}
+        governing(middleware, options, "telling_view")
+
+    (said,) = [r for r in caplog.records if "telling_view" in r.getMessage()]
+    assert said.levelname == "WARNING"
+    assert "with other options each time" in said.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -444,3 +563,61 @@ def test_a_key_that_is_being_exchanged_hurts_no_first_call_of_a_view(
 
     kinds = [kind for kind, _ in usage(openmeter.taken)]
     assert kinds == ["requests", "views"]
+
+
+# -- Decorators in the wrong place
+
+
+def misplaced() -> flask.Flask:
+    app = flask.Flask(__name__)
+    blueprint = flask.Blueprint("more", __name__)
+
+    @no_meter
+    @app.get("/above")
+    def above() -> str:
+        return "above"
+
+    @no_meter
+    @with_user
+    @blueprint.get("/above-another")
+    def above_another() -> str:
+        return "above"
+
+    @app.get("/below")
+    @no_meter
+    def below() -> str:
+        return "below"
+
+    # One function under two addresses, of which one is free.
+    app.add_url_rule("/paid", "paid", plain_view)
+    app.add_url_rule("/unpaid", "unpaid", no_meter(plain_view))
+    app.register_blueprint(blueprint)
+    return app
+
+
+def plain_view() -> str:
+    return "plain"
+
+
+def without_middleware(app: flask.Flask) -> Any:
+    return OpenMeterMiddleware(app.wsgi_app, dry_run=True, meters={"r": 1})
+
+
+def extended(app: flask.Flask) -> Any:
+    FlaskExtension(app, dry_run=True, meters={"r": 1})
+    return app.wsgi_app
+
+
+@pytest.mark.parametrize("metered", [without_middleware, extended])
+@pytest.mark.parametrize("in_test", [False, True])
+def test_a_decorator_above_the_one_that_registers_a_view_is_told_once(
+    caplog: pytest.LogCaptureFixture, metered: Any, in_test: bool
+) -> None:
+    middleware = metered(misplaced())
+    with OpenMeter() if in_test else contextlib.nullcontext():
+        for path_info in ("/above", "/below", "/paid", "/above"):
+            serve(middleware, make_environ(PATH_INFO=path_info))
+
+    said = [r.getMessage() for r in caplog.records if "stands above" in r.getMessage()]
+    assert len(said) == 2
+    assert all("for /above" in each for each in said)

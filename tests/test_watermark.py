@@ -6,11 +6,11 @@ import time
 import pytest
 
 from openmeter_server import Answer
-from openmeter_wsgi.delivery import watching, watermark
-from openmeter_wsgi.delivery.memory import MemoryQueue
-from openmeter_wsgi.delivery.queue import DeliveryQueue
-from openmeter_wsgi.delivery.watermark import Marks, Watermark
+from openmeter_wsgi.delivery.queue import MemoryDelivery, MemoryQueue
+from openmeter_wsgi.delivery.ranges import Marks
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.spool import watermark
+from openmeter_wsgi.spool.watermark import Watermark
 from openmeter_wsgi.stats import Counts
 from spooling import event, new_client, spool_queue, threads, until
 
@@ -20,7 +20,7 @@ def queue(request, openmeter, tmp_path):
     if request.param == "memory":
         options = {"api_url": openmeter.url, "api_key": "secret"}
         policy = Policy(flush_interval=0.05, **options)
-        queue = DeliveryQueue(policy, new_client(openmeter.url), Counts())
+        queue = MemoryDelivery(policy, new_client(openmeter.url), Counts())
     else:
         queue = spool_queue(tmp_path / "spool", openmeter.url, flush_interval=0.05)
     queue.start()
@@ -108,13 +108,13 @@ def test_the_watermark_of_a_spool_moves_when_what_a_mark_saw_is_delivered(
     worker = spool_queue(tmp_path, openmeter.url, delivery="ship")
     worker.put(event("1"))
     mark = Watermark(tmp_path)
-    ends = watching.ends(tmp_path)
+    ends = watermark.ends(tmp_path)
     mark.publish(1_000.0, ends)
     assert watermark.read(tmp_path) == 0.0
 
     sender = spool_queue(tmp_path, openmeter.url, flush_interval=0.05)
     sender.start()
-    until(lambda: watching.all_done(tmp_path, ends))
+    until(lambda: watermark.all_done(tmp_path, ends))
     sender.close()
     until(lambda: not threads("openmeter_wsgi.journal"))
     (tmp_path / watermark.NAME).unlink(missing_ok=True)

@@ -18,14 +18,14 @@ from openmeter_wsgi.exchange import Exchange as Exchange
 from openmeter_wsgi.health import Health as Health
 from openmeter_wsgi.health import HealthEndpoint as HealthEndpoint
 from openmeter_wsgi.health import Problem as Problem
-from openmeter_wsgi.meters import add_meters as add_meters
-from openmeter_wsgi.meters import get_meters as get_meters
-from openmeter_wsgi.meters import set_idempotency_key as set_idempotency_key
-from openmeter_wsgi.meters import set_meters as set_meters
 from openmeter_wsgi.middleware import OpenMeterMiddleware as OpenMeterMiddleware
-from openmeter_wsgi.subject import set_route as set_route
-from openmeter_wsgi.subject import set_subject as set_subject
-from openmeter_wsgi.subject import set_user as set_user
+from openmeter_wsgi.request import add_meters as add_meters
+from openmeter_wsgi.request import get_meters as get_meters
+from openmeter_wsgi.request import set_idempotency_key as set_idempotency_key
+from openmeter_wsgi.request import set_meters as set_meters
+from openmeter_wsgi.request import set_route as set_route
+from openmeter_wsgi.request import set_subject as set_subject
+from openmeter_wsgi.request import set_user as set_user
 from openmeter_wsgi.version import VERSION as __version__  # noqa: F401, N811
 
 if TYPE_CHECKING:

@@ -1,71 +1,71 @@
-"""From the end of a response to its events: what one policy bills, and what not."""
+"""From the end of a response to its events: what one policy bills, and what not.
+
+`Billing.events` bills any response, `FastPath.events` those that ended as most do.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
-from openmeter_wsgi.environ import RESERVED, is_options
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import are_small, encode_events, size_problem
-from openmeter_wsgi.identity import Identity
+from openmeter_wsgi.events import (
+    are_small,
+    encode_events,
+    quoted,
+    size_problem,
+    static_templates,
+)
+from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measured_meters import evaluate
 from openmeter_wsgi.measures import Measure, computed
-from openmeter_wsgi.outcome import COMPLETED, FAILED
-from openmeter_wsgi.subject import anonymous_subject, subject_finder
-from openmeter_wsgi.unbilled import Unbilled
+from openmeter_wsgi.request import COMPLETED, FAILED, OPTIONS, is_options, method_of
+from openmeter_wsgi.subject import SubjectFinder
+from openmeter_wsgi.timestamps import clock, timestamp
 from openmeter_wsgi.usage import Usage
-from openmeter_wsgi.usual_way import UsualWays, usual_make
+from openmeter_wsgi.wire import SHORT_SUBJECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.events import RequestIds
     from openmeter_wsgi.exchange import Exchange
-    from openmeter_wsgi.forks import Mark
-    from openmeter_wsgi.meters import RunTimeMeters
     from openmeter_wsgi.policy import Policy
-    from openmeter_wsgi.stats import Counts
+    from openmeter_wsgi.process import Process
+    from openmeter_wsgi.request import RequestRecord, RunTimeMeters
     from openmeter_wsgi.usage import Meter
+
 logger = log.get_logger(__name__)
 
 Environ: TypeAlias = dict[str, Any]
 #: Routes of which a warning was given are remembered up to this number.
 _MAX_WARNED = 1_000
+#: Status lines that are remembered: an application may invent reasons.
 _MAX_STATUS_LINES = 1_000
+_MAX_ID_LENGTH = 128
+#: What is logged where a body says several things, by the remark that is counted.
+_REMARKS = {
+    "ambiguous_usage": (
+        "%s: the body holds several reports of a model's usage; the largest is billed, "
+        "and no figure below another report's; counted as %s. llm_usage(provider=...) "
+        "reads one shape alone"
+    ),
+    "several_calls": (
+        "%s: the body holds several calls of a model; the last one is billed; counted "
+        "as %s"
+    ),
+}
 _LOST = "%s: usage of a request is lost by our own fault"
-
-
-class Delivery(Protocol):
-    """What takes events, and what is begun with the first request."""
-
-    started: bool
-
-    def start(self) -> object:
-        """Do what is done with the first request."""
-
-
-class Process(Protocol):
-    """What a billing shares with the others of its process."""
-
-    is_own: Mark
-    counts: Counts
-    ids: RequestIds
-    entitlements: Entitlements
-    #: Hand one event to delivery.
-    put: Callable[[bytes], object]
-
-    @property
-    def queue(self) -> Delivery:
-        """Return what delivers."""
-
-    def billing_of_view(self, policy: Policy, name: str) -> Billing:
-        """Make what bills a view that says more of itself than its route does."""
+_AUDIT_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
 class Billing:
@@ -78,29 +78,24 @@ class Billing:
         self.policy = policy
         #: The rule of its route, or what else it is called in counts and log lines.
         self.name = name
-        #: Requests that became no event.
-        self.unbilled = Unbilled(name, policy.audit)
         self.process = process
+        #: Requests that became no event.
+        self.not_metered = NotMetered(name, policy.audit)
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        #: Whether responses of a status line are billed, for those that were seen.
-        self._is_billed: dict[str, bool] = {}
         #: Whether requests may begin only after a decision, but for OPTIONS.
         self.asks = bool(policy.required_entitlements)
         #: Whether the response tells what that decision said of the quota.
         self.tells_quota = self.asks and policy.usage_headers
         #: What governs views that say more of themselves than their route does.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
-        #: From an environ to who is metered under this policy.
-        self.find_subject = subject_finder(policy)
+        self.subjects = SubjectFinder(policy)
         self.gate = Gate(
             policy,
             process.entitlements,
-            find_subject=self.find_subject,
+            subjects=self.subjects,
             counts=self._counts,
         )
-        #: Whether a request that has to ask may begin at once.
-        self.passes = self.gate.passes
         self._identity = Identity(policy, process.ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
@@ -109,25 +104,23 @@ class Billing:
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
-        self._is_usual = (
+        #: Whether it bills what no rule matches, beside policies of routes.
+        self._is_default = policy.routes is not None
+        #: What bills most responses; None if nothing is known beforehand.
+        self.fast_path = FastPath(self) if self._is_known_beforehand else None
+        self._warned: set[str | None] = set()
+
+    @property
+    def _is_known_beforehand(self) -> bool:
+        """Whether status and subject alone say what a usual response is billed."""
+        return (
             self.bodies is None
+            and not self._is_default
             and not self._counts_down
             and self._identity.is_ours
-            and all(meter.plain for meter in policy.static_meters)
-            and are_small(policy.static_meters, policy.event_source)
+            and all(meter.plain for meter in self.policy.static_meters)
+            and are_small(self.policy.static_meters, self.policy.event_source)
         )
-        make = usual_make(
-            policy.static_meters,
-            policy.event_source,
-            ids=process.ids,
-            is_own=process.is_own,
-            find_subject=self.find_subject,
-            anonymous=anonymous_subject(policy),
-        )
-        self.usual = UsualWays(policy, make, process.put)
-        #: How most responses end, by their status line.
-        self.ways = self.usual.by_status
-        self._warned: set[str | None] = set()
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
         """Return what bills under the same policy with other *options*.
@@ -156,10 +149,6 @@ class Billing:
         self._counts.dropped["late"] += 1
         logger.error("%s: called after the response had ended; not billed", helper)
 
-    def not_metered(self) -> Counter[str]:
-        """Return how many requests became no event, by reason."""
-        return self.usual.unbilled + Counter(dict(self.unbilled.counts))
-
     def bills(self, status: str) -> bool:
         """Say whether responses of this status line are billed."""
         return status[:3] in self._codes
@@ -170,39 +159,59 @@ class Billing:
 
     def refuse(self, environ: Environ) -> None:
         """Count a request that was denied: it has ended, and is never billed."""
-        self.unbilled.note("denied", environ, None)
+        self.not_metered.note("denied", environ, None)
 
     def events(
         self,
         environ: Environ,
-        stated: RunTimeMeters | None,
-        status: str | None,
+        request: RequestRecord,
         outcome: str,
         exchange: Exchange | None = None,
     ) -> Sequence[bytes]:
         """Encode the events of a request that has ended; none if it is not billed.
 
-        *status* is the status line that the client got, None if there was none.
         Never raises an Exception: an error of ours costs the seller this event and
         is logged and counted, but the customer's response stands.
         """
+        stated, status = request.usage, request.status
         try:
             if stated is not None and stated.denied:
-                return self.unbilled.note("denied", environ, status)
+                return self.not_metered.note("denied", environ, status)
+            if self._is_default and (other := self._of_route(environ)) is not None:
+                return other.events(environ, request, outcome, exchange)
             if reason := self._status_reason(environ, stated, status):
-                return self.unbilled.note(reason, environ, status)
-            made = self._stated_events(environ, stated, outcome, exchange)
+                return self.not_metered.note(reason, environ, status)
+            made = self._stated_events(environ, request, outcome, exchange)
             if isinstance(made, str):
-                return self.unbilled.note(made, environ, status)
+                return self.not_metered.note(made, environ, status)
         except Exception:
             logger.exception(_LOST, "events")
-            return self.unbilled.note("error", environ, status)
+            return self.not_metered.note("error", environ, status)
         else:
             self._counts.metered += 1
             return made
         finally:
-            if self._counts_down and RESERVED in environ:
-                self.gate.settle(environ, (), None)  # nothing is billed
+            if request.reserved:
+                self.gate.settle(request, (), None)  # nothing is billed
+
+    def _of_route(self, environ: Environ) -> Billing | None:
+        """Return what bills the route by which the framework has served a request.
+
+        None where that is not known, or not stricter. No rule has matched the path: the
+        framework reads it in another way, such as ``-5`` as an integer.
+        """
+        routes, template = self.process.routes, route_of(environ)
+        if routes is None or template is None:
+            return None
+        other = routes.by_template(template, environ, self)
+        if other is not None:
+            logger.warning(
+                "route %s: a path that no rule matches was served by it; billed by the "
+                "rule, and not asked for entitlements: write the rule in a form that "
+                "matches all that the framework serves, or decorate the view",
+                template,
+            )
+        return other
 
     def _status_reason(
         self, environ: Environ, stated: RunTimeMeters | None, status: str | None
@@ -210,38 +219,27 @@ class Billing:
         """Say why no response of that status to that request is billed."""
         if not status:
             return "no_status"
-        if status not in self._is_billed:
-            self._learn(status)
-        is_billed = self._is_billed[status]
-        # What is begun with the first request may have to be tried again.
-        if status not in self.ways and self._is_usual and self.process.queue.started:
-            self.usual.learn(status, is_billed=is_billed)
-        if not is_billed:
+        if not self.bills(status):
             return "status"
         if is_options(environ) and not self._meter_options:
             return "options" if stated or self._has_meters else "no_meters"
         return None
 
-    def _learn(self, status: str) -> None:
-        """Note whether a status line is billed: cutting it costs more than looking."""
-        if len(self._is_billed) >= _MAX_STATUS_LINES:
-            self._is_billed = {}  # an application that invents reasons
-        self._is_billed[status] = self.bills(status)
-
     def _stated_events(
         self,
         environ: Environ,
-        stated: RunTimeMeters | None,
+        request: RequestRecord,
         outcome: str,
         exchange: Exchange | None,
     ) -> Sequence[bytes] | str:
         """Return the events, or the reason why there are none."""
-        if reason := self._unbilled(stated, outcome, exchange):
+        stated = request.usage
+        if reason := self._reason_for_nothing(stated, outcome, exchange):
             return reason
         meters = self._meters(stated, outcome, exchange)
         if isinstance(meters, str):
             return meters
-        subject = self.find_subject(environ)
+        subject = self.subjects.find(environ)
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
@@ -249,7 +247,7 @@ class Billing:
             without = len(all_meters) - len(meters)
             self._counts.dropped["no_subject"] += without
         if self._counts_down:
-            self.gate.settle(environ, meters, subject)
+            self.gate.settle(request, meters, subject)
         events = encode_events(
             meters,
             request_id=self._identity.of(environ, stated, subject, outcome),
@@ -271,13 +269,13 @@ class Billing:
             self._counts.dropped["message_too_large"] += len(problems)
         return kept
 
-    def _unbilled(
+    def _reason_for_nothing(
         self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
     ) -> str | None:
         """Return why nothing at all is billed, None if something may be."""
         if self._part_billed(outcome) == "none":
             return outcome
-        if stated is not None and stated.governed_by is None:
+        if stated is not None and stated.is_unmetered:
             return "no_meter"
         if self._when is None or exchange is None:
             return None
@@ -311,6 +309,9 @@ class Billing:
             missing = found.missing
             for each in found.missing:
                 self._warn_of_missing(exchange, *each)
+            for remark in sorted(exchange.remarks):
+                self._counts.remarks[remark] += 1
+                logger.warning(_REMARKS[remark], self._where(exchange), remark)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
         if meters := policy.as_meters(usage):
@@ -321,10 +322,13 @@ class Billing:
             return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
+    def _where(self, exchange: Exchange) -> str:
+        return f"{exchange.method} {exchange.route or self.name}"
+
     def _warn_of_missing(
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
-        where = f"{exchange.method} {exchange.route or self.name}"
+        where = self._where(exchange)
         if where in self._warned or len(self._warned) >= _MAX_WARNED:
             return
         self._warned.add(where)
@@ -348,3 +352,220 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
     if not measures:
         return None
     return frozenset().union(*(measure.bodies for measure in measures))
+
+
+class FastPath:
+    """Bills a response that ended as most do, from what is prepared beforehand.
+
+    Such a response came to its end, and its handler stated nothing; the policy
+    measures and counts down nothing. `Billing.events` makes the same events of it, at
+    twice the price. Any thread.
+    """
+
+    def __init__(self, billing: Billing) -> None:
+        self._billing = billing
+        self._not_metered = billing.not_metered
+        self._counts = billing.process.counts
+        self._ids = billing.process.ids
+        self._subjects = billing.subjects
+        meters = billing.policy.static_meters
+        self._templates = static_templates(meters, billing.policy.event_source)
+        self._is_audited = billing.policy.audit is not None
+        #: The only one, of most policies.
+        self._template = self._templates[0] if len(self._templates) == 1 else None
+        #: Whom a request is billed to that does not say who is calling, empty where
+        #: the policy finds the subject elsewhere in the request.
+        self._anonymous = billing.subjects.anonymous or ""
+        #: Why responses of a status line are not billed, None if they are.
+        self._reasons: dict[str | None, str | None] = {}
+
+    def events(  # noqa: C901 - in one piece: a call would cost each request
+        self, environ: Environ, request: RequestRecord
+    ) -> Sequence[bytes] | None:
+        """Return the events of a response, none if it is not billed.
+
+        None if `Billing.events` has to say, as something is unusual after all.
+        """
+        try:
+            if request.usage is not None or environ["REQUEST_METHOD"] in OPTIONS:
+                return None
+            status = request.status
+            if status not in self._reasons:
+                self._learn(status)
+            reason = self._reasons[status]
+            subject = self._anonymous
+            if reason is None and (
+                not subject or request.caller or "REMOTE_USER" in environ
+            ):
+                subject = self._subjects.find(environ) or ""
+                if len(subject) > SHORT_SUBJECT:
+                    return None
+        except Exception:  # noqa: BLE001 - `Billing.events` says what it is
+            return None
+        if reason is not None:
+            self._not_metered.counts[reason] += 1
+            if self._is_audited or logger.isEnabledFor(logging.DEBUG):
+                self._not_metered.explain(reason, environ, status)
+            return ()
+        if not subject:
+            return None
+        request_id = self._ids.new()
+        if self._template is not None:
+            head, middle = self._template
+            time = clock.text if clock.monotonic() < clock.until else clock.renew()
+            text = f'{head}{request_id}{middle}{time}","subject":{quoted(subject)}}}'
+            events: Sequence[bytes] = (text.encode(),)
+        else:
+            tail = f'{timestamp()}","subject":{quoted(subject)}}}'
+            events = [
+                f"{head}{request_id}{middle}{tail}".encode()
+                for head, middle in self._templates
+            ]
+        self._counts.metered += 1
+        return events
+
+    def _learn(self, status: str | None) -> None:
+        """Remember why a status line is not billed: cutting it costs more than that."""
+        if len(self._reasons) >= _MAX_STATUS_LINES:
+            self._reasons = {}
+        if not status:
+            reason: str | None = "no_status"
+        elif not self._billing.bills(status):
+            reason = "status"
+        else:
+            reason = None if self._templates else "no_meters"
+        self._reasons[status] = reason
+
+
+class NotMetered:
+    """The requests of one policy that became no event. One process, any thread."""
+
+    def __init__(
+        self, policy_name: str, audit: str | Callable[[dict[str, Any]], object] | None
+    ) -> None:
+        #: How many, by reason.
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self._policy_name = policy_name
+        self._audit = Audit(audit) if audit is not None else None
+
+    def note(
+        self, reason: str, environ: Mapping[str, Any], status: str | None
+    ) -> Sequence[bytes]:
+        """Count a request, and return its events: none."""
+        self.counts[reason] += 1
+        if self._audit is not None or logger.isEnabledFor(logging.DEBUG):
+            self.explain(reason, environ, status)
+        if reason == "no_subject":
+            logger.warning(
+                "%s: a request without subject is not billed (see subject, "
+                "subject_path, set_subject and on_missing_subject)",
+                reason,
+            )
+        return ()
+
+    def explain(
+        self, reason: str, environ: Mapping[str, Any], status: str | None
+    ) -> None:
+        """Tell of one request to the log, and to what the policy names for it."""
+        record = audit_record(
+            environ, policy=self._policy_name, reason=reason, status=status
+        )
+        logger.debug(
+            "not billed: %(method)s %(path)s (%(status)s): %(reason)s [%(policy)s]",
+            record,
+        )
+        if self._audit is not None:
+            self._audit.tell(record)
+
+
+def audit_record(
+    environ: Mapping[str, Any], *, policy: str, reason: str, status: str | None
+) -> dict[str, Any]:
+    """Return what is told of one request. Of what a client sent only the address."""
+    return {
+        "time": timestamp(),
+        "policy": policy,
+        "reason": reason,
+        "method": method_of(environ),
+        "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
+        "status": status,
+    }
+
+
+class Audit:
+    """Takes records: hands them to a callable, or appends them to a file.
+
+    Any thread, any process: a line is one call of the system. What goes wrong is
+    logged, and the request goes on.
+    """
+
+    def __init__(self, target: str | Callable[[dict[str, Any]], object]) -> None:
+        self._target = target
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Take one record. Never raises an Exception."""
+        try:
+            if callable(self._target):
+                self._target(record)
+            else:
+                _append(self._target, msgspec.json.encode(record) + b"\n")
+        except Exception as error:  # noqa: BLE001 - the user's code or disk, on our path
+            logger.error("audit: %r took no record: %r", self._target, error)
+
+
+def _append(path: str, line: bytes) -> None:
+    # Opened each time: it may be rotated, and no descriptor crosses a fork.
+    fd = os.open(path, _AUDIT_FLAGS, 0o600)
+    try:
+        os.write(fd, line)
+    finally:
+        os.close(fd)
+
+
+class Identity:
+    """Makes the ids of requests under one policy. One process, any thread."""
+
+    def __init__(self, policy: Policy, ids: RequestIds) -> None:
+        self._ids = ids
+        header = policy.trusted_request_id_header
+        self._key = header and "HTTP_" + header.upper().replace("-", "_")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether no request brings its own."""
+        return not self._key
+
+    def of(
+        self,
+        environ: Mapping[str, Any],
+        stated: RunTimeMeters | None,
+        subject: str | None,
+        outcome: str,
+    ) -> str:
+        """Return the id of one request that has ended."""
+        if stated is not None and stated.idempotency_key and outcome is COMPLETED:
+            return _derived_id(environ, subject, stated.idempotency_key)
+        if self._key:
+            given = str(environ.get(self._key, ""))
+            if (
+                given.isascii()
+                and given.isprintable()
+                and 0 < len(given) <= _MAX_ID_LENGTH
+            ):
+                return given
+        return self._ids.new()
+
+
+def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> str:
+    """Return the id that every completed attempt of one operation has."""
+    parts = (
+        subject or "",
+        method_of(environ),
+        f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
+        key,
+    )
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode(errors="surrogatepass")
+        digest.update(b"%d:" % len(encoded) + encoded)
+    return f"once-{digest.hexdigest()[:40]}"

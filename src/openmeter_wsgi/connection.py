@@ -5,13 +5,19 @@ from __future__ import annotations
 # getaddrinfo() imports this codec on its first call; an import in a thread at the
 # moment of a fork leaves the child with a lock that nobody will release.
 import encodings.idna  # noqa: F401
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 import requests
 import urllib3
+from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
+from requests.structures import CaseInsensitiveDict
+from urllib3.util.connection import create_connection
 
+from openmeter_wsgi.deadline import Deadline
 from openmeter_wsgi.errors import DeliveryError, Held, Unavailable
 from openmeter_wsgi.reply import Reply
 from openmeter_wsgi.version import VERSION
@@ -23,6 +29,14 @@ if TYPE_CHECKING:
 
 #: Of an answer no more is read than what a log line can use.
 MAX_ANSWER_BYTES = 65_536
+#: The body of an answer whose status says all is waited for so many seconds.
+_BODY_GRACE = 0.2
+
+
+_UNCONNECTED = (
+    urllib3.exceptions.NewConnectionError,
+    urllib3.exceptions.ConnectTimeoutError,
+)
 
 
 class _Bearer(AuthBase):
@@ -46,11 +60,18 @@ class Connection:
     """
 
     def __init__(
-        self, *, key: ApiKey, timeout: float, max_answer_bytes: int = MAX_ANSWER_BYTES
+        self,
+        *,
+        key: ApiKey,
+        timeout: float,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        needs_body: bool = True,
     ) -> None:
         self._key = key
         self._timeout = timeout
         self._max_answer_bytes = max_answer_bytes
+        self._needs_body = needs_body
+        self._deadline = Deadline()
         self._session: requests.Session | None = None
         #: What was last asked for, and the request that it made.
         self._asked: tuple[object, ...] = ()
@@ -72,13 +93,22 @@ class Connection:
         reply = self._attempt(method, url, data, headers)
         if reply.status == 401 and self._renew_key():
             reply = self._attempt(method, url, data, headers)
-        return reply._replace(body=self._without_key(reply.body))
+        return reply._replace(
+            body=self._without_key(reply.body),
+            headers=CaseInsensitiveDict(
+                {name: self._text_without_key(v) for name, v in reply.headers.items()}
+            ),
+        )
 
     def close(self) -> None:
         """Close the connections. The next request opens new ones."""
         session, self._session = self._session, None
         if session is not None:
             session.close()
+        self._deadline.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _attempt(
         self,
@@ -87,7 +117,9 @@ class Connection:
         data: bytes | None,
         headers: Mapping[str, str] | None,
     ) -> Reply:
-        session = self._session = self._session or _new_session(url)
+        deadline = self._deadline
+        session = self._session = self._session or _new_session(url, deadline)
+        deadline.begin(self._timeout)
         try:
             request = self._prepared(session, method, url, headers)
             if data is not None:
@@ -101,14 +133,77 @@ class Connection:
                 verify=True if session.verify is None else session.verify,
                 proxies=session.proxies,
             )
-        except OSError as error:
+            request.body = None
+            if deadline.is_over:
+                # To the parser, headers that were cut off are a whole answer.
+                response.close()
+                raise requests.ReadTimeout
+            if response.status_code < 200:
+                # The answer itself comes after it, and would be taken for the next.
+                response.close()
+                raise Unavailable(
+                    f"{response.status_code} in place of an answer", ambiguous=True
+                )
+            if response.cookies:
+                session.cookies.update(response.cookies)
+            body = self._read(response)
+        except (OSError, ValueError) as error:
             self.close()  # what is wrong may be in the environment, and set right there
-            raise _no_answer(error, url) from error
-        request.body = None
-        if response.cookies:
-            session.cookies.update(response.cookies)
-        body = _read(response, self._max_answer_bytes)
+            if deadline.is_over:
+                error = _late(error, self._timeout)
+            raise self._no_answer(error, url) from error
+        finally:
+            deadline.end()
         return Reply(response.status_code, response.headers, body)
+
+    def _read(self, response: requests.Response) -> bytes:
+        """Read the start of an answer.
+
+        :raises OSError: if a body that is needed does not come in time.
+        """
+        if not self._needs_body and 200 <= response.status_code < 300:
+            self._deadline.shorten(_BODY_GRACE)
+        at_most = self._max_answer_bytes
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            while size < at_most and (chunk := response.raw.read1(at_most - size)):
+                chunks.append(chunk)
+                size += len(chunk)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            response.close()
+            if self._needs_body and self._deadline.is_over:
+                raise requests.ReadTimeout(error) from error
+        else:
+            if size == at_most:
+                response.close()  # the rest stays unread, so the connection ends here
+        return b"".join(chunks)
+
+    def _no_answer(self, error: OSError | ValueError, url: str) -> DeliveryError:
+        """Say what an attempt without an answer means, and if it may have arrived."""
+        reason = self._text_without_key(_said(error))
+        if isinstance(error, requests.exceptions.InvalidURL) or (
+            isinstance(error, ValueError) and not isinstance(error, OSError)
+        ):
+            # Ours was read before. What cannot be parsed would show its password.
+            return Held("the URL of the proxy cannot be parsed (see http_proxy, ...)")
+        if not isinstance(error, requests.RequestException) or isinstance(
+            error, requests.exceptions.SSLError | ValueError
+        ):
+            # What is no RequestException is a CA bundle that is not there.
+            return Held(f"cannot talk to {url}: {reason}")
+        cause = error.args[0] if error.args else None
+        cause = getattr(cause, "reason", cause)
+        where = urlsplit(url).netloc.rpartition("@")[2]
+        if isinstance(cause, urllib3.exceptions.ProxyError):
+            # A connection lost after the request was sent is called one, too.
+            cause, where = cause.original_error, f"{where} through a proxy"
+        never_connected = isinstance(cause, _UNCONNECTED)
+        # A tunnel that a proxy refuses is an OSError and none of its subclasses.
+        return Unavailable(
+            f"{where}: {reason}",
+            ambiguous=not never_connected and type(cause) is not OSError,
+        )
 
     def _prepared(
         self,
@@ -133,6 +228,12 @@ class Connection:
         key = self._key.known
         return body.replace(key.encode(), b"[api_key]") if key else body
 
+    def _text_without_key(self, text: str) -> str:
+        key = self._key.known
+        for form in (key, quote(key, safe="")) if key else ():
+            text = text.replace(form, "[api_key]")
+        return text
+
     def _current_key(self) -> str | None:
         try:
             return self._key.current()
@@ -146,13 +247,111 @@ class Connection:
             raise Held(str(error), status=401) from error
 
 
-def _new_session(url: str) -> requests.Session:
+class _Adapter(HTTPAdapter):
+    """Makes connections that keep a deadline, to a server or to a proxy."""
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        super().__init__()
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        """Make the pools of direct connections."""
+        super().init_poolmanager(*arguments, **options)
+        self._limit(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        """Return the pools of the connections to a proxy."""
+        manager = super().proxy_manager_for(proxy, **options)
+        if type(manager) is urllib3.ProxyManager:  # not one of SOCKS
+            self._limit(manager)
+        return manager
+
+    def _limit(self, manager: Any) -> None:
+        manager.pool_classes_by_scheme = {
+            "http": partial(_HTTPPool, self._deadline),
+            "https": partial(_HTTPSPool, self._deadline),
+        }
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ConnectionCls: Any = partial(_HTTPConnection, deadline)
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ConnectionCls: Any = partial(_HTTPSConnection, deadline)
+
+
+class _HTTPConnection(urllib3.connection.HTTPConnection):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._deadline = deadline
+
+    def _new_conn(self) -> socket.socket:
+        connected = _connected(self, self._deadline)
+        self._deadline.watch(connected)
+        return connected
+
+
+class _HTTPSConnection(urllib3.connection.HTTPSConnection):
+    def __init__(self, deadline: Deadline, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._deadline = deadline
+
+    def _new_conn(self) -> socket.socket:
+        connected = _connected(self, self._deadline)
+        # The handshake makes another object of the same socket.
+        self._deadline.watch(connected, copy=True)
+        return connected
+
+    def connect(self) -> None:
+        """Connect, and shake hands."""
+        super().connect()
+        self._deadline.watch(self.sock)
+
+
+def _connected(
+    connection: urllib3.connection.HTTPConnection, deadline: Deadline
+) -> socket.socket:
+    """Open a connection as urllib3 does, to a name that is resolved in time."""
+    host, port = connection.host.strip("[]"), connection.port
+    failure: OSError = OSError(f"the name {host} has no address")
+    try:
+        for address in deadline.addresses(host, port):
+            try:
+                return create_connection(
+                    (address, port),
+                    deadline.left,
+                    source_address=connection.source_address,
+                    socket_options=connection.socket_options,
+                )
+            except OSError as error:
+                failure = error
+    except socket.gaierror as error:
+        raise urllib3.exceptions.NameResolutionError(host, connection, error) from error
+    except OSError as error:
+        failure = error
+    if isinstance(failure, TimeoutError):
+        raise urllib3.exceptions.ConnectTimeoutError(
+            connection, f"connection to {host} timed out"
+        ) from failure
+    raise urllib3.exceptions.NewConnectionError(
+        connection, f"no connection to {host}: {failure}"
+    ) from failure
+
+
+def _new_session(url: str, deadline: Deadline) -> requests.Session:
     """Return a session that has looked at the environment.
 
     Left to itself it would read all of it again for every request, which takes as long
     as the rest of one.
     """
     session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, _Adapter(deadline))
     session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
     found = session.merge_environment_settings(url, {}, True, None, None)
     session.proxies.update(found["proxies"])
@@ -161,42 +360,14 @@ def _new_session(url: str) -> requests.Session:
     return session
 
 
-def _read(response: requests.Response, at_most: int) -> bytes:
-    """Read the start of an answer; the status alone already says the most."""
-    try:
-        body: bytes = response.raw.read(at_most, decode_content=True)
-    except (urllib3.exceptions.HTTPError, OSError):
-        body = b""
-        response.close()
-    else:
-        if len(body) == at_most:
-            response.close()  # the rest stays unread, so the connection ends here
-    return body
-
-
-def _no_answer(error: OSError, url: str) -> DeliveryError:
-    """Say what an attempt without an answer means, and if it may have arrived."""
-    reason = _said(error)
-    if not isinstance(error, requests.RequestException) or isinstance(
-        error, requests.exceptions.SSLError | ValueError
-    ):
-        # What is no RequestException is a CA bundle that is not there.
-        return Held(f"cannot talk to {url}: {reason}")
-    cause = error.args[0] if error.args else None
-    cause = getattr(cause, "reason", cause)
-    where = urlsplit(url).netloc.rpartition("@")[2]
-    if isinstance(cause, urllib3.exceptions.ProxyError):
-        # A connection lost after the request was sent is called one, too.
-        cause, where = cause.original_error, f"{where} through a proxy"
-    never_connected = isinstance(
-        cause,
-        urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError,
+def _late(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
+    """Return what stands for an attempt that was ended by its deadline."""
+    never_connected = isinstance(error, requests.exceptions.ConnectTimeout) or (
+        isinstance(getattr(error.args and error.args[0], "reason", None), _UNCONNECTED)
     )
-    # A tunnel that a proxy refuses is an OSError and none of its subclasses.
-    return Unavailable(
-        f"{where}: {reason}",
-        ambiguous=not never_connected and type(cause) is not OSError,
-    )
+    if never_connected:
+        return error
+    return requests.ReadTimeout(f"no whole answer within {timeout:g} s")
 
 
 def _said(error: BaseException) -> str:

@@ -11,6 +11,7 @@
         ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
         ├─ Held                      wrong key or address: kept until that is mended
         ├─ Expired                   in doubt for longer than the resend window
+        ├─ Deposed                   another process has become the sender meanwhile
         └─ Rejected                  400, 413: something in this batch is refused
 """
 
@@ -18,8 +19,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi.log import clean
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+#: Of what a server or an operating system says so many characters are kept.
+MAX_REASON = 500
 
 
 class OpenMeterWSGIError(Exception):
@@ -33,7 +40,7 @@ class ConfigError(OpenMeterWSGIError, ValueError):
     problems: tuple[str, ...]
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(clean, problems))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:
@@ -70,11 +77,11 @@ class DeliveryError(OpenMeterWSGIError):
         retry_after: float | None = None,
         ambiguous: bool = False,
     ) -> None:
-        self.reason = reason
+        self.reason = clean(reason, MAX_REASON)
         self.status = status
         self.retry_after = retry_after
         self.ambiguous = ambiguous
-        super().__init__(reason)
+        super().__init__(self.reason)
 
 
 class Unavailable(DeliveryError):
@@ -83,6 +90,10 @@ class Unavailable(DeliveryError):
 
 class Held(DeliveryError):
     """The answer speaks of the configuration, not of the events: keep them all."""
+
+
+class Deposed(DeliveryError):
+    """This sender was stuck, and another one has taken its place."""
 
 
 class Rejected(DeliveryError):

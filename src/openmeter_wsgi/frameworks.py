@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmeter_wsgi.entitlements.refusal import quota_headers
-from openmeter_wsgi.environ import DECISION, METERS, STATED, billing_of
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.meters import RunTimeMeters
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, read_text_options
+from openmeter_wsgi.request import (
+    REQUEST,
+    RequestRecord,
+    billing_of,
+    metered_request,
+    record_of,
+)
 from openmeter_wsgi.views import asks_itself
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, MutableMapping
+    from collections.abc import Callable, Iterable, Mapping
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.subject import FindSubject
 
-#: Whether a request came through the middleware, metered or not.
-CAME_THROUGH = "openmeter_wsgi.came_through"
-#: Subjects that were read when the response started, by what read them.
-_REMEMBERED = "openmeter_wsgi.remembered_subjects"
+
+class RememberedSubjects(NamedTuple):
+    """Subjects that a framework had while it served a request, by their readers."""
+
+    #: When the response started; None before.
+    found: dict[object, Any] | None
+    #: Before the view lost them.
+    kept: dict[object, Any]
 
 
 class FrameworkMiddleware(OpenMeterMiddleware):
@@ -48,43 +57,63 @@ class _StartingResponse:
     def __call__(
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
-        environ[CAME_THROUGH] = True
-        if METERS not in environ:
+        # Also of a request that is not metered: it shows that it came this way.
+        request = record_of(environ)
+        if request.billing is None:
             return self._app(environ, start_response)
 
         def start(
-            status: str, headers: list[tuple[str, str]], *exc_info: Any
+            status: str, headers: list[tuple[str, str]], exc_info: Any = None
         ) -> Callable[[bytes], object]:
-            _remember_subject(environ, status)
-            return start_response(status, _with_quota(environ, headers), *exc_info)
+            _remember_subject(environ, request, status)
+            told = _with_quota(request, headers)
+            if exc_info is None:
+                return start_response(status, told)
+            return start_response(status, told, exc_info)
 
         return self._app(environ, start)
 
 
-def _remember_subject(environ: dict[str, Any], status: str) -> None:
-    billing: Billing = billing_of(environ)  # a decorated view's, by now
-    environ.pop(_REMEMBERED, None)
+def _remember_subject(
+    environ: dict[str, Any], request: RequestRecord, status: str
+) -> None:
+    billing: Billing = request.billing  # type: ignore[assignment] # perhaps the view's
+    is_unmetered = request.usage is not None and request.usage.is_unmetered
     # A user is not loaded from a database for what is not billed.
-    if billing.bills(status) and not _is_unmetered(environ):
-        environ[_REMEMBERED] = {}
-        billing.find_subject(environ)
+    kept = {} if request.remembered is None else request.remembered.kept
+    is_billed = billing.bills(status) and not is_unmetered
+    request.remembered = RememberedSubjects({} if is_billed else None, kept)
+    if is_billed:
+        billing.subjects.find(environ)
 
 
-def _is_unmetered(environ: dict[str, Any]) -> bool:
-    stated = environ[METERS][STATED]
-    return isinstance(stated, RunTimeMeters) and stated.governed_by is None
+def keep_subject(environ: dict[str, Any] | None) -> None:
+    """Keep who is billed, as the view is about to log out its user, or to delete it.
+
+    Unless there is another one when the response starts, it is that one.
+    """
+    request = metered_request(environ)
+    if environ is None or request is None or request.billing is None:
+        return
+    if request.remembered is not None and request.remembered.found is not None:
+        return
+    kept: dict[object, Any] = {}
+    request.remembered = RememberedSubjects(kept, {})
+    try:
+        request.billing.subjects.find(environ)
+    finally:
+        request.remembered = RememberedSubjects(None, kept)
 
 
 def _with_quota(
-    environ: dict[str, Any], headers: list[tuple[str, str]]
+    request: RequestRecord, headers: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
     """Return *headers* with what is known of the quota, if the policy wants that."""
-    billing: Billing = billing_of(environ)
-    decision = environ.get(DECISION)
-    if decision is None or not billing.policy.usage_headers:
+    billing: Billing = request.billing  # type: ignore[assignment]
+    if request.decision is None or not billing.policy.usage_headers:
         return headers
     told = {name.lower() for name, _ in headers}  # by a refusal
-    quota = quota_headers(decision.quota)
+    quota = quota_headers(request.decision.quota)
     return [*headers, *(each for each in quota if each[0].lower() not in told)]
 
 
@@ -101,20 +130,24 @@ class LastingSubject:
 
     def __call__(self, environ: dict[str, Any]) -> Any:
         """Return the subject, None if there is none."""
-        remembered = environ.get(_REMEMBERED)
-        if remembered is None:
+        request: RequestRecord | None = environ.get(REQUEST)
+        remembered = None if request is None else request.remembered
+        if remembered is None or remembered.found is None:
             return self._read(environ)
-        if self not in remembered:
-            remembered[self] = self._read(environ)
-        return remembered[self]
+        if self not in remembered.found:
+            found = self._read(environ)
+            if found is None or found == "":  # anonymous users have an empty name
+                found = remembered.kept.get(self)
+            remembered.found[self] = found
+        return remembered.found[self]
 
 
-def must_ask(environ: MutableMapping[str, Any] | None, view: object) -> bool:
+def must_ask(environ: dict[str, Any] | None, view: object) -> bool:
     """Say whether *view* may be called for this request only after a decision."""
-    billing: Billing | None = billing_of(environ)
+    billing = billing_of(environ)
     if environ is None or billing is None or asks_itself(view):
         return False
-    return billing.must_ask(environ)  # type: ignore[arg-type]
+    return billing.must_ask(environ)
 
 
 def make_policy(

@@ -81,4 +81,4 @@ class HealthEndpoint:
             ("Cache-Control", "no-store"),
         ]
         start_response(status, headers)
-        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
+        return [] if environ.get("REQUEST_METHOD", "").upper() == "HEAD" else [body]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any
 
 #: An outage of an hour under load is a line a minute, not a line a request.
 REPEAT_INTERVAL = 60.0
@@ -16,6 +14,39 @@ REPEAT_INTERVAL = 60.0
 OVER = {"is_over": True}
 #: Distinct lines remembered; past it all is forgotten, which costs a repeated line.
 MEMORY = 1_000
+
+
+#: Of one text that comes from elsewhere a line holds so many characters.
+MAX_TEXT = 5_000
+_WORDS = re.compile(r"""([\s'"]+)""")
+_KEY = re.compile(r"""(?i:bearer)\s+[^\s'"]+""")
+
+
+def clean(text: str, limit: int = MAX_TEXT) -> str:
+    """Return *text*, which comes from elsewhere, as one line without secrets.
+
+    Without the credentials of a URL or a header, and without characters that could
+    forge another line or steer a terminal; at most *limit* characters.
+    """
+    if "@" in text:
+        text = "".join(map(_without_credentials, _WORDS.split(text)))
+    text = _KEY.sub("[...]", text)
+    if not text.isprintable():
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text[:limit]
+
+
+def _without_credentials(word: str) -> str:
+    """Leave out what stands before the host in a URL, or in a part of one."""
+    before, at, host = word.rpartition("@")
+    scheme, slashes, _ = before.partition("//")
+    if slashes:
+        return f"{scheme}//[...]@{host}"
+    return f"[...]@{host}" if at and ":" in before else word
+
+
+def _cleaned(argument: Any) -> Any:
+    return clean(str(argument)) if isinstance(argument, str | Exception) else argument
 
 
 class RepeatFilter(logging.Filter):
@@ -31,7 +62,14 @@ class RepeatFilter(logging.Filter):
         self._seen: dict[object, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether *record* is written. Any thread; takes no lock."""
+        """Say whether *record* is written, and clean its texts.
+
+        Any thread; takes no lock.
+        """
+        if isinstance(record.args, dict):
+            record.args = {k: _cleaned(v) for k, v in record.args.items()}
+        elif record.args:
+            record.args = tuple(map(_cleaned, record.args))
         if record.levelno < logging.INFO:
             return True
         if getattr(record, "is_over", False):
@@ -51,16 +89,6 @@ class RepeatFilter(logging.Filter):
         if repeats:
             record.msg = f"{record.msg} (and {repeats} times before)"
         return True
-
-
-def levels_known(logger: logging.Logger) -> Mapping[int, bool]:
-    """Return which levels *logger* is known to write: to ask costs a request too much.
-
-    Where it is not known, which is so after any change of a level, `isEnabledFor`
-    finds it out. Logging keeps it so since Python 3.7, without a name for it.
-    """
-    known: Mapping[int, bool] = getattr(logger, "_cache", {})
-    return known
 
 
 def get_logger(name: str) -> logging.Logger:

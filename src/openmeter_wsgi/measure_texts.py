@@ -14,6 +14,8 @@
 ``$response.succeeded``   parts of a multi-status response; also ``.failed``
 ``$llm``                  all that a language model used, in place of ``data``
 ``$llm.FIELD``            one figure of it: ``$llm.total_tokens``
+``$llm:PROVIDER``         the same from reports of one shape: ``$llm:openai``
+``$llm:PROVIDER.FIELD``   one figure of them: ``$llm:openai.total_tokens``
 ========================  ==========================================================
 
 ``?? VALUE`` behind one of these is its default, as JSON: ``$response.header.X-N ?? 0``.
@@ -49,6 +51,7 @@ _WITH_NAME: dict[str, Callable[[str], Measure]] = {
     "$request.header.": measures.request_header,
     "$response.header.": measures.response_header,
     "$llm.": measures.llm_usage,
+    "$llm:": lambda rest: _llm_usage_of(*rest.split(".", 1)),
 }
 _JSON = "$response.json"
 
@@ -85,3 +88,7 @@ def _named(name: str) -> Measure:
         f"{name!r} is no measure; expected one of {known}, {_JSON}.PATH "
         "(or two dollar signs for text that begins with one)"
     )
+
+
+def _llm_usage_of(provider: str, field: str | None = None) -> Measure:
+    return measures.llm_usage(field, provider=provider)  # type: ignore[arg-type]

@@ -11,10 +11,9 @@ one. It is never guessed.
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, get_args
-
-import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.reader import Unknown
@@ -23,11 +22,19 @@ from openmeter_wsgi.exchange import Body, Exchange, reader_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from openmeter_wsgi.bodies.llm_shapes import Provider
+
 logger = log.get_logger(__name__)
 
 _NONE: Any = object()
+_COMPUTED = "computed("
+#: The names in a JSONPath that are quoted.
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 #: More digits has no number that OpenMeter could read.
 _MAX_DIGITS = 310
+#: A number as HTTP and JSON write it. Python's own grammar also takes ``1_000``, Arabic
+#: digits and every kind of blank.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 class Measure:
@@ -65,6 +72,12 @@ class Measure:
             is_quantity=self.is_quantity,
             default=value,
         )
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What makes two measures the same: text, default, a function of the user's."""
+        own = self._find if self.text.startswith(_COMPUTED) else None
+        return self.text, self._default, own
 
     def value(self, exchange: Exchange) -> object:
         """Return the value, or an :class:`Unknown` that says why there is none."""
@@ -130,9 +143,15 @@ def response_json(path: str) -> Measure:
 
     :raises ConfigError: if it is no JSONPath, or python-jsonpath is not installed.
     """
-    from openmeter_wsgi.bodies.paths import NumberPath  # see `reader_of`
+    from openmeter_wsgi.bodies.json import NumberPath  # see `reader_of`
 
     numbers = NumberPath(path)
+    if ".." in _QUOTED.sub("", path):
+        logger.warning(
+            "response_json %r: '..' also finds what a customer sends and the response "
+            "echoes, so customers change what they are billed; name the whole path",
+            path,
+        )
 
     def find(exchange: Exchange) -> object:
         document = exchange.body("json")
@@ -162,43 +181,49 @@ def multi_status(part: str = "succeeded") -> Measure:
     return Measure(f"$response.{part}", find, bodies=["multi_status"])
 
 
-def llm_usage(field: str | None = None) -> Measure:
-    """What a language model used, by one field of :class:`LLMUsage`, or all of them.
+def llm_usage(field: str | None = None, *, provider: Provider | None = None) -> Measure:
+    """The usage of a language model: one field of :class:`LLMUsage`, or all of them.
 
-    Without a field it stands for the whole ``data``, in which there is what was
-    reported and nothing else.
+    Without a field it stands for the whole ``data``, with the figures that were
+    reported and no others. With a *provider* it reads reports of that shape alone.
+    State it wherever the body holds anything of the caller's.
     """
-    from openmeter_wsgi.bodies.llm_usage import LLMUsage  # see `reader_of`
+    from openmeter_wsgi.bodies.llm_shapes import FIELDS, PROVIDERS  # see `reader_of`
 
-    known = LLMUsage.__struct_fields__
-    if field is not None and field not in known:
-        raise ValueError(f"expected one of {', '.join(known)}, got {field!r}")
+    if field is not None and field not in FIELDS:
+        raise ValueError(f"expected one of {', '.join(FIELDS)}, got {field!r}")
+    if provider is not None and provider not in PROVIDERS:
+        names = ", ".join(map(repr, PROVIDERS))
+        raise ValueError(f"provider: expected one of {names}, got {provider!r}")
 
     def find(exchange: Exchange) -> object:
-        usage = exchange.llm
+        usage = exchange.llm_usage(provider)
         if isinstance(usage, Unknown):
             return usage
         if field is None:
-            said = msgspec.structs.asdict(usage)
-            return {name: value for name, value in said.items() if value is not None}
-        found = getattr(usage, field)
-        return Unknown("not_reported") if found is None else found
+            found = {name: getattr(usage, name) for name in FIELDS}
+            return {name: value for name, value in found.items() if value is not None}
+        value = getattr(usage, field)
+        return Unknown("not_reported") if value is None else value
 
-    return Measure("$llm" if field is None else f"$llm.{field}", find, bodies=["llm"])
+    body: Body = f"llm:{provider}" if provider else "llm"  # type: ignore[assignment]
+    text = f"${body}" if field is None else f"${body}.{field}"
+    return Measure(text, find, bodies=[body])
 
 
 def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
     """What *function* makes of the exchange, None where there is no value.
 
-    *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"``,
-    ``"records"``, ``"multi_status"``. Nothing of it is read unless it is named.
+    *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"`` or
+    ``"llm:openai"`` and the like, ``"records"``, ``"multi_status"``. Nothing of it is
+    read unless it is named.
     """
     for body in bodies:
         if body not in get_args(Body):
             names = ", ".join(map(repr, get_args(Body)))
             raise ValueError(f"expected one of {names}, got {body!r}")
     name = getattr(function, "__name__", repr(function))
-    return Measure(f"computed({name})", function, bodies=bodies)
+    return Measure(f"{_COMPUTED}{name})", function, bodies=bodies)
 
 
 def _kind(text: str, find: Callable[[Exchange], object]) -> Measure:
@@ -220,10 +245,11 @@ def as_number(value: object) -> int | float | Decimal | Unknown:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
+        text = value.strip(" \t")  # what HTTP allows around the value of a header
         try:
-            number = Decimal(value.strip())
-        except InvalidOperation:
-            return Unknown("not_a_number")
-        if number.is_finite():
+            number = Decimal(text) if _NUMBER.fullmatch(text) else None
+        except InvalidOperation:  # of an exponent with dozens of digits
+            number = None
+        if number is not None:
             return _plain(number)
     return Unknown("not_a_number")

@@ -1,27 +1,47 @@
-"""The middleware: where the parts meet."""
+"""The middleware: a request begins here, and goes on in `response`."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import weakref
+import sys
 from typing import TYPE_CHECKING, Any, Self
 
-from openmeter_wsgi import substitution
+from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.handlers import EntitlementDenied
+from openmeter_wsgi.entitlements.refusal import Refusal, telling_quota
+from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.health import MAX_AGE, Health
-from openmeter_wsgi.serving import Serving
+from openmeter_wsgi.request import (
+    OPEN,
+    REQUEST,
+    SETTLED,
+    RequestRecord,
+    begin_again,
+)
+from openmeter_wsgi.response import (
+    FILE_WRAPPER,
+    Response,
+    SizedResponse,
+    fail,
+    give_file,
+    is_file,
+    remember_files,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from wsgiref.types import WSGIApplication
+    from collections.abc import Callable, Iterable
+    from wsgiref.types import StartResponse, WSGIApplication
 
-    from openmeter_wsgi.metering import Metering
+    from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.process import FirstRequestHook, NewProcess, Process
     from openmeter_wsgi.stats import Stats
-    from openmeter_wsgi.substitution import Substitute
+
+logger = log.get_logger(__name__)
 
 
-class OpenMeterMiddleware(Serving):
+class OpenMeterMiddleware:
     """A WSGI application that bills what another one delivers.
 
     *policy* or *options* say what is billed, to whom and where to (see
@@ -34,13 +54,17 @@ class OpenMeterMiddleware(Serving):
     :raises ConfigError: with every problem of the configuration.
     """
 
+    #: Whether required entitlements are asked for before the application is called;
+    #: otherwise it asks, once it knows who is calling.
+    _asks_first = True
+
     def __init__(
         self, app: WSGIApplication, policy: Policy | None = None, **options: Any
     ) -> None:
-        # Here and in `exchange`, as this is most of the package: options, delivery, the
-        # client, entitlements. A request finds all of it imported.
-        from openmeter_wsgi.metering import Metering
+        # Here, as it is most of the package: options, delivery, the client,
+        # entitlements. A request finds all of it imported.
         from openmeter_wsgi.policy import Policy
+        from openmeter_wsgi.process import Process, new_process_for
 
         self.app = app
         if policy is None:
@@ -48,15 +72,72 @@ class OpenMeterMiddleware(Serving):
         elif options:
             policy = dataclasses.replace(policy, **options)
         self.policy = policy
-        self._watch = None
-        if (substitute := substitution.present(self)) is None:
-            self._metering = Metering(policy)
+        self._new_process = new_process_for(self)
+        if self._new_process is Process:
+            _prepare_spool(policy)
+        self._process = self._new_process(policy)
+        if self._new_process is Process:
+            self._process.say_what_errors_are_billed()
+        self._look_at_views()
+
+    # In one piece: each call would cost each request.
+    def __call__(  # noqa: C901
+        self, environ: dict[str, Any], start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Serve one request (PEP 3333)."""
+        process = self._process
+        if not process.guard.is_current():
+            process = self._confirmed_process()
+        billing: Billing | None = process.billing
+        if process.routes is not None:
+            billing = process.routes.find(environ)
+        if billing is None:
+            return self.app(environ, start_response)
+        if REQUEST in environ:
+            request = begin_again(environ, billing, start_response)
+            if request is None:
+                self._say_that_it_is_nested()
+                return self.app(environ, start_response)
         else:
-            self.exchange(substitute)
-        # Not enough alone: a fork made in C, such as uWSGI's, calls no hook. So
-        # every request compares the process id as well.
-        renew = weakref.WeakMethod(self._renew)
-        os.register_at_fork(after_in_child=lambda: (method := renew()) and method())
+            request = environ[REQUEST] = RequestRecord()
+            request.billing = billing
+            request.state = OPEN
+            request.server_start = start_response
+            request.status = request.server_write = request.capture = None
+            request.caller = request.usage = request.route = None
+            request.decision = request.reserved = request.remembered = None
+        if billing.asks and self._asks_first:
+            refusal = _refusal(billing, environ, request)
+            if refusal is not None:
+                return refusal(environ, start_response)
+        if billing.bodies is not None:
+            request.capture = ResponseCapture(environ, billing.bodies)
+        files = remember_files(environ) if FILE_WRAPPER in environ else None
+        try:
+            iterable = self.app(environ, request.start_response)
+        except EntitlementDenied as denied:
+            # Of an application, or a framework, that does not answer it itself.
+            iterable = denied.answer(
+                environ, request.start_response, is_started=request.status is not None
+            )
+        except BaseException:
+            fail(environ, request)
+            raise
+        if files is not None and is_file(files, iterable):
+            file = give_file(environ, request, iterable)
+            return file if process.watch is None else process.watch(file)
+        is_sized = type(iterable) is list or hasattr(iterable, "__len__")
+        response = SizedResponse() if is_sized else Response()
+        response.environ = environ
+        response.request = request
+        response.iterable = iterable
+        return response if process.watch is None else process.watch(response)
+
+    def _say_that_it_is_nested(self) -> None:
+        logger.warning(
+            "%s: the application is wrapped twice; the outer middleware meters",
+            type(self).__name__,
+        )
 
     @classmethod
     def from_zuplo(
@@ -79,17 +160,30 @@ class OpenMeterMiddleware(Serving):
 
         return cls(app, **{**options_of(policies, routes, os.environ), **options})
 
-    def metering(self) -> Metering:
-        """Return the metering of the process that asks."""
-        metering = self._metering
-        return metering if metering.is_own[0] else self._renew()
+    def process(self) -> Process:
+        """Return what the process that asks owns.
+
+        After a fork, or where gevent has replaced threads, it is made anew: what the
+        parent queued stays the parent's.
+        """
+        process = self._process
+        if not process.guard.fits():
+            process = process.successor(self._new_process, self.policy)
+            self._process = process
+        return process
+
+    def _confirmed_process(self) -> Process:
+        """Return what serves the requests of this process from now on."""
+        process = self.process()
+        process.guard.confirm()
+        return process
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send what waits now; say whether all of it is done within *timeout*.
 
         Without a timeout it waits as long as OpenMeter is away.
         """
-        return self.metering().queue.flush(timeout)
+        return self.process().transport.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
         """Send what waits, stop, and say in the log what is left.
@@ -97,7 +191,7 @@ class OpenMeterMiddleware(Serving):
         *timeout* is ``shutdown_timeout`` by default. Called at exit by itself; may
         be called again. A later request starts delivery anew.
         """
-        self.metering().close(timeout)
+        self.process().close(timeout)
 
     def invalidate(self, subject: str, feature: str | None = None) -> None:
         """Forget what OpenMeter said of *subject*: its next request asks.
@@ -105,51 +199,72 @@ class OpenMeterMiddleware(Serving):
         For webhooks: what was bought, granted or revoked shows at once, in the
         process that is told.
         """
-        self.metering().invalidate(subject, feature)
+        self.process().invalidate(subject, feature)
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
-        return self.metering().stats()
+        return self.process().stats()
 
     def health(self, *, max_age: float = MAX_AGE) -> Health:
         """Return what is wrong in this process now. Waits for nothing.
 
         :param max_age: seconds that the oldest event may wait.
         """
-        return self.metering().health(max_age)
+        return self.process().health(max_age)
 
-    def follow(self, begin: Callable[[Metering], None]) -> None:
-        """Have *begin* called in each process that settles a request, with its first.
+    def on_first_request(self, hook: FirstRequestHook) -> None:
+        """Have *hook* called in each process that settles a request, with its first.
 
         For what has to be done once in a process that serves: there a thread may be
         started, which a server that forks later would not take along.
         """
-        self.metering().follow(begin)
+        self.process().on_first_request(hook)
 
-    def exchange(self, substitute: Substitute | None) -> Callable[[], None]:
-        """Let *substitute* meter (see `substitution`), or its own metering again.
+    def replace_process(self, new_process: NewProcess) -> Callable[[], None]:
+        """Let *new_process* make all that bills from now on; return what undoes it.
 
-        Returns what takes that back. For tests; between two requests.
+        For `openmeter_wsgi.process.replaced`, between two requests.
         """
-        from openmeter_wsgi.metering import Metering
-
-        before: Any = getattr(self, "_metering", None)
-        watch_before = self._watch
-        if substitute is not None:
-            self._metering = substitute.metering(self.policy)
-            self._watch = substitute.watch
-        else:
-            self._metering = Metering.later(self.policy)
-            self._watch = None
+        before = self._process, self._new_process
+        self._new_process = new_process
+        self._process = new_process(self.policy)
+        self._look_at_views()
 
         def restore() -> None:
-            self._metering = before
-            self._watch = watch_before
+            self._process, self._new_process = before
 
         return restore
 
-    def _renew(self) -> Metering:
-        """Leave the parent's queue to the parent, and start with an empty one."""
-        if not self._metering.is_own[0]:
-            self._metering = self._metering.successor()
-        return self._metering
+    def _look_at_views(self) -> None:
+        """Warn of misplaced decorators, with the first request: all views are there."""
+        app = self.app
+        self._process.on_first_request(lambda _: _warn_of_misplaced_decorators(app))
+
+
+def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
+    # Imported with the first decorator; without one there is nothing to look at.
+    routes = sys.modules.get("openmeter_wsgi.served_routes")
+    if routes is not None:
+        routes.warn_of_misplaced_decorators(app)
+
+
+def _prepare_spool(policy: Policy) -> None:
+    if policy.spool_dir is not None and not policy.dry_run:
+        from openmeter_wsgi.spool.files import prepare_directory
+
+        prepare_directory(policy.spool_dir)
+
+
+def _refusal(
+    billing: Billing, environ: dict[str, Any], request: RequestRecord
+) -> Refusal | None:
+    """Return what answers in place of the application, None if it may."""
+    if not billing.gate.passes(environ, request) and billing.must_ask(environ):
+        decision = billing.gate.admit(environ)
+        if not decision.allowed and billing.policy.enforce:
+            billing.refuse(environ)
+            request.state = SETTLED
+            return Refusal(decision, billing.policy)
+    if billing.tells_quota and request.server_start is not None:
+        request.server_start = telling_quota(request.decision, request.server_start)
+    return None

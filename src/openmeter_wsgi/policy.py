@@ -27,7 +27,8 @@ PER_ROUTE = frozenset({
     "event_source", "fail_mode", "limit_status", "meter", "meter_on_status_codes",
     "meter_options", "meter_when", "meters", "on_abort", "on_failure",
     "on_missing_subject", "required_entitlements", "reserve", "subject",
-    "subject_path", "trusted_request_id_header", "usage_headers", "value_property",
+    "subject_commas", "subject_path", "trusted_request_id_header", "usage_headers",
+    "value_property",
 })  # fmt: skip
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import time
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from openmeter_wsgi.errors import Held, Unavailable
+from openmeter_wsgi.errors import MAX_REASON, Held, Unavailable
+from openmeter_wsgi.log import clean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _TRY_LATER = {408, 429}
-_MAX_REASON = 500
 #: A wait longer than this is taken for a mistake of the server.
 MAX_RETRY_AFTER = 3_600.0
 
@@ -53,8 +52,8 @@ def failure(reply: Reply) -> Unavailable | Held:
             status=status,
             retry_after=_retry_after(headers.get("Retry-After")),
             # OpenMeter stops at the first event that it cannot process: those
-            # before it are taken. A 503 comes from a proxy that asked nobody.
-            ambiguous=status >= 500 and status != 503,
+            # before it are taken. Nobody can say who else sends a 5xx, and when.
+            ambiguous=status >= 500,
         )
     if 300 <= status <= 399:
         said = f"a redirect to {headers.get('Location')!r}, which is not followed"
@@ -71,8 +70,7 @@ def reason(body: bytes) -> str:
     if isinstance(problem, dict):
         said = problem.get("detail") or _validation(problem) or problem.get("title")
         text = str(said or text)
-    # One line, whatever is in it: control characters could forge another.
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()[:_MAX_REASON]
+    return clean(text, MAX_REASON)
 
 
 def _validation(problem: dict[str, Any]) -> str:

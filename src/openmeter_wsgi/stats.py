@@ -90,6 +90,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     denied_by_source: ByReason = {}
     #: … and those that let through all the same.
     let_through_by_source: ByReason = {}
+    #: Requests billed by a body that says more than one thing, by remark:
+    #: ``ambiguous_usage``, ``several_calls``.
+    remarks: ByReason = {}
     #: How old the oldest event of a batch was when OpenMeter took it.
     delivery_seconds: Durations = Durations()
     #: How long OpenMeter took for an attempt, whatever it answered.
@@ -166,8 +169,8 @@ class Counts:
     __slots__ = (
         "allowed", "ambiguous", "attempt_seconds", "dead_lettered", "delivered",
         "delivery_seconds", "denied", "denied_by_source", "dropped", "events",
-        "let_through", "let_through_by_source", "metered", "passed", "retries",
-        "unspooled",
+        "let_through", "let_through_by_source", "metered", "passed", "remarks",
+        "retries", "unspooled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -186,6 +189,7 @@ class Counts:
         self.let_through: defaultdict[str, int] = defaultdict(int)
         self.denied_by_source: defaultdict[str, int] = defaultdict(int)
         self.let_through_by_source: defaultdict[str, int] = defaultdict(int)
+        self.remarks: defaultdict[str, int] = defaultdict(int)
         self.delivery_seconds = RunningDurations()
         self.attempt_seconds = RunningDurations()
 
@@ -197,18 +201,16 @@ class Counts:
         waiting_bytes: int,
         oldest_at: float | None,
         not_metered: dict[str, ByReason],
-        usually_metered: int = 0,
-        usual_events: int = 0,
     ) -> Stats:
         """Return the counts as they are now, with what only others know."""
         by_reason: Counter[str] = sum(map(Counter, not_metered.values()), Counter())
-        metered = self.metered + usually_metered
+        metered = self.metered
         # A dictionary is copied in one call: others go on adding to it.
         dropped = dict(self.dropped)
         return Stats(
             settled=metered + sum(by_reason.values()),
             metered=metered,
-            events=self.events + usual_events,
+            events=self.events,
             delivered=self.delivered,
             waiting=waiting,
             waiting_in_spool=waiting_in_spool,
@@ -226,6 +228,7 @@ class Counts:
             let_through=dict(self.let_through),
             denied_by_source=dict(self.denied_by_source),
             let_through_by_source=dict(self.let_through_by_source),
+            remarks=dict(self.remarks),
             delivery_seconds=self.delivery_seconds.snapshot(),
             attempt_seconds=self.attempt_seconds.snapshot(),
         )

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import CALLER, ROUTE, SUBJECT, USER, environ_of
+from openmeter_wsgi.request import REQUEST, SUBJECT, USER
 from openmeter_wsgi.wire import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
-
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.request import RequestRecord
 
 logger = log.get_logger(__name__)
 
@@ -21,84 +20,44 @@ logger = log.get_logger(__name__)
 FindSubject: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 
-def set_subject(request: object, subject: str) -> None:
-    """Let *subject* be billed for this request, whatever the policy would find."""
-    if (environ := _environ(request, "set_subject")) is not None:
-        environ.setdefault(CALLER, {})[SUBJECT] = subject
-
-
-def set_user(request: object, user: object) -> None:
-    """Leave the authenticated user (claims, a mapping, an object) for the policy.
-
-    ``subject_path`` says where its subject is.
-    """
-    if (environ := _environ(request, "set_user")) is not None:
-        environ.setdefault(CALLER, {})[USER] = user
-
-
-def set_route(request: object, route: str) -> None:
-    """Say which template of an address this request has, such as ``/users/<id>``.
-
-    Flask's and Bottle's are found without it, and Django's by its middleware.
-    """
-    if (environ := _environ(request, "set_route")) is not None:
-        environ[ROUTE] = route
-
-
-def _environ(request: object, helper: str) -> MutableMapping[str, Any] | None:
-    if (environ := environ_of(request)) is None:
-        logger.warning(
-            "%s: %s carries no WSGI environ; it says nothing of any request",
-            helper, type(request).__name__,
-        )  # fmt: skip
-    return environ
-
-
-def subject_finder(policy: Policy) -> FindSubject:
-    """Return what finds the subject of a request under *policy*.
+class SubjectFinder:
+    """Finds the subject of requests under one policy. Any thread.
 
     Asked in turn: :func:`set_subject`, ``subject``, ``subject_path`` on the user,
     ``REMOTE_USER``. Empty means missing. Called at the end of the response; what a
     user's callable raises is logged and counts as missing.
     """
-    fallback = (
-        None if policy.on_missing_subject == "skip" else policy.on_missing_subject
-    )
-    from_policy = _policy_source(policy)
-    from_user = path_reader(policy.subject_path)
 
-    def find(environ: dict[str, Any]) -> str | None:
-        caller = environ.get(CALLER, ())
-        if SUBJECT in caller and (text := _text(caller[SUBJECT])):
+    def __init__(self, policy: Policy) -> None:
+        missing = policy.on_missing_subject
+        self._fallback = None if missing == "skip" else missing
+        self._from_policy = _policy_source(policy)
+        self._from_user = path_reader(policy.subject_path)
+        #: Whom all requests are billed to that do not say who is calling. None where
+        #: they have no subject, or a long one, or the policy finds it elsewhere.
+        self.anonymous = None
+        if policy.subject is None and len(missing) <= SHORT_SUBJECT:
+            self.anonymous = self._fallback
+
+    def find(self, environ: dict[str, Any]) -> str | None:
+        """Return the subject of a request, None where it has none."""
+        request: RequestRecord | None = environ.get(REQUEST)
+        caller = None if request is None else request.caller
+        if caller and SUBJECT in caller and (text := _text(caller[SUBJECT])):
             return text
-        if from_policy and (text := _text(from_policy(environ))):
+        if self._from_policy and (text := _text(self._from_policy(environ))):
             return text
-        if USER in caller and (text := _text(from_user(caller[USER]))):
+        if caller and USER in caller and (text := _text(self._from_user(caller[USER]))):
             return text
         if "REMOTE_USER" in environ:
-            return _header_text(environ["REMOTE_USER"]) or fallback
-        return fallback
-
-    return find
-
-
-def anonymous_subject(policy: Policy) -> str | None:
-    """Return whom all requests are billed to that do not say who is calling.
-
-    None where they have no subject, or a long one, or the policy finds it elsewhere in
-    the request.
-    """
-    has_fallback = policy.on_missing_subject != "skip" and policy.subject is None
-    is_short = len(policy.on_missing_subject) <= SHORT_SUBJECT
-    return policy.on_missing_subject if has_fallback and is_short else None
+            return _header_text(environ["REMOTE_USER"]) or self._fallback
+        return self._fallback
 
 
 def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     source = policy.subject
     if isinstance(source, str):
-        name = source.removeprefix("header:").upper().replace("-", "_")
-        key = name if name in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{name}"
-        return lambda environ: _header_text(environ.get(key, ""))
+        return _header_source(source.removeprefix("header:"), policy.subject_commas)
     if source is None:
         return None
 
@@ -113,6 +72,27 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
             return None
 
     return call
+
+
+def _header_source(name: str, has_commas: bool) -> Callable[[dict[str, Any]], object]:
+    key = name.upper().replace("-", "_")
+    if key not in {"CONTENT_TYPE", "CONTENT_LENGTH"}:
+        key = f"HTTP_{key}"
+
+    def read(environ: dict[str, Any]) -> object:
+        text = _header_text(environ.get(key, ""))
+        if "," in text and not has_commas:
+            # Servers join headers of one name by commas: the proxy's and the client's.
+            logger.error(
+                "subject: a comma in the header %r: it was sent twice, perhaps by "
+                "proxy and client, and the request counts as one without subject; "
+                "subject_commas=True lets subjects hold commas",
+                name,
+            )
+            return None
+        return text
+
+    return read
 
 
 def _header_text(value: object) -> str:

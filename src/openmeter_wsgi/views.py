@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -9,15 +10,21 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
-from openmeter_wsgi.environ import BILLING, METERS, environ_of
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.meters import govern
+from openmeter_wsgi.exchange import ResponseCapture
+from openmeter_wsgi.option_content import known_options
 from openmeter_wsgi.policy import view_problems
+from openmeter_wsgi.request import (
+    SETTLED,
+    environ_of,
+    leave_unmetered,
+    metered_request,
+    open_record,
+)
+from openmeter_wsgi.served_routes import SAYS, note_decorated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
-
-    from openmeter_wsgi.billing import Billing
+    from collections.abc import Callable, Iterator, Mapping
 
 logger = log.get_logger(__name__)
 
@@ -25,18 +32,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-#: What a decorated view says of itself: its options, None if it is not metered.
-#: Decorators around it hand it on (``functools.wraps``).
-_SAYS = "openmeter_wsgi_options"
-
-
 def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let *options* govern the requests of a view, as ``routes`` would.
 
     What they do not name is inherited from the policy of the request. For views of
-    Flask and Django, and any other whose request is among its arguments. Entitlements
-    that they require are asked for when the view is called. `duration()` counts from
-    there.
+    Flask, Django, Bottle and Pyramid, and any other whose request is an argument.
+    Entitlements that they require are asked for when the view is called. `duration()`
+    counts from there.
 
     :raises ConfigError: if an option is wrong, or is one of the whole middleware.
     """
@@ -45,6 +47,8 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
+        # What bills the view is made once for these options, and kept.
+        own_options = known_options(name, options)
 
         def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
@@ -55,10 +59,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     name,
                 )
                 return
-            cell = environ[METERS]
-            billing: Billing = cell[BILLING]
-            cell[BILLING] = own = billing.variant(name, options)
-            govern(environ, own)
+            _bill_as_view(environ, name, own_options)
             if required := options.get("required_entitlements"):
                 require_entitlements(environ, *required)
 
@@ -67,12 +68,30 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def _bill_as_view(
+    environ: dict[str, Any], name: str, options: Mapping[str, Any]
+) -> None:
+    """Let a view's own *options* govern a request, on top of what its route says."""
+    record = open_record(environ, "meter")
+    if record is None or record.billing is None:
+        return
+    billing = record.billing = record.billing.variant(name, options)
+    if record.usage is not None:
+        record.usage.is_unmetered = False
+    if billing.bodies is None:
+        return
+    if record.capture is None:
+        record.capture = ResponseCapture(environ, billing.bodies, is_late=True)
+    else:
+        record.capture.look_at(billing.bodies)
+
+
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:
     """Let the requests of a view not be metered."""
 
     def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
-            govern(environ, None)
+            leave_unmetered(environ)
 
     return _beginning(view, begin, None)
 
@@ -96,7 +115,11 @@ def _beginning(
 
     # A framework looks at a view to know whether it has to await what that returns.
     begun: Any = awaited if _is_awaited(view) else called
-    setattr(begun, _SAYS, says)
+    # Pyramid looks at the parameters of a view to know what it takes.
+    with contextlib.suppress(ValueError, TypeError):
+        begun.__signature__ = inspect.signature(view)
+    setattr(begun, SAYS, says)
+    note_decorated(view)
     wrapped: Callable[P, R] = begun
     return wrapped
 
@@ -115,18 +138,33 @@ def asks_itself(view: object) -> bool:
 
     If so, what its policy requires is not asked for before it is called.
     """
-    options = getattr(view, _SAYS, {})
+    options = getattr(view, SAYS, {})
     return options is None or "required_entitlements" in options
 
 
-def _metered_environ(args: tuple[object, ...]) -> MutableMapping[str, Any] | None:
+def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
     """Return the environ of the request that a view is called for, if it is metered."""
-    flask = sys.modules.get("flask")
-    if flask is not None and flask.has_request_context():
-        args = (*args, flask.request)
-    for argument in args:
+    for argument in _requests(args):
         # Another decorator may hand over a mapping of its own, such as a user.
         environ = environ_of(argument)
-        if environ is not None and METERS in environ:
+        if metered_request(environ) is not None:
             return environ
     return None
+
+
+def _requests(args: tuple[object, ...]) -> Iterator[object]:
+    """Yield what may be the request of a view that is called with *args*."""
+    for argument in args:
+        yield argument
+        # A class of Pyramid's keeps it for its methods.
+        yield getattr(argument, "request", None)
+    flask = sys.modules.get("flask")
+    if flask is not None and flask.has_request_context():
+        yield flask.request
+    bottle = sys.modules.get("bottle")
+    # In a thread without a request it has no environ, and after one that of the last.
+    with contextlib.suppress(RuntimeError):
+        environ = None if bottle is None else bottle.request.environ
+        request = metered_request(environ)
+        if request is not None and request.state < SETTLED:
+            yield environ

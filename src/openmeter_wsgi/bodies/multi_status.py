@@ -1,13 +1,37 @@
-"""The reader of a response that answers for many resources, each with a status."""
+"""Responses that answer for many resources, each with a status: WebDAV and JSON.
+
+WebDAV's Multi-Status (RFC 4918, 13): a ``response`` with a ``status`` has that one. One
+with ``propstat`` elements succeeded if any of these did: PROPFIND (9.1) answers 404 for
+each property that a resource does not have, and PROPPATCH (9.2) does all or nothing, so
+that a failed one has no success in it. A document type is refused: WebDAV has none, and
+without one no entity can expand without end or be fetched.
+
+JSON: ``[{"status": 200}]``, ``{"responses": [{"statusCode": "404"}]}``, ``{"results":
+[…]}``, ``{"items": [{"index": {"status": 201}}]}``.
+
+A part without a status counts as neither.
+"""
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+from xml.parsers import expat
+
 import msgspec
 
-from openmeter_wsgi.bodies.media_types import is_compressed
-from openmeter_wsgi.bodies.multi_status_json import MultiStatusJSON
-from openmeter_wsgi.bodies.multi_status_xml import MultiStatusXML
-from openmeter_wsgi.bodies.reader import BodyReader, Reader, Unknown, Unreadable
+from openmeter_wsgi.bodies.json import EACH, JSONScanner, Selection
+from openmeter_wsgi.bodies.reader import (
+    BodyReader,
+    Reader,
+    Unknown,
+    Unreadable,
+    is_compressed,
+)
+from openmeter_wsgi.bodies.stream import Frames
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class MultiStatus(msgspec.Struct, frozen=True):
@@ -33,7 +57,7 @@ class MultiStatusReader(Reader[MultiStatus]):
     """Counts the parts that ended, also of a body that was cut off.
 
     Unknown are: ``not_multi_status``, ``no_status`` (no part states one),
-    ``not_xml``, ``doctype`` and ``too_large`` (see :mod:`.multi_status_xml`).
+    ``not_xml``, ``doctype``, and ``too_large`` for XML beyond the limits above.
     """
 
     def __init__(self) -> None:
@@ -69,3 +93,269 @@ class MultiStatusReader(Reader[MultiStatus]):
         if isinstance(counted, str):
             return Unknown(counted)
         return MultiStatus(counted.succeeded, counted.failed)
+
+
+#: ``207``, ``207 Multi-Status``, ``HTTP/1.1 207 Multi-Status``.
+_STATUS = re.compile(
+    r"\s*(?:HTTP/[\d.]+\s+)?([1-5]\d\d)(?:\s.*)?", re.ASCII | re.DOTALL
+)
+
+
+def status_code(status: object) -> int | None:
+    """Return the code in a number, a code as text or a status line, else None."""
+    if isinstance(status, str):
+        found = _STATUS.fullmatch(status)
+        return int(found[1]) if found else None
+    if isinstance(status, int) and not isinstance(status, bool):
+        return status if 100 <= status <= 599 else None
+    return None
+
+
+class Tally:
+    """How many parts have succeeded so far, how many have not."""
+
+    __slots__ = ("failed", "succeeded")
+
+    def __init__(self) -> None:
+        self.succeeded = 0
+        self.failed = 0
+
+    def count_code(self, code: int | None) -> None:
+        """Count a part with this status; one without counts as neither."""
+        if code is not None:
+            self.count(is_success=200 <= code <= 299)
+
+    def count(self, *, is_success: bool) -> None:
+        """Count one more part."""
+        if is_success:
+            self.succeeded += 1
+        else:
+            self.failed += 1
+
+
+_STATUSES = dict.fromkeys((b"status", b"statusCode", b"status_code", b"code"))
+#: Elasticsearch puts each result below the name of its action.
+_ACTIONS = (b"index", b"create", b"update", b"delete")
+_LISTS = (b"responses", b"results", b"items")
+_WANTED = Selection({
+    **_STATUSES,
+    **dict.fromkeys(_ACTIONS, Selection(_STATUSES)),
+    **dict.fromkeys(_LISTS, EACH),
+})  # fmt: skip
+
+
+class _Status(msgspec.Struct, gc=False):
+    status: object = None
+    camel: object = msgspec.field(default=None, name="statusCode")
+    snake: object = msgspec.field(default=None, name="status_code")
+    code: object = None
+
+    def stated(self) -> int | None:
+        """Return the first that is a status."""
+        for value in (self.status, self.camel, self.snake, self.code):
+            if (code := status_code(value)) is not None:
+                return code
+        return None
+
+
+class _Part(_Status, gc=False):
+    index: object = None
+    create: object = None
+    update: object = None
+    delete: object = None
+
+    def result(self) -> int | None:
+        """Return its own status, or that of its action."""
+        for action in (self.index, self.create, self.update, self.delete):
+            if isinstance(action, dict):
+                return msgspec.convert(action, _Status).stated()
+        return self.stated()
+
+
+class _Answer(msgspec.Struct, gc=False):
+    responses: list[_Part] | None = None
+    results: list[_Part] | None = None
+    items: list[_Part] | None = None
+
+    def parts(self) -> list[_Part]:
+        """Return all parts."""
+        return [
+            *(self.responses or ()), *(self.results or ()), *(self.items or ()),
+        ]  # fmt: skip
+
+
+_decode = msgspec.json.Decoder(list[_Part] | _Answer).decode
+_decode_part = msgspec.json.Decoder(_Part).decode
+#: Everything that decoding bytes can raise; UnicodeDecodeError is a ValueError.
+_UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+
+
+class MultiStatusJSON:
+    """Counts the parts of a body at its end, or as they pass if it is large."""
+
+    def __init__(self) -> None:
+        self._frames = Frames()
+        self._tally = Tally()
+        self._scanner = _scanner(self._tally)
+
+    def feed(self, text: bytes) -> None:
+        """Read the next bytes of the document."""
+        self._frames.feed(text, self)
+
+    def read_whole(self, frames: bytes) -> None:
+        """Never called: the body is one frame, which is not over before the end."""
+
+    def read_piece(self, piece: bytes) -> None:
+        """Read a part of a body that is too large to be kept."""
+        self._scanner.feed(piece)
+
+    def end_large(self) -> None:
+        """Never called: the body is one frame."""
+
+    def counted(self) -> Tally | str:
+        """Return the counts, or why there are none."""
+        tally = self._tally
+        if not self._frames.is_large:
+            tally = _count(self._frames.rest)
+        return tally if tally.succeeded or tally.failed else "no_status"
+
+
+def _count(body: bytearray) -> Tally:
+    tally = Tally()
+    try:
+        answer = _decode(body)
+    except _UNDECODABLE:  # cut off, or not every part is as it should be
+        _scanner(tally).feed(bytes(body))
+        return tally
+    for part in answer.parts() if isinstance(answer, _Answer) else answer:
+        tally.count_code(part.result())
+    return tally
+
+
+def _scanner(tally: Tally) -> JSONScanner:
+    """Return a scanner that counts into *tally*, and holds nothing else."""
+
+    def found(document: bytes, is_element: bool) -> None:
+        if is_element:
+            try:
+                part = _decode_part(document)
+            except _UNDECODABLE:
+                return
+            tally.count_code(part.result())
+
+    return JSONScanner(_WANTED, found)
+
+
+#: Deeper XML is no Multi-Status; expat holds every element that is open.
+MAX_DEPTH = 256
+#: Expat holds every name it has seen, and a tag or comment until it is whole.
+MAX_NAMES = 10_000
+MAX_HELD_BYTES = 2**16
+_MAX_STATUS_LENGTH = 256
+
+_ROOT = "DAV: multistatus"
+_RESPONSE = [_ROOT, "DAV: response"]
+_OWN_STATUS = [*_RESPONSE, "DAV: status"]
+_PROPSTAT_STATUS = [*_RESPONSE, "DAV: propstat", "DAV: status"]
+
+
+class _Refused(Exception):
+    """The document is not read any further."""
+
+
+class MultiStatusXML:
+    """Counts the responses that have ended."""
+
+    def __init__(self) -> None:
+        self._responses = _Responses()
+        self._problem = ""
+        self._fed = 0
+        self._names: dict[str, str] = {}
+        parser = expat.ParserCreate(namespace_separator=" ", intern=self._names)
+        parser.StartDoctypeDeclHandler = _refuse_doctype
+        parser.StartElementHandler = self._responses.start
+        parser.EndElementHandler = self._responses.end
+        parser.CharacterDataHandler = self._responses.text
+        self._parser = parser
+
+    def counted(self) -> Tally | str:
+        """Return the counts, or why there are none to be believed."""
+        if self._problem or self._responses.has_root:
+            return self._problem or self._responses.tally
+        return "not_multi_status"
+
+    def feed(self, text: bytes) -> None:
+        """Read the next bytes of the document."""
+        if self._problem:
+            return
+        try:
+            self._parser.Parse(text, False)
+        except _Refused as refused:
+            self._problem = str(refused)
+        except (expat.ExpatError, LookupError, ValueError):
+            self._problem = "not_xml"
+        else:
+            self._fed += len(text)
+            held = self._fed - self._parser.CurrentByteIndex
+            if held > MAX_HELD_BYTES or len(self._names) > MAX_NAMES:
+                self._problem = "too_large"
+
+
+class _Responses:
+    """What the parser calls. It does not hold the parser: there is no cycle."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self.has_root = False
+        #: The elements that are open.
+        self._path: list[str] = []
+        #: The text of the status that is open.
+        self._status: str | None = None
+        #: The codes of the response that is open.
+        self._own: int | None = None
+        self._propstats: set[bool] = set()
+
+    def start(self, name: str, _attributes: Mapping[str, str]) -> None:
+        """Enter an element."""
+        path = self._path
+        if not path:
+            if name != _ROOT:
+                raise _Refused("not_multi_status")
+            self.has_root = True
+        if len(path) >= MAX_DEPTH:
+            raise _Refused("too_large")
+        path.append(name)
+        if path == _RESPONSE:
+            self._own, self._propstats = None, set()
+        elif path in (_OWN_STATUS, _PROPSTAT_STATUS):
+            self._status = ""
+
+    def text(self, text: str) -> None:
+        """Read text, which comes in pieces."""
+        if self._status is not None and len(self._status) < _MAX_STATUS_LENGTH:
+            self._status += text
+
+    def end(self, _name: str) -> None:
+        """Leave an element."""
+        path = self._path
+        if path == _RESPONSE:
+            self._count()
+        elif self._status is not None and path in (_OWN_STATUS, _PROPSTAT_STATUS):
+            code = status_code(self._status)
+            self._status = None
+            if path == _OWN_STATUS:
+                self._own = code
+            elif code is not None:
+                self._propstats.add(200 <= code <= 299)
+        path.pop()
+
+    def _count(self) -> None:
+        """Count the response that ends. One that states no status counts as neither."""
+        if self._own is None and self._propstats:
+            self.tally.count(is_success=any(self._propstats))
+        else:
+            self.tally.count_code(self._own)
+
+
+def _refuse_doctype(*_declaration: object) -> None:
+    raise _Refused("doctype")

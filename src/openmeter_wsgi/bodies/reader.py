@@ -1,8 +1,8 @@
-"""What every reader of a response body has in common.
+"""The base of every reader of a response body.
 
-A reader is made for one response, when its headers are known, and is fed the
-chunks in the order in which they are sent. It belongs to the thread that sends
-them, keeps bounded memory whatever the length of the body, and never raises.
+A reader is made for one response, when its headers are known, and is fed the chunks
+in the order in which they are sent. It belongs to the thread that sends them, keeps
+bounded memory whatever the length of the body, and never raises.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ MAX_DOCUMENT_BYTES = 2**20
 #: A chunk is read in pieces of this size, so that a huge one is not copied whole.
 PIECE_BYTES = 2**16
 
+#: Media types of one JSON document a line.
+NDJSON = frozenset({
+    "application/x-ndjson", "application/ndjson", "application/jsonl",
+    "application/x-jsonl", "application/jsonlines", "application/x-jsonlines",
+    "application/json-lines", "application/stream+json",
+})  # fmt: skip
+
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Unknown(msgspec.Struct, frozen=True):
-    """The body does not say, which is not the same as zero."""
+    """No value: the body does not state one. It is not zero."""
 
     #: Why, in a word or two: ``compressed``, ``too_large``, ``cut_off``, ``failed``,
     #: and what each reader adds to these.
@@ -32,7 +39,7 @@ class Unknown(msgspec.Struct, frozen=True):
 
 
 class BodyReader(Protocol[T_co]):
-    """What the settlement sees of a reader."""
+    """The interface of a reader."""
 
     def feed(self, chunk: bytes) -> None:
         """Read the next chunk. Never raises."""
@@ -42,10 +49,10 @@ class BodyReader(Protocol[T_co]):
 
 
 class Reader(Generic[T_co]):
-    """A :class:`BodyReader` that gives up, and says so, rather than raise.
+    """A :class:`BodyReader` that logs an exception and gives up instead of raising.
 
-    A subclass reads in `_read`, which gets at most :data:`PIECE_BYTES` at once,
-    and answers in `_result`.
+    A subclass implements `_read`, which gets at most :data:`PIECE_BYTES` at once, and
+    `_result`.
     """
 
     _failed = False
@@ -88,7 +95,7 @@ class Reader(Generic[T_co]):
 
 
 class Unreadable(Reader[Unknown]):
-    """The reader of a body that cannot be read at all."""
+    """Reads nothing, and gives the reason as its result."""
 
     def __init__(self, reason: str) -> None:
         self._unknown = Unknown(reason)
@@ -98,3 +105,14 @@ class Unreadable(Reader[Unknown]):
 
     def _result(self) -> Unknown:
         return self._unknown
+
+
+def media_type(content_type: str | None) -> str:
+    """Return the media type without its parameters, in lower case, or ``""``."""
+    return (content_type or "").partition(";")[0].strip().lower()
+
+
+def is_compressed(content_encoding: str | None) -> bool:
+    """Return whether a ``Content-Encoding`` compresses the bytes."""
+    codings = (coding.strip().lower() for coding in (content_encoding or "").split(","))
+    return any(coding not in ("", "identity") for coding in codings)

@@ -7,9 +7,10 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi.commands.locks import holder
-from openmeter_wsgi.delivery import progress
-from openmeter_wsgi.delivery.segment import (
-    Piece,
+from openmeter_wsgi.lock import ELECTION, LOCK
+from openmeter_wsgi.spool import progress
+from openmeter_wsgi.spool.files import (
+    Line,
     SegmentName,
     is_event,
     open_file,
@@ -17,14 +18,13 @@ from openmeter_wsgi.delivery.segment import (
     read_live,
     read_name,
 )
-from openmeter_wsgi.ownership import ELECTION, LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.progress import Progress
     from openmeter_wsgi.delivery.ranges import Ranges
+    from openmeter_wsgi.spool.progress import Progress
 
 
 class Segment(NamedTuple):
@@ -70,7 +70,7 @@ class Census:
                     yield from self._between(segment, low, high)
 
     def _doubts(self) -> Iterator[tuple[str, Ranges]]:
-        for doubt in self.progress.doubts:
+        for doubt in self.progress.in_flight:
             yield from doubt.lines.items()
 
     def _find(self) -> Iterator[Segment]:
@@ -104,7 +104,7 @@ class Census:
                 start = pieces[-1].end
 
 
-def _events(pieces: list[Piece]) -> Iterator[bytes]:
+def _events(pieces: list[Line]) -> Iterator[bytes]:
     for piece in pieces:
         # Without its newline a line may be the first half of one.
         if len(piece.text) < piece.end - piece.start and is_event(piece.text):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.commands.checks.application import (
     NoApplication,
     load_application,
     look_at_layers,
+    look_at_views,
     middlewares,
 )
 from openmeter_wsgi.commands.checks.billing import look_at_dry_run, look_at_status_codes
@@ -32,11 +32,13 @@ from openmeter_wsgi.commands.checks.findings import (
 from openmeter_wsgi.commands.checks.meters import look_at_meters
 from openmeter_wsgi.commands.checks.repetition import look_at_repetition
 from openmeter_wsgi.commands.checks.report import print_findings
+from openmeter_wsgi.commands.checks.rules import look_at_rules, look_at_unmatched
 from openmeter_wsgi.commands.checks.server import look_at_clock, look_at_server
 from openmeter_wsgi.commands.checks.spool_directory import look_at_spool
 from openmeter_wsgi.commands.exit_codes import ANSWER_IS_NO, exit_codes
 from openmeter_wsgi.commands.opening import open_listing, options_given, server_options
 from openmeter_wsgi.commands.output import busy
+from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 CHECKS = (
     Check(look_at_dry_run, "dry run"),
     Check(look_at_status_codes, "billed status codes"),
+    Check(look_at_unmatched, "routes"),
     Check(look_at_spool, "spool directory"),
     Check(look_at_server, "server"),
     Check(look_at_clock, "clock", needs_answer=True),
@@ -173,9 +176,11 @@ def _configured(
         # A framework's own command has the policy of its settings.
         return policy_of_framework(), []
     if app_name is not None:
-        found = middlewares(load_application(app_name))
+        app = load_application(app_name)
+        found = middlewares(app)
         policy = found[0].policy if found else None
-        return policy, list(look_at_layers(app_name, found))
+        findings = [*look_at_layers(app_name, found), *look_at_views(app)]
+        return policy, [*findings, *(look_at_rules(found[0]) if found else ())]
     options = options_given(api_url=url)
     if file is None:
         return Policy.from_env(**options), []

@@ -10,7 +10,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Self
 
-from openmeter_wsgi.delivery.segment import (
+from openmeter_wsgi.spool.files import (
     SegmentName,
     is_event,
     open_file,

@@ -23,7 +23,7 @@ from openmeter_wsgi.commands.output import (
     progress,
     size,
 )
-from openmeter_wsgi.delivery.dead_letters import UNREADABLE
+from openmeter_wsgi.spool.dead_letters import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from openmeter_wsgi.delivery.dead_letters import DEAD_LETTERS
-from openmeter_wsgi.delivery.journal import Journal
-from openmeter_wsgi.delivery.segment import WRITTEN, is_event, open_file, read_name
-from openmeter_wsgi.ownership import elected
+from openmeter_wsgi.lock import election
+from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS
+from openmeter_wsgi.spool.files import WRITTEN, is_event, open_file, read_name
+from openmeter_wsgi.spool.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -118,10 +118,10 @@ class DeadLetterFile:
 
         Only while `changing`. It is not while there is a sender, who may append.
         """
-        with elected(self._directory, wait=False) as won:
+        with election(self._directory, wait=False) as won:
             if won and self._settled():
                 self._rewrite()
-            return won
+            return won is not None
 
     def _rewrite(self) -> None:
         settled = self._settled()

@@ -12,7 +12,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.delivery.segment import open_file
+from openmeter_wsgi.spool.files import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,9 @@ from openmeter_wsgi.commands.asking import ListingV1
 from openmeter_wsgi.commands.exit_codes import BadConfiguration
 from openmeter_wsgi.commands.listing_v3 import ListingV3
 from openmeter_wsgi.commands.output import printable
-from openmeter_wsgi.delivery.directory import FORMAT, prepare_directory
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.spool.files import FORMAT, prepare_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

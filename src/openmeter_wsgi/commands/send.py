@@ -9,7 +9,6 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 import msgspec
 
-from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.event_lines import (
     CheckedEvents,
@@ -20,6 +19,7 @@ from openmeter_wsgi.commands.exit_codes import ANSWER_IS_NO, exit_codes
 from openmeter_wsgi.commands.opening import options_given, read_policy, server_options
 from openmeter_wsgi.commands.output import print_json, printable, progress
 from openmeter_wsgi.commands.sending import GaveUp, Refusal, Sending
+from openmeter_wsgi.delivery.client import OpenMeterClient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.client import OpenMeterClient
 from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.exit_codes import EXIT_CODES, BadConfiguration
 from openmeter_wsgi.commands.letters import DeadLetterFile
@@ -20,8 +19,9 @@ from openmeter_wsgi.commands.locks import holder
 from openmeter_wsgi.commands.opening import open_spool, read_policy, spool_options
 from openmeter_wsgi.commands.output import printable
 from openmeter_wsgi.commands.stop_signals import stop_signals
-from openmeter_wsgi.delivery.spool_queue import SpoolQueue
-from openmeter_wsgi.ownership import ELECTION
+from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.lock import ELECTION
+from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:
@@ -54,19 +54,6 @@ def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> No
         _ship(policy, directory, stopped)
 
 
-class _Shipping(SpoolQueue):
-    """Says when it becomes the sender."""
-
-    def _deliver(self, deadline: float | None = None) -> None:
-        logger.info(
-            "this process is the sender of %s to %s; %d events wait",
-            self._directory, self._policy.api_url, self.waiting,
-        )  # fmt: skip
-        if problem := old_events.oldest(self.in_spool.oldest_at):
-            logger.warning("%s: %s: %s", self._directory, problem, old_events.REMEDY)
-        super()._deliver(deadline)
-
-
 def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
     new_client = partial(
         OpenMeterClient,
@@ -76,7 +63,16 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
         timeout=policy.request_timeout,
     )
     counts = Counts()
-    queue = _Shipping(policy, new_client, counts)
+
+    def elected() -> None:
+        logger.info(
+            "this process is the sender of %s to %s; %d events wait",
+            directory, policy.api_url, queue.waiting,
+        )  # fmt: skip
+        if problem := old_events.oldest(queue.in_spool.oldest_at):
+            logger.warning("%s: %s: %s", directory, problem, old_events.REMEDY)
+
+    queue = SpoolDelivery(policy, new_client, counts, elected=elected)
     if (sender := holder(directory / ELECTION)) is not None:
         logger.info(
             "%s has a sender, process %s; this one takes over when it ends",

@@ -22,13 +22,14 @@ import logging
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from http.client import responses
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch, shortened
 from openmeter_wsgi.delivery.delayed import MAX_AHEAD, split_by_date
-from openmeter_wsgi.delivery.trouble import Trouble, reason_of
-from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected
+from openmeter_wsgi.errors import DeliveryError, Expired, Held, Rejected, Unavailable
+from openmeter_wsgi.health import Problem
 from openmeter_wsgi.timestamps import age_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ MAX_SERVER_ERRORS = 10
 _KAFKA_ERROR = 500
 
 
-_B = TypeVar("_B", bound=Batch)
 _Sent = TypeVar("_Sent", contravariant=True)
 
 
@@ -61,6 +61,9 @@ class Client(Protocol[_Sent]):
 
     def ingest(self, events: _Sent, /) -> None:
         """Deliver *events* or raise a DeliveryError."""
+
+
+_B = TypeVar("_B", bound=Batch)
 
 
 class _Trial(Generic[_B]):
@@ -121,12 +124,19 @@ class Sender(Generic[_B]):
         self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
-        self.trouble = Trouble(waiting)
+        self.outage = Outage(waiting)
+        self._attempt_began: float | None = None
 
     @property
     def oldest(self) -> list[bytes]:
         """The first event of each batch that is being tried or stands aside."""
         return [batch.events[0] for batch in [*self._pending, *self._suspects]]
+
+    @property
+    def attempt_lasts(self) -> float:
+        """For how many seconds the attempt that is being made lasts; 0 if none is."""
+        began = self._attempt_began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def busy(self) -> bool:
@@ -137,6 +147,13 @@ class Sender(Generic[_B]):
     def doubtful(self) -> bool:
         """Whether events stand aside that were refused alone."""
         return bool(self._suspects)
+
+    def reset(self) -> None:
+        """Forget all batches: another source is delivered, or the same one anew."""
+        self._pending.clear()
+        self._suspects.clear()
+        self._refused_in_a_row = 0
+        self.outage.forget()
 
     def load(self, events: _B) -> None:
         """Take over a batch, but for events that are dated too far ahead."""
@@ -162,6 +179,7 @@ class Sender(Generic[_B]):
         if batch.failures:
             self._counts.retries += 1
         began = time.perf_counter()
+        self._attempt_began = time.monotonic()
         try:
             self._client.ingest(batch.events)
         except Expired as error:
@@ -171,12 +189,14 @@ class Sender(Generic[_B]):
         except DeliveryError as error:
             return self._failed(batch, error)
         finally:
+            self._attempt_began = None
             self._counts.attempt_seconds.add(time.perf_counter() - began)
         self._delivered()
         return 0.0
 
-    def give_up_attempt(self) -> float:
+    def give_up_attempt(self, error: Exception) -> float:
         """Return the wait after an attempt that broke off in a way nobody foresaw."""
+        self.outage.note(Unavailable(f"an attempt broke off, {error!r}"))
         batch = self._pending[0]
         batch.failures += 1
         return self._backoff(batch.failures)
@@ -188,7 +208,7 @@ class Sender(Generic[_B]):
         n = len(batch.events)
         self._counts.delivered += n
         self._counts.delivery_seconds.add(age_of(batch.events[0]))
-        self.trouble.is_over(n)  # before a flush says that all is done
+        self.outage.is_over(n)  # before a flush says that all is done
         self._done(batch.events)
         self.retry_suspects()
 
@@ -203,7 +223,7 @@ class Sender(Generic[_B]):
         delay = self._backoff(batch.failures)
         if error.retry_after is not None:
             delay = max(delay, error.retry_after)  # 0 is no leave to hammer
-        self.trouble.note(error)
+        self.outage.note(error)
         self._say_failed(batch, error, delay)
         if error.status == _KAFKA_ERROR:
             self._try_another_part(batch)
@@ -245,7 +265,7 @@ class Sender(Generic[_B]):
             self._refused_in_a_row += 1
         if self._refused_in_a_row < 2:
             return 0.0
-        self.trouble.note(error, refused=True)
+        self.outage.note(error, refused=True)
         delay = self._backoff(self._refused_in_a_row)
         logger.error(
             "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
@@ -330,3 +350,80 @@ class Sender(Generic[_B]):
             answer, reason_of(error), len(batch.events),
             " until the key or the address is mended" if held else "", delay,
         )  # fmt: skip
+
+
+#: The end of what lasted as many seconds is told; a single attempt in vain was told
+#: to be repeated at once.
+WORTH_TELLING = 5.0
+
+
+class _Now(NamedTuple):
+    since: float
+    code: str
+    answer: str
+
+
+class Outage:
+    """What keeps one sender from delivering. Its thread notes it, any thread asks."""
+
+    def __init__(
+        self,
+        waiting: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._waiting = waiting
+        self._clock = clock
+        self._now: _Now | None = None
+
+    def note(self, error: DeliveryError, *, refused: bool = False) -> None:
+        """Note an attempt that failed, or that all events are *refused*."""
+        code = "held" if isinstance(error, Held) else "unavailable"
+        since = self._now.since if self._now else self._clock()
+        self._now = _Now(since, "refused" if refused else code, answer_of(error))
+
+    def is_over(self, delivered: int) -> None:
+        """Note that so many events were taken, of those that still count as waiting."""
+        now, self._now = self._now, None
+        if now is None:
+            return
+        lasted = self._clock() - now.since
+        if lasted >= WORTH_TELLING:
+            logger.warning(
+                "OpenMeter takes events again after %.0f s; delivered: %d, waiting and "
+                "following now: %d",
+                lasted, delivered, max(self._waiting() - delivered, 0), extra=log.OVER,
+            )  # fmt: skip
+
+    def forget(self) -> None:
+        """Note that nothing is known any more."""
+        self._now = None
+
+    @property
+    def problem(self) -> Problem | None:
+        """What is wrong now, None if nothing is known to be."""
+        now = self._now
+        if now is None:
+            return None
+        lasted = self._clock() - now.since
+        return Problem(
+            now.code,
+            f"OpenMeter {now.answer} for {lasted:.0f} s now; {_NEXT[now.code]}",
+        )
+
+
+_NEXT = {
+    "held": "all events are kept until the key or the address is mended",
+    "unavailable": "all events are kept and tried again",
+    "refused": "that is every event tried, so it may be a proxy; all are kept",
+}
+
+
+def answer_of(error: DeliveryError) -> str:
+    """Return what OpenMeter did."""
+    answer = f"answered {error.status}" if error.status else "did not answer"
+    return f"{answer} ({reason_of(error)})"
+
+
+def reason_of(error: DeliveryError) -> str:
+    """Return what it said, or else what its status says."""
+    return error.reason or responses.get(error.status or 0, "no reason")

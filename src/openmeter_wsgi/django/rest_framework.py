@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rest_framework.permissions import BasePermission  # type: ignore[import-untyped]
 
 from openmeter_wsgi.entitlements.handlers import require_entitlements
-from openmeter_wsgi.environ import environ_of
 from openmeter_wsgi.frameworks import must_ask
+from openmeter_wsgi.request import environ_of
 
 if TYPE_CHECKING:
     from rest_framework.request import Request  # type: ignore[import-untyped]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.environ import has_user
 from openmeter_wsgi.frameworks import LastingSubject
+from openmeter_wsgi.request import has_user
 from openmeter_wsgi.subject import path_reader
 
 if TYPE_CHECKING:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from typing import TYPE_CHECKING, Any
 
-from django.contrib.admindocs import utils as patterns
 from django.http import HttpResponse
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
+from openmeter_wsgi.django.lost_users import serving
+from openmeter_wsgi.django.route_names import route_name
 from openmeter_wsgi.django.subjects import remember_request
 from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
-from openmeter_wsgi.environ import METERS, environ_of
-from openmeter_wsgi.frameworks import CAME_THROUGH, must_ask
-from openmeter_wsgi.subject import set_route
+from openmeter_wsgi.frameworks import must_ask
+from openmeter_wsgi.request import REQUEST, environ_of, metered_request, set_route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +42,7 @@ class ViewMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
         """Serve one request."""
         environ: Any = environ_of(request)
-        if environ is None or CAME_THROUGH not in environ:
+        if environ is None or REQUEST not in environ:
             # Under ASGI, in Django's test client, or with Django's own wsgi.py.
             logger.warning(
                 "%s: a request did not come through openmeter_wsgi.django."
@@ -53,17 +51,18 @@ class ViewMiddleware:
             )
         else:
             remember_request(request, environ)
-        return self._get_response(request)
+        with serving(request):
+            return self._get_response(request)
 
     def process_view(
         self, request: HttpRequest, view: Any, *_: Any
     ) -> HttpResponseBase | None:
         """Note the route, and refuse the request if its customer may not."""
         environ = environ_of(request)
-        if environ is None or METERS not in environ:
+        if metered_request(environ) is None:
             return None
-        if (match := request.resolver_match) is not None:
-            set_route(request, template_of(match.route))
+        if (name := route_name(request)) is not None:
+            set_route(request, name)
         if must_ask(environ, view) and not _has_permission_that_asks(view):
             try:
                 require_entitlements(request)
@@ -91,25 +90,6 @@ def refused(request: HttpRequest, denied: EntitlementDenied) -> HttpResponse:
         else:
             response.headers[name] = value
     return response
-
-
-@functools.lru_cache(maxsize=10_000)
-def template_of(route: str | None) -> str:
-    """Return the route of a resolved view as one reads it: ``/users/<int:pk>/``.
-
-    Regular expressions, which routers of the REST framework make, lose their grammar.
-    """
-    text = route or ""
-    if not _IS_PLAIN.fullmatch(text):
-        text = patterns.remove_non_capturing_groups(text)
-        text = patterns.replace_named_groups(text)
-        text = patterns.replace_unnamed_groups(text)
-        text = patterns.replace_metacharacters(text)
-    return "/" + text.lstrip("/")
-
-
-#: What `django.urls.path` takes, and what nobody would mean as a regular expression.
-_IS_PLAIN = re.compile(r"(?:[^^$()\\<>]|<[^()<>]*>)*")
 
 
 def _has_permission_that_asks(view: Any) -> bool:

@@ -26,8 +26,10 @@ def get_wsgi_application(**options: Any) -> OpenMeterMiddleware:
         policy_of_settings,
         view_middleware_problem,
     )
+    from openmeter_wsgi.django.lost_users import watch_users
 
     policy = policy_of_settings(**options)
     if problem := view_middleware_problem():
         raise ConfigError([problem])
+    watch_users()
     return FrameworkMiddleware(app, policy)

@@ -17,26 +17,26 @@ from openmeter_wsgi.entitlements.decision import (
     unanswered,
 )
 from openmeter_wsgi.entitlements.passing import nothing_passes
-from openmeter_wsgi.environ import DECISION, RESERVED
 from openmeter_wsgi.ledger import Refusal
 from openmeter_wsgi.options.entitlement_values import amounts as read_amounts
-from openmeter_wsgi.subject import anonymous_subject
+from openmeter_wsgi.request import record_of, reservations_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.checking import Entitlements
     from openmeter_wsgi.entitlements.known import Known
     from openmeter_wsgi.entitlements.passing import Passes
     from openmeter_wsgi.ledger import Reservation
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.request import RequestRecord
     from openmeter_wsgi.stats import Counts
-    from openmeter_wsgi.subject import FindSubject
+    from openmeter_wsgi.subject import SubjectFinder
     from openmeter_wsgi.usage import Meter
 
 logger = log.get_logger(__name__)
 
-Environ: TypeAlias = "MutableMapping[str, Any]"
+Environ: TypeAlias = dict[str, Any]
 
 _NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
 #: Where no feature is named there is nothing to ask, and nobody to ask for.
@@ -53,13 +53,13 @@ class Gate:
         policy: Policy,
         entitlements: Entitlements,
         *,
-        find_subject: FindSubject,
+        subjects: SubjectFinder,
         counts: Counts,
     ) -> None:
         self.policy = policy
         self.required = policy.required_entitlements
         self._entitlements = entitlements
-        self._find_subject = find_subject
+        self._find_subject = subjects.find
         self._customer_of = customer_finder(policy)
         self._counts = counts
         self._countdown = entitlements.countdown
@@ -76,8 +76,8 @@ class Gate:
         if not self._is_counted:
             self.passes = entitlements.passing(
                 feature,
-                find_subject=find_subject,
-                anonymous=anonymous_subject(policy),
+                find_subject=subjects.find,
+                anonymous=subjects.anonymous,
                 counts=counts,
             )
         elif self._amounts.are_usual and not policy.usage_headers:
@@ -87,12 +87,12 @@ class Gate:
         """Decide whether a request may begin. Never raises."""
         if (
             self._fresh is not None
-            and (subject := self._find_subject(environ))  # type: ignore[arg-type]
+            and (subject := self._find_subject(environ))
             and (decision := self._fresh(subject))
             and decision.allowed
             and self._counts_one(environ, subject)
         ):
-            environ[DECISION] = decision
+            record_of(environ).decision = decision
             self._counts.allowed["cache"] += 1
             return decision
         return self.check(environ, self.required)
@@ -115,11 +115,11 @@ class Gate:
         names = tuple(dict.fromkeys(features))
         if not names:
             return _NOTHING_REQUIRED
-        subject = self._find_subject(environ)  # type: ignore[arg-type]
+        subject = self._find_subject(environ)
         decision = _NO_SUBJECT
         if subject is not None:
             decision = self._decide(environ, subject, names, reserve)
-        environ[DECISION] = decision
+        record_of(environ).decision = decision
         self._account_for(decision, subject)
         return decision
 
@@ -160,7 +160,8 @@ class Gate:
         (feature,) = self.required
         known = self._entitlements.known(customer, feature)
         # Perhaps another answer than the one that let the request pass: a newer one.
-        if known is None or not known.decision.allowed or RESERVED in environ:
+        request = record_of(environ)
+        if known is None or not known.decision.allowed or request.reserved is not None:
             return False
         if known.counts_down:
             amount = self._amounts.usual.get(feature, 0.0)
@@ -168,14 +169,14 @@ class Gate:
             outcome = self._countdown.reserve(account, feature, amount)
             if isinstance(outcome, Refusal):
                 return False
-            environ[RESERVED] = {feature: outcome}
+            request.reserved = {feature: outcome}
         return True
 
     def settle(
-        self, environ: Environ, meters: Sequence[Meter], subject: str | None
+        self, request: RequestRecord, meters: Sequence[Meter], subject: str | None
     ) -> None:
         """Let what the request has reserved become what it is billed: *meters*."""
-        reserved = environ.pop(RESERVED, {})
+        reserved, request.reserved = request.reserved or {}, None
         self._countdown.settle(reserved.values(), self._amounts.used(meters, subject))
 
     def _reserve(
@@ -186,7 +187,7 @@ class Gate:
         amounts: Mapping[str, float],
         decision: Decision,
     ) -> Decision:
-        held: dict[str, Reservation] = environ.setdefault(RESERVED, {})
+        held = reservations_of(environ)
         taken: dict[str, Reservation] = {}
         account = self._entitlements.account(customer)
         for feature in features:

@@ -10,11 +10,10 @@ from werkzeug.wrappers import Response
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.decision import unanswered
 from openmeter_wsgi.entitlements.refusal import Refusal
-from openmeter_wsgi.environ import billing_of, environ_of
-from openmeter_wsgi.meters import bill_nothing
+from openmeter_wsgi.request import bill_nothing, billing_of, environ_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping
 
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.entitlements.gate import Gate
@@ -42,6 +41,29 @@ class EntitlementDenied(HTTPException):
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Answer the request (PEP 3333)."""
         return self._refusal(environ, start_response)
+
+    def get_response(self, environ: Any = None, scope: Any = None) -> Any:
+        """Return the answer as a response of werkzeug's, for other frameworks.
+
+        With the request's *environ* it is what ``denied_response`` makes of it.
+        """
+        if environ is None:
+            return super().get_response(environ, scope)
+        return Response.from_app(self._refusal, environ)
+
+    def answer(self, environ: Any, start_response: Any, *, is_started: bool) -> Any:
+        """Answer the request in place of an application that has raised this.
+
+        *is_started*: it had called *start_response* before.
+        """
+        if not is_started:
+            return self._refusal(environ, start_response)
+        raised = type(self), self, self.__traceback__
+
+        def start(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
+            return start_response(status, headers, raised)
+
+        return self._refusal(environ, start)
 
 
 def check_entitlements(
@@ -79,7 +101,7 @@ def require_entitlements(
     raise EntitlementDenied(decision, Refusal(decision, gate.policy))
 
 
-def _gate(request: object) -> tuple[MutableMapping[str, Any] | None, Gate | None]:
+def _gate(request: object) -> tuple[dict[str, Any] | None, Gate | None]:
     environ = environ_of(request)
     billing = billing_of(environ)
     return environ, None if billing is None else billing.gate

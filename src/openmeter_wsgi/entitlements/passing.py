@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from openmeter_wsgi.environ import CALLER, DECISION, METERS
+from openmeter_wsgi.request import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.entitlements.known import Known
+    from openmeter_wsgi.request import RequestRecord
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
 #: Says whether a request may pass, as far as that is known.
-Passes: TypeAlias = "Callable[[dict[str, Any]], bool]"
+Passes: TypeAlias = "Callable[[dict[str, Any], RequestRecord], bool]"
 
 
-def nothing_passes(_: dict[str, Any]) -> bool:
+def nothing_passes(_: dict[str, Any], __: RequestRecord) -> bool:
     """Let each request go the long way."""
     return False
 
@@ -38,11 +39,11 @@ def passing(
     decide.
     """
 
-    def passes(environ: dict[str, Any]) -> bool:
+    def passes(environ: dict[str, Any], request: RequestRecord) -> bool:
         # In one piece: each call costs a request.
-        if METERS in environ or environ["REQUEST_METHOD"] == "OPTIONS":
+        if environ.get("REQUEST_METHOD") in OPTIONS:
             return False
-        if anonymous is None or CALLER in environ or "REMOTE_USER" in environ:
+        if anonymous is None or request.caller or "REMOTE_USER" in environ:
             subject = find_subject(environ)
         else:
             subject = anonymous
@@ -53,7 +54,7 @@ def passing(
         if not decision.allowed:
             return False
         known.used = True
-        environ[DECISION] = decision
+        request.decision = decision
         counts.passed += 1
         return True
 

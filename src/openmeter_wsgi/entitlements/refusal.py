@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.environ import DECISION
+from openmeter_wsgi.request import method_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse
 
     from openmeter_wsgi.entitlements.decision import Decision, Denial, Quota, Reason
@@ -82,7 +82,7 @@ class Refusal:
                 return answer
         status = f"{self.status.value} {self.status.phrase}"
         start_response(status, self.headers)
-        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [self.body]
+        return [] if method_of(environ) == "HEAD" else [self.body]
 
 
 def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
@@ -101,18 +101,20 @@ def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
 
 
 def telling_quota(
-    environ: Mapping[str, Any], start_response: StartResponse
+    decision: Decision | None, start_response: StartResponse
 ) -> StartResponse:
     """Return a start_response that tells of the quota, if there is one."""
-    decision: Decision | None = environ.get(DECISION)
     headers = quota_headers(decision.quota) if decision else []
     if not headers:
         return start_response
 
     def start(
-        status: str, given: list[tuple[str, str]], *exc_info: Any
+        status: str, given: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        return start_response(status, [*given, *headers], *exc_info)
+        told = [*given, *headers]
+        if exc_info is None:
+            return start_response(status, told)
+        return start_response(status, told, exc_info)
 
     return start
 

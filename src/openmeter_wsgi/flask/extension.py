@@ -9,7 +9,11 @@ import flask
 
 from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.flask.subjects import subject_from, user_of_flask_login
+from openmeter_wsgi.flask.subjects import (
+    keep_users_that_log_out,
+    subject_from,
+    user_of_flask_login,
+)
 from openmeter_wsgi.frameworks import FrameworkMiddleware, make_policy, must_ask
 from openmeter_wsgi.policy import read_text_options
 
@@ -48,6 +52,7 @@ class OpenMeter:
         app.extensions[_NAME] = middleware
         if _requires_anything(policy):
             _ask_before_views(app)
+        keep_users_that_log_out(app)
         _settle_in_tests(app)
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import flask
 
-from openmeter_wsgi.environ import has_user
-from openmeter_wsgi.frameworks import LastingSubject
+from openmeter_wsgi.frameworks import LastingSubject, keep_subject
+from openmeter_wsgi.request import has_user
 from openmeter_wsgi.subject import path_reader
 
 if TYPE_CHECKING:
@@ -70,3 +70,17 @@ def _read_user_of_flask_login(environ: dict[str, Any]) -> object:
 
 #: Finds the user of Flask-Login, where the application has it.
 user_of_flask_login: FindSubject = LastingSubject(_read_user_of_flask_login)
+
+
+def keep_users_that_log_out(app: flask.Flask) -> None:
+    """Have the user whom a view of *app* logs out billed for that request."""
+    try:
+        from flask_login import user_logged_out
+    except ImportError:
+        return
+    # Not weakly: nothing else keeps it.
+    user_logged_out.connect(_before_log_out, sender=app, weak=False)
+
+
+def _before_log_out(_: flask.Flask, **__: Any) -> None:
+    keep_subject(flask.request.environ)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi import log
 from openmeter_wsgi.ledger.account import Account
 from openmeter_wsgi.ledger.terms import Lessee
-from openmeter_wsgi.ownership import new_token
+from openmeter_wsgi.lock import new_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

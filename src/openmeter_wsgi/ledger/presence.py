@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.ownership import LOCK, Owner, is_alive, remove_lock
+from openmeter_wsgi.lock import LOCK, SegmentLock, is_alive, remove_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +16,7 @@ class HostPresence:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._owners: dict[tuple[int, str], Owner] = {}
+        self._owners: dict[tuple[int, str], SegmentLock] = {}
 
     def enter(self, token: str) -> None:
         """Take the lock of a lessee of this process, if it has it not yet.
@@ -25,7 +25,7 @@ class HostPresence:
         """
         key = (os.getpid(), token)
         if key not in self._owners:
-            self._owners[key] = Owner.register(self._directory, token)
+            self._owners[key] = SegmentLock.register(self._directory, token)
 
     def leave(self, token: str) -> None:
         """Give the lock up."""

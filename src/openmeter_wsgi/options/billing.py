@@ -91,6 +91,9 @@ class BillingOptions:
     subject: str | SubjectCallable | None = dataclasses.field(
         default=None, metadata={"read": read.subject}
     )
+    #: Whether subjects in a header may hold commas. Without it a header with a comma is
+    #: one that was sent twice, and the request has no subject.
+    subject_commas: bool = False
     #: Where the subject is in what :func:`set_user` was given.
     subject_path: str = dataclasses.field(
         default=".sub", metadata={"read": read.subject_path}

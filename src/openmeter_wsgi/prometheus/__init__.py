@@ -43,6 +43,6 @@ def export_metrics(
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         in_spool = middleware.policy.spool_dir is not None
         metrics = ProcessMetrics(registry, prefix, in_spool=in_spool)
-        middleware.follow(lambda metering: begin(metering, metrics, interval))
+        middleware.on_first_request(lambda process: begin(process, metrics, interval))
     else:
         registry.register(OpenMeterCollector(middleware, prefix))

@@ -66,6 +66,8 @@ COUNTERS = (
     Figure("requests_metered", "Requests that became events.", (), _one("metered")),
     Figure("requests_not_metered", "Requests that became no event.",
             ("policy", "reason"), _not_metered),
+    Figure("requests_remarked", "Requests billed by a body that says several things.",
+            ("remark",), _by_reason("remarks")),
     Figure("events", "Events made of requests.", (), _one("events")),
     Figure("events_delivered", "Events that OpenMeter took.", (), _one("delivered")),
     Figure("events_dropped", "Events and meters that were lost.", ("reason",),

@@ -16,7 +16,7 @@ from openmeter_wsgi.stats import BOUNDS
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from openmeter_wsgi.metering import Metering
+    from openmeter_wsgi.process import Process
 
 logger = log.get_logger(__name__)
 
@@ -52,25 +52,25 @@ class ProcessMetrics:
 class _Publisher:
     """Writes the counts of one process into prometheus_client's metrics."""
 
-    def __init__(self, metering: Metering, metrics: ProcessMetrics) -> None:
-        self._metering = metering
+    def __init__(self, process: Process, metrics: ProcessMetrics) -> None:
+        self._process = process
         self._metrics = metrics
         self._written: dict[tuple[str, tuple[str, ...]], float] = {}
         self._writing = threading.Lock()
 
     def publish(self) -> None:
         """Write what has changed. Any thread."""
-        if not self._metering.is_own[0]:
+        if not self._process.guard.fits():
             return
         with self._writing:
-            stats = self._metering.stats()
+            stats = self._process.stats()
             for figure, counter in zip(COUNTERS, self._metrics.counters, strict=True):
                 for labels, value in figure.read(stats).items():
                     self._add(counter, figure.name, labels, value)
             for figure, gauge in zip(GAUGES, self._metrics.gauges, strict=True):
                 gauge.set(figure.read(stats)[()])
             for name, histogram in self._metrics.histograms.items():
-                for seconds in getattr(self._metering.counts, name).fetch_recent():
+                for seconds in getattr(self._process.counts, name).fetch_recent():
                     histogram.observe(seconds)
 
     def run(self, interval: float) -> None:
@@ -92,9 +92,9 @@ class _Publisher:
             self._written[name, labels] = value
 
 
-def begin(metering: Metering, metrics: ProcessMetrics, interval: float) -> None:
-    """Write from now on what *metering* counts, until its process ends."""
-    publisher = _Publisher(metering, metrics)
+def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
+    """Write from now on what *process* counts, until its process ends."""
+    publisher = _Publisher(process, metrics)
     publisher.publish()
     # Before the exit hook of the delivery, and so run after it.
     atexit.register(publisher.publish)

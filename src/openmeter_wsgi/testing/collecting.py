@@ -1,4 +1,4 @@
-"""A metering that keeps what it would send, in the process and nowhere else."""
+"""A transport that keeps what it is given, and what else a test has of OpenMeter."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from openmeter_wsgi.audit import Audit
-from openmeter_wsgi.delivery.watching import Backlog
+from openmeter_wsgi.billing import Audit
+from openmeter_wsgi.delivery.queue import Backlog
 from openmeter_wsgi.entitlements.checking import Entitlements
 from openmeter_wsgi.entitlements.countdown import Countdown
 from openmeter_wsgi.entitlements.known import Lifetimes
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.ledger import Ledger
 from openmeter_wsgi.ledger.sqlite import SqliteStore
-from openmeter_wsgi.metering import Metering
+from openmeter_wsgi.process import Process
+from openmeter_wsgi.stats import Counts
 from openmeter_wsgi.testing.granting import DirectAsker, Grants, GrantsClient
 from openmeter_wsgi.testing.responses import OpenResponses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
-    from openmeter_wsgi.stats import Counts
-    from openmeter_wsgi.testing.responses import Response
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -60,120 +59,94 @@ class Collected:
         self.responses = OpenResponses()
         self.events: list[Event] = []
         self.unmetered: list[Unmetered] = []
-        self.meterings: list[_CollectingMetering] = []
+        self._counts: list[Counts] = []
+        self._stores: list[SqliteStore] = []
         #: Of all requests of the test: request-1, request-2, …
-        self.ids = RequestIds("request")
+        self._ids = RequestIds("request")
 
-    # -- As a Substitute
-
-    def metering(self, policy: Policy) -> Metering:
-        """Return what collects the usage of one middleware."""
-        made = _CollectingMetering(policy, self)
-        self.meterings.append(made)
-        return made
-
-    def watch(self, response: Iterable[bytes]) -> Response:
-        """Return what does not wait for a client to close it."""
-        return self.responses.watch(response)
+    def process(self, policy: Policy) -> Process:
+        """Return what bills the requests of one middleware."""
+        counts = Counts()
+        self._counts.append(counts)
+        # Also of a dry run: a test wants to see the events.
+        transport = Collector(self.events, counts)
+        return Process(
+            _observed(policy, self._tell),
+            counts=counts,
+            transport=transport,
+            ids=self._ids,
+            entitlements=self._entitlements(policy, transport),
+            watch=self.responses.watch,
+        )
 
     def end(self) -> None:
         """Finish what is open, and leave nothing behind."""
         self.responses.finish()
-        for metering in self.meterings:
-            metering.end()
+        for store in self._stores:
+            store.close()
 
-    # -- For the meterings
-
-    def put(self, event: bytes) -> None:
-        """Take one event."""
-        self.events.append(msgspec.json.decode(event, type=Event))
-
-    def tell(self, record: Mapping[str, Any]) -> None:
-        """Take what is told of a request that became no event."""
+    def _tell(self, record: Mapping[str, Any]) -> None:
         self.unmetered.append(msgspec.convert(record, Unmetered))
 
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Meters that were lost, by reason."""
-        found: dict[str, int] = {}
-        for metering in self.meterings:
-            for reason, n in metering.counts.dropped.items():
-                if n:
-                    found[reason] = found.get(reason, 0) + n
-        return found
-
-
-class _CollectingMetering(Metering):
-    """Settles as any other, and hands its events to the test."""
-
-    def __init__(self, policy: Policy, collected: Collected) -> None:
-        self._collected = collected
-        self._original = policy
-        self._begin(_observed(policy, collected.tell))
-
-    def another(self) -> Metering:
-        """Return one under the same policy: for a process that the test forks."""
-        return self._collected.metering(self._original)
-
-    def end(self) -> None:
-        """Close the store of quotas."""
-        self._store.close()
-
-    def _new_queue(self, policy: Policy) -> Any:  # noqa: ARG002
-        return _Queue(self._collected.put, self.counts)
-
-    def _way_out(self, policy: Policy) -> Callable[[bytes], object]:  # noqa: ARG002
-        return self.queue.put  # also of a dry run: a test wants to see it
-
-    def _plain(self) -> None:
-        return None  # each response is watched
-
-    def _new_ids(self) -> RequestIds:
-        return self._collected.ids
-
-    def _new_entitlements(self, policy: Policy) -> Entitlements:
+    def _entitlements(self, policy: Policy, transport: Collector) -> Entitlements:
         """Return entitlements that ask the test, and each time anew."""
-        client = GrantsClient(self._collected.grants)
-        self._store = SqliteStore()
+        client = GrantsClient(self.grants)
+        store = SqliteStore()
+        self._stores.append(store)
         ledger = Ledger(
-            self._store,
+            store,
             visibility_lag=policy.visibility_lag,
-            delivered_until=self.queue.delivered_until,
+            delivered_until=transport.delivered_until,
         )
         return Entitlements(
             new_asker=lambda answering: DirectAsker(client, answering),
             countdown=Countdown(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             cache_size=policy.entitlement_cache_size,
-            close_store=self._store.close,
+            close_store=store.close,
             tells_periods=False,
         )
 
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Meters that were lost, by reason."""
+        found: dict[str, int] = {}
+        for counts in self._counts:
+            for reason, n in counts.dropped.items():
+                if n:
+                    found[reason] = found.get(reason, 0) + n
+        return found
 
-class _Queue:
-    """Hands over what is put. Nothing ever waits in it."""
+
+class Collector:
+    """A transport that hands events to a test. Nothing ever waits in it."""
 
     started = True
-    waiting = 0
     in_spool = in_memory = Backlog()
     problems: tuple[Problem, ...] = ()
 
-    def __init__(self, collect: Callable[[bytes], None], counts: Counts) -> None:
-        self._collect = collect
+    def __init__(self, events: list[Event], counts: Counts) -> None:
+        self._events = events
         self._counts = counts
 
+    def start(self, environ: Mapping[str, Any]) -> None:
+        """Do nothing: there is no thread."""
+
     def put(self, event: bytes) -> None:
-        self._collect(event)
+        """Take one event."""
+        self._events.append(msgspec.json.decode(event, type=Event))
         self._counts.delivered += 1
 
     def delivered_until(self) -> float:
-        return 0.0  # so that a quota counts down all that the test has used
+        """Return the beginning: a quota counts down all that the test has used."""
+        return 0.0
 
     def flush(self, timeout: float | None = None) -> bool:  # noqa: ARG002
+        """Say that nothing waits."""
         return True
 
     def close(self, timeout: float | None = None) -> None:
-        pass
+        """Do nothing: nothing waits."""
 
 
 def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Policy:

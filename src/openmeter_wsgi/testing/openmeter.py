@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Self
 
 from openmeter_wsgi import timestamps
-from openmeter_wsgi.substitution import substituted
+from openmeter_wsgi.process import replaced
 from openmeter_wsgi.testing.collecting import Collected
 from openmeter_wsgi.testing.expectation import Expectation
 from openmeter_wsgi.testing.report import report
@@ -43,7 +43,7 @@ class OpenMeter:
         if _KEY not in os.environ:
             os.environ[_KEY] = "test"
             self._entered.callback(os.environ.pop, _KEY, None)
-        self._entered.enter_context(substituted(self._collected))
+        self._entered.enter_context(replaced(self._collected.process))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.commands.checks.findings import failure, ok, warning
 from openmeter_wsgi.middleware import OpenMeterMiddleware
+from openmeter_wsgi.served_routes import layers_of, misplaced_decorators
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,13 +18,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.commands.checks.findings import Finding
 
 _NAME = "application"
-#: Where middleware and frameworks keep what they wrap.
-_ATTRIBUTES = (
-    "wsgi_app", "app", "application", "_app", "wrapped", "wrapped_app", "__wrapped__",
-    "__self__", "func",
-)  # fmt: skip
-#: Deeper than this nobody wraps.
-_MAX_DEPTH = 100
 
 
 class NoApplication(Exception):
@@ -60,44 +54,7 @@ def load_application(name: str) -> Any:
 
 def middlewares(app: Any) -> list[OpenMeterMiddleware]:
     """Return every middleware of ours around *app*, the outermost first."""
-    found: list[OpenMeterMiddleware] = []
-    waiting = [app]
-    seen: set[int] = set()
-    while waiting and len(seen) < _MAX_DEPTH:
-        layer = waiting.pop(0)
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
-        if isinstance(layer, OpenMeterMiddleware):
-            found.append(layer)
-        waiting += _inner(layer)
-    return found
-
-
-def _inner(layer: Any) -> Iterator[Any]:
-    """Yield what may be the application that a layer calls."""
-    own = getattr(layer, "__dict__", {})
-    for name in _ATTRIBUTES:
-        value = own.get(name) if name in own else _slot(layer, name)
-        if callable(value):
-            yield value
-    for cell in getattr(layer, "__closure__", None) or ():
-        contents = _contents(cell)
-        if callable(contents):
-            yield contents
-
-
-def _slot(layer: Any, name: str) -> Any:
-    if name in {"__self__", "func"} or name in getattr(type(layer), "__slots__", ()):
-        return getattr(layer, name, None)
-    return None
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
+    return [one for one in layers_of(app) if isinstance(one, OpenMeterMiddleware)]
 
 
 def look_at_layers(name: str, found: list[OpenMeterMiddleware]) -> Iterator[Finding]:
@@ -120,4 +77,15 @@ def look_at_layers(name: str, found: list[OpenMeterMiddleware]) -> Iterator[Find
     else:
         yield failure(
             _NAME, f"{said}, and what the inner policy says is never billed", remedy
+        )
+
+
+def look_at_views(app: Any) -> Iterator[Finding]:
+    """Say which views are metered otherwise than their decorator says."""
+    for template, name in misplaced_decorators(app):
+        yield failure(
+            f"view {name}",
+            f"its @meter or @no_meter stands above the decorator that registers it for "
+            f"{template}, and has no effect",
+            "put it below, next to the function",
         )

@@ -23,6 +23,12 @@ _REMEDIES = {
     "spool_dir": "name a directory of the application's own, mode 0700",
 }
 
+#: The loggers that warn of a configuration which nothing else here looks at.
+_WARNS = {
+    "openmeter_wsgi.options.files": "write it as the option is called",
+    "openmeter_wsgi.measures": "name the whole path, such as $.usage.total_tokens",
+}
+
 
 def problems_of(error: ConfigError) -> list[Finding]:
     """Return a failure for each problem of a configuration."""
@@ -49,9 +55,10 @@ class _Collector(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # What the others say has a check of its own.
-        if record.name.endswith("options.files"):
-            said, remedy = record.getMessage(), "write it as the option is called"
-            self._found.append(warning("configuration", said, remedy))
+        for name, remedy in _WARNS.items():
+            if record.name == name and record.levelno >= logging.WARNING:
+                said = record.getMessage()
+                self._found.append(warning("configuration", said, remedy))
 
 
 def _remedy(problem: str) -> str:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from openmeter_wsgi.client import OpenMeterClient
     from openmeter_wsgi.commands.asking import Listing, NoAnswer
+    from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
 
 #: The type and the subject of every event that a check sends. No meter counts the

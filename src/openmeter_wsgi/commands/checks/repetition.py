@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.commands.asking import NoAnswer
 from openmeter_wsgi.commands.checks.event import INTERVAL, PATIENCE, listed
 from openmeter_wsgi.commands.checks.findings import failure, ok, unknown
-from openmeter_wsgi.delivery import deduplication
 from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.spool import deduplication
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.commands import old_events
 from openmeter_wsgi.commands.checks.findings import failure, ok, unknown, warning
 from openmeter_wsgi.commands.locks import holder
-from openmeter_wsgi.delivery.directory import file_system, prepare_directory
-from openmeter_wsgi.delivery.watching import backlog
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.ownership import ELECTION
+from openmeter_wsgi.lock import ELECTION
+from openmeter_wsgi.spool.files import file_system, prepare_directory
+from openmeter_wsgi.spool.watermark import backlog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

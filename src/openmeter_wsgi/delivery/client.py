@@ -1,0 +1,74 @@
+"""OpenMeter's ingest: what becomes of a batch that is sent there."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from openmeter_wsgi.api_key import v3_url
+from openmeter_wsgi.connection import Connection
+from openmeter_wsgi.errors import Rejected
+from openmeter_wsgi.reply import failure, reason
+
+if TYPE_CHECKING:
+    from openmeter_wsgi.api_key import ApiKey
+
+#: Exactly these: OpenMeter's v1 refuses them with a charset.
+_ONE = "application/cloudevents+json"
+_BATCH = "application/cloudevents-batch+json"
+
+_REFUSED = {400, 413}
+
+
+class Array(Sequence[bytes]):
+    """Encoded events that know how to become one text."""
+
+    @abstractmethod
+    def joined(self) -> bytes:
+        """Return the JSON array of all."""
+
+
+class OpenMeterClient:
+    """Sends batches to one OpenMeter server.
+
+    Belongs to one thread of one process.
+    """
+
+    def __init__(self, *, url: str, flavor: str, key: ApiKey, timeout: float) -> None:
+        self._url = f"{v3_url(url) if flavor == 'v3' else f'{url}/api/v1'}/events"
+        self._connection = Connection(key=key, timeout=timeout, needs_body=False)
+        #: By how many seconds our clock is ahead of the server's, as its last answer
+        #: with a date has it.
+        self.clock_ahead = 0.0
+
+    def ingest(self, events: Sequence[bytes]) -> None:
+        """Send encoded events in one request.
+
+        :raises DeliveryError: saying what to do with them.
+        """
+        one = len(events) == 1
+        reply = self._connection.request(
+            "POST",
+            self._url,
+            data=events[0] if one else _array(events),
+            headers={"Content-Type": _ONE if one else _BATCH},
+        )
+        if (date := reply.date) is not None:
+            self.clock_ahead = time.time() - date
+        if reply.status in _REFUSED:
+            raise Rejected(reason(reply.body), status=reply.status)
+        if not 200 <= reply.status <= 299 or reply.is_page:
+            raise failure(reply)
+
+    def close(self) -> None:
+        """Close the connections. The next request opens new ones."""
+        self._connection.close()
+
+
+def _array(events: Sequence[bytes]) -> bytes:
+    if isinstance(events, Array):
+        return events.joined()
+    first, *others, last = events
+    return b",".join([b"[" + first, *others, last + b"]"])  # no second copy of all

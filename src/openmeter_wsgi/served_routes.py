@@ -1,0 +1,191 @@
+"""The routes of an application and their views, as far as its framework tells."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from openmeter_wsgi import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+logger = log.get_logger(__name__)
+
+#: What a decorated view says of itself: its options, None if it is not metered.
+#: Decorators around it hand it on (``functools.wraps``).
+SAYS = "openmeter_wsgi_options"
+#: The functions that were decorated, and those that these wrap.
+_decorated: weakref.WeakSet[Any] = weakref.WeakSet()
+#: Where middleware and frameworks keep what they wrap.
+_ATTRIBUTES = (
+    "wsgi_app", "app", "application", "_app", "wrapped", "wrapped_app", "__wrapped__",
+    "__self__", "func",
+)  # fmt: skip
+#: Deeper than this nobody wraps.
+_MAX_DEPTH = 100
+
+
+def note_decorated(view: Any) -> None:
+    """Remember that there is a decorated form of *view*."""
+    while view is not None:
+        with contextlib.suppress(TypeError):  # what takes no weak reference
+            _decorated.add(view)
+        view = getattr(view, "__wrapped__", None)
+
+
+class ServedRoute(NamedTuple):
+    """One route of an application."""
+
+    #: As its framework writes it: ``/users/<int:id>``, ``/users/{id}``.
+    template: str
+    #: None for all of them.
+    methods: frozenset[str] | None
+    #: What is called, None where that is not known.
+    view: Any
+
+
+def layers_of(app: Any, *, closures: bool = True) -> Iterator[Any]:
+    """Yield *app* and what it wraps, the outermost first.
+
+    With *closures* also what functions hold, which may be one application of several.
+    """
+    waiting = [app]
+    seen: set[int] = set()
+    while waiting and len(seen) < _MAX_DEPTH:
+        layer = waiting.pop(0)
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        yield layer
+        waiting += _attributes(layer)
+        if closures:
+            waiting += _closed_over(layer)
+
+
+def _attributes(layer: Any) -> Iterator[Any]:
+    own = getattr(layer, "__dict__", {})
+    for name in _ATTRIBUTES:
+        value = own.get(name) if name in own else _slot(layer, name)
+        if callable(value):
+            yield value
+
+
+def _slot(layer: Any, name: str) -> Any:
+    if name in {"__self__", "func"} or name in getattr(type(layer), "__slots__", ()):
+        return getattr(layer, name, None)
+    return None
+
+
+def _closed_over(layer: Any) -> Iterator[Any]:
+    for cell in getattr(layer, "__closure__", None) or ():
+        try:
+            contents = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        if callable(contents):
+            yield contents
+
+
+def served_routes(app: Any, *, closures: bool = True) -> list[ServedRoute]:
+    """Return the routes of *app*, none where its framework is not known."""
+    found: list[ServedRoute] = []
+    for layer in layers_of(app, closures=closures):
+        for module, name, routes in _FRAMEWORKS:
+            kind = getattr(sys.modules.get(module), name, None)
+            if kind is not None and isinstance(layer, kind):
+                found += routes(layer)
+    return found
+
+
+def _of_flask(app: Any) -> Iterator[ServedRoute]:
+    for rule in app.url_map.iter_rules():
+        view = app.view_functions.get(rule.endpoint)
+        yield ServedRoute(str(rule.rule), frozenset(rule.methods or ()) or None, view)
+
+
+def _of_bottle(app: Any) -> Iterator[ServedRoute]:
+    for route in app.routes:
+        is_any = route.method in {"ANY", "PROXY"}
+        methods = None if is_any else frozenset({route.method})
+        yield ServedRoute(str(route.rule), methods, route.callback)
+
+
+def _of_falcon(app: Any) -> Iterator[ServedRoute]:
+    from falcon import inspect  # here: only who has its applications has it
+
+    for route in inspect.inspect_routes(app):
+        # Internal are those that answer 405, and OPTIONS.
+        own = (method.method for method in route.methods if not method.internal)
+        methods = frozenset((*own, "OPTIONS"))
+        yield ServedRoute(route.path, methods, None)
+
+
+def _of_pyramid(app: Any) -> Iterator[ServedRoute]:
+    for route in app.routes_mapper.get_routes():
+        yield ServedRoute("/" + route.pattern.lstrip("/"), None, None)
+
+
+def _of_django(_: Any) -> Iterator[ServedRoute]:
+    from django.urls import get_resolver
+
+    waiting: list[tuple[str, Any]] = [
+        ("", each) for each in get_resolver().url_patterns
+    ]
+    while waiting:
+        before, pattern = waiting.pop(0)
+        text = f"{before}{pattern.pattern}"
+        if hasattr(pattern, "url_patterns"):
+            waiting += [(text, each) for each in pattern.url_patterns]
+        else:
+            yield ServedRoute(f"/{text}", None, pattern.callback)
+
+
+_FRAMEWORKS: tuple[tuple[str, str, Callable[[Any], Iterable[ServedRoute]]], ...] = (
+    ("flask", "Flask", _of_flask),
+    ("bottle", "Bottle", _of_bottle),
+    ("falcon", "App", _of_falcon),
+    ("pyramid.router", "Router", _of_pyramid),
+    ("django.core.handlers.wsgi", "WSGIHandler", _of_django),
+)
+
+
+def misplaced_decorators(app: Any) -> list[tuple[str, str]]:
+    """Return the routes whose decorator has no effect, and the name of their view.
+
+    A framework's decorator, such as ``@app.get``, registers the function below it. What
+    stands above is never called.
+    """
+    routes = served_routes(app)
+    effective = {id(_innermost(r.view)) for r in routes if hasattr(r.view, SAYS)}
+    return [
+        (route.template, getattr(route.view, "__qualname__", repr(route.view)))
+        for route in routes
+        if _is_decorated_elsewhere(route.view)
+        and id(_innermost(route.view)) not in effective
+    ]
+
+
+def _is_decorated_elsewhere(view: Any) -> bool:
+    try:
+        return not hasattr(view, SAYS) and view in _decorated
+    except TypeError:  # what takes no weak reference
+        return False
+
+
+def _innermost(view: Any) -> Any:
+    while (inner := getattr(view, "__wrapped__", None)) is not None:
+        view = inner
+    return view
+
+
+def warn_of_misplaced_decorators(app: Any) -> None:
+    """Say in the log which views are metered otherwise than their decorator says."""
+    for template, name in misplaced_decorators(app):
+        logger.warning(
+            "view %s: its @meter or @no_meter stands above the decorator that "
+            "registers it for %s, and has no effect: put it next to the function",
+            name, template,
+        )  # fmt: skip

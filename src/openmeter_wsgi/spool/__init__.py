@@ -1,0 +1,1 @@
+"""Delivery by way of a directory: what is settled survives the process."""

@@ -1,0 +1,335 @@
+"""Delivery from a spool: what is settled survives the process.
+
+A process has three parts: the maintenance of its segments, always; the overflow, a
+delivery from memory, made when the disk first refuses an event; and the worker that
+sends what the directory holds, while this process is elected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from time import monotonic as now
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi import log
+from openmeter_wsgi.deadline import MAX_STUCK
+from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
+from openmeter_wsgi.delivery.worker import FirstRequestHooks
+from openmeter_wsgi.health import Problem
+from openmeter_wsgi.lock import sender_seen_at
+from openmeter_wsgi.spool import watermark
+from openmeter_wsgi.spool.files import SEGMENT_BYTES
+from openmeter_wsgi.spool.maintenance import FLUSH, SegmentMaintenance
+from openmeter_wsgi.spool.sender import SpoolSender
+from openmeter_wsgi.spool.writer import SpoolWriter
+from openmeter_wsgi.threads import ExitHook, threads_starve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from openmeter_wsgi.delivery.client import OpenMeterClient
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.stats import Counts
+
+logger = log.get_logger(__name__)
+
+_JOIN_INTERVAL = 0.02
+#: A sender that has said nothing for so many seconds is reported by the others.
+SILENT_TOO_LONG = 60.0
+
+
+class SpoolDelivery:
+    """Takes encoded events into a journal and delivers what the directory holds.
+
+    Belongs to one process. Where the disk takes nothing, events go the way they would
+    go without a spool, from memory, and are counted. *elected* is called whenever this
+    process becomes the sender.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        new_client: Callable[[], OpenMeterClient],
+        counts: Counts,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        elected: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.pid = os.getpid()
+        self.counts = counts
+        self._policy = policy
+        self._new_client = new_client
+        self._elected = elected
+        self._directory = Path(os.path.abspath(policy.spool_dir or ""))
+        self._hooks = FirstRequestHooks()
+        self._exit_hook = ExitHook(self.close_at_exit)
+        self._does_without_threads = False
+        self._writer = SpoolWriter(
+            self._directory,
+            policy,
+            counts,
+            new_overflow=self._new_overflow,
+            moved_on=self._moved_on,
+            segment_bytes=segment_bytes,
+        )
+        self._sending = self._new_sending()
+        #: What was stuck, and given up.
+        self._abandoned: list[SpoolSender] = []
+        self._maintenance = SegmentMaintenance(
+            self._directory,
+            self._writer,
+            hurry=self._hurry,
+            tend=self._tend,
+            interval=self._sending.source.interval,
+        )
+        #: Take an event. Any thread; never raises, never waits for delivery. Past
+        #: this layer: a put is one call less.
+        self.put = self._writer.put
+
+    # -- Starting and ending
+
+    def announce(self, begin: Callable[[], None]) -> None:
+        """Have *begin* called once, when the first request is settled."""
+        self._hooks.add(begin)
+
+    @property
+    def started(self) -> bool:
+        """Whether all was done that the first settled request brings about."""
+        return self._hooks.made and (
+            self._sending.worker.is_running
+            or self._does_without_threads
+            or self._policy.delivery == "ship"
+        )
+
+    def start(self, _: Mapping[str, Any] | None = None) -> None:
+        """Start the threads, if this process has any: see to what others left."""
+        self._hooks.make()
+        if self._policy.delivery == "ship":
+            return
+        if threads_starve():
+            self._do_without_threads()
+            return
+        self._sending.worker.start()
+        if self._sending.worker.is_running:
+            self._maintenance.start()
+
+    def _do_without_threads(self) -> None:
+        """Deliver in flush() and close() only: the election is for who can do it."""
+        if not self._does_without_threads:
+            self._does_without_threads = True
+            self._exit_hook.register(self)
+            logger.warning(
+                "%s: uWSGI leaves threads no time, so this process delivers what is in "
+                "%s only at its exit: set enable-threads, or run 'openmeter-wsgi ship'",
+                "delivery", self._directory,
+            )  # fmt: skip
+
+    def _new_sending(self) -> SpoolSender:
+        return SpoolSender(
+            self._directory,
+            self._policy,
+            self._new_client(),
+            self.counts,
+            exit_hook=self._exit_hook,
+            waiting=self._count_waiting,
+            began=self._turn_began,
+            ended=self._turn_ended,
+        )
+
+    def _new_overflow(self, when_full: str) -> MemoryDelivery:
+        return MemoryDelivery(
+            self._policy, self._new_client(), self.counts, when_full=when_full
+        )
+
+    def _moved_on(self) -> None:
+        """Have the next segment prepared, by a thread that may have to be started."""
+        if not self.started:
+            self.start()
+        self._sending.worker.wake_if_running()
+        self._maintenance.wake()
+
+    def _turn_began(self) -> None:
+        self._maintenance.elected = True
+        self._elected()
+
+    def _turn_ended(self, sending: SpoolSender) -> None:
+        if sending is self._sending:
+            self._maintenance.elected = False
+
+    def _hurry(self) -> None:
+        self._sending.worker.hurry()
+
+    # -- Whether the sender is well
+
+    def _tend(self) -> None:
+        """See that a sender of this process that is stuck loses its place."""
+        if self._sending.is_stuck:
+            self._replace_sending()
+        elif self._sending.source.is_elected:
+            self._sending.source.touch()
+        elif (problem := self._frozen) is not None:
+            logger.error("%s: %s", self._directory, problem.text)
+
+    def _replace_sending(self) -> None:
+        stuck = self._sending
+        stuck.depose()
+        self._maintenance.elected = False
+        still = [one for one in self._abandoned if one.worker.is_running]
+        self._abandoned = [*still, *({stuck} - set(still))]
+        others = "another process takes over"
+        if len(self._abandoned) <= MAX_STUCK:
+            self._sending = self._new_sending()
+            self._sending.worker.start()
+            others = "another thread or process takes over"
+        logger.error(
+            "%s: an attempt to deliver has not ended for %.0f s; %s",
+            self._directory, stuck.sender.attempt_lasts, others,
+        )  # fmt: skip
+
+    @property
+    def _frozen(self) -> Problem | None:
+        """What is wrong with the sender, where that is another process."""
+        if self._sending.source.is_elected or self._policy.delivery == "ship":
+            return None
+        seen_at = sender_seen_at(self._directory)
+        silent = 0.0 if seen_at is None else time.time() - seen_at
+        if silent < SILENT_TOO_LONG or not self._sending.source.is_waiting:
+            return None
+        return Problem(
+            "not_delivering",
+            f"the process that delivers the spool has not moved for {silent:.0f} s, "
+            "and holds its lock: it may be stopped, or frozen; all events are kept",
+        )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Give up what this process owns; the sender delivers first until *timeout*.
+
+        May be called twice, and after a fork in the child, where it does nothing.
+        """
+        if os.getpid() != self.pid:
+            return
+        deadline = now() + (
+            self._policy.shutdown_timeout if timeout is None else timeout
+        )
+        owner = self._writer.owner
+        self._writer.close()
+        ended = True
+        if self._sending.worker.is_running:
+            ended = self._sending.worker.finish(deadline)
+        elif owner is not None and self._policy.delivery != "ship":
+            self._deliver_own(owner, deadline)
+        self._sending.worker.stop()
+        self._maintenance.close()
+        self._does_without_threads = False
+        self._say_what_stays(unfinished=not ended)
+        if overflow := self._writer.overflow:
+            overflow.close(max(deadline - now(), 0))
+
+    def close_at_exit(self) -> None:
+        """Close, and deliver nothing any more: the exit hook of the process."""
+        self.close()
+        self._sending.worker.end()
+
+    def _say_what_stays(self, *, unfinished: bool) -> None:
+        """Say it where nobody may be there to deliver it, or could."""
+        fails = unfinished or self._sending.sender.outage.problem is not None
+        if fails and (left := self.in_spool.events):
+            logger.warning(
+                "%s: %d events stay in %s and are delivered as soon as a process that "
+                "uses it runs and OpenMeter takes them",
+                "shutdown", left, self._directory,
+            )  # fmt: skip
+
+    def _deliver_own(self, owner: str, deadline: float) -> None:
+        """Deliver what this process has put, or see another process do it."""
+        ends = watermark.ends(self._directory, owner)
+        while not watermark.all_done(self._directory, ends):
+            if (left := deadline - now()) <= 0:
+                break
+            self._sending.worker.deliver_here(left)
+            time.sleep(_JOIN_INTERVAL)
+
+    # -- Waiting for delivery
+
+    def _count_waiting(self) -> int:
+        return self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """How many events are not delivered yet."""
+        return self.in_spool.events + self.in_memory.events
+
+    @property
+    def in_spool(self) -> Backlog:
+        """What of the directory is not delivered, by any process.
+
+        An estimate where it is more than some ten thousand.
+        """
+        return watermark.backlog(self._directory)
+
+    @property
+    def in_memory(self) -> Backlog:
+        """What waits here because the disk did not take it."""
+        overflow = self._writer.overflow
+        return overflow.in_memory if overflow else Backlog()
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong now, as far as this process knows."""
+        found = []
+        problem = self._sending.sender.outage.problem
+        if self._sending.source.is_elected and problem is not None:
+            found.append(problem)
+        found += [p for p in (self._writer.problem, self._frozen) if p is not None]
+        overflow = self._writer.overflow
+        return found + overflow.problems if overflow else found
+
+    def delivered_until(self) -> float:
+        """Return a moment (wall clock) before which all that was put is delivered.
+
+        By any process; 0.0 if none is known. What waits in the memory of another
+        process, because the disk takes nothing, is not seen.
+        """
+        until = watermark.read(self._directory)
+        overflow = self._writer.overflow
+        return min(until, overflow.delivered_until()) if overflow else until
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Have delivered what waits now, and say whether it is within *timeout*.
+
+        In the sender's process that is all the directory holds, elsewhere what this
+        process has put. Another process is asked for it and needs a moment.
+        """
+        deadline = None if timeout is None else now() + timeout
+        while True:
+            self._writer.look()
+            if not self._flush_directory(_left(deadline)):
+                return False
+            if self._writer.look():
+                break  # nothing was removed instead of being delivered
+        overflow = self._writer.overflow
+        return not overflow or overflow.flush(_left(deadline))
+
+    def _flush_directory(self, timeout: float | None) -> bool:
+        owner = None if self._sending.source.is_elected else self._writer.owner
+        ends = watermark.ends(self._directory, owner)
+        self._sending.worker.hurry()
+        self._ask_for_delivery()
+        if not self.started:
+            self.start()
+        if not self._sending.worker.is_running and self._policy.delivery != "ship":
+            limit = self._policy.shutdown_timeout if timeout is None else timeout
+            self._sending.worker.deliver_here(limit)
+        return watermark.wait_until_done(self._directory, ends, timeout)
+
+    def _ask_for_delivery(self) -> None:
+        if not self._sending.source.is_elected:  # another one polls for this
+            with contextlib.suppress(OSError):
+                (self._directory / FLUSH).touch(mode=0o600)
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - now(), 0)

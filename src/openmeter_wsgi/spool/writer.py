@@ -1,0 +1,306 @@
+"""The way into a spool: into the journal, and where that fails into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from openmeter_wsgi import log
+from openmeter_wsgi.delivery.ranges import overlap
+from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
+from openmeter_wsgi.health import Problem
+from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form, prepare_directory
+from openmeter_wsgi.spool.journal import (
+    CLOSED,
+    RETRY_DELAY,
+    Journal,
+    JournalClosed,
+    KeptSegments,
+    RecordTooLarge,
+)
+from openmeter_wsgi.spool.progress import Progress, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from openmeter_wsgi.delivery.queue import MemoryDelivery
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.spool.journal import SegmentFile, SegmentWriter
+    from openmeter_wsgi.stats import Counts
+
+logger = log.get_logger(__name__)
+
+
+#: Seconds between two times at which a lock is said to be in use.
+TOUCH_INTERVAL = 3_600.0
+#: What the disk did not take longer ago than as many seconds says nothing of now: a
+#: smaller event may have found room since.
+_MOMENT = 60.0
+
+
+class _Failing(NamedTuple):
+    """Since when and until when the disk took none of so many events, and why."""
+
+    since: float
+    last: float
+    events: int
+    error: SpoolError
+
+
+class SpoolWriter:
+    """Appends the events of one process to its journal, which the first one opens.
+
+    *moved_on* is called when a segment was full, or none was there. Where the disk
+    takes nothing, what *new_overflow* makes takes the event, and it is counted; a
+    process that does not deliver can only drop it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        policy: Policy,
+        counts: Counts,
+        *,
+        new_overflow: Callable[[str], MemoryDelivery],
+        moved_on: Callable[[], None],
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self._directory = directory
+        self._policy = policy
+        self._counts = counts
+        self._new_overflow = new_overflow
+        self._moved_on = moved_on
+        self._segment_bytes = segment_bytes
+        #: Holds the journal. Another one after a close.
+        self._slot: dict[str, Journal] = {}
+        self._journal: Journal | SegmentWriter = CLOSED
+        self._overflows: dict[str, MemoryDelivery] = {}
+        self._failure = SpoolError("not tried yet")
+        self._retry_at = 0.0
+        self._failing: _Failing | None = None
+        #: Sealed segments that are not delivered.
+        self._kept = KeptSegments()
+        #: Held by the thread that looks at them.
+        self._looking = threading.Lock()
+        self._position: object = None
+        self._touched_at = time.monotonic()
+
+    def put(self, event: bytes) -> None:
+        """Take *event*. Any thread; never raises, never waits for delivery."""
+        try:
+            self._journal.write(event + b"\n")
+        except Exception:  # noqa: BLE001 - sealed, full, closed: all go on here
+            self._put_slowly(event)
+
+    def _put_slowly(self, event: bytes) -> None:
+        try:
+            self.look()
+            self._append(event + b"\n")
+        except RecordTooLarge as error:
+            self._counts.dropped["too_large"] += 1
+            logger.error("%s: %s; it is dropped", "an event is no record", error)
+        except SpoolError as error:
+            self._put_into_memory(event, error)
+        except Exception as error:
+            logger.exception("%s: the spool failed by our own fault", "put")
+            self._put_into_memory(event, SpoolError(str(error)))
+        else:
+            if self._failing is not None:
+                self._recovered()
+        self._moved_on()
+
+    def _append(self, line: bytes) -> None:
+        while True:
+            slot = self._slot
+            try:
+                self._opened(slot).append(line)
+            except JournalClosed:
+                if slot is self._slot:
+                    self._slot = {}
+            else:
+                return
+
+    def _opened(self, slot: dict[str, Journal]) -> Journal:
+        journal = slot.get("journal")
+        if journal is None:
+            # Atomic, as nobody may wait here: of several journals one stays.
+            made = self._new_journal()
+            journal = slot.setdefault("journal", made)
+            if journal is not made:
+                made.close()
+        if slot is self._slot:
+            self._journal = journal
+        return journal
+
+    def _new_journal(self) -> Journal:
+        if time.monotonic() < self._retry_at:
+            raise self._failure
+        try:
+            return Journal(
+                prepare_directory(str(self._directory)),
+                form=journal_form(self._directory, self._policy.journal),
+                max_bytes=self._policy.max_spool_bytes,
+                segment_bytes=self._segment_bytes,
+                kept=self._kept,
+            )
+        except ConfigError as error:
+            failure = SpoolError(str(error))
+        except SpoolError as error:
+            failure = error
+        self._failure, self._retry_at = failure, time.monotonic() + RETRY_DELAY
+        raise failure
+
+    def _put_into_memory(self, event: bytes, error: SpoolError) -> None:
+        reason = "spool_full" if isinstance(error, SpoolFull) else "spool_error"
+        if self._policy.delivery == "ship":
+            self._counts.dropped[reason] += 1
+            self._note(error)
+            logger.error(
+                "%s: the spool takes no event; new ones are lost and counted as %s "
+                "until it does",
+                error, reason,
+            )  # fmt: skip
+            return
+        self._counts.unspooled += 1
+        self._note(error)
+        logger.error(
+            "%s: the spool takes no event; until it does, new ones are sent from "
+            "memory and are lost if this process dies",
+            error,
+        )
+        overflow = self.overflow or self._overflows.setdefault(
+            "queue", self._new_overflow(reason)
+        )
+        overflow.put(event)
+
+    def _note(self, error: SpoolError) -> None:
+        now = time.monotonic()
+        since, _, events, _ = self._failing or (now, now, 0, error)
+        self._failing = _Failing(since, now, events + 1, error)
+
+    def _recovered(self) -> None:
+        failing, self._failing = self._failing, None
+        if failing is not None:
+            logger.warning(
+                "%s: the spool takes events again after %.0f s, in which %d were %s",
+                self._directory, time.monotonic() - failing.since, failing.events,
+                self._fate, extra=log.OVER,
+            )  # fmt: skip
+
+    @property
+    def _fate(self) -> str:
+        return "lost" if self._policy.delivery == "ship" else "left to memory"
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why the disk took no event a moment ago, None if it did."""
+        failing, now = self._failing, time.monotonic()
+        if failing is None or now - failing.last > _MOMENT:
+            return None
+        loses = self._policy.delivery == "ship"
+        return Problem(
+            "spool_dropping" if loses else "spool_failing",
+            f"the spool takes no event since {now - failing.since:.0f} s "
+            f"({failing.error}); {failing.events} were {self._fate}",
+            loses=loses,
+        )
+
+    @property
+    def owner(self) -> str | None:
+        """Whose name this process's segments bear, None if it has none."""
+        journal = self._slot.get("journal")
+        return journal.owner if journal else None
+
+    @property
+    def overflow(self) -> MemoryDelivery | None:
+        """What took the events that the disk did not, None if it took all."""
+        return self._overflows.get("queue")
+
+    def prepare(self) -> None:
+        """Make the segment that will be needed next.
+
+        :raises SpoolError: if that is impossible now.
+        """
+        if journal := self._slot.get("journal"):
+            with contextlib.suppress(JournalClosed):
+                journal.prepare()
+                if self._failing is not None:
+                    self._recovered()
+
+    # -- What somebody else may do to the directory
+
+    def look(self) -> bool:
+        """Look whether the segments are where they were made; put back what is gone.
+
+        Any thread, none of which waits for another. False if anything was wrong.
+        """
+        journal = self._slot.get("journal")
+        if not self._looking.acquire(blocking=False):
+            return True
+        try:
+            intact = journal is None or journal.is_intact
+            if journal is not None and not intact:
+                self._slot, self._journal = {}, CLOSED
+                journal.close()
+            lost = self._kept.take_lost()
+        finally:
+            self._looking.release()
+        if lost:
+            self._put_back(lost)
+        elif not intact:
+            logger.error(
+                "%s: the lock of this process was removed; it goes on in a new segment",
+                self._directory,
+            )
+        return intact and not lost
+
+    def _put_back(self, lost: list[SegmentFile]) -> None:
+        try:
+            progress = load(self._directory) or Progress()
+        except OSError:
+            progress = Progress()
+        lines = [
+            line.text
+            for file in lost
+            for line in file.lines()
+            if not overlap(progress.done.get(file.key, []), line.start, line.end)
+        ]
+        logger.error(
+            "%s: %d segments of this process were removed or replaced by somebody "
+            "else; %d events in them that are not known to be delivered are put back",
+            self._directory, len(lost), len(lines),
+        )  # fmt: skip
+        for line in lines:
+            self.put(line)
+
+    def has_moved(self) -> bool:
+        """Say whether lines came since the last call, or might have to be put back."""
+        journal = self._slot.get("journal")
+        before, self._position = self._position, journal and journal.position
+        return before != self._position or len(self._kept) > 0
+
+    def rest(self) -> None:
+        """Have the next put look around, and wake the maintenance."""
+        self._journal = CLOSED
+
+    def touch(self) -> None:
+        """Say to a cleaner, once an hour, that the lock is in use."""
+        journal, now = self._slot.get("journal"), time.monotonic()
+        if journal is not None and now - self._touched_at > TOUCH_INTERVAL:
+            self._touched_at = now
+            journal.touch()
+
+    def close(self) -> bool:
+        """Give up what this process owns, and say if that was anything.
+
+        A later event opens another journal.
+        """
+        self.look()
+        slot, self._slot, self._journal = self._slot, {}, CLOSED
+        journal = slot.get("journal")
+        if journal is not None:
+            journal.close()
+        return journal is not None
