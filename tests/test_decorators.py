@@ -32,8 +32,8 @@ from openmeter_wsgi import (
     route,
     set_route,
 )
+from openmeter_wsgi.decorators import MAX_KNOWN
 from openmeter_wsgi.flask import OpenMeter as FlaskExtension
-from openmeter_wsgi.option_content import MAX_KNOWN
 from openmeter_wsgi.request import billing_of
 from openmeter_wsgi.testing import OpenMeter
 from servers import Consumer, make_environ
