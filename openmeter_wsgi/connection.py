@@ -85,8 +85,24 @@ def reason(body: bytes) -> str:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         problem = None
     if isinstance(problem, dict):
-        text = str(problem.get("detail") or problem.get("title") or text)
+        said = problem.get("detail") or _validation(problem) or problem.get("title")
+        text = str(said or text)
     return clean(text, MAX_REASON)
+
+
+def _validation(problem: dict[str, Any]) -> str:
+    """Return what is wrong with single fields, which version 3 tells in their place."""
+    extensions = problem.get("extensions")
+    errors = extensions.get("validationErrors") if isinstance(extensions, dict) else ()
+    if not isinstance(errors, list):
+        return ""
+    return "; ".join(
+        f"{error.get('message')} {error['value']!r}"
+        if "value" in error
+        else f"{error.get('message')}: {error.get('field')}"
+        for error in errors
+        if isinstance(error, dict)
+    )
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -1,5 +1,7 @@
 """Options: each one read and checked, from code, variables or a file.
 
+And what the address of a server says: whether it needs a key, and its version 3.
+
 Every reader returns the checked value, and reads its own result again unchanged.
 It raises ValueError with what was expected and what was given, whichever of type
 and value is wrong; the policy adds the name of the option.
@@ -32,6 +34,19 @@ logger = log.get_logger(__name__)
 
 #: OpenMeter Cloud and Kong Konnect; a server of one's own has no authentication.
 _HOSTED = (".openmeter.cloud", ".konghq.com")
+#: A host of Kong Konnect is the name of a region and this.
+_KONNECT = "api.konghq.com"
+
+
+def is_konnect(url: str) -> bool:
+    """Return True if *url* is the address of Kong Konnect, in any region."""
+    region, _, rest = (urlsplit(url).hostname or "").partition(".")
+    return region != "" and rest == _KONNECT
+
+
+def v3_url(url: str) -> str:
+    """Return where version 3 of OpenMeter's API begins on the server at *url*."""
+    return url + ("/v3/openmeter" if is_konnect(url) else "/api/v3/openmeter")
 
 
 def checked_key(text: object) -> str:
@@ -107,11 +122,11 @@ class ApiKey:
         self._key = self._fresh(self._read)
         return self._key != before
 
-    def required_by(self, url: str, flavor: str) -> bool:
-        """Say whether there is no key and the server at *url* wants one."""
+    def required_by(self, url: str) -> bool:
+        """Return True if there is no key and the server at *url* needs one."""
         host = urlsplit(url).hostname or ""
         hosted = host == "openmeter.cloud" or host.endswith(_HOSTED)
-        return self._read is None and (hosted or flavor == "konnect")
+        return self._read is None and hosted
 
     def _fresh(self, read: Callable[[], object]) -> str:
         try:
@@ -152,11 +167,21 @@ def url(value: Any) -> str:
     if parts.query or parts.fragment:
         raise ValueError(f"expected a URL without ? and #, got {value!r}")
     _ = parts.port  # raises for one that is no port
-    if parts.path.rstrip("/").endswith("/events"):
+    if parts.path.rstrip("/").endswith(("/events", "/v3/openmeter")):
         raise ValueError(
             f"expected the server's address alone, its path is added, got {value!r}"
         )
     return value.strip().rstrip("/")
+
+
+def api_flavor(value: Any) -> str:
+    """Read the version of OpenMeter's API."""
+    if value == "konnect":
+        raise ValueError(
+            "expected 'v1' or 'v3', got 'konnect': write 'v3', and api_url "
+            "'https://<region>.api.konghq.com', by which Kong Konnect is recognised"
+        )
+    return str(typed(value, Literal["v1", "v3"]))
 
 
 def optional_url(value: Any) -> str | None:

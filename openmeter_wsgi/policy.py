@@ -12,7 +12,15 @@ from collections.abc import (
     Mapping,
 )
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    TypeAlias,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -27,11 +35,16 @@ from openmeter_wsgi.measures import (
 from openmeter_wsgi.options import (
     ApiKey,
     CountedMeter,
+    is_konnect,
     read_file,
     read_variables,
     unaddressable,
 )
 from openmeter_wsgi.routes import RouteRule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 _FORMS = "'200', '200-299' or '2xx'"
 _TOKEN = re.compile(r"(\d{3})(?:\s*-\s*(\d{3}))?|([1-5])[xX]{2}", re.ASCII)
@@ -204,7 +217,7 @@ class BillingOptions:
     )
 
 
-ApiFlavor: TypeAlias = Literal["v1", "v3", "konnect"]
+ApiFlavor: TypeAlias = Literal["v1", "v3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
@@ -226,9 +239,11 @@ class DeliveryOptions:
     api_url: str = dataclasses.field(
         default="https://openmeter.cloud", metadata={"read": read.url}
     )
-    #: Which of OpenMeter's APIs takes the events: ``"v1"`` of OpenMeter Cloud and of a
-    #: server of your own, ``"v3"`` of newer ones, ``"konnect"`` of Kong Konnect.
-    api_flavor: ApiFlavor = "v1"
+    #: The version of OpenMeter's API that takes events and answers questions:
+    #: ``"v1"`` (with v2 for entitlements), or ``"v3"``, the only one of Kong Konnect.
+    api_flavor: ApiFlavor = dataclasses.field(
+        default="v1", metadata={"read": read.api_flavor}
+    )
     #: Seconds until an attempt without an answer is given up.
     request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
 
@@ -303,8 +318,8 @@ class EntitlementOptions:
     entitlements_url: str | None = dataclasses.field(
         default=None, metadata={"read": read.optional_url}
     )
-    #: Customers of v2 or v1, or the subjects of v1, which OpenMeter has deprecated and
-    #: announced to remove.
+    #: With ``api_flavor="v1"``: customers of v2 or v1, or the subjects of v1, which
+    #: OpenMeter has deprecated and announced to remove.
     entitlements_path: EntitlementsPath = "v2"
     #: Seconds that a request waits for an answer never heard before.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
@@ -330,7 +345,13 @@ class EntitlementOptions:
 
 def contradictions(policy: Policy) -> list[str]:
     """Return a sentence for each contradiction."""
-    return [*_sources(policy), *_places(policy), *_quotas(policy), *_ids(policy)]
+    return [
+        *_sources(policy),
+        *_places(policy),
+        *_versions(policy),
+        *_quotas(policy),
+        *_ids(policy),
+    ]
 
 
 def _sources(policy: Policy) -> list[str]:
@@ -344,16 +365,40 @@ def _sources(policy: Policy) -> list[str]:
 
 
 def _places(policy: Policy) -> list[str]:
-    problems = []
     if policy.delivery == "ship" and policy.spool_dir is None:
-        problems.append("spool_dir: expected a directory for delivery='ship'")
-    if policy.required_entitlements and policy.api_flavor == "konnect":
-        problems.append(
-            "required_entitlements: Kong Konnect answers no questions about single "
-            "entitlements; set entitlements_url to an OpenMeter server that does, and "
-            "api_flavor to its own"
+        return ["spool_dir: expected a directory for delivery='ship'"]
+    return []
+
+
+def _versions(policy: Policy) -> list[str]:
+    """Compare the options with what the version of the API can do."""
+    if policy.api_flavor == "v3":
+        return list(_not_in_v3(policy))
+    return [
+        f"api_flavor: expected 'v3' for {url}, as Kong Konnect has version 3 only, "
+        "got 'v1'"
+        for url in (policy.api_url, policy.entitlements_url)
+        if url is not None and is_konnect(url)
+    ]
+
+
+def _not_in_v3(policy: Policy) -> Iterator[str]:
+    if policy.entitlement_meters:
+        yield (
+            "entitlement_meters: expected none with api_flavor='v3', which tells no "
+            f"balance that could be counted down, got {[*policy.entitlement_meters]}; "
+            "leave it out, or set api_flavor='v1' where the server has version 1"
         )
-    return problems
+    if policy.usage_headers:
+        yield (
+            "usage_headers: expected False with api_flavor='v3', which tells no limit "
+            "and no balance, got True"
+        )
+    if policy.entitlements_path != "v2":
+        yield (
+            "entitlements_path: expected none with api_flavor='v3', which has one path "
+            f"only, got {policy.entitlements_path!r}"
+        )
 
 
 def _quotas(policy: Policy) -> list[str]:
@@ -368,12 +413,16 @@ def _quotas(policy: Policy) -> list[str]:
 
 
 def _ids(policy: Policy) -> list[str]:
-    if policy.entitlements_path != "v1":
+    if policy.api_flavor == "v3":
+        version, other = "version 3", ""
+    elif policy.entitlements_path == "v1":
+        version, other = "v1", ", or ask by entitlements_path='v2'"
+    else:
         return []
     named = {*policy.required_entitlements, *policy.entitlement_meters}
     return [
-        f"required_entitlements: {feature!r} is an id, which OpenMeter's v1 does not "
-        "take; write the key of the feature, or ask by entitlements_path='v2'"
+        f"required_entitlements: {feature!r} is an id, which OpenMeter's {version} "
+        f"does not take; write the key of the feature{other}"
         for feature in unaddressable(sorted(named))
     ]
 
@@ -528,7 +577,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
             return [str(error)]
         object.__setattr__(self, "key", key)
         object.__setattr__(self, "questions_key", questions_key)
-        if key.required_by(self.api_url, self.api_flavor) and not self.dry_run:
+        if key.required_by(self.api_url) and not self.dry_run:
             return [
                 f"api_key: expected a key, which {self.api_url} requires, got none "
                 "(or set OPENMETER_API_KEY)"

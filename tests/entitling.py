@@ -111,7 +111,7 @@ def middleware(server: OpenMeterServer, app: Any, **options: Any) -> Any:
         # No test fails because the machine is busy.
         "entitlement_timeout": 30,
     }
-    return OpenMeterMiddleware(app, api_url=server.url, **{**usual, **options})
+    return OpenMeterMiddleware(app, **{"api_url": server.url, **usual, **options})
 
 
 def ask(app: Any, subject: str | None = "acme", **entries: Any) -> Consumer:

@@ -1,7 +1,7 @@
 import pytest
 
 from openmeter_wsgi import ConfigError, OpenMeterMiddleware, Policy
-from openmeter_wsgi.options import ApiKey, checked_key
+from openmeter_wsgi.options import ApiKey, checked_key, is_konnect, v3_url
 
 
 def test_surrounding_white_space_is_no_part_of_a_key():
@@ -106,20 +106,44 @@ def test_a_key_that_could_not_be_renewed_is_not_used_any_more():
 
 
 @pytest.mark.parametrize(
-    ("url", "flavor", "required"),
+    ("url", "required"),
     [
-        ("https://openmeter.cloud", "v1", True),
-        ("https://eu.openmeter.cloud", "v1", True),
-        ("https://us.api.konghq.com", "konnect", True),
-        ("http://127.0.0.1:8888", "konnect", True),
-        ("http://127.0.0.1:8888", "v1", False),
-        ("https://openmeter.cloud.example", "v1", False),
-        ("https://notopenmeter.cloud", "v1", False),
+        ("https://openmeter.cloud", True),
+        ("https://eu.openmeter.cloud", True),
+        ("https://us.api.konghq.com", True),
+        ("http://127.0.0.1:8888", False),
+        ("https://openmeter.cloud.example", False),
+        ("https://notopenmeter.cloud", False),
     ],
 )
-def test_a_hosted_server_requires_a_key(url, flavor, required):
-    assert ApiKey.from_options(None, None).required_by(url, flavor) is required
-    assert not ApiKey.from_options("om_secret", None).required_by(url, flavor)
+def test_a_hosted_server_requires_a_key(url, required):
+    assert ApiKey.from_options(None, None).required_by(url) is required
+    assert not ApiKey.from_options("om_secret", None).required_by(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "konnect"),
+    [
+        ("https://eu.api.konghq.com", True),
+        ("https://a-new-region.api.konghq.com", True),
+        ("https://EU.API.KONGHQ.COM", True),
+        ("http://eu.api.konghq.com:8080", True),
+        ("https://eu.api.konghq.com/gateway", True),
+        ("https://api.konghq.com", False),
+        ("https://.api.konghq.com", False),
+        ("https://a.b.api.konghq.com", False),
+        ("https://eu.api.konghq.com.example", False),
+        ("https://eu-api.konghq.com", False),
+        ("https://eu.xapi.konghq.com", False),
+        ("https://openmeter.cloud", False),
+        ("http://127.0.0.1:8888", False),
+        ("http://[::1]:8888", False),
+    ],
+)
+def test_kong_konnect_is_recognised_by_its_host(url, konnect):
+    assert is_konnect(url) is konnect
+    path = "/v3/openmeter" if konnect else "/api/v3/openmeter"
+    assert v3_url(url) == url + path
 
 
 def test_a_missing_key_is_a_problem_of_the_configuration():

@@ -325,17 +325,40 @@ def test_a_list_that_is_none_leaves_the_event_unknown(openmeter, body):
     assert found(api_url=openmeter.url)["event"]["severity"] == "unknown"
 
 
-@pytest.mark.parametrize("flavor", ["v3", "konnect"])
-def test_without_v1_what_only_it_lists_is_unknown(sandbox, flavor):
-    findings = found(api_url=sandbox.url, api_flavor=flavor, api_key="k")
+def test_over_v3_everything_is_found_out_that_is_over_v1(sandbox, api):
+    api.meter("calls", "SUM", "$.total")
+    api.meter("idle", "COUNT", eventType="idle")
+    for feature in ({"key": "calls", "meterSlug": "calls"}, {"key": "exports"}):
+        api.post("/api/v1/features", json={"name": "a", **feature}).raise_for_status()
+    options = {
+        "api_url": sandbox.url, "api_key": "k", "meters": '{"call": 1, "word": 1}',
+        "required_entitlements": "calls, exports, unheard_of",
+    }  # fmt: skip
 
-    assert findings["answer"]["severity"] == "ok"
-    for name in ("event", "meters", "deduplication"):
-        assert findings[name]["severity"] == "unknown"
-        assert (
-            f"this looks at the lists of v1 alone, and api_flavor is '{flavor}'"
-            == (findings[name]["found"])
-        )
+    by_v1 = found(code=3, **options)
+    by_v3 = found(code=3, **options, api_flavor="v3")
+
+    assert "unknown" not in severities(by_v3).values()
+    for findings in (by_v1, by_v3):
+        del findings["server"]  # says how long it took
+    assert by_v3 == by_v1
+    assert {"event", "clock", "deduplication", "meter 'call'", "feature 'calls'",
+            "meters without usage", "entitlements"} <= {*by_v3}  # fmt: skip
+
+
+def test_over_v3_a_key_that_may_not_ask_is_told(sandbox, openmeter):
+    openmeter.rule = lambda request: (
+        problem(403, "no role") if request.method == "GET" else None
+    )
+
+    findings = found(
+        code=3, api_url=openmeter.url, api_flavor="v3", api_key="kpat_x",
+        required_entitlements="calls",
+    )  # fmt: skip
+
+    assert findings["entitlements"]["severity"] == "failure"
+    assert "403: no role" in findings["entitlements"]["found"]
+    assert findings["event"]["remedy"] == "use a key that may list events"
 
 
 # -- The meters

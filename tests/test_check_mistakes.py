@@ -114,7 +114,7 @@ def test_a_key_of_kong_konnect_for_another_api(openmeter):
 
     _, wrong = check(api_url=openmeter.url, api_key="kpat_secret")
 
-    assert "api_flavor to 'konnect'" in wrong["key"][2]
+    assert "api_flavor to 'v3' and api_url to" in wrong["key"][2]
     assert "kpat_secret" not in str(wrong)
 
 

@@ -133,13 +133,23 @@ def test_several_events_are_sent_as_an_array(openmeter, connect):
     [
         ("v1", "/api/v1/events"),
         ("v3", "/api/v3/openmeter/events"),
-        ("konnect", "/v3/openmeter/events"),
     ],
 )
-def test_the_path_is_that_of_the_flavor(openmeter, connect, flavor, path):
+def test_the_path_is_that_of_the_version(openmeter, connect, flavor, path):
     connect(flavor=flavor).ingest([event()])
 
     assert [request.target for request in openmeter.requests] == [path]
+    assert openmeter.ids == ["id-1"]
+
+
+def test_kong_konnect_has_version_3_at_another_path(openmeter, connect, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", openmeter.url)
+    openmeter.rule = lambda _: Answer(202)
+
+    connect("http://eu.api.konghq.com", flavor="v3").ingest([event()])
+
+    (request,) = openmeter.requests
+    assert request.target == "http://eu.api.konghq.com/v3/openmeter/events"
     assert openmeter.ids == ["id-1"]
 
 

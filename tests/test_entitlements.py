@@ -929,9 +929,18 @@ def test_a_feature_that_is_counted_down_has_a_key_of_openmeters(counted):
         ({"limit_status": 500}, "limit_status: expected one of 429, 402, 403"),
         ({"denied_response": "no"}, "denied_response: expected a callable"),
         ({"redis_url": "http://secret"}, "redis_url: expected a URL that begins with"),
-        ({"api_flavor": "konnect", "required_entitlements": ["a"]}, "Kong Konnect"),
+        ({"api_flavor": "v3", "entitlement_meters": ["tokens"]},
+         "entitlement_meters: expected none with api_flavor='v3', which tells no "
+         "balance that could be counted down, got ['tokens']"),
+        ({"api_flavor": "v3", "usage_headers": True}, "usage_headers: expected False"),
+        ({"api_flavor": "v3", "routes": {"/x": {"usage_headers": True}}},
+         "routes['/x']: usage_headers: expected False"),
+        ({"api_flavor": "v3", "entitlements_path": "v1"},
+         "entitlements_path: expected none with api_flavor='v3'"),
+        ({"api_flavor": "v3", "required_entitlements": ["01M8J9X1EFX5AKBPTT7324QFHA"]},
+         "'01M8J9X1EFX5AKBPTT7324QFHA' is an id, which OpenMeter's version 3 does not"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_named(options, said):
     with pytest.raises(ConfigError) as caught:
         Policy(api_url="http://127.0.0.1:1", api_key="k", **options)

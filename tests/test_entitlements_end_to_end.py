@@ -143,3 +143,90 @@ def test_a_revoked_access_ends_while_a_quota_is_counted_down(sandbox, make):
     sandbox.revoke("acme", FEATURE)
 
     wait_for(lambda: ask(app).status.startswith("403"))
+
+
+# -- Both versions
+
+
+#: By the name of the case: the subject, the features, the status and the reason.
+CASES = {
+    "boolean": ("acme", ["flag"], "200 OK", None),
+    "static": ("acme", ["conf"], "200 OK", None),
+    "metered": ("acme", [FEATURE], "200 OK", None),
+    "used_up": ("spent", [FEATURE], "429 Too Many Requests", "limit_reached"),
+    "soft_over": ("soft", [FEATURE], "200 OK", None),
+    "no_entitlement": ("spent", ["conf"], "403 Forbidden", "no_access"),
+    "unknown_feature": ("acme", ["nothing"], "403 Forbidden", "no_access"),
+    "unknown_customer": ("nobody", ["flag"], "403 Forbidden", "unknown_customer"),
+    "by_subject_key": ("a-subject", ["flag"], "200 OK", None),
+    "subject_in_capitals": ("A-SUBJECT", ["flag"], "403 Forbidden", "unknown_customer"),
+    "odd_key": ("Zoë / 🚀", ["flag"], "200 OK", None),
+    "all_of_three": ("acme", ["flag", "conf", FEATURE], "200 OK", None),
+    "one_used_up": ("spent", ["flag", FEATURE], "429 Too Many Requests",
+                    "limit_reached"),
+    "one_missing": ("spent", ["conf", FEATURE], "403 Forbidden", "no_access"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def filled(sandbox):
+    """A sandbox with customers of every kind."""
+    with requests.Session() as session:
+        customers = f"{sandbox.url}/api/v1/customers"
+        subjects = {"subjectKeys": ["a-subject"]}
+        for made in ({"key": "other", "usageAttribution": subjects}, {"key": "acme"},
+                     {"key": "spent"}, {"key": "soft"},
+                     {"key": "Zoë / 🚀"}):  # fmt: skip
+            answer = session.post(customers, json={"name": "a", **made}, timeout=40)
+            answer.raise_for_status()
+    for customer in ("acme", "spent", "other", "Zoë / 🚀"):
+        sandbox.grant(customer, "flag")
+    sandbox.grant("acme", "conf", config={"seats": 5})
+    sandbox.grant("acme", FEATURE, 10)
+    sandbox.grant("spent", FEATURE, 0)
+    sandbox.grant("soft", FEATURE, 0, soft=True)
+    return sandbox
+
+
+@pytest.mark.parametrize("mode", ["open", "stale", "closed"])
+@pytest.mark.parametrize("flavor", ["v1", "v3"])
+def test_each_case_gets_its_status_over_v1_and_v3(filled, make, flavor, mode):
+    got = {}
+    for name, (who, features, *_) in CASES.items():
+        app = make(
+            subject=lambda environ, who=who: who, required_entitlements=features,
+            api_flavor=flavor, fail_mode=mode, meters=None,
+        )  # fmt: skip
+        response = ask(app)
+        allowed = response.status == "200 OK"
+        got[name] = (response.status, None if allowed else body(response)["reason"])
+
+    assert got == {name: tuple(case[2:]) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("flavor", ["v1", "v3"])
+def test_a_customer_that_was_deleted_is_unknown(filled, make, flavor):
+    app = make(required_entitlements=["plain"], api_flavor=flavor, deny_ttl=1e-9)
+    customers = f"{filled.url}/api/v1/customers"
+    made = requests.post(
+        customers, json={"name": "a", "key": "plain"}, timeout=40
+    )  # fmt: skip
+    assert body(ask(app, "plain"))["reason"] == "no_access"
+
+    requests.delete(f"{customers}/{made.json()['id']}", timeout=40).raise_for_status()
+
+    assert body(ask(app, "plain"))["reason"] == "unknown_customer"
+
+
+@pytest.mark.parametrize("flavor", ["v1", "v3"])
+def test_usage_that_uses_a_quota_up_denies_over_v1_and_v3(sandbox, make, flavor):
+    sandbox.grant("acme", FEATURE, 2)
+    app = make(api_flavor=flavor)
+    statuses = []
+
+    for _ in range(3):
+        statuses.append(ask(app).status[:3])
+        assert app.flush(40)
+        app.invalidate("acme")
+
+    assert statuses == ["200", "200", "429"]

@@ -64,13 +64,17 @@ def test_a_config_error_survives_pickling() -> None:
         ({"flush_interval": float("nan")}, "flush_interval: expected"),
         ({"request_timeout": 0}, "request_timeout: expected `float` > 0.0, got 0"),
         ({"dry_run": "yes"}, "dry_run: expected `bool`, got 'yes'"),
-        ({"api_flavor": "v2"}, "api_flavor: expected one of 'v1', 'v3', 'konnect'"),
+        ({"api_flavor": "v2"}, "api_flavor: expected one of 'v1', 'v3', got 'v2'"),
+        ({"api_flavor": "konnect"}, "write 'v3', and api_url 'https://<region>.api."),
+        ({"api_url": "https://eu.api.konghq.com"}, "api_flavor: expected 'v3' for ht"),
+        ({"entitlements_url": "https://x.api.konghq.com"}, "api_flavor: expected 'v3'"),
         ({"api_url": "openmeter.cloud"}, "api_url: expected a URL such as"),
         ({"api_url": "ftp://x"}, "api_url: expected a URL such as"),
         ({"api_url": "http://x:port"}, "api_url: "),
         ({"api_url": "http://u:pw@x"}, "use api_key"),
         ({"api_url": "http://x/?a=b"}, "without ? and #"),
         ({"api_url": "http://x/api/v1/events"}, "its path is added"),
+        ({"api_url": "https://eu.api.konghq.com/v3/openmeter/"}, "its path is added"),
         ({"event_source": "127.0.0.1:8080"}, "event_source: expected a URI reference"),
         ({"event_source": "my api"}, "event_source: expected a URI reference"),
         ({"event_source": "100%"}, "event_source: expected a URI reference"),
@@ -119,8 +123,7 @@ def test_a_problem_names_the_option_the_expected_and_the_given(
     "options",
     [
         {},
-        {"api_url": "https://eu.api.konghq.com"},
-        {"api_url": LOCAL, "api_flavor": "konnect"},
+        {"api_url": "https://eu.api.konghq.com", "api_flavor": "v3"},
     ],
 )
 def test_a_hosted_openmeter_wants_a_key(options: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 
 from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.cli import send as sending
-from openmeter_wsgi.cli.send import command
+from openmeter_wsgi.cli.send import InvalidEvent, command, encode_event
 from openmeter_wsgi.sandbox import Sandbox
+from recorded_v3 import RECORDINGS as RECORDINGS_V3
 from spool_support import COMMAND, days_ago, event, put, run
 from test_sandbox_support import Api
 
@@ -324,3 +325,36 @@ def test_the_installed_command_sends(openmeter):
 
     assert (process.returncode, process.stderr) == (0, "")
     assert openmeter.subjects == ["acme"]
+
+
+# -- What version 3 refuses
+
+#: Of these the attribute that is wrong is filled in, or left out.
+MENDED = {"missing.id", "missing.source", "missing.specversion", "data.nullvalue"}
+REFUSED_BY_V3 = {
+    name.removeprefix("ingest."): recording
+    for name, recording in RECORDINGS_V3.items()
+    if name.startswith("ingest.")
+}
+
+
+def _attribute(name):
+    kind, _, rest = name.partition(".")
+    if kind in {"missing", "empty", "number"}:
+        return rest
+    return "subscription" if kind == "extension" else kind
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_V3)
+def test_what_v3_refuses_is_refused_before_it_is_sent_or_mended(name):
+    """Of the source and the specversion it says "Bad Request", and no more."""
+    recording = REFUSED_BY_V3[name]
+    assert recording.status == 400
+
+    if name in MENDED:
+        encoded = encode_event(recording.sent, source="shop", new_id="new")
+        assert json.loads(encoded)["specversion"] == "1.0"
+        assert None not in json.loads(encoded)["data"].values()
+    else:
+        with pytest.raises(InvalidEvent, match=_attribute(name)):
+            encode_event(recording.sent, source="shop")

@@ -295,15 +295,19 @@ def test_what_may_have_arrived_is_requeued_on_demand_only(spool, openmeter):
     assert ids(said(spool, "list", "--waiting")) == ["b", "a"]
 
 
-def test_verify_says_of_expired_letters_and_doubts_which_arrived(spool, openmeter):
+@pytest.mark.parametrize("flavor", ["v1", "v3"])
+def test_verify_says_of_expired_letters_and_doubts_which_arrived(
+    spool, openmeter, flavor
+):
     expire(spool, openmeter, event("arrived"), event("arrived-not"))
     openmeter.requests.clear()
     doubt(spool, openmeter, event("doubt"))
     with Sandbox() as sandbox, Api(sandbox.url) as api:
         api.ingest([event("arrived"), event("doubt"), event("arrived-not", source="x")])
 
-        result = run(spool, "verify", "--json", api_url=sandbox.url)
-        plain = run(spool, "verify", api_url=sandbox.url)
+        where = {"api_url": sandbox.url, "api_flavor": flavor}
+        result = run(spool, "verify", "--json", **where)
+        plain = run(spool, "verify", **where)
 
     found = {
         one["id"]: (one["state"], one["arrived"]) for one in json.loads(result.stdout)
@@ -322,14 +326,18 @@ def test_verify_says_of_expired_letters_and_doubts_which_arrived(spool, openmete
     [problem(401), Answer(200, b"<html>"), Answer(200, b"{}x"), Answer(200, b"[1]")],
     ids=["401", "page", "broken", "other"],
 )
-def test_verify_takes_nothing_else_for_an_answer(answer, spool, openmeter):
+@pytest.mark.parametrize("flavor", ["v1", "v3"])
+def test_verify_takes_nothing_else_for_an_answer(answer, spool, openmeter, flavor):
     doubt(spool, openmeter, event("a"))
     openmeter.rule = lambda _: answer
 
-    result = run(spool, "verify", api_url=openmeter.url, api_key="om_secret")
+    result = run(
+        spool, "verify", api_url=openmeter.url, api_key="om_secret", api_flavor=flavor
+    )
 
     assert result.exit_code == 1
-    assert result.output.startswith(f"Error: {openmeter.url}/api/v1/events")
+    path = {"v1": "/api/v1/events", "v3": "/api/v3/openmeter/events"}[flavor]
+    assert result.output.startswith(f"Error: {openmeter.url}{path}")
     assert openmeter.requests[-1].headers["Authorization"] == "Bearer om_secret"
     assert "om_secret" not in result.output
 

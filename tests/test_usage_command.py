@@ -17,6 +17,7 @@ from openmeter_wsgi.sandbox import Sandbox
 from spool_support import COMMAND
 from test_sandbox_support import Api, event
 
+VERSIONS = ["v1", "v3"]
 BERLIN = ZoneInfo("Europe/Berlin")
 
 
@@ -72,6 +73,57 @@ def test_all_meters_are_shown_in_lines_of_fields(sandbox):
         "calls\t2026-11-01T23:30:00Z\t2026-11-02T23:31:00Z\t3",
         "tokens\t2026-11-01T23:30:00Z\t2026-11-02T23:31:00Z\t12.1",
     ]
+
+
+@pytest.mark.parametrize("arguments", [
+    [],
+    ["tokens"],
+    ["calls", "tokens", "--subject", "hooli", "--from", "1h"],
+    ["tokens", "--group-by", "subject", "--group-by", "model"],
+    ["tokens", "--window", "day"],
+    ["tokens", "--window", "DAY", "--timezone", "Europe/Berlin"],
+    ["--window", "month", "--subject", "acme"],
+    ["tokens", "--subject", "hooli", "--subject", "acme"],
+    ["tokens", "--filter", "model=large"],
+    ["tokens", "--filter", "model=large", "--filter", "model=small"],
+    ["--from", "2026-11-02", "--to", "2026-11-03"],
+    ["--group-by", "model"],
+], ids=" ".join)  # fmt: skip
+def test_usage_is_the_same_over_v1_and_v3(sandbox, arguments):
+    if arguments.count("--filter") < 2:  # which version 1 refuses
+        plain = [usage(sandbox, *arguments, api_flavor=flavor) for flavor in VERSIONS]
+        assert plain[0].output == plain[1].output
+        assert plain[0].exit_code == plain[1].exit_code == 0
+
+    over_v3 = usage(sandbox, "--json", *arguments, api_flavor="v3")
+
+    found = sorted((r["meter"], r["value"]) for r in json.loads(over_v3.stdout))
+    if arguments.count("--filter") < 2:
+        by_v1 = rows(sandbox, *arguments)
+        assert json.loads(over_v3.stdout) == by_v1
+    else:
+        assert found == [("tokens", 12.1)]
+
+
+def test_kong_konnect_is_asked_at_its_own_path(openmeter, monkeypatch):
+    """Through a proxy, so that nothing leaves this machine."""
+    monkeypatch.setenv("HTTP_PROXY", openmeter.url)
+    openmeter.rule = lambda request: Answer(200, b'{"data": []}')
+    host = "http://eu.api.konghq.com"
+
+    result = usage(openmeter, api_url=host, api_flavor="v3", api_key="kpat_x")
+
+    assert result.exit_code == 0, result.output
+    (request,) = openmeter.requests
+    assert request.target.startswith(f"{host}/v3/openmeter/meters?")
+    assert request.headers["Authorization"] == "Bearer kpat_x"
+
+
+def test_over_v3_the_meter_that_is_not_there_is_named(sandbox):
+    result = usage(sandbox, "words", api_flavor="v3")
+
+    assert result.exit_code == 1
+    assert "no meter with the key 'words'" in result.stderr
 
 
 def test_a_meter_that_has_counted_nothing_is_shown_too(sandbox):
@@ -218,13 +270,6 @@ def test_an_answer_that_is_none_is_one_line(openmeter, body):
 
     assert result.exit_code == 1
     assert f"{openmeter.url}/api/v1/meters/calls/query" in result.stderr
-
-
-def test_only_v1_is_asked(openmeter):
-    result = usage(openmeter, api_flavor="v3")
-
-    assert result.exit_code == 1
-    assert "only v1 is asked for usage, got 'v3'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from openmeter_wsgi.cli.exits import BadConfiguration
+from openmeter_wsgi.cli.listing import ListingV1
+from openmeter_wsgi.cli.listing_v3 import ListingV3
 from openmeter_wsgi.cli.output import printable
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
@@ -17,6 +19,9 @@ from openmeter_wsgi.spool.files import FORMAT, prepare_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from openmeter_wsgi.cli.listing import Listing
+    from openmeter_wsgi.options import ApiKey
 
 
 def spool_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +108,18 @@ def read_policy(file: str | None, **options: Any) -> Policy:
         return Policy.from_file(file, **options)
     except ConfigError as error:
         raise BadConfiguration(_told(error)) from None
+
+
+def open_listing(
+    policy: Policy, url: str | None = None, key: ApiKey | None = None
+) -> Listing:
+    """Return OpenMeter's lists, by the version of the API that *policy* names.
+
+    *url* and *key* are where and as whom entitlements are asked for, if that is not
+    where events are sent to.
+    """
+    of_version = ListingV3 if policy.api_flavor == "v3" else ListingV1
+    return of_version(url or policy.api_url, key or policy.key, policy.request_timeout)
 
 
 def _is_spool(directory: Path, may_be_empty: bool) -> bool:

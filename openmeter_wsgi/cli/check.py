@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openmeter_wsgi.cli.arguments import options_given, server_options
+from openmeter_wsgi.cli.arguments import open_listing, options_given, server_options
 from openmeter_wsgi.cli.check_configuration import (
     NoApplication,
     load_application,
@@ -42,7 +42,6 @@ from openmeter_wsgi.cli.findings import (
     failure,
     unknown,
 )
-from openmeter_wsgi.cli.listing import Listing
 from openmeter_wsgi.cli.output import busy, print_json, printable
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import ConfigError
@@ -150,13 +149,11 @@ CHECKS = (
     Check(look_at_spool, "spool directory"),
     Check(look_at_server, "server"),
     Check(look_at_clock, "clock", needs_answer=True),
-    Check(look_at_event, "event", needs_event=True, needs_listing=True),
-    Check(look_at_meters, "meters", needs_answer=True, needs_listing=True),
-    Check(look_at_features, "features", needs_answer=True, needs_listing=True),
+    Check(look_at_event, "event", needs_event=True),
+    Check(look_at_meters, "meters", needs_answer=True),
+    Check(look_at_features, "features", needs_answer=True),
 )
-REPETITION = Check(
-    look_at_repetition, "deduplication", needs_event=True, needs_listing=True
-)
+REPETITION = Check(look_at_repetition, "deduplication", needs_event=True)
 _EXIT_CODES = exit_codes(
     _0="nothing fails; there may be warnings, and what could not be found out",
     _3="something fails",
@@ -225,7 +222,7 @@ def look(
         key=policy.key,
         timeout=policy.request_timeout,
     )
-    with Listing(policy) as listing:
+    with open_listing(policy) as listing:
         situation = Situation(policy, client, listing, _waiting(lambda _: None))
         try:
             for check in (*checks, REPETITION) if repeat else checks:
@@ -253,9 +250,6 @@ def _waiting(say: Callable[[str], None]) -> Callable[[float, str], None]:
 
 def _obstacle(check: Check, situation: Situation) -> str | None:
     """Say why a check cannot look, None if it can."""
-    flavor = situation.policy.api_flavor
-    if check.needs_listing and flavor != "v1":
-        return f"this looks at the lists of v1 alone, and api_flavor is {flavor!r}"
     if (check.needs_answer or check.needs_event) and not situation.answers:
         return "not looked at: the server does not answer"
     if check.needs_event and situation.sent is None:

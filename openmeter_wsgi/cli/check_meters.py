@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from openmeter_wsgi.cli.arguments import open_listing
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
-from openmeter_wsgi.cli.listing import Listing, NoAnswer
-from openmeter_wsgi.entitlements.client import EntitlementClient
+from openmeter_wsgi.cli.listing import NoAnswer, UsageQuery
+from openmeter_wsgi.entitlements.service import question_client
 from openmeter_wsgi.errors import DeliveryError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.cli.findings import Finding, Situation
     from openmeter_wsgi.cli.listing import Document
+    from openmeter_wsgi.entitlements.client import EntitlementClient
     from openmeter_wsgi.policy import Policy
 
 
@@ -177,7 +179,9 @@ def _has_usage(situation: Situation, meter: Document) -> bool:
         hour=0, minute=0, second=0, microsecond=0
     )
     since = (today - datetime.timedelta(days=DAYS)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return bool(situation.listing.usage(str(meter.get("slug")), {"from": since}))
+    return bool(
+        situation.listing.usage(str(meter.get("slug")), UsageQuery(since=since))
+    )
 
 
 def _named(meters: list[Document]) -> str:
@@ -194,7 +198,9 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
     if needed:
         yield from _look_at_questions(policy, needed)
     try:
-        with Listing(policy, policy.entitlements_url, policy.questions_key) as listing:
+        with open_listing(
+            policy, policy.entitlements_url, policy.questions_key
+        ) as listing:
             features = listing.features()
             meters = {str(one.get("slug")): one for one in listing.meters()}
     except NoAnswer as error:
@@ -223,14 +229,9 @@ def _needed(situation: Situation) -> list[str]:
 def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
     """Ask for a customer who does not exist, as a request would ask."""
     url = policy.entitlements_url or policy.api_url
-    client = EntitlementClient(
-        url=url,
-        path=policy.entitlements_path,
-        key=policy.questions_key,
-        timeout=policy.request_timeout,
-    )
+    client = question_client(policy, policy.request_timeout)
     try:
-        _ask(client, features)
+        client.probe(features)
     except DeliveryError as error:
         yield failure(
             _QUESTIONS,
@@ -244,17 +245,11 @@ def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]
         client.close()
 
 
-def _ask(client: EntitlementClient, features: list[str]) -> None:
-    for answer in client.answers(MARK, features).values():
-        if isinstance(answer, DeliveryError):
-            raise answer
-
-
 def _look_at_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
     """Look for the customer of a subject, as is done where no key is like it."""
     try:
         if client.can_look_up(MARK):
-            client.customers(MARK, 1)
+            client.lookup(MARK, 1)
     except DeliveryError as error:
         yield failure(
             _QUESTIONS,

@@ -12,7 +12,7 @@ from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, 
 from openmeter_wsgi.cli.listing import NoAnswer, error_text, is_untrusted
 from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import DeliveryError, Rejected, Unavailable
-from openmeter_wsgi.options import ApiKey
+from openmeter_wsgi.options import ApiKey, is_konnect
 from openmeter_wsgi.spool import deduplication
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ def _key_remedy(policy: Policy) -> str:
     key = policy.key.known
     if not key:
         return "give a key in api_key or OPENMETER_API_KEY"
-    if key.startswith(_KONNECT_KEYS) and policy.api_flavor != "konnect":
+    if key.startswith(_KONNECT_KEYS) and not is_konnect(policy.api_url):
         return (
-            "this is a key of Kong Konnect: set api_flavor to 'konnect' and api_url to "
+            "this is a key of Kong Konnect: set api_flavor to 'v3' and api_url to "
             "your region, such as https://eu.api.konghq.com"
         )
     return "give a key of this server that may ingest events"
@@ -273,7 +273,7 @@ def _explain(entry: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _is_expected(line: str) -> bool:
-    return line.startswith("no meter found") or "customer" in line
+    return "no meter found" in line or "customer" in line
 
 
 _DEDUPLICATION = "deduplication"

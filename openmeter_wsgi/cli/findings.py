@@ -132,5 +132,3 @@ class Check(NamedTuple):
     needs_answer: bool = False
     #: Whether it looks at the marked event, which OpenMeter must have taken.
     needs_event: bool = False
-    #: Whether it looks at lists, of which only those of OpenMeter's v1 are read here.
-    needs_listing: bool = False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, Self
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import quote
 
 import requests
@@ -14,10 +15,9 @@ from openmeter_wsgi.connection import reason
 from openmeter_wsgi.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from openmeter_wsgi.options import ApiKey
-    from openmeter_wsgi.policy import Policy
 
 
 def error_text(error: BaseException) -> str:
@@ -72,7 +72,7 @@ _LIMIT = 100
 #: OpenMeter gives no longer pages.
 _PAGE = 1_000
 #: Whoever has more says the same page again and again.
-_MAX_PAGES = 100
+MAX_PAGES = 100
 
 Document = dict[str, Any]
 Parameters = dict[str, str | int | list[str]]
@@ -87,88 +87,77 @@ class NoAnswer(Exception):
         self.status = status
 
 
-class Listing:
+class UsageQuery(NamedTuple):
+    """What is asked of a meter. Times are RFC 3339."""
+
+    since: str | None = None
+    until: str | None = None
+    #: MINUTE, HOUR, DAY or MONTH: a row for each of these.
+    window: str | None = None
+    #: The time zone of days and months.
+    zone: str = "UTC"
+    subjects: tuple[str, ...] = ()
+    group_by: tuple[str, ...] = ()
+    #: Dimensions and values.
+    filters: tuple[tuple[str, str], ...] = ()
+
+
+class Listing(ABC):
     """OpenMeter's lists, under the key and address of a policy.
 
-    *url* and *key* are where and as whom entitlements are asked for, if that is not
-    where events are sent to.
+    What they hold is told in the form of version 1, whatever the version.
     """
 
-    def __init__(
-        self, policy: Policy, url: str | None = None, key: ApiKey | None = None
-    ) -> None:
-        self._url = f"{url or policy.api_url}/api/v1/"
-        self._timeout = policy.request_timeout
-        self._key = key or policy.key
+    def __init__(self, url: str, key: ApiKey, timeout: float) -> None:
+        self._url = url
+        self._timeout = timeout
+        self._key = key
         self._session = requests.Session()
         self._session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
+        self._session.headers["Accept"] = "application/json"
 
-    def has(self, event: Document) -> bool:
-        """Say whether *event* is there, by its id and source.
-
-        :raises NoAnswer: if the answer is none.
-        """
-        return bool(self.entries(event["id"], event.get("source")))
-
+    @abstractmethod
     def entries(self, event_id: str, source: str | None) -> list[Document]:
         """Return what is listed of an event: one entry for each time it was stored.
 
         :raises NoAnswer: if the answer is none.
         """
-        # The server looks for ids that contain this one.
-        listed = self._list("events", id=event_id, limit=_LIMIT)
-        try:
-            return [one for one in listed if _is_same(one["event"], event_id, source)]
-        except (TypeError, KeyError) as error:
-            said = f"{self._url}events: {type(error).__name__}: {error}"
-            raise NoAnswer(said) from error
 
+    def arrived(self, events: Sequence[Document]) -> Iterator[bool]:
+        """Say of each of *events* whether it is there, by its id and source.
+
+        :raises NoAnswer: if the answer is none.
+        """
+        for event in events:
+            yield bool(self.entries(event["id"], event.get("source")))
+
+    @abstractmethod
     def meters(self) -> list[Document]:
         """Return all meters.
 
         :raises NoAnswer: if the answer is none.
         """
-        meters: list[Document] = []
-        for page in range(1, _MAX_PAGES + 1):
-            found = self._list("meters", page=page, pageSize=_PAGE)
-            meters += found
-            if len(found) < _PAGE:
-                break
-        return meters
 
+    @abstractmethod
     def features(self) -> list[Document]:
         """Return all features.
 
         :raises NoAnswer: if the answer is none.
         """
-        features: list[Document] = []
-        for _ in range(_MAX_PAGES):
-            found = self._list("features", limit=_PAGE, offset=len(features))
-            features += found
-            if len(found) < _PAGE:
-                break
-        return features
 
-    def usage(self, meter: str, query: Mapping[str, str | list[str]]) -> list[Document]:
+    @abstractmethod
+    def usage(self, meter: str, query: UsageQuery) -> list[Document]:
         """Return the rows of a meter.
 
         :raises NoAnswer: if the answer is none.
         """
-        path = f"meters/{quote(meter, safe='')}/query"
-        answer = self._decoded(path, self._get(path, dict(query)))
-        rows = answer.get("data") if isinstance(answer, dict) else None
-        return self._documents(path, rows)
 
+    @abstractmethod
     def date(self) -> str | None:
         """Return when the server says it is, whatever else it answers.
 
         :raises NoAnswer: if it does not answer at all.
         """
-        return self._get("events", {"limit": 1}).headers.get("Date")
-
-    def _list(self, what: str, **parameters: str | int) -> list[Document]:
-        answer = self._decoded(what, self._get(what, {**parameters}))
-        return self._documents(what, answer)
 
     def _decoded(self, what: str, answer: requests.Response) -> Any:
         if answer.status_code != requests.codes.ok:
@@ -181,22 +170,28 @@ class Listing:
         try:
             return answer.json()
         except ValueError as error:
-            said = f"{self._url}{what}: {type(error).__name__}: {error}"
-            raise NoAnswer(said) from error
+            raise self._wrong(what, error) from error
 
     def _documents(self, what: str, listed: Sequence[Any] | None) -> list[Document]:
         if not isinstance(listed, list) or not all(map(_is_document, listed)):
             raise NoAnswer(f"{self._url}{what} answered with no list of documents")
         return listed
 
+    def _wrong(self, what: str, error: Exception) -> NoAnswer:
+        return NoAnswer(f"{self._url}{what}: {type(error).__name__}: {error}")
+
     def _get(self, what: str, parameters: Parameters) -> requests.Response:
+        return self._request("GET", what, params=parameters)
+
+    def _request(self, method: str, what: str, **content: Any) -> requests.Response:
         try:
-            return self._session.get(
+            return self._session.request(
+                method,
                 self._url + what,
-                params=parameters,
                 auth=self._authorize,
                 timeout=self._timeout,
                 allow_redirects=False,
+                **content,
             )
         except (OSError, ValueError) as error:
             raise NoAnswer(f"{self._url}{what}: {error_text(error)}") from error
@@ -214,9 +209,80 @@ class Listing:
         self._session.close()
 
 
+class ListingV1(Listing):
+    """The lists of version 1."""
+
+    def __init__(self, url: str, key: ApiKey, timeout: float) -> None:
+        super().__init__(f"{url}/api/v1/", key, timeout)
+
+    def entries(self, event_id: str, source: str | None) -> list[Document]:
+        """Return what is listed of an event: one entry for each time it was stored."""
+        # The server looks for ids that contain this one.
+        listed = self._list("events", id=event_id, limit=_LIMIT)
+        try:
+            return [one for one in listed if is_same(one["event"], event_id, source)]
+        except (TypeError, KeyError) as error:
+            raise self._wrong("events", error) from error
+
+    def meters(self) -> list[Document]:
+        """Return all meters."""
+        meters: list[Document] = []
+        for page in range(1, MAX_PAGES + 1):
+            found = self._list("meters", page=page, pageSize=_PAGE)
+            meters += found
+            if len(found) < _PAGE:
+                break
+        return meters
+
+    def features(self) -> list[Document]:
+        """Return all features."""
+        features: list[Document] = []
+        for _ in range(MAX_PAGES):
+            found = self._list("features", limit=_PAGE, offset=len(features))
+            features += found
+            if len(found) < _PAGE:
+                break
+        return features
+
+    def usage(self, meter: str, query: UsageQuery) -> list[Document]:
+        """Return the rows of a meter."""
+        path = f"meters/{quote(meter, safe='')}/query"
+        answer = self._decoded(path, self._get(path, _parameters(query)))
+        rows = answer.get("data") if isinstance(answer, dict) else None
+        return self._documents(path, rows)
+
+    def date(self) -> str | None:
+        """Return when the server says it is, whatever else it answers."""
+        return self._get("events", {"limit": 1}).headers.get("Date")
+
+    def _list(self, what: str, **parameters: str | int) -> list[Document]:
+        answer = self._decoded(what, self._get(what, {**parameters}))
+        return self._documents(what, answer)
+
+
+def _parameters(query: UsageQuery) -> Parameters:
+    parameters: Parameters = {}
+    if query.since:
+        parameters["from"] = query.since
+    if query.until:
+        parameters["to"] = query.until
+    if query.window:
+        parameters |= {"windowSize": query.window, "windowTimeZone": query.zone}
+    if query.subjects:
+        parameters["subject"] = list(query.subjects)
+    if query.group_by:
+        parameters["groupBy"] = list(query.group_by)
+    for dimension, value in query.filters:
+        wanted = parameters.setdefault(f"filterGroupBy[{dimension}]", [])
+        assert isinstance(wanted, list)  # noqa: S101 - for the checker of types
+        wanted.append(value)
+    return parameters
+
+
 def _is_document(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _is_same(found: Document, event_id: str, source: str | None) -> bool:
+def is_same(found: Document, event_id: str, source: str | None) -> bool:
+    """Return True if *found* is the event with this id and source."""
     return (found["id"], found["source"]) == (event_id, source)

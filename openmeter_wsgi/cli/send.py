@@ -75,7 +75,7 @@ def encode_event(document: Any, *, source: str, new_id: str | None = None) -> by
             )
         event["id"] = new_id
     for name in ("type", "subject"):
-        if not event.get(name):
+        if not isinstance(event.get(name), str) or not event[name]:
             raise InvalidEvent(f"{name}: expected text, got {document.get(name)!r}")
     try:
         meters = read_usage(event).documents

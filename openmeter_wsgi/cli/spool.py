@@ -15,9 +15,14 @@ import click
 import msgspec
 
 from openmeter_wsgi.cli import old_events
-from openmeter_wsgi.cli.arguments import open_spool, read_policy, spool_options
+from openmeter_wsgi.cli.arguments import (
+    open_listing,
+    open_spool,
+    read_policy,
+    spool_options,
+)
 from openmeter_wsgi.cli.exits import EXIT_CODES, exit_codes
-from openmeter_wsgi.cli.listing import Listing, NoAnswer
+from openmeter_wsgi.cli.listing import NoAnswer
 from openmeter_wsgi.cli.output import (
     age,
     name_of,
@@ -358,22 +363,20 @@ def _id(letter: Letter) -> str | None:
 
 def print_arrived(directory: Path, policy: Policy, *, as_json: bool) -> bool:
     """Print of every event in question if it arrived; return whether all did."""
-    if policy.api_flavor != "v1":
-        raise click.ClickException(
-            f"api_flavor: events are looked up by v1 alone, got {policy.api_flavor!r}"
-        )
     questions = _questions(directory)
+    events = [event for _, event in questions]
     try:
-        with Listing(policy) as listing:
+        with open_listing(policy) as listing:
+            answers = progress(listing.arrived(events), "Asking", len(events))
             found = [
                 {
                     "id": event["id"],
                     "source": name_of(event, "source"),
                     "subject": name_of(event, "subject"),
                     "state": state,
-                    "arrived": listing.has(event),
+                    "arrived": arrived,
                 }
-                for state, event in progress(questions, "Asking", len(questions))
+                for (state, event), arrived in zip(questions, answers, strict=True)
             ]
     except NoAnswer as error:
         raise click.ClickException(printable(str(error))) from None

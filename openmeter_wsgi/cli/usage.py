@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from openmeter_wsgi.cli.arguments import options_given, read_policy, server_options
+from openmeter_wsgi.cli.arguments import (
+    open_listing,
+    options_given,
+    read_policy,
+    server_options,
+)
 from openmeter_wsgi.cli.exits import EXIT_CODES
-from openmeter_wsgi.cli.listing import Listing, NoAnswer
+from openmeter_wsgi.cli.listing import NoAnswer, UsageQuery
 from openmeter_wsgi.cli.output import print_json, print_table, printable, progress
 
 if TYPE_CHECKING:
@@ -145,12 +150,8 @@ def command(
     """
     query = _query(**what)
     policy = read_policy(policy_file, **options_given(api_url=api_url))
-    if policy.api_flavor != "v1":
-        raise click.ClickException(
-            f"api_flavor: only v1 is asked for usage, got {policy.api_flavor!r}"
-        )
     try:
-        with Listing(policy) as listing:
+        with open_listing(policy) as listing:
             names = meters or _meters_with(listing.meters(), what)
             rows = [
                 _row(name, row)
@@ -177,24 +178,19 @@ def _query(
     since: str | None,
     until: str | None,
     zone: tzinfo,
-) -> dict[str, str | list[str]]:
-    query: dict[str, str | list[str]] = {}
+) -> UsageQuery:
     edge = window or "MINUTE"
-    if start := _moment("--from", since, zone):
-        query["from"] = time_text(window_begin(start, edge))
-    if stop := _moment("--to", until, zone):
-        query["to"] = time_text(window_end(stop, edge))
-    if window:
-        query |= {"windowSize": window, "windowTimeZone": str(zone)}
-    if subjects:
-        query["subject"] = list(subjects)
-    if group_by:
-        query["groupBy"] = list(group_by)
-    for dimension, value in filters:
-        wanted = query.setdefault(f"filterGroupBy[{dimension}]", [])
-        assert isinstance(wanted, list)  # noqa: S101 - for the checker of types
-        wanted.append(value)
-    return query
+    start = _moment("--from", since, zone)
+    stop = _moment("--to", until, zone)
+    return UsageQuery(
+        since=time_text(window_begin(start, edge)) if start else None,
+        until=time_text(window_end(stop, edge)) if stop else None,
+        window=window,
+        zone=str(zone),
+        subjects=subjects,
+        group_by=group_by,
+        filters=filters,
+    )
 
 
 def _moment(option: str, text: str | None, zone: tzinfo) -> datetime | None:

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi.connection import Connection, delivery_error, reason
 from openmeter_wsgi.errors import Rejected
+from openmeter_wsgi.options import v3_url
 
 if TYPE_CHECKING:
     from openmeter_wsgi.options import ApiKey
 
-_PATHS = {
-    "v1": "/api/v1/events",
-    "v3": "/api/v3/openmeter/events",
-    "konnect": "/v3/openmeter/events",
-}
 #: Exactly these: OpenMeter's v1 refuses them with a charset.
 _ONE = "application/cloudevents+json"
 _BATCH = "application/cloudevents-batch+json"
@@ -40,7 +36,7 @@ class OpenMeterClient:
     """
 
     def __init__(self, *, url: str, flavor: str, key: ApiKey, timeout: float) -> None:
-        self._url = url + _PATHS[flavor]
+        self._url = f"{v3_url(url) if flavor == 'v3' else f'{url}/api/v1'}/events"
         self._connection = Connection(key=key, timeout=timeout, needs_body=False)
         #: By how many seconds our clock is ahead of the server's, as its last answer
         #: with a date has it.

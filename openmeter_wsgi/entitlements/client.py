@@ -8,9 +8,10 @@ import re
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 from urllib.parse import quote
 
 import msgspec
@@ -38,6 +39,8 @@ _VALUE = {
 _ACCESS = "/api/v1/customers/{}/access"
 _TERMS = "/api/v2/customers/{}/entitlements/{}"
 _CUSTOMERS = "/api/v1/customers?subject={}&page={}&pageSize={}"
+#: A key that no customer has.
+NOBODY = "openmeter_wsgi.nobody"
 #: OpenMeter's own default.
 _PAGE_SIZE = 100
 #: A customer with hundreds of features still fits.
@@ -66,6 +69,8 @@ class Answer(msgspec.Struct, frozen=True, rename="camel"):
     config: str | None = None
     #: Whether OpenMeter knows the customer at all.
     known_customer: bool = True
+    #: Whether it is known to be metered, although nothing is said of a balance.
+    is_metered: bool = False
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -116,11 +121,13 @@ class _CustomerPage(msgspec.Struct, rename="camel"):
 
 
 class CustomerPage(NamedTuple):
-    """One page of the customers whose subjects contain a text."""
+    """What one request of a lookup found: the customer of a subject, or none."""
 
-    #: The key, or else the id, of the customer that has exactly this subject.
+    #: The key or id by which that customer is asked for.
     customer: str | None
     is_last: bool
+    #: The key and the id of that customer, as far as they are known.
+    names: tuple[str, ...] = ()
 
 
 NO_ACCESS = Answer()
@@ -129,22 +136,71 @@ UNKNOWN_CUSTOMER = Answer(known_customer=False)
 Answers: TypeAlias = "dict[str, Answer | DeliveryError]"
 
 
-class EntitlementClient:
+class EntitlementClient(ABC):
     """Asks one OpenMeter server. Belongs to one thread at a time.
+
+    Each method but `lookup` and `probe` sends one request per question.
 
     :raises Unavailable: from each question, if there is no answer now.
     :raises Held: if the question cannot be answered as it is configured.
     """
 
-    def __init__(
-        self, *, url: str, path: EntitlementsPath, key: ApiKey, timeout: float
-    ) -> None:
+    #: Whether a feature can be asked for without all others of the customer.
+    asks_singly: ClassVar[bool]
+
+    def __init__(self, *, url: str, key: ApiKey, timeout: float) -> None:
         self._url = url
-        self._value = _VALUE[path]
-        self._knows_access = path != "subjects"
         self._connection = Connection(
             key=key, timeout=timeout, max_answer_bytes=_MAX_ANSWER_BYTES
         )
+
+    @abstractmethod
+    def addresses(self, customer: str) -> bool:
+        """Return True if OpenMeter takes *customer* as it is, without a lookup."""
+
+    @abstractmethod
+    def answers(self, customer: str, features: Sequence[str]) -> Answers:
+        """Ask for *features* of *customer*."""
+
+    @abstractmethod
+    def can_look_up(self, subject: str) -> bool:
+        """Return True if *subject* may belong to a customer of another name."""
+
+    @abstractmethod
+    def lookup(self, subject: str, step: int) -> CustomerPage:
+        """Send the request number *step*, from 1, for the customer of *subject*."""
+
+    @abstractmethod
+    def terms(self, customer: str, feature: str) -> Terms:
+        """Ask for the entitlement itself."""
+
+    @abstractmethod
+    def probe(self, features: Sequence[str]) -> None:
+        """Ask for a customer that does not exist, to see whether OpenMeter answers."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def _get(self, path: str) -> Reply:
+        return self._connection.request("GET", self._url + path)
+
+
+class ClientV1(EntitlementClient):
+    """Asks by version 1 and 2 of the API, which take the key of a customer."""
+
+    asks_singly = True
+
+    def __init__(
+        self, *, url: str, path: EntitlementsPath, key: ApiKey, timeout: float
+    ) -> None:
+        super().__init__(url=url, key=key, timeout=timeout)
+        self._value = _VALUE[path]
+        self._knows_access = path != "subjects"
+
+    def addresses(self, customer: str) -> bool:
+        """Return True if *customer* can be a key."""
+        return is_key(customer)
 
     def answers(self, customer: str, features: Sequence[str]) -> Answers:
         """Ask for *features* of *customer*; several of them cost one request."""
@@ -158,19 +214,20 @@ class EntitlementClient:
         """Return True if *subject* may belong to a customer of another key."""
         return self._knows_access and is_key(subject)
 
-    def customers(self, subject: str, page: int) -> CustomerPage:
+    def lookup(self, subject: str, step: int) -> CustomerPage:
         """Look for the customer that has *subject* on one page of the list.
 
         OpenMeter lists all customers with a subject that contains this one, in
         capitals or not.
         """
-        url = _CUSTOMERS.format(quote(subject, safe=""), page, _PAGE_SIZE)
-        listed = _decoded(self._get(url), _CustomerPage)
-        is_last = not listed.items or page * listed.page_size >= listed.total_count
+        url = _CUSTOMERS.format(quote(subject, safe=""), step, _PAGE_SIZE)
+        listed = decoded(self._get(url), _CustomerPage)
+        is_last = not listed.items or step * listed.page_size >= listed.total_count
         for customer in listed.items:
             if customer.has_subject(subject):
                 key = customer.key
-                return CustomerPage(key if key and is_key(key) else customer.id, True)
+                name = key if key and is_key(key) else customer.id
+                return CustomerPage(name, True, (name,))
         return CustomerPage(None, is_last)
 
     def terms(self, customer: str, feature: str) -> Terms:
@@ -178,33 +235,30 @@ class EntitlementClient:
         reply = self._get(_path(_TERMS, customer, feature))
         if reply.status == 404:
             return Terms()
-        said = _decoded(reply, _Entitlement)
+        said = decoded(reply, _Entitlement)
         period = said.current_usage_period
         return Terms(said.is_soft_limit, period and period.to.timestamp())
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
+    def probe(self, features: Sequence[str]) -> None:
+        """Ask for *features* of a customer that does not exist."""
+        self.answers(NOBODY, features)
 
     def _answer(self, customer: str, feature: str) -> Answer:
         reply = self._get(_path(self._value, customer, feature))
-        if reply.status in _UNKNOWN and (said := _detail(reply)):
+        if reply.status in _UNKNOWN and (said := detail_of(reply)):
             # Of a feature that is not there only the deprecated path says 404.
             speaks_of = said.removeprefix("not found error: ").split(maxsplit=1)[0]
             if self._knows_access or speaks_of in {"customer", "subject"}:
                 return UNKNOWN_CUSTOMER
             return NO_ACCESS
-        return _decoded(reply, Answer)  # type: ignore[no-any-return]
+        return decoded(reply, Answer)  # type: ignore[no-any-return]
 
     def _access(self, customer: str, features: Sequence[str]) -> Answers:
         reply = self._get(_path(_ACCESS, customer))
-        if reply.status in _UNKNOWN and _detail(reply):
+        if reply.status in _UNKNOWN and detail_of(reply):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-        found = _decoded(reply, _Access).entitlements
+        found = decoded(reply, _Access).entitlements
         return {feature: _entry(found.get(feature)) for feature in features}
-
-    def _get(self, path: str) -> Reply:
-        return self._connection.request("GET", self._url + path)
 
 
 def is_key(customer: str) -> bool:
@@ -227,18 +281,23 @@ def _entry(value: msgspec.Raw | None) -> Answer | DeliveryError:
     if value is None:
         return NO_ACCESS
     try:
-        return _parsed(value, Answer)  # type: ignore[no-any-return]
+        return parsed(value, Answer)  # type: ignore[no-any-return]
     except Misconfigured as error:
         return error
 
 
-def _decoded(reply: Reply, kind: type[Any]) -> Any:
+def decoded(reply: Reply, kind: type[Any]) -> Any:
+    """Return the answer in *reply* as *kind*, or raise what it means."""
     if reply.status != 200 or reply.is_page:
         raise delivery_error(reply)
-    return _parsed(reply.body, kind)
+    return parsed(reply.body, kind)
 
 
-def _parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
+def parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
+    """Return the JSON in *body* as *kind*.
+
+    :raises Held: if it is something else.
+    """
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -247,7 +306,7 @@ def _parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
         ) from None
 
 
-def _detail(reply: Reply) -> str:
+def detail_of(reply: Reply) -> str:
     """Return the detail of a problem, empty where the path itself is wrong.
 
     Of a route that it does not have OpenMeter says no more than "Not Found".
@@ -319,8 +378,6 @@ _SLOW_DOWN = 1.0
 _MISTAKE_HOLDS = 5.0
 #: … and so many such questions are remembered.
 _MAX_MISTAKES = 1_000
-#: A key that no customer has. A question about it tells if OpenMeter answers at all.
-_NOBODY = "openmeter_wsgi.nobody"
 
 
 class Question(NamedTuple):
@@ -569,7 +626,7 @@ class BackgroundLookup:
         if not has_token():
             return None
         try:
-            client.answers(_NOBODY, features)
+            client.probe(features)
         except DeliveryError as refusal:
             client.close()
             return refusal

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
 from openmeter_wsgi.errors import DeliveryError, Misconfigured
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class FoundCustomer(NamedTuple):
     customer: str | None
     #: Monotonic, in seconds.
     fresh_until: float
+    #: All that the customer is called.
+    names: tuple[str, ...] = ()
 
 
 class FoundCustomers:
@@ -64,15 +67,22 @@ class FoundCustomers:
         found = self._found.get(subject)
         return (found and found.customer) or subject
 
-    def put(self, subject: str, customer: str | None, asked_at: float) -> None:
+    def put(
+        self,
+        subject: str,
+        customer: str | None,
+        asked_at: float,
+        names: tuple[str, ...] = (),
+    ) -> None:
         """Remember the result of a lookup that began at *asked_at*."""
         lifetimes = self._lifetimes
         lifetime = lifetimes.deny if customer is None else lifetimes.allow
+        found = FoundCustomer(customer, asked_at + lifetime, names)
         with self._changing:
             if asked_at <= self._forgotten_at:
                 return  # perhaps it was this subject that was forgotten meanwhile
             self._found.pop(subject, None)
-            self._found[subject] = FoundCustomer(customer, asked_at + lifetime)
+            self._found[subject] = found
             if len(self._found) > self._size:
                 del self._found[next(iter(self._found))]
 
@@ -88,11 +98,25 @@ class FoundCustomers:
             subjects = [
                 subject
                 for subject, found in self._found.items()
-                if name in (subject, found.customer)
+                if name in (subject, found.customer, *found.names)
             ]
             for subject in subjects:
                 del self._found[subject]
         return subjects
+
+
+class _Leave:
+    """Leave to send one request more; the question itself has that for the first."""
+
+    def __init__(self, has_token: HasToken) -> None:
+        self._has_token = has_token
+        self._is_first = True
+
+    def __call__(self) -> bool:
+        if self._is_first:
+            self._is_first = False
+            return True
+        return self._has_token()
 
 
 def answers_about(
@@ -108,48 +132,44 @@ def answers_about(
     :raises DeliveryError: if there is no answer.
     """
     subject, features = question
+    may_ask = _Leave(has_token)
     known = found.fresh(subject)
     if known is not None and known.customer is not None:
-        answers = _answers(client, known.customer, features, has_token)
+        answers = _answers(client, known.customer, features, may_ask)
         if not _is_unknown(answers):
             return answers
         found.drop(subject)  # the customer was deleted
         known = None
-        if not has_token():
-            return {}
-    answers = _answers(client, subject, features, has_token)
-    if not _is_unknown(answers):
-        found.drop(subject)
-        return answers
+    if client.addresses(subject):
+        answers = _answers(client, subject, features, may_ask)
+        if not _is_unknown(answers):
+            if answers:
+                found.drop(subject)
+            return answers
     if known is not None or not client.can_look_up(subject):
-        return answers
-    return _by_lookup(client, question, found, has_token, answers)
+        return dict.fromkeys(features, UNKNOWN_CUSTOMER)
+    return _by_lookup(client, question, found, may_ask)
 
 
 def _by_lookup(
     client: EntitlementClient,
     question: Question,
     found: FoundCustomers,
-    has_token: HasToken,
-    unknown: Answers,
+    may_ask: HasToken,
 ) -> Answers:
     """Look for the customer that has the subject, and ask for that one."""
     subject, features = question
     asked_at = time.monotonic()
-    for page in range(1, _MAX_PAGES + 1):
-        if not has_token():
+    for step in range(1, _MAX_PAGES + 1):
+        if not may_ask():
             return {}
-        listed = client.customers(subject, page)
+        listed = client.lookup(subject, step)
         if not listed.is_last:
             continue
-        found.put(subject, listed.customer, asked_at)
+        found.put(subject, listed.customer, asked_at, listed.names)
         if listed.customer is None:
-            return unknown
-        return (
-            _answers(client, listed.customer, features, has_token)
-            if has_token()
-            else {}
-        )
+            return dict.fromkeys(features, UNKNOWN_CUSTOMER)
+        return _answers(client, listed.customer, features, may_ask)
     raise Misconfigured(
         f"more than {_MAX_PAGES} pages of customers have subjects that contain "
         f"{subject!r}; the option customer= can name the right one"
@@ -160,17 +180,22 @@ def _answers(
     client: EntitlementClient,
     customer: str,
     features: tuple[str, ...],
-    has_token: HasToken,
+    may_ask: HasToken,
 ) -> Answers:
+    """Ask for *customer*; return nothing where there is no leave to."""
+    if not may_ask():
+        return {}
     try:
         return client.answers(customer, features)
     except DeliveryError as error:
-        if len(features) == 1 or error.status != 500 or not has_token():
+        if len(features) == 1 or error.status != 500 or not client.asks_singly:
+            raise
+        if not may_ask():
             raise
     # A single entitlement can make all of /access a 500: ask for each by itself.
     answers: Answers = {}
     for number, feature in enumerate(features):
-        if number and not has_token():
+        if number and not may_ask():
             break
         try:
             answers.update(client.answers(customer, (feature,)))
@@ -180,7 +205,8 @@ def _answers(
 
 
 def _is_unknown(answers: Answers) -> bool:
-    return all(
+    """Return True if OpenMeter was asked and has no such customer."""
+    return bool(answers) and all(
         not isinstance(answer, DeliveryError) and not answer.known_customer
         for answer in answers.values()
     )

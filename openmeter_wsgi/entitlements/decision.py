@@ -159,5 +159,5 @@ def denial_reason(answer: Answer) -> Reason:
     if not answer.known_customer:
         return "unknown_customer"
     # The value carries no reason: only a metered entitlement has these.
-    is_metered = answer.balance is not None or answer.usage is not None
-    return "limit_reached" if is_metered else "no_access"
+    has_numbers = answer.balance is not None or answer.usage is not None
+    return "limit_reached" if has_numbers or answer.is_metered else "no_access"

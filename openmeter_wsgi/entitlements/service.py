@@ -21,10 +21,11 @@ from openmeter_wsgi.entitlements.cache import (
 )
 from openmeter_wsgi.entitlements.client import (
     BackgroundLookup,
-    EntitlementClient,
+    ClientV1,
     Question,
     questions_about,
 )
+from openmeter_wsgi.entitlements.client_v3 import ClientV3
 from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
 from openmeter_wsgi.entitlements.decision import (
     Decision,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.client import (
         Answer,
         Answering,
+        EntitlementClient,
         HasToken,
         Lookup,
         Terms,
@@ -174,6 +176,7 @@ class EntitlementService:
         new_asker: Callable[[Answering], Lookup],
         countdown: LocalQuota,
         lifetimes: Lifetimes,
+        id_lifetimes: Lifetimes | None = None,
         cache_size: int,
         tells_periods: bool,
         close_store: Callable[[], None],
@@ -183,7 +186,7 @@ class EntitlementService:
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = AnswerCache(cache_size)
-        self._customers = FoundCustomers(cache_size, lifetimes)
+        self._customers = FoundCustomers(cache_size, id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
 
@@ -409,6 +412,28 @@ def _decision(
 _RESERVED_QUESTIONS = 0.5
 
 
+#: Seconds for which the id of a customer holds by which version 3 is asked. Of a
+#: customer that is deleted meanwhile OpenMeter says so.
+_IDS_HOLD = 600.0
+
+
+def question_client(policy: Policy, timeout: float) -> EntitlementClient:
+    """Return a client for the version and the server that *policy* names."""
+    url = policy.entitlements_url or policy.api_url
+    key = policy.questions_key
+    if policy.api_flavor == "v3":
+        return ClientV3(url=url, key=key, timeout=timeout)
+    path = policy.entitlements_path
+    return ClientV1(url=url, path=path, key=key, timeout=timeout)
+
+
+def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
+    """Return how long the customer of a subject is known."""
+    if policy.api_flavor == "v3":
+        return lifetimes._replace(allow=max(lifetimes.allow, _IDS_HOLD))
+    return lifetimes
+
+
 def entitlement_service(
     policy: Policy, delivered_until: Callable[[], float]
 ) -> EntitlementService:
@@ -418,13 +443,8 @@ def entitlement_service(
     ledger = Ledger(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
     )
-    new_client = partial(
-        EntitlementClient,
-        url=policy.entitlements_url or policy.api_url,
-        path=policy.entitlements_path,
-        key=policy.questions_key,
-        timeout=policy.entitlement_timeout,
-    )
+    new_client = partial(question_client, policy, policy.entitlement_timeout)
+    lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
         new_asker=lambda answering: BackgroundLookup(
             new_client=new_client,
@@ -434,7 +454,8 @@ def entitlement_service(
             reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
-        lifetimes=Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale),
+        lifetimes=lifetimes,
+        id_lifetimes=_id_lifetimes(policy, lifetimes),
         cache_size=policy.entitlement_cache_size,
         close_store=store.close,
         tells_periods=any(

@@ -18,6 +18,7 @@ from openmeter_wsgi.sandbox import (
     meters,
     protocol,
     trace,
+    v3,
 )
 from openmeter_wsgi.sandbox.context import KEY, Context, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
@@ -38,6 +39,7 @@ ROUTES = (
     catalog.features,
     catalog.subjects,
     entitlement_routes.routes,
+    v3.routes,
     dashboard.routes,
     trace.routes,
 )
@@ -165,7 +167,6 @@ def _refuse_the_rest(app: Flask) -> None:
                 refuse,
                 methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             )
-    app.add_url_rule("/api/v3/openmeter/events", "not_offered", methods=["GET"])
 
 
 def create_app(here: Context, *, host: str) -> Flask:

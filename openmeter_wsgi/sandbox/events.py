@@ -43,22 +43,23 @@ routes = Blueprint("events", __name__)
 
 @routes.get("/api/v1/events")
 def _list_v1() -> Response:
-    return jsonify(_list([*_period(), *_v1_terms()], _limit())[0])
+    return jsonify(list_events([*_period(), *_v1_terms()], _limit())[0])
 
 
 @routes.get("/api/v2/events")
 def _list_v2() -> Response:
     limit = _limit()
-    items, last = _list(_v2_terms(), limit)
+    items, last = list_events(_v2_terms(), limit)
     body: Document = {"items": items}
     if last is not None and len(items) == limit:
-        body["nextCursor"] = _cursor(last)
+        body["nextCursor"] = cursor_of(last)
     return jsonify(body)
 
 
-def _list(
+def list_events(
     terms: list[Term], limit: int
 ) -> tuple[list[Document], tuple[Any, ...] | None]:
+    """Return the newest *limit* events that *terms* choose, and the last one's row."""
     here = context()
     conditions = " AND ".join(f"({term})" for term, _ in terms)
     values = [value for _, found in terms for value in found]
@@ -128,10 +129,11 @@ def _v1_terms() -> Iterable[Term]:
 
 def _of_customers(ids: list[str]) -> Term:
     customers = [one for one in context().customers.all() if one["id"] in ids]
-    return _in("subject", [s for one in customers for s in subjects_of(one)])
+    return one_of("subject", [s for one in customers for s in subjects_of(one)])
 
 
-def _in(column: str, values: list[Any]) -> Term:
+def one_of(column: str, values: list[Any]) -> Term:
+    """Return the condition that *column* has one of *values*."""
     return f"{column} IN ({', '.join('?' * len(values))})", values
 
 
@@ -161,7 +163,7 @@ _LISTS = ("$in", "$nin", "$and", "$or")
 def _v2_terms() -> list[Term]:
     terms = [_TRUE]
     if cursor := request.args.get("cursor"):
-        terms.append(("(time, seq) < (?, ?)", list(_read_cursor(cursor))))
+        terms.append(("(time, seq) < (?, ?)", list(read_cursor(cursor))))
     for name, condition in _conditions().items():
         if name in _FIELDS:
             terms.append(_term(name, condition))
@@ -207,7 +209,7 @@ def _comparison(name: str, operator: str, value: Any) -> Term:
     column = _FIELDS[name]
     values = [_value(name, one) for one in (value if operator in _LISTS else [value])]
     if operator in ("$in", "$nin"):
-        term, values = _in(column, values)
+        term, values = one_of(column, values)
         return f"{'NOT ' * (operator == '$nin')}{term}", values
     if operator in _SIGNS:
         return f"{column} {_SIGNS[operator]} ?", values
@@ -225,11 +227,13 @@ def _value(name: str, value: Any) -> Any:
         raise _invalid_input(f"{name}: {value!r} is no time") from None
 
 
-def _cursor(row: tuple[Any, ...]) -> str:
+def cursor_of(row: tuple[Any, ...]) -> str:
+    """Return the cursor to what comes after *row*."""
     return base64.urlsafe_b64encode(f"{row[5]},{row[0]}".encode()).decode()
 
 
-def _read_cursor(cursor: str) -> tuple[int, int]:
+def read_cursor(cursor: str) -> tuple[int, int]:
+    """Return the time and the number of the row that *cursor* comes after."""
     try:
         at, _, seq = base64.urlsafe_b64decode(cursor).decode().partition(",")
         return min(int(at), 2**62), min(int(seq), 2**62)

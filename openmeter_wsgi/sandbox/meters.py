@@ -122,7 +122,7 @@ def _delete_meter(meter: str) -> tuple[str, int]:
 @routes.get("/<meter>/subjects")
 def _subjects_of_meter(meter: str) -> Response:
     query = Query(group_by=("subject",))
-    rows = _rows(_meter(meter) | {"aggregation": "COUNT"}, query)
+    rows = rows_of(_meter(meter) | {"aggregation": "COUNT"}, query)
     return jsonify(sorted(str(row["subject"]) for row in rows))
 
 
@@ -131,7 +131,7 @@ def _query_meter(meter: str) -> Response:
     asked = _asked()
     found = _meter(meter)
     query = _query(found, asked)
-    rows = _rows(found, query)
+    rows = rows_of(found, query)
     kinds = ["application/json", "text/csv"]
     if request.accept_mimetypes.best_match(kinds) == "text/csv":
         return _csv(rows, query)
@@ -143,7 +143,8 @@ def _meter(id_or_slug: str) -> Meter:
     return context().meters.get(id_or_slug)
 
 
-def _rows(meter: Meter, query: Query) -> list[Row]:
+def rows_of(meter: Meter, query: Query) -> list[Row]:
+    """Return the usage of *meter* that the sink has written down."""
     store = context().store
     with store.reading() as connection:
         seen = store.horizon(connection)

@@ -203,6 +203,10 @@ class GrantsClient:
         self._check()
         return {feature: self._grants.answer(customer, feature) for feature in features}
 
+    def addresses(self, customer: str) -> bool:  # noqa: ARG002
+        """Return True: there are no others."""
+        return True
+
     def can_look_up(self, subject: str) -> bool:  # noqa: ARG002
         """Return False: in a test each subject is a customer."""
         return False
