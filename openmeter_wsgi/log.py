@@ -46,7 +46,22 @@ def _without_credentials(word: str) -> str:
 
 
 def _cleaned(argument: Any) -> Any:
-    return clean(str(argument)) if isinstance(argument, str | Exception) else argument
+    if isinstance(argument, str):
+        return clean(argument)
+    return _Cleaned(argument) if isinstance(argument, BaseException) else argument
+
+
+class _Cleaned:
+    """An exception in the arguments of a line, whose texts are cleaned."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __str__(self) -> str:
+        return clean(str(self._error))
+
+    def __repr__(self) -> str:
+        return clean(repr(self._error))
 
 
 class RepeatFilter(logging.Filter):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from openmeter_wsgi.environ import DECISION
 
 from entitling import ask, middleware, wait_for
 from openmeter_server import CLOSE, PAGE, RESET, Answer, problem
@@ -12,6 +11,7 @@ from openmeter_wsgi.entitlements.client import Question
 from openmeter_wsgi.entitlements.client_v3 import ClientV3
 from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
 from openmeter_wsgi.options import ApiKey
+from openmeter_wsgi.request import REQUEST
 from recorded import RECORDINGS as V1
 from recorded import RecordedOpenMeter, document
 from recorded_v3 import (
@@ -51,7 +51,7 @@ def make(openmeter, called):
     made = []
 
     def app(environ, start_response):
-        called.append(environ[DECISION])
+        called.append(environ[REQUEST].decision)
         start_response("200 OK", [])
         return [b"ok"]
 
@@ -378,7 +378,7 @@ def test_a_bad_answer_about_one_customer_leaves_the_others_alone(
 
     check(ask(app), called, OK)
 
-    assert not app.metering().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._asker.breaker.is_open
 
 
 def test_a_server_that_answers_nobody_is_not_asked_for_each(make, called, openmeter):
@@ -387,7 +387,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_each(make, called, openme
     who = ["h-bool"]
     app = make("", "h_flag", subject=lambda environ: who[0], fail_mode="closed")
     assert ask(app).status == UNAVAILABLE
-    wait_for(lambda: app.metering().entitlements._asker.breaker.is_open)
+    wait_for(lambda: app.process().entitlements._asker.breaker.is_open)
     count = len(asked)
     who[0] = "h-rich"
 
@@ -407,7 +407,7 @@ def test_either_kind_of_question_that_fails_for_all_stops_them(
 
     check(ask(app), called, UNAVAILABLE)
 
-    wait_for(lambda: app.metering().entitlements._asker.breaker.is_open)
+    wait_for(lambda: app.process().entitlements._asker.breaker.is_open)
 
 
 # -- What the application gets

@@ -37,7 +37,7 @@ def serve(caplog):
 
     yield serve
     for middleware in made:
-        middleware.metering().queue._worker.stop()  # no server takes what waits
+        middleware.process().transport._worker.stop()  # no server takes what waits
 
 
 def assert_clean(caplog, page):

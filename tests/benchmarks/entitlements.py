@@ -26,6 +26,7 @@ import requests
 from cachetools import TTLCache
 
 from openmeter_wsgi import OpenMeterMiddleware, Policy
+from openmeter_wsgi.request import record_of
 from openmeter_wsgi.sandbox import Sandbox
 from tests.benchmarks.paths import serve, trivial_app
 
@@ -73,7 +74,7 @@ WAYS = {
     FRESH: "fresh('acme')",
     "the same, subject and counts with it": "admit({})",
     "counted down, until it is settled": (
-        "environ = {}; admit_counted(environ); settle(environ, static, 'acme')"
+        "environ = {}; admit_counted(environ); settle(record(environ), static, 'acme')"
     ),
     "three features, known": "decide('acme', FEATURES, 'closed')",
 }
@@ -95,6 +96,7 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
         "admit": plain.billing.gate.admit,
         "admit_counted": counted.billing.gate.admit,
         "settle": counted.billing.gate.settle,
+        "record": record_of,
         "static": counted.billing.gate.policy.static_meters,
     }
     assert plain.billing.gate.admit({}).allowed
