@@ -26,6 +26,7 @@ from openmeter_wsgi import (
     set_user,
 )
 from openmeter_wsgi.request import REQUEST
+from servers import TIMEOUT
 
 PROBLEM = ("Content-Type", "application/problem+json")
 
@@ -972,3 +973,33 @@ def test_questions_can_have_a_key_and_an_address_of_their_own(
 
     keys = {r.method: r.headers["Authorization"] for r in openmeter.requests}
     assert keys == {"GET": "Bearer ask", "POST": "Bearer ingest"}
+
+
+def test_an_answer_that_comes_after_the_close_begins_nothing_anew(openmeter):
+    entitled = Entitled(openmeter)
+    entitled.values["acme"] = {"searches": metered(5)}
+    asked, release = threading.Event(), threading.Event()
+
+    def late(request):
+        asked.set()
+        assert release.wait(TIMEOUT)
+        return entitled(request)
+
+    openmeter.rule = late
+    app = middleware(
+        openmeter,
+        ok,
+        entitlement_meters=["searches"],
+        meters={"searches": 1},
+        meter_on_status_codes="500",  # else its event would begin delivery anew
+    )
+    request = threading.Thread(target=ask, args=(app,))
+    request.start()
+    assert asked.wait(TIMEOUT)
+
+    app.close(TIMEOUT)
+    release.set()
+    request.join()
+
+    # The fixture of all tests waits until no thread of the package is left.
+    assert app.stats().allowed["openmeter"] == 1

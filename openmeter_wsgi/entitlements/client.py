@@ -481,9 +481,11 @@ class BackgroundLookup:
             self._start(question, self._refreshes, reserve=0)
 
     def close(self) -> None:
-        """Close the connections that are idle."""
-        while self._clients:
-            self._clients.popleft().close()
+        """Close the connections: those in use when their questions have ended."""
+        with self._starting:
+            idle, self._clients = self._clients, deque()
+        for client in idle:
+            client.close()
 
     def _start(
         self, question: Question, slots: threading.Semaphore, *, reserve: float
@@ -568,8 +570,9 @@ class BackgroundLookup:
     def _put(
         self, question: Question, done: threading.Event, has_token: HasToken
     ) -> None:
+        clients = self._clients
         try:
-            client = self._clients.pop()
+            client = clients.pop()
         except IndexError:
             client = self._new_client()
         try:
@@ -582,7 +585,17 @@ class BackgroundLookup:
             self._failed(error, question, client, has_token)
         else:
             self._note_answer()
-            self._clients.append(client)
+        self._give_back(client, clients)
+
+    def _give_back(
+        self, client: EntitlementClient, clients: deque[EntitlementClient]
+    ) -> None:
+        """Keep *client* for the next question, unless all were closed meanwhile."""
+        with self._starting:
+            if clients is self._clients:
+                clients.append(client)
+                return
+        client.close()
 
     def _note_answer(self) -> None:
         if self.breaker.is_open:
@@ -631,7 +644,6 @@ class BackgroundLookup:
             client.close()
             return refusal
         self._note_answer()
-        self._clients.append(client)
         return None
 
     def _is_too_much(self, error: DeliveryError) -> bool:

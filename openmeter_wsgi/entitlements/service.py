@@ -84,13 +84,20 @@ class LocalQuota:
         self._tends = tends
         self._tending: threading.Thread | None = None
         self._closed = threading.Event()
+        #: Wall clock; an answer that was asked for before begins nothing anew.
+        self._closed_at = -math.inf
+        self._changing = threading.Lock()
         self._pid = os.getpid()
 
     def answered(
         self, customer: str, feature: str, balance: float | None, asked_at: float
     ) -> None:
         """Take over the balance that OpenMeter said; *asked_at* is wall clock."""
-        if balance is not None and feature in self.meters:
+        if balance is None or feature not in self.meters:
+            return
+        with self._changing:
+            if asked_at <= self._closed_at:
+                return
             self._ledger.account(_key(customer, feature)).answered(balance, asked_at)
             if self._tending is None and self._tends:
                 self._start_tending()
@@ -120,17 +127,19 @@ class LocalQuota:
                 self._ledger.account(key).spend(amount)
 
     def close(self) -> None:
-        """Hand back what is leased. A later answer begins anew.
+        """Hand back what is leased. The answer to a later question begins anew.
 
         In a child of a fork it does nothing: all of this is its parent's.
         """
         if os.getpid() != self._pid:
             return
-        thread, self._tending = self._tending, None
-        if thread is None:
-            return
-        self._closed.set()
-        self._closed = threading.Event()
+        with self._changing:
+            thread, self._tending = self._tending, None
+            self._closed_at = time.time()
+            if thread is None:
+                return
+            self._closed.set()
+            self._closed = threading.Event()
         atexit.unregister(self.close)
         self._ledger.close()
 
