@@ -14,7 +14,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Code, shown or not.
 _FENCE = re.compile(r"^```.*?^```$|^<!--.*?-->$", re.M | re.S)
 #: Settings of servers and of what else is served, which pages may name as well.
-FOREIGN = {"preload_app", "stream_options", "threads", "worker_class", "workers"}
+FOREIGN = {
+    "preload_app",
+    "processes",
+    "stream_options",
+    "threads",
+    "worker_class",
+    "workers",
+}
 _LITERAL = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 

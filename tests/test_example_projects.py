@@ -75,7 +75,7 @@ def test_the_flask_project_lets_in_whose_plan_has_the_feature(flask_project):
     assert allowed.json() == {"report": "all is well"}
     assert (denied.status_code, denied.json()["reason"]) == (403, "no_access")
     assert denied.headers["Content-Type"] == "application/problem+json"
-    assert flask_project.billed() == of("acme", REQUEST, ("reports", {"total": 1}))
+    assert flask_project.billed() == of("acme", ("reports", {"total": 1}))
 
 
 # -- Django

@@ -395,19 +395,19 @@ def fork_among_threads(url: str) -> None:
         thread.start()
     for n in range(30):
         begun.clear()
-        allowed.release(1_000)
+        allowed.release(50)
         assert begun.wait(TIMEOUT)
         child = os.fork()
         if child == 0:
             serve(middleware, f"child-{n}")
-            middleware.close()
+            middleware.close(TIMEOUT)
             os._exit(0)
         wait_for(child)
     stop.set()
     allowed.release(len(threads))
     for thread in threads:
         thread.join()
-    middleware.close()
+    middleware.close(TIMEOUT)
     print(*(f"{name}={number}" for name, number in served.items()))  # noqa: T201
 
 
