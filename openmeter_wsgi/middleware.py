@@ -247,7 +247,7 @@ class OpenMeterMiddleware:
     def __del__(self) -> None:
         # A test suite makes hundreds of applications, and closes none.
         if (process := getattr(self, "_process", None)) is not None:
-            process.transport.release()
+            process.release()
 
     def _look_at_views(self) -> None:
         """Warn of misplaced decorators, with the first request: all views are there."""

@@ -283,6 +283,11 @@ class Process:
         for billing in tuple(self._billings):
             billing.gate.invalidate(subject, feature)
 
+    def release(self) -> None:
+        """End once nothing waits: nobody holds the middleware any more."""
+        self.transport.release()
+        self.entitlements.close_connections()
+
     def close(self, timeout: float | None) -> None:
         """Give back what is set apart, send what waits, and stop."""
         self.entitlements.close()

@@ -43,7 +43,7 @@ def _own_threads(caplog):
     caplog.handler.addFilter(lambda _: threading.current_thread() not in earlier)
     yield
     # Set up first, this ends last: all that a test made is closed by now.
-    until(lambda: not _left_behind())
+    until(lambda: not _left_behind(), told=lambda: [str(t) for t in _left_behind()])
 
 
 def _left_behind():

@@ -137,9 +137,14 @@ def threads(prefix: str) -> list[threading.Thread]:
     ]
 
 
-def until(condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
+def until(
+    condition: Callable[[], bool],
+    timeout: float = PATIENCE,
+    *,
+    told: Callable[[], object] = lambda: "it did not happen",
+) -> None:
     """Wait for something that another process brings about."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, told()
         time.sleep(0.01)

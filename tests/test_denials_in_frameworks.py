@@ -187,6 +187,7 @@ def test_a_denied_request_is_answered_in_the_sellers_words(
     assert denied.status == "402 Payment Required"
     assert b"".join(denied.body) == b"in our own words"
     assert ("x-shop", "1") in [(key.lower(), value) for key, value in denied.headers]
+    app.close(40)
 
 
 def test_what_was_sent_before_a_denial_stands(openmeter: OpenMeterServer) -> None:
@@ -203,3 +204,4 @@ def test_what_was_sent_before_a_denial_stands(openmeter: OpenMeterServer) -> Non
     assert consumer.body == [b"sent"]
     assert isinstance(consumer.raised, EntitlementDenied)
     assert middleware.stats().not_metered == {"denied": 1}
+    middleware.close(40)

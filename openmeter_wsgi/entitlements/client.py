@@ -457,7 +457,8 @@ class BackgroundLookup:
         #: Until when not to ask what OpenMeter calls a mistake: for features, whoever
         #: the customer is, or for one customer.
         self._mistaken: dict[tuple[str, ...] | Question, float] = {}
-        self._starting = threading.Lock()
+        # Reentrant, as `close` is also called when a middleware is collected.
+        self._starting = threading.RLock()
         self._first_sights = threading.Semaphore(FIRST_SIGHTS)
         self._refreshes = threading.Semaphore(_REFRESHES)
 

@@ -268,6 +268,10 @@ class EntitlementService:
         )
         return [Problem("entitlements", text)]
 
+    def close_connections(self) -> None:
+        """Close the connections. The next question opens new ones."""
+        self._asker.close()
+
     def close(self) -> None:
         """Hand back what was set apart for this process, and close connections."""
         self._asker.close()
