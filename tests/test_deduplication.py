@@ -63,7 +63,7 @@ def test_what_a_check_has_found_is_said(
     ((found, text),) = lines(caplog)
     assert found == level
     assert said in text
-    assert deduplication.load(spool, openmeter.url).time in text
+    assert deduplication.load_verdict(spool, openmeter.url).time in text
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_a_check_has_found_is_said(
     ],
 )
 def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, content):
-    (spool / deduplication.NAME).write_bytes(content)
+    (spool / deduplication.VERDICT_NAME).write_bytes(content)
     deduplication.say(spool, "http://here")
 
     ((level, text),) = lines(caplog)
@@ -88,9 +88,11 @@ def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, conte
 
 def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
     deduplication.save(tmp_path, "http://here", deduplicates=True)
-    (spool / deduplication.NAME).symlink_to(tmp_path / deduplication.NAME)
+    (spool / deduplication.VERDICT_NAME).symlink_to(
+        tmp_path / deduplication.VERDICT_NAME
+    )
 
-    assert deduplication.load(spool, "http://here") is None
+    assert deduplication.load_verdict(spool, "http://here") is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def of(number, segments=1):
 
 def read(directory):
     """Return the number that `of` was given; 0 if nothing is there."""
-    loaded = progress.load(directory)
+    loaded = progress.load_progress(directory)
     assert loaded is not None
     numbers = {end for ((_, end),) in loaded.done.values()}
     assert numbers <= {int(loaded.in_flight[0].since) if loaded.in_flight else 0}
@@ -46,7 +46,7 @@ def test_a_loss_of_power_leaves_no_older_progress_than_the_last_that_lasts(
 ):
     """Of what was written since, the disk may have any part, in any order."""
     dice = random.Random(11)
-    path = quick_path / progress.NAME
+    path = quick_path / progress.PROGRESS_NAME
     file.save(of(1), lasting=True)
     disk, lasts = path.read_bytes(), 1
     for number in range(2, 400):
@@ -81,7 +81,7 @@ def test_a_write_that_lasts_forces_one_file_on_the_disk_and_makes_none(
     file.save(of(2), lasting=False)
     file.save(of(3), lasting=True)
 
-    assert synced == [(quick_path / progress.NAME).stat().st_ino]
+    assert synced == [(quick_path / progress.PROGRESS_NAME).stat().st_ino]
 
 
 def test_a_file_that_has_become_too_small_is_replaced_by_a_larger_one(file, quick_path):
@@ -89,8 +89,8 @@ def test_a_file_that_has_become_too_small_is_replaced_by_a_larger_one(file, quic
         file.save(of(number, segments), lasting=True)
 
         assert read(quick_path) == number
-        assert len(progress.load(quick_path).done) == segments
-    assert os.listdir(quick_path) == [progress.NAME]
+        assert len(progress.load_progress(quick_path).done) == segments
+    assert os.listdir(quick_path) == [progress.PROGRESS_NAME]
 
 
 def test_the_next_sender_goes_on_from_what_the_last_one_wrote(file, quick_path):
@@ -109,5 +109,5 @@ def test_it_can_be_read_with_a_pager(file, quick_path):
     file.save(of(1), lasting=True)
     file.save(of(2), lasting=True)
 
-    lines = (quick_path / progress.NAME).read_text().splitlines()
+    lines = (quick_path / progress.PROGRESS_NAME).read_text().splitlines()
     assert [line.rstrip()[:12] for line in lines] == ['{"progress":'] * 2

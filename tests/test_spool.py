@@ -81,7 +81,7 @@ def numbered(prefix, count):
 
 
 def doubts(spool):
-    return progress.load(spool).in_flight
+    return progress.load_progress(spool).in_flight
 
 
 def dead_letters(spool):

@@ -254,17 +254,17 @@ def test_another_thread_takes_the_place_of_a_sender_that_is_stuck(
             ids |= put(queue, 10, "later")
             openmeter.wait_until(lambda: set(openmeter.ids) == ids)
             assert "an attempt to deliver has not ended for" in caplog.text
-            written = (tmp_path / "spool" / progress.NAME).read_bytes()
+            written = (tmp_path / "spool" / progress.PROGRESS_NAME).read_bytes()
             assert queue.flush(40)
             delivered = queue.counts.delivered
             stuck_one = queue._abandoned[0]
-            written = (tmp_path / "spool" / progress.NAME).read_bytes()
+            written = (tmp_path / "spool" / progress.PROGRESS_NAME).read_bytes()
 
             released.set()
             until(lambda: not stuck_one.worker.is_running)
 
         # It has written nothing, and what it sent is counted where it was sent again.
-        assert (tmp_path / "spool" / progress.NAME).read_bytes() == written
+        assert (tmp_path / "spool" / progress.PROGRESS_NAME).read_bytes() == written
         assert queue.counts.delivered == delivered == 20
     finally:
         queue.close(40)

@@ -27,7 +27,9 @@ def leave(directory, content, number=1, form=MAPPED, ending=""):
     name = SegmentName(1_700_000_000_000, DEAD, number, form)
     path = directory / f"{name}{ending}"
     (directory / f"{DEAD}.lock").touch()
-    (directory / progress.NAME).unlink(missing_ok=True)  # that of an earlier round
+    (directory / progress.PROGRESS_NAME).unlink(
+        missing_ok=True
+    )  # that of an earlier round
     path.write_bytes(content)
     return path
 
@@ -115,7 +117,10 @@ def test_foreign_files_stay_as_they_are(tmp_path):
     leave(tmp_path, TEXT)
 
     assert drain(opened(tmp_path)) == EVENTS
-    assert sorted(p for p in tmp_path.rglob("*") if p.name != progress.NAME) == before
+    assert (
+        sorted(p for p in tmp_path.rglob("*") if p.name != progress.PROGRESS_NAME)
+        == before
+    )
 
 
 def test_what_a_crash_left_half_made_is_tidied_up(tmp_path):
@@ -130,7 +135,7 @@ def test_what_a_crash_left_half_made_is_tidied_up(tmp_path):
     assert drain(spool) == EVENTS
     spool.refresh(last=True)
     spool.refresh(last=True)
-    assert [p.name for p in tmp_path.iterdir()] == [progress.NAME]
+    assert [p.name for p in tmp_path.iterdir()] == [progress.PROGRESS_NAME]
 
 
 def test_a_symlink_is_no_segment(tmp_path):
@@ -229,7 +234,7 @@ def test_of_deleted_segments_no_more_is_kept_than_may_come_back(tmp_path):
         leave(tmp_path, TEXT, number=number, ending=".sealed")
     assert len(drain(opened(tmp_path))) == 99 * len(EVENTS)
 
-    assert len(progress.load(tmp_path).done) < 20
+    assert len(progress.load_progress(tmp_path).done) < 20
 
 
 def test_what_is_done_out_of_order_is_not_sent_again(tmp_path):
@@ -250,10 +255,10 @@ def test_progress_that_cannot_be_read_is_set_aside_and_all_sent_again(
     tmp_path, content, caplog
 ):
     leave(tmp_path, TEXT)
-    (tmp_path / progress.NAME).write_bytes(content)
+    (tmp_path / progress.PROGRESS_NAME).write_bytes(content)
 
     assert drain(opened(tmp_path)) == EVENTS
-    (aside,) = tmp_path.glob(f"{progress.NAME}.*.unreadable")
+    (aside,) = tmp_path.glob(f"{progress.PROGRESS_NAME}.*.unreadable")
     assert aside.read_bytes() == content
     assert "is sent again" in caplog.text
 
@@ -296,4 +301,4 @@ def test_a_hole_longer_than_what_is_read_at_once_is_passed(tmp_path, zeros):
 
     assert drain(opened(tmp_path)) == EVENTS[:2]
     assert (tmp_path / UNREADABLE).stat().st_size < 500
-    assert os.listdir(tmp_path).count(progress.NAME) == 1
+    assert os.listdir(tmp_path).count(progress.PROGRESS_NAME) == 1

@@ -117,16 +117,16 @@ def test_the_watermark_of_a_spool_moves_when_what_a_mark_saw_is_delivered(
     until(lambda: watermark.all_done(tmp_path, ends))
     sender.close()
     until(lambda: not threads("openmeter_wsgi.journal"))
-    (tmp_path / watermark.NAME).unlink(missing_ok=True)
+    (tmp_path / watermark.WATERMARK_NAME).unlink(missing_ok=True)
     mark.publish(2_000.0, {**ends, next(iter(ends)): 10**9})
     assert watermark.read(tmp_path) == 1_000.0  # what came since is not
     worker.close()
 
 
 def test_a_watermark_from_the_future_is_of_a_clock_that_was_put_back(tmp_path):
-    (tmp_path / watermark.NAME).touch()
+    (tmp_path / watermark.WATERMARK_NAME).touch()
     future = time.time() + 3_600
-    os.utime(tmp_path / watermark.NAME, (future, future))
+    os.utime(tmp_path / watermark.WATERMARK_NAME, (future, future))
     mark = Watermark(tmp_path)
     moment = mark.begin_look()
     mark.publish(moment, {})

@@ -1,4 +1,4 @@
-"""The rules of routes: can a request match them, and can one get around them?"""
+"""Checks of the rules in ``routes`` against the application's routes."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
             _DEDUPLICATION,
             "an event that was sent twice is stored twice: what is sent again "
             "because its answer was lost is billed twice",
-            deduplication.REMEDY,
+            deduplication.VERDICT_REMEDY,
         )
         yield from _keys_in_vain(situation)
     else:

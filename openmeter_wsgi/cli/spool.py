@@ -32,7 +32,12 @@ from openmeter_wsgi.cli.output import (
     progress,
     size,
 )
-from openmeter_wsgi.cli.spool_reader import DeadLetterFile, Letter, SpoolReader, requeue
+from openmeter_wsgi.cli.spool_reader import (
+    DeadLetterFile,
+    Letter,
+    SpoolContents,
+    requeue,
+)
 from openmeter_wsgi.errors import SpoolError
 from openmeter_wsgi.spool import last_answer
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
@@ -54,7 +59,7 @@ _COLUMNS = ("state", "id", "type", "subject", "time", "status", "reason")
 
 def print_status(directory: Path, *, as_json: bool) -> None:
     """Print the state of a spool."""
-    census = SpoolReader(directory)
+    census = SpoolContents(directory)
     told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
     letters = DeadLetterFile(directory).read()
     ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
@@ -133,7 +138,7 @@ def export(directory: Path, file: str, *, as_json: bool) -> None:
         )
 
 
-def _told(census: SpoolReader) -> Iterator[dict[str, Any]]:
+def _told(census: SpoolContents) -> Iterator[dict[str, Any]]:
     for segment in census.segments:
         waiting, oldest = 0, None
         for event in census.waiting(segment):
@@ -242,7 +247,7 @@ def _sender(pid: int | None) -> str:
 
 def _documents(directory: Path) -> Iterator[dict[str, Any]]:
     yield from _dead(directory)
-    census = SpoolReader(directory)
+    census = SpoolContents(directory)
     segments = progress(census.segments, "Reading segments", len(census.segments))
     for segment in segments:
         for event in census.waiting(segment):
@@ -410,7 +415,7 @@ def _questions(directory: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _unanswered(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for event in SpoolReader(directory).in_doubt():
+    for event in SpoolContents(directory).in_doubt():
         yield "in doubt", msgspec.json.decode(event)
     for letter in DeadLetterFile(directory).read():
         if letter.expired and letter.can_be_sent:

@@ -73,7 +73,7 @@ class SegmentState(NamedTuple):
     alive: bool
 
 
-class SpoolReader:
+class SpoolContents:
     """The segments of a directory at one moment, and how far they are delivered.
 
     The sender goes on meanwhile: what it delivers and deletes is simply not there.
@@ -83,7 +83,9 @@ class SpoolReader:
         self._directory = directory
         # In this order: what is delivered later is then still counted, and never
         # is something counted as delivered that is not.
-        self.progress: Progress = progress.load(directory) or progress.Progress()
+        self.progress: Progress = (
+            progress.load_progress(directory) or progress.Progress()
+        )
         self.segments = list(self._find())
 
     @property

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-NAME = "deduplication.json"
+VERDICT_NAME = "deduplication.json"
 #: OpenMeter Cloud: there it is always switched on.
 _CLOUD = "openmeter.cloud"
 _MAX_BYTES = 10_000
-REMEDY = (
+VERDICT_REMEDY = (
     "switch on sink.dedupe in the server's configuration (driver redis), or an attempt "
     "without an answer may be billed twice"
 )
@@ -53,19 +53,19 @@ def save(directory: Path, api_url: str, *, deduplicates: bool) -> None:
     :raises OSError: if the directory cannot take it.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    unfinished = directory / f"{NAME}.new"
+    unfinished = directory / f"{VERDICT_NAME}.new"
     with contextlib.suppress(FileNotFoundError):
         unfinished.unlink()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(unfinished, flags, 0o600), "wb") as file:
         file.write(msgspec.json.encode(Verdict(api_url, deduplicates, now)) + b"\n")
-    unfinished.rename(directory / NAME)
+    unfinished.rename(directory / VERDICT_NAME)
 
 
-def load(directory: Path, api_url: str) -> Verdict | None:
+def load_verdict(directory: Path, api_url: str) -> Verdict | None:
     """Return what is known of the server at *api_url*, None if that is nothing."""
     try:
-        with open(open_file(directory / NAME), "rb") as file:
+        with open(open_file(directory / VERDICT_NAME), "rb") as file:
             verdict = msgspec.json.decode(file.read(_MAX_BYTES), type=Verdict)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
@@ -74,14 +74,14 @@ def load(directory: Path, api_url: str) -> Verdict | None:
 
 def say(directory: Path, api_url: str) -> None:
     """Write one line into the log: does the server deduplicate?"""
-    verdict = load(directory, api_url)
+    verdict = load_verdict(directory, api_url)
     host = urlsplit(api_url).hostname or ""
     if verdict is not None and verdict.deduplicates:
         logger.info("OpenMeter at %s deduplicates, checked %s", api_url, verdict.time)
     elif verdict is not None:
         logger.warning(
             "OpenMeter at %s does not deduplicate, checked %s: %s",
-            api_url, verdict.time, REMEDY,
+            api_url, verdict.time, VERDICT_REMEDY,
         )  # fmt: skip
     elif host == _CLOUD or host.endswith(f".{_CLOUD}"):
         logger.info("OpenMeter Cloud at %s deduplicates", api_url)

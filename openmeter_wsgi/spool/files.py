@@ -226,7 +226,7 @@ def _read(
 
 FORMAT = "format"
 #: What a directory of this version says of itself.
-VERSION = "openmeter_wsgi spool 1"
+FORMAT_VERSION = "openmeter_wsgi spool 1"
 
 #: A full disk shows when a file is allocated, and a mapped page stays what it is.
 _MAPPABLE = {"ext2", "ext3", "ext4", "xfs", "tmpfs", "overlay"}
@@ -323,12 +323,12 @@ def _check_format(directory: Path) -> None:
         unfinished = directory / f"{FORMAT}.{secrets.token_hex(8)}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(unfinished, flags, 0o600), "w") as file:
-            file.write(VERSION + "\n")
+            file.write(FORMAT_VERSION + "\n")
         unfinished.rename(path)
         return
     with open(fd, "rb") as file:
         said = file.read(200).decode(errors="replace").strip()
-    if said != VERSION:
+    if said != FORMAT_VERSION:
         raise ConfigError(
-            [f"spool_dir: expected {VERSION!r} in {str(path)!r}, got {said!r}"]
+            [f"spool_dir: expected {FORMAT_VERSION!r} in {str(path)!r}, got {said!r}"]
         )

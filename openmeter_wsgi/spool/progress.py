@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = log.get_logger(__name__)
 
-NAME = "progress.jsonl"
+PROGRESS_NAME = "progress.jsonl"
 #: Of so many batches in flight it is remembered how old they are.
 _SEEN = 100
 #: A page: no process that is killed leaves half of one.
@@ -65,13 +65,13 @@ class _Line(msgspec.Struct):
     checksum: int
 
 
-def load(directory: Path) -> Progress | None:
+def load_progress(directory: Path) -> Progress | None:
     """Return what the file says, None if it cannot be read.
 
     :raises OSError: if there is one that cannot be opened.
     """
     try:
-        text = (directory / NAME).read_bytes()
+        text = (directory / PROGRESS_NAME).read_bytes()
     except FileNotFoundError:
         return Progress()
     return max(_valid(text), key=lambda found: found.number, default=None)
@@ -80,13 +80,13 @@ def load(directory: Path) -> Progress | None:
 def recover(directory: Path) -> Progress:
     """Return what the file says; what cannot be read is put under another name.
 
-    :raises OSError: as `load` does.
+    :raises OSError: as `load_progress` does.
     """
-    loaded = load(directory)
+    loaded = load_progress(directory)
     if loaded is None:
-        path = directory / NAME
+        path = directory / PROGRESS_NAME
         logger.error("%s: cannot be read; what is in the spool is sent again", path)
-        path.rename(path.with_name(f"{NAME}.{time.time_ns()}.unreadable"))
+        path.rename(path.with_name(f"{PROGRESS_NAME}.{time.time_ns()}.unreadable"))
     return loaded or Progress()
 
 
@@ -147,8 +147,8 @@ class ProgressFile:
         size = _PLACE_BYTES
         while size < 2 * len(text):
             size *= 2
-        path = self._directory / NAME
-        unfinished = path.with_name(NAME + ".new")
+        path = self._directory / PROGRESS_NAME
+        unfinished = path.with_name(PROGRESS_NAME + ".new")
         with contextlib.suppress(FileNotFoundError):
             unfinished.unlink()
         fd = os.open(unfinished, _NEW_FILE, 0o600)

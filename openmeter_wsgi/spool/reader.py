@@ -537,7 +537,7 @@ def _blocks(text: bytes) -> Iterator[bytes]:
 #: A segment without a lock is taken for a dead owner's after so many seconds.
 LOCKLESS_TIME = 3_600.0
 #: Seconds between two calls.
-INTERVAL = 0.5
+LIVENESS_INTERVAL = 0.5
 
 
 class Liveness:
@@ -565,7 +565,7 @@ class Liveness:
         now = time.monotonic()
         if now < self._due_at:
             return
-        self._due_at = now + INTERVAL
+        self._due_at = now + LIVENESS_INTERVAL
         owners = {name.owner for name in names}
         # A lock that is there and free is a death; one that is not there says nothing.
         self._lockless = {o for o in owners if not is_there(self._directory, o)}

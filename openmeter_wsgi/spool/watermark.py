@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from openmeter_wsgi.delivery.ranges import Ranges
 
 #: Its time of modification is the watermark: it is set, and read, in one call.
-NAME = "delivered_until"
+WATERMARK_NAME = "delivered_until"
 #: Seconds between two marks.
-INTERVAL = 0.25
+WATERMARK_INTERVAL = 0.25
 
 
 class Watermark:
@@ -51,7 +51,7 @@ class Watermark:
         """Return the moment of a mark to be made now, None if none is due."""
         if time.monotonic() < self._due_at:
             return None
-        self._due_at = time.monotonic() + INTERVAL
+        self._due_at = time.monotonic() + WATERMARK_INTERVAL
         return time.time()
 
     def publish(self, moment: float, ends: dict[str, int]) -> None:
@@ -67,7 +67,7 @@ class Watermark:
         there = {
             name.key for e in os.listdir(self._directory) if (name := read_name(e))
         }
-        loaded = progress.load(self._directory)
+        loaded = progress.load_progress(self._directory)
         done = loaded.done if loaded else {}
 
         def is_done(ends: dict[str, int]) -> bool:
@@ -94,18 +94,18 @@ class Watermark:
 def read(directory: Path) -> float:
     """Return the watermark of a spool, 0.0 if there is none."""
     try:
-        return (directory / NAME).stat().st_mtime
+        return (directory / WATERMARK_NAME).stat().st_mtime
     except OSError:
         return 0.0
 
 
 def _write(directory: Path, until: float) -> None:
-    path = directory / NAME
+    path = directory / WATERMARK_NAME
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, (until, until))
         return
     # Under its name it never has the time at which it was made.
-    unfinished = path.with_name(NAME + UNFINISHED)
+    unfinished = path.with_name(WATERMARK_NAME + UNFINISHED)
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     os.close(os.open(unfinished, flags, 0o600))
     os.utime(unfinished, (until, until))
@@ -210,7 +210,7 @@ def _names(directory: Path) -> list[SegmentName]:
 
 def _done(directory: Path) -> dict[str, Ranges]:
     try:
-        loaded = progress.load(directory)
+        loaded = progress.load_progress(directory)
     except OSError:
         return {}
     return loaded.done if loaded else {}

@@ -20,7 +20,7 @@ from openmeter_wsgi.spool.journal import (
     KeptSegments,
     RecordTooLarge,
 )
-from openmeter_wsgi.spool.progress import Progress, load
+from openmeter_wsgi.spool.progress import Progress, load_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -259,7 +259,7 @@ class SpoolWriter:
 
     def _put_back(self, lost: list[SegmentFile]) -> None:
         try:
-            progress = load(self._directory) or Progress()
+            progress = load_progress(self._directory) or Progress()
         except OSError:
             progress = Progress()
         lines = [

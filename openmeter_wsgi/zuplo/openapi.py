@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.zuplo.policies import DocumentSource, inside, load
+from openmeter_wsgi.zuplo.policies import DocumentSource, inside, load_document
 
 if TYPE_CHECKING:
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
@@ -149,7 +149,7 @@ def read_routes(
     problems: list[str] = []
     others = {policy.name for policy in policies if _never_meters(policy)}
     found: dict[str, list[str]] = {}
-    for route in _routes(load(source), problems):
+    for route in _routes(load_document(source), problems):
         try:
             made = _rules(route)
         except ValueError as error:

@@ -31,7 +31,7 @@ DocumentSource = str | os.PathLike[str]
 _VARIABLE = re.compile(r"\$env\(\s*([^()]*?)\s*\)")
 
 
-def load(source: DocumentSource) -> Any:
+def load_document(source: DocumentSource) -> Any:
     """Return the document in *source*: text if it opens a JSON object or array.
 
     :raises ConfigError: naming the file, and what is wrong with it.
@@ -239,7 +239,7 @@ _MONETIZATION = {
     **_BOTH,
 }
 #: The options that each kind of policy has.
-OPTIONS: dict[str, dict[str, Option]] = {
+ZUPLO_OPTIONS: dict[str, dict[str, Option]] = {
     "openmeter-inbound": _OPENMETER,
     "monetization-inbound": _MONETIZATION,
 }
@@ -386,7 +386,7 @@ class ZuploPolicy:
     @property
     def metered(self) -> bool:
         """Whether it is one that meters."""
-        return self.kind in OPTIONS
+        return self.kind in ZUPLO_OPTIONS
 
     def __str__(self) -> str:
         return repr(self.name) if self.name else f"the nameless {self.kind}"
@@ -406,10 +406,10 @@ def read_policies(
     :raises ConfigError: with every problem and its place.
     """
     problems: list[str] = []
-    entries = read_entries(load(source), problems)
+    entries = read_entries(load_document(source), problems)
     reader = _Reader(environ, problems, secrets=secrets)
     policies = [
-        reader.read(entry) if entry.kind in OPTIONS else reader.leave_out(entry)
+        reader.read(entry) if entry.kind in ZUPLO_OPTIONS else reader.leave_out(entry)
         for entry in entries
     ]
     names = [entry.name for entry in entries]
@@ -435,7 +435,7 @@ class _Reader:
 
     def read(self, entry: Entry) -> ZuploPolicy:
         """Return a policy that meters."""
-        known = OPTIONS[entry.kind]
+        known = ZUPLO_OPTIONS[entry.kind]
         policy = ZuploPolicy(entry.name, entry.kind, key_variables=_variables(entry))
         policy.ignored.extend(
             (inside(entry.place, key), "says nothing about metering")

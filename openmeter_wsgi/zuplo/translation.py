@@ -19,7 +19,12 @@ from openmeter_wsgi.errors import ConfigError, MeterValueError
 from openmeter_wsgi.events import add_numbers
 from openmeter_wsgi.policy import StatusCodes
 from openmeter_wsgi.zuplo.openapi import read_routes
-from openmeter_wsgi.zuplo.policies import DEFAULTS, OPTIONS, did_you_mean, read_policies
+from openmeter_wsgi.zuplo.policies import (
+    DEFAULTS,
+    ZUPLO_OPTIONS,
+    did_you_mean,
+    read_policies,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -158,7 +163,7 @@ def translate(
     """
     metering = [policy for policy in policies if policy.metered]
     if not metering:
-        kinds = " or ".join(map(repr, OPTIONS))
+        kinds = " or ".join(map(repr, ZUPLO_OPTIONS))
         raise ConfigError([f"expected a policy of the type {kinds}, got none"])
     if routes is None:
         if len(metering) > 1:
