@@ -30,7 +30,7 @@ def test_a_progress_file_that_is_deleted_is_made_anew(queue, openmeter, tmp_path
     queue.start()
     queue.put(event("1"))
     assert queue.flush(40)
-    path = tmp_path / "spool" / progress.NAME
+    path = tmp_path / "spool" / progress.PROGRESS_NAME
     path.unlink()
 
     queue.put(event("2"))

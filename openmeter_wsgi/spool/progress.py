@@ -129,7 +129,7 @@ class ProgressFile:
         if self._fd is None:
             return False
         try:
-            status = (self._directory / NAME).stat(follow_symlinks=False)
+            status = (self._directory / PROGRESS_NAME).stat(follow_symlinks=False)
             return os.path.samestat(os.fstat(self._fd), status)
         except OSError:
             return False
