@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import (

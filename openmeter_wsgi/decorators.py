@@ -18,6 +18,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
+from openmeter_wsgi.framework_routes import SAYS, note_decorated
 from openmeter_wsgi.measures import Measure
 from openmeter_wsgi.policy import view_problems
 from openmeter_wsgi.request import (
@@ -27,7 +28,6 @@ from openmeter_wsgi.request import (
     metered_request,
     open_record,
 )
-from openmeter_wsgi.served_routes import SAYS, note_decorated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator

@@ -8,15 +8,15 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.request import REQUEST, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from openmeter_wsgi.bodies.base import BodyReader
     from openmeter_wsgi.bodies.llm_shapes import LLMUsage, Provider
     from openmeter_wsgi.bodies.multi_status import MultiStatus
-    from openmeter_wsgi.bodies.reader import BodyReader
 
 #: What is read only where a measure asks for it, because it costs something a chunk.
 Body: TypeAlias = Literal[

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.events import Number, Usage, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of

@@ -257,7 +257,7 @@ class OpenMeterMiddleware:
 
 def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
     # Imported with the first decorator; without one there is nothing to look at.
-    routes = sys.modules.get("openmeter_wsgi.served_routes")
+    routes = sys.modules.get("openmeter_wsgi.framework_routes")
     if routes is not None:
         routes.warn_of_misplaced_decorators(app)
 

@@ -78,7 +78,7 @@ class RouteRule:
             )
         # Here, as werkzeug's routing costs as much as half of this package and many
         # applications have no routes, or those of another framework.
-        from openmeter_wsgi.url_map import bound
+        from openmeter_wsgi.path_matcher import bound
 
         try:
             bound([self.path])
@@ -244,7 +244,7 @@ class _Table(Generic[T]):
     __slots__ = ("adapter", "by_template", "exact", "variable")
 
     def __init__(self, rules: list[tuple[RouteRule, T]]) -> None:
-        from openmeter_wsgi.url_map import bound  # as in `RouteRule`
+        from openmeter_wsgi.path_matcher import bound  # as in `RouteRule`
 
         self.exact: dict[str, Any] = {
             rule.path.encode().decode("latin-1"): each

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.bodies.llm_shapes import LLMUsage
-from openmeter_wsgi.bodies.reader import Unknown
 
 LLM = Path(__file__).parent / "fixtures" / "llm"
 LLM_NAMES = sorted(path.name for path in LLM.iterdir() if path.suffix != ".expected")

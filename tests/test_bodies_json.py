@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cuts_of, in_steps, read
+from openmeter_wsgi.bodies.base import Reader, Unknown
 from openmeter_wsgi.bodies.json import Document, JSONReader, NumberPath, json_reader
-from openmeter_wsgi.bodies.reader import Reader, Unknown
 from openmeter_wsgi.errors import ConfigError
 
 documents = st.recursive(

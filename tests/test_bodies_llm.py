@@ -17,9 +17,9 @@ from bodies import (
     media_type_of,
     read,
 )
+from openmeter_wsgi.bodies.base import MAX_DOCUMENT_BYTES, Unknown
 from openmeter_wsgi.bodies.llm import LLMReader, llm_reader
 from openmeter_wsgi.bodies.llm_shapes import LLMUsage
-from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES, Unknown
 from openmeter_wsgi.bodies.stream import MAX_FRAME_BYTES
 
 BOM = b"\xef\xbb\xbf"

@@ -5,10 +5,10 @@ import tracemalloc
 import pytest
 
 from bodies import llm_body, llm_expected
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.bodies.json import JSONReader
 from openmeter_wsgi.bodies.llm import LLMReader
 from openmeter_wsgi.bodies.multi_status import MultiStatus, MultiStatusReader
-from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.bodies.stream import RecordsReader
 
 BODY_BYTES = 2**26

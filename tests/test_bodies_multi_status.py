@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cut, cuts_of, damaged, in_steps, read
+from openmeter_wsgi.bodies.base import MAX_DOCUMENT_BYTES, Unknown
 from openmeter_wsgi.bodies.multi_status import (
     MAX_DEPTH,
     MAX_NAMES,
@@ -12,7 +13,6 @@ from openmeter_wsgi.bodies.multi_status import (
     MultiStatusReader,
     multi_status_reader,
 )
-from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES, Unknown
 
 OWN = "<D:response><D:href>/a</D:href><D:status>HTTP/1.1 {}</D:status></D:response>"
 PROPSTAT = (

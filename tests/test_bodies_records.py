@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bodies import cut, read
-from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.bodies.stream import RecordsReader, records_reader
 
 

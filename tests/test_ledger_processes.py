@@ -14,9 +14,9 @@ import pytest
 from ledger_contract import end
 from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.sqlite import DATABASE_NAME, SqliteStore
 from openmeter_wsgi.quota.store import PATIENCE
-from openmeter_wsgi.quota.stores import open_store
 from spooling import Process, until
 
 QUOTA = 1_000
@@ -31,7 +31,7 @@ import json, random, sys, threading, time
 from urllib.request import urlopen
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.account import NotReserved
-from openmeter_wsgi.quota.stores import open_store
+from openmeter_wsgi.quota.open_store import open_store
 
 directory, url, threads, lag = sys.argv[1:]
 lock = threading.Lock()
@@ -103,7 +103,7 @@ ledger.close()
 HOLDING = """
 import sys, time
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.stores import open_store
+from openmeter_wsgi.quota.open_store import open_store
 
 ledger = Ledger(open_store(sys.argv[1]), delivered_until=time.time)
 account = ledger.account("acme")
@@ -116,7 +116,7 @@ sys.stdin.read()
 OPENING = """
 import logging, sys, time
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.stores import open_store
+from openmeter_wsgi.quota.open_store import open_store
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 store = open_store(sys.argv[1])

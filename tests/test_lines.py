@@ -5,7 +5,7 @@ from collections import deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmeter_wsgi.spool.lines import Slice, SpoolBatch, take_from
+from openmeter_wsgi.spool.batches import Slice, SpoolBatch, take_from
 
 #: Long and short ones, and those that one form of the journal writes between others.
 LINES = st.lists(st.sampled_from([b"", b"a", b"bb", b"c" * 50]), max_size=30)

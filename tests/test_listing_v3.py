@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmeter_server import Answer
-from openmeter_wsgi.cli.listing import NoAnswer, UsageQuery
-from openmeter_wsgi.cli.listing_v3 import ListingV3, _chunks
+from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
+from openmeter_wsgi.cli.api_client_v3 import ListingV3, _chunks
 from openmeter_wsgi.options import ApiKey
 from recorded import document
 from recorded_v3 import BASE, RECORDINGS, with_brackets

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bodies import cut, read
-from openmeter_wsgi.bodies.reader import Unknown
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.exchange import reader_of
 
 FIGURES = ("input_tokens", "output_tokens", "total_tokens")

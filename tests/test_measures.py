@@ -40,8 +40,8 @@ from openmeter_wsgi import (
     set_route,
     status,
 )
+from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.bodies.llm_shapes import FIELDS, PLACES, PROVIDERS
-from openmeter_wsgi.bodies.reader import Unknown
 from openmeter_wsgi.measures import Measure, as_number, read_measure
 from servers import Consumer, make_environ
 

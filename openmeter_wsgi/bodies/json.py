@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from openmeter_wsgi.bodies.reader import (
+from openmeter_wsgi.bodies.base import (
     MAX_DOCUMENT_BYTES,
     BodyReader,
     Reader,

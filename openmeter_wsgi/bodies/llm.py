@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import msgspec
 
+from openmeter_wsgi.bodies.base import (
+    NDJSON,
+    BodyReader,
+    Reader,
+    Unknown,
+    Unreadable,
+    is_compressed,
+    media_type,
+)
 from openmeter_wsgi.bodies.json import JSONScanner, Selection
 from openmeter_wsgi.bodies.llm_shapes import (
     PLACES,
@@ -23,15 +32,6 @@ from openmeter_wsgi.bodies.llm_shapes import (
     dearest,
     tokens,
     usage_of,
-)
-from openmeter_wsgi.bodies.reader import (
-    NDJSON,
-    BodyReader,
-    Reader,
-    Unknown,
-    Unreadable,
-    is_compressed,
-    media_type,
 )
 from openmeter_wsgi.bodies.stream import EventStream, Frames
 

@@ -20,14 +20,14 @@ from xml.parsers import expat
 
 import msgspec
 
-from openmeter_wsgi.bodies.json import EACH, JSONScanner, Selection
-from openmeter_wsgi.bodies.reader import (
+from openmeter_wsgi.bodies.base import (
     BodyReader,
     Reader,
     Unknown,
     Unreadable,
     is_compressed,
 )
+from openmeter_wsgi.bodies.json import EACH, JSONScanner, Selection
 from openmeter_wsgi.bodies.stream import Frames
 
 if TYPE_CHECKING:

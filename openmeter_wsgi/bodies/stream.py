@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Protocol
 
-from openmeter_wsgi.bodies.reader import (
+from openmeter_wsgi.bodies.base import (
     MAX_DOCUMENT_BYTES,
     NDJSON,
     PIECE_BYTES,

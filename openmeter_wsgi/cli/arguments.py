@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from openmeter_wsgi.cli.api_client import ListingV1
+from openmeter_wsgi.cli.api_client_v3 import ListingV3
 from openmeter_wsgi.cli.exits import BadConfiguration
-from openmeter_wsgi.cli.listing import ListingV1
-from openmeter_wsgi.cli.listing_v3 import ListingV3
 from openmeter_wsgi.cli.output import printable
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
@@ -20,7 +20,7 @@ from openmeter_wsgi.spool.files import FORMAT, prepare_directory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from openmeter_wsgi.cli.listing import Listing
+    from openmeter_wsgi.cli.api_client import Listing
     from openmeter_wsgi.options import ApiKey
 
 

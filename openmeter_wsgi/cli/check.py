@@ -26,7 +26,7 @@ from openmeter_wsgi.cli.check_configuration import (
     warnings_told,
 )
 from openmeter_wsgi.cli.check_meters import look_at_features, look_at_meters
-from openmeter_wsgi.cli.check_rules import look_at_rules, look_at_unmatched
+from openmeter_wsgi.cli.check_routes import look_at_rules, look_at_unmatched
 from openmeter_wsgi.cli.check_server import (
     look_at_clock,
     look_at_event,

@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.cli import old_events
+from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.findings import failure, ok, unknown, warning
-from openmeter_wsgi.cli.spool_reader import holder
+from openmeter_wsgi.cli.spool_files import holder
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.framework_routes import layers_of, misplaced_decorators
 from openmeter_wsgi.lock import ELECTION
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, StatusCodes
-from openmeter_wsgi.served_routes import layers_of, misplaced_decorators
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
 
@@ -245,8 +245,8 @@ def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]
 
 
 def _look_for_old_events(directory: Path) -> Iterator[Finding]:
-    if problem := old_events.oldest(backlog(directory).oldest_at):
-        yield warning("age of the spool", problem, old_events.REMEDY)
+    if problem := kafka_retention.oldest(backlog(directory).oldest_at):
+        yield warning("age of the spool", problem, kafka_retention.REMEDY)
 
 
 def _directory(directory: Path) -> Finding:

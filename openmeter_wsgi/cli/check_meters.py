@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
 from openmeter_wsgi.cli.arguments import open_listing
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
-from openmeter_wsgi.cli.listing import NoAnswer, UsageQuery
 from openmeter_wsgi.entitlements.service import question_client
 from openmeter_wsgi.errors import DeliveryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from openmeter_wsgi.cli.api_client import Document
     from openmeter_wsgi.cli.findings import Finding, Situation
-    from openmeter_wsgi.cli.listing import Document
     from openmeter_wsgi.entitlements.client import EntitlementClient
     from openmeter_wsgi.policy import Policy
 

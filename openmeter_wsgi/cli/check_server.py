@@ -8,12 +8,12 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from openmeter_wsgi.cli.api_client import NoAnswer, error_text, is_untrusted
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
-from openmeter_wsgi.cli.listing import NoAnswer, error_text, is_untrusted
 from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import DeliveryError, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey, is_konnect
-from openmeter_wsgi.spool import deduplication
+from openmeter_wsgi.spool import server_deduplication
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -301,14 +301,14 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
             _DEDUPLICATION,
             "an event that was sent twice is stored twice: what is sent again "
             "because its answer was lost is billed twice",
-            deduplication.VERDICT_REMEDY,
+            server_deduplication.VERDICT_REMEDY,
         )
         yield from _keys_in_vain(situation)
     else:
         yield ok(
             _DEDUPLICATION,
             f"of an event sent twice, {PAUSE:g} s apart, one is stored",
-            deduplication.IN_THE_SINK,
+            server_deduplication.IN_THE_SINK,
         )
     yield from _keep(situation, deduplicates=times == 1)
 
@@ -353,6 +353,6 @@ def _keep(situation: Situation, *, deduplicates: bool) -> Iterator[Finding]:
         return
     url = situation.policy.api_url
     try:
-        deduplication.save(situation.spool, url, deduplicates=deduplicates)
+        server_deduplication.save(situation.spool, url, deduplicates=deduplicates)
     except OSError as error:
         yield unknown("deduplication verdict", f"cannot be kept: {error}")

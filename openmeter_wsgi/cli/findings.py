@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from openmeter_wsgi.cli.listing import Listing, NoAnswer
+    from openmeter_wsgi.cli.api_client import Listing, NoAnswer
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
 

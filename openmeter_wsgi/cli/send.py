@@ -11,11 +11,11 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import click
 import msgspec
 
-from openmeter_wsgi.cli import old_events
+from openmeter_wsgi.cli import kafka_retention
+from openmeter_wsgi.cli.api_client import error_text
 from openmeter_wsgi.cli.arguments import options_given, read_policy, server_options
 from openmeter_wsgi.cli.exits import ANSWER_IS_NO, exit_codes
-from openmeter_wsgi.cli.listing import error_text
-from openmeter_wsgi.cli.old_events import is_old
+from openmeter_wsgi.cli.kafka_retention import is_old
 from openmeter_wsgi.cli.output import print_json, printable, progress
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, MeterValueError, Rejected, Unavailable
@@ -303,10 +303,10 @@ def command(
         elif event is not None:
             encoded = _encoded(event, policy)
             kept.write(encoded + b"\n")
-            events.count, events.old = 1, int(old_events.is_old(encoded))
+            events.count, events.old = 1, int(kafka_retention.is_old(encoded))
         if events.old:
-            about = old_events.several(events.old)
-            click.echo(f"Warning: {about}: {old_events.REMEDY}", err=True)
+            about = kafka_retention.several(events.old)
+            click.echo(f"Warning: {about}: {kafka_retention.REMEDY}", err=True)
         outcome = Outcome(events, policy)
         if not how["dry_run"] and (how["skip_invalid"] or not events.flaws):
             outcome.send(how["retry_for"])

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.cli import old_events
+from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.arguments import open_spool, read_policy, spool_options
 from openmeter_wsgi.cli.exits import EXIT_CODES, BadConfiguration, stop_signals
 from openmeter_wsgi.cli.output import printable
-from openmeter_wsgi.cli.spool_reader import DeadLetterFile, holder
+from openmeter_wsgi.cli.spool_files import DeadLetterFile, holder
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.lock import ELECTION
 from openmeter_wsgi.spool.delivery import SpoolDelivery
@@ -66,8 +66,8 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
             "this process is the sender of %s to %s; %d events wait",
             directory, policy.api_url, queue.waiting,
         )  # fmt: skip
-        if problem := old_events.oldest(queue.in_spool.oldest_at):
-            logger.warning("%s: %s: %s", directory, problem, old_events.REMEDY)
+        if problem := kafka_retention.oldest(queue.in_spool.oldest_at):
+            logger.warning("%s: %s: %s", directory, problem, kafka_retention.REMEDY)
 
     queue = SpoolDelivery(policy, new_client, counts, elected=elected)
     if (sender := holder(directory / ELECTION)) is not None:

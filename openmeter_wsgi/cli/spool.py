@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from openmeter_wsgi.cli import old_events
+from openmeter_wsgi.cli import kafka_retention
+from openmeter_wsgi.cli.api_client import NoAnswer
 from openmeter_wsgi.cli.arguments import (
     open_listing,
     open_spool,
@@ -22,7 +23,6 @@ from openmeter_wsgi.cli.arguments import (
     spool_options,
 )
 from openmeter_wsgi.cli.exits import EXIT_CODES, exit_codes
-from openmeter_wsgi.cli.listing import NoAnswer
 from openmeter_wsgi.cli.output import (
     age,
     name_of,
@@ -32,7 +32,7 @@ from openmeter_wsgi.cli.output import (
     progress,
     size,
 )
-from openmeter_wsgi.cli.spool_reader import (
+from openmeter_wsgi.cli.spool_files import (
     DeadLetterFile,
     Letter,
     SpoolContents,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from openmeter_wsgi.cli.spool_reader import SegmentState
+    from openmeter_wsgi.cli.spool_files import SegmentState
     from openmeter_wsgi.policy import Policy
 
 
@@ -312,8 +312,11 @@ def requeue_letters(
         file.erase_settled()
     no_event = sum(not one.can_be_sent for one in chosen)
     left_expired = len(chosen) - len(good) - no_event
-    if old := sum(old_events.is_old(one.event) for one in good):
-        click.echo(f"Warning: {old_events.several(old)}: {old_events.REMEDY}", err=True)
+    if old := sum(kafka_retention.is_old(one.event) for one in good):
+        click.echo(
+            f"Warning: {kafka_retention.several(old)}: {kafka_retention.REMEDY}",
+            err=True,
+        )
     if as_json:
         print_json({
             "requeued": len(good), "old": old, "expired": left_expired,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
 from openmeter_wsgi.cli.arguments import (
     open_listing,
     options_given,
@@ -17,13 +18,12 @@ from openmeter_wsgi.cli.arguments import (
     server_options,
 )
 from openmeter_wsgi.cli.exits import EXIT_CODES
-from openmeter_wsgi.cli.listing import NoAnswer, UsageQuery
 from openmeter_wsgi.cli.output import print_json, print_table, printable, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from openmeter_wsgi.cli.listing import Document
+    from openmeter_wsgi.cli.api_client import Document
 
 
 _AGE = re.compile(r"(\d{1,6})(min|h|d|w)")

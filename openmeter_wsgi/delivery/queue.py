@@ -11,10 +11,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import ranges
+from openmeter_wsgi.delivery import intervals
 from openmeter_wsgi.delivery.batch import ListedBatch
-from openmeter_wsgi.delivery.delayed import Delayed
-from openmeter_wsgi.delivery.ranges import Marks
+from openmeter_wsgi.delivery.future_events import Delayed
+from openmeter_wsgi.delivery.intervals import Marks
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker
 from openmeter_wsgi.health import Problem
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from openmeter_wsgi.delivery.client import OpenMeterClient
-    from openmeter_wsgi.delivery.ranges import Ranges
+    from openmeter_wsgi.delivery.intervals import Ranges
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
@@ -242,7 +242,7 @@ class MemoryQueue(Source[NumberedBatch]):
             self._done += len(batch)
             self._done_bytes += batch.size
             self._ease()
-            ranges.add(self._done_numbers, batch.first, batch.first + len(batch))
+            intervals.add(self._done_numbers, batch.first, batch.first + len(batch))
             self._moved.notify_all()
         if self._full is not None and not self.has_no_room:
             (since, dropped), self._full = self._full, None
@@ -258,7 +258,7 @@ class MemoryQueue(Source[NumberedBatch]):
         with self._moved:
             moment = time.time()  # before the count: what comes later belongs to it
             self._marks.add(moment, self._ever_taken + len(self._events))
-            done = ranges.first_gap(self._done_numbers)
+            done = intervals.first_gap(self._done_numbers)
             return self._marks.reached(lambda put: put <= done)
 
     def wait_until_done(self, timeout: float | None) -> bool:

@@ -36,7 +36,7 @@ from openmeter_wsgi.entitlements.decision import (
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.stores import open_store
+from openmeter_wsgi.quota.open_store import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -29,8 +29,12 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from openmeter_wsgi.quota.sqlite_tables import (
+    KEPT_ACCOUNTS,
+    KEPT_WATERMARKS,
+    WATERMARKS,
+)
 from openmeter_wsgi.quota.store import PATIENCE, ROUNDING, Lease, StoreAway
-from openmeter_wsgi.quota.tables import KEPT_ACCOUNTS, KEPT_WATERMARKS, WATERMARKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

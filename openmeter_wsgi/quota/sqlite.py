@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from openmeter_wsgi import log
 from openmeter_wsgi.lock import LOCK, SegmentLock, is_alive, remove_lock
-from openmeter_wsgi.quota import tables
+from openmeter_wsgi.quota import sqlite_tables
 from openmeter_wsgi.quota.store import PATIENCE, StoreAway
 
 if TYPE_CHECKING:
@@ -279,9 +279,9 @@ class Database:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("BEGIN IMMEDIATE")
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version != tables.SCHEMA_VERSION:
-            tables.create(db)  # an error if there are others
-        self.name = tables.name(db, "store")
+        if version != sqlite_tables.SCHEMA_VERSION:
+            sqlite_tables.create(db)  # an error if there are others
+        self.name = sqlite_tables.name(db, "store")
         db.execute("COMMIT")
 
     def _disconnect(self) -> None:
@@ -358,7 +358,7 @@ class SqliteStore:
         """The name of the spool in this directory."""
         if self._directory is None:
             return None
-        return self._database.within(lambda db: tables.name(db, "origin"))
+        return self._database.within(lambda db: sqlite_tables.name(db, "origin"))
 
     def exchange(
         self, lessee: Lessee, requests: Sequence[Request], now: float
@@ -367,9 +367,9 @@ class SqliteStore:
 
         def work(db: sqlite3.Connection) -> list[Lease]:
             self._present.enter(lessee.token)
-            tables.enter(db, lessee)
+            sqlite_tables.enter(db, lessee)
             return [
-                tables.exchange(db, lessee, request, now, self._database.name)
+                sqlite_tables.exchange(db, lessee, request, now, self._database.name)
                 for request in requests
             ]
 
@@ -377,12 +377,12 @@ class SqliteStore:
 
     def publish(self, lessee: Lessee, until: float, now: float) -> None:
         """Write a watermark of the lessee's origin."""
-        self._database.within(lambda db: tables.publish(db, lessee, until, now))
+        self._database.within(lambda db: sqlite_tables.publish(db, lessee, until, now))
 
     def look(self, lessee: Lessee, now: float) -> bool:  # noqa: ARG002 - see Store
         """Bury the dead, and say whether there were any."""
         self._database.check_place()
-        known = self._database.within(tables.lessees, write=False)
+        known = self._database.within(sqlite_tables.lessees, write=False)
         dead = [one for one in known if not self._present.is_alive(one.token)]
         due = not 0 <= now - self._pruned_at < _PRUNE_INTERVAL
         if not dead and not due:
@@ -390,10 +390,10 @@ class SqliteStore:
 
         def work(db: sqlite3.Connection) -> None:
             for one in dead:
-                tables.bury(db, one, now)
+                sqlite_tables.bury(db, one, now)
                 self._present.bury(one.token)
             if due:
-                tables.prune(db, now)
+                sqlite_tables.prune(db, now)
 
         self._database.within(work)
         self._pruned_at = now
@@ -403,7 +403,7 @@ class SqliteStore:
         """Give up what the lessee has; a lease it still holds counts as spent."""
         try:
             if self._database.is_open:
-                self._database.within(lambda db: tables.bury(db, lessee, now))
+                self._database.within(lambda db: sqlite_tables.bury(db, lessee, now))
         finally:
             self._present.leave(lessee.token)
 
@@ -411,7 +411,7 @@ class SqliteStore:
         """Take a token of the bucket."""
         now = self._clock()
         return self._database.within(
-            lambda db: tables.take_question(db, rate, reserve, now)
+            lambda db: sqlite_tables.take_question(db, rate, reserve, now)
         )
 
     def close(self) -> None:

@@ -10,20 +10,20 @@ from flask import Flask, request
 from werkzeug.routing import BaseConverter
 
 from openmeter_wsgi.sandbox import (
-    catalog,
+    customer_routes,
     dashboard,
     entitlement_routes,
+    event_history,
     events,
     ingest,
-    meters,
-    protocol,
-    trace,
+    meter_routes,
     v3,
+    validation,
 )
 from openmeter_wsgi.sandbox.context import KEY, Context, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
-from openmeter_wsgi.sandbox.protocol import Problem
 from openmeter_wsgi.sandbox.store import Customers, Resources
+from openmeter_wsgi.sandbox.validation import Problem
 
 if TYPE_CHECKING:
     from flask import Response
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 ROUTES = (
     ingest.routes,
     events.routes,
-    meters.routes,
-    catalog.customers,
-    catalog.features,
-    catalog.subjects,
+    meter_routes.routes,
+    customer_routes.customers,
+    customer_routes.features,
+    customer_routes.subjects,
     entitlement_routes.routes,
     v3.routes,
     dashboard.routes,
-    trace.routes,
+    event_history.routes,
 )
 HEADERS = {
     "Content-Security-Policy": (
@@ -178,7 +178,7 @@ def create_app(here: Context, *, host: str) -> Flask:
     app.url_map.merge_slashes = False
     app.url_map.converters["default"] = _Key
     control_access(app, host)
-    protocol.install(app)
+    validation.install(app)
     app.extensions[KEY] = here
     for routes in ROUTES:
         app.register_blueprint(routes)

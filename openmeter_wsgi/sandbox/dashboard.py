@@ -13,7 +13,16 @@ from flask import Blueprint, Response, jsonify, request, send_from_directory
 
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.entitlements import NO_ACCESS, wanted
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.usage import (
+    AGGREGATES,
+    NUMBER,
+    TEXT,
+    JsonPath,
+    Query,
+    Row,
+    usage,
+)
+from openmeter_wsgi.sandbox.validation import (
     FLAG,
     JSON,
     SLUG,
@@ -29,23 +38,14 @@ from openmeter_wsgi.sandbox.protocol import (
     text,
     tidy,
 )
-from openmeter_wsgi.sandbox.protocol import TEXT as PLAIN
-from openmeter_wsgi.sandbox.usage import (
-    AGGREGATES,
-    NUMBER,
-    TEXT,
-    JsonPath,
-    Query,
-    Row,
-    usage,
-)
+from openmeter_wsgi.sandbox.validation import TEXT as PLAIN
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
     from openmeter_wsgi.sandbox.context import Context
-    from openmeter_wsgi.sandbox.protocol import Document, Schema
+    from openmeter_wsgi.sandbox.validation import Document, Schema
 
 
 #: As many as have a colour and a pattern of their own.

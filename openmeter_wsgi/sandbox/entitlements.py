@@ -16,7 +16,9 @@ from openmeter_wsgi.sandbox.balance import (
     recurring,
     whole_minute,
 )
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
+from openmeter_wsgi.sandbox.usage import Edge, Query, UsageCache
+from openmeter_wsgi.sandbox.validation import (
     Problem,
     go_time,
     parse_moment,
@@ -24,15 +26,13 @@ from openmeter_wsgi.sandbox.protocol import (
     rfc3339,
     tidy,
 )
-from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
-from openmeter_wsgi.sandbox.usage import Edge, Query, UsageCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openmeter_wsgi.sandbox.balance import Balance
-    from openmeter_wsgi.sandbox.protocol import Document
     from openmeter_wsgi.sandbox.store import Customers, Store
+    from openmeter_wsgi.sandbox.validation import Document
 
 _KEPT = ("priority", "metadata", "annotations", "expiration")
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
-from openmeter_wsgi.sandbox.meters import flaw_of
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.meter_routes import flaw_of
+from openmeter_wsgi.sandbox.store import subjects_of
+from openmeter_wsgi.sandbox.validation import (
     ULID,
     Problem,
     check,
@@ -22,14 +23,13 @@ from openmeter_wsgi.sandbox.protocol import (
     refuse,
     rfc3339,
 )
-from openmeter_wsgi.sandbox.store import subjects_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from flask import Response
 
-    from openmeter_wsgi.sandbox.protocol import Document, Schema
+    from openmeter_wsgi.sandbox.validation import Document, Schema
 
 _COLUMNS = "seq, id, source, type, subject, time, data, ingested_at, stored_at"
 #: OpenMeter lists no events older than this.

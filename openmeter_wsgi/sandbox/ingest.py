@@ -16,7 +16,8 @@ from urllib.parse import quote, unquote
 from flask import Blueprint, Response, request
 
 from openmeter_wsgi.sandbox.context import context, delay
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.store import Event, Outcome, rejected_events
+from openmeter_wsgi.sandbox.validation import (
     PREFIX,
     TEXT,
     TIME,
@@ -33,11 +34,10 @@ from openmeter_wsgi.sandbox.protocol import (
     text,
     well_formed,
 )
-from openmeter_wsgi.sandbox.store import Event, Outcome, rejected_events
 
 if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.context import Context
-    from openmeter_wsgi.sandbox.protocol import Document
+    from openmeter_wsgi.sandbox.validation import Document
 
 SINGLE = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"

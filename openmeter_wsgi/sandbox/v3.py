@@ -11,8 +11,10 @@ from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.events import cursor_of, list_events, one_of, read_cursor
-from openmeter_wsgi.sandbox.meters import rows_of
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.meter_routes import rows_of
+from openmeter_wsgi.sandbox.store import subject_keys
+from openmeter_wsgi.sandbox.usage import Query
+from openmeter_wsgi.sandbox.validation import (
     TEXT,
     TIME,
     ULID,
@@ -26,15 +28,13 @@ from openmeter_wsgi.sandbox.protocol import (
     read,
     shape,
 )
-from openmeter_wsgi.sandbox.store import subject_keys
-from openmeter_wsgi.sandbox.usage import Query
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.sandbox.events import Term
-    from openmeter_wsgi.sandbox.protocol import Document
     from openmeter_wsgi.sandbox.usage import Meter, Row
+    from openmeter_wsgi.sandbox.validation import Document
 
 routes = Blueprint("v3", __name__, url_prefix="/api/v3/openmeter")
 

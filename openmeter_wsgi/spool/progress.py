@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import ranges
-from openmeter_wsgi.delivery.ranges import Ranges  # noqa: TC001 - of a Struct
+from openmeter_wsgi.delivery import intervals
+from openmeter_wsgi.delivery.intervals import Ranges  # noqa: TC001 - of a Struct
 from openmeter_wsgi.errors import DeliveryError, Expired
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openmeter_wsgi.delivery.sender import Client
-    from openmeter_wsgi.spool.lines import ByteRange, SpoolBatch
+    from openmeter_wsgi.spool.batches import ByteRange, SpoolBatch
 
 logger = log.get_logger(__name__)
 
@@ -234,7 +234,7 @@ class InFlight:
             batch.since
             for run in runs
             for batch in self._by_moment.values()
-            if ranges.overlap(batch.lines.get(run.key, []), run.start, run.end)
+            if intervals.overlap(batch.lines.get(run.key, []), run.start, run.end)
         )
         return min(moments, default=None)
 
@@ -243,7 +243,7 @@ class InFlight:
         batch = self._by_moment.setdefault(since, InFlightBatch(since, {}))
         for run in runs:
             places = batch.lines.setdefault(run.key, [])
-            ranges.add(places, run.start, run.end)
+            intervals.add(places, run.start, run.end)
 
     def forget(self, runs: Iterable[ByteRange]) -> None:
         """Note that *runs* have arrived, or have not."""
@@ -251,7 +251,7 @@ class InFlight:
             key = run.key
             for batch in self._by_moment.values():
                 if places := batch.lines.pop(key, None):
-                    left = ranges.subtract(places, run.start, run.end)
+                    left = intervals.subtract(places, run.start, run.end)
                     batch.lines.update({key: left} if left else {})
         self._by_moment = {k: v for k, v in self._by_moment.items() if v.lines}
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.lock import Election, election
-from openmeter_wsgi.spool import deduplication, last_answer
+from openmeter_wsgi.spool import last_answer, server_deduplication
+from openmeter_wsgi.spool.batches import SpoolBatch
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
-from openmeter_wsgi.spool.lines import SpoolBatch
 from openmeter_wsgi.spool.progress import RecordingClient
 from openmeter_wsgi.spool.reader import SpoolReader
 
@@ -168,7 +168,7 @@ class SpoolSource(Source[SpoolBatch]):
         )
         if not self._said:
             self._said = True
-            deduplication.say(self._directory, self._policy.api_url)
+            server_deduplication.say(self._directory, self._policy.api_url)
         self._reader, self._election = reader, won
         try:
             self._began()

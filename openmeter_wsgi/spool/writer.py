@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.ranges import overlap
+from openmeter_wsgi.delivery.intervals import overlap
 from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form, prepare_directory

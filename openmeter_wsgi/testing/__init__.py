@@ -7,5 +7,5 @@ With pytest the fixture ``openmeter`` is there by itself. Elsewhere::
         openmeter.assert_metered("searches", subject="acme", total=1)
 """
 
+from openmeter_wsgi.testing.assertions import OpenMeter as OpenMeter
 from openmeter_wsgi.testing.collecting import Event as Event
-from openmeter_wsgi.testing.openmeter import OpenMeter as OpenMeter

@@ -14,10 +14,10 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi.bodies.base import MAX_DOCUMENT_BYTES
 from openmeter_wsgi.bodies.json import JSONReader
 from openmeter_wsgi.bodies.llm import LLMReader
 from openmeter_wsgi.bodies.multi_status import MultiStatusReader
-from openmeter_wsgi.bodies.reader import MAX_DOCUMENT_BYTES
 from openmeter_wsgi.bodies.stream import RecordsReader
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ import re
 from typing import TYPE_CHECKING
 
 from openmeter_wsgi.cli.findings import warning
-from openmeter_wsgi.served_routes import layers_of, served_routes
+from openmeter_wsgi.framework_routes import layers_of, served_routes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.cli.findings import Finding, Situation
+    from openmeter_wsgi.framework_routes import ServedRoute
     from openmeter_wsgi.middleware import OpenMeterMiddleware
     from openmeter_wsgi.routes import RouteRule
-    from openmeter_wsgi.served_routes import ServedRoute
 
 _NAME = "routes"
 #: A variable in a template of any framework, and one that takes slashes, too.

@@ -9,22 +9,22 @@ from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
 from openmeter_wsgi.sandbox.events import Judge
-from openmeter_wsgi.sandbox.meters import flaw_of
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.meter_routes import flaw_of
+from openmeter_wsgi.sandbox.store import Outcome, subjects_of
+from openmeter_wsgi.sandbox.usage import NUMBER, Edge, JsonPath, Query, usage
+from openmeter_wsgi.sandbox.validation import (
     Problem,
     integer,
     parse_time,
     refuse,
     rfc3339,
 )
-from openmeter_wsgi.sandbox.store import Outcome, subjects_of
-from openmeter_wsgi.sandbox.usage import NUMBER, Edge, JsonPath, Query, usage
 
 if TYPE_CHECKING:
     import sqlite3
 
     from openmeter_wsgi.sandbox.context import Context
-    from openmeter_wsgi.sandbox.protocol import Document
+    from openmeter_wsgi.sandbox.validation import Document
 
 
 STORED = "stored"

@@ -6,13 +6,13 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from openmeter_wsgi.cli.listing import MAX_PAGES, Listing, NoAnswer, is_same
+from openmeter_wsgi.cli.api_client import MAX_PAGES, Listing, NoAnswer, is_same
 from openmeter_wsgi.options import is_ulid, v3_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from openmeter_wsgi.cli.listing import Document, Parameters, UsageQuery
+    from openmeter_wsgi.cli.api_client import Document, Parameters, UsageQuery
     from openmeter_wsgi.options import ApiKey
 
 #: OpenMeter gives no longer pages of events.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
-from openmeter_wsgi.sandbox.protocol import (
+from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
+from openmeter_wsgi.sandbox.validation import (
     JSON,
     METADATA,
     PREFIX,
@@ -26,10 +27,9 @@ from openmeter_wsgi.sandbox.protocol import (
     shape,
     text,
 )
-from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.protocol import Document
+    from openmeter_wsgi.sandbox.validation import Document
 
 CUSTOMER = shape(
     "name",
