@@ -89,6 +89,10 @@ chaos: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.instructions
 	$(BIN)/python -m tests.benchmarks.request_cost $(if $(PEERS),--peers)
+ifdef PEERS
+	command -v wrk || apt-get install --quiet=2 --yes --no-install-recommends wrk
+	$(BIN)/python -m tests.benchmarks.served_cost
+endif
 	$(BIN)/python -m tests.benchmarks.entitlements
 	for each in start memory delivery latency socket_cost routing; do \
 		$(BIN)/python -m tests.benchmarks.$$each --json build/bench/$$each.json || exit 1; \

@@ -21,6 +21,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.startswith("/ingest"):
+            self.do_GET()  # amberflo takes nothing but a 200 for a success
+            return
         self.send_response(204)
         self.end_headers()
 

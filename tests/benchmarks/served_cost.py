@@ -1,0 +1,135 @@
+"""The wall time that metering adds to a Flask "hello" under gunicorn, beside amberflo.
+
+    python -m tests.benchmarks.served_cost [--rounds 5] [--seconds 4]
+
+Two sync workers, eight connections of wrk, the three ways in turn in every round. The
+peer is the fastest one that sends an event for each request. Needs wrk; installs the
+peer from PyPI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.request
+from typing import TYPE_CHECKING
+
+from tests.benchmarks import report
+from tests.benchmarks.peers import CHECKOUT, Peer, interpreter
+from tests.benchmarks.report import Row
+from tests.benchmarks.sink import running_sink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AMBERFLO = Peer(
+    "amberflo-metering-python 3.3.1",
+    ("amberflo-metering-python==3.3.1", "flask", "gunicorn"),
+)
+THIS_PACKAGE = Peer("this package", ())
+WORKERS, CONNECTIONS = 2, 8
+#: Metered is at most so much of the peer's added wall time.
+MOST = 1 / 6
+
+
+@contextlib.contextmanager
+def serving(way: str, python: str, sink: str) -> Iterator[str]:
+    """Run gunicorn with the application and yield its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            python, "-m", "gunicorn", "--no-control-socket",
+            "--bind", f"127.0.0.1:{port}", "--workers", str(WORKERS),
+            "--log-level", "error", "tests.benchmarks.served_app",
+        ],
+        cwd=CHECKOUT,
+        env=os.environ | {"SERVED_AS": way, "SERVED_SINK": sink},
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        _wait_for(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            raise SystemExit(f"gunicorn ended with {process.returncode}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(url):
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"nothing answers at {url}")
+
+
+def requests_per_second(url: str, seconds: int) -> float:
+    """Return what wrk reports."""
+    done = subprocess.run(
+        ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", url],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    if "Non-2xx" in done.stdout:
+        raise SystemExit(done.stdout)
+    (rate,) = re.findall(r"Requests/sec:\s+([\d.]+)", done.stdout)
+    return float(rate)
+
+
+def measure(rounds: int, seconds: int) -> dict[str, list[float]]:
+    """Return the requests a second of each way, by round."""
+    pythons = {
+        "bare": interpreter(THIS_PACKAGE),
+        "metered": interpreter(THIS_PACKAGE),
+        "amberflo": interpreter(AMBERFLO),
+    }
+    found: dict[str, list[float]] = {way: [] for way in pythons}
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(running_sink())
+        urls = {
+            way: stack.enter_context(serving(way, python, sink))
+            for way, python in pythons.items()
+        }
+        for turn in range(rounds + 1):
+            for way, url in urls.items():
+                rate = requests_per_second(url, seconds)
+                if turn:  # the first round warms up
+                    found[way].append(rate)
+    return found
+
+
+def rows(found: dict[str, list[float]]) -> list[Row]:
+    """Return the figures: the ratios are of one round each."""
+    added = {
+        way: [
+            (1 / rate - 1 / bare) * 1e6
+            for rate, bare in zip(found[way], found["bare"], strict=True)
+        ]
+        for way in ("metered", "amberflo")
+    }
+    ratios = [
+        ours / theirs
+        for ours, theirs in zip(added["metered"], added["amberflo"], strict=True)
+    ]
+    return [
+        *[Row(f"{way}", "requests/s", found[way]) for way in found],
+        Row("wall time added, this package", "µs", added["metered"]),
+        Row("wall time added, amberflo 3.3.1", "µs", added["amberflo"]),
+        Row("this package beside amberflo", "x", ratios, target=MOST),
+    ]
+
+
+def main() -> None:
+    """Print the figures."""
+    given = report.arguments(__doc__, rounds=5, seconds=4).parse_args()
+    found = measure(given.rounds, given.seconds)
+    report.show("A Flask hello under gunicorn", rows(found), given.json)
+
+
+if __name__ == "__main__":
+    main()
