@@ -423,9 +423,10 @@ class FastPath:
             if request.usage is not None or environ["REQUEST_METHOD"] in OPTIONS:
                 return None
             status = request.status
-            if status not in self._reasons:
-                self._learn(status)
-            reason = self._reasons[status]
+            try:
+                reason = self._reasons[status]
+            except KeyError:
+                reason = self._learn(status)
             subject = self._anonymous
             if reason is None and (
                 not subject or request.caller or "REMOTE_USER" in environ
@@ -457,8 +458,8 @@ class FastPath:
         self._counts.metered += 1
         return events
 
-    def _learn(self, status: str | None) -> None:
-        """Remember why a status line is not billed: cutting it costs more than that."""
+    def _learn(self, status: str | None) -> str | None:
+        """Remember and return why responses of a status line are not billed."""
         if len(self._reasons) >= _MAX_STATUS_LINES:
             self._reasons = {}
         if not status:
@@ -468,6 +469,7 @@ class FastPath:
         else:
             reason = None if self._templates else "no_meters"
         self._reasons[status] = reason
+        return reason
 
 
 class NotMetered:

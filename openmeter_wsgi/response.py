@@ -87,7 +87,9 @@ class Response:
 
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
-        close = getattr(self.iterable, "close", None)
+        iterable = self.iterable
+        # A list, which most applications return, has nothing to close.
+        close = None if type(iterable) is list else getattr(iterable, "close", None)
         try:
             if close is not None:
                 self.iterable = None  # exactly once
@@ -130,7 +132,7 @@ class Response:
         request.state = SETTLED
         # The server's handler has the environ, and that has the record.
         request.server_start = request.server_write = request.capture = None
-        if request.usage is not None:
+        if events is None and request.usage is not None:
             request.usage.raise_interruption()
 
     def _made(self, billing: Billing) -> Sequence[bytes]:
