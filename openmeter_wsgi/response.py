@@ -132,7 +132,7 @@ class Response:
         request.state = SETTLED
         # The server's handler has the environ, and that has the record.
         request.server_start = request.server_write = request.capture = None
-        if events is None and request.usage is not None:
+        if request.usage is not None:
             request.usage.raise_interruption()
 
     def _made(self, billing: Billing) -> Sequence[bytes]:
