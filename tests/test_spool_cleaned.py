@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_segments_that_are_removed_are_put_back(openmeter, tmp_path, journal):
         ids = put(queue, 300)
         assert len(segments(tmp_path / "spool")) >= 3
         for path in segments(tmp_path / "spool"):
-            path.unlink()
+            path.unlink(missing_ok=True)
         assert not queue.flush(0.2)
         openmeter.up()
         assert queue.flush(40)
@@ -90,13 +91,34 @@ def test_segments_that_are_removed_are_put_back(openmeter, tmp_path, journal):
         queue.close(40)
 
 
+def test_no_flush_says_yes_while_another_thread_puts_back(waiting, openmeter, tmp_path):
+    for number in range(20):
+        put(waiting, 100, str(number))
+        for path in segments(tmp_path / "spool"):
+            path.unlink(missing_ok=True)
+        assert answers_together(lambda: waiting.flush(0)) == {False}
+    openmeter.up()
+
+
+def answers_together(call, threads=8):
+    """Return the set of what *call* answers to threads that make it at once."""
+    together = threading.Barrier(threads)
+
+    def answer(_):
+        together.wait(40)
+        return call()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return set(pool.map(answer, range(threads)))
+
+
 def test_what_was_delivered_before_is_not_put_back(queue, openmeter, tmp_path):
     ids = put(queue, 100)
     assert queue.flush(40)
     openmeter.down()
     ids |= put(queue, 100, "later")
     for path in segments(tmp_path / "spool"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     assert not queue.flush(0.2)
 
     openmeter.up()
@@ -134,7 +156,7 @@ def test_segments_that_are_delivered_are_not_taken_for_removed(
 def test_a_close_puts_back_what_was_removed(waiting, openmeter, tmp_path):
     ids = put(waiting, 100)
     for path in segments(tmp_path / "spool"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     openmeter.up()
 
     waiting.close(40)
@@ -145,7 +167,7 @@ def test_a_close_puts_back_what_was_removed(waiting, openmeter, tmp_path):
 def test_a_process_that_serves_notices_by_itself(waiting, openmeter, tmp_path):
     ids = put(waiting, 100)
     for path in segments(tmp_path / "spool"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     openmeter.up()
 
     openmeter.wait_until(lambda: set(openmeter.ids) == ids)
@@ -313,7 +335,7 @@ import os, sys
 from pathlib import Path
 from spooling import event, spool_queue
 queue = spool_queue(Path(sys.argv[1]), "http://127.0.0.1:9", segment_bytes=2**21,
-                    shutdown_timeout=0.0, max_spool_bytes=2**24)
+                    shutdown_timeout=0.0, max_spool_bytes=2**23)
 for n in range(5):
     queue.put(event(f"{sys.argv[2]}-{n}"))
 if sys.argv[3] == "killed":
@@ -334,14 +356,14 @@ def test_short_lived_processes_do_not_fill_the_spool(openmeter, tmp_path, end):
     if end == "killed":
         queue.start()  # whoever is the sender adopts what is left
     try:
-        for n in range(12):
+        for n in range(6):
             with Process(ENDING, str(spool), str(n), end) as process:
                 process.wait()
             until(lambda: used(spool) < 100_000)
         openmeter.up()
         queue.start()
         assert queue.flush(40)
-        assert set(openmeter.ids) == {f"{n}-{i}" for n in range(12) for i in range(5)}
+        assert set(openmeter.ids) == {f"{n}-{i}" for n in range(6) for i in range(5)}
         assert queue.counts.dropped == {}
     finally:
         queue.close(40)

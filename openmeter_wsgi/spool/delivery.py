@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 _JOIN_INTERVAL = 0.02
+#: Closing waits at least so many seconds for the thread that writes to the disk.
+_DISK_TIMEOUT = 1.0
 #: A sender that has said nothing for so many seconds is reported by the others.
 SILENT_TOO_LONG = 60.0
 
@@ -219,14 +221,14 @@ class SpoolDelivery:
             self._policy.shutdown_timeout if timeout is None else timeout
         )
         owner = self._writer.owner
-        self._writer.close()
+        self._writer.close(max(deadline - now(), 0))
         ended = True
         if self._sending.worker.is_running:
             ended = self._sending.worker.finish(deadline)
         elif owner is not None and self._policy.delivery != "ship":
             self._deliver_own(owner, deadline)
         self._sending.worker.stop()
-        self._maintenance.close()
+        self._maintenance.close(max(deadline - now(), _DISK_TIMEOUT))
         self._does_without_threads = False
         self._say_what_stays(unfinished=not ended)
         if overflow := self._writer.overflow:
@@ -319,12 +321,15 @@ class SpoolDelivery:
         process has put. Another process is asked for it and needs a moment.
         """
         deadline = None if timeout is None else now() + timeout
-        while True:
-            self._writer.look()
+        losses = -1
+        while losses != self._writer.losses:  # removed, so not delivered
+            if not self._writer.look_within(_left(deadline)):
+                return False
+            losses = self._writer.losses
             if not self._flush_directory(_left(deadline)):
                 return False
-            if self._writer.look():
-                break  # nothing was removed instead of being delivered
+            if not self._writer.look_within(_left(deadline)):
+                return False
         overflow = self._writer.overflow
         return not overflow or overflow.flush(_left(deadline))
 

@@ -322,13 +322,13 @@ class SegmentFile:
     def fate(self) -> Fate:
         """Return what has become of it."""
         status = os.fstat(self._fd)
-        if stat.S_IMODE(status.st_mode) == DELIVERED:
-            return Fate.DELIVERED
         for path in (self._path, self._path.with_name(self._path.name + SEALED)):
             with contextlib.suppress(OSError):
                 if os.path.samestat(status, path.stat(follow_symlinks=False)):
                     return Fate.HERE
-        return Fate.GONE
+        # Only now: the sender marks a segment and then deletes it.
+        mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
+        return Fate.DELIVERED if mode == DELIVERED else Fate.GONE
 
     def lines(self) -> Iterator[Line]:
         """Yield the whole lines that are events."""

@@ -73,10 +73,15 @@ class SegmentMaintenance:
             except RuntimeError:  # no more threads, or the interpreter shuts down
                 self._thread = None
 
-    def close(self) -> None:
-        """Let the thread end. Does not wait for it."""
-        self._thread = None
+    def close(self, timeout: float = 0) -> None:
+        """End the thread, and wait up to *timeout* seconds for it.
+
+        If the process ends first, a segment that the thread is making stays behind.
+        """
+        thread, self._thread = self._thread, None
         self._wakeup.set()
+        if timeout and thread not in {None, threading.current_thread()}:
+            thread.join(timeout)
 
     def wake(self) -> None:
         """Let the thread look whether a segment is to be prepared."""

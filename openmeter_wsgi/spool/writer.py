@@ -83,8 +83,10 @@ class SpoolWriter:
         self._failing: _Failing | None = None
         #: Sealed segments that are not delivered.
         self._kept = KeptSegments()
-        #: Held by the thread that looks at them.
+        #: Held by the thread that looks at them and puts back what is gone.
         self._looking = threading.Lock()
+        #: How often segments were found to be gone.
+        self.losses = 0
         self._position: object = None
         self._touched_at = time.monotonic()
 
@@ -232,30 +234,42 @@ class SpoolWriter:
 
     # -- What somebody else may do to the directory
 
-    def look(self) -> bool:
-        """Look whether the segments are where they were made; put back what is gone.
+    def look(self) -> None:
+        """Check that the segments are still in place, and put back what is gone.
 
-        Any thread, none of which waits for another. False if anything was wrong.
+        Any thread. Returns at once while another thread does this.
         """
-        journal = self._slot.get("journal")
-        if not self._looking.acquire(blocking=False):
-            return True
+        if self._looking.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self._looking.release()
+
+    def look_within(self, timeout: float | None) -> bool:
+        """Do the same, but wait for a thread that does it; False at the timeout."""
+        if not self._looking.acquire(timeout=-1 if timeout is None else timeout):
+            return False
         try:
-            intact = journal is None or journal.is_intact
-            if journal is not None and not intact:
-                self._slot, self._journal = {}, CLOSED
-                journal.close()
-            lost = self._kept.take_lost()
+            self._look()
         finally:
             self._looking.release()
+        return True
+
+    def _look(self) -> None:
+        journal = self._slot.get("journal")
+        intact = journal is None or journal.is_intact
+        if journal is not None and not intact:
+            self._slot, self._journal = {}, CLOSED
+            journal.close()
+        lost = self._kept.take_lost()
         if lost:
+            self.losses += 1
             self._put_back(lost)
         elif not intact:
             logger.error(
                 "%s: the lock of this process was removed; it goes on in a new segment",
                 self._directory,
             )
-        return intact and not lost
 
     def _put_back(self, lost: list[SegmentFile]) -> None:
         try:
@@ -293,12 +307,13 @@ class SpoolWriter:
             self._touched_at = now
             journal.touch()
 
-    def close(self) -> bool:
+    def close(self, timeout: float = 0) -> bool:
         """Give up what this process owns, and say if that was anything.
 
-        A later event opens another journal.
+        A later event opens another journal. Waits up to *timeout* seconds for a
+        thread that puts back what is gone.
         """
-        self.look()
+        self.look_within(timeout)
         slot, self._slot, self._journal = self._slot, {}, CLOSED
         journal = slot.get("journal")
         if journal is not None:
