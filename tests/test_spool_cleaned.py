@@ -335,7 +335,7 @@ import os, sys
 from pathlib import Path
 from spooling import event, spool_queue
 queue = spool_queue(Path(sys.argv[1]), "http://127.0.0.1:9", segment_bytes=2**21,
-                    shutdown_timeout=0.0, max_spool_bytes=2**23)
+                    shutdown_timeout=0.0, max_spool_bytes=2**24)
 for n in range(5):
     queue.put(event(f"{sys.argv[2]}-{n}"))
 if sys.argv[3] == "killed":
@@ -356,14 +356,14 @@ def test_short_lived_processes_do_not_fill_the_spool(openmeter, tmp_path, end):
     if end == "killed":
         queue.start()  # whoever is the sender adopts what is left
     try:
-        for n in range(6):
+        for n in range(9):
             with Process(ENDING, str(spool), str(n), end) as process:
                 process.wait()
             until(lambda: used(spool) < 100_000)
         openmeter.up()
         queue.start()
         assert queue.flush(40)
-        assert set(openmeter.ids) == {f"{n}-{i}" for n in range(6) for i in range(5)}
+        assert set(openmeter.ids) == {f"{n}-{i}" for n in range(9) for i in range(5)}
         assert queue.counts.dropped == {}
     finally:
         queue.close(40)
