@@ -2,6 +2,7 @@
 #   make demo          requests -> usage, end to end, on this machine
 #   make demo KEEP=1   the same, left running to look at
 #   make test          lint, types, import contract, documentation, tests
+#   make test-load     the tests that load the machine: deploys, kill -9, state machines
 #   make test-tools    the tests of what tests: the demo, the benchmarks, the chaos run
 #   make structure     figures of the package: modules, lines, imports, names
 #   make docs          the documentation alone, in build/docs
@@ -27,7 +28,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types contract structure docs unit test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
+.PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
@@ -58,9 +59,12 @@ docs: $(INSTALLED)
 
 # The blocks of a page build on each other, so they stay in one process.
 unit: $(INSTALLED)
-	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal tests \
-		$(addprefix --ignore ,$(TOOLS))
+	$(BIN)/python -X dev -m pytest --numprocesses 3 --dist worksteal \
+		-m 'not load' tests $(addprefix --ignore ,$(TOOLS))
 	$(BIN)/python -X dev -m pytest README.md docs
+
+test-load: $(INSTALLED)
+	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal -m load tests
 
 test-tools: $(INSTALLED)
 	$(BIN)/python -X dev -m pytest --numprocesses 2 --dist worksteal $(TOOLS)

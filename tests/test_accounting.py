@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from msgspec.structs import replace
 
 from accounting import ENDINGS, left_behind
@@ -143,6 +144,7 @@ def assert_adds_up(total: Stats, clients: Clients) -> None:
     assert total.retries > 0
 
 
+@pytest.mark.load
 def test_all_that_was_settled_is_accounted_for_in_memory(openmeter, tmp_path):
     total, clients = account(openmeter, tmp_path, OPENMETER_MAX_QUEUE_EVENTS="40")
 
@@ -152,6 +154,7 @@ def test_all_that_was_settled_is_accounted_for_in_memory(openmeter, tmp_path):
     assert total.delivered <= len(taken) <= total.delivered + total.waiting
 
 
+@pytest.mark.load
 def test_all_that_was_settled_is_accounted_for_in_a_spool(openmeter, tmp_path):
     spool = str(tmp_path / "spool")
 

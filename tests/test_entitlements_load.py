@@ -177,6 +177,7 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     assert taken < timeout  # what waiting once would cost
 
 
+@pytest.mark.load
 def test_each_new_subject_waits_once_at_most_and_then_nobody(
     sandbox: Sandbox,
 ) -> None:
@@ -355,6 +356,7 @@ def test_a_fork_while_threads_are_within_sqlite_hangs_nobody(
     assert not list(tmp_path.glob("*unreadable*"))
 
 
+@pytest.mark.load
 def test_workers_of_a_preloaded_application_serve_one_quota(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:

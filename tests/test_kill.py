@@ -58,6 +58,7 @@ queue.close(0)
 """
 
 
+@pytest.mark.load
 @pytest.mark.timeout(240 + 10 * KILLS)
 @pytest.mark.parametrize("journal", ["mmap", "write"])
 def test_what_was_acknowledged_before_a_kill_is_delivered(openmeter, tmp_path, journal):

@@ -100,6 +100,7 @@ def assert_each_answer_is_billed_once(load: Load, sink: Sink) -> None:
     assert sink.repeated() == []
 
 
+@pytest.mark.load
 # 5,000 requests take a busy machine its time.
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(

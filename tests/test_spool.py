@@ -245,6 +245,7 @@ def test_waiting_counts_what_any_process_has_in_the_directory(queue, openmeter):
 # -- Outages and doubt
 
 
+@pytest.mark.load
 def test_fifty_thousand_events_wait_on_the_disk_and_not_in_memory(openmeter, spool):
     openmeter.down()
     with Process(OUTAGE, str(spool), openmeter.url) as process:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -269,12 +270,13 @@ class SpoolMachine(RuleBasedStateMachine):
 
 ROOM = "/dev/shm" if os.path.isdir("/dev/shm") else None
 
-TestSpoolMachine = SpoolMachine.TestCase
+TestSpoolMachine = pytest.mark.load(SpoolMachine.TestCase)
 TestSpoolMachine.settings = settings(
     max_examples=50, stateful_step_count=40, deadline=None
 )
 
 
+@pytest.mark.load
 def test_a_batch_is_taken_twice_at_most_once_per_crash_or_lost_answer(tmp_path):
     """A thousand crashes at the worst moment: each repeats its one batch."""
     machine = SpoolMachine()
