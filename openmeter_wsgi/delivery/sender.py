@@ -269,9 +269,10 @@ class Sender(Generic[_B]):
             batch.was_suspect = True
             self._suspects.append(batch)
             self._refused_in_a_row += 1
+        if self._refused_in_a_row:
+            self.outage.note(error, refused=True)
         if self._refused_in_a_row < 2:
-            return 0.0
-        self.outage.note(error, refused=True)
+            return 0.0  # the next event may be accepted
         delay = self._backoff(self._refused_in_a_row)
         logger.error(
             "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
