@@ -4,7 +4,7 @@ import json
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmeter_server import Answer
@@ -277,6 +277,7 @@ def test_odd_ids_are_looked_up_exactly(openmeter, listing, present):
     ]
 
 
+@settings(max_examples=30)
 @given(
     st.lists(
         st.fixed_dictionaries(

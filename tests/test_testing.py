@@ -501,6 +501,7 @@ def test_the_fixture_is_there_by_itself(pytester):
     result.stdout.no_fnmatch_line("*testing/openmeter.py*")
 
 
+@pytest.mark.load
 def test_it_works_in_parallel(pytester):
     pytester.makepyfile(shop=FLASK_APP)
     pytester.makepyfile(
