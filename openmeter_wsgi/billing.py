@@ -38,6 +38,7 @@ from openmeter_wsgi.request import (
     is_options,
     method_of,
 )
+from openmeter_wsgi.routes import EVERY_OTHER
 from openmeter_wsgi.subject import SubjectFinder
 from openmeter_wsgi.values import SHORT_SUBJECT, clock, timestamp
 
@@ -110,8 +111,8 @@ class Billing:
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
-        #: Whether it bills what no rule matches, beside policies of routes.
-        self._is_default = policy.routes is not None
+        #: Whether it bills the requests that no rule of a route matches.
+        self._is_default = policy.routes is not None or name == EVERY_OTHER
         #: What bills most responses; None if nothing is known beforehand.
         self.fast_path = FastPath(self) if self._is_known_beforehand else None
         self._warned: set[str | None] = set()

@@ -292,15 +292,6 @@ def routes(value: Any) -> Any:
     return value
 
 
-def unmatched(value: Any) -> Any:
-    """Read what governs a request that no rule names."""
-    if value in {None, False, "none"}:
-        return None
-    if value == "policy":
-        return value
-    raise ValueError(f"expected 'policy' or None, got {value!r}")
-
-
 def meter_when(value: Any) -> Any:
     """Read a predicate on the exchange: a callable, a measure, or its text."""
     if isinstance(value, str):
@@ -356,8 +347,16 @@ def _choices(hint: Any) -> list[Any]:
     ]
 
 
+#: What to write in place of an option of an earlier version.
+REMOVED = {
+    "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
+}
+
+
 def unknown(name: str, names: Sequence[str]) -> str:
-    """Say that *name* is no option, and which of *names* was probably meant."""
+    """Return the error for *name*, which is no option, and the one likely meant."""
+    if name in REMOVED:
+        return f"{name}: is no longer an option: {REMOVED[name]}"
     import difflib  # here, as few make a mistake
 
     close = difflib.get_close_matches(name.lower(), names, n=1)
@@ -518,6 +517,9 @@ def read_variables(
         if not variable.startswith(_PREFIX) or not text.strip():
             continue
         name = variable.removeprefix(_PREFIX).lower()
+        if name in REMOVED:
+            problems.append(f"{variable}: {unknown(name, ())}")
+            continue
         if name not in hints:
             _warn_if_misspelt(variable, name, list(hints))
             continue

@@ -188,13 +188,11 @@ class BillingOptions:
         default=None, metadata={"read": read.audit}
     )
     #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
-    #: metered. What a route does not name it inherits.
+    #: metered. A route inherits the options that it does not name. The rule ``"*"`` is
+    #: for all requests that no other rule matches; without it they are metered by the
+    #: options of the middleware.
     routes: Mapping[str, Mapping[str, Any] | None] | None = dataclasses.field(
         default=None, metadata={"read": read.routes}
-    )
-    #: Under what a request is that no rule names: this policy, or none.
-    unmatched: Literal["policy"] | None = dataclasses.field(
-        default="policy", metadata={"read": read.unmatched}
     )
 
     # -- To whom

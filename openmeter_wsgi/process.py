@@ -273,8 +273,7 @@ class Process:
             (rule, None if own is None else self.billing_of(own, rule.text))
             for rule, own in policy.of_routes
         ]
-        unmatched = self.billing if policy.unmatched else None
-        return Routes(rules, unmatched, _strictness)
+        return Routes(rules, self.billing, _strictness)
 
     # -- Everything else
 

@@ -635,17 +635,17 @@ def test_rules_of_an_application_of_which_nothing_is_known(sandbox, application)
         assert "routes" not in wrong
 
 
-@pytest.mark.parametrize("unmatched", [None, "policy"])
-def test_entitlements_by_routes_with_unmatched_none(sandbox, tmp_path, unmatched):
+@pytest.mark.parametrize("every_other", [{"*": None}, {"*": {}}, {}])
+def test_entitlements_by_routes_beside_unmetered_ones(sandbox, tmp_path, every_other):
     file = tmp_path / "policy.json"
     own = {"required_entitlements": ["deep"]}
-    options = {"unmatched": unmatched, "routes": {"/a": own}, "api_url": sandbox.url}
+    options = {"routes": {"/a": own, **every_other}, "api_url": sandbox.url}
     file.write_text(json.dumps(options))
 
     _, wrong = check("--no-dedupe-check", "--policy", str(file))
 
-    assert ("routes" in wrong) is (unmatched is None)
-    if unmatched is None:
+    assert ("routes" in wrong) is (every_other == {"*": None})
+    if every_other == {"*": None}:
         assert "'/a' requires entitlements" in wrong["routes"][1]
         assert "@meter(required_entitlements=" in wrong["routes"][2]
 
