@@ -349,6 +349,8 @@ def _choices(hint: Any) -> list[Any]:
 
 #: What to write in place of an option of an earlier version.
 REMOVED = {
+    "billing_errors": "leave it out; meter_on_status_codes alone says what is billed",
+    "idempotency_keys": "leave it out; set_idempotency_key works without it",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
 }
 

@@ -156,13 +156,11 @@ class BillingOptions:
     #: The name of the number in the ``data`` of an event made from a number.
     value_property: _NAME = "total"
     #: The status codes that are billed: ``"200-299"``, ``"2xx, 304"``, ``[200, 201]``.
-    #: Everything else is counted and not billed.
+    #: All others are counted and not billed. Errors among them are warned of at the
+    #: start and by ``openmeter-wsgi check``.
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
-    #: ``"intended"``: codes from 400 on among those are billed on purpose. Without it
-    #: ``openmeter-wsgi check`` takes them for a mistake.
-    billing_errors: Literal["intended"] | None = None
     #: What of a response that the application broke off is billed: ``"measured"`` is
     #: what handlers and measures counted, without the flat price of the request.
     on_failure: Billed = "measured"
@@ -180,8 +178,6 @@ class BillingOptions:
     #: of the request in the ids of its events. Wants an ``event_source`` of its own.
     trusted_request_id_header: _HEADER | None = None
 
-    #: Whether handlers call :func:`set_idempotency_key`: OpenMeter must deduplicate.
-    idempotency_keys: bool = False
     #: Gets every settled request that became no event, and why: a callable on a
     #: mapping, or a file that grows by a line of JSON for each.
     audit: str | Callable[[dict[str, Any]], object] | None = dataclasses.field(
@@ -427,7 +423,7 @@ def _ids(policy: Policy) -> list[str]:
 
 #: What a route can say of itself. All else is one for the whole process.
 PER_ROUTE = frozenset({
-    "audit", "billing_errors", "customer", "denied_response", "enforce",
+    "audit", "customer", "denied_response", "enforce",
     "event_source", "fail_mode", "limit_status", "meter", "meter_on_status_codes",
     "meter_options", "meter_when", "meters", "on_abort", "on_failure",
     "on_missing_subject", "required_entitlements", "reserve", "subject",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import mmap
 import os
 import sys
@@ -392,10 +391,7 @@ def _say_what_errors_are_billed(billing: Billing) -> None:
     codes: StatusCodes = billing.policy.meter_on_status_codes  # type: ignore[assignment]
     if not any(code[0] in "45" for code in codes.codes):
         return
-    intended = billing.policy.billing_errors == "intended"
-    logger.log(
-        logging.INFO if intended else logging.WARNING,
-        "%s: responses of %s are billed, errors among them%s",
+    logger.warning(
+        "%s: meter_on_status_codes=%r bills responses that are errors, too",
         f"policy {billing.name!r}", codes.text,
-        "" if intended else " (say billing_errors='intended' if that is meant)",
     )  # fmt: skip

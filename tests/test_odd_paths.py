@@ -267,7 +267,6 @@ def test_a_repetition_is_one_whatever_the_case_of_its_method(
 
     middleware = OpenMeterMiddleware(
         app, api_url=openmeter.url, flush_interval=60, meters={"orders": 1},
-        idempotency_keys=True,
     )  # fmt: skip
     for method in ("POST", "post"):
         answer(middleware, "/orders", method)
