@@ -351,6 +351,7 @@ def _choices(hint: Any) -> list[Any]:
 REMOVED = {
     "billing_errors": "leave it out; meter_on_status_codes alone says what is billed",
     "idempotency_keys": "leave it out; set_idempotency_key works without it",
+    "journal": "leave it out; the file system decides",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
 }
 

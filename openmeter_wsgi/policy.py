@@ -255,8 +255,6 @@ class DeliveryOptions:
     #: Where settled usage waits, so that it survives the process; None: in memory.
     #: One directory per OpenMeter server and key; any number of processes.
     spool_dir: str | None = None
-    #: How a process appends there. ``"auto"``: the fastest form that is safe there.
-    journal: Literal["auto", "mmap", "write"] = "auto"
     #: Of this size the spool takes no more; a segment per process more or less.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
     #: Seconds for which a batch without an answer may be sent again. Longer than

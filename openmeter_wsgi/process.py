@@ -363,16 +363,21 @@ def replaced(new_process: NewProcess) -> Iterator[None]:
                 owner.replace_process(before)
 
 
-def _transport_of(policy: Policy, counts: Counts) -> Transport:
-    if policy.dry_run:
-        return DryRun(counts)
-    new_client = partial(
+def client_factory(policy: Policy) -> Callable[[], OpenMeterClient]:
+    """Return a function that makes a client for the server of *policy*."""
+    return partial(
         OpenMeterClient,
         url=policy.api_url,
         flavor=policy.api_flavor,
         key=policy.key,
         timeout=policy.request_timeout,
     )
+
+
+def _transport_of(policy: Policy, counts: Counts) -> Transport:
+    if policy.dry_run:
+        return DryRun(counts)
+    new_client = client_factory(policy)
     if policy.spool_dir is None:
         return MemoryDelivery(policy, new_client(), counts)
     from openmeter_wsgi.spool.delivery import SpoolDelivery

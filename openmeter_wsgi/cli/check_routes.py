@@ -38,9 +38,9 @@ def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
     if unmetered and asking:
         yield warning(
             _NAME,
-            f"{asking[0]!r} requires entitlements, and '*': None lets requests pass that "
-            "no other rule matches: also a path that the framework serves by the same "
-            "view and reads in another way than the rule",
+            f"{asking[0]!r} requires entitlements, and '*': None lets requests pass "
+            "that no other rule matches: also a path that the framework serves by the "
+            "same view and reads in another way than the rule",
             "let the view itself ask: @meter(required_entitlements=[…])",
         )
 
