@@ -21,7 +21,7 @@ import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError, MeterValueError
-from openmeter_wsgi.events import read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, read_usage
 from openmeter_wsgi.measures import Measure, read_measure, split
 from openmeter_wsgi.routes import RouteRule
 from openmeter_wsgi.values import source_problem, text_problem
@@ -352,6 +352,9 @@ REMOVED = {
     "billing_errors": "leave it out; meter_on_status_codes alone says what is billed",
     "idempotency_keys": "leave it out; set_idempotency_key works without it",
     "journal": "leave it out; the file system decides",
+    "entitlement_cache_size": "leave it out; a process keeps 10,000 answers",
+    "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for another name "
+    "of the number than total",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
 }
 
@@ -379,9 +382,9 @@ class CountedMeter(NamedTuple):
     """The meter that a feature's balance counts, and where its number is."""
 
     type: str
-    #: The property of ``data``, None for ``value_property``. An event without it
-    #: counts as 1, as OpenMeter's COUNT does.
-    property: str | None = None
+    #: The property of ``data``. An event without it counts as 1, as OpenMeter's COUNT
+    #: does.
+    property: str = VALUE_PROPERTY
 
 
 def features(value: Any) -> tuple[str, ...]:
@@ -460,7 +463,7 @@ def _feature(key: Any) -> str:
 
 def _counted(feature: str, meter: Any) -> CountedMeter:
     for text in meter if isinstance(meter, CountedMeter) else ():
-        if text is not None and (problem := text_problem(text)):
+        if problem := text_problem(text):
             raise ValueError(problem)
     if isinstance(meter, CountedMeter):
         return meter

@@ -129,7 +129,6 @@ Billed: TypeAlias = Literal["all", "measured", "none"]
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 DEFAULT_SOURCE = "api-gateway"
-_NAME = Annotated[str, msgspec.Meta(min_length=1)]
 _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
 
@@ -153,8 +152,6 @@ class BillingOptions:
     meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
         default=None, metadata={"read": read.meter_when}
     )
-    #: The name of the number in the ``data`` of an event made from a number.
-    value_property: _NAME = "total"
     #: The status codes that are billed: ``"200-299"``, ``"2xx, 304"``, ``[200, 201]``.
     #: All others are counted and not billed. Errors among them are warned of at the
     #: start and by ``openmeter-wsgi check``.
@@ -322,8 +319,6 @@ class EntitlementOptions:
     deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     #: Seconds for which either answer holds longer while OpenMeter does not answer.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
-    #: Answers that a process keeps, one per customer and feature.
-    entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     #: Questions a second that all who share a spool or a Redis ask at most, and each
     #: process where there is neither. OpenMeter Cloud allows 30.
     question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
@@ -426,7 +421,6 @@ PER_ROUTE = frozenset({
     "meter_options", "meter_when", "meters", "on_abort", "on_failure",
     "on_missing_subject", "required_entitlements", "reserve", "subject",
     "subject_commas", "subject_path", "trusted_request_id_header", "usage_headers",
-    "value_property",
 })  # fmt: skip
 
 
@@ -526,10 +520,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
 
     def as_meters(self, usage: Usage) -> tuple[Meter, ...]:
         """Return *usage* as meters, numbers first; zeros are left out."""
-        numbers = (
-            number_meter(name, number, self.value_property)
-            for name, number in usage.numbers.items()
-        )
+        numbers = (number_meter(name, number) for name, number in usage.numbers.items())
         return (*filter(None, numbers), *usage.documents)
 
     def _of_routes(

@@ -270,7 +270,7 @@ def test_a_value_property_that_is_not_in_the_data(sandbox, api):
         "the meter 'calls' reads $.count, which is not in {\"total\": 1}: it counts "
         "nothing"
     )
-    assert "value_property" in remedy
+    assert "meter={'type': ..., 'data': ...}" in remedy
 
 
 def test_a_hyphenated_feature(sandbox):

@@ -186,7 +186,6 @@ class EntitlementService:
         countdown: LocalQuota,
         lifetimes: Lifetimes,
         id_lifetimes: Lifetimes | None = None,
-        cache_size: int,
         tells_periods: bool,
         close_store: Callable[[], None],
     ) -> None:
@@ -194,8 +193,8 @@ class EntitlementService:
         self._close_store = close_store
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
-        self._answers = AnswerCache(cache_size)
-        self._customers = FoundCustomers(cache_size, id_lifetimes or lifetimes)
+        self._answers = AnswerCache()
+        self._customers = FoundCustomers(id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
 
@@ -469,7 +468,6 @@ def entitlement_service(
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
         id_lifetimes=_id_lifetimes(policy, lifetimes),
-        cache_size=policy.entitlement_cache_size,
         close_store=store.close,
         tells_periods=any(
             each.usage_headers

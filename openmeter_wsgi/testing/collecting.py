@@ -332,7 +332,6 @@ class Collected:
             new_asker=lambda answering: DirectLookup(client, answering),
             countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
-            cache_size=policy.entitlement_cache_size,
             close_store=store.close,
             tells_periods=False,
         )
