@@ -355,6 +355,7 @@ REMOVED = {
     "entitlement_cache_size": "leave it out; a process keeps 10,000 answers",
     "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for another name "
     "of the number than total",
+    "max_queue_events": "write max_queue_bytes; an event takes about 250 bytes",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
 }
 

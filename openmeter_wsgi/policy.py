@@ -243,10 +243,9 @@ class DeliveryOptions:
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500
     #: Seconds that an event waits for others at most.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
-    #: Of so many events the queue in memory takes no more; what is dropped is counted.
-    max_queue_events: Annotated[int, msgspec.Meta(ge=1)] = 250_000
-    #: The same as bytes. Whichever is reached first holds.
-    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
+    #: The size of the queue in memory, in bytes of events. An event that finds no room
+    #: is dropped and counted.
+    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000)] = 100_000_000
     #: Seconds that the exit of a process may take for what still waits.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
     #: Where settled usage waits, so that it survives the process; None: in memory.
