@@ -356,6 +356,7 @@ REMOVED = {
     "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for another name "
     "of the number than total",
     "max_queue_events": "write max_queue_bytes; an event takes about 250 bytes",
+    "entitlements_path": "leave it out; api_flavor decides",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
 }
 

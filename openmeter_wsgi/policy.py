@@ -263,7 +263,6 @@ class DeliveryOptions:
 
 
 FailMode: TypeAlias = Literal["open", "closed", "stale"]
-EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
@@ -306,9 +305,6 @@ class EntitlementOptions:
     entitlements_url: str | None = dataclasses.field(
         default=None, metadata={"read": read.optional_url}
     )
-    #: With ``api_flavor="v1"``: customers of v2 or v1, or the subjects of v1, which
-    #: OpenMeter has deprecated and announced to remove.
-    entitlements_path: EntitlementsPath = "v2"
     #: Seconds that a request waits for an answer never heard before.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
     #: Seconds for which an allowance holds; then it is asked for anew, behind the
@@ -380,11 +376,6 @@ def _not_in_v3(policy: Policy) -> Iterator[str]:
             "usage_headers: expected False with api_flavor='v3', which tells no limit "
             "and no balance, got True"
         )
-    if policy.entitlements_path != "v2":
-        yield (
-            "entitlements_path: expected none with api_flavor='v3', which has one path "
-            f"only, got {policy.entitlements_path!r}"
-        )
 
 
 def _quotas(policy: Policy) -> list[str]:
@@ -399,16 +390,12 @@ def _quotas(policy: Policy) -> list[str]:
 
 
 def _ids(policy: Policy) -> list[str]:
-    if policy.api_flavor == "v3":
-        version, other = "version 3", ""
-    elif policy.entitlements_path == "v1":
-        version, other = "v1", ", or ask by entitlements_path='v2'"
-    else:
+    if policy.api_flavor != "v3":
         return []
     named = {*policy.required_entitlements, *policy.entitlement_meters}
     return [
-        f"required_entitlements: {feature!r} is an id, which OpenMeter's {version} "
-        f"does not take; write the key of the feature{other}"
+        f"required_entitlements: {feature!r} is an id, which OpenMeter's version 3 "
+        "does not take; write the key of the feature"
         for feature in unaddressable(sorted(named))
     ]
 

@@ -870,14 +870,10 @@ def test_what_else_is_asked_of_an_entitlement_is_a_question_too(make, entitled, 
         ("Zoë", "zo"),
     ],
 )
-@pytest.mark.parametrize("path", ["v2", "v1", "subjects"])
-def test_a_feature_that_openmeter_cannot_have_is_refused_with_a_proposal(
-    key, proposed, path
-):
+def test_a_feature_that_openmeter_cannot_have_is_refused_with_a_proposal(key, proposed):
     with pytest.raises(ConfigError) as caught:
         Policy(
             api_url="http://127.0.0.1:1",
-            entitlements_path=path,
             required_entitlements=["fine", key],
             routes={"/x": {"required_entitlements": [key]}},
         )
@@ -944,8 +940,6 @@ def test_a_feature_that_is_counted_down_has_a_key_of_openmeters(counted):
         ({"api_flavor": "v3", "usage_headers": True}, "usage_headers: expected False"),
         ({"api_flavor": "v3", "routes": {"/x": {"usage_headers": True}}},
          "routes['/x']: usage_headers: expected False"),
-        ({"api_flavor": "v3", "entitlements_path": "v1"},
-         "entitlements_path: expected none with api_flavor='v3'"),
         ({"api_flavor": "v3", "required_entitlements": ["01M8J9X1EFX5AKBPTT7324QFHA"]},
          "'01M8J9X1EFX5AKBPTT7324QFHA' is an id, which OpenMeter's version 3 does not"),
     ],

@@ -435,8 +435,7 @@ def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     key = policy.questions_key
     if policy.api_flavor == "v3":
         return ClientV3(url=url, key=key, timeout=timeout)
-    path = policy.entitlements_path
-    return ClientV1(url=url, path=path, key=key, timeout=timeout)
+    return ClientV1(url=url, key=key, timeout=timeout)
 
 
 def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
