@@ -305,12 +305,13 @@ def meter_when(value: Any) -> Any:
 
 
 def audit(value: Any) -> Any:
-    """Read a callable, or the path of a file."""
+    """Read a callable that takes records, or None."""
     if value is None or callable(value):
         return value
-    if isinstance(value, str | os.PathLike) and os.fspath(value):
-        return os.fspath(value)
-    raise ValueError(f"expected a callable or the path of a file, got {value!r}")
+    raise ValueError(
+        f"expected a callable, got {value!r}; for a file, give the logger "
+        "'openmeter_wsgi.audit' a FileHandler and the level DEBUG"
+    )
 
 
 def typed(value: Any, hint: Any) -> Any:

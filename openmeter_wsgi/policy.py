@@ -175,9 +175,9 @@ class BillingOptions:
     #: of the request in the ids of its events. Wants an ``event_source`` of its own.
     trusted_request_id_header: _HEADER | None = None
 
-    #: Gets every settled request that became no event, and why: a callable on a
-    #: mapping, or a file that grows by a line of JSON for each.
-    audit: str | Callable[[dict[str, Any]], object] | None = dataclasses.field(
+    #: A callable that gets a mapping for every settled request that became no event,
+    #: with the reason. The logger ``openmeter_wsgi.audit`` has a line at level DEBUG.
+    audit: Callable[[dict[str, Any]], object] | None = dataclasses.field(
         default=None, metadata={"read": read.audit}
     )
     #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
