@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
-import os
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from openmeter_wsgi import log
+from openmeter_wsgi.audit import NotMetered
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
@@ -34,15 +32,15 @@ from openmeter_wsgi.request import (
     COMPLETED,
     FAILED,
     OPTIONS,
-    interrupted,
     is_options,
     method_of,
 )
+from openmeter_wsgi.routes import EVERY_OTHER
 from openmeter_wsgi.subject import SubjectFinder
 from openmeter_wsgi.values import SHORT_SUBJECT, clock, timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from openmeter_wsgi.events import Meter, RequestIds
     from openmeter_wsgi.exchange import Exchange
@@ -71,7 +69,6 @@ _REMARKS = {
     ),
 }
 _LOST = "%s: usage of a request is lost by our own fault"
-_AUDIT_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
 class Billing:
@@ -110,8 +107,8 @@ class Billing:
         #: length has to be known.
         self.bodies = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
-        #: Whether it bills what no rule matches, beside policies of routes.
-        self._is_default = policy.routes is not None
+        #: Whether it bills the requests that no rule of a route matches.
+        self._is_default = policy.routes is not None or name == EVERY_OTHER
         #: What bills most responses; None if nothing is known beforehand.
         self.fast_path = FastPath(self) if self._is_known_beforehand else None
         self._warned: set[str | None] = set()
@@ -403,7 +400,6 @@ class FastPath:
         self._subjects = billing.subjects
         meters = billing.policy.static_meters
         self._templates = static_templates(meters, billing.policy.event_source)
-        self._is_audited = billing.policy.audit is not None
         #: The only one, of most policies.
         self._template = self._templates[0] if len(self._templates) == 1 else None
         #: Whom a request is billed to that does not say who is calling, empty where
@@ -438,8 +434,8 @@ class FastPath:
             return None
         if reason is not None:
             self._not_metered.counts[reason] += 1
-            if self._is_audited or logger.isEnabledFor(logging.DEBUG):
-                self._not_metered.explain(reason, environ, status)
+            if self._not_metered.is_told:
+                self._not_metered.tell(reason, environ, status)
             return ()
         if not subject:
             return None
@@ -470,88 +466,6 @@ class FastPath:
             reason = None if self._templates else "no_meters"
         self._reasons[status] = reason
         return reason
-
-
-class NotMetered:
-    """The requests of one policy that became no event. One process, any thread."""
-
-    def __init__(
-        self, policy_name: str, audit: str | Callable[[dict[str, Any]], object] | None
-    ) -> None:
-        #: How many, by reason.
-        self.counts: defaultdict[str, int] = defaultdict(int)
-        self._policy_name = policy_name
-        self._audit = Audit(audit) if audit is not None else None
-
-    def note(
-        self, reason: str, environ: Mapping[str, Any], status: str | None
-    ) -> Sequence[bytes]:
-        """Count a request, and return its events: none."""
-        self.counts[reason] += 1
-        if self._audit is not None or logger.isEnabledFor(logging.DEBUG):
-            self.explain(reason, environ, status)
-        return ()
-
-    def explain(
-        self, reason: str, environ: Mapping[str, Any], status: str | None
-    ) -> None:
-        """Tell of one request to the log, and to what the policy names for it."""
-        record = audit_record(
-            environ, policy=self._policy_name, reason=reason, status=status
-        )
-        logger.debug(
-            "not billed: %(method)s %(path)s (%(status)s): %(reason)s [%(policy)s]",
-            record,
-        )
-        if self._audit is not None:
-            try:
-                self._audit.tell(record)
-            except BaseException as error:  # noqa: BLE001 - no Exception comes here
-                interrupted(environ, error)
-
-
-def audit_record(
-    environ: Mapping[str, Any], *, policy: str, reason: str, status: str | None
-) -> dict[str, Any]:
-    """Return what is told of one request. Of what a client sent only the address."""
-    return {
-        "time": timestamp(),
-        "policy": policy,
-        "reason": reason,
-        "method": method_of(environ),
-        "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
-        "status": status,
-    }
-
-
-class Audit:
-    """Takes records: hands them to a callable, or appends them to a file.
-
-    Any thread, any process: a line is one call of the system. What goes wrong is
-    logged, and the request goes on.
-    """
-
-    def __init__(self, target: str | Callable[[dict[str, Any]], object]) -> None:
-        self._target = target
-
-    def tell(self, record: dict[str, Any]) -> None:
-        """Take one record. Never raises an Exception."""
-        try:
-            if callable(self._target):
-                self._target(record)
-            else:
-                _append(self._target, msgspec.json.encode(record) + b"\n")
-        except Exception as error:  # noqa: BLE001 - the user's code or disk, on our path
-            logger.error("audit: %r took no record: %r", self._target, error)
-
-
-def _append(path: str, line: bytes) -> None:
-    # Opened each time: it may be rotated, and no descriptor crosses a fork.
-    fd = os.open(path, _AUDIT_FLAGS, 0o600)
-    try:
-        os.write(fd, line)
-    finally:
-        os.close(fd)
 
 
 class Identity:

@@ -241,8 +241,6 @@ class Connection:
                 raise Unavailable(
                     f"{response.status_code} in place of an answer", ambiguous=True
                 )
-            if response.cookies:
-                session.cookies.update(response.cookies)
             body = self._read(response)
         except (OSError, ValueError) as error:
             self.close()  # what is wrong may be in the environment, and set right there
@@ -317,7 +315,7 @@ class Connection:
         """
         key = self._current_key()
         asked = (method, url, headers, key)
-        if asked != self._asked or session.cookies:
+        if asked != self._asked:
             request = requests.Request(method, url, headers=headers, auth=_Bearer(key))
             self._request = session.prepare_request(request)
             self._asked = asked

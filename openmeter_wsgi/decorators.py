@@ -136,8 +136,8 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
             environ = _metered_environ(args)
             if environ is None:
                 logger.warning(
-                    "%s: called outside a metered request, so it is not billed (see "
-                    "routes and unmatched)",
+                    "%s: called outside a metered request, so it is not billed: "
+                    "routes says None for its route, or for '*'",
                     name,
                 )
                 return

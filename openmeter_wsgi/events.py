@@ -185,12 +185,15 @@ def add_numbers(name: str, left: Number, right: Number) -> Number:
     return total
 
 
-def number_meter(name: str, number: Number, value_property: str) -> Meter | None:
+#: The name of the number in the ``data`` of an event that is made from a number.
+VALUE_PROPERTY = "total"
+
+
+def number_meter(name: str, number: Number) -> Meter | None:
     """Return the meter that sends *number*, None for zero, which sends nothing."""
     if not number:
         return None
-    data = b"{%b:%b}" % (msgspec.json.encode(value_property), encode_number(number))
-    return Meter(name, data)
+    return Meter(name, b'{"total":%b}' % encode_number(number))
 
 
 #: The size of one event in the queue of which the sender still makes a batch.

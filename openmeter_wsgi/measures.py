@@ -42,7 +42,7 @@ import msgspec
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import Number, Usage, read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, Number, Usage, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
 from openmeter_wsgi.request import interrupted
 
@@ -371,10 +371,10 @@ class MeasuredMeter(NamedTuple):
         """Whether it says how much, and not only of what kind."""
         return any(measure.is_quantity for measure in self.measures)
 
-    def example(self, value_property: str) -> Any:
+    def example(self) -> Any:
         """Return its data with 1 for each measure; None where all of it is one."""
         if isinstance(self.content, Measure):
-            return {value_property: _ANY_NUMBER}
+            return {VALUE_PROPERTY: _ANY_NUMBER}
         data = self.content.get("data", {})
         return None if isinstance(data, Measure) else _replaced(data)
 

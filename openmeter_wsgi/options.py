@@ -21,7 +21,7 @@ import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError, MeterValueError
-from openmeter_wsgi.events import read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, read_usage
 from openmeter_wsgi.measures import Measure, read_measure, split
 from openmeter_wsgi.routes import RouteRule
 from openmeter_wsgi.values import source_problem, text_problem
@@ -292,15 +292,6 @@ def routes(value: Any) -> Any:
     return value
 
 
-def unmatched(value: Any) -> Any:
-    """Read what governs a request that no rule names."""
-    if value in {None, False, "none"}:
-        return None
-    if value == "policy":
-        return value
-    raise ValueError(f"expected 'policy' or None, got {value!r}")
-
-
 def meter_when(value: Any) -> Any:
     """Read a predicate on the exchange: a callable, a measure, or its text."""
     if isinstance(value, str):
@@ -314,12 +305,13 @@ def meter_when(value: Any) -> Any:
 
 
 def audit(value: Any) -> Any:
-    """Read a callable, or the path of a file."""
+    """Read a callable that takes records, or None."""
     if value is None or callable(value):
         return value
-    if isinstance(value, str | os.PathLike) and os.fspath(value):
-        return os.fspath(value)
-    raise ValueError(f"expected a callable or the path of a file, got {value!r}")
+    raise ValueError(
+        f"expected a callable, got {value!r}; for a file, give the logger "
+        "'openmeter_wsgi.audit' a FileHandler and the level DEBUG"
+    )
 
 
 def typed(value: Any, hint: Any) -> Any:
@@ -356,8 +348,24 @@ def _choices(hint: Any) -> list[Any]:
     ]
 
 
+#: What to write in place of an option of an earlier version.
+REMOVED = {
+    "billing_errors": "leave it out; meter_on_status_codes alone says what is billed",
+    "idempotency_keys": "leave it out; set_idempotency_key works without it",
+    "journal": "leave it out; the file system decides",
+    "entitlement_cache_size": "leave it out; a process keeps 10,000 answers",
+    "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for another name "
+    "of the number than total",
+    "max_queue_events": "write max_queue_bytes; an event takes about 250 bytes",
+    "entitlements_path": "leave it out; api_flavor decides",
+    "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
+}
+
+
 def unknown(name: str, names: Sequence[str]) -> str:
-    """Say that *name* is no option, and which of *names* was probably meant."""
+    """Return the error for *name*, which is no option, and the one likely meant."""
+    if name in REMOVED:
+        return f"{name}: is no longer an option: {REMOVED[name]}"
     import difflib  # here, as few make a mistake
 
     close = difflib.get_close_matches(name.lower(), names, n=1)
@@ -377,9 +385,9 @@ class CountedMeter(NamedTuple):
     """The meter that a feature's balance counts, and where its number is."""
 
     type: str
-    #: The property of ``data``, None for ``value_property``. An event without it
-    #: counts as 1, as OpenMeter's COUNT does.
-    property: str | None = None
+    #: The property of ``data``. An event without it counts as 1, as OpenMeter's COUNT
+    #: does.
+    property: str = VALUE_PROPERTY
 
 
 def features(value: Any) -> tuple[str, ...]:
@@ -458,7 +466,7 @@ def _feature(key: Any) -> str:
 
 def _counted(feature: str, meter: Any) -> CountedMeter:
     for text in meter if isinstance(meter, CountedMeter) else ():
-        if text is not None and (problem := text_problem(text)):
+        if problem := text_problem(text):
             raise ValueError(problem)
     if isinstance(meter, CountedMeter):
         return meter
@@ -518,6 +526,9 @@ def read_variables(
         if not variable.startswith(_PREFIX) or not text.strip():
             continue
         name = variable.removeprefix(_PREFIX).lower()
+        if name in REMOVED:
+            problems.append(f"{variable}: {unknown(name, ())}")
+            continue
         if name not in hints:
             _warn_if_misspelt(variable, name, list(hints))
             continue

@@ -129,7 +129,6 @@ Billed: TypeAlias = Literal["all", "measured", "none"]
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 DEFAULT_SOURCE = "api-gateway"
-_NAME = Annotated[str, msgspec.Meta(min_length=1)]
 _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
 
@@ -153,16 +152,12 @@ class BillingOptions:
     meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
         default=None, metadata={"read": read.meter_when}
     )
-    #: The name of the number in the ``data`` of an event made from a number.
-    value_property: _NAME = "total"
     #: The status codes that are billed: ``"200-299"``, ``"2xx, 304"``, ``[200, 201]``.
-    #: Everything else is counted and not billed.
+    #: All others are counted and not billed. Errors among them are warned of at the
+    #: start and by ``openmeter-wsgi check``.
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
-    #: ``"intended"``: codes from 400 on among those are billed on purpose. Without it
-    #: ``openmeter-wsgi check`` takes them for a mistake.
-    billing_errors: Literal["intended"] | None = None
     #: What of a response that the application broke off is billed: ``"measured"`` is
     #: what handlers and measures counted, without the flat price of the request.
     on_failure: Billed = "measured"
@@ -180,21 +175,17 @@ class BillingOptions:
     #: of the request in the ids of its events. Wants an ``event_source`` of its own.
     trusted_request_id_header: _HEADER | None = None
 
-    #: Whether handlers call :func:`set_idempotency_key`: OpenMeter must deduplicate.
-    idempotency_keys: bool = False
-    #: Gets every settled request that became no event, and why: a callable on a
-    #: mapping, or a file that grows by a line of JSON for each.
-    audit: str | Callable[[dict[str, Any]], object] | None = dataclasses.field(
+    #: A callable that gets a mapping for every settled request that became no event,
+    #: with the reason. The logger ``openmeter_wsgi.audit`` has a line at level DEBUG.
+    audit: Callable[[dict[str, Any]], object] | None = dataclasses.field(
         default=None, metadata={"read": read.audit}
     )
     #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
-    #: metered. What a route does not name it inherits.
+    #: metered. A route inherits the options that it does not name. The rule ``"*"`` is
+    #: for all requests that no other rule matches; without it they are metered by the
+    #: options of the middleware.
     routes: Mapping[str, Mapping[str, Any] | None] | None = dataclasses.field(
         default=None, metadata={"read": read.routes}
-    )
-    #: Under what a request is that no rule names: this policy, or none.
-    unmatched: Literal["policy"] | None = dataclasses.field(
-        default="policy", metadata={"read": read.unmatched}
     )
 
     # -- To whom
@@ -252,17 +243,14 @@ class DeliveryOptions:
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500
     #: Seconds that an event waits for others at most.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
-    #: Of so many events the queue in memory takes no more; what is dropped is counted.
-    max_queue_events: Annotated[int, msgspec.Meta(ge=1)] = 250_000
-    #: The same as bytes. Whichever is reached first holds.
-    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000_000)] = 100_000_000
+    #: The size of the queue in memory, in bytes of events. An event that finds no room
+    #: is dropped and counted.
+    max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000)] = 100_000_000
     #: Seconds that the exit of a process may take for what still waits.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
     #: Where settled usage waits, so that it survives the process; None: in memory.
     #: One directory per OpenMeter server and key; any number of processes.
     spool_dir: str | None = None
-    #: How a process appends there. ``"auto"``: the fastest form that is safe there.
-    journal: Literal["auto", "mmap", "write"] = "auto"
     #: Of this size the spool takes no more; a segment per process more or less.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
     #: Seconds for which a batch without an answer may be sent again. Longer than
@@ -275,7 +263,6 @@ class DeliveryOptions:
 
 
 FailMode: TypeAlias = Literal["open", "closed", "stale"]
-EntitlementsPath: TypeAlias = Literal["v2", "v1", "subjects"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
@@ -318,9 +305,6 @@ class EntitlementOptions:
     entitlements_url: str | None = dataclasses.field(
         default=None, metadata={"read": read.optional_url}
     )
-    #: With ``api_flavor="v1"``: customers of v2 or v1, or the subjects of v1, which
-    #: OpenMeter has deprecated and announced to remove.
-    entitlements_path: EntitlementsPath = "v2"
     #: Seconds that a request waits for an answer never heard before.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
     #: Seconds for which an allowance holds; then it is asked for anew, behind the
@@ -330,8 +314,6 @@ class EntitlementOptions:
     deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     #: Seconds for which either answer holds longer while OpenMeter does not answer.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
-    #: Answers that a process keeps, one per customer and feature.
-    entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     #: Questions a second that all who share a spool or a Redis ask at most, and each
     #: process where there is neither. OpenMeter Cloud allows 30.
     question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
@@ -394,11 +376,6 @@ def _not_in_v3(policy: Policy) -> Iterator[str]:
             "usage_headers: expected False with api_flavor='v3', which tells no limit "
             "and no balance, got True"
         )
-    if policy.entitlements_path != "v2":
-        yield (
-            "entitlements_path: expected none with api_flavor='v3', which has one path "
-            f"only, got {policy.entitlements_path!r}"
-        )
 
 
 def _quotas(policy: Policy) -> list[str]:
@@ -413,28 +390,23 @@ def _quotas(policy: Policy) -> list[str]:
 
 
 def _ids(policy: Policy) -> list[str]:
-    if policy.api_flavor == "v3":
-        version, other = "version 3", ""
-    elif policy.entitlements_path == "v1":
-        version, other = "v1", ", or ask by entitlements_path='v2'"
-    else:
+    if policy.api_flavor != "v3":
         return []
     named = {*policy.required_entitlements, *policy.entitlement_meters}
     return [
-        f"required_entitlements: {feature!r} is an id, which OpenMeter's {version} "
-        f"does not take; write the key of the feature{other}"
+        f"required_entitlements: {feature!r} is an id, which OpenMeter's version 3 "
+        "does not take; write the key of the feature"
         for feature in unaddressable(sorted(named))
     ]
 
 
 #: What a route can say of itself. All else is one for the whole process.
 PER_ROUTE = frozenset({
-    "audit", "billing_errors", "customer", "denied_response", "enforce",
+    "audit", "customer", "denied_response", "enforce",
     "event_source", "fail_mode", "limit_status", "meter", "meter_on_status_codes",
     "meter_options", "meter_when", "meters", "on_abort", "on_failure",
     "on_missing_subject", "required_entitlements", "reserve", "subject",
     "subject_commas", "subject_path", "trusted_request_id_header", "usage_headers",
-    "value_property",
 })  # fmt: skip
 
 
@@ -534,10 +506,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
 
     def as_meters(self, usage: Usage) -> tuple[Meter, ...]:
         """Return *usage* as meters, numbers first; zeros are left out."""
-        numbers = (
-            number_meter(name, number, self.value_property)
-            for name, number in usage.numbers.items()
-        )
+        numbers = (number_meter(name, number) for name, number in usage.numbers.items())
         return (*filter(None, numbers), *usage.documents)
 
     def _of_routes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import mmap
 import os
 import sys
@@ -273,8 +272,7 @@ class Process:
             (rule, None if own is None else self.billing_of(own, rule.text))
             for rule, own in policy.of_routes
         ]
-        unmatched = self.billing if policy.unmatched else None
-        return Routes(rules, unmatched, _strictness)
+        return Routes(rules, self.billing, _strictness)
 
     # -- Everything else
 
@@ -365,16 +363,21 @@ def replaced(new_process: NewProcess) -> Iterator[None]:
                 owner.replace_process(before)
 
 
-def _transport_of(policy: Policy, counts: Counts) -> Transport:
-    if policy.dry_run:
-        return DryRun(counts)
-    new_client = partial(
+def client_factory(policy: Policy) -> Callable[[], OpenMeterClient]:
+    """Return a function that makes a client for the server of *policy*."""
+    return partial(
         OpenMeterClient,
         url=policy.api_url,
         flavor=policy.api_flavor,
         key=policy.key,
         timeout=policy.request_timeout,
     )
+
+
+def _transport_of(policy: Policy, counts: Counts) -> Transport:
+    if policy.dry_run:
+        return DryRun(counts)
+    new_client = client_factory(policy)
     if policy.spool_dir is None:
         return MemoryDelivery(policy, new_client(), counts)
     from openmeter_wsgi.spool.delivery import SpoolDelivery
@@ -393,10 +396,7 @@ def _say_what_errors_are_billed(billing: Billing) -> None:
     codes: StatusCodes = billing.policy.meter_on_status_codes  # type: ignore[assignment]
     if not any(code[0] in "45" for code in codes.codes):
         return
-    intended = billing.policy.billing_errors == "intended"
-    logger.log(
-        logging.INFO if intended else logging.WARNING,
-        "%s: responses of %s are billed, errors among them%s",
+    logger.warning(
+        "%s: meter_on_status_codes=%r bills responses that are errors, too",
         f"policy {billing.name!r}", codes.text,
-        "" if intended else " (say billing_errors='intended' if that is meant)",
     )  # fmt: skip

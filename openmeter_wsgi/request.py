@@ -395,13 +395,6 @@ def set_idempotency_key(request: object, key: str) -> None:
         raise ValueError(f"idempotency key: {problem}")
     if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
         stated.idempotency_key = key
-        billing = billing_of(environ_of(request))
-        if billing is not None and not billing.policy.idempotency_keys:
-            logger.warning(
-                "%s: used, and the policy does not say idempotency_keys=True, so "
-                "'openmeter-wsgi check' cannot tell if OpenMeter deduplicates",
-                "set_idempotency_key",
-            )
 
 
 def leave_unmetered(request: object) -> None:

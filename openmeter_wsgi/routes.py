@@ -12,12 +12,14 @@ from werkzeug.exceptions import HTTPException
 from openmeter_wsgi.request import method_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 )
+#: The rule of all requests that no other rule matches.
+EVERY_OTHER = "*"
 _RULE = re.compile(r"(?:([A-Za-z][A-Za-z,-]*)\s+)?(/\S*)")
 #: A variable of werkzeug's, such as ``<int(signed=True):id>``.
 _VARIABLE = re.compile(
@@ -44,7 +46,7 @@ _MAX_TOGETHER = 2
 
 
 class RouteRule:
-    """One rule: the methods, none for all of them, and werkzeug's rule.
+    """One rule: the methods, none for all of them, and werkzeug's rule; or ``*``.
 
     :raises ValueError: if *text* is none, such as ``POST /v1/analyze``; if no path
         matches it, or matching one takes too long.
@@ -53,11 +55,15 @@ class RouteRule:
     __slots__ = ("methods", "path", "text")
 
     def __init__(self, text: object) -> None:
+        if isinstance(text, str) and text.strip() == EVERY_OTHER:
+            self.text = self.path = EVERY_OTHER
+            self.methods: frozenset[str] = frozenset()
+            return
         found = _RULE.fullmatch(text.strip()) if isinstance(text, str) else None
         if found is None:
             raise ValueError(
-                "expected a rule such as '/v1/search' or 'POST /v1/users/<id>', got "
-                f"{text!r}"
+                "expected a rule such as '/v1/search' or 'POST /v1/users/<id>', or "
+                f"'*' for what no other rule matches, got {text!r}"
             )
         self.text = found[0]
         self.path = found[2]
@@ -84,6 +90,11 @@ class RouteRule:
             bound([self.path])
         except (ValueError, LookupError, TypeError, SyntaxError) as error:
             raise ValueError(f"{text!r}: {error}") from None
+
+    @property
+    def is_every_other(self) -> bool:
+        """Whether it stands for all requests that no other rule matches."""
+        return self.path == EVERY_OTHER
 
     @property
     def is_exact(self) -> bool:
@@ -176,14 +187,16 @@ class Routes(Generic[T]):
 
     def __init__(
         self,
-        rules: Iterable[tuple[RouteRule, T]],
-        unmatched: T,
+        rules: Sequence[tuple[RouteRule, T]],
+        default: T,
         strictness: Callable[[T], Any] = lambda found: found is not None,
     ) -> None:
         from werkzeug.routing.exceptions import RoutingException  # as in `RouteRule`
 
-        rules = list(rules)
-        self._unmatched = unmatched
+        every_other = [each for rule, each in rules if rule.is_every_other]
+        #: What belongs to requests that no other rule matches.
+        self._unmatched = every_other[0] if every_other else default
+        rules = [each for each in rules if not each[0].is_every_other]
         #: ValueError is a converter's, of a value too long.
         self._not_found = (HTTPException, RoutingException, ValueError)
         self._strictness = strictness

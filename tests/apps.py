@@ -341,9 +341,7 @@ def __getattr__(name: str) -> Any:
     makers = {
         "bare_or_metered": one_of_many,
         "billed": lambda: metered(listed, flush_interval=0.05),
-        "billed_once": lambda: metered(
-            keyed, meters={"bytes": bytes_sent()}, idempotency_keys=True
-        ),
+        "billed_once": lambda: metered(keyed, meters={"bytes": bytes_sent()}),
         "limited": lambda: OpenMeterMiddleware(listed, meters={"api_requests": 1}),
         "billed_at_exit": lambda: metered(stuck, flush_interval=3600, batch_size=1000),
     }

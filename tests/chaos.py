@@ -33,6 +33,10 @@ from typing import TYPE_CHECKING, Any, Self
 sys.path.insert(0, str(Path(__file__).parent))
 
 from openmeter_wsgi import OpenMeterMiddleware
+from openmeter_wsgi.process import Process, client_factory
+from openmeter_wsgi.spool.delivery import SpoolDelivery
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
+from openmeter_wsgi.stats import Counts
 from servers import GTHREAD, SYNC, TIMEOUT, Sink, environment
 
 if TYPE_CHECKING:
@@ -40,10 +44,12 @@ if TYPE_CHECKING:
     from http.server import BaseHTTPRequestHandler
     from wsgiref.types import StartResponse, WSGIApplication
 
+    from openmeter_wsgi.policy import Policy
+
 SERVERS = {"sync": SYNC, "gthread": GTHREAD}
 VICTIMS = ("worker", "all")
 FAULTS = ("cleaned", "frozen", "dripping", "short-lived")
-JOURNALS = ("auto", "write")
+FORMS = (MAPPED, WRITTEN)
 CLIENTS = 4
 #: A kill comes within so many seconds after the server has settled something.
 _MOMENT = 0.4
@@ -105,7 +111,15 @@ def __getattr__(name: str) -> Any:
         flush_interval=0.05,
         batch_size=20,
     )
+    app.replace_process(_new_process)
     return Marked(app, os.environ["CHAOS_MARKS"])
+
+
+def _new_process(policy: Policy) -> Process:
+    counts = Counts()
+    form = os.environ.get("CHAOS_FORM", MAPPED)
+    transport = SpoolDelivery(policy, client_factory(policy), counts, form=form)
+    return Process(policy, counts=counts, transport=transport)
 
 
 # -- Around it
@@ -284,11 +298,11 @@ def run(
     kills: int,
     directory: Path,
     *,
-    journal: str = "auto",
+    form: str = MAPPED,
     seed: int = 0,
 ) -> Result:
     """Kill *victim* so many times under load, start again, count what arrived."""
-    chance = random.Random(f"{server} {victim} {journal} {seed}")
+    chance = random.Random(f"{server} {victim} {form} {seed}")
     with (
         CountingSink(chance) as sink,
         Gunicorn(
@@ -296,7 +310,7 @@ def run(
             directory,
             OPENMETER_API_URL=sink.url,
             OPENMETER_SPOOL_DIR=str(directory / "spool"),
-            OPENMETER_JOURNAL=journal,
+            CHAOS_FORM=form,
         ) as gunicorn,
     ):
         with Load(gunicorn.address):
@@ -411,39 +425,39 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    runs = list(itertools.product(SERVERS, VICTIMS, JOURNALS))
+    runs = list(itertools.product(SERVERS, VICTIMS, FORMS))
     print(
         "| server | struck | journal | times | acknowledged | lost "
         "| repeated | in batches |"
     )
     print("|---|---|---|---:|---:|---:|---:|---:|")
     total = Result()
-    for server, victim, journal in runs:
+    for server, victim, form in runs:
         with tempfile.TemporaryDirectory() as directory:
             result = run(
                 server,
                 victim,
                 max(given.kills // len(runs) - 1, 1),
                 Path(directory),
-                journal=journal,
+                form=form,
                 seed=given.seed,
             )
         total += result
-        _print_row(server, victim, journal, result)
+        _print_row(server, victim, form, result)
     for server, fault in itertools.product(SERVERS, FAULTS):
         times = max(given.kills // 20, 1)
         with tempfile.TemporaryDirectory() as directory:
             result = run_fault(server, fault, times, Path(directory), seed=given.seed)
         total += result
-        _print_row(server, fault, "auto", result)
+        _print_row(server, fault, MAPPED, result)
     _print_row("all", "", "", total)
     if total.lost or total.twice or not total.repeats_as_it_may:
         sys.exit("lost, billed twice, or repeated more often than killed: see above")
 
 
-def _print_row(server: str, victim: str, journal: str, result: Result) -> None:
+def _print_row(server: str, victim: str, form: str, result: Result) -> None:
     print(
-        f"| {server} | {victim} | {journal} | {result.kills} | "
+        f"| {server} | {victim} | {form} | {result.kills} | "
         f"{result.acknowledged} | {result.lost} | {result.repeated} | "
         f"{result.repeated_batches} |",
         flush=True,

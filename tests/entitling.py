@@ -101,6 +101,10 @@ class Entitled:
         return self.asked.total()
 
 
+#: Options that make each event almost 1,000 bytes large.
+LARGE = {"meters": None, "meter": {"type": "files", "data": {"text": "x" * 800}}}
+
+
 def middleware(server: OpenMeterServer, app: Any, **options: Any) -> Any:
     """Return an application behind a middleware that asks *server*."""
     usual = {

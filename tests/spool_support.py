@@ -12,6 +12,7 @@ import time
 from click.testing import CliRunner
 
 from openmeter_wsgi.cli import spool
+from openmeter_wsgi.spool.files import MAPPED
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
 WORKER = """
@@ -25,10 +26,10 @@ policy = Policy(
     spool_dir=sys.argv[1],
     delivery="ship",
     api_url="http://127.0.0.1:9",
-    journal=sys.argv[2],
 )
 queue = SpoolDelivery(policy, lambda: OpenMeterClient(
-    url=policy.api_url, flavor="v1", key=policy.key, timeout=1), Counts())
+    url=policy.api_url, flavor="v1", key=policy.key, timeout=1), Counts(),
+    form=sys.argv[2])
 for line in sys.stdin:
     for event in json.loads(line):
         queue.put(json.dumps(event).encode())
@@ -49,9 +50,9 @@ def days_ago(days):
 class Worker:
     """A process that puts events into a spool, and no more."""
 
-    def __init__(self, directory, journal):
+    def __init__(self, directory, form):
         self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(directory), journal],
+            [sys.executable, "-c", WORKER, str(directory), form],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,18 +69,18 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(directory, journal="auto"):
+def worker(directory, form=MAPPED):
     directory.mkdir(mode=0o700, exist_ok=True)
-    made = Worker(directory, journal)
+    made = Worker(directory, form)
     try:
         yield made
     finally:
         made.kill()
 
 
-def put(directory, *events, journal="auto"):
+def put(directory, *events, form=MAPPED):
     """Put events by a process that is dead afterwards."""
-    with worker(directory, journal) as made:
+    with worker(directory, form) as made:
         made.put(*events)
 
 

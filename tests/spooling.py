@@ -47,7 +47,12 @@ def new_client(url: str) -> OpenMeterClient:
 
 
 def spool_queue(
-    directory: Path, url: str, *, segment_bytes: int = SMALL, **options: Any
+    directory: Path,
+    url: str,
+    *,
+    segment_bytes: int = SMALL,
+    form: str | None = None,
+    **options: Any,
 ) -> SpoolDelivery:
     """Return a queue on the directory; it is the caller's to close it."""
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -56,6 +61,7 @@ def spool_queue(
         lambda: new_client(url),
         Counts(),
         segment_bytes=segment_bytes,
+        form=form,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from openmeter_wsgi import ConfigError, OpenMeterMiddleware, Policy, meter
+from openmeter_wsgi import OpenMeterMiddleware, meter
 from servers import Consumer, make_environ
 
 
@@ -37,10 +37,8 @@ def test_a_policy_that_bills_errors_is_named_at_the_start(
     ((level, text),) = said(caplog, meter_on_status_codes=codes)
 
     assert level == "WARNING"
-    assert text.startswith("policy 'default': responses of ")
-    assert text.endswith(
-        "are billed, errors among them (say billing_errors='intended' if that is meant)"
-    )
+    assert text.startswith("policy 'default': meter_on_status_codes='")
+    assert text.endswith("' bills responses that are errors, too")
 
 
 @pytest.mark.parametrize("codes", ["200-299", "200-399", "1xx, 3xx"])
@@ -50,22 +48,11 @@ def test_a_policy_that_bills_none_is_not(
     assert said(caplog, meter_on_status_codes=codes) == []
 
 
-def test_what_is_intended_is_said_and_not_warned_of(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    lines = said(caplog, meter_on_status_codes="2xx,404", billing_errors="intended")
-
-    assert lines == [
-        ("INFO", "policy 'default': responses of 200-299,404 are billed, errors among "
-         "them")
-    ]  # fmt: skip
-
-
 def test_every_route_is_named_by_its_rule(caplog: pytest.LogCaptureFixture) -> None:
     routes = {
         "/a": {"meter_on_status_codes": "404"},
         "/b": {},
-        "GET /c/<d>": {"meter_on_status_codes": "5xx", "billing_errors": "intended"},
+        "GET /c/<d>": {"meter_on_status_codes": "5xx"},
         "/e": None,
     }
 
@@ -73,7 +60,7 @@ def test_every_route_is_named_by_its_rule(caplog: pytest.LogCaptureFixture) -> N
 
     assert [(level, text.split(":")[0]) for level, text in lines] == [
         ("WARNING", "policy '/a'"),
-        ("INFO", "policy 'GET /c/<d>'"),
+        ("WARNING", "policy 'GET /c/<d>'"),
     ]
 
 
@@ -87,8 +74,3 @@ def test_a_view_is_named_when_it_is_first_called(
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert [text.split(":")[0] for text in warnings] == ["policy 'view decorated'"]
     assert middleware.stats().events == 2
-
-
-def test_anything_but_intended_is_refused() -> None:
-    with pytest.raises(ConfigError, match="billing_errors: expected one of 'intended'"):
-        Policy(dry_run=True, billing_errors="yes")

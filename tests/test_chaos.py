@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import chaos
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,18 +16,18 @@ if TYPE_CHECKING:
 # After each kill a server starts anew, which takes a busy machine its time.
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("server", "victim", "journal"),
+    ("server", "victim", "form"),
     [
-        ("sync", "all", "auto"),
-        ("sync", "worker", "write"),
-        ("gthread", "all", "write"),
-        ("gthread", "worker", "auto"),
+        ("sync", "all", MAPPED),
+        ("sync", "worker", WRITTEN),
+        ("gthread", "all", WRITTEN),
+        ("gthread", "worker", MAPPED),
     ],
 )
 def test_killed_processes_lose_nothing_that_was_settled(
-    server: str, victim: str, journal: str, tmp_path: Path
+    server: str, victim: str, form: str, tmp_path: Path
 ) -> None:
-    result = chaos.run(server, victim, 2, tmp_path, journal=journal)
+    result = chaos.run(server, victim, 2, tmp_path, form=form)
 
     assert result.acknowledged > 0
     assert (result.lost, result.twice) == (0, 0)

@@ -179,15 +179,11 @@ def test_a_file_that_is_not_there_is_a_problem_of_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("codes", ["200-599", "2xx, 404", "500"])
-def test_billing_errors_fails_unless_it_is_intended(sandbox, codes):
-    findings = found(code=3, api_url=sandbox.url, meter_on_status_codes=codes)
-    assert findings["billed status codes"]["severity"] == "failure"
-    assert "billing_errors='intended'" in findings["billed status codes"]["remedy"]
+def test_billed_errors_are_warned_of(sandbox, codes):
+    findings = found(api_url=sandbox.url, meter_on_status_codes=codes)
 
-    findings = found(
-        api_url=sandbox.url, meter_on_status_codes=codes, billing_errors="intended"
-    )
-    assert findings["billed status codes"]["severity"] == "ok"
+    assert findings["billed status codes"]["severity"] == "warning"
+    assert "unless they shall pay" in findings["billed status codes"]["remedy"]
 
 
 def test_a_dry_run_is_warned_of(sandbox):

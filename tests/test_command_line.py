@@ -13,7 +13,6 @@ from click.shell_completion import get_completion_class
 from click.testing import CliRunner
 
 from openmeter_wsgi import cli
-from openmeter_wsgi.cli.completion import VARIABLE
 from openmeter_wsgi.version import VERSION
 from spool_support import COMMAND
 
@@ -21,8 +20,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
 TEXT = PAGE.read_text()
 GROUP = cli._group()
 EXAMPLES = re.findall(r"^\$ (.*)$", TEXT, re.M)
-#: What prints no data of its own: nothing to be read by a program.
-WITHOUT_JSON = {"completion"}
 
 
 def leaves(command=GROUP, path=()):
@@ -98,7 +95,7 @@ def test_a_command_says_in_its_help_how_it_ends(name):
     assert codes_in(shown)[:3] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - WITHOUT_JSON))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_command_speaks_json(name):
     flags = [flag for param in COMMANDS[name].params for flag in param.opts]
     assert "--json" in flags
@@ -136,6 +133,15 @@ def test_the_version_is_told():
     assert CliRunner().invoke(GROUP, ["--version"]).output == f"{VERSION}\n"
 
 
+@pytest.mark.parametrize("name", list(cli.REMOVED))
+def test_a_removed_command_says_what_to_write(name):
+    result = CliRunner().invoke(GROUP, [name, "--anything"])
+
+    assert result.exit_code == 2
+    assert f"{name!r} is no longer a command: write" in result.output
+    assert cli.REMOVED[name] in result.output
+
+
 # -- Completion
 
 
@@ -148,17 +154,9 @@ def completed(monkeypatch):
         monkeypatch.setenv("COMP_WORDS", " ".join(words))
         monkeypatch.setenv("COMP_CWORD", incomplete if shell == "fish" else number)
         kind = get_completion_class(shell)
-        return kind(GROUP, {}, "openmeter-wsgi", VARIABLE).complete()
+        return kind(GROUP, {}, "openmeter-wsgi", "_OPENMETER_WSGI_COMPLETE").complete()
 
     return ask
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_script_asks_the_program_for_what_fits(shell):
-    result = CliRunner().invoke(GROUP, ["completion", shell])
-
-    assert result.exit_code == 0
-    assert f"_OPENMETER_WSGI_COMPLETE={shell}_complete" in result.output
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -176,7 +174,7 @@ def test_bash_completes_with_the_script(tmp_path):
     program.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
     program.chmod(0o755)
     script = """
-        eval "$(openmeter-wsgi completion bash)"
+        eval "$(_OPENMETER_WSGI_COMPLETE=bash_source openmeter-wsgi)"
         COMP_WORDS=(openmeter-wsgi us) COMP_CWORD=1
         _openmeter_wsgi_completion openmeter-wsgi us openmeter-wsgi
         echo "${COMPREPLY[@]}"

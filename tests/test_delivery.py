@@ -547,34 +547,17 @@ def test_a_worker_delivers_a_list_without_a_queue_or_a_spool(openmeter, thread):
 # -- Bounds
 
 
-def test_the_queue_is_bounded_by_events_those_being_sent_included(
+def test_the_queue_is_bounded_by_bytes_those_being_sent_included(
     openmeter, busy, caplog
 ):
-    service = busy(batch_size=4, max_queue_events=10)
-    service.request(*customers(20))
-
-    assert service.stats.waiting == 10
-    assert service.stats.dropped == {"queue_full": 11}
-    assert add_up(service.stats, 21)
-    assert [r.levelname for r in caplog.records] == ["ERROR"]
-    assert "queue is full" in caplog.text
-
-    openmeter.release()
-    assert service.flush()
-    assert openmeter.subjects == ["first", *customers(9)]
-    service.request("later")
-    assert service.flush()
-    assert openmeter.subjects[-1] == "later"
-    assert add_up(service.stats, 22)
-
-
-def test_the_queue_is_bounded_by_bytes_those_being_sent_included(openmeter, busy):
     data = {"text": "x" * 300_000}
     service = busy(meter={"type": "files", "data": data}, max_queue_bytes=1_000_000)
     service.request(*customers(5))
 
     assert service.stats.waiting == 3
     assert service.stats.dropped == {"queue_full": 3}
+    assert [r.levelname for r in caplog.records] == ["ERROR"]
+    assert "max_queue_bytes: the queue is full" in caplog.text
 
     openmeter.release()
     assert service.flush()
@@ -586,7 +569,7 @@ def test_the_queue_is_bounded_by_bytes_those_being_sent_included(openmeter, busy
 
 def test_a_queue_in_memory_counts_what_it_holds_until_it_is_done():
     counts = Counts()
-    events = MemoryQueue(max_events=10, max_bytes=10, counts=counts)
+    events = MemoryQueue(max_bytes=10, counts=counts)
 
     assert [events.put(b"1234"), events.put(b"123"), events.put(b"1234")] == [
         True,
@@ -604,7 +587,7 @@ def test_a_queue_in_memory_counts_what_it_holds_until_it_is_done():
 
 
 def test_an_event_that_is_taken_at_once_is_not_taken_for_a_full_queue():
-    events = MemoryQueue(max_events=10, max_bytes=100, counts=Counts())
+    events = MemoryQueue(max_bytes=100, counts=Counts())
     taken = []
 
     def take_between_lines(frame, *_):
@@ -625,7 +608,7 @@ def test_an_event_that_is_taken_at_once_is_not_taken_for_a_full_queue():
 
 
 def test_a_batch_holds_one_event_however_large():
-    events = MemoryQueue(max_events=10, max_bytes=100, counts=Counts())
+    events = MemoryQueue(max_bytes=100, counts=Counts())
     events.put(b"12345")
     events.put(b"1")
     events.put(b"2")
@@ -636,7 +619,7 @@ def test_a_batch_holds_one_event_however_large():
 
 
 def test_waiting_for_what_is_there_does_not_wait_for_what_comes_later():
-    events = MemoryQueue(max_events=10, max_bytes=100, counts=Counts())
+    events = MemoryQueue(max_bytes=100, counts=Counts())
     events.put(b"1")
     answers = []
     waiting = threading.Thread(

@@ -371,13 +371,13 @@ def test_the_quota_is_told(make, entitled):
 
 
 def test_options_win_over_settings_and_settings_over_variables(make, monkeypatch):
-    for name in ("BATCH_SIZE", "EVENT_SOURCE", "VALUE_PROPERTY"):
+    for name in ("BATCH_SIZE", "EVENT_SOURCE", "SUBJECT_PATH"):
         monkeypatch.setenv(f"OPENMETER_{name}", "7")
 
-    app = make({"event_source": "said", "value_property": "n"}, value_property="given")
+    app = make({"event_source": "said", "subject_path": "n"}, subject_path="given")
 
     policy = app.policy
-    said = (policy.batch_size, policy.event_source, policy.value_property)
+    said = (policy.batch_size, policy.event_source, policy.subject_path)
     assert said == (7, "said", "given")
 
 

@@ -24,8 +24,8 @@ def entitled(openmeter):
 def connect(openmeter):
     made = []
 
-    def connect(path="v2", *, key=KEY, timeout=40.0):
-        client = ClientV1(url=openmeter.url, path=path, key=key, timeout=timeout)
+    def connect(*, key=KEY, timeout=40.0):
+        client = ClientV1(url=openmeter.url, key=key, timeout=timeout)
         made.append(client)
         return client
 
@@ -34,21 +34,14 @@ def connect(openmeter):
         client.close()
 
 
-@pytest.mark.parametrize(
-    ("path", "target"),
-    [
-        ("v2", "/api/v2/customers/acme/entitlements/searches/value"),
-        ("v1", "/api/v1/customers/acme/entitlements/searches/value"),
-        ("subjects", "/api/v1/subjects/acme/entitlements/searches/value"),
-    ],
-)
-def test_the_value_is_asked_for_where_the_policy_says(openmeter, connect, path, target):
+def test_the_value_is_asked_for_by_version_2(openmeter, connect):
     openmeter.script.append(document(YES))
 
-    answers = connect(path).answers("acme", ["searches"])
+    answers = connect().answers("acme", ["searches"])
 
     assert answers["searches"].has_access
-    assert openmeter.requests[0].target == target
+    path = "/api/v2/customers/acme/entitlements/searches/value"
+    assert openmeter.requests[0].target == path
     assert openmeter.requests[0].headers["Authorization"] == "Bearer secret-key"
 
 
@@ -108,22 +101,6 @@ def test_a_deleted_customer_is_unknown(openmeter, connect):
     openmeter.script.append(problem(412, "customer is deleted"))
 
     assert connect().answers("01J", ["searches"])["searches"] == UNKNOWN_CUSTOMER
-
-
-@pytest.mark.parametrize(
-    ("detail", "expected"),
-    [
-        ("customer with subject key feature-lab not found", UNKNOWN_CUSTOMER),
-        ("subject not found", UNKNOWN_CUSTOMER),
-        ("entitlement with id or key searches not found", NO_ACCESS),
-    ],
-)
-def test_on_the_deprecated_path_404_says_what_is_not_there(
-    openmeter, connect, detail, expected
-):
-    openmeter.script.append(problem(404, detail))
-
-    assert connect("subjects").answers("acme", ["searches"])["searches"] == expected
 
 
 @pytest.mark.parametrize(

@@ -58,20 +58,9 @@ VALUES = {
     "burn": TOO_MANY,
     "burn_reset": TOO_MANY,
     "again": TOO_MANY,
-}
-ONLY_V2 = {
     "entitlement_id": OK,
     "feature_id": FORBIDDEN,
     "unknown_ulid": FORBIDDEN,
-}
-#: The same on the deprecated path, with the reason.
-SUBJECTS = {
-    "value_no_customer": (FORBIDDEN, "unknown_customer"),
-    "value_unknown_subject": (FORBIDDEN, "unknown_customer"),
-    "value_unknown_feature": (FORBIDDEN, "no_access"),
-    "value_customer_subject": (OK, None),
-    "value_customer_subject_metered": (OK, None),
-    "value_m1": (TOO_MANY, "limit_reached"),
 }
 #: Customer, features, status and reason, by the recorded answer of ``/access``.
 ACCESS = [
@@ -139,44 +128,17 @@ def check(response, called, status, reason=None):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("path", "name", "status"),
-    [
-        *[("v2", name, status) for name, status in {**VALUES, **ONLY_V2}.items()],
-        *[("v1", name, status) for name, status in VALUES.items()],
-    ],
-)
+@pytest.mark.parametrize(("name", "status"), VALUES.items())
 def test_each_recorded_value_is_decided_as_openmeter_means_it(
-    make, called, recorded, path, name, status, mode
+    make, called, recorded, name, status, mode
 ):
-    recording = RECORDINGS[f"value{path[1:]}.{name}"]
+    recording = RECORDINGS[f"value2.{name}"]
     recorded.play(recording.name)
     recorded.play("ent.get_feature")
-    app = make(
-        recording.customer, recording.feature, fail_mode=mode, entitlements_path=path
-    )
+    app = make(recording.customer, recording.feature, fail_mode=mode)
 
     check(ask(app), called, status)
     check(ask(app), called[:-1], status)  # the answer that is known now
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("name", "expected"), SUBJECTS.items())
-def test_each_recorded_value_of_a_subject_is_decided_as_openmeter_means_it(
-    make, called, recorded, name, expected, mode
-):
-    recording = RECORDINGS[f"subent.{name}"]
-    recorded.play(recording.name)
-    app = make(
-        recording.customer,
-        recording.feature,
-        fail_mode=mode,
-        entitlements_path="subjects",
-    )
-
-    check(ask(app), called, *expected)
-
-    assert recorded.count(LIST) == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -191,7 +153,7 @@ def test_each_recorded_access_is_decided_as_openmeter_means_it(
 
 
 def test_every_recorded_answer_has_a_case():
-    decided = {*VALUES, *ONLY_V2} | {name.partition(".")[2] for name, *_ in ACCESS}
+    decided = {*VALUES} | {name.partition(".")[2] for name, *_ in ACCESS}
     others = {
         "hyphen_feature", "upper_feature", "feature_65", "feature_space",  # below
         "mu",  # below: the 500 of /access
@@ -200,7 +162,7 @@ def test_every_recorded_answer_has_a_case():
     names = {
         name.partition(".")[2]
         for name in RECORDINGS
-        if name.startswith(("value1.", "value2.", "access."))
+        if name.startswith(("value2.", "access."))
     }
 
     assert names == decided | others
@@ -668,35 +630,20 @@ def test_a_soft_limit_is_not_counted_down_from_the_first_request_on(
 # -- Keys of features
 
 
-@pytest.mark.parametrize("path", ["v1", "v2"])
 @pytest.mark.parametrize(
     "name", ["hyphen_feature", "upper_feature", "feature_65", "feature_space"]
 )
-def test_a_key_that_openmeter_refuses_makes_no_policy(name, path):
-    recording = RECORDINGS[f"value{path[1:]}.{name}"]
+def test_a_key_that_openmeter_refuses_makes_no_policy(name):
+    recording = RECORDINGS[f"value2.{name}"]
     assert recording.status == 400
 
     with pytest.raises(ConfigError) as caught:
         Policy(
             api_url="http://127.0.0.1:1",
-            entitlements_path=path,
             required_entitlements=[recording.feature],
         )
 
     assert repr(recording.feature) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["entitlement_id", "feature_id", "unknown_ulid"])
-def test_version_1_takes_no_ids(name):
-    recording = RECORDINGS[f"value1.{name}"]
-    assert recording.status == 400
-
-    with pytest.raises(ConfigError, match=recording.feature):
-        Policy(
-            api_url="http://127.0.0.1:1",
-            entitlements_path="v1",
-            required_entitlements=[recording.feature],
-        )
 
 
 # -- The value of a static entitlement

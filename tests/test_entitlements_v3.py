@@ -293,7 +293,7 @@ def test_each_request_takes_a_token(openmeter, recorded, tokens):
     """The question has its own already, for the first of its requests."""
     left = [True] * tokens
     client = ClientV3(url=openmeter.url, key=NO_KEY, timeout=40)
-    found = FoundCustomers(10, Lifetimes(60, 5, 600))
+    found = FoundCustomers(Lifetimes(60, 5, 600))
 
     answers = answers_about(
         client,

@@ -89,16 +89,16 @@ def get(app, path="/x", **headers):
 
 
 def test_keywords_win_over_config_and_config_over_variables(make, monkeypatch):
-    for name in ("BATCH_SIZE", "EVENT_SOURCE", "VALUE_PROPERTY"):
+    for name in ("BATCH_SIZE", "EVENT_SOURCE", "SUBJECT_PATH"):
         monkeypatch.setenv(f"OPENMETER_{name}", "7")
 
     app = make(
-        config={"OPENMETER_EVENT_SOURCE": "config", "OPENMETER_VALUE_PROPERTY": "n"},
-        value_property="keyword",
+        config={"OPENMETER_EVENT_SOURCE": "config", "OPENMETER_SUBJECT_PATH": "n"},
+        subject_path="keyword",
     )
 
     policy = app.extensions["openmeter"].policy
-    said = (policy.batch_size, policy.event_source, policy.value_property)
+    said = (policy.batch_size, policy.event_source, policy.subject_path)
     assert said == (7, "config", "keyword")
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from entitling import ask, middleware
+from entitling import LARGE, ask, middleware
 from metrics_app import answer
 from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi import Health, HealthEndpoint, OpenMeterMiddleware, Problem
@@ -88,7 +88,7 @@ def test_a_server_that_refuses_every_event_is_told(make, openmeter):
 
 
 def test_a_full_queue_loses(make, openmeter):
-    app = make(max_queue_events=2, flush_interval=60)
+    app = make(max_queue_bytes=2_000, flush_interval=60, **LARGE)
     ask(app)
     assert app.health().ok
     ask(app)

@@ -219,17 +219,3 @@ def test_what_is_no_key_is_refused(openmeter: OpenMeterServer, key: Any) -> None
             set_idempotency_key(request, key)
 
     assert bill(openmeter, handler) == []
-
-
-def test_a_key_that_the_policy_does_not_announce_is_warned_of_once(
-    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    def handler(request: Any) -> None:
-        set_idempotency_key(request, "k")
-
-    for declared in (True, False, False):
-        bill(openmeter, handler, idempotency_keys=declared)
-
-    warnings = [r.getMessage() for r in caplog.records if "idempotency" in r.msg]
-    assert len(warnings) == 1
-    assert "does not say idempotency_keys=True" in warnings[0]

@@ -161,6 +161,8 @@ os._exit(0)
 """
 
 LLM = "$llm.total_tokens"
+
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "memory": ({}, {}, ""),
     "spool": ({"spool_dir": "spool"}, {}, ""),
@@ -194,7 +196,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {}, "",
     ),
     "view": ({}, {"meters": {"a": LLM}, "required_entitlements": [FEATURE]}, ""),
-    "audit": ({"audit": "audit.jsonl"}, {}, ""),
 }  # fmt: skip
 
 

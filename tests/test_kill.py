@@ -9,6 +9,7 @@ import pytest
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.spool import watermark
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 from spooling import Process, segments, spool_queue, until
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ import os, sys, threading
 from pathlib import Path
 from spooling import event, spool_queue
 
-directory, url, name, journal, segment_bytes = sys.argv[1:]
+directory, url, name, form, segment_bytes = sys.argv[1:]
 queue = spool_queue(
-    Path(directory), url, journal=journal, segment_bytes=int(segment_bytes)
+    Path(directory), url, form=form, segment_bytes=int(segment_bytes)
 )
 queue.start()
 
@@ -60,13 +61,13 @@ queue.close(0)
 
 @pytest.mark.load
 @pytest.mark.timeout(240 + 10 * KILLS)
-@pytest.mark.parametrize("journal", ["mmap", "write"])
-def test_what_was_acknowledged_before_a_kill_is_delivered(openmeter, tmp_path, journal):
+@pytest.mark.parametrize("form", [MAPPED, WRITTEN])
+def test_what_was_acknowledged_before_a_kill_is_delivered(openmeter, tmp_path, form):
     acknowledged: set[str] = set()
-    attempts = random.Random(journal)
+    attempts = random.Random(form)
     for n in range(KILLS):
         with Process(
-            PUTTING, str(tmp_path / "spool"), openmeter.url, str(n), journal, "32768"
+            PUTTING, str(tmp_path / "spool"), openmeter.url, str(n), form, "32768"
         ) as process:
             said = [process.line() for _ in range(attempts.randrange(1, 2_000))]
             acknowledged.update(said, process.kill())
@@ -85,7 +86,7 @@ def test_what_was_acknowledged_before_a_kill_is_delivered(openmeter, tmp_path, j
     assert segments(tmp_path / "spool") == []
     logger.info(
         "%s: %d kills, %d acknowledged, %d delivered, %d doubled",
-        journal, KILLS, len(acknowledged), len(openmeter.ids),
+        form, KILLS, len(acknowledged), len(openmeter.ids),
         len(openmeter.duplicates),
     )  # fmt: skip
 

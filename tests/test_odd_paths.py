@@ -168,8 +168,10 @@ def test_nothing_is_served_without_the_question_of_its_rule(
 ) -> None:
     Entitled(openmeter).values["acme"] = {"deep": NO}
     app = asking(
-        openmeter, served, required_entitlements=[], unmatched=None,
-        routes={rule: {"required_entitlements": ["deep"]} for rule in RULES},
+        openmeter, served, required_entitlements=[],
+        routes={
+            "*": None, **{rule: {"required_entitlements": ["deep"]} for rule in RULES}
+        },
     )  # fmt: skip
 
     assert [one for one in SPELLINGS if answer(app, one) == "200"] == []
@@ -203,8 +205,8 @@ def test_a_method_in_any_case_has_the_rule_of_the_method(
     Entitled(openmeter).values["acme"] = {"deep": NO}
     with override_settings(ROOT_URLCONF="odd_site", ALLOWED_HOSTS=["*"]):
         app = asking(
-            openmeter, APPS[framework](), required_entitlements=[], unmatched=None,
-            routes={"POST /v1/search": {"required_entitlements": ["deep"]}},
+            openmeter, APPS[framework](), required_entitlements=[],
+            routes={"POST /v1/search": {"required_entitlements": ["deep"]}, "*": None},
         )  # fmt: skip
 
         statuses = {m: answer(app, "/v1/search", m) for m in ("POST", "post", "pOsT")}
@@ -265,7 +267,6 @@ def test_a_repetition_is_one_whatever_the_case_of_its_method(
 
     middleware = OpenMeterMiddleware(
         app, api_url=openmeter.url, flush_interval=60, meters={"orders": 1},
-        idempotency_keys=True,
     )  # fmt: skip
     for method in ("POST", "post"):
         answer(middleware, "/orders", method)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from entitling import Entitled, ask, middleware
+from entitling import LARGE, Entitled, ask, middleware
 from metrics_app import answer
 from openmeter_server import RESET, Answer, problem
 from openmeter_wsgi import log
@@ -143,13 +143,13 @@ def test_an_event_that_is_refused_for_good_says_where_it_is(
 
 
 def test_a_full_queue_is_told_when_it_begins_and_when_it_is_over(make, caplog):
-    app = make(max_queue_events=2, flush_interval=60)
+    app = make(max_queue_bytes=2_000, flush_interval=60, **LARGE)
     for _ in range(5):
         ask(app)
     app.close(40)
 
     begins, ends = lines(caplog)
-    assert begins.startswith("ERROR max_queue_events or max_queue_bytes: the queue is")
+    assert begins.startswith("ERROR max_queue_bytes: the queue is")
     assert re.search(r"room again after \d s, in which 3 events were lost$", ends)
     assert app.stats().dropped == {"queue_full": 3}
 

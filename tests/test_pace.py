@@ -124,13 +124,9 @@ def test_a_close_does_not_rest(resting, openmeter):
     assert len(openmeter.ids) == 5_000
 
 
-def test_a_queue_that_is_pressed_says_so_by_events_and_by_bytes():
-    events = MemoryQueue(max_events=4, max_bytes=100, counts=Counts())
-    events.put(b"1")
+def test_a_queue_that_is_half_full_is_pressed():
+    events = MemoryQueue(max_bytes=100, counts=Counts())
+    events.put(b"1" * 49)
     assert not events.is_pressed
     events.put(b"2")
-    assert events.is_pressed
-
-    events = MemoryQueue(max_events=4, max_bytes=100, counts=Counts())
-    events.put(b"1" * 50)
     assert events.is_pressed

@@ -79,7 +79,6 @@ def test_a_config_error_survives_pickling() -> None:
         ({"event_source": "my api"}, "event_source: expected a URI reference"),
         ({"event_source": "100%"}, "event_source: expected a URI reference"),
         ({"event_source": ""}, "event_source: expected a URI reference"),
-        ({"value_property": ""}, "value_property: expected"),
         ({"subject": "X-Customer"}, "subject: expected a callable"),
         ({"subject": "header:"}, "subject: expected a callable"),
         ({"subject": "header:X Customer"}, "subject: expected a callable"),
@@ -172,12 +171,11 @@ def test_static_meters_are_numbers_then_documents_without_zeros() -> None:
         api_url=LOCAL,
         meter={"type": "doc", "data": {"n": 2}},
         meters={"one": 1, "zero": 0, "half": 0.5},
-        value_property="amount",
     )
 
     assert [(m.type, m.data) for m in policy.static_meters] == [
-        ("one", b'{"amount":1}'),
-        ("half", b'{"amount":0.5}'),
+        ("one", b'{"total":1}'),
+        ("half", b'{"total":0.5}'),
         ("doc", b'{"n":2}'),
     ]
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
-from entitling import NO, YES, Entitled, ask, middleware
+from entitling import LARGE, NO, YES, Entitled, ask, middleware
 from metrics_app import answer
 from openmeter_server import Answer
 from openmeter_wsgi.prometheus import export_metrics
@@ -78,7 +78,12 @@ def test_every_figure_of_a_process_is_there(openmeter, registry):
 
 def test_what_goes_wrong_with_delivery_is_counted(openmeter, registry):
     app = middleware(
-        openmeter, answer, required_entitlements=[], max_queue_events=3, batch_size=3
+        openmeter,
+        answer,
+        required_entitlements=[],
+        max_queue_bytes=3_000,
+        batch_size=3,
+        **LARGE,
     )
     export_metrics(app, registry=registry)
     openmeter.poison = {"poison"}

@@ -223,12 +223,25 @@ def test_a_route_inherits_what_it_does_not_name(openmeter: OpenMeterServer) -> N
     assert [e["source"] for e in openmeter.taken] == ["api", "lab", "api"]
 
 
-def test_unmatched_none_meters_what_is_named_alone(openmeter: OpenMeterServer) -> None:
-    options = {"unmatched": None, "meters": {"requests": 1}, "routes": {"/a": {}}}
+def test_none_for_every_other_request_meters_the_named_routes_alone(
+    openmeter: OpenMeterServer,
+) -> None:
+    options = {"meters": {"requests": 1}, "routes": {"*": None, "/a": {}}}
 
     events = billed(openmeter, "GET /a", "GET /b", "POST /a", **options)
 
     assert events == [("requests", {"total": 1})] * 2
+
+
+def test_every_other_request_has_options_of_its_own(openmeter: OpenMeterServer) -> None:
+    routes = {"*": {"meters": {"other": 2}}, "/a/<b>": {}}
+
+    events = billed(
+        openmeter, "GET /a/x", "GET /b", "POST /a",
+        meters={"requests": 1}, routes=routes,
+    )  # fmt: skip
+
+    assert events == [("requests", {"total": 1})] + [("other", {"total": 2})] * 2
 
 
 def test_a_route_may_measure_where_others_do_not(openmeter: OpenMeterServer) -> None:

@@ -16,7 +16,7 @@ from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.spool import files as directory
 from openmeter_wsgi.spool import progress
 from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS
-from openmeter_wsgi.spool.files import file_system, journal_form
+from openmeter_wsgi.spool.files import WRITTEN, file_system, journal_form
 from spooling import (
     PATIENCE,
     Process,
@@ -94,11 +94,10 @@ def dead_letters(spool):
 # -- Delivery
 
 
-@pytest.mark.parametrize("journal", ["mmap", "write"])
 def test_requests_are_billed_once_and_leave_nothing_behind(
-    middleware, openmeter, spool, journal
+    middleware, openmeter, spool
 ):
-    service = middleware(journal=journal)
+    service = middleware()
     for _ in range(500):
         assert serve(service, environ()) == b"ok"
 
@@ -231,7 +230,7 @@ def test_a_process_that_ships_starts_no_thread_and_sends_nothing(queue, openmete
 
 def test_waiting_counts_what_any_process_has_in_the_directory(queue, openmeter):
     openmeter.down()
-    one, other = queue(), queue(journal="write")
+    one, other = queue(), queue(form=WRITTEN)
     put(one, *numbered("a", 150))
     put(other, *numbered("b", 250))
 
@@ -530,7 +529,7 @@ def test_the_form_follows_the_file_system(tmp_path, monkeypatch, kind, form):
     monkeypatch.setattr(directory, "_MOUNTS", mounts)
     assert file_system(tmp_path) == kind
     assert file_system(Path("/")) == "ext4"
-    assert journal_form(tmp_path, "auto") == form
+    assert journal_form(tmp_path) == form
 
 
 def test_many_threads_lose_nothing(queue, openmeter):

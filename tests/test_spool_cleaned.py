@@ -13,6 +13,7 @@ import pytest
 from openmeter_wsgi.lock import ELECTION, LOCK
 from openmeter_wsgi.spool import delivery as deliveries
 from openmeter_wsgi.spool import progress, reader, writer
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 from spooling import Process, event, files, segments, spool_queue, until
 
 NEVER = 3_600.0
@@ -72,11 +73,11 @@ def test_a_directory_that_is_removed_loses_nothing(
     assert "removed or replaced" in caplog.text
 
 
-@pytest.mark.parametrize("journal", ["mmap", "write"])
-def test_segments_that_are_removed_are_put_back(openmeter, tmp_path, journal):
+@pytest.mark.parametrize("form", [MAPPED, WRITTEN])
+def test_segments_that_are_removed_are_put_back(openmeter, tmp_path, form):
     """Live ones and sealed ones, in either form."""
     openmeter.down()
-    queue = spool_queue(tmp_path / "spool", openmeter.url, journal=journal)
+    queue = spool_queue(tmp_path / "spool", openmeter.url, form=form)
     try:
         queue.start()
         ids = put(queue, 300)

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.cli.spool import command
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 from spool_support import COMMAND, days_ago, event, put, run, said, shipping, worker
 from test_sandbox_support import Api
 
@@ -65,10 +66,10 @@ def ids(documents):
     return [one["event"]["id"] for one in documents]
 
 
-@pytest.mark.parametrize("journal", ["mmap", "write"])
-def test_the_status_tells_living_owners_from_dead_ones(spool, journal):
-    put(spool, event("1", time="2020-01-01T00:00:00Z"), event("2"), journal=journal)
-    with worker(spool, journal) as living:
+@pytest.mark.parametrize("form", [MAPPED, WRITTEN])
+def test_the_status_tells_living_owners_from_dead_ones(spool, form):
+    put(spool, event("1", time="2020-01-01T00:00:00Z"), event("2"), form=form)
+    with worker(spool, form) as living:
         living.put(event("3"))
 
         status = said(spool, "status")

@@ -93,7 +93,7 @@ def test_what_two_policies_of_one_name_did_not_meter_is_told_together(openmeter)
         openmeter,
         app,
         required_entitlements=[],
-        routes={"/a": {"value_property": "a"}, "/b": {"value_property": "b"}},
+        routes={"/a": {"subject_path": "a"}, "/b": {"subject_path": "b"}},
     )
     for path in ("/a", "/b", "/b"):
         ask(guarded, PATH_INFO=path)

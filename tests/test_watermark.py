@@ -134,7 +134,7 @@ def test_a_watermark_from_the_future_is_of_a_clock_that_was_put_back(tmp_path):
 
 
 def test_events_that_step_aside_hold_the_watermark_of_a_queue_in_memory():
-    events = MemoryQueue(max_events=10, max_bytes=1_000, counts=Counts())
+    events = MemoryQueue(max_bytes=1_000, counts=Counts())
     lines = [event(str(n)) for n in range(3)]
     events.put(lines[0])
     first = time.time()

@@ -33,11 +33,6 @@ COMMANDS = {
         "cli",
         "Send an event, or those of a file.",
     ),
-    "tail": Subcommand(
-        "openmeter_wsgi.cli.tail",
-        "cli",
-        "Print the events of a spool as applications on this host settle them.",
-    ),
     "usage": Subcommand(
         "openmeter_wsgi.cli.usage",
         "cli",
@@ -63,11 +58,11 @@ COMMANDS = {
         "sandbox",
         "Serve OpenMeter's API on this machine, with a page that shows the usage.",
     ),
-    "completion": Subcommand(
-        "openmeter_wsgi.cli.completion",
-        "cli",
-        "Print a script for the shell, to complete command lines.",
-    ),
+}
+#: What to write in place of a command of an earlier version.
+REMOVED = {
+    "completion": "_OPENMETER_WSGI_COMPLETE=bash_source openmeter-wsgi",
+    "tail": "openmeter-wsgi spool list --follow",
 }
 
 
@@ -96,9 +91,13 @@ def _group() -> click.Group:
 
         def get_command(
             self,
-            ctx: click.Context,  # noqa: ARG002
+            ctx: click.Context,
             cmd_name: str,
         ) -> click.Command | None:
+            if cmd_name in REMOVED:
+                ctx.fail(
+                    f"{cmd_name!r} is no longer a command: write {REMOVED[cmd_name]!r}"
+                )
             return _load(COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
 
         def format_commands(

@@ -106,13 +106,11 @@ def _look_at_status_codes(name: str, policy: Policy) -> Finding:
     errors = [code for code in codes.codes if code[0] in "45"]
     if not errors:
         return ok(name, codes.text)
-    if policy.billing_errors == "intended":
-        return ok(name, f"{codes.text}; that errors are billed is intended")
-    return failure(
+    return warning(
         name,
         f"{codes.text} bills errors too, {StatusCodes(errors).text}",
-        "set meter_on_status_codes to what customers shall pay for, such as "
-        "'200-299'; if errors are among it, say so with billing_errors='intended'",
+        "set meter_on_status_codes to the codes that customers shall pay for, such as "
+        "'200-299', unless they shall pay for these errors",
     )
 
 

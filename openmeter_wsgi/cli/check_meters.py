@@ -43,7 +43,7 @@ def _samples(situation: Situation) -> Iterator[Sample]:
         for meter in policy.static_meters:
             yield Sample(meter.type, msgspec.json.decode(meter.data))
         for measured in policy.measured:
-            yield Sample(measured.type, measured.example(policy.value_property))
+            yield Sample(measured.type, measured.example())
 
 
 def types_stated(situation: Situation) -> set[str]:
@@ -121,8 +121,8 @@ def _value(name: str, sample: Sample, counting: Document) -> Finding:
         return failure(
             name,
             f"{reads}, which is not in {json.dumps(sample.data)}: it counts nothing",
-            "send the property that the meter reads (value_property for numbers by "
-            "type), or have the meter read what is sent",
+            "send the property that the meter reads (by meter={'type': ..., 'data': "
+            "...} in place of meters), or have the meter read what is sent",
         )
     if how != "UNIQUE_COUNT" and not _is_number(value):
         return failure(

@@ -32,12 +32,15 @@ def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
     asking = [
         rule.text for rule, own in policy.of_routes if own and own.required_entitlements
     ]
-    if policy.unmatched is None and asking:
+    unmetered = any(
+        rule.is_every_other and own is None for rule, own in policy.of_routes
+    )
+    if unmetered and asking:
         yield warning(
             _NAME,
-            f"{asking[0]!r} requires entitlements, and unmatched=None lets pass what "
-            "no rule matches: also a path that the framework serves by the same view "
-            "and reads in another way than the rule",
+            f"{asking[0]!r} requires entitlements, and '*': None lets requests pass "
+            "that no other rule matches: also a path that the framework serves by the "
+            "same view and reads in another way than the rule",
             "let the view itself ask: @meter(required_entitlements=[…])",
         )
 
@@ -49,7 +52,7 @@ def look_at_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
         return  # of one application among several
     routes = served_routes(middleware.app, closures=False)
     for rule, _ in middleware.policy.of_routes if routes else ():
-        if not any(_may_match(rule, route) for route in routes):
+        if not (rule.is_every_other or any(_may_match(rule, each) for each in routes)):
             yield warning(
                 _NAME,
                 f"{rule.text!r} matches no route of the application, so it never "

@@ -300,10 +300,10 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
         yield failure(
             _DEDUPLICATION,
             "an event that was sent twice is stored twice: what is sent again "
-            "because its answer was lost is billed twice",
+            "because its answer was lost is billed twice, and a request that is "
+            "repeated under its idempotency key is billed again",
             server_deduplication.VERDICT_REMEDY,
         )
-        yield from _keys_in_vain(situation)
     else:
         yield ok(
             _DEDUPLICATION,
@@ -311,17 +311,6 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
             server_deduplication.IN_THE_SINK,
         )
     yield from _keep(situation, deduplicates=times == 1)
-
-
-def _keys_in_vain(situation: Situation) -> Iterator[Finding]:
-    """Say what becomes of set_idempotency_key, where it is used."""
-    if any(policy.idempotency_keys for _, policy in situation.policies()):
-        yield failure(
-            "idempotency keys",
-            "set_idempotency_key has no effect: a request that is repeated under its "
-            "key is billed again, since nothing drops the second event",
-            "switch deduplication on, or do not let customers repeat requests for free",
-        )
 
 
 def _times_stored(situation: Situation, sent: Sent) -> int:

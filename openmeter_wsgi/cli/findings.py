@@ -99,7 +99,7 @@ class Situation:
 
     def policies(self) -> Iterator[tuple[str | None, Policy]]:
         """Yield every policy that governs requests, with the rule of its route."""
-        if self.policy.routes is None or self.policy.unmatched is not None:
+        if not any(rule.is_every_other for rule, _ in self.policy.of_routes):
             yield None, self.policy
         for rule, policy in self.policy.of_routes:
             if policy is not None:

@@ -21,6 +21,7 @@ from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, MeterValueError, Rejected, Unavailable
 from openmeter_wsgi.events import (
     MAX_BATCH_BYTES,
+    VALUE_PROPERTY,
     encode_events,
     read_usage,
     size_problem,
@@ -325,7 +326,7 @@ def _encoded(event: dict[str, Any], policy: Policy) -> bytes:
         if "data" in event:
             event["data"] = msgspec.json.decode(event["data"])
         else:
-            event["data"] = {policy.value_property: 1}
+            event["data"] = {VALUE_PROPERTY: 1}
         return encode_event(
             event, source=policy.event_source, new_id=secrets.token_hex(16)
         )

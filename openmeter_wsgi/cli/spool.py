@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from openmeter_wsgi.cli import kafka_retention
+from openmeter_wsgi.cli import kafka_retention, spool_follow
 from openmeter_wsgi.cli.api_client import NoAnswer
 from openmeter_wsgi.cli.arguments import (
     open_listing,
@@ -38,6 +38,7 @@ from openmeter_wsgi.cli.spool_files import (
     SpoolContents,
     requeue,
 )
+from openmeter_wsgi.cli.spool_follow import EventFilter
 from openmeter_wsgi.errors import SpoolError
 from openmeter_wsgi.spool import last_answer
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
@@ -87,11 +88,14 @@ def print_status(directory: Path, *, as_json: bool) -> None:
         _print_status(status)
 
 
-def print_list(directory: Path, *, waiting: bool, as_json: bool) -> None:
+def print_list(
+    directory: Path, wanted: EventFilter, *, waiting: bool, as_json: bool
+) -> None:
     """Print the dead letters, and the waiting events if they are wanted."""
-    documents = _documents(directory) if waiting else _dead(directory)
+    found = _documents(directory) if waiting else _dead(directory)
+    documents = [one for one in found if wanted.wants(one["event"])]
     if as_json:
-        print_json(list(documents))
+        print_json(documents)
         return
     rows = [_row(one) for one in documents]
     print_table(_COLUMNS, rows)
@@ -445,9 +449,9 @@ def command(
     context.obj = (partial(open_spool, spool_dir), policy_file)
 
 
-def _opened(context: click.Context) -> Path:
-    opener: Callable[[], Path] = context.obj[0]
-    return opener()
+def _opened(context: click.Context, *, may_be_empty: bool = False) -> Path:
+    opener: Callable[..., Path] = context.obj[0]
+    return opener(may_be_empty=may_be_empty)
 
 
 @command.command(
@@ -464,11 +468,47 @@ def _status(context: click.Context, as_json: bool) -> None:
 
 @command.command("list", epilog=EXIT_CODES)
 @click.option("--waiting", is_flag=True, help="The waiting events as well.")
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Print events as applications on this host settle them, until a signal.",
+)
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only events of this type; * stands for anything. May be repeated.",
+)
+@click.option(
+    "--subject",
+    "subjects",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only events of this subject, likewise.",
+)
 @_as_json
 @click.pass_context
-def _list(context: click.Context, waiting: bool, as_json: bool) -> None:
-    """List the dead letters, the oldest first, each with its reason."""
-    print_list(_opened(context), waiting=waiting, as_json=as_json)
+def _list(
+    context: click.Context,
+    waiting: bool,
+    follow: bool,
+    types: tuple[str, ...],
+    subjects: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """List the dead letters, the oldest first, each with its reason.
+
+    With --follow it lists no dead letters but new events, one a line, as JSON with
+    --json; with --waiting it begins with the events that wait. It reads beside the
+    processes that write and deliver.
+    """
+    wanted = EventFilter(types, subjects)
+    if follow:
+        directory = _opened(context, may_be_empty=True)
+        spool_follow.follow(directory, wanted, everything=waiting, as_json=as_json)
+    else:
+        print_list(_opened(context), wanted, waiting=waiting, as_json=as_json)
 
 
 @command.command(

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
 
 logger = log.get_logger(__name__)
-#: What bounds it, for the log.
-_BOUNDS = "max_queue_events or max_queue_bytes"
+#: The option that bounds it, for the log.
+_BOUND = "max_queue_bytes"
 _TYPICAL_EVENT = 250
 #: What is larger is measured before it is put.
 _LARGE_EVENT = 16_384
@@ -71,19 +71,17 @@ class MemoryQueue(Source[NumberedBatch]):
 
     Any thread puts; one thread takes, and says when it is done with what it took.
     `put` takes no lock: it may run in a finaliser that interrupts another `put` of
-    the same thread. The bounds include what is being sent.
+    the same thread. The bound includes what is being sent.
     """
 
     def __init__(
         self,
         *,
-        max_events: int,
         max_bytes: int,
         counts: Counts,
         when_full: str = "queue_full",
         wake: Callable[[], object] = lambda: None,
     ) -> None:
-        self._max_events = max_events
         self._max_bytes = max_bytes
         self._counts = counts
         self._when_full = when_full
@@ -127,10 +125,7 @@ class MemoryQueue(Source[NumberedBatch]):
     def _put_with_care(self, event: bytes, size: int) -> bool:
         easy = self._easy  # before all that is looked at: see there
         waiting = len(self._events)
-        if (
-            waiting + self._taken >= self._max_events
-            or self.size + size > self._max_bytes
-        ):
+        if self.size + size > self._max_bytes:
             return self._refuse()
         self._events.append(event)
         self._put_bytes += size
@@ -152,7 +147,6 @@ class MemoryQueue(Source[NumberedBatch]):
     def _easily(self) -> int:
         return min(
             self._wake_at - 1,
-            self._max_events - self._taken,
             len(self._events) + (self._max_bytes - self.size) // _LARGE_EVENT,
         )
 
@@ -164,7 +158,7 @@ class MemoryQueue(Source[NumberedBatch]):
         logger.error(
             "%s: the queue is full, %d events wait in memory; new ones are lost "
             "and counted as %s until some are delivered",
-            _BOUNDS, len(self._events) + self._taken, self._when_full,
+            _BOUND, len(self._events) + self._taken, self._when_full,
         )  # fmt: skip
         return False
 
@@ -186,15 +180,12 @@ class MemoryQueue(Source[NumberedBatch]):
     @property
     def has_no_room(self) -> bool:
         """Whether an event of usual size would find no room."""
-        return (
-            self.waiting >= self._max_events
-            or self.size + _TYPICAL_EVENT > self._max_bytes
-        )
+        return self.size + _TYPICAL_EVENT > self._max_bytes
 
     @property
     def is_pressed(self) -> bool:
         """Whether what waits takes half of the room or more."""
-        return 2 * self.waiting >= self._max_events or 2 * self.size >= self._max_bytes
+        return 2 * self.size >= self._max_bytes
 
     @property
     def first(self) -> list[bytes]:
@@ -248,7 +239,7 @@ class MemoryQueue(Source[NumberedBatch]):
             (since, dropped), self._full = self._full, None
             logger.warning(
                 "%s: there is room again after %.0f s, in which %d events were lost",
-                _BOUNDS, time.monotonic() - since,
+                _BOUND, time.monotonic() - since,
                 self._counts.dropped[self._when_full] - dropped,
                 extra=log.OVER,
             )  # fmt: skip
@@ -291,7 +282,6 @@ class MemoryDelivery:
         self._exit_hook = ExitHook(self.close_at_exit)
         self._hooks = FirstRequestHooks()
         self._queue = MemoryQueue(
-            max_events=policy.max_queue_events,
             max_bytes=policy.max_queue_bytes,
             counts=counts,
             when_full=when_full,

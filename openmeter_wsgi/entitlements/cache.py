@@ -35,6 +35,10 @@ logger = log.get_logger(__name__)
 _GRACE = 2.0
 
 
+#: Answers that a process keeps of each feature, and customers that it keeps of lookups.
+CACHE_SIZE = 10_000
+
+
 class Lifetimes(NamedTuple):
     """Seconds for which an answer holds."""
 
@@ -103,7 +107,7 @@ class AnswerCache:
     """
 
     def __init__(
-        self, size: int, *, clock: Callable[[], float] = time.monotonic
+        self, size: int = CACHE_SIZE, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._size = size
         #: Monotonic, in seconds.

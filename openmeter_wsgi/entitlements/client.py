@@ -26,16 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from openmeter_wsgi.options import ApiKey
-    from openmeter_wsgi.policy import EntitlementsPath
 
 logger = log.get_logger(__name__)
 
 
-_VALUE = {
-    "v2": "/api/v2/customers/{}/entitlements/{}/value",
-    "v1": "/api/v1/customers/{}/entitlements/{}/value",
-    "subjects": "/api/v1/subjects/{}/entitlements/{}/value",
-}
+_VALUE = "/api/v2/customers/{}/entitlements/{}/value"
 _ACCESS = "/api/v1/customers/{}/access"
 _TERMS = "/api/v2/customers/{}/entitlements/{}"
 _CUSTOMERS = "/api/v1/customers?subject={}&page={}&pageSize={}"
@@ -191,13 +186,6 @@ class ClientV1(EntitlementClient):
 
     asks_singly = True
 
-    def __init__(
-        self, *, url: str, path: EntitlementsPath, key: ApiKey, timeout: float
-    ) -> None:
-        super().__init__(url=url, key=key, timeout=timeout)
-        self._value = _VALUE[path]
-        self._knows_access = path != "subjects"
-
     def addresses(self, customer: str) -> bool:
         """Return True if *customer* can be a key."""
         return is_key(customer)
@@ -206,13 +194,13 @@ class ClientV1(EntitlementClient):
         """Ask for *features* of *customer*; several of them cost one request."""
         if not is_key(customer):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-        if len(features) > 1 and self._knows_access:
+        if len(features) > 1:
             return self._access(customer, features)
         return {feature: self._answer(customer, feature) for feature in features}
 
     def can_look_up(self, subject: str) -> bool:
         """Return True if *subject* may belong to a customer of another key."""
-        return self._knows_access and is_key(subject)
+        return is_key(subject)
 
     def lookup(self, subject: str, step: int) -> CustomerPage:
         """Look for the customer that has *subject* on one page of the list.
@@ -244,13 +232,9 @@ class ClientV1(EntitlementClient):
         self.answers(NOBODY, features)
 
     def _answer(self, customer: str, feature: str) -> Answer:
-        reply = self._get(_path(self._value, customer, feature))
-        if reply.status in _UNKNOWN and (said := detail_of(reply)):
-            # Of a feature that is not there only the deprecated path says 404.
-            speaks_of = said.removeprefix("not found error: ").split(maxsplit=1)[0]
-            if self._knows_access or speaks_of in {"customer", "subject"}:
-                return UNKNOWN_CUSTOMER
-            return NO_ACCESS
+        reply = self._get(_path(_VALUE, customer, feature))
+        if reply.status in _UNKNOWN and detail_of(reply):
+            return UNKNOWN_CUSTOMER
         return decoded(reply, Answer)  # type: ignore[no-any-return]
 
     def _access(self, customer: str, features: Sequence[str]) -> Answers:

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from openmeter_wsgi.entitlements.cache import CACHE_SIZE
 from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
 from openmeter_wsgi.errors import DeliveryError, Misconfigured
 
@@ -41,9 +42,9 @@ class FoundCustomers:
 
     def __init__(
         self,
-        size: int,
         lifetimes: Lifetimes,
         *,
+        size: int = CACHE_SIZE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._size = size

@@ -45,7 +45,6 @@ class Amounts:
         self, policy: Policy, customer_of: Callable[[str], str | None]
     ) -> None:
         self._meters = policy.entitlement_meters
-        self._value_property = policy.value_property
         self._customer_of = customer_of
         self._static = policy.static_meters
         self._used_by_static = self._of(self._static)
@@ -102,17 +101,16 @@ class Amounts:
         return {
             feature: amount
             for feature, counted in self._meters.items()
-            if (amount := amount_of(meters, counted, self._value_property))
+            if (amount := amount_of(meters, counted))
         }
 
 
-def amount_of(
-    meters: Iterable[Meter], counted: CountedMeter, value_property: str
-) -> float:
-    """Return what *meters* use of the feature that counts *counted*."""
-    name = counted.property or value_property
+def amount_of(meters: Iterable[Meter], counted: CountedMeter) -> float:
+    """Return the usage in *meters* of the feature that counts *counted*."""
     return math.fsum(
-        _number(meter, name) for meter in meters if meter.type == counted.type
+        _number(meter, counted.property)
+        for meter in meters
+        if meter.type == counted.type
     )
 
 

@@ -186,7 +186,6 @@ class EntitlementService:
         countdown: LocalQuota,
         lifetimes: Lifetimes,
         id_lifetimes: Lifetimes | None = None,
-        cache_size: int,
         tells_periods: bool,
         close_store: Callable[[], None],
     ) -> None:
@@ -194,8 +193,8 @@ class EntitlementService:
         self._close_store = close_store
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
-        self._answers = AnswerCache(cache_size)
-        self._customers = FoundCustomers(cache_size, id_lifetimes or lifetimes)
+        self._answers = AnswerCache()
+        self._customers = FoundCustomers(id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer)
 
@@ -436,8 +435,7 @@ def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     key = policy.questions_key
     if policy.api_flavor == "v3":
         return ClientV3(url=url, key=key, timeout=timeout)
-    path = policy.entitlements_path
-    return ClientV1(url=url, path=path, key=key, timeout=timeout)
+    return ClientV1(url=url, key=key, timeout=timeout)
 
 
 def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
@@ -469,7 +467,6 @@ def entitlement_service(
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
         id_lifetimes=_id_lifetimes(policy, lifetimes),
-        cache_size=policy.entitlement_cache_size,
         close_store=store.close,
         tells_periods=any(
             each.usage_headers

@@ -58,6 +58,7 @@ class SpoolDelivery:
         counts: Counts,
         *,
         segment_bytes: int = SEGMENT_BYTES,
+        form: str | None = None,
         elected: Callable[[], None] = lambda: None,
     ) -> None:
         self.pid = os.getpid()
@@ -76,6 +77,7 @@ class SpoolDelivery:
             new_overflow=self._new_overflow,
             moved_on=self._moved_on,
             segment_bytes=segment_bytes,
+            form=form,
         )
         self._sending = self._new_sending()
         #: What was stuck, and given up.

@@ -263,10 +263,8 @@ def prepare_directory(path: str, *, to_write: bool = True) -> Path:
     return directory
 
 
-def journal_form(directory: Path, wanted: str) -> str:
-    """Return the form in which to append there: ``"mapped"`` or ``"written"``."""
-    if wanted != "auto":
-        return MAPPED if wanted == "mmap" else WRITTEN
+def journal_form(directory: Path) -> str:
+    """Return the fastest form of a journal that is safe in *directory*."""
     gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     safe = sys.platform == "linux" and gil and file_system(directory) in _MAPPABLE
     return MAPPED if safe else WRITTEN

@@ -55,7 +55,8 @@ class SpoolWriter:
 
     *moved_on* is called when a segment was full, or none was there. Where the disk
     takes nothing, what *new_overflow* makes takes the event, and it is counted; a
-    process that does not deliver can only drop it.
+    process that does not deliver can only drop it. The form of the journal is the
+    fastest that is safe in the directory; tests choose it.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SpoolWriter:
         new_overflow: Callable[[str], MemoryDelivery],
         moved_on: Callable[[], None],
         segment_bytes: int = SEGMENT_BYTES,
+        form: str | None = None,
     ) -> None:
         self._directory = directory
         self._policy = policy
@@ -74,6 +76,7 @@ class SpoolWriter:
         self._new_overflow = new_overflow
         self._moved_on = moved_on
         self._segment_bytes = segment_bytes
+        self._form = form
         #: Holds the journal. Another one after a close.
         self._slot: dict[str, Journal] = {}
         self._journal: Journal | SegmentWriter = CLOSED
@@ -143,7 +146,7 @@ class SpoolWriter:
         try:
             return Journal(
                 prepare_directory(str(self._directory)),
-                form=journal_form(self._directory, self._policy.journal),
+                form=self._form or journal_form(self._directory),
                 max_bytes=self._policy.max_spool_bytes,
                 segment_bytes=self._segment_bytes,
                 kept=self._kept,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from openmeter_wsgi.billing import Audit
+from openmeter_wsgi import audit
 from openmeter_wsgi.delivery.queue import Backlog
 from openmeter_wsgi.entitlements.cache import Lifetimes
 from openmeter_wsgi.entitlements.client import (
@@ -332,7 +332,6 @@ class Collected:
             new_asker=lambda answering: DirectLookup(client, answering),
             countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
-            cache_size=policy.entitlement_cache_size,
             close_store=store.close,
             tells_periods=False,
         )
@@ -409,10 +408,9 @@ def _both(
 ) -> Callable[[dict[str, Any]], object]:
     if own is None:
         return tell
-    audit = Audit(own)
 
     def tell_both(record: dict[str, Any]) -> None:
         tell(record)
-        audit.tell(record)
+        audit.tell(own, record)
 
     return tell_both

@@ -417,7 +417,7 @@ def _with_lifetime(translation: Translation) -> dict[str, Any]:
         lifetimes.add(said.pop(_LIFETIME, None))
         for name in DELIVERY:
             said.pop(name, None)
-    options = {**translation.delivery, "routes": own, "unmatched": None}
+    options = {**translation.delivery, "routes": {**own, "*": None}}
     if known := [each for each in lifetimes if each is not None]:
         options[_LIFETIME] = min(known)
     return options

@@ -45,9 +45,7 @@ def anonymous_bytes() -> int:
 def hold(count: int, spool_dir: str | None) -> int:
     """Return the bytes that so many waiting events take in this process."""
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
-    middleware = waiting.middleware(
-        spool_dir=spool_dir, max_queue_events=count + 10, flush_interval=0.5
-    )
+    middleware = waiting.middleware(spool_dir=spool_dir, flush_interval=0.5)
     put = middleware.process().transport.put
     events = waiting.events(RequestIds())
     put(next(events))

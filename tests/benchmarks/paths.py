@@ -77,7 +77,6 @@ def applications(
         "on_missing_subject": "acme",
         "flush_interval": 3_600.0,
         "batch_size": 100_000,
-        "max_queue_events": 10_000_000,
         "max_queue_bytes": 4_000_000_000,
         **options,
     }

@@ -29,7 +29,6 @@ def middleware(
         "api_url": api_url,
         "on_missing_subject": "acme",
         "meters": {"api_requests": 1},
-        "max_queue_events": 10_000_000,
         "max_queue_bytes": 4_000_000_000,
         "max_spool_bytes": 4_000_000_000,
         "shutdown_timeout": 0.0,

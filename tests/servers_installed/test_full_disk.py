@@ -9,6 +9,7 @@ import pytest
 
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 from spool_support import COMMAND, put
 from spool_support import event as event_of
 from spooling import event, segments, spool_queue
@@ -27,11 +28,11 @@ def small_disk(disk):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("journal", ["mmap", "write"])
-def test_a_full_disk_hurts_nobody_and_passes(openmeter, tmp_path, journal):
+@pytest.mark.parametrize("form", [MAPPED, WRITTEN])
+def test_a_full_disk_hurts_nobody_and_passes(openmeter, tmp_path, form):
     with small_disk(tmp_path / "disk") as disk:
         openmeter.down()
-        one = spool_queue(disk / "spool", openmeter.url, journal=journal)
+        one = spool_queue(disk / "spool", openmeter.url, form=form)
         for n in range(400):
             one.put(event(str(n), padding="x" * 4_000))
 
@@ -49,7 +50,7 @@ def test_a_full_disk_hurts_nobody_and_passes(openmeter, tmp_path, journal):
 def read_only(tmp_path):
     """A spool in which an event waits, on a disk that takes nothing any more."""
     with small_disk(tmp_path / "disk") as disk:
-        put(disk / "spool", event_of("1"), journal="write")
+        put(disk / "spool", event_of("1"), form=WRITTEN)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         yield disk / "spool"
 

@@ -1,4 +1,4 @@
-"""``openmeter-wsgi tail``, beside processes that really write."""
+"""``openmeter-wsgi spool list --follow``, beside processes that really write."""
 
 import contextlib
 import json
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from openmeter_wsgi.cli.tail import Following
+from openmeter_wsgi.cli.spool_follow import Following
+from openmeter_wsgi.spool.files import MAPPED, WRITTEN
 from spool_support import COMMAND, event, put, shipping, worker
+
+FOLLOW = [*COMMAND, "spool", "--spool-dir"]
 
 
 class Tail:
@@ -32,9 +35,9 @@ class Tail:
 
 @contextlib.contextmanager
 def tailing(directory, *options):
-    """Yield a ``tail`` that follows: what is put from now on, it prints."""
+    """Yield a command that prints all that is put from now on."""
     with subprocess.Popen(
-        [*COMMAND, "tail", "--spool-dir", str(directory), *options],
+        [*FOLLOW, str(directory), "list", "--follow", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,10 +49,10 @@ def tailing(directory, *options):
             process.kill()
 
 
-@pytest.mark.parametrize("journal", ["mmap", "write"])
-def test_events_are_printed_as_they_are_put(tmp_path, journal):
+@pytest.mark.parametrize("form", [MAPPED, WRITTEN])
+def test_events_are_printed_as_they_are_put(tmp_path, form):
     put(tmp_path / "spool", event("before"))
-    with worker(tmp_path / "spool", journal) as living:
+    with worker(tmp_path / "spool", form) as living:
         living.put(event("earlier"))
         with tailing(tmp_path / "spool", "--json") as tail:
             living.put(event("1"))
@@ -64,9 +67,8 @@ def test_events_are_printed_as_they_are_put(tmp_path, journal):
 def test_what_is_there_already_comes_first_if_it_is_wanted(tmp_path):
     put(tmp_path / "spool", event("1"), event("2"))
 
-    with tailing(tmp_path / "spool", "--all", "--json", "--count", "2") as tail:
+    with tailing(tmp_path / "spool", "--waiting", "--json") as tail:
         assert tail.ids(2) == ["1", "2"]
-        assert tail.process.wait(40) == 0
 
 
 def test_a_process_that_starts_later_is_followed_too(tmp_path):
@@ -108,7 +110,7 @@ def test_on_a_terminal_it_is_coloured_and_does_not_steer_it(tmp_path):
     put(tmp_path / "spool", event("1", subject="\x1b[31mred"))
     shown, terminal = pty.openpty()
     with subprocess.Popen(
-        [*COMMAND, "tail", "--spool-dir", str(tmp_path / "spool"), "--all", "-n1"],
+        [*FOLLOW, str(tmp_path / "spool"), "list", "--follow", "--waiting"],
         stdout=terminal,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"TERM": "xterm-256color"},
@@ -118,6 +120,8 @@ def test_on_a_terminal_it_is_coloured_and_does_not_steer_it(tmp_path):
         with contextlib.suppress(OSError):  # the other end is closed
             while chunk := os.read(shown, 10_000):
                 said += chunk
+                if b"\n" in said:
+                    process.terminate()
         os.close(shown)
         assert process.wait(40) == 0
 
@@ -174,7 +178,7 @@ def test_a_line_that_a_kill_tore_is_no_event(tmp_path):
 def test_without_a_spool_it_is_one_line(tmp_path, name, code, said):
     options = [] if name is None else ["--spool-dir", str(tmp_path / name)]
     result = subprocess.run(
-        [*COMMAND, "tail", *options],
+        [*COMMAND, "spool", *options, "list", "--follow"],
         capture_output=True,
         text=True,
         timeout=40,

@@ -1,4 +1,4 @@
-"""``openmeter-wsgi tail``: print the events of a spool as they are written.
+"""``openmeter-wsgi spool list --follow``: print events as they are written.
 
 Nothing here writes, locks or deletes. A segment is held open while it is read, so
 that its sender may delete it at any moment.
@@ -7,7 +7,6 @@ that its sender may delete it at any moment.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 from fnmatch import fnmatchcase
@@ -18,8 +17,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from openmeter_wsgi.cli.arguments import open_spool, spool_dir_option
-from openmeter_wsgi.cli.exits import exit_codes, stop_signals
+from openmeter_wsgi.cli.exits import stop_signals
 from openmeter_wsgi.cli.output import name_of, print_json, printable
 from openmeter_wsgi.spool.files import (
     SegmentName,
@@ -136,14 +134,14 @@ _NAMES = ("time", "type", "subject", "id")
 _STYLES = ("dim", "cyan", "bold", "dim", "default")
 
 
-class _Filter(NamedTuple):
-    """Which events are wanted: one of the types, and one of the subjects."""
+class EventFilter(NamedTuple):
+    """Patterns of the wanted types and subjects; none means all of them."""
 
     types: tuple[str, ...]
     subjects: tuple[str, ...]
 
     def wants(self, event: Any) -> bool:
-        """Say whether *event* is wanted."""
+        """Return True if *event* has one of the types and one of the subjects."""
         return _matches(name_of(event, "type"), self.types) and _matches(
             name_of(event, "subject"), self.subjects
         )
@@ -153,52 +151,18 @@ def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
     return not patterns or any(fnmatchcase(value or "", one) for one in patterns)
 
 
-@click.command("tail", epilog=exit_codes(_0="done, or ended by a signal"))
-@spool_dir_option
-@click.option(
-    "--type",
-    "types",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only events of this type; * stands for anything. May be repeated.",
-)
-@click.option(
-    "--subject",
-    "subjects",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only events of this subject, likewise.",
-)
-@click.option("--all", "everything", is_flag=True, help="First what is there already.")
-@click.option(
-    "-n",
-    "--count",
-    type=click.IntRange(1),
-    metavar="NUMBER",
-    help="End after so many events.  [default: at SIGTERM or SIGINT]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print events as JSON lines.")
-def command(
-    spool_dir: str | None,
-    types: tuple[str, ...],
-    subjects: tuple[str, ...],
-    everything: bool,
-    count: int | None,
-    as_json: bool,
+def follow(
+    directory: Path, wanted: EventFilter, *, everything: bool, as_json: bool
 ) -> None:
-    """Print the events of a spool as applications on this host settle them.
+    """Print the events of *directory* until a signal, as applications settle them.
 
-    It reads beside the processes that write, and those that deliver. Run it as the
-    user whom the directory belongs to.
+    With *everything*, the events that wait there come first.
     """
-    directory = open_spool(spool_dir, may_be_empty=True)
-    wanted = _Filter(types, subjects)
     show = print_json if as_json else _printer()
     with stop_signals() as stopped, Following(directory, everything=everything) as all_:
-        # Only now does nothing escape that is settled from here on.
+        # Only now does no event escape that is settled from here on.
         click.echo(f"following {printable(str(directory))}", err=True)
-        events = filter(wanted.wants, _events(all_, stopped))
-        for event in itertools.islice(events, count):
+        for event in filter(wanted.wants, _events(all_, stopped)):
             show(event)
 
 
@@ -209,7 +173,7 @@ def _events(following: Following, stopped: threading.Event) -> Iterator[Any]:
 
 
 def _printer() -> Callable[[Any], None]:
-    """Return what prints an event: a line, on a terminal a coloured one."""
+    """Return a function that prints an event in one line, coloured on a terminal."""
     console = Console(markup=False, highlight=False, soft_wrap=True)
 
     def show(event: Any) -> None:

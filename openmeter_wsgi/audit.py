@@ -1,0 +1,74 @@
+"""Requests that became no event: counted by reason, told to a callable and the log.
+
+The logger of this module writes a line for each of them, at level DEBUG.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi import log
+from openmeter_wsgi.request import interrupted, method_of
+from openmeter_wsgi.values import timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+logger = log.get_logger(__name__)
+
+
+class NotMetered:
+    """The requests of one policy that became no event. One process, any thread."""
+
+    def __init__(
+        self, policy_name: str, audit: Callable[[dict[str, Any]], object] | None
+    ) -> None:
+        #: The number of requests by reason.
+        self.counts: defaultdict[str, int] = defaultdict(int)
+        self._policy_name = policy_name
+        self._audit = audit
+
+    @property
+    def is_told(self) -> bool:
+        """Whether requests are told one by one, and not only counted."""
+        return self._audit is not None or logger.isEnabledFor(logging.DEBUG)
+
+    def note(
+        self, reason: str, environ: Mapping[str, Any], status: str | None
+    ) -> Sequence[bytes]:
+        """Count a request, and return its events: none."""
+        self.counts[reason] += 1
+        if self.is_told:
+            self.tell(reason, environ, status)
+        return ()
+
+    def tell(self, reason: str, environ: Mapping[str, Any], status: str | None) -> None:
+        """Tell the callable of the policy, and the log, of one request."""
+        record = {
+            "time": timestamp(),
+            "policy": self._policy_name,
+            "reason": reason,
+            "method": method_of(environ),
+            # Of all that the client has sent only this.
+            "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
+            "status": status,
+        }
+        logger.debug(
+            "not billed: %(method)s %(path)s (%(status)s): %(reason)s [%(policy)s]",
+            record,
+        )
+        if self._audit is not None:
+            try:
+                tell(self._audit, record)
+            except BaseException as error:  # noqa: BLE001 - no Exception comes here
+                interrupted(environ, error)
+
+
+def tell(audit: Callable[[dict[str, Any]], object], record: dict[str, Any]) -> None:
+    """Hand *record* to *audit*, whose Exceptions are logged and hurt no request."""
+    try:
+        audit(record)
+    except Exception as error:  # noqa: BLE001 - the user's code, on our path
+        logger.error("audit: %r took no record: %r", audit, error)
