@@ -12,8 +12,8 @@ from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
 from openmeter_wsgi import ConfigError, route
 from openmeter_wsgi.django import get_wsgi_application
-from openmeter_wsgi.django.route_names import template_of
 from openmeter_wsgi.django.settings import check_configuration
+from openmeter_wsgi.django.view_middleware import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"

@@ -86,7 +86,7 @@ def _group() -> click.Group:
     import click
     from click.shell_completion import CompletionItem
 
-    from openmeter_wsgi.cli.exits import exit_codes
+    from openmeter_wsgi.cli.common import exit_codes
 
     class Commands(click.Group):
         """The subcommands by name."""

@@ -12,28 +12,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openmeter_wsgi.cli.arguments import open_listing, options_given, server_options
 from openmeter_wsgi.cli.check_configuration import (
     NoApplication,
     load_application,
     look_at_dry_run,
     look_at_layers,
+    look_at_rules,
     look_at_spool,
     look_at_status_codes,
+    look_at_unmatched,
     look_at_views,
     middlewares,
     problems_of,
     warnings_told,
 )
 from openmeter_wsgi.cli.check_meters import look_at_features, look_at_meters
-from openmeter_wsgi.cli.check_routes import look_at_rules, look_at_unmatched
 from openmeter_wsgi.cli.check_server import (
     look_at_clock,
     look_at_event,
     look_at_repetition,
     look_at_server,
 )
-from openmeter_wsgi.cli.exits import ANSWER_IS_NO, exit_codes
+from openmeter_wsgi.cli.common import (
+    ANSWER_IS_NO,
+    busy,
+    exit_codes,
+    open_listing,
+    options_given,
+    print_json,
+    printable,
+    server_options,
+)
 from openmeter_wsgi.cli.findings import (
     Check,
     Finding,
@@ -42,7 +51,6 @@ from openmeter_wsgi.cli.findings import (
     failure,
     unknown,
 )
-from openmeter_wsgi.cli.output import busy, print_json, printable
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy

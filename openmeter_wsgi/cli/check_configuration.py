@@ -1,4 +1,4 @@
-"""Checks of the configuration, the application and the spool directory."""
+"""Checks of the configuration, the application, its routes and the spool directory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -16,7 +17,11 @@ from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.findings import failure, ok, unknown, warning
 from openmeter_wsgi.cli.spool_files import holder
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import layers_of, misplaced_decorators
+from openmeter_wsgi.framework_routes import (
+    layers_of,
+    misplaced_decorators,
+    served_routes,
+)
 from openmeter_wsgi.lock import ELECTION
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import Policy, StatusCodes
@@ -27,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.cli.findings import Finding, Situation
-
+    from openmeter_wsgi.framework_routes import ServedRoute
+    from openmeter_wsgi.routes import RouteRule
 
 _REMEDIES = {
     "api_url": "write scheme, host and port alone, such as http://127.0.0.1:8888",
@@ -324,3 +330,78 @@ def is_on_layer(directory: Path, root: Path) -> bool:
     """
     same = directory.stat().st_dev == root.stat().st_dev
     return same and file_system(root) == "overlay"
+
+
+_NAME = "routes"
+#: A variable in a template of any framework, and one that takes slashes, too.
+_VARIABLE = re.compile(r"<[^<>]*>|\{[^{}]*\}")
+_TAKES_SLASHES = re.compile(r"path|:re:|:filter|\*")
+#: What stands in a regular expression and in no path.
+_REGULAR = re.compile(r"[()\\^$]")
+#: A part of a template that takes any text, and one that takes several parts.
+_ONE, _MANY = "\0", "\1"
+
+
+def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
+    """Say where a path that no rule matches evades a question of entitlements."""
+    policy = situation.policy
+    asking = [
+        rule.text for rule, own in policy.of_routes if own and own.required_entitlements
+    ]
+    if policy.unmatched is None and asking:
+        yield warning(
+            _NAME,
+            f"{asking[0]!r} requires entitlements, and unmatched=None lets pass what "
+            "no rule matches: also a path that the framework serves by the same view "
+            "and reads in another way than the rule",
+            "let the view itself ask: @meter(required_entitlements=[…])",
+        )
+
+
+def look_at_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
+    """Name each rule that no request of the application can match."""
+    layers = layers_of(middleware.app, closures=False)
+    if any(hasattr(layer, "mounts") for layer in layers):
+        return  # of one application among several
+    routes = served_routes(middleware.app, closures=False)
+    for rule, _ in middleware.policy.of_routes if routes else ():
+        if not any(_may_match(rule, route) for route in routes):
+            yield warning(
+                _NAME,
+                f"{rule.text!r} matches no route of the application, so it never "
+                "governs a request",
+                "write it as the application's route, or leave it out",
+            )
+
+
+def _may_match(rule: RouteRule, route: ServedRoute) -> bool:
+    methods = {"GET" if method == "HEAD" else method for method in rule.methods}
+    if methods and route.methods is not None and methods.isdisjoint(route.methods):
+        return False
+    return _overlap(_parts(rule.path), _parts(route.template))
+
+
+def _parts(template: str) -> list[str]:
+    """Return a template part by part: a text, `_ONE` or `_MANY`."""
+    marked = _VARIABLE.sub(
+        lambda found: _MANY if _TAKES_SLASHES.search(found[0]) else _ONE, template
+    )
+    return [_part(part) for part in marked.strip("/").split("/")]
+
+
+def _part(text: str) -> str:
+    if _MANY in text or text.startswith("*") or _REGULAR.search(text):
+        return _MANY
+    return _ONE if _ONE in text else text
+
+
+def _overlap(left: list[str], right: list[str]) -> bool:
+    """Say whether some path may match both."""
+    if not left or not right:
+        return left == right
+    if _MANY in {left[0], right[0]}:
+        several, other = (left, right) if left[0] == _MANY else (right, left)
+        return any(_overlap(several[1:], other[n:]) for n in range(1, len(other) + 1))
+    if left[0] != right[0] and _ONE not in {left[0], right[0]}:
+        return False
+    return _overlap(left[1:], right[1:])

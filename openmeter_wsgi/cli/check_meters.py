@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
-from openmeter_wsgi.cli.arguments import open_listing
+from openmeter_wsgi.cli.common import open_listing
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
 from openmeter_wsgi.entitlements.service import question_client
 from openmeter_wsgi.errors import DeliveryError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from openmeter_wsgi.cli.exits import EXIT_CODES
+from openmeter_wsgi.cli.common import EXIT_CODES
 
 PROGRAM = "openmeter-wsgi"
 #: Asks the program for what fits; click's own name for it.

@@ -18,9 +18,15 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from openmeter_wsgi.cli.arguments import open_spool, spool_dir_option
-from openmeter_wsgi.cli.exits import exit_codes, stop_signals
-from openmeter_wsgi.cli.output import name_of, print_json, printable
+from openmeter_wsgi.cli.common import (
+    exit_codes,
+    name_of,
+    open_spool,
+    print_json,
+    printable,
+    spool_dir_option,
+    stop_signals,
+)
 from openmeter_wsgi.spool.files import (
     SegmentName,
     is_event,

@@ -1,4 +1,4 @@
-"""Django's settings: the policy in them, and the system checks of it."""
+"""Django's settings: their policy, the application it is put around, system checks."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.conf import settings
-from django.core import checks
+from django.core import checks, wsgi
 from django.utils.module_loading import import_string
 
 from openmeter_wsgi.django.view_middleware import (
     ViewMiddleware,
     authenticated_user,
     subject_from,
+    watch_users,
 )
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.frameworks import make_policy
+from openmeter_wsgi.frameworks import FrameworkMiddleware, make_policy
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
     from openmeter_wsgi.policy import Policy
-
 
 SETTING = "OPENMETER"
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
@@ -92,3 +93,18 @@ def _rest_framework(policy: Policy) -> list[checks.CheckMessage]:
             id="openmeter.W001",
         )
     ]
+
+
+def get_wsgi_application(**options: Any) -> OpenMeterMiddleware:
+    """Return Django's WSGI application, metered as ``settings.OPENMETER`` says.
+
+    *options* go before the settings, and those before variables.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+    app = wsgi.get_wsgi_application()
+    policy = policy_of_settings(**options)
+    if problem := view_middleware_problem():
+        raise ConfigError([problem])
+    watch_users()
+    return FrameworkMiddleware(app, policy)
