@@ -175,6 +175,26 @@ def test_djangos_check_reports_every_problem(database):
     assert "(openmeter.E001) subject_path: expected a path" in found.stderr
 
 
+def test_djangos_own_commands_need_no_key(tmp_path):
+    path = tmp_path / "db.sqlite3"
+    cloud = {"OPENMETER_API_URL": "https://openmeter.cloud"}
+    person = {
+        "DJANGO_SUPERUSER_PASSWORD": "secret",
+        "DJANGO_SUPERUSER_EMAIL": "wile@example.com",
+    }
+    named = ("createsuperuser", "--noinput", "--username", "wile")
+
+    migrated = manage(path, "migrate", "--verbosity", "0", **cloud)
+    created = manage(path, *named, **cloud, **person)
+    checked = manage(path, "check", **cloud)
+    loaded = manage(path, "shell", "-c", "import wsgi", check=False, **cloud)
+
+    assert "(openmeter.W002) api_key: expected a key" in migrated.stderr
+    assert "Superuser created" in created.stdout
+    assert "(openmeter.W002)" in checked.stderr
+    assert "ConfigError: api_key: expected a key" in loaded.stderr
+
+
 def test_djangos_openmeter_check_says_whether_usage_would_be_billed(database):
     path, _ = database
 

@@ -111,12 +111,18 @@ class ViewMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
         """Serve one request."""
         environ: Any = environ_of(request)
-        if environ is None or REQUEST not in environ:
-            # Under ASGI, in Django's test client, or with Django's own wsgi.py.
+        if hasattr(request, "scope"):
+            logger.error(
+                "openmeter_wsgi: a request came through ASGI; it is served, not "
+                "metered and not checked for entitlements, since this is a WSGI "
+                "middleware: serve the project through wsgi.py"
+            )
+        elif environ is None or REQUEST not in environ:
+            # From Django's test client, or with Django's own function in wsgi.py.
             logger.warning(
-                "%s: a request did not come through openmeter_wsgi.django."
-                "get_wsgi_application, so it is not metered",
-                type(self).__name__,
+                "openmeter_wsgi: a request did not come through openmeter_wsgi.django."
+                "get_wsgi_application; it is served and not metered: let wsgi.py call "
+                "that function"
             )
         else:
             remember_request(request, environ)
