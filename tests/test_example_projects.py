@@ -220,6 +220,41 @@ def test_djangos_openmeter_check_looks_at_what_the_settings_meter(database):
     assert "deduplication" not in found
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "said"),
+    [
+        (
+            "WSGI_APPLICATION = 'own_wsgi.application'",
+            "application",
+            "own_wsgi:application is not wrapped in OpenMeterMiddleware",
+        ),
+        (
+            "WSGI_APPLICATION = None; ASGI_APPLICATION = 'asgi.application'",
+            "settings",
+            "ASGI_APPLICATION: requests that asgi.application serves are not metered",
+        ),
+    ],
+)
+def test_djangos_openmeter_check_looks_at_what_is_served(
+    database, tmp_path, settings, name, said
+):
+    path, _ = database
+    (tmp_path / "own_settings.py").write_text(f"from settings import *\n{settings}\n")
+    (tmp_path / "own_wsgi.py").write_text(
+        "from django.core.wsgi import get_wsgi_application\n"
+        "application = get_wsgi_application()\n"
+    )
+    own = {"DJANGO_SETTINGS_MODULE": "own_settings", "PYTHONPATH": str(tmp_path)}
+
+    result = manage(path, "openmeter_check", "--json", check=False, **own)
+
+    assert result.returncode == 3
+    found = {each["name"]: each for each in json.loads(result.stdout)["findings"]}
+    assert found[name]["severity"] == "failure"
+    assert found[name]["found"].startswith(said)
+    assert "wsgi.py" in found[name]["remedy"]
+
+
 # -- Other frameworks
 
 APPS = {

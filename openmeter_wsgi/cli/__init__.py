@@ -26,7 +26,7 @@ COMMANDS = {
     "check": Subcommand(
         "openmeter_wsgi.cli.check",
         "cli",
-        "Say whether usage would be billed, and right; and what to do if not.",
+        "Validate the configuration against the server; each problem has a remedy.",
     ),
     "send": Subcommand(
         "openmeter_wsgi.cli.send",
