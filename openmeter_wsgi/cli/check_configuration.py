@@ -28,9 +28,10 @@ from openmeter_wsgi.framework_routes import (
 )
 from openmeter_wsgi.lock import ELECTION
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, StatusCodes, in_place_of
+from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
+from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
