@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.measures import status as status
     from openmeter_wsgi.middleware import OpenMeterMiddleware as OpenMeterMiddleware
     from openmeter_wsgi.policy import Policy as Policy
-    from openmeter_wsgi.policy import StatusCodes as StatusCodes
     from openmeter_wsgi.request import add_meters as add_meters
     from openmeter_wsgi.request import get_meters as get_meters
     from openmeter_wsgi.request import set_idempotency_key as set_idempotency_key
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import set_subject as set_subject
     from openmeter_wsgi.request import set_user as set_user
     from openmeter_wsgi.stats import Stats as Stats
+    from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
 
 # The package alone imports nothing: its pytest plugin is loaded in every run of
 # pytest. The first of these names imports all of them, so that no request does.
@@ -76,7 +76,8 @@ _LATE = {
         "method", "multi_status", "records", "request_header", "response_header",
         "response_json", "route", "status",
     ),
-    "policy": ("Policy", "StatusCodes"),
+    "policy": ("Policy",),
+    "status_codes": ("StatusCodes",),
     "stats": ("Stats",),
 }  # fmt: skip
 _MODULE = {

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.service import EntitlementService
-    from openmeter_wsgi.policy import Policy, StatusCodes
+    from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.routes import Routes
+    from openmeter_wsgi.status_codes import StatusCodes
 
 logger = log.get_logger(__name__)
 

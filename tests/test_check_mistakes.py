@@ -3,7 +3,10 @@
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import ssl
+import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
@@ -230,8 +233,173 @@ def test_a_meter_type_that_no_meter_counts(sandbox, api):
     severity, found, remedy = wrong["meter 'api_request'"]
     assert severity == "failure"
     assert "no meter on the server counts events of this type" in found
-    assert "there are meters for 'api-request'" in found
+    assert "its meters count 'api-request'" in found
     assert "create a meter with eventType 'api_request'" in remedy
+
+
+CREATED = {
+    '{"api_request": 1}': {
+        "slug": "api_request",
+        "eventType": "api_request",
+        "aggregation": "SUM",
+        "valueProperty": "$.total",
+    },
+    '{"Chat tokens": "$response.bytes"}': {
+        "slug": "chat_tokens",
+        "eventType": "Chat tokens",
+        "aggregation": "SUM",
+        "valueProperty": "$.total",
+    },
+}
+
+
+@pytest.mark.parametrize("meters", CREATED)
+def test_the_command_that_creates_a_missing_meter_is_told(sandbox, meters):
+    command = missing_meter(api_url=sandbox.url, meters=meters)
+
+    assert json.loads(command[command.index("-d") + 1]) == CREATED[meters]
+    assert f"{sandbox.url}/api/v1/meters" in command
+
+
+@pytest.mark.parametrize(
+    ("document", "aggregation", "path", "group_by"),
+    [
+        ({"type": "call"}, "COUNT", None, None),
+        (
+            {"type": "call", "data": {"model": "m", "in": 3, "out": 4}},
+            "SUM",
+            "$.in",
+            {"model": "$.model"},
+        ),
+        ({"type": "call", "data": {"tokens used": 3}}, "SUM", "$['tokens used']", None),
+    ],
+)
+def test_the_command_fits_the_data_of_the_event(
+    sandbox, document, aggregation, path, group_by
+):
+    command = missing_meter(api_url=sandbox.url, meter=json.dumps(document))
+
+    created = json.loads(command[command.index("-d") + 1])
+    assert created.pop("aggregation") == aggregation
+    assert created.pop("valueProperty", None) == path
+    assert created.pop("groupBy", None) == group_by
+
+
+def test_the_command_creates_a_meter_that_check_accepts(sandbox, api):
+    api.meter("api_request", "COUNT", eventType="another type")
+    document = {"type": "api_request", "data": {"plan": "it's", "n": 1}}
+    variables = {"api_url": sandbox.url, "meter": json.dumps(document)}
+
+    done = subprocess.run(
+        missing_meter(**variables), capture_output=True, check=True, timeout=40
+    )
+
+    assert json.loads(done.stdout)["slug"] == "api_request_2"
+    assert "meter 'api_request'" not in check("--no-dedupe-check", **variables)[1]
+
+
+def test_the_command_for_version_3_has_its_words_and_the_key(openmeter):
+    openmeter.rule = answer_v3
+
+    command = missing_meter(
+        api_url=openmeter.url, api_flavor="v3", api_key="om_x", meters='{"call": 1}'
+    )
+
+    assert json.loads(command[command.index("-d") + 1]) == {
+        "key": "call",
+        "name": "call",
+        "event_type": "call",
+        "aggregation": "sum",
+        "value_property": "$.total",
+    }
+    assert f"{openmeter.url}/api/v3/openmeter/meters" in command
+    assert "Authorization: Bearer $OPENMETER_API_KEY" in command
+    assert not [part for part in command if "om_x" in part]
+
+
+def test_the_command_stands_in_one_line_of_its_own(sandbox):
+    variables = {"OPENMETER_API_URL": sandbox.url, "OPENMETER_METERS": '{"call": 1}'}
+
+    result = CliRunner().invoke(command, ["--no-dedupe-check"], env=variables)
+
+    (line,) = [line for line in result.output.splitlines() if "curl" in line]
+    assert shlex.split(line)[0] == "curl"
+
+
+def answer_v3(request):
+    if request.method == "GET":
+        empty = {"data": [], "meta": {"page": {"number": 1, "size": 100, "total": 0}}}
+        return Answer(200, json.dumps(empty).encode())
+    return Answer(204)
+
+
+def missing_meter(**variables):
+    """Return the words of the command that creates the meter that is missing."""
+    environ = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
+    result = CliRunner().invoke(command, ["--json", "--no-dedupe-check"], env=environ)
+    findings = json.loads(result.stdout)["findings"]
+    (told,) = [one["command"] for one in findings if one["command"]]
+    return shlex.split(told)
+
+
+def test_the_types_in_the_decorators_of_views_are_looked_for(sandbox, application):
+    name = application(VIEWS.format(url=sandbox.url))
+
+    _, wrong = check("--no-dedupe-check", "--app", name)
+
+    assert sorted(wrong) == [
+        "billed status codes of view 'chat'",
+        "meter 'call'",
+        "meter 'of_class'",
+        "meter 'of_function'",
+        "meter 'of_method'",
+        "meter 'of_route'",
+    ]
+
+
+def test_a_decorator_whose_options_contradict_the_policy(sandbox, application):
+    name = application(
+        "from flask import Flask\nfrom openmeter_wsgi import *\nweb = Flask('web')\n"
+        "@web.get('/')\n@meter(trusted_request_id_header='X-Request-Id')\n"
+        "def view(): return 'x'\n"
+        f"app = OpenMeterMiddleware(web.wsgi_app, api_url={sandbox.url!r})\n"
+    )
+
+    code, wrong = check("--no-dedupe-check", "--app", name)
+
+    assert (code, [*wrong]) == (3, ["view 'view'"])
+    assert (
+        "event_source: expected a name of this service's own" in wrong["view 'view'"][1]
+    )
+
+
+VIEWS = """
+from flask import Flask
+from flask.views import MethodView
+from openmeter_wsgi import OpenMeterMiddleware, meter, no_meter
+web = Flask("web")
+
+@web.get("/chat")
+@meter(meters={{"of_function": 1}}, meter_on_status_codes="200-499")
+def chat(): return "x"
+
+@web.get("/free")
+@no_meter
+def free(): return "x"
+
+@web.get("/inherits")
+@meter(on_failure="all")
+def inherits(): return "x"
+
+class Class(MethodView):
+    decorators = [meter(meters={{"of_class": 1}})]
+    @meter(meters={{"of_method": 1}})
+    def get(self): return "x"
+web.add_url_rule("/class", view_func=Class.as_view("class"))
+
+app = OpenMeterMiddleware(web.wsgi_app, api_url={url!r}, meters={{"call": 1}},
+                          routes={{"/inherits": {{"meters": {{"of_route": 1}}}}}})
+"""
 
 
 def test_a_meter_type_of_a_single_route_that_no_meter_counts(sandbox, tmp_path):
@@ -430,6 +598,23 @@ def test_a_spool_directory_that_is_not_writable(sandbox):
     assert "mode 0700" in remedy
 
 
+def test_a_disk_with_less_room_than_the_spool_may_take(sandbox, tmp_path):
+    tmp_path.chmod(0o700)
+    room = shutil.disk_usage(tmp_path).total
+
+    _, wrong = check(
+        "--no-dedupe-check",
+        api_url=sandbox.url,
+        spool_dir=tmp_path,
+        max_spool_bytes=room,
+    )
+
+    severity, found, remedy = wrong["spool disk"]
+    assert severity == "warning"
+    assert "free, and the spool may take" in found
+    assert "max_spool_bytes" in remedy
+
+
 def test_a_spool_on_the_own_layer_of_a_container(sandbox, tmp_path, monkeypatch):
     spool = tmp_path / "spool"
     spool.mkdir(mode=0o700)
@@ -525,6 +710,51 @@ def test_what_an_application_prints_is_not_taken_for_a_finding(application):
     assert result.stderr == "hello\n"
 
 
+ASGI = {
+    "function": "async def app(scope, receive, send): pass",
+    "object": "class App:\n"
+    "    async def __call__(self, scope, receive, send): pass\napp = App()",
+}
+
+
+@pytest.mark.parametrize("kind", ASGI)
+def test_an_asgi_application(application, kind):
+    code, wrong = check("--app", application(ASGI[kind]))
+
+    assert (code, [*wrong]) == (3, ["application"])
+    severity, found, remedy = wrong["application"]
+    assert (severity, "is an ASGI application" in found) == ("failure", True)
+    assert "WSGI" in remedy
+
+
+def test_a_quota_that_each_process_counts_by_itself(sandbox, tmp_path):
+    counted = {"api_url": sandbox.url, "entitlement_meters": '["tokens"]'}
+    tmp_path.chmod(0o700)
+
+    _, wrong = check("--no-dedupe-check", **counted)
+    _, shared = check("--no-dedupe-check", spool_dir=tmp_path, **counted)
+
+    severity, found, remedy = wrong["quota"]
+    assert severity == "warning"
+    assert "each process counts" in found
+    assert "spool_dir" in remedy
+    assert "redis_url" in remedy
+    assert "quota" not in shared
+
+
+def test_an_event_source_that_is_the_default(sandbox):
+    environ = {"OPENMETER_API_URL": sandbox.url}
+    arguments = ["--no-dedupe-check"]
+
+    default = CliRunner().invoke(command, arguments, env=environ)
+    own = CliRunner().invoke(
+        command, arguments, env=environ | {"OPENMETER_EVENT_SOURCE": "shop"}
+    )
+
+    assert "event source: 'api-gateway', the default" in default.output
+    assert "event source" not in own.output
+
+
 def test_an_application_that_is_not_wrapped(application):
     name = application("def app(environ, start_response): return []")
 
@@ -555,7 +785,8 @@ def test_a_decorator_above_the_one_that_registers_the_view(
 
     code, wrong = check("--no-dedupe-check", "--app", name)
 
-    assert (code, [*wrong]) == (3, ["view free"])
+    in_effect = ["meter 'a'"] if decorator.startswith("meter") else []
+    assert (code, [*wrong]) == (3, ["view free", *in_effect])
     assert "above the decorator that registers it for /free" in wrong["view free"][1]
 
 

@@ -1,19 +1,22 @@
 """The Django edge, with views as people write them: see `django_site`."""
 
+import asyncio
 import contextlib
 import json
 
 import django
 import pytest
+from asgiref.testing import ApplicationCommunicator
 from django.conf import settings
+from django.core.asgi import get_asgi_application
 from django.test import Client, override_settings
 
 from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
 from openmeter_wsgi import ConfigError, route
 from openmeter_wsgi.django import get_wsgi_application
-from openmeter_wsgi.django.route_names import template_of
 from openmeter_wsgi.django.settings import check_configuration
+from openmeter_wsgi.django.view_middleware import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
@@ -434,3 +437,58 @@ def test_a_check_warns_of_views_that_authenticate_too_late(named, warnings):
         found = check_configuration()
 
     assert [message.id for message in found] == ["openmeter.W001"] * warnings
+
+
+def test_a_missing_key_is_a_warning_of_the_check():
+    with override_settings(MIDDLEWARE=[VIEW_MIDDLEWARE], OPENMETER={}):
+        (message,) = check_configuration()
+
+    assert message.id == "openmeter.W002"
+    assert message.msg.startswith("api_key: expected a key, which https://openmeter")
+    assert not message.is_serious()
+
+
+def test_a_missing_key_is_an_error_where_wsgi_is_loaded(make):
+    with pytest.raises(ConfigError, match="api_key: expected a key, which"):
+        make({"api_url": "https://openmeter.cloud"})
+
+
+# -- ASGI, which this middleware is not made for
+
+
+@pytest.mark.parametrize(
+    ("wsgi", "expected"),
+    [(None, ["openmeter.E003"]), ("site.wsgi.application", ["openmeter.W003"])],
+)
+def test_a_project_that_is_served_through_asgi_is_told_by_the_check(wsgi, expected):
+    with override_settings(
+        MIDDLEWARE=[VIEW_MIDDLEWARE],
+        OPENMETER={"api_key": "om_x"},
+        ASGI_APPLICATION="site.asgi.application",
+        WSGI_APPLICATION=wsgi,
+    ):
+        found = check_configuration()
+
+    assert [message.id for message in found] == expected
+    assert "requests that site.asgi.application serves are not metered" in found[0].msg
+
+
+def test_a_request_that_came_through_asgi_is_an_error_in_the_log(make, caplog):
+    make()
+
+    async def ask():
+        asked = ApplicationCommunicator(
+            get_asgi_application(),
+            {"type": "http", "method": "GET", "path": "/plain", "headers": []},
+        )
+        await asked.send_input({"type": "http.request"})
+        answer = await asked.receive_output(20)
+        await asked.receive_output(20)  # its body
+        await asked.wait(20)
+        return answer
+
+    answered = asyncio.run(ask())
+
+    assert answered["status"] == 200
+    (record,) = [one for one in caplog.records if "ASGI" in one.getMessage()]
+    assert record.levelname == "ERROR"

@@ -175,6 +175,26 @@ def test_djangos_check_reports_every_problem(database):
     assert "(openmeter.E001) subject_path: expected a path" in found.stderr
 
 
+def test_djangos_own_commands_need_no_key(tmp_path):
+    path = tmp_path / "db.sqlite3"
+    cloud = {"OPENMETER_API_URL": "https://openmeter.cloud"}
+    person = {
+        "DJANGO_SUPERUSER_PASSWORD": "secret",
+        "DJANGO_SUPERUSER_EMAIL": "wile@example.com",
+    }
+    named = ("createsuperuser", "--noinput", "--username", "wile")
+
+    migrated = manage(path, "migrate", "--verbosity", "0", **cloud)
+    created = manage(path, *named, **cloud, **person)
+    checked = manage(path, "check", **cloud)
+    loaded = manage(path, "shell", "-c", "import wsgi", check=False, **cloud)
+
+    assert "(openmeter.W002) api_key: expected a key" in migrated.stderr
+    assert "Superuser created" in created.stdout
+    assert "(openmeter.W002)" in checked.stderr
+    assert "ConfigError: api_key: expected a key" in loaded.stderr
+
+
 def test_djangos_openmeter_check_says_whether_usage_would_be_billed(database):
     path, _ = database
 
@@ -198,6 +218,41 @@ def test_djangos_openmeter_check_looks_at_what_the_settings_meter(database):
     assert found["server"] == "ok"
     assert found["meter 'api-request'"] == "failure"  # the sandbox has no meter
     assert "deduplication" not in found
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "said"),
+    [
+        (
+            "WSGI_APPLICATION = 'own_wsgi.application'",
+            "application",
+            "own_wsgi:application is not wrapped in OpenMeterMiddleware",
+        ),
+        (
+            "WSGI_APPLICATION = None; ASGI_APPLICATION = 'asgi.application'",
+            "settings",
+            "ASGI_APPLICATION: requests that asgi.application serves are not metered",
+        ),
+    ],
+)
+def test_djangos_openmeter_check_looks_at_what_is_served(
+    database, tmp_path, settings, name, said
+):
+    path, _ = database
+    (tmp_path / "own_settings.py").write_text(f"from settings import *\n{settings}\n")
+    (tmp_path / "own_wsgi.py").write_text(
+        "from django.core.wsgi import get_wsgi_application\n"
+        "application = get_wsgi_application()\n"
+    )
+    own = {"DJANGO_SETTINGS_MODULE": "own_settings", "PYTHONPATH": str(tmp_path)}
+
+    result = manage(path, "openmeter_check", "--json", check=False, **own)
+
+    assert result.returncode == 3
+    found = {each["name"]: each for each in json.loads(result.stdout)["findings"]}
+    assert found[name]["severity"] == "failure"
+    assert found[name]["found"].startswith(said)
+    assert "wsgi.py" in found[name]["remedy"]
 
 
 # -- Other frameworks

@@ -26,7 +26,7 @@ COMMANDS = {
     "check": Subcommand(
         "openmeter_wsgi.cli.check",
         "cli",
-        "Say whether usage would be billed, and right; and what to do if not.",
+        "Validate the configuration against the server; each problem has a remedy.",
     ),
     "send": Subcommand(
         "openmeter_wsgi.cli.send",
@@ -81,7 +81,7 @@ def _group() -> click.Group:
     import click
     from click.shell_completion import CompletionItem
 
-    from openmeter_wsgi.cli.exits import exit_codes
+    from openmeter_wsgi.cli.common import exit_codes
 
     class Commands(click.Group):
         """The subcommands by name."""

@@ -1,33 +1,44 @@
-"""Checks of the configuration, the application and the spool directory."""
+"""Checks of the configuration, the application, its routes and the spool directory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import logging
 import os
+import re
 import secrets
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.cli import kafka_retention
+from openmeter_wsgi.cli.common import size
 from openmeter_wsgi.cli.findings import failure, ok, unknown, warning
 from openmeter_wsgi.cli.spool_files import holder
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import layers_of, misplaced_decorators
+from openmeter_wsgi.framework_routes import (
+    SAYS,
+    layers_of,
+    misplaced_decorators,
+    served_routes,
+)
 from openmeter_wsgi.lock import ELECTION
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.policy import Policy, StatusCodes
+from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
+from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.cli.findings import Finding, Situation
-
+    from openmeter_wsgi.framework_routes import ServedRoute
+    from openmeter_wsgi.routes import RouteRule
 
 _REMEDIES = {
     "api_url": "write scheme, host and port alone, such as http://127.0.0.1:8888",
@@ -97,7 +108,7 @@ def look_at_status_codes(situation: Situation) -> Iterator[Finding]:
         finding = _look_at_status_codes(_STATUS_CODES, policy)
         if (finding.found, finding.severity) not in told:
             told.add((finding.found, finding.severity))
-            named = _STATUS_CODES if route is None else f"{_STATUS_CODES} of {route!r}"
+            named = _STATUS_CODES if route is None else f"{_STATUS_CODES} of {route}"
             yield finding._replace(name=named)
 
 
@@ -121,6 +132,31 @@ def look_at_dry_run(situation: Situation) -> Iterator[Finding]:
             "dry run",
             "dry_run is set: usage is counted and logged, and none is sent",
             "leave dry_run out where customers shall be billed",
+        )
+
+
+def look_at_event_source(situation: Situation) -> Iterator[Finding]:
+    """Tell that several services may have the same source of events."""
+    source = situation.policy.event_source
+    if source == DEFAULT_SOURCE:
+        yield ok(
+            "event source",
+            f"{source!r}, the default",
+            "set event_source to the name of this service, so that OpenMeter's list of "
+            "events tells it from others",
+        )
+
+
+def look_at_quota_store(situation: Situation) -> Iterator[Finding]:
+    """Check that processes which count down the same quota share a store."""
+    policy = situation.policy
+    if policy.entitlement_meters and not (policy.spool_dir or policy.redis_url):
+        yield warning(
+            "quota",
+            "each process counts the quota by itself: with several workers a customer "
+            "can use more than the quota between two answers of OpenMeter",
+            "set spool_dir, which the workers of one host share, or redis_url for "
+            "several hosts",
         )
 
 
@@ -164,13 +200,25 @@ def middlewares(app: Any) -> list[OpenMeterMiddleware]:
     return [one for one in layers_of(app) if isinstance(one, OpenMeterMiddleware)]
 
 
-def look_at_layers(name: str, found: list[OpenMeterMiddleware]) -> Iterator[Finding]:
-    """Say whether an application is metered, and once."""
+def look_at_layers(
+    name: str, app: Any, found: list[OpenMeterMiddleware]
+) -> Iterator[Finding]:
+    """Check that an application is metered, and once."""
+    if _is_asgi(app):
+        yield failure(
+            _APPLICATION,
+            f"{name} is an ASGI application, and this is WSGI middleware: what it "
+            "serves is not metered",
+            "serve the WSGI application; where only ASGI will do, send events from the "
+            "handler with OpenMeter's SDK",
+        )
+        return
     if not found:
         yield failure(
             _APPLICATION,
             f"{name} is not wrapped in OpenMeterMiddleware: nothing is billed",
-            "wrap it, and name what the server serves: the outermost application",
+            _django_remedy(app)
+            or "wrap it, and name what the server serves: the outermost application",
         )
         return
     if len(found) == 1:
@@ -189,6 +237,20 @@ def look_at_layers(name: str, found: list[OpenMeterMiddleware]) -> Iterator[Find
         )
 
 
+def _is_asgi(app: Any) -> bool:
+    called = getattr(app, "__call__", None)  # noqa: B004 - it may be a coroutine
+    return any(map(inspect.iscoroutinefunction, (app, called)))
+
+
+def _django_remedy(app: Any) -> str | None:
+    if not any(type(one).__module__.startswith("django.") for one in layers_of(app)):
+        return None
+    return (
+        "in wsgi.py, write 'from openmeter_wsgi.django import get_wsgi_application' in "
+        "place of Django's own function"
+    )
+
+
 def look_at_views(app: Any) -> Iterator[Finding]:
     """Say which views are metered otherwise than their decorator says."""
     for template, name in misplaced_decorators(app):
@@ -198,6 +260,54 @@ def look_at_views(app: Any) -> Iterator[Finding]:
             f"{template}, and has no effect",
             "put it below, next to the function",
         )
+
+
+def decorated_views(
+    middleware: OpenMeterMiddleware,
+) -> tuple[list[tuple[str, Policy]], list[Finding]]:
+    """Return the policies of views with `meter`, and the decorators that fail."""
+    policies: list[tuple[str, Policy]] = []
+    problems: list[Finding] = []
+    for route in served_routes(middleware.app):
+        governing = _governing(middleware.policy, route)
+        for name, options in _decorated(route.view):
+            if governing is None:
+                continue
+            try:
+                own = in_place_of(options)
+                policy = dataclasses.replace(governing, routes=None, **own)
+            except ConfigError as error:
+                remedy = (
+                    "mend its @meter: its requests are billed as those of its route"
+                )
+                problems.append(failure(f"view {name!r}", str(error), remedy))
+            else:
+                policies.append((name, policy))
+    return policies, problems
+
+
+def _governing(policy: Policy, route: ServedRoute) -> Policy | None:
+    """Return the policy of a route, None if its requests are not metered."""
+    governing: Policy | None = policy
+    for rule, own in policy.of_routes:
+        if rule.is_every_other:
+            governing = own
+        elif _may_match(rule, route):
+            return own
+    return governing
+
+
+_METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
+
+
+def _decorated(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what `meter` says of a view, and of the methods of its class."""
+    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    functions = [getattr(of_class, method, None) for method in _METHODS]
+    for function in (view, *functions):
+        if options := getattr(function, SAYS, None):
+            named = of_class if function is view and of_class else function
+            yield getattr(named, "__qualname__", repr(named)), options
 
 
 _SPOOL = "spool directory"
@@ -220,6 +330,7 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
     yield finding
     if finding.severity == "ok":
         situation.spool = directory
+        yield from _look_for_room(situation.policy, directory)
         yield from _look_for_sender(situation, directory)
         yield from _look_for_old_events(directory)
     existing = directory if directory.exists() else directory.parent
@@ -245,6 +356,18 @@ def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]
 def _look_for_old_events(directory: Path) -> Iterator[Finding]:
     if problem := kafka_retention.oldest(backlog(directory).oldest_at):
         yield warning("age of the spool", problem, kafka_retention.REMEDY)
+
+
+def _look_for_room(policy: Policy, directory: Path) -> Iterator[Finding]:
+    may_take = max(policy.max_spool_bytes - backlog(directory).bytes, 0)
+    free = shutil.disk_usage(directory).free
+    if free < may_take:
+        yield warning(
+            "spool disk",
+            f"{size(free)} are free, and the spool may take {size(may_take)} more: in "
+            "an outage the disk is full first, and usage then waits in memory",
+            "make room on the disk, or set max_spool_bytes to what it has",
+        )
 
 
 def _directory(directory: Path) -> Finding:
@@ -322,3 +445,81 @@ def is_on_layer(directory: Path, root: Path) -> bool:
     """
     same = directory.stat().st_dev == root.stat().st_dev
     return same and file_system(root) == "overlay"
+
+
+_NAME = "routes"
+#: A variable in a template of any framework, and one that takes slashes, too.
+_VARIABLE = re.compile(r"<[^<>]*>|\{[^{}]*\}")
+_TAKES_SLASHES = re.compile(r"path|:re:|:filter|\*")
+#: What stands in a regular expression and in no path.
+_REGULAR = re.compile(r"[()\\^$]")
+#: A part of a template that takes any text, and one that takes several parts.
+_ONE, _MANY = "\0", "\1"
+
+
+def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
+    """Say where a path that no rule matches evades a question of entitlements."""
+    policy = situation.policy
+    asking = [
+        rule.text for rule, own in policy.of_routes if own and own.required_entitlements
+    ]
+    unmetered = any(
+        rule.is_every_other and own is None for rule, own in policy.of_routes
+    )
+    if unmetered and asking:
+        yield warning(
+            _NAME,
+            f"{asking[0]!r} requires entitlements, and '*': None lets requests pass "
+            "that no other rule matches: also a path that the framework serves by the "
+            "same view and reads in another way than the rule",
+            "let the view itself ask: @meter(required_entitlements=[…])",
+        )
+
+
+def look_at_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
+    """Name each rule that no request of the application can match."""
+    layers = layers_of(middleware.app, closures=False)
+    if any(hasattr(layer, "mounts") for layer in layers):
+        return  # of one application among several
+    routes = served_routes(middleware.app, closures=False)
+    for rule, _ in middleware.policy.of_routes if routes else ():
+        if not (rule.is_every_other or any(_may_match(rule, each) for each in routes)):
+            yield warning(
+                _NAME,
+                f"{rule.text!r} matches no route of the application, so it never "
+                "governs a request",
+                "write it as the application's route, or leave it out",
+            )
+
+
+def _may_match(rule: RouteRule, route: ServedRoute) -> bool:
+    methods = {"GET" if method == "HEAD" else method for method in rule.methods}
+    if methods and route.methods is not None and methods.isdisjoint(route.methods):
+        return False
+    return _overlap(_parts(rule.path), _parts(route.template))
+
+
+def _parts(template: str) -> list[str]:
+    """Return a template part by part: a text, `_ONE` or `_MANY`."""
+    marked = _VARIABLE.sub(
+        lambda found: _MANY if _TAKES_SLASHES.search(found[0]) else _ONE, template
+    )
+    return [_part(part) for part in marked.strip("/").split("/")]
+
+
+def _part(text: str) -> str:
+    if _MANY in text or text.startswith("*") or _REGULAR.search(text):
+        return _MANY
+    return _ONE if _ONE in text else text
+
+
+def _overlap(left: list[str], right: list[str]) -> bool:
+    """Say whether some path may match both."""
+    if not left or not right:
+        return left == right
+    if _MANY in {left[0], right[0]}:
+        several, other = (left, right) if left[0] == _MANY else (right, left)
+        return any(_overlap(several[1:], other[n:]) for n in range(1, len(other) + 1))
+    if left[0] != right[0] and _ONE not in {left[0], right[0]}:
+        return False
+    return _overlap(left[1:], right[1:])

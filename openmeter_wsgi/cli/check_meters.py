@@ -5,21 +5,32 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import shlex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
-from openmeter_wsgi.cli.arguments import open_listing
-from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
+from openmeter_wsgi.cli.common import open_listing
+from openmeter_wsgi.cli.findings import (
+    MARK,
+    Finding,
+    Severity,
+    failure,
+    ok,
+    unanswered,
+    unknown,
+    warning,
+)
 from openmeter_wsgi.entitlements.service import question_client
 from openmeter_wsgi.errors import DeliveryError
+from openmeter_wsgi.options import v3_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.cli.api_client import Document
-    from openmeter_wsgi.cli.findings import Finding, Situation
+    from openmeter_wsgi.cli.findings import Situation
     from openmeter_wsgi.entitlements.client import EntitlementClient
     from openmeter_wsgi.policy import Policy
 
@@ -63,6 +74,8 @@ def event_type(meter: Document) -> str | None:
 
 _PATH = re.compile(r"\$(?:\.[\w-]+|\['[^'\\]+'\]|\[\d+\])+")
 _STEP = re.compile(r"\.([\w-]+)|\['([^'\\]+)'\]|\[(\d+)\]")
+#: A name that a path holds without quotes.
+_IS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NOWHERE = object()
 #: Of a meter that no policy feeds is asked whether anybody has, for so many days.
 DAYS = 7
@@ -82,31 +95,86 @@ def look_at_meters(situation: Situation) -> Iterator[Finding]:
         yield ok("meters", "the policy states none; what handlers state is not known")
     for sample in sent:
         counting = [one for one in there if event_type(one) == sample.type]
-        yield from _look_at_sample(sample, counting, there)
+        if counting:
+            yield from (_value(sample, one) for one in counting)
+        else:
+            yield _missing(sample, there, situation.policy)
     stated = types_stated(situation)
     yield from _unfed(
         situation, [one for one in there if event_type(one) not in stated]
     )
 
 
-def _look_at_sample(
-    sample: Sample, counting: list[Document], there: list[Document]
-) -> Iterator[Finding]:
-    name = f"meter {sample.type!r}"
-    if not counting:
-        types = sorted({repr(event_type(one)) for one in there})
-        yield failure(
-            name,
-            "no meter on the server counts events of this type: they are stored and "
-            f"never billed; there are meters for {', '.join(types) or 'nothing'}",
-            f"create a meter with eventType {sample.type!r}, or name the type here as "
-            "it is called there",
-        )
-    for one in counting:
-        yield _value(name, sample, one)
+def _missing(sample: Sample, there: list[Document], policy: Policy) -> Finding:
+    types = sorted({repr(event_type(one)) for one in there})
+    has = f"its meters count {', '.join(types)}" if types else "it has no meters"
+    return Finding(
+        _meter_name(sample),
+        Severity.FAILURE,
+        "no meter on the server counts events of this type, so they are stored and "
+        f"never billed; {has}",
+        f"create a meter with eventType {sample.type!r}, as this command does, or name "
+        "the type here as it is called there",
+        _creation(sample, {str(one.get("slug")) for one in there}, policy),
+    )
 
 
-def _value(name: str, sample: Sample, counting: Document) -> Finding:
+def _creation(sample: Sample, slugs: set[str], policy: Policy) -> str:
+    """Return the command for the shell that creates the meter of *sample*."""
+    slug = _free_slug(sample.type, slugs)
+    path, group_by = _properties(sample.data)
+    how = "SUM" if path else "COUNT"
+    if policy.api_flavor == "v3":
+        url = f"{v3_url(policy.api_url)}/meters"
+        document = {
+            "key": slug, "name": slug, "event_type": sample.type,
+            "aggregation": how.lower(), "value_property": path, "dimensions": group_by,
+        }  # fmt: skip
+    else:
+        url = f"{policy.api_url}/api/v1/meters"
+        document = {
+            "slug": slug, "eventType": sample.type, "aggregation": how,
+            "valueProperty": path, "groupBy": group_by,
+        }  # fmt: skip
+    text = json.dumps({key: value for key, value in document.items() if value})
+    # In double quotes, for the shell to put in the key.
+    key = ' -H "Authorization: Bearer $OPENMETER_API_KEY"' if policy.key.known else ""
+    return (
+        f"curl --fail-with-body {shlex.quote(url)}{key} "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(text)}"
+    )
+
+
+def _free_slug(event_type: str, taken: set[str]) -> str:
+    """Return a slug like *event_type* that no meter has."""
+    slug = re.sub(r"[^a-z0-9]+", "_", event_type.lower()).strip("_") or "meter"
+    n, free = 1, slug
+    while free in taken:
+        n += 1
+        free = f"{slug}_{n}"
+    return free
+
+
+def _properties(data: Any) -> tuple[str | None, dict[str, str]]:
+    """Return the path of the first number in *data*, and those of its texts."""
+    if not isinstance(data, dict):
+        return None, {}
+    numbers = [key for key, value in data.items() if type(value) in {int, float}]
+    texts = [key for key, value in data.items() if isinstance(value, str)]
+    path = _path(numbers[0]) if numbers else None
+    return path, {key: _path(key) for key in texts if _IS_NAME.fullmatch(key)}
+
+
+def _path(key: str) -> str:
+    return f"$.{key}" if _IS_NAME.fullmatch(key) else f"$['{key}']"
+
+
+def _meter_name(sample: Sample) -> str:
+    return f"meter {sample.type!r}"
+
+
+def _value(sample: Sample, counting: Document) -> Finding:
+    name = _meter_name(sample)
     slug, path = counting.get("slug"), counting.get("valueProperty")
     how = counting.get("aggregation")
     reads = f"the meter {slug!r} reads {path}"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.cli.exits import EXIT_CODES
-from openmeter_wsgi.cli.output import print_json, printable
+from openmeter_wsgi.cli.common import EXIT_CODES, print_json, printable
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.zuplo import read_policies, read_routes, to_toml, translate
 

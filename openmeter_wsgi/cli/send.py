@@ -13,10 +13,17 @@ import msgspec
 
 from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.api_client import error_text
-from openmeter_wsgi.cli.arguments import options_given, read_policy, server_options
-from openmeter_wsgi.cli.exits import ANSWER_IS_NO, exit_codes
+from openmeter_wsgi.cli.common import (
+    ANSWER_IS_NO,
+    exit_codes,
+    options_given,
+    print_json,
+    printable,
+    progress,
+    read_policy,
+    server_options,
+)
 from openmeter_wsgi.cli.kafka_retention import is_old
-from openmeter_wsgi.cli.output import print_json, printable, progress
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.errors import DeliveryError, MeterValueError, Rejected, Unavailable
 from openmeter_wsgi.events import (

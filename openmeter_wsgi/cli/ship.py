@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from openmeter_wsgi.cli import kafka_retention
-from openmeter_wsgi.cli.arguments import open_spool, read_policy, spool_options
-from openmeter_wsgi.cli.exits import EXIT_CODES, BadConfiguration, stop_signals
-from openmeter_wsgi.cli.output import printable
+from openmeter_wsgi.cli.common import (
+    EXIT_CODES,
+    BadConfiguration,
+    open_spool,
+    printable,
+    read_policy,
+    spool_options,
+    stop_signals,
+)
 from openmeter_wsgi.cli.spool_files import DeadLetterFile, holder
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.lock import ELECTION

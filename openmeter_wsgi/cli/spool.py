@@ -16,21 +16,20 @@ import msgspec
 
 from openmeter_wsgi.cli import kafka_retention, spool_follow
 from openmeter_wsgi.cli.api_client import NoAnswer
-from openmeter_wsgi.cli.arguments import (
+from openmeter_wsgi.cli.common import (
+    EXIT_CODES,
+    age,
+    exit_codes,
+    name_of,
     open_listing,
     open_spool,
-    read_policy,
-    spool_options,
-)
-from openmeter_wsgi.cli.exits import EXIT_CODES, exit_codes
-from openmeter_wsgi.cli.output import (
-    age,
-    name_of,
     print_json,
     print_table,
     printable,
     progress,
+    read_policy,
     size,
+    spool_options,
 )
 from openmeter_wsgi.cli.spool_files import (
     DeadLetterFile,

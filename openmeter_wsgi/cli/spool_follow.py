@@ -17,8 +17,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from openmeter_wsgi.cli.exits import stop_signals
-from openmeter_wsgi.cli.output import name_of, print_json, printable
+from openmeter_wsgi.cli.common import name_of, print_json, printable, stop_signals
 from openmeter_wsgi.spool.files import (
     SegmentName,
     is_event,

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
-from openmeter_wsgi.cli.arguments import (
+from openmeter_wsgi.cli.common import (
+    EXIT_CODES,
     open_listing,
     options_given,
+    print_json,
+    print_table,
+    printable,
+    progress,
     read_policy,
     server_options,
 )
-from openmeter_wsgi.cli.exits import EXIT_CODES
-from openmeter_wsgi.cli.output import print_json, print_table, printable, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,5 +1,5 @@
 """Metering for Django: `get_wsgi_application()` in `wsgi.py`, and a middleware."""
 
+from openmeter_wsgi.django.settings import get_wsgi_application as get_wsgi_application
 from openmeter_wsgi.django.view_middleware import ViewMiddleware as ViewMiddleware
 from openmeter_wsgi.django.view_middleware import subject_from as subject_from
-from openmeter_wsgi.django.wsgi import get_wsgi_application as get_wsgi_application

@@ -1,4 +1,4 @@
-"""Django's settings: the policy in them, and the system checks of it."""
+"""Django's settings: their policy, the application it is put around, system checks."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.conf import settings
-from django.core import checks
+from django.core import checks, wsgi
 from django.utils.module_loading import import_string
 
 from openmeter_wsgi.django.view_middleware import (
     ViewMiddleware,
     authenticated_user,
     subject_from,
+    watch_users,
 )
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.frameworks import make_policy
+from openmeter_wsgi.frameworks import FrameworkMiddleware, make_policy
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.policy import Policy
+    from collections.abc import Iterator
 
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
+    from openmeter_wsgi.policy import Policy
 
 SETTING = "OPENMETER"
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
@@ -60,24 +63,63 @@ _PERMISSION = "openmeter_wsgi.django.rest_framework.HasEntitlements"
 
 
 def check_configuration(**_: Any) -> list[checks.CheckMessage]:
-    """Return a message for each problem of the configuration."""
-    found: list[checks.CheckMessage] = []
-    try:
-        found += _rest_framework(policy_of_settings())
-    except ConfigError as error:
-        hint = (
-            f"See {SETTING} in the settings, and the variables {SETTING}_…; where "
-            f"nothing is to be sent, {SETTING}_DRY_RUN=1 needs no key."
-        )
-        for said in error.problems:
-            found.append(checks.Error(said, hint=hint, id="openmeter.E001"))
+    """Return a message for each problem of the configuration.
+
+    A missing key is a warning: ``migrate`` and continuous integration have none. Where
+    ``wsgi.py`` is loaded it is an error.
+    """
+    found = list(_check_policy())
     if problem := view_middleware_problem():
         hint = f"Put {VIEW_MIDDLEWARE!r} at the end of MIDDLEWARE."
         found.append(checks.Error(problem, hint=hint, id="openmeter.E002"))
-    return found
+    return [*found, *_check_asgi()]
 
 
-def _rest_framework(policy: Policy) -> list[checks.CheckMessage]:
+def _check_policy() -> Iterator[checks.CheckMessage]:
+    try:
+        policy = policy_of_settings()
+    except ConfigError as error:
+        for problem in error.problems:
+            yield _message(problem)
+        if not all(map(_is_missing_key, error.problems)):
+            return
+        policy = policy_of_settings(dry_run=True)
+    yield from _check_rest_framework(policy)
+
+
+def _is_missing_key(problem: str) -> bool:
+    return problem.startswith("api_key: expected a key, which ")
+
+
+def _message(problem: str) -> checks.CheckMessage:
+    if _is_missing_key(problem):
+        hint = (
+            "The application does not start without it. Where nothing is to be sent, "
+            f"set {SETTING}_DRY_RUN=1."
+        )
+        return checks.Warning(problem, hint=hint, id="openmeter.W002")
+    hint = f"See {SETTING} in the settings, and the variables {SETTING}_…"
+    return checks.Error(problem, hint=hint, id="openmeter.E001")
+
+
+def _check_asgi() -> Iterator[checks.CheckMessage]:
+    """Yield a message if the settings name an ASGI application."""
+    asgi = getattr(settings, "ASGI_APPLICATION", None)
+    if asgi is None:
+        return
+    problem = (
+        f"ASGI_APPLICATION: requests that {asgi} serves are not metered and not "
+        "checked for entitlements; OpenMeter's middleware is a WSGI middleware"
+    )
+    if settings.WSGI_APPLICATION is None:
+        hint = "Serve the project through wsgi.py, and set WSGI_APPLICATION."
+        yield checks.Error(problem, hint=hint, id="openmeter.E003")
+    else:
+        hint = "Serve through ASGI only what is free, such as websockets."
+        yield checks.Warning(problem, hint=hint, id="openmeter.W003")
+
+
+def _check_rest_framework(policy: Policy) -> list[checks.CheckMessage]:
     if not policy.required_entitlements or not apps.is_installed("rest_framework"):
         return []
     named = getattr(settings, "REST_FRAMEWORK", {})
@@ -92,3 +134,18 @@ def _rest_framework(policy: Policy) -> list[checks.CheckMessage]:
             id="openmeter.W001",
         )
     ]
+
+
+def get_wsgi_application(**options: Any) -> OpenMeterMiddleware:
+    """Return Django's WSGI application, metered as ``settings.OPENMETER`` says.
+
+    *options* go before the settings, and those before variables.
+
+    :raises ConfigError: with every problem of the configuration.
+    """
+    app = wsgi.get_wsgi_application()
+    policy = policy_of_settings(**options)
+    if problem := view_middleware_problem():
+        raise ConfigError([problem])
+    watch_users()
+    return FrameworkMiddleware(app, policy)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import re
 import weakref
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from django.apps import apps
+from django.conf import settings
+from django.contrib.admindocs import utils as patterns
+from django.db.models.signals import pre_delete
 from django.http import HttpResponse
+from django.urls import get_resolver
+from django.urls.resolvers import LocalePrefixPattern
+from django.utils import translation
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
-from openmeter_wsgi.django.lost_users import serving
-from openmeter_wsgi.django.route_names import route_name
 from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
-from openmeter_wsgi.frameworks import LastingSubject, must_ask
+from openmeter_wsgi.frameworks import LastingSubject, keep_subject, must_ask
 from openmeter_wsgi.request import (
     REQUEST,
     environ_of,
@@ -23,7 +32,7 @@ from openmeter_wsgi.request import (
 from openmeter_wsgi.subject import MissingPath, path_reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from django.http import HttpRequest
     from django.http.response import HttpResponseBase
@@ -102,12 +111,18 @@ class ViewMiddleware:
     def __call__(self, request: HttpRequest) -> HttpResponseBase:
         """Serve one request."""
         environ: Any = environ_of(request)
-        if environ is None or REQUEST not in environ:
-            # Under ASGI, in Django's test client, or with Django's own wsgi.py.
+        if hasattr(request, "scope"):
+            logger.error(
+                "openmeter_wsgi: a request came through ASGI; it is served, not "
+                "metered and not checked for entitlements, since this is a WSGI "
+                "middleware: serve the project through wsgi.py"
+            )
+        elif environ is None or REQUEST not in environ:
+            # From Django's test client, or with Django's own function in wsgi.py.
             logger.warning(
-                "%s: a request did not come through openmeter_wsgi.django."
-                "get_wsgi_application, so it is not metered",
-                type(self).__name__,
+                "openmeter_wsgi: a request did not come through openmeter_wsgi.django."
+                "get_wsgi_application; it is served and not metered: let wsgi.py call "
+                "that function"
             )
         else:
             remember_request(request, environ)
@@ -164,3 +179,97 @@ def _asks(permission: Any) -> bool:
         return True
     parts = (getattr(permission, name, None) for name in ("op1_class", "op2_class"))
     return any(part is not None and _asks(part) for part in parts)
+
+
+def route_name(request: HttpRequest) -> str | None:
+    """Return the template of a resolved request's address, with the site's mount."""
+    match = request.resolver_match
+    if match is None:
+        return None
+    route = match.route or ""
+    if settings.USE_I18N:
+        urlconf = getattr(request, "urlconf", None) or settings.ROOT_URLCONF
+        route = _untranslated(urlconf, translation.get_language(), route)
+    # Django has decoded the mount.
+    mount: str = request.META["SCRIPT_NAME"].rstrip("/")
+    return mount + template_of(route)
+
+
+@functools.lru_cache(maxsize=10_000)
+def template_of(route: str | None) -> str:
+    """Return the route of a resolved view as one reads it: ``/users/<int:pk>/``.
+
+    Regular expressions, which routers of the REST framework make, lose their grammar.
+    """
+    text = route or ""
+    if not _IS_PLAIN.fullmatch(text):
+        text = patterns.remove_non_capturing_groups(text)
+        text = patterns.replace_named_groups(text)
+        text = patterns.replace_unnamed_groups(text)
+        text = patterns.replace_metacharacters(text)
+    return "/" + text.lstrip("/")
+
+
+#: What `django.urls.path` takes, and what nobody would mean as a regular expression.
+_IS_PLAIN = re.compile(r"(?:[^^$()\\<>]|<[^()<>]*>)*")
+
+
+@functools.lru_cache(maxsize=10_000)
+def _untranslated(urlconf: Any, language: str | None, route: str) -> str:  # noqa: ARG001
+    """Return *route* without the prefix of `i18n_patterns` and without translations.
+
+    *language* is the active one, in which *route* is said.
+    """
+    resolver = get_resolver(urlconf)
+    said = list(_routes(resolver.url_patterns, "", with_prefix=True))
+    with translation.override(None):
+        plain = list(_routes(resolver.url_patterns, "", with_prefix=False))
+    return dict(zip(reversed(said), reversed(plain), strict=True)).get(route, route)
+
+
+def _routes(urls: Iterable[Any], before: str, *, with_prefix: bool) -> Iterator[str]:
+    """Yield the routes below *before*, joined as Django joins them."""
+    for url in urls:
+        is_prefix = isinstance(url.pattern, LocalePrefixPattern)
+        own = "" if is_prefix and not with_prefix else str(url.pattern)
+        route = before + (own.removeprefix("^") if before else own)
+        if hasattr(url, "url_patterns"):
+            yield from _routes(url.url_patterns, route, with_prefix=with_prefix)
+        else:
+            yield route
+
+
+_request: ContextVar[HttpRequest | None] = ContextVar("request", default=None)
+
+
+@contextlib.contextmanager
+def serving(request: HttpRequest) -> Iterator[None]:
+    """Note that *request* is the one that is served in this context."""
+    token = _request.set(request)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def watch_users() -> None:
+    """Have subjects kept where a user is lost. May be called again."""
+    if not apps.is_installed("django.contrib.auth"):
+        return
+    from django.contrib.auth import get_user_model, user_logged_out
+
+    user_logged_out.connect(_before_log_out, dispatch_uid="openmeter_wsgi")
+    pre_delete.connect(
+        _before_deletion, sender=get_user_model(), dispatch_uid="openmeter_wsgi"
+    )
+
+
+def _before_log_out(sender: Any, request: HttpRequest, **_: Any) -> None:  # noqa: ARG001
+    keep_subject(environ_of(request))
+
+
+def _before_deletion(sender: Any, instance: Any, **_: Any) -> None:  # noqa: ARG001
+    request = _request.get()
+    user = getattr(request, "user", None)
+    if request is not None and user is not None and user.pk == instance.pk:
+        keep_subject(environ_of(request))

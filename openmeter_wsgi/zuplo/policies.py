@@ -19,7 +19,7 @@ import msgspec
 from openmeter_wsgi.errors import ConfigError, MeterValueError
 from openmeter_wsgi.events import read_usage
 from openmeter_wsgi.options import feature_like, feature_problem
-from openmeter_wsgi.policy import StatusCodes
+from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError, MeterValueError
 from openmeter_wsgi.events import add_numbers
-from openmeter_wsgi.policy import StatusCodes
+from openmeter_wsgi.status_codes import StatusCodes
 from openmeter_wsgi.zuplo.openapi import read_routes
 from openmeter_wsgi.zuplo.policies import (
     DEFAULTS,

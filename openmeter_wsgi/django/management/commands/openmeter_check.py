@@ -5,18 +5,23 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from openmeter_wsgi.django.settings import policy_of_settings
+from openmeter_wsgi.django.settings import check_configuration, policy_of_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from django.core.management.base import CommandParser
+
+    from openmeter_wsgi.cli.findings import Finding
 
 
 class Command(BaseCommand):
     """Run the checks, with the settings of the project."""
 
-    help = "Say whether usage would be billed, and right; and what to do if not."
+    help = "Validate the configuration against the server; each problem has a remedy."
     #: Its own are part of what it reports.
     requires_system_checks = ()
 
@@ -32,7 +37,7 @@ class Command(BaseCommand):
     def handle(self, *_: Any, **options: Any) -> None:
         """Look, and end as ``openmeter-wsgi check`` does."""
         try:
-            from openmeter_wsgi.cli.check import command
+            from openmeter_wsgi.cli.check import FrameworkProject, command
         except ModuleNotFoundError as missing:
             raise CommandError(
                 f"{missing.name} is not installed; run: "
@@ -43,6 +48,21 @@ class Command(BaseCommand):
             for flag in ("--no-dedupe-check", "--json")
             if options[flag[2:].replace("-", "_")]
         ]
-        code = command.main(given, standalone_mode=False, obj=policy_of_settings)
+        named = settings.WSGI_APPLICATION
+        project = FrameworkProject(
+            policy_of_settings,
+            _findings,
+            ":".join(named.rsplit(".", 1)) if named else None,
+        )
+        code = command.main(given, standalone_mode=False, obj=project)
         if code:
             sys.exit(code)
+
+
+def _findings() -> Iterator[Finding]:
+    """Yield what Django's system check finds in the settings."""
+    from openmeter_wsgi.cli.findings import failure, warning
+
+    for message in check_configuration():
+        finding = failure if message.is_serious() else warning
+        yield finding("settings", message.msg, message.hint or "")
