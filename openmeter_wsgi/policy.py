@@ -333,8 +333,9 @@ class EntitlementOptions:
     #: Answers that a process keeps, one per customer and feature.
     entitlement_cache_size: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     #: Questions a second that all who share a spool or a Redis ask at most, and each
-    #: process where there is neither. OpenMeter Cloud allows 30.
-    question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
+    #: process where there is neither. Default: 25 for OpenMeter Cloud, which allows 30,
+    #: and for Kong Konnect; 200 for a server of your own.
+    question_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
     #: Seconds after which OpenMeter has counted what was delivered to it.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     #: A Redis that hosts share, so that a quota holds across all of them.

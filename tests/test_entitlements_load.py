@@ -198,7 +198,7 @@ def test_each_new_subject_waits_once_at_most_and_then_nobody(
 
     assert max(first) < 2 * timeout  # once, and what a busy machine adds
     assert max(again) < timeout
-    assert 1 <= asked <= 8
+    assert 1 <= asked <= 12  # as many as are asked at once, and who tries later
 
 
 # -- Closing

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import math
-import os
-import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,152 +16,38 @@ from openmeter_wsgi.entitlements.cache import (
     Lifetimes,
     allow_from_cache,
 )
-from openmeter_wsgi.entitlements.client import (
-    BackgroundLookup,
-    ClientV1,
-    Question,
-    questions_about,
-)
+from openmeter_wsgi.entitlements.client import ClientV1, is_key
 from openmeter_wsgi.entitlements.client_v3 import ClientV3
 from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
 from openmeter_wsgi.entitlements.decision import (
     Decision,
     DecisionSource,
+    Denial,
     together,
     undecided,
 )
+from openmeter_wsgi.entitlements.lookup import (
+    BackgroundLookup,
+    Question,
+    questions_about,
+)
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
-from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.open_store import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from openmeter_wsgi.entitlements.cache import AllowFromCache
-    from openmeter_wsgi.entitlements.client import (
-        Answer,
-        Answering,
-        EntitlementClient,
-        HasToken,
-        Lookup,
-        Terms,
-    )
-    from openmeter_wsgi.options import CountedMeter
+    from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
+    from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup
     from openmeter_wsgi.policy import FailMode, Policy
-    from openmeter_wsgi.quota.account import NotReserved, Reservation
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
 logger = log.get_logger(__name__)
-
-
-#: Seconds between two looks after what is leased and not used.
-_TEND_INTERVAL = 0.5
-
-
-class LocalQuota:
-    """The quotas of all customers, as far as this process uses them.
-
-    Any thread. Nothing is opened and no thread started before the first answer with a
-    balance.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        meters: Mapping[str, CountedMeter],
-        *,
-        tends: bool = True,
-    ) -> None:
-        #: By feature.
-        self.meters = meters
-        self._ledger = ledger
-        #: Whether a thread looks after what is leased: in a short life none is needed.
-        self._tends = tends
-        self._tending: threading.Thread | None = None
-        self._closed = threading.Event()
-        #: Wall clock; an answer that was asked for before begins nothing anew.
-        self._closed_at = -math.inf
-        self._changing = threading.Lock()
-        self._pid = os.getpid()
-
-    def answered(
-        self, customer: str, feature: str, balance: float | None, asked_at: float
-    ) -> None:
-        """Take over the balance that OpenMeter said; *asked_at* is wall clock."""
-        if balance is None or feature not in self.meters:
-            return
-        with self._changing:
-            if asked_at <= self._closed_at:
-                return
-            self._ledger.account(_key(customer, feature)).answered(balance, asked_at)
-            if self._tending is None and self._tends:
-                self._start_tending()
-
-    def reserve(
-        self, customer: str, feature: str, amount: float
-    ) -> Reservation | NotReserved:
-        """Set *amount* apart for a request that begins, or say why not."""
-        return self._ledger.account(_key(customer, feature)).reserve(amount)
-
-    def remaining(self, customer: str, feature: str) -> float:
-        """Return about how much is left."""
-        return self._ledger.account(_key(customer, feature)).available()
-
-    def settle(
-        self, reserved: Iterable[Reservation], used: dict[tuple[str, str], float]
-    ) -> None:
-        """Let reservations become what was *used*, by customer and feature.
-
-        What was used without a reservation is counted, too.
-        """
-        left = {_key(*whose): amount for whose, amount in used.items()}
-        for reservation in reserved:
-            reservation.settle(left.pop(reservation.key, 0.0))
-        for key, amount in left.items():
-            if amount:
-                self._ledger.account(key).spend(amount)
-
-    def close(self) -> None:
-        """Hand back what is leased. The answer to a later question begins anew.
-
-        In a child of a fork it does nothing: all of this is its parent's.
-        """
-        if os.getpid() != self._pid:
-            return
-        with self._changing:
-            thread, self._tending = self._tending, None
-            self._closed_at = time.time()
-            if thread is None:
-                return
-            self._closed.set()
-            self._closed = threading.Event()
-        atexit.unregister(self.close)
-        self._ledger.close()
-
-    def _start_tending(self) -> None:
-        self._tending = thread = threading.Thread(
-            target=self._tend,
-            args=(self._closed,),
-            name="openmeter_wsgi.ledger",
-            daemon=True,
-        )
-        atexit.register(self.close)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            logger.error(
-                "%s: no thread can be started to hand back what is not used", error
-            )
-
-    def _tend(self, closed: threading.Event) -> None:
-        while not closed.wait(_TEND_INTERVAL):
-            self._ledger.tend()
-
-
-def _key(customer: str, feature: str) -> str:
-    return f"{customer}\0{feature}"
 
 
 #: The terms of an entitlement are asked for anew when they are older than this, in
@@ -202,7 +85,7 @@ class EntitlementService:
     def decide(
         self, customer: str, features: tuple[str, ...], fail_mode: FailMode
     ) -> Decision:
-        """Say whether *customer* may use all of *features*. Never raises.
+        """Decide whether *customer* may use all of *features*. Never raises.
 
         Waits only for an answer that has never been heard or has outlived its time,
         and at most ``entitlement_timeout``.
@@ -210,11 +93,16 @@ class EntitlementService:
         fresh = [self._answers.fresh(feature)(customer) for feature in features]
         if None not in fresh:
             return together(fresh)  # type: ignore[arg-type]
+        if not is_key(customer):  # OpenMeter can have no such customer
+            denied = tuple(Denial(feature, "unknown_customer") for feature in features)
+            return Decision(False, denied, source="request")
         now = time.monotonic()
-        found = self._found(customer, features, now, fail_mode)
+        found, busy_for = self._found(customer, features, now, fail_mode)
         return together(
             [
-                _decision(feature, known, now, fail_mode)
+                undecided((feature,), fail_mode, busy_for)
+                if known is None
+                else _decision(known, now)
                 for feature, known in zip(features, found, strict=True)
             ]
         )
@@ -280,21 +168,29 @@ class EntitlementService:
 
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
-    ) -> list[CachedAnswer | None]:
+    ) -> tuple[list[CachedAnswer | None], float | None]:
+        """Return what is known, and the seconds to come back after if the line is long.
+
+        Asks for what is not known or has aged.
+        """
         found = [self._answers.get(customer, feature) for feature in features]
         pairs = list(zip(features, found, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            for question in questions_about(customer, missing):
-                self._asker.ask(question)
+            is_known = any(known is not None for known in found)
+            waits = [
+                self._asker.ask(question, is_known=is_known)
+                for question in questions_about(customer, missing)
+            ]
             found = [self._answers.get(customer, feature) for feature in features]
             after = time.monotonic()
             any_age = fail_mode == "stale"
-            return [k if k and (any_age or after < k.usable_until) else None
-                    for k in found]  # fmt: skip
+            usable = [k if k and (any_age or after < k.usable_until) else None
+                      for k in found]  # fmt: skip
+            return usable, max((w for w in waits if w is not None), default=None)
         if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
             for question in questions_about(customer, aged):
                 self._asker.refresh(question)
-        return found
+        return found, None
 
     # -- In the thread of a question
 
@@ -322,13 +218,15 @@ class EntitlementService:
             self._remember(heard, terms, terms_at)
             if not self._wants_terms(heard, terms, terms_at):
                 continue
-            if self._decides_by_terms(heard, terms):
+            if self._decides_by_terms(heard, terms) and not self._asker.is_busy:
                 self._learn_terms(client, heard)
             else:
                 later.append(heard)
         answered()
         for heard in later:
-            self._learn_terms(client, heard)
+            # While others wait in line, their first questions go before.
+            if not self._asker.is_busy:
+                self._learn_terms(client, heard)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
             raise errors[0]
 
@@ -405,11 +303,7 @@ def _terms_for(
     return before.terms, before.terms_at
 
 
-def _decision(
-    feature: str, known: CachedAnswer | None, now: float, fail_mode: FailMode
-) -> Decision:
-    if known is None:
-        return undecided((feature,), fail_mode)
+def _decision(known: CachedAnswer, now: float) -> Decision:
     source: DecisionSource = "cache"
     if known.asked_at >= now:
         source = "openmeter"
@@ -432,12 +326,16 @@ _IDS_HOLD = 600.0
 
 def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     """Return a client for the version and the server that *policy* names."""
-    url = policy.entitlements_url or policy.api_url
+    url = _questions_url(policy)
     key = policy.questions_key
     if policy.api_flavor == "v3":
         return ClientV3(url=url, key=key, timeout=timeout)
     path = policy.entitlements_path
     return ClientV1(url=url, path=path, key=key, timeout=timeout)
+
+
+def _questions_url(policy: Policy) -> str:
+    return policy.entitlements_url or policy.api_url
 
 
 def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
@@ -451,7 +349,7 @@ def entitlement_service(
     policy: Policy, delivered_until: Callable[[], float]
 ) -> EntitlementService:
     """Return the entitlements of one process. Opens nothing and starts no thread."""
-    rate = policy.question_rate
+    rate = question_rate(policy.question_rate, url=_questions_url(policy))
     store = open_store(spool_dir=policy.spool_dir, redis_url=policy.redis_url)
     ledger = Ledger(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
@@ -464,6 +362,7 @@ def entitlement_service(
             answering=answering,
             take_question=lambda reserve: store.take_question(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
+            rate=rate,
             reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
