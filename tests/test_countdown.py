@@ -346,6 +346,21 @@ def test_several_processes_share_a_balance_through_the_spool(make, entitled, tmp
     assert total == 10
 
 
+def test_two_keys_or_servers_on_one_spool_have_accounts_of_their_own(
+    make, entitled, openmeter, tmp_path
+):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    shared = {"spool_dir": str(tmp_path / "spool"), "flush_interval": 60}
+    by_another_name = openmeter.url.replace("127.0.0.1", "localhost")
+    apps = [
+        make(**shared, api_key="live"),
+        make(**shared, api_key="staging"),
+        make(**shared, api_key="live", entitlements_url=by_another_name),
+    ]
+
+    assert [served(app, 20) for app in apps] == [10, 10, 10]
+
+
 def test_a_mapping_that_fails_at_the_end_costs_no_bill(
     make, entitled, openmeter, caplog
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from functools import partial
@@ -36,6 +37,7 @@ from openmeter_wsgi.health import Problem
 from openmeter_wsgi.options import question_rate
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.open_store import open_store
+from openmeter_wsgi.quota.store import StoreAway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -334,6 +336,21 @@ def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     return ClientV1(url=url, path=path, key=key, timeout=timeout)
 
 
+def _scope(policy: Policy) -> str:
+    """Return a short name for the server and the key that questions are asked with.
+
+    Accounts of another server, or of another key of the same one, are not ours.
+
+    :raises StoreAway: if the key cannot be read now.
+    """
+    try:
+        key = policy.questions_key.current()
+    except ValueError as error:
+        raise StoreAway(f"no account can be named: {error}") from error
+    named = f"{_questions_url(policy)}\0{key or ''}"
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
+
+
 def _questions_url(policy: Policy) -> str:
     return policy.entitlements_url or policy.api_url
 
@@ -350,7 +367,7 @@ def entitlement_service(
 ) -> EntitlementService:
     """Return the entitlements of one process. Opens nothing and starts no thread."""
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
-    store = open_store(spool_dir=policy.spool_dir, redis_url=policy.redis_url)
+    store = open_store(policy.spool_dir, policy.redis_url, partial(_scope, policy))
     ledger = Ledger(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
     )
