@@ -30,8 +30,10 @@ from openmeter_wsgi.entitlements.decision import (
 from openmeter_wsgi.entitlements.lookup import (
     BackgroundLookup,
     Question,
+    Recalled,
     questions_about,
 )
+from openmeter_wsgi.entitlements.shared import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.options import question_rate
@@ -40,11 +42,12 @@ from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.store import StoreAway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from openmeter_wsgi.entitlements.cache import AllowFromCache
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
-    from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup
+    from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
+    from openmeter_wsgi.entitlements.shared import SharedAnswer
     from openmeter_wsgi.policy import FailMode, Policy
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
@@ -67,22 +70,25 @@ class EntitlementService:
     def __init__(
         self,
         *,
-        new_asker: Callable[[Answering], Lookup],
+        new_asker: Callable[[Answering, Recall], Lookup],
         countdown: LocalQuota,
         lifetimes: Lifetimes,
         id_lifetimes: Lifetimes | None = None,
         cache_size: int,
         tells_periods: bool,
         close_store: Callable[[], None],
+        shared: SharedAnswers | None = None,
     ) -> None:
         self.countdown = countdown
         self._close_store = close_store
+        #: None where there are no other processes that could have asked.
+        self._shared = shared
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = AnswerCache(cache_size)
         self._customers = FoundCustomers(cache_size, id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
-        self._asker = new_asker(self._answer)
+        self._asker = new_asker(self._answer, self.recall)
 
     def decide(
         self, customer: str, features: tuple[str, ...], fail_mode: FailMode
@@ -134,9 +140,13 @@ class EntitlementService:
         """Return what is known, however old it is."""
         return self._answers.get(customer, feature)
 
-    def refresh(self, customer: str, feature: str) -> None:
-        """Ask anew, behind the request's back."""
-        self._asker.refresh(Question(customer, (feature,)))
+    def refresh(self, customer: str, feature: str, *, since: float = 0.0) -> None:
+        """Ask anew, behind the request's back.
+
+        The answer that another process asked for *since* that moment (monotonic) will
+        do.
+        """
+        self._asker.refresh(Question(customer, (feature,)), since=since)
 
     def account(self, customer: str) -> str:
         """Return the name under which the quota of *customer* is counted down."""
@@ -144,8 +154,11 @@ class EntitlementService:
 
     def invalidate(self, customer: str, feature: str | None = None) -> None:
         """Forget what was said of *customer*: the next request asks."""
+        features = self._answers.features if feature is None else (feature,)
         for name in {customer, *self._customers.forget(customer)}:
             self._answers.forget(name, feature)
+            if self._shared is not None:
+                self._shared.forget(name, features)
 
     @property
     def problems(self) -> list[Problem]:
@@ -194,6 +207,36 @@ class EntitlementService:
                 self._asker.refresh(question)
         return found, None
 
+    def recall(self, question: Question, since: float) -> Recalled:
+        """Look for the answer among those that other processes have shared."""
+        if self._shared is None:
+            return Recalled()
+        customer, features = question
+        for feature, found in zip(
+            features, self._shared.get(customer, features), strict=True
+        ):
+            if found is not None:
+                self._take_over(customer, feature, found)
+        now = time.monotonic()
+        known = [self._answers.get(customer, feature) for feature in features]
+        return Recalled(
+            all(k and k.asked_at >= since and now < k.fresh_until for k in known),
+            any(known),
+        )
+
+    def _take_over(self, customer: str, feature: str, found: SharedAnswer) -> None:
+        """Remember an answer of another process as one of ours."""
+        known = self._answers.get(customer, feature)
+        if known is not None and known.asked_at >= found.asked_at:
+            return
+        if found.customer is not None:
+            self._customers.put(customer, found.customer, found.asked_at, found.names)
+        account = self.account(customer)
+        balance = found.answer.balance
+        self.countdown.answered(account, feature, balance, found.asked_wall)
+        heard = _Heard(customer, account, feature, found.answer, found.asked_at)
+        self._remember(heard, found.terms, found.terms_at)
+
     # -- In the thread of a question
 
     def _answer(
@@ -229,8 +272,18 @@ class EntitlementService:
             # While others wait in line, their first questions go before.
             if not self._asker.is_busy:
                 self._learn_terms(client, heard)
+        self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
             raise errors[0]
+
+    def _share(self, customer: str, features: Iterable[str]) -> None:
+        """Let other processes know the answers."""
+        if self._shared is None:
+            return
+        found = self._customers.fresh(customer)
+        for feature in features:
+            if (known := self._answers.get(customer, feature)) is not None:
+                self._shared.put(customer, feature, known, found)
 
     def _remember(self, heard: _Heard, terms: Terms | None, terms_at: float) -> None:
         known = CachedAnswer(
@@ -336,6 +389,11 @@ def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     return ClientV1(url=url, path=path, key=key, timeout=timeout)
 
 
+def _has_others(policy: Policy) -> bool:
+    """Return True if there is a store that other processes use, too."""
+    return policy.spool_dir is not None or policy.redis_url is not None
+
+
 def _scope(policy: Policy) -> str:
     """Return a short name for the server and the key that questions are asked with.
 
@@ -374,9 +432,10 @@ def entitlement_service(
     new_client = partial(question_client, policy, policy.entitlement_timeout)
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
-        new_asker=lambda answering: BackgroundLookup(
+        new_asker=lambda answering, recall: BackgroundLookup(
             new_client=new_client,
             answering=answering,
+            recall=recall,
             take_question=lambda reserve: store.take_question(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
             rate=rate,
@@ -387,6 +446,7 @@ def entitlement_service(
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         cache_size=policy.entitlement_cache_size,
         close_store=store.close,
+        shared=SharedAnswers(store) if _has_others(policy) else None,
         tells_periods=any(
             each.usage_headers
             for each in (policy, *(own for _, own in policy.of_routes))

@@ -69,6 +69,18 @@ class FallbackStore:
         """See :class:`Store`."""
         return self._ask(lambda store: store.take_question(rate, reserve=reserve))
 
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """See :class:`Store`."""
+        self._ask(lambda store: store.share(key, document, asked_at))
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """See :class:`Store`."""
+        return self._ask(lambda store: store.shared(keys))
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """See :class:`Store`."""
+        self._ask(lambda store: store.unshare(keys))
+
     def leave(self, lessee: Lessee, now: float) -> None:
         """Leave all of them."""
         for store in self._stores:

@@ -439,6 +439,31 @@ class RedisStore:
         """Take a token of the bucket."""
         return float(self._run(QUESTION, rate, reserve))
 
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """Keep a document, with the moment by Redis's clock before it."""
+        text = f"{asked_at + self._shift()!r} {document.decode()}"
+        kept = int(KEPT_ACCOUNTS)
+        self._within(lambda: self._redis.set(self._answer(key), text, ex=kept))
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """Return the document of each key."""
+        names = [self._answer(key) for key in keys]
+        shift = self._shift()
+        found: list[tuple[bytes, float] | None] = []
+        for text in self._within(lambda: self._redis.mget(names)):
+            asked_at, _, document = (text or "").partition(" ")
+            found.append((document.encode(), float(asked_at) - shift) if text else None)
+        return found
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """Remove the documents of *keys*."""
+        names = [self._answer(key) for key in keys]
+        if names:
+            self._within(lambda: self._redis.delete(*names))
+
+    def _answer(self, key: str) -> str:
+        return f"{self._prefix_of_keys()}answer:{key}"
+
     def close(self) -> None:
         """Close all connections."""
         if os.getpid() == self._pid:

@@ -432,6 +432,26 @@ class SqliteStore:
             lambda db: sqlite_tables.take_question(db, rate, reserve, now)
         )
 
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """Keep a document for other processes; nothing where there are none."""
+        if self._directory is not None:
+            self._database.within(
+                lambda db: sqlite_tables.share(db, key, document, asked_at)
+            )
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """Return the document of each key."""
+        if self._directory is None:
+            return [None] * len(keys)
+        return self._database.within(
+            lambda db: sqlite_tables.shared(db, keys), write=False
+        )
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """Remove the documents of *keys*."""
+        if self._directory is not None:
+            self._database.within(lambda db: sqlite_tables.unshare(db, keys))
+
     def close(self) -> None:
         """Close the connection."""
         self._database.close()

@@ -336,7 +336,7 @@ class Collected:
             delivered_until=transport.delivered_until,
         )
         return EntitlementService(
-            new_asker=lambda answering: DirectLookup(client, answering),
+            new_asker=lambda answering, _: DirectLookup(client, answering),
             countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             cache_size=policy.entitlement_cache_size,
