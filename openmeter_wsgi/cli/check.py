@@ -26,6 +26,7 @@ from openmeter_wsgi.cli.check_configuration import (
     warnings_told,
 )
 from openmeter_wsgi.cli.check_meters import look_at_features, look_at_meters
+from openmeter_wsgi.cli.check_quotas import look_at_quotas
 from openmeter_wsgi.cli.check_routes import look_at_rules, look_at_unmatched
 from openmeter_wsgi.cli.check_server import (
     look_at_clock,
@@ -147,6 +148,7 @@ CHECKS = (
     Check(look_at_status_codes, "billed status codes"),
     Check(look_at_unmatched, "routes"),
     Check(look_at_spool, "spool directory"),
+    Check(look_at_quotas, "quotas"),
     Check(look_at_server, "server"),
     Check(look_at_clock, "clock", needs_answer=True),
     Check(look_at_event, "event", needs_event=True),

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -42,7 +42,7 @@ from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.store import StoreAway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.cache import AllowFromCache
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
@@ -83,12 +83,29 @@ class EntitlementService:
         self._close_store = close_store
         #: None where there are no other processes that could have asked.
         self._shared = shared
+        #: Whether quotas are counted down, and by this process for itself.
+        self._counts_alone = shared is None and bool(countdown.meters)
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = AnswerCache(cache_size)
         self._customers = FoundCustomers(cache_size, id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
         self._asker = new_asker(self._answer, self.recall)
+
+    def begin(self, environ: Mapping[str, Any]) -> None:
+        """Warn where several processes count a quota, and each for itself.
+
+        With the first request of a process.
+        """
+        if not self._counts_alone or not environ.get("wsgi.multiprocess"):
+            return
+        self._counts_alone = False
+        logger.warning(
+            "%s: %s counted down by several processes, and each counts for itself: "
+            "together they may serve a multiple of a quota. Set spool_dir, or "
+            "redis_url where they are on several hosts",
+            "entitlement_meters", ", ".join(map(repr, self.countdown.meters)),
+        )  # fmt: skip
 
     def decide(
         self, customer: str, features: tuple[str, ...], fail_mode: FailMode
