@@ -44,6 +44,23 @@ def is_konnect(url: str) -> bool:
     return region != "" and rest == _KONNECT
 
 
+#: Questions a second: to a hosted OpenMeter, and to a server of the user's own.
+_HOSTED_RATE, _OWN_RATE = 25.0, 200.0
+
+
+def is_hosted(url: str) -> bool:
+    """Return True if *url* is OpenMeter Cloud or Kong Konnect."""
+    host = urlsplit(url).hostname or ""
+    return host == "openmeter.cloud" or host.endswith(_HOSTED)
+
+
+def question_rate(given: float | None, *, url: str) -> float:
+    """Return the option ``question_rate``, or its default for the server at *url*."""
+    if given is not None:
+        return given
+    return _HOSTED_RATE if is_hosted(url) else _OWN_RATE
+
+
 def v3_url(url: str) -> str:
     """Return where version 3 of OpenMeter's API begins on the server at *url*."""
     return url + ("/v3/openmeter" if is_konnect(url) else "/api/v3/openmeter")
@@ -124,9 +141,7 @@ class ApiKey:
 
     def required_by(self, url: str) -> bool:
         """Return True if there is no key and the server at *url* needs one."""
-        host = urlsplit(url).hostname or ""
-        hosted = host == "openmeter.cloud" or host.endswith(_HOSTED)
-        return self._read is None and hosted
+        return self._read is None and is_hosted(url)
 
     def _fresh(self, read: Callable[[], object]) -> str:
         try:

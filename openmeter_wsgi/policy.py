@@ -237,8 +237,9 @@ class EntitlementOptions:
     #: Seconds for which either answer holds longer while OpenMeter does not answer.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     #: Questions a second that all who share a spool or a Redis ask at most, and each
-    #: process where there is neither. OpenMeter Cloud allows 30.
-    question_rate: Annotated[float, msgspec.Meta(gt=0)] = 25.0
+    #: process where there is neither. Default: 25 for OpenMeter Cloud, which allows 30,
+    #: and for Kong Konnect; 200 for a server of your own.
+    question_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
     #: Seconds after which OpenMeter has counted what was delivered to it.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     #: A Redis that hosts share, so that a quota holds across all of them.

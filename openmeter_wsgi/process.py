@@ -223,6 +223,7 @@ class Process:
                 logger.exception(
                     "%s: broke off; the request goes on without it", "beginning"
                 )
+        self.entitlements.begin(environ)
         self.transport.start(environ)
         self.is_begun = self.transport.started
 

@@ -32,6 +32,8 @@ def end(ledger):
 class LedgerContract:
     """`new_store` is a fixture that returns a function: each call is a process."""
 
+    shares_answers = True
+
     @pytest.fixture
     def clock(self):
         return Clock()
@@ -319,6 +321,19 @@ class LedgerContract:
         assert isinstance(others.account("d").reserve(99.0), NotReserved)
         assert ours.account("a") is not None
         assert ours.account("d") is account
+
+    # -- Answers that are shared
+
+    def test_a_document_is_shared_until_a_newer_one_is(self, new_store):
+        one, other = new_store(), new_store()
+        one.share("acme", b"{}", START)
+        found = (b"{}", START) if self.shares_answers else None
+        assert other.shared(["acme", "nobody"]) == [found, None]
+        one.share("acme", b'{"a":1}', START + 1)
+        found = (b'{"a":1}', START + 1) if self.shares_answers else None
+        assert other.shared(["acme"]) == [found]
+        other.unshare(["acme", "nobody"])
+        assert one.shared(["acme"]) == [None]
 
     # -- Questions
 

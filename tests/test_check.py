@@ -619,3 +619,44 @@ def test_a_spool_of_another_user_fails(sandbox, tmp_path, monkeypatch):
 
     assert "belongs to user" in findings["spool directory"]["found"]
     assert list((tmp_path / "spool").iterdir()) == []
+
+
+# -- Quotas
+
+
+@pytest.mark.parametrize(
+    ("options", "severity", "said"),
+    [
+        ({}, "warning", "each process counts for itself"),
+        ({"spool_dir": "spool"}, "ok", "that use the spool"),
+        ({"redis_url": "redis://127.0.0.1:1"}, "ok", "that use the Redis"),
+    ],
+)
+def test_whether_processes_count_a_quota_down_together_is_told(
+    sandbox, tmp_path, monkeypatch, options, severity, said
+):
+    monkeypatch.chdir(tmp_path)
+    counted = {"entitlement_meters": "calls", "meters": '{"calls": 1}'}
+
+    finding = found(code=3, api_url=sandbox.url, **counted, **options)["quotas"]
+
+    assert finding["severity"] == severity
+    assert said in finding["found"]
+    assert "'calls'" in finding["found"]
+
+
+@pytest.mark.parametrize("how", ["SUM", "COUNT", "UNIQUE_COUNT", "LATEST"])
+def test_a_meter_that_cannot_be_counted_down_is_named(sandbox, api, how):
+    path = None if how == "COUNT" else "$.total"
+    api.meter("calls", how, path, eventType="calls")
+    feature = {"key": "calls", "name": "calls", "meterSlug": "calls"}
+    api.post("/api/v1/features", json=feature).raise_for_status()
+
+    findings = found(
+        api_url=sandbox.url, meters='{"calls": 1}', entitlement_meters="calls"
+    )
+
+    counted_down = how in {"SUM", "COUNT"}
+    finding = findings["feature 'calls'"]
+    assert finding["severity"] == ("ok" if counted_down else "warning")
+    assert (f"is of {how}" in finding["found"]) is not counted_down

@@ -727,21 +727,6 @@ def test_an_asgi_application(application, kind):
     assert "WSGI" in remedy
 
 
-def test_a_quota_that_each_process_counts_by_itself(sandbox, tmp_path):
-    counted = {"api_url": sandbox.url, "entitlement_meters": '["tokens"]'}
-    tmp_path.chmod(0o700)
-
-    _, wrong = check("--no-dedupe-check", **counted)
-    _, shared = check("--no-dedupe-check", spool_dir=tmp_path, **counted)
-
-    severity, found, remedy = wrong["quota"]
-    assert severity == "warning"
-    assert "each process counts" in found
-    assert "spool_dir" in remedy
-    assert "redis_url" in remedy
-    assert "quota" not in shared
-
-
 def test_an_event_source_that_is_the_default(sandbox):
     environ = {"OPENMETER_API_URL": sandbox.url}
     arguments = ["--no-dedupe-check"]

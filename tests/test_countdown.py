@@ -346,6 +346,47 @@ def test_several_processes_share_a_balance_through_the_spool(make, entitled, tmp
     assert total == 10
 
 
+@pytest.mark.parametrize("options", [{}, {"spool_dir": "spool"}])
+@pytest.mark.parametrize("several", [True, False])
+def test_several_processes_that_count_alone_are_warned_of_once(
+    make, entitled, tmp_path, caplog, several, options
+):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    app = make(**{name: str(tmp_path / value) for name, value in options.items()})
+
+    for _ in range(3):
+        ask(app, **{"wsgi.multiprocess": several})
+
+    said = [r for r in caplog.records if "each counts for itself" in r.getMessage()]
+    assert len(said) == (several and not options)
+    if said:
+        assert said[0].levelname == "WARNING"
+        assert "'api_requests'" in said[0].getMessage()
+
+
+def test_who_counts_nothing_down_is_not_warned(make, entitled, caplog):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+
+    ask(make(entitlement_meters=[]), **{"wsgi.multiprocess": True})
+
+    assert "each counts for itself" not in caplog.text
+
+
+def test_two_keys_or_servers_on_one_spool_have_accounts_of_their_own(
+    make, entitled, openmeter, tmp_path
+):
+    entitled.values["acme"] = {"api_requests": metered(10)}
+    shared = {"spool_dir": str(tmp_path / "spool"), "flush_interval": 60}
+    by_another_name = openmeter.url.replace("127.0.0.1", "localhost")
+    apps = [
+        make(**shared, api_key="live"),
+        make(**shared, api_key="staging"),
+        make(**shared, api_key="live", entitlements_url=by_another_name),
+    ]
+
+    assert [served(app, 20) for app in apps] == [10, 10, 10]
+
+
 def test_a_mapping_that_fails_at_the_end_costs_no_bill(
     make, entitled, openmeter, caplog
 ):

@@ -199,7 +199,7 @@ def test_each_new_subject_waits_once_at_most_and_then_nobody(
 
     assert max(first) < 2 * timeout  # once, and what a busy machine adds
     assert max(again) < timeout
-    assert 1 <= asked <= 8
+    assert 1 <= asked <= 12  # as many as are asked at once, and who tries later
 
 
 # -- Closing
@@ -251,7 +251,9 @@ def fork_after_use(url: str, spool_dir: str, fork: str, leave: str) -> None:
             assert statuses(app, 5) == {"200 OK": 5}
             own = {thread.name for thread in set(threading.enumerate()) - before}
             assert "openmeter_wsgi.ledger" in own
-            assert app.stats().allowed == {"openmeter": 1, "cache": 4}
+            # The answer is shared through the spool, where there is one.
+            asked = {"cache": 5} if spool_dir else {"openmeter": 1, "cache": 4}
+            assert app.stats().allowed == asked
             if leave == "_exit":
                 app.close(0)
                 os._exit(0)
@@ -285,7 +287,7 @@ def test_processes_that_share_a_spool_serve_one_quota(
 
     # The parent gets all that its children left: none closed what it had leased.
     assert served_by(process) == 30 - 3 - 2 * 5
-    assert sandbox.asked(kind="value_v2") == 3
+    assert sandbox.asked(kind="value_v2") == 1
 
 
 @pytest.mark.parametrize("fork", FORKS)

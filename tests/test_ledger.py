@@ -20,6 +20,8 @@ def _crash(ledger):
 
 
 class TestProcessStore(LedgerContract):
+    shares_answers = False
+
     @pytest.fixture
     def new_store(self, clock):
         store = SqliteStore(clock=clock)

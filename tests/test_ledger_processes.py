@@ -15,9 +15,11 @@ from ledger_contract import end
 from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.open_store import open_store
-from openmeter_wsgi.quota.sqlite import DATABASE_NAME, SqliteStore
+from openmeter_wsgi.quota.sqlite import SqliteStore, database_name
 from openmeter_wsgi.quota.store import PATIENCE
 from spooling import Process, until
+
+DATABASE_NAME = database_name("")
 
 QUOTA = 1_000
 PROCESSES, THREADS = 4, 8

@@ -147,16 +147,26 @@ def look_at_event_source(situation: Situation) -> Iterator[Finding]:
         )
 
 
-def look_at_quota_store(situation: Situation) -> Iterator[Finding]:
-    """Check that processes which count down the same quota share a store."""
+_QUOTAS = "quotas"
+
+
+def look_at_quotas(situation: Situation) -> Iterator[Finding]:
+    """Say whether the processes of the application count quotas down together."""
     policy = situation.policy
-    if policy.entitlement_meters and not (policy.spool_dir or policy.redis_url):
+    if not policy.entitlement_meters:
+        return
+    counted = ", ".join(map(repr, policy.entitlement_meters))
+    if policy.redis_url is not None:
+        yield ok(_QUOTAS, f"{counted}: counted by all processes that use the Redis")
+    elif policy.spool_dir is not None:
+        yield ok(_QUOTAS, f"{counted}: counted by all processes that use the spool")
+    else:
         yield warning(
-            "quota",
-            "each process counts the quota by itself: with several workers a customer "
-            "can use more than the quota between two answers of OpenMeter",
-            "set spool_dir, which the workers of one host share, or redis_url for "
-            "several hosts",
+            _QUOTAS,
+            f"{counted}: each process counts for itself, so two workers may serve a "
+            "quota twice",
+            "set spool_dir, or redis_url where the processes are on several hosts; "
+            "leave it if there is one process",
         )
 
 

@@ -361,6 +361,10 @@ def _look_at_feature(
     return _quota(name, feature, meter, situation)
 
 
+#: A meter of these grows by each event alone, whatever others say.
+_COUNTED_DOWN = ("SUM", "COUNT")
+
+
 def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Finding:
     """Say whether what the policies send uses the quota up."""
     counted = situation.policy.entitlement_meters.get(feature)
@@ -371,6 +375,13 @@ def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Fi
             name,
             f"{counts_down!r} is counted down here, and {kind!r} by OpenMeter",
             f"set entitlement_meters to {{{feature!r}: {kind!r}}}",
+        )
+    if counted is not None and meter.get("aggregation") not in _COUNTED_DOWN:
+        return warning(
+            name,
+            f"its meter {meter.get('slug')!r} is of {meter.get('aggregation')}: what "
+            "a request uses of it cannot be counted down",
+            "leave it out of entitlement_meters, or use a meter of SUM or COUNT",
         )
     if kind not in types_stated(situation):
         return warning(

@@ -126,6 +126,11 @@ class AnswerCache:
         """Return what is known, however old it is."""
         return self._table(feature).get(customer)
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features that were asked for."""
+        return tuple(self._tables)
+
     def finder(self, feature: str) -> Callable[[str], CachedAnswer | None]:
         """Return what finds what is known of a customer, however old it is."""
         return self._table(feature).get

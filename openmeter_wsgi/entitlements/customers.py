@@ -15,12 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.entitlements.cache import Lifetimes
-    from openmeter_wsgi.entitlements.client import (
-        Answers,
-        EntitlementClient,
-        HasToken,
-        Question,
-    )
+    from openmeter_wsgi.entitlements.client import Answers, EntitlementClient
+    from openmeter_wsgi.entitlements.lookup import HasToken, Question
 
 #: A page has a hundred customers, and is a question.
 _MAX_PAGES = 10

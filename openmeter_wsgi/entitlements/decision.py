@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 #: ``no_access``: OpenMeter says no. ``limit_reached``: the quota is used up.
 #: ``unknown_customer``: OpenMeter has no such customer. ``no_subject``: nobody was
-#: named who could be asked for. ``unavailable``: there is no answer.
+#: named who could be asked for. ``unavailable``: there is no answer. ``busy``: too
+#: many customers wait in line to be asked for.
 Reason: TypeAlias = Literal[
-    "no_access", "limit_reached", "unknown_customer", "no_subject", "unavailable"
-]
+    "no_access", "limit_reached", "unknown_customer", "no_subject", "unavailable",
+    "busy",
+]  # fmt: skip
 #: ``openmeter``: asked just now. ``cache``: a known answer. ``stale``: one that has
 #: outlived its time. ``countdown``: counted from a known balance. ``fail_mode``: there
 #: was no answer. ``request``: nothing had to be asked.
@@ -108,9 +110,16 @@ class Quota(msgspec.Struct, frozen=True):
         return max(math.ceil(self.period_end - time.time()), 0)
 
 
-def undecided(features: Iterable[str], fail_mode: FailMode) -> Decision:
-    """Return the decision where OpenMeter says nothing and nothing is known."""
-    denied = tuple(Denial(feature, "unavailable") for feature in features)
+def undecided(
+    features: Iterable[str], fail_mode: FailMode, busy_for: float | None = None
+) -> Decision:
+    """Return the decision where nothing is known and there is no answer.
+
+    *busy_for*: the seconds after which there will be one, as the line is so long.
+    """
+    reason: Reason = "unavailable" if busy_for is None else "busy"
+    retry_at = None if busy_for is None else time.time() + busy_for
+    denied = tuple(Denial(feature, reason, retry_at=retry_at) for feature in features)
     return Decision(fail_mode != "closed", denied, source="fail_mode")
 
 

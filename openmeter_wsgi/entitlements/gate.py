@@ -312,8 +312,9 @@ class Gate:
     ) -> Decision:
         """Deny what only we count so far: the next answer will say so, or not."""
         policy = self.policy
-        if time.monotonic() - known.asked_at > policy.deny_ttl:
-            self._entitlements.refresh(customer, feature)
+        newest = time.monotonic() - policy.deny_ttl
+        if known.asked_at < newest:
+            self._entitlements.refresh(customer, feature, since=newest)
         wait = _SOON if held_back else max(policy.visibility_lag, _SOON)
         denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
         quota = known.decision.quota and replace(known.decision.quota, remaining=0.0)

@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 logger = log.get_logger(__name__)
 
 
-#: Of several reasons the first in this order is told: the others would still be there.
+#: Of several reasons the response tells the first in this order: it stays longest.
 _FIRST: tuple[Reason, ...] = (
     "no_subject", "no_access", "unknown_customer", "limit_reached", "unavailable",
+    "busy",
 )  # fmt: skip
 _STATUS = {
     "no_subject": HTTPStatus.UNAUTHORIZED,
     "no_access": HTTPStatus.FORBIDDEN,
     "unknown_customer": HTTPStatus.FORBIDDEN,
     "unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
+    "busy": HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _DETAIL = {
     "no_subject": "The request does not say on whose behalf it comes.",
@@ -40,7 +42,10 @@ _DETAIL = {
     "unknown_customer": "There is no access to the feature {!r}.",
     "limit_reached": "The quota of the feature {!r} is used up.",
     "unavailable": "Whether there is access to the feature {!r} cannot be said now.",
+    "busy": "Whether there is access to the feature {!r} will be known soon.",
 }
+#: The reasons for which the caller shall come back.
+_COME_BACK = {"limit_reached", "unavailable", "busy"}
 #: Seconds after which to come back where nothing better is known.
 _LATER = 5
 
@@ -63,7 +68,7 @@ class DeniedResponse:
             ("Content-Length", str(len(self.body))),
             ("Cache-Control", "no-store"),
         ]
-        if self.denial.reason in {"limit_reached", "unavailable"}:
+        if self.denial.reason in _COME_BACK:
             headers.append(("Retry-After", str(self.denial.retry_after or _LATER)))
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers.append(("WWW-Authenticate", "Bearer"))  # RFC 9110, 11.6.1

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
+import hashlib
 import math
-import os
-import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -19,152 +17,42 @@ from openmeter_wsgi.entitlements.cache import (
     Lifetimes,
     allow_from_cache,
 )
-from openmeter_wsgi.entitlements.client import (
-    BackgroundLookup,
-    ClientV1,
-    Question,
-    questions_about,
-)
+from openmeter_wsgi.entitlements.client import ClientV1, is_key
 from openmeter_wsgi.entitlements.client_v3 import ClientV3
 from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
 from openmeter_wsgi.entitlements.decision import (
     Decision,
     DecisionSource,
+    Denial,
     together,
     undecided,
 )
+from openmeter_wsgi.entitlements.lookup import (
+    BackgroundLookup,
+    Question,
+    Recalled,
+    questions_about,
+)
+from openmeter_wsgi.entitlements.shared import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
-from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.open_store import open_store
+from openmeter_wsgi.quota.store import StoreAway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.cache import AllowFromCache
-    from openmeter_wsgi.entitlements.client import (
-        Answer,
-        Answering,
-        EntitlementClient,
-        HasToken,
-        Lookup,
-        Terms,
-    )
-    from openmeter_wsgi.options import CountedMeter
+    from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
+    from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
+    from openmeter_wsgi.entitlements.shared import SharedAnswer
     from openmeter_wsgi.policy import FailMode, Policy
-    from openmeter_wsgi.quota.account import NotReserved, Reservation
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
 logger = log.get_logger(__name__)
-
-
-#: Seconds between two looks after what is leased and not used.
-_TEND_INTERVAL = 0.5
-
-
-class LocalQuota:
-    """The quotas of all customers, as far as this process uses them.
-
-    Any thread. Nothing is opened and no thread started before the first answer with a
-    balance.
-    """
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        meters: Mapping[str, CountedMeter],
-        *,
-        tends: bool = True,
-    ) -> None:
-        #: By feature.
-        self.meters = meters
-        self._ledger = ledger
-        #: Whether a thread looks after what is leased: in a short life none is needed.
-        self._tends = tends
-        self._tending: threading.Thread | None = None
-        self._closed = threading.Event()
-        #: Wall clock; an answer that was asked for before begins nothing anew.
-        self._closed_at = -math.inf
-        self._changing = threading.Lock()
-        self._pid = os.getpid()
-
-    def answered(
-        self, customer: str, feature: str, balance: float | None, asked_at: float
-    ) -> None:
-        """Take over the balance that OpenMeter said; *asked_at* is wall clock."""
-        if balance is None or feature not in self.meters:
-            return
-        with self._changing:
-            if asked_at <= self._closed_at:
-                return
-            self._ledger.account(_key(customer, feature)).answered(balance, asked_at)
-            if self._tending is None and self._tends:
-                self._start_tending()
-
-    def reserve(
-        self, customer: str, feature: str, amount: float
-    ) -> Reservation | NotReserved:
-        """Set *amount* apart for a request that begins, or say why not."""
-        return self._ledger.account(_key(customer, feature)).reserve(amount)
-
-    def remaining(self, customer: str, feature: str) -> float:
-        """Return about how much is left."""
-        return self._ledger.account(_key(customer, feature)).available()
-
-    def settle(
-        self, reserved: Iterable[Reservation], used: dict[tuple[str, str], float]
-    ) -> None:
-        """Let reservations become what was *used*, by customer and feature.
-
-        What was used without a reservation is counted, too.
-        """
-        left = {_key(*whose): amount for whose, amount in used.items()}
-        for reservation in reserved:
-            reservation.settle(left.pop(reservation.key, 0.0))
-        for key, amount in left.items():
-            if amount:
-                self._ledger.account(key).spend(amount)
-
-    def close(self) -> None:
-        """Hand back what is leased. The answer to a later question begins anew.
-
-        In a child of a fork it does nothing: all of this is its parent's.
-        """
-        if os.getpid() != self._pid:
-            return
-        with self._changing:
-            thread, self._tending = self._tending, None
-            self._closed_at = time.time()
-            if thread is None:
-                return
-            self._closed.set()
-            self._closed = threading.Event()
-        atexit.unregister(self.close)
-        self._ledger.close()
-
-    def _start_tending(self) -> None:
-        self._tending = thread = threading.Thread(
-            target=self._tend,
-            args=(self._closed,),
-            name="openmeter_wsgi.ledger",
-            daemon=True,
-        )
-        atexit.register(self.close)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            logger.error(
-                "%s: no thread can be started to hand back what is not used", error
-            )
-
-    def _tend(self, closed: threading.Event) -> None:
-        while not closed.wait(_TEND_INTERVAL):
-            self._ledger.tend()
-
-
-def _key(customer: str, feature: str) -> str:
-    return f"{customer}\0{feature}"
 
 
 #: The terms of an entitlement are asked for anew when they are older than this, in
@@ -182,26 +70,46 @@ class EntitlementService:
     def __init__(
         self,
         *,
-        new_asker: Callable[[Answering], Lookup],
+        new_asker: Callable[[Answering, Recall], Lookup],
         countdown: LocalQuota,
         lifetimes: Lifetimes,
         id_lifetimes: Lifetimes | None = None,
         tells_periods: bool,
         close_store: Callable[[], None],
+        shared: SharedAnswers | None = None,
     ) -> None:
         self.countdown = countdown
         self._close_store = close_store
+        #: None where there are no other processes that could have asked.
+        self._shared = shared
+        #: Whether quotas are counted down, and by this process for itself.
+        self._counts_alone = shared is None and bool(countdown.meters)
         #: Whether responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = AnswerCache()
         self._customers = FoundCustomers(id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
-        self._asker = new_asker(self._answer)
+        self._asker = new_asker(self._answer, self.recall)
+
+    def begin(self, environ: Mapping[str, Any]) -> None:
+        """Warn where several processes count a quota, and each for itself.
+
+        With the first request of a process.
+        """
+        if not self._counts_alone or not environ.get("wsgi.multiprocess"):
+            return
+        self._counts_alone = False
+        logger.warning(
+            "%s: %s counted down by several processes, and each counts for itself: "
+            "together they may serve a multiple of a quota. Set spool_dir, or "
+            "redis_url where they are on several hosts",
+            "entitlement_meters", ", ".join(map(repr, self.countdown.meters)),
+        )  # fmt: skip
 
     def decide(
         self, customer: str, features: tuple[str, ...], fail_mode: FailMode
     ) -> Decision:
-        """Say whether *customer* may use all of *features*. Never raises.
+        """Decide whether *customer* may use all of *features*. Never raises.
 
         Waits only for an answer that has never been heard or has outlived its time,
         and at most ``entitlement_timeout``.
@@ -209,11 +117,16 @@ class EntitlementService:
         fresh = [self._answers.fresh(feature)(customer) for feature in features]
         if None not in fresh:
             return together(fresh)  # type: ignore[arg-type]
+        if not is_key(customer):  # OpenMeter can have no such customer
+            denied = tuple(Denial(feature, "unknown_customer") for feature in features)
+            return Decision(False, denied, source="request")
         now = time.monotonic()
-        found = self._found(customer, features, now, fail_mode)
+        found, busy_for = self._found(customer, features, now, fail_mode)
         return together(
             [
-                _decision(feature, known, now, fail_mode)
+                undecided((feature,), fail_mode, busy_for)
+                if known is None
+                else _decision(known, now)
                 for feature, known in zip(features, found, strict=True)
             ]
         )
@@ -243,9 +156,13 @@ class EntitlementService:
         """Return what is known, however old it is."""
         return self._answers.get(customer, feature)
 
-    def refresh(self, customer: str, feature: str) -> None:
-        """Ask anew, behind the request's back."""
-        self._asker.refresh(Question(customer, (feature,)))
+    def refresh(self, customer: str, feature: str, *, since: float = 0.0) -> None:
+        """Ask anew, behind the request's back.
+
+        The answer that another process asked for *since* that moment (monotonic) will
+        do.
+        """
+        self._asker.refresh(Question(customer, (feature,)), since=since)
 
     def account(self, customer: str) -> str:
         """Return the name under which the quota of *customer* is counted down."""
@@ -253,8 +170,11 @@ class EntitlementService:
 
     def invalidate(self, customer: str, feature: str | None = None) -> None:
         """Forget what was said of *customer*: the next request asks."""
+        features = self._answers.features if feature is None else (feature,)
         for name in {customer, *self._customers.forget(customer)}:
             self._answers.forget(name, feature)
+            if self._shared is not None:
+                self._shared.forget(name, features)
 
     @property
     def problems(self) -> list[Problem]:
@@ -279,21 +199,59 @@ class EntitlementService:
 
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
-    ) -> list[CachedAnswer | None]:
+    ) -> tuple[list[CachedAnswer | None], float | None]:
+        """Return what is known, and the seconds to come back after if the line is long.
+
+        Asks for what is not known or has aged.
+        """
         found = [self._answers.get(customer, feature) for feature in features]
         pairs = list(zip(features, found, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            for question in questions_about(customer, missing):
-                self._asker.ask(question)
+            is_known = any(known is not None for known in found)
+            waits = [
+                self._asker.ask(question, is_known=is_known)
+                for question in questions_about(customer, missing)
+            ]
             found = [self._answers.get(customer, feature) for feature in features]
             after = time.monotonic()
             any_age = fail_mode == "stale"
-            return [k if k and (any_age or after < k.usable_until) else None
-                    for k in found]  # fmt: skip
+            usable = [k if k and (any_age or after < k.usable_until) else None
+                      for k in found]  # fmt: skip
+            return usable, max((w for w in waits if w is not None), default=None)
         if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
             for question in questions_about(customer, aged):
                 self._asker.refresh(question)
-        return found
+        return found, None
+
+    def recall(self, question: Question, since: float) -> Recalled:
+        """Look for the answer among those that other processes have shared."""
+        if self._shared is None:
+            return Recalled()
+        customer, features = question
+        for feature, found in zip(
+            features, self._shared.get(customer, features), strict=True
+        ):
+            if found is not None:
+                self._take_over(customer, feature, found)
+        now = time.monotonic()
+        known = [self._answers.get(customer, feature) for feature in features]
+        return Recalled(
+            all(k and k.asked_at >= since and now < k.fresh_until for k in known),
+            any(known),
+        )
+
+    def _take_over(self, customer: str, feature: str, found: SharedAnswer) -> None:
+        """Remember an answer of another process as one of ours."""
+        known = self._answers.get(customer, feature)
+        if known is not None and known.asked_at >= found.asked_at:
+            return
+        if found.customer is not None:
+            self._customers.put(customer, found.customer, found.asked_at, found.names)
+        account = self.account(customer)
+        balance = found.answer.balance
+        self.countdown.answered(account, feature, balance, found.asked_wall)
+        heard = _Heard(customer, account, feature, found.answer, found.asked_at)
+        self._remember(heard, found.terms, found.terms_at)
 
     # -- In the thread of a question
 
@@ -321,15 +279,27 @@ class EntitlementService:
             self._remember(heard, terms, terms_at)
             if not self._wants_terms(heard, terms, terms_at):
                 continue
-            if self._decides_by_terms(heard, terms):
+            if self._decides_by_terms(heard, terms) and not self._asker.is_busy:
                 self._learn_terms(client, heard)
             else:
                 later.append(heard)
         answered()
         for heard in later:
-            self._learn_terms(client, heard)
+            # While others wait in line, their first questions go before.
+            if not self._asker.is_busy:
+                self._learn_terms(client, heard)
+        self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
             raise errors[0]
+
+    def _share(self, customer: str, features: Iterable[str]) -> None:
+        """Let other processes know the answers."""
+        if self._shared is None:
+            return
+        found = self._customers.fresh(customer)
+        for feature in features:
+            if (known := self._answers.get(customer, feature)) is not None:
+                self._shared.put(customer, feature, known, found)
 
     def _remember(self, heard: _Heard, terms: Terms | None, terms_at: float) -> None:
         known = CachedAnswer(
@@ -404,11 +374,7 @@ def _terms_for(
     return before.terms, before.terms_at
 
 
-def _decision(
-    feature: str, known: CachedAnswer | None, now: float, fail_mode: FailMode
-) -> Decision:
-    if known is None:
-        return undecided((feature,), fail_mode)
+def _decision(known: CachedAnswer, now: float) -> Decision:
     source: DecisionSource = "cache"
     if known.asked_at >= now:
         source = "openmeter"
@@ -431,11 +397,35 @@ _IDS_HOLD = 600.0
 
 def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     """Return a client for the version and the server that *policy* names."""
-    url = policy.entitlements_url or policy.api_url
+    url = _questions_url(policy)
     key = policy.questions_key
     if policy.api_flavor == "v3":
         return ClientV3(url=url, key=key, timeout=timeout)
     return ClientV1(url=url, key=key, timeout=timeout)
+
+
+def _has_others(policy: Policy) -> bool:
+    """Return True if there is a store that other processes use, too."""
+    return policy.spool_dir is not None or policy.redis_url is not None
+
+
+def _scope(policy: Policy) -> str:
+    """Return a short name for the server and the key that questions are asked with.
+
+    Accounts of another server, or of another key of the same one, are not ours.
+
+    :raises StoreAway: if the key cannot be read now.
+    """
+    try:
+        key = policy.questions_key.current()
+    except ValueError as error:
+        raise StoreAway(f"no account can be named: {error}") from error
+    named = f"{_questions_url(policy)}\0{key or ''}"
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
+
+
+def _questions_url(policy: Policy) -> str:
+    return policy.entitlements_url or policy.api_url
 
 
 def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
@@ -449,25 +439,28 @@ def entitlement_service(
     policy: Policy, delivered_until: Callable[[], float]
 ) -> EntitlementService:
     """Return the entitlements of one process. Opens nothing and starts no thread."""
-    rate = policy.question_rate
-    store = open_store(spool_dir=policy.spool_dir, redis_url=policy.redis_url)
+    rate = question_rate(policy.question_rate, url=_questions_url(policy))
+    store = open_store(policy.spool_dir, policy.redis_url, partial(_scope, policy))
     ledger = Ledger(
         store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
     )
     new_client = partial(question_client, policy, policy.entitlement_timeout)
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
-        new_asker=lambda answering: BackgroundLookup(
+        new_asker=lambda answering, recall: BackgroundLookup(
             new_client=new_client,
             answering=answering,
+            recall=recall,
             take_question=lambda reserve: store.take_question(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
+            rate=rate,
             reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         close_store=store.close,
+        shared=SharedAnswers(store) if _has_others(policy) else None,
         tells_periods=any(
             each.usage_headers
             for each in (policy, *(own for _, own in policy.of_routes))

@@ -69,6 +69,18 @@ class FallbackStore:
         """See :class:`Store`."""
         return self._ask(lambda store: store.take_question(rate, reserve=reserve))
 
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """See :class:`Store`."""
+        self._ask(lambda store: store.share(key, document, asked_at))
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """See :class:`Store`."""
+        return self._ask(lambda store: store.shared(keys))
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """See :class:`Store`."""
+        self._ask(lambda store: store.unshare(keys))
+
     def leave(self, lessee: Lessee, now: float) -> None:
         """Leave all of them."""
         for store in self._stores:
@@ -123,28 +135,33 @@ class FallbackStore:
 
 
 def open_store(
-    spool_dir: str | os.PathLike[str] | None = None, redis_url: str | None = None
+    spool_dir: str | os.PathLike[str] | None = None,
+    redis_url: str | None = None,
+    scope: Callable[[], str] = lambda: "",
 ) -> Store:
     """Return the store of many hosts (Redis), of this one, or of this process.
 
     With Redis and a spool the store in *spool_dir* stands in while Redis is away;
-    in the place of both, and without either, each process counts for itself. What is
-    returned never raises StoreAway, and touches nothing before its first use.
+    in the place of both, and without either, each process counts for itself. The
+    returned store never raises StoreAway, and touches nothing before its first use.
+    *scope* is called then: it names the OpenMeter server and key, and two of different
+    scopes share nothing.
 
-    :raises ConfigError: if Redis cannot be used: no URL of one, no client installed.
+    :raises ConfigError: if Redis cannot be used: no URL of one, an option in it that
+        cannot work, no client installed.
     """
     # Here, so that the import of the package does not load SQLite.
     from openmeter_wsgi.quota.sqlite import SqliteStore
 
     stores: list[Store] = []
     if redis_url is not None:
-        stores.append(_redis_store(redis_url))
+        stores.append(_redis_store(redis_url, scope))
     if spool_dir is not None:
-        stores.append(SqliteStore(Path(os.path.abspath(spool_dir))))
+        stores.append(SqliteStore(Path(os.path.abspath(spool_dir)), scope=scope))
     return FallbackStore([*stores, SqliteStore()])
 
 
-def _redis_store(url: str) -> Store:
+def _redis_store(url: str, scope: Callable[[], str]) -> Store:
     try:
         from openmeter_wsgi.quota.redis import RedisStore
     except ImportError as error:
@@ -152,6 +169,6 @@ def _redis_store(url: str) -> Store:
             [f"redis_url: {error}; expected 'openmeter_wsgi[redis]' to be installed"]
         ) from error
     try:
-        return RedisStore(url)
+        return RedisStore(url, scope=scope)
     except ValueError as error:
         raise ConfigError([f"redis_url: {error}"]) from error

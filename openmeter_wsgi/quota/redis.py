@@ -1,6 +1,6 @@
 """A store in Redis, for many hosts: the scripts in Lua and their client.
 
-The rules are those of `tables`. Every script gets the keys of one hash tag:
+The rules are those of `sqlite_tables`. Every script gets the keys of one hash tag:
 
 ====  ======================================================================
 1     hash: the store's name; the token bucket
@@ -13,22 +13,26 @@ The rules are those of `tables`. Every script gets the keys of one hash tag:
 and makes those of accounts and leases from a prefix of the same tag. Numbers travel
 as text, written with 17 digits: Lua's own conversion would keep 14.
 
-All its keys have one hash tag, so a cluster keeps them on one node. Times are those of
-the hosts: their clocks must agree within the visibility lag.
+All its keys have one hash tag, so a cluster keeps them on one node. The tag names the
+OpenMeter server and its key: two of them share nothing. All times are Redis's own: the
+clocks of hosts may differ, and each host shifts its times by the difference.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from openmeter_wsgi import log
 from openmeter_wsgi.quota.sqlite_tables import (
     KEPT_ACCOUNTS,
     KEPT_WATERMARKS,
@@ -39,13 +43,19 @@ from openmeter_wsgi.quota.store import PATIENCE, ROUNDING, Lease, StoreAway
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from openmeter_wsgi.quota.store import Lessee, Request
+    from openmeter_wsgi.quota.store import KnownBalance, Lessee, Request
+
+logger = log.get_logger(__name__)
 
 
 _COMMON = """
 local names, lessees, origins, watermarks, heard = unpack(KEYS)
 local prefix = ARGV[1]
 local now = tonumber(ARGV[2])
+if not now then
+  local time = redis.call("TIME")
+  now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+end
 
 local function text(number)
   if number == math.huge then return "inf" end
@@ -77,7 +87,8 @@ local function keep(key, kept)
 end
 """
 
-#: prefix, now, kept, lessee, origin, alive until, silence, a name, rounding, JSON of
+#: prefix, now ("" for Redis's), kept, lessee, origin, lifetime, silence, a name,
+#: rounding, JSON of
 #: {key, held, wanted or false, spent: [[second, amount]], answer or false: [balance,
 #: asked at, seen at]}, all numbers as text. Returns granted ("" if refused),
 #: available, room, the store's name.
@@ -85,7 +96,8 @@ EXCHANGE = (
     _COMMON
     + """
 local kept, lessee, origin = ARGV[3], ARGV[4], ARGV[5]
-local alive_until, silence, rounding = ARGV[6], number(ARGV[7]), number(ARGV[9])
+local silence, rounding = number(ARGV[7]), number(ARGV[9])
+local alive_until = text(now + number(ARGV[6]))
 redis.call("HSETNX", names, "store", ARGV[8])
 if redis.call("ZADD", lessees, alive_until, lessee) == 1 and origin == lessee then
   redis.call("HDEL", watermarks, origin)  -- it had been given up, and is back
@@ -214,12 +226,13 @@ redis.call("HSET", watermarks, origin, cjson.encode(marks))
 """
 )
 
-#: prefix, now, kept, lessee, alive until, lessee to bury or ""
+#: prefix, now, kept, lessee, lifetime, lessee to bury or ""
 #: Buries that one, or else all whose time is up; returns how many.
 LOOK = (
     _COMMON
     + """
-local kept, lessee, alive_until, wanted = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local kept, lessee, wanted = ARGV[3], ARGV[4], ARGV[6]
+local alive_until = text(now + number(ARGV[5]))
 local dead = {wanted}
 if wanted == "" then
   if redis.call("HEXISTS", origins, lessee) == 1 then
@@ -290,21 +303,70 @@ LIFETIME = 30.0
 #: An origin that was not heard of for so many is gone, and its spool with it: nobody
 #: else would ever say that what was settled there is delivered.
 SILENCE = 3_600.0
-_PREFIX = "{openmeter_wsgi}:"
 _KEYS = ("names", "lessees", "origins", "watermarks", "heard")
 _PRUNE_INTERVAL = 600.0
 
+#: What a URL may say beside the address; names that begin with ``ssl_`` as well. The
+#: rest would be refused with the first request, or changes what this module relies on.
+_URL_OPTIONS = {
+    "client_name", "db", "health_check_interval", "max_connections", "password",
+    "protocol", "socket_keepalive", "username",
+}  # fmt: skip
+#: The clock of this host is said to differ by more than so many seconds.
+_DIFFERS = 1.0
+#: A difference that was measured is kept until another is so many seconds away: a
+#: moment and the mark that covers it are shifted alike.
+_JITTER = 0.05
+#: A mark is shifted back by so much more: it never covers too much.
+_MARGIN = 0.2
+
+
+def _checked(url: str) -> str:
+    """Return *url* if each connection can be made with it. It is never shown.
+
+    :raises ValueError: naming the option that cannot work.
+    """
+    parts = urlsplit(url)
+    path = "" if parts.scheme == "unix" else parts.path.strip("/")
+    if path and not path.isdecimal():
+        raise ValueError(f"expected the number of a database, got {path!r}")
+    for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        if name not in _URL_OPTIONS and not name.startswith("ssl_"):
+            raise ValueError(
+                f"expected no option but {', '.join(sorted(_URL_OPTIONS))} and those "
+                f"of ssl_, got {name!r}"
+            )
+    try:
+        redis.ConnectionPool.from_url(url).make_connection()
+    except (TypeError, ValueError, redis.RedisError) as error:
+        raise ValueError(f"no connection can be made with it: {error}") from None
+    return url
+
 
 class RedisStore:
-    """The ledger of all hosts that use one Redis. *clock* is for questions alone."""
+    """The ledger of all hosts that use one Redis, for one server and key.
+
+    *scope* names that server and key. *clock* is that of this host, and *redis_clock*
+    stands in for Redis's own, for tests.
+    """
 
     #: Each host has its spool; there is none beside Redis.
     origin = None
     returns = 0
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        self._url = url
+    def __init__(
+        self,
+        url: str,
+        *,
+        scope: Callable[[], str] = lambda: "",
+        clock: Callable[[], float] = time.time,
+        redis_clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._url = _checked(url)
+        self._scope = scope
         self._clock = clock
+        self._redis_clock = redis_clock
+        self._prefix: str | None = None
         self._pruned_at = 0.0
         self._connect()
 
@@ -315,6 +377,8 @@ class RedisStore:
 
     def _connect(self) -> None:
         self._pid = os.getpid()
+        #: The seconds to add to a time of this host's, None before they are measured.
+        self._difference: float | None = None
         self._redis = redis.Redis.from_url(
             self._url,
             socket_timeout=PATIENCE,
@@ -334,78 +398,155 @@ class RedisStore:
         }
 
     def exchange(
-        self, lessee: Lessee, requests: Sequence[Request], now: float
+        self,
+        lessee: Lessee,
+        requests: Sequence[Request],
+        now: float,  # noqa: ARG002 - Redis knows better
     ) -> list[Lease]:
         """Hand in what was spent and take new leases: one script."""
+        shift = self._shift()
         answers = self._run(
             EXCHANGE,
-            now,
             int(KEPT_ACCOUNTS),
-            *(lessee.token, lessee.origin, now + LIFETIME, SILENCE),
+            *(lessee.token, lessee.origin, LIFETIME, SILENCE),
             *(secrets.token_hex(12), ROUNDING),
-            *map(_document, requests),
+            *(_document(request, shift) for request in requests),
         )
         return [
             Lease(float(granted) if granted else None, float(left), float(room), store)
             for granted, left, room, store in answers
         ]
 
-    def publish(self, lessee: Lessee, until: float, now: float) -> None:
+    def publish(self, lessee: Lessee, until: float, now: float) -> None:  # noqa: ARG002
         """Write a watermark of the lessee's origin."""
         limits = KEPT_WATERMARKS, WATERMARKS
-        self._run(PUBLISH, now, lessee.origin, until, *limits)
+        margin = _MARGIN if self._redis_clock is None else 0.0
+        self._run(PUBLISH, lessee.origin, until + self._shift() - margin, *limits)
 
     def look(self, lessee: Lessee, now: float) -> bool:
         """Renew the lease, bury the dead, and say whether there were any."""
+        self._measure()
         if not 0 <= now - self._pruned_at < _PRUNE_INTERVAL:
-            self._run(PRUNE, now, SILENCE)
+            self._run(PRUNE, SILENCE)
             self._pruned_at = now
-        return bool(self._bury(lessee, now, ""))
+        return bool(self._bury(lessee, ""))
 
-    def leave(self, lessee: Lessee, now: float) -> None:
+    def leave(self, lessee: Lessee, now: float) -> None:  # noqa: ARG002
         """Give up what the lessee has; a lease it still holds counts as spent."""
-        self._bury(lessee, now, lessee.token)
+        self._bury(lessee, lessee.token)
 
     def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
         """Take a token of the bucket."""
-        return float(self._run(QUESTION, self._clock(), rate, reserve))
+        return float(self._run(QUESTION, rate, reserve))
+
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """Keep a document, with the moment by Redis's clock before it."""
+        text = f"{asked_at + self._shift()!r} {document.decode()}"
+        kept = int(KEPT_ACCOUNTS)
+        self._within(lambda: self._redis.set(self._answer(key), text, ex=kept))
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """Return the document of each key."""
+        names = [self._answer(key) for key in keys]
+        shift = self._shift()
+        found: list[tuple[bytes, float] | None] = []
+        for text in self._within(lambda: self._redis.mget(names)):
+            asked_at, _, document = (text or "").partition(" ")
+            found.append((document.encode(), float(asked_at) - shift) if text else None)
+        return found
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """Remove the documents of *keys*."""
+        names = [self._answer(key) for key in keys]
+        if names:
+            self._within(lambda: self._redis.delete(*names))
+
+    def _answer(self, key: str) -> str:
+        return f"{self._prefix_of_keys()}answer:{key}"
 
     def close(self) -> None:
         """Close all connections."""
         if os.getpid() == self._pid:
             self._redis.close()
 
-    def _bury(self, lessee: Lessee, now: float, whom: str) -> int:
-        return int(
-            self._run(
-                LOOK,
-                now,
-                int(KEPT_ACCOUNTS),
-                *(lessee.token, now + LIFETIME, whom),
+    def _bury(self, lessee: Lessee, whom: str) -> int:
+        return int(self._run(LOOK, int(KEPT_ACCOUNTS), *(lessee.token, LIFETIME, whom)))
+
+    # -- Clocks
+
+    def _shift(self) -> float:
+        """Return the seconds to add to a time of this host's."""
+        if self._difference is None or os.getpid() != self._pid:
+            self._measure()
+        return self._difference or 0.0
+
+    def _measure(self) -> None:
+        """Measure by how much the clock of this host is behind Redis's."""
+        if self._redis_clock is not None:
+            return
+        before = self._clock()
+        seconds, microseconds = self._within(lambda: self._redis.time())  # noqa: PLW0108 - another after a fork
+        after = self._clock()
+        found = seconds + microseconds / 1e6 - (before + after) / 2
+        known = self._difference
+        if known is None or abs(found - known) > max(after - before, _JITTER):
+            self._difference = found
+        if abs(found) > _DIFFERS:
+            logger.warning(
+                "%s: the clock of this host is %.0f s %s Redis's. Quotas go by Redis's "
+                "time, but events are dated by this host's: let NTP set it",
+                "clock", abs(found), "ahead of" if found < 0 else "behind",
+            )  # fmt: skip
+
+    # -- Calls
+
+    def _run(self, script: str, *arguments: float | str) -> Any:
+        now = "" if self._redis_clock is None else repr(self._redis_clock())
+        return self._within(
+            lambda: self._scripts[script](
+                keys=[self._prefix_of_keys() + name for name in _KEYS],
+                args=[self._prefix_of_keys(), now, *arguments],
             )
         )
 
-    def _run(self, script: str, now: float, *arguments: float | str) -> Any:
+    def _within(self, call: Callable[[], Any]) -> Any:
+        """Make a call to Redis.
+
+        :raises StoreAway: if it is not there.
+        """
         if os.getpid() != self._pid:
             self._connect()  # the sockets are the parent's
         try:
-            return self._scripts[script](
-                keys=[_PREFIX + name for name in _KEYS],
-                args=[_PREFIX, repr(now), *arguments],
-            )
+            return call()
         except (redis.RedisError, OSError) as error:
             raise StoreAway(f"{self}: {error}") from error
 
+    def _prefix_of_keys(self) -> str:
+        if self._prefix is None:
+            self._prefix = f"{{openmeter_wsgi:{self._scope()}}}:"
+        return self._prefix
 
-def _document(request: Request) -> str:
-    """Return a request as JSON, its numbers as text that loses nothing."""
+
+def _document(request: Request, shift: float) -> str:
+    """Return a request as JSON, its numbers as text that loses nothing.
+
+    Its times are shifted; a second that becomes parts of two counts as the later one.
+    """
     wanted, answer = request.wanted, request.answer
     return json.dumps(
         {
             "key": request.key,
             "held": repr(request.held),
             "wanted": wanted is not None and repr(wanted),
-            "spent": [[str(s), repr(amount)] for s, amount in request.spent.items()],
-            "answer": answer is not None and [repr(float(part)) for part in answer],
+            "spent": [
+                [str(math.ceil(second + shift)), repr(amount)]
+                for second, amount in request.spent.items()
+            ],
+            "answer": answer is not None and _shifted(answer, shift),
         }
     )
+
+
+def _shifted(answer: KnownBalance, shift: float) -> list[str]:
+    times = (answer.asked_at, answer.seen_at)
+    return [repr(float(answer.balance)), *(repr(time + shift) for time in times)]

@@ -148,19 +148,24 @@ _inherited: list[object] = []
 
 
 class Database:
-    """The tables in the file *path*, or in memory if that is None. Any thread.
+    """The tables in a file of *directory*, or in memory if that is None. Any thread.
 
-    It is opened by its first use in a process.
+    It is opened by its first use in a process. *scope* is called then: it names the
+    OpenMeter server and key that the file is for.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(
+        self, directory: Path | None, scope: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._directory = directory
+        self._scope = scope
+        self._path: Path | None = None
         self._forget()
         tell_of_forks(self)
 
     def __str__(self) -> str:
         """Return where it is."""
-        return str(self._path or "each process by itself")
+        return str(self._path or self._directory or "each process by itself")
 
     def _forget(self) -> None:
         self._pid = os.getpid()
@@ -189,7 +194,7 @@ class Database:
         """Close the file, and keep everybody out until `after_fork`."""
         if os.getpid() != self._pid or not self._lock.acquire(timeout=_FORK_PATIENCE):
             return False
-        if self._path is not None:  # else closing it would be forgetting
+        if self._directory is not None:  # else closing it would be forgetting
             self._disconnect()
         return True
 
@@ -250,7 +255,8 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         where = ":memory:"
-        if self._path is not None:
+        if self._directory is not None:
+            self._path = self._directory / database_name(self._scope())
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             # One that is there is not opened: closing it would drop the locks that
             # another connection of this process has.
@@ -325,24 +331,36 @@ def _code(error: Exception) -> int:
     return getattr(error, "sqlite_errorcode", -1) & 0xFF
 
 
-DATABASE_NAME = "ledger.sqlite"
+#: The beginning and the end of a file's name; between them is its scope.
+DATABASE_NAME = "ledger"
+_SUFFIX = ".sqlite"
 #: Seconds between two looks for what nobody uses any more.
 _PRUNE_INTERVAL = 60.0
+
+
+def database_name(scope: str) -> str:
+    """Return the name of the file for the server and key that *scope* names."""
+    return f"{DATABASE_NAME}{scope and '-'}{scope}{_SUFFIX}"
 
 
 class SqliteStore:
     """The ledger of a host in *directory*, or of one process without.
 
-    *clock* is for questions alone.
+    *scope* names the OpenMeter server and key: each has a file of its own. *clock* is
+    for questions alone.
     """
 
     returns = 0
 
     def __init__(
-        self, directory: Path | None = None, clock: Callable[[], float] = time.time
+        self,
+        directory: Path | None = None,
+        clock: Callable[[], float] = time.time,
+        *,
+        scope: Callable[[], str] = lambda: "",
     ) -> None:
         self._directory = directory
-        self._database = Database(directory and directory / DATABASE_NAME)
+        self._database = Database(directory, scope)
         self._clock = clock
         self._present: HostLiveness | ProcessLiveness = (
             HostLiveness(directory) if directory else ProcessLiveness()
@@ -413,6 +431,26 @@ class SqliteStore:
         return self._database.within(
             lambda db: sqlite_tables.take_question(db, rate, reserve, now)
         )
+
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """Keep a document for other processes; nothing where there are none."""
+        if self._directory is not None:
+            self._database.within(
+                lambda db: sqlite_tables.share(db, key, document, asked_at)
+            )
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """Return the document of each key."""
+        if self._directory is None:
+            return [None] * len(keys)
+        return self._database.within(
+            lambda db: sqlite_tables.shared(db, keys), write=False
+        )
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """Remove the documents of *keys*."""
+        if self._directory is not None:
+            self._database.within(lambda db: sqlite_tables.unshare(db, keys))
 
     def close(self) -> None:
         """Close the connection."""

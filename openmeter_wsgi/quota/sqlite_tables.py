@@ -17,12 +17,12 @@ from openmeter_wsgi.quota.store import (
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from openmeter_wsgi.quota.store import KnownBalance, Request
 
 #: Of this version is a file that holds these tables.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Watermarks are kept for so many seconds: an answer takes the one of its own time.
 KEPT_WATERMARKS = 600.0
 #: Accounts that nobody used for so many seconds are forgotten.
@@ -47,6 +47,7 @@ SCHEMA = (
     " PRIMARY KEY (key, lessee)) WITHOUT ROWID",
     "CREATE INDEX leases_of ON leases (lessee)",
     "CREATE TABLE questions (id INTEGER PRIMARY KEY, tokens REAL, at REAL)",
+    "CREATE TABLE answers (key TEXT PRIMARY KEY, document BLOB, asked_at REAL)",
 )
 
 
@@ -155,6 +156,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
             f"DELETE FROM {table} WHERE key IN ({old})",  # noqa: S608 - names of ours
             (now - KEPT_ACCOUNTS,),
         )
+    db.execute("DELETE FROM answers WHERE asked_at < ?", (now - KEPT_ACCOUNTS,))
     db.execute(
         "DELETE FROM watermarks WHERE origin NOT IN (SELECT origin FROM spent)"
         " AND origin NOT IN (SELECT origin FROM lessees)"
@@ -172,6 +174,29 @@ def take_question(
         tokens -= 1
     db.execute("INSERT OR REPLACE INTO questions VALUES (1, ?, ?)", (tokens, now))
     return wait
+
+
+def share(db: sqlite3.Connection, key: str, document: bytes, asked_at: float) -> None:
+    """Keep a document: see :meth:`Store.share`."""
+    db.execute(
+        "INSERT INTO answers VALUES (?, ?, ?) ON CONFLICT DO UPDATE"
+        " SET document = excluded.document, asked_at = excluded.asked_at"
+        " WHERE excluded.asked_at >= asked_at",
+        (key, document, asked_at),
+    )
+
+
+def shared(
+    db: sqlite3.Connection, keys: Sequence[str]
+) -> list[tuple[bytes, float] | None]:
+    """Return the documents of *keys*: see :meth:`Store.shared`."""
+    query = "SELECT document, asked_at FROM answers WHERE key = ?"
+    return [db.execute(query, (key,)).fetchone() for key in keys]
+
+
+def unshare(db: sqlite3.Connection, keys: Sequence[str]) -> None:
+    """Remove the documents of *keys*."""
+    db.executemany("DELETE FROM answers WHERE key = ?", [(key,) for key in keys])
 
 
 def _origin(lessee: Lessee) -> str:

@@ -115,6 +115,15 @@ class Store(Protocol):
         *reserve* of them for others.
         """
 
+    def share(self, key: str, document: bytes, asked_at: float) -> None:
+        """Keep a *document* under *key*, unless a newer one is there."""
+
+    def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
+        """Return the document of each key, and when it was asked for."""
+
+    def unshare(self, keys: Sequence[str]) -> None:
+        """Remove the documents of *keys*."""
+
     def close(self) -> None:
         """Let go of files and sockets; a later use opens them again."""
 

@@ -22,22 +22,22 @@ from openmeter_wsgi.entitlements.client import (
     NO_ACCESS,
     UNKNOWN_CUSTOMER,
     Answer,
-    Breaker,
     Terms,
 )
-from openmeter_wsgi.entitlements.service import EntitlementService, LocalQuota
+from openmeter_wsgi.entitlements.lookup import Breaker
+from openmeter_wsgi.entitlements.service import EntitlementService
 from openmeter_wsgi.errors import Unavailable
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.process import Process
-from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.sqlite import SqliteStore
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from openmeter_wsgi.entitlements.client import Answering, Question
     from openmeter_wsgi.entitlements.decision import Reason
+    from openmeter_wsgi.entitlements.lookup import Answering, Question
     from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
 
@@ -232,7 +232,7 @@ class DirectLookup:
         self._client = client
         self._answering = answering
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: Question, *, is_known: bool = False) -> None:  # noqa: ARG002
         """Ask; without an answer what was known before goes on to hold."""
         try:
             self._answering(
@@ -244,7 +244,14 @@ class DirectLookup:
         except Unavailable:
             return
 
-    refresh = ask
+    def refresh(self, question: Question, *, since: float = 0.0) -> None:  # noqa: ARG002
+        """Ask at once."""
+        self.ask(question)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests wait in line: none does."""
+        return False
 
     def has_token(self) -> bool:
         """Ask as much as you like: nobody is at the other end."""
@@ -329,7 +336,7 @@ class Collected:
             delivered_until=transport.delivered_until,
         )
         return EntitlementService(
-            new_asker=lambda answering: DirectLookup(client, answering),
+            new_asker=lambda answering, _: DirectLookup(client, answering),
             countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             close_store=store.close,

@@ -89,7 +89,7 @@ class TestRedisStore(LedgerContract):
         stores = []
 
         def new():
-            stores.append(RedisStore(server.url, clock))
+            stores.append(RedisStore(server.url, redis_clock=clock))
             return stores[-1]
 
         yield new
@@ -156,7 +156,7 @@ class TestRedisStore(LedgerContract):
         account.reserve(1.0).settle(1.0)
         account.reserve(500.0)
         kept = server.keys()
-        assert all(key.startswith("{openmeter_wsgi}:") for key in kept)
+        assert all(key.startswith("{openmeter_wsgi:}:") for key in kept)
         accounts = [key for key in kept if "acme" in key]
         assert len(accounts) == 3
         assert all(kept[key] > 0 for key in accounts)
@@ -169,7 +169,7 @@ class RedisMachine(Machine):
     url = ""
 
     def new_store(self):
-        return RedisStore(self.url, self.clock)
+        return RedisStore(self.url, redis_clock=self.clock)
 
     def end(self, worker):
         worker.store.close()
@@ -268,3 +268,120 @@ def test_a_password_is_not_logged(caplog):
 def test_a_url_of_something_else_is_a_configuration_error():
     with pytest.raises(ConfigError, match="redis_url"):
         open_store(redis_url="http://127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://:hunter2@127.0.0.1/0?socket_timeout=60", "got 'socket_timeout'"),
+        ("redis://:hunter2@127.0.0.1/0?decode_responses=no", "got 'decode_responses'"),
+        ("redis://:hunter2@127.0.0.1/0?timout=1", "got 'timout'"),
+        ("redis://:hunter2@127.0.0.1/first", "the number of a database, got 'first'"),
+        ("redis://:hunter2@127.0.0.1/0?db=first", "no connection can be made with it"),
+        ("redis://:hunter2@127.0.0.1/0?ssl_cert_reqs=none", "no connection can be"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused_at_start(url, said):
+    with pytest.raises(ConfigError) as caught:
+        open_store(redis_url=url)
+
+    assert said in str(caught.value)
+    assert "redis_url" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "?client_name=api&health_check_interval=30", "?socket_keepalive=yes&db=1"],
+)
+def test_an_option_that_works_is_taken(server, options):
+    store = RedisStore(server.url.removesuffix("/0") + options)
+    assert store.take_question(10.0) == 0.0
+    store.close()
+
+
+# -- Clocks, and several servers on one Redis
+
+
+class Host:
+    """A ledger on a host whose clock is *ahead* by so many seconds."""
+
+    def __init__(self, url, ahead, openmeter):
+        self.clock = lambda: time.time() + ahead
+        self.openmeter = openmeter
+        self.ledger = Ledger(
+            RedisStore(url, clock=self.clock),
+            delivered_until=self.clock,  # what is spent is delivered at once
+            visibility_lag=0.4,
+            clock=self.clock,
+        )
+        self.account = self.ledger.account("acme")
+
+    def ask(self):
+        asked_at = self.clock()
+        self.account.answered(self.openmeter.balance(), asked_at)
+
+    def serve(self):
+        """Serve one request, if that is allowed."""
+        outcome = self.account.reserve(1.0)
+        if isinstance(outcome, NotReserved):
+            return outcome
+        self.openmeter.used_at.append(time.monotonic())
+        outcome.settle(1.0)
+        return None
+
+
+class Lagging:
+    """An OpenMeter that shows usage a moment after it has arrived."""
+
+    def __init__(self, quota):
+        self.quota = quota
+        self.used_at = []
+
+    def balance(self):
+        now = time.monotonic()
+        return float(self.quota - sum(at <= now - 0.2 for at in self.used_at))
+
+
+@pytest.mark.parametrize("ahead", [180.0, 8.0, 0.0, -8.0, -180.0])
+def test_two_hosts_whose_clocks_differ_serve_the_whole_quota(server, ahead, caplog):
+    openmeter = Lagging(500)
+    hosts = [Host(server.url, difference, openmeter) for difference in (0.0, ahead)]
+    for host in hosts:
+        host.ask()
+
+    def is_used_up():
+        refused = [host.serve() for host in hosts]
+        for host in hosts:
+            host.ledger.tend()
+        if None not in refused:
+            for host in hosts:
+                host.ask()
+        return None not in refused and openmeter.balance() <= 0
+
+    until(is_used_up)
+
+    assert len(openmeter.used_at) == 500
+    said = [r.getMessage() for r in caplog.records if "clock" in r.getMessage()]
+    assert len(said) == (ahead != 0.0)
+    for host in hosts:
+        end(host.ledger)
+
+
+def test_two_servers_on_one_redis_do_not_see_each_others_leases(server):
+    stores = [
+        RedisStore(server.url, scope=lambda name=name: name)
+        for name in ("live", "test")
+    ]
+    live, test = (Ledger(store, delivered_until=time.time) for store in stores)
+    for ledger in (live, test):
+        ledger.account("acme").answered(10.0, time.time())
+
+    assert isinstance(test.account("acme").reserve(10.0), Reservation)
+    assert isinstance(live.account("acme").reserve(10.0), Reservation)
+    assert isinstance(live.account("acme").reserve(1.0), NotReserved)
+    while stores[0].take_question(1.0) == 0.0:
+        pass
+    assert stores[1].take_question(1.0) == 0.0
+    for ledger in (live, test):
+        end(ledger)
