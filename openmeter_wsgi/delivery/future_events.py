@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import re
 import time
-from itertools import chain, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from openmeter_wsgi.values import WHOLE_SECONDS, moment_of
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 #: An event that is more than this many seconds ahead is not sent.
 MAX_AHEAD = 1_800.0
+
+_DATE = re.compile(rb'"time":"([^"]{%d})' % WHOLE_SECONDS)
+#: So much of a date is the same for ten minutes.
+_TEN_MINUTES = len("2026-01-02T03:0")
 
 _B = TypeVar("_B", bound="Batch")
 _Item = TypeVar("_Item")
@@ -72,7 +76,21 @@ def split_by_date(batch: _B, clock_ahead: float) -> Iterator[tuple[_B, float]]:
 
 
 def _may_be_later(texts: Iterable[bytes], moment: float) -> bool:
-    """Say whether an event may be dated later: what only data says counts as well."""
-    limit = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)).encode()
-    times = re.compile(rb'"time":"([^"]{%d})' % WHOLE_SECONDS).findall
-    return max(chain.from_iterable(map(times, texts)), default=b"") > limit
+    """Say whether an event may be dated later: what only data says counts as well.
+
+    Nearly always all dates begin as the first one does, so that is looked at first.
+    """
+    latest = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)).encode()
+    return any(_has_later(text, latest) for text in texts)
+
+
+def _has_later(text: bytes, latest: bytes) -> bool:
+    first = _DATE.search(text)
+    if first is None:
+        return False
+    begins = first[1][:_TEN_MINUTES]
+    if begins < latest[:_TEN_MINUTES]:
+        others = re.compile(b'"time":"(?!%s)' % re.escape(begins))
+        if others.search(text) is None:
+            return False
+    return any(date > latest for date in _DATE.findall(text))
