@@ -8,7 +8,7 @@ import encodings.idna  # noqa: F401
 import socket
 import time
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -116,6 +116,7 @@ def _retry_after(value: str | None) -> float | None:
     return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)
 
 
+@lru_cache(maxsize=2)  # many answers come within a second
 def _moment(date: str) -> float | None:
     """Return the time of an HTTP date in seconds since 1970, None if it is none."""
     try:
@@ -190,6 +191,8 @@ class Connection:
         reply = self._attempt(method, url, data, headers)
         if reply.status == 401 and self._renew_key():
             reply = self._attempt(method, url, data, headers)
+        if not reply.body and reply.status < 300:
+            return reply  # nothing of it is told to anybody
         return reply._replace(
             body=self._without_key(reply.body),
             headers=CaseInsensitiveDict(
@@ -256,7 +259,8 @@ class Connection:
 
         :raises OSError: if a body that is needed does not come in time.
         """
-        if not self._needs_body and 200 <= response.status_code < 300:
+        has_body = response.raw.length_remaining != 0
+        if has_body and not self._needs_body and 200 <= response.status_code < 300:
             self._deadline.shorten(_BODY_GRACE)
         at_most = self._max_answer_bytes
         chunks: list[bytes] = []

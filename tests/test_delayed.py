@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from billing import environ, handled, serve
 from openmeter_server import Answer
 from openmeter_wsgi import OpenMeterMiddleware, set_meters
-from openmeter_wsgi.delivery.future_events import MAX_AHEAD, Delayed, split_by_date
+from openmeter_wsgi.delivery.batch import MAX_AHEAD, Delayed, split_by_date
 from openmeter_wsgi.delivery.queue import ListedBatch, NumberedBatch
 from openmeter_wsgi.spool.batches import Slice, SpoolBatch
 from openmeter_wsgi.values import moment_of

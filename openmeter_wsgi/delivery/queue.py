@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import intervals
-from openmeter_wsgi.delivery.batch import ListedBatch
-from openmeter_wsgi.delivery.future_events import Delayed
+from openmeter_wsgi.delivery.batch import Delayed, ListedBatch
 from openmeter_wsgi.delivery.intervals import Marks
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker

@@ -26,8 +26,7 @@ from http.client import responses
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.batch import Batch, shortened
-from openmeter_wsgi.delivery.future_events import MAX_AHEAD, split_by_date
+from openmeter_wsgi.delivery.batch import MAX_AHEAD, Batch, shortened, split_by_date
 from openmeter_wsgi.errors import (
     DeliveryError,
     Expired,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import intervals
-from openmeter_wsgi.delivery.future_events import Delayed
+from openmeter_wsgi.delivery.batch import Delayed
 from openmeter_wsgi.errors import Deposed
 from openmeter_wsgi.events import MAX_BATCH_BYTES
 from openmeter_wsgi.lock import is_alive, is_there, owner_of_lock, remove_lock
