@@ -28,6 +28,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EXTRAS := cli,django,flask,jsonpath,prometheus,redis,sandbox
 
 .PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
@@ -126,8 +127,10 @@ release-check: dist
 clean:
 	rm -rf $(VENV) build dist
 
-$(INSTALLED): setup.cfg constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pip >= 25.1'
 	$(BIN)/pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[test,check,docs]'
+		--constraint constraints.txt --editable '.[$(EXTRAS)]' \
+		--group test --group check --group docs
 	touch $@

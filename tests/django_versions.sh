@@ -19,8 +19,10 @@ grep -viE '^(django|djangorestframework|django-stubs.*)==' constraints.txt >"$co
 try() {
     local name=$1 python=$2 django=$3 env=.venv-django-$1
     [[ -d $env ]] || "$python" -m venv "$env"
+    "$env/bin/pip" install --quiet --disable-pip-version-check 'pip >= 25.1'
     "$env/bin/pip" install --quiet --disable-pip-version-check \
-        --constraint "$constraints" --editable '.[test]' "$django"
+        --constraint "$constraints" --group test "$django" \
+        --editable '.[cli,django,flask,jsonpath,prometheus,redis,sandbox]'
     "$env/bin/python" -c 'import django, platform
 print("Django", django.__version__, "on Python", platform.python_version())'
     "$env/bin/python" -X dev -m pytest tests/test_django.py
