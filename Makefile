@@ -29,7 +29,10 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint types contract structure docs unit test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
-demo: $(INSTALLED)
+# What the demo needs, unless everything is there already.
+DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
+
+demo: $(DEMO_INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
 
 # Tests of what tests, and not of the package.
@@ -119,6 +122,13 @@ release-check: dist
 
 clean:
 	rm -rf $(VENV) build dist
+
+$(VENV)/.installed-demo: setup.cfg constraints.txt
+	@echo "Installing what the demo needs into $(VENV):"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on \
+		--constraint constraints.txt --editable '.[demo]'
+	touch $@
 
 $(INSTALLED): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
