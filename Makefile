@@ -32,7 +32,10 @@ EXTRAS := cli,django,flask,jsonpath,prometheus,redis,sandbox
 
 .PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 
-demo: $(INSTALLED)
+# What the demo needs, unless everything is there already.
+DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
+
+demo: $(DEMO_INSTALLED)
 	$(BIN)/python -m examples.demo $(if $(KEEP),--keep)
 
 # Tests of what tests, and not of the package.
@@ -126,6 +129,14 @@ release-check: dist
 
 clean:
 	rm -rf $(VENV) build dist
+
+$(VENV)/.installed-demo: setup.cfg pyproject.toml constraints.txt
+	@echo "Installing what the demo needs into $(VENV):"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pip >= 25.1'
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on \
+		--constraint constraints.txt --editable '.[sandbox]' --group demo
+	touch $@
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -141,17 +141,24 @@ class OpenMeter:
     """Meters an application of Flask, or several from one factory.
 
     Options are those of :class:`Policy`: keywords go before
-    ``app.config["OPENMETER_…"]``, which goes before variables. ``subject`` also takes
-    what :func:`subject_from` does; without it Flask-Login's user is the subject, where
-    that is in use.
+    ``app.config["OPENMETER_…"]``, which goes before variables. A *policy* takes the
+    place of both, and keywords change it. ``subject`` also takes what
+    :func:`subject_from` does; without it Flask-Login's user is the subject, where that
+    is in use.
 
     ``app.extensions["openmeter"]`` is the application's :class:`OpenMeterMiddleware`.
 
     :raises ConfigError: with every problem of the configuration.
     """
 
-    def __init__(self, app: flask.Flask | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        app: flask.Flask | None = None,
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> None:
         self._options = options
+        self._policy = policy
         if app is not None:
             self.init_app(app)
 
@@ -159,7 +166,7 @@ class OpenMeter:
         """Meter *app*, whose configuration must be complete by now."""
         if _NAME in app.extensions:
             raise ConfigError([f"app {app.name!r}: is metered already"])
-        policy = _policy(app, self._options)
+        policy = _policy(app, self._policy, self._options)
         middleware = FrameworkMiddleware(app.wsgi_app, policy)
         app.wsgi_app = middleware  # type: ignore[method-assign]
         app.extensions[_NAME] = middleware
@@ -169,7 +176,16 @@ class OpenMeter:
         _settle_in_tests(app)
 
 
-def _policy(app: flask.Flask, keywords: dict[str, Any]) -> Policy:
+def _policy(
+    app: flask.Flask, policy: Policy | None, keywords: dict[str, Any]
+) -> Policy:
+    if policy is not None:
+        return make_policy(
+            keywords,
+            policy=policy,
+            read_subject=subject_from,
+            default_subject=user_of_flask_login,
+        )
     config = app.config.get_namespace(_PREFIX)
     # Text is often a variable that went through the configuration.
     texts = {_PREFIX + k.upper(): v for k, v in config.items() if isinstance(v, str)}

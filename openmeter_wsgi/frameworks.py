@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -154,22 +155,25 @@ def must_ask(environ: dict[str, Any] | None, view: object) -> bool:
 
 def make_policy(
     *options: Mapping[str, Any],
+    policy: Policy | None = None,
     read_subject: Callable[[Any], FindSubject],
     default_subject: FindSubject,
 ) -> Policy:
     """Return the policy of variables and *options*, of which the later ones win.
+
+    A *policy* takes the place of the variables.
 
     *read_subject* returns what finds a subject of the framework's own, and raises
     ValueError if it is none.
 
     :raises ConfigError: with every problem of the configuration.
     """
-    given: dict[str, Any] = read_text_options(os.environ)
+    given: dict[str, Any] = {} if policy else read_text_options(os.environ)
     for each in options:
         given |= each
     problems: list[str] = []
     given = _with_subject(given, "", read_subject, problems)
-    if given.get("subject") is None:
+    if given.get("subject") is None and not (policy and policy.subject):
         given["subject"] = default_subject
     if isinstance(routes := given.get("routes"), dict):
         given["routes"] = {
@@ -179,12 +183,12 @@ def make_policy(
             for rule, own in routes.items()
         }
     try:
-        policy = Policy(**given)
+        made = dataclasses.replace(policy, **given) if policy else Policy(**given)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
         raise ConfigError(problems)
-    return policy
+    return made
 
 
 def _with_subject(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import (
@@ -148,27 +147,6 @@ class OpenMeterMiddleware:
             type(self).__name__,
         )
 
-    @classmethod
-    def from_zuplo(
-        cls,
-        app: WSGIApplication,
-        policies: str | os.PathLike[str],
-        *,
-        routes: str | os.PathLike[str] | None = None,
-        **options: Any,
-    ) -> Self:
-        """Make one from Zuplo's ``policies.json`` and ``routes.oas.json``, as they are.
-
-        *options* change what they say. With routes, what none of them names is not
-        metered.
-
-        :raises ConfigError: with every problem, each with its place in the file.
-        """
-        # Here, as it takes a tenth of the whole import and few applications need it.
-        from openmeter_wsgi.zuplo import options_of
-
-        return cls(app, **{**options_of(policies, routes, os.environ), **options})
-
     def process(self) -> Process:
         """Return what the process that asks owns.
 
@@ -269,6 +247,15 @@ def _prepare_spool(policy: Policy) -> None:
         prepare_directory(policy.spool_dir)
 
 
+def _warn_of_unknown_subject() -> None:
+    logger.warning(
+        "openmeter_wsgi: a request was answered 401 before it reached the application, "
+        "as no subject was known; where the application calls set_user or set_subject, "
+        "use openmeter_wsgi.flask.OpenMeter, openmeter_wsgi.django, or "
+        "require_entitlements in the view, which ask after authentication"
+    )
+
+
 def _refusal(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
 ) -> DeniedResponse | None:
@@ -278,6 +265,9 @@ def _refusal(
         if not decision.allowed and billing.policy.enforce:
             billing.refuse(environ)
             request.end()
+            (denial, *_) = decision.denied
+            if denial.reason == "no_subject" and billing.policy.subject is None:
+                _warn_of_unknown_subject()
             return DeniedResponse(decision, billing.policy)
     if billing.tells_quota and request.server_start is not None:
         request.server_start = telling_quota(request.decision, request.server_start)

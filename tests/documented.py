@@ -69,8 +69,12 @@ def read_toml(example: Example) -> str | None:
 
 
 def read_json(example: Example) -> str | None:
-    """Make a policy of the block, or read it as events, whichever it is."""
-    document = msgspec.json.decode(str(example.parsed))
+    """Make a policy of the block, Zuplo's or ours, or read it as events."""
+    text = example.namespace["shown_json"] = str(example.parsed)
+    document = msgspec.json.decode(text)
+    if isinstance(document, dict) and "handler" in document:
+        Policy.from_zuplo(text)
+        return None
     for each in document if isinstance(document, list) else [document]:
         if isinstance(each, dict) and "specversion" in each:
             from_json(msgspec.json.encode(each))

@@ -100,6 +100,11 @@ def test_what_is_billed_is_what_clients_were_given():
     rows = re.findall(r"([\d,]+) +([\d,]+) +([✓✗])", usage)
     assert len(rows) == 4 * 4  # subjects by meters
     assert all(expected == billed and sign == "✓" for expected, billed, sign in rows)
+    delivery = run.stdout.partition("Delivery")[2].partition("Access")[0]
+    (repeated,) = re.findall(r"repeated events dropped +([\d,]+)", delivery)
+    (unmetered,) = re.findall(r"of these not metered +([\d,]+)", delivery)
+    assert int(repeated) > 0
+    assert f"{unmetered} by their status code" in delivery
 
 
 def test_who_may_is_tried_and_right():

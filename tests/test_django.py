@@ -13,7 +13,7 @@ from django.test import Client, override_settings
 
 from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
-from openmeter_wsgi import ConfigError, route
+from openmeter_wsgi import ConfigError, Policy, route
 from openmeter_wsgi.django import get_wsgi_application
 from openmeter_wsgi.django.settings import check_configuration
 from openmeter_wsgi.django.view_middleware import template_of
@@ -373,6 +373,23 @@ def test_the_quota_is_told(make, entitled):
 # -- Configuration
 
 
+def test_the_setting_may_be_a_policy(make, openmeter):
+    policy = Policy(api_url=openmeter.url, meters={"searches": 2}, flush_interval=60)
+
+    with override_settings(
+        MIDDLEWARE=["django_site.Authenticate", VIEW_MIDDLEWARE],
+        ROOT_URLCONF="django_site",
+        ALLOWED_HOSTS=["*"],
+        OPENMETER=policy,
+    ):
+        app = get_wsgi_application(event_source="shop")
+        get(app, **by_user("acme"))
+
+        assert billed(app, openmeter) == [("acme", "searches")]
+        assert app.policy.event_source == "shop"
+        app.close(10)
+
+
 def test_options_win_over_settings_and_settings_over_variables(make, monkeypatch):
     for name in ("BATCH_SIZE", "EVENT_SOURCE", "SUBJECT_PATH"):
         monkeypatch.setenv(f"OPENMETER_{name}", "7")
@@ -397,7 +414,10 @@ def test_without_the_view_middleware_there_is_no_application(make):
     ("said", "expected"),
     [
         ({"OPENMETER": {"api_key": "om_x"}}, []),
-        ({"OPENMETER": ["meters"]}, ["OPENMETER: expected options by name, got"]),
+        (
+            {"OPENMETER": ["meters"]},
+            ["OPENMETER: expected options by name, or a Policy, got"],
+        ),
         (
             {"OPENMETER": {"API_KEY": "om_x", "subject": "user.pk", "batch_size": 0}},
             [

@@ -12,6 +12,7 @@ from entitling import metered as metered_entitlement
 from openmeter_wsgi import (
     ConfigError,
     OpenMeterMiddleware,
+    Policy,
     add_meters,
     check_entitlements,
     meter,
@@ -100,6 +101,83 @@ def test_keywords_win_over_config_and_config_over_variables(make, monkeypatch):
     policy = app.extensions["openmeter"].policy
     said = (policy.batch_size, policy.event_source, policy.subject_path)
     assert said == (7, "config", "keyword")
+
+
+def test_a_policy_takes_the_place_of_config_and_variables(openmeter, monkeypatch):
+    monkeypatch.setenv("OPENMETER_BATCH_SIZE", "7")
+    app = with_login(flask.Flask("shop"))
+    app.config["OPENMETER_API_URL"] = "http://nowhere"
+    policy = Policy(api_url=openmeter.url, meters={"searches": 2}, flush_interval=60)
+
+    OpenMeter(app, policy, event_source="shop")
+    app.add_url_rule("/x", "view", lambda: "ok")
+    get(app, Authorization="acme")
+
+    assert billed(app, openmeter) == [("acme", "searches")]
+    told = app.extensions["openmeter"].policy
+    assert (told.event_source, told.batch_size) == ("shop", policy.batch_size)
+    app.extensions["openmeter"].close(40)
+
+
+ZUPLO = {
+    "policies": [
+        {
+            "name": "metering",
+            "policyType": "openmeter-inbound",
+            "handler": {
+                "export": "OpenMeterInboundPolicy",
+                "module": "$import(@zuplo/runtime)",
+                "options": {
+                    "apiUrl": "$env(OPENMETER)",
+                    "meter": {"type": "search", "data": {"total": 1}},
+                    "requiredEntitlements": ["searches"],
+                },
+            },
+        }
+    ]
+}
+
+
+def test_a_policy_of_zuplos_asks_for_the_user_that_before_request_has_set(
+    openmeter, entitled, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("OPENMETER", openmeter.url)
+    file = tmp_path / "policies.json"
+    file.write_text(json.dumps(ZUPLO))
+    app = flask.Flask("shop")
+    OpenMeter(app, Policy.from_zuplo(file, flush_interval=60))
+    app.add_url_rule("/x", "view", lambda: "ok")
+    entitled.values = {"acme": {"searches": YES}, "globex": {"searches": NO}}
+
+    @app.before_request
+    def authenticate():
+        if name := flask.request.headers.get("Authorization"):
+            set_user(flask.request, {"sub": name})
+
+    statuses = [get(app, Authorization=name).status_code for name in ("acme", "globex")]
+
+    assert statuses == [200, 403]
+    assert get(app).status_code == 401
+    assert billed(app, openmeter) == [("acme", "search")]
+    app.extensions["openmeter"].close(40)
+
+
+def test_a_401_before_the_application_names_the_way_in_the_log(
+    openmeter, entitled, caplog
+):
+    app = flask.Flask("shop")
+    middleware = OpenMeterMiddleware(
+        app.wsgi_app, api_url=openmeter.url, required_entitlements=["searches"]
+    )
+    app.wsgi_app = middleware
+    app.before_request(lambda: set_user(flask.request, {"sub": "acme"}))
+
+    assert get(app).status_code == 401
+
+    (line,) = [r.getMessage() for r in caplog.records if "401" in r.getMessage()]
+    assert "openmeter_wsgi.flask.OpenMeter" in line
+    assert "set_user" in line
+    middleware.close(40)
 
 
 def test_text_in_the_config_is_read_as_that_of_a_variable(make):

@@ -260,7 +260,7 @@ def test_variables_of_policies_that_do_not_meter_are_not_looked_up() -> None:
 def test_without_secrets_the_key_is_neither_looked_up_nor_returned() -> None:
     text = json.dumps(openmeter(apiKey="$env(A)$env(B)", eventSource="maps"))
 
-    (policy,) = read_policies(text, {}, secrets=False)
+    (policy,) = read_policies(text, {}, resolves=False)
 
     assert policy.options == {"event_source": "maps"}
     assert policy.key_variables == ("A", "B")
@@ -660,7 +660,7 @@ def test_two_servers_or_keys_are_refused_and_the_keys_not_shown() -> None:
     ]
     assert "secret" not in told
     text = json.dumps([openmeter(n, apiKey=f"$env(K{n})") for n in "ab"])
-    unread = read_policies(text, {}, secrets=False)
+    unread = read_policies(text, {}, resolves=False)
     assert refused(unread, {"GET /a": ["a"], "GET /b": ["b"]}).startswith("api_key")
 
 
@@ -797,3 +797,137 @@ def test_any_document_is_read_or_refused_as_a_configuration(value: Any) -> None:
         read_policies(json.dumps([openmeter("a", meter=value)]), {})
     with suppress(ConfigError):
         read_routes(json.dumps({"paths": value}))
+
+
+# -- Values of variables are secrets
+
+SECRET = "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    ("options", "quoted"),
+    [
+        ({"meterOnStatusCodes": "$env(X)"}, "expected '200', '200-299' or '2xx'"),
+        ({"meterOnStatusCodes": ["200", "$env(X)"]}, "['200', '$env(X)']"),
+        ({"requiredEntitlements": ["$env(X)", 3]}, "['$env(X)', 3]"),
+        ({"apiUrl": "$env(X)"}, "expected a URL such as https://openmeter.cloud"),
+        ({"apiUrl": "ftp://$env(X)"}, "'ftp://$env(X)'"),
+        ({"subjectPath": "$env(X).."}, "'$env(X)..'"),
+        ({"meter": {"type": "$env(X)", "data": {}, "id": "a"}}, "$env(X)"),
+        ({"meter": {"type": "a", "source": " $env(X)"}}, "$env(X)"),
+    ],
+)
+def test_an_error_quotes_the_reference_and_not_the_value(options, quoted, monkeypatch):
+    monkeypatch.setenv("X", SECRET)
+    monkeypatch.setenv("OPENMETER_API_KEY", "om_secret")
+
+    with pytest.raises(ConfigError) as refused:
+        Policy.from_zuplo(json.dumps(openmeter(**options)))
+
+    assert SECRET not in str(refused.value)
+    assert quoted in str(refused.value)
+
+
+def test_a_line_of_the_log_quotes_the_reference_and_not_the_value(monkeypatch, caplog):
+    monkeypatch.setenv("X", "s3cr3t-name")
+    monkeypatch.setenv("OPENMETER_API_KEY", "om_secret")
+
+    policy = Policy.from_zuplo(json.dumps(openmeter(requiredEntitlements=["$env(X)"])))
+
+    assert policy.required_entitlements == ("s3cr3t_name",)
+    assert "'$env(X)'" in caplog.text
+    assert "s3cr3t" not in caplog.text
+
+
+# -- A policy, in whichever way it is used
+
+
+def test_variables_outdo_the_file_and_options_outdo_both(monkeypatch):
+    file = json.dumps(openmeter(apiUrl="http://a", eventSource="a", subjectPath=".a"))
+    monkeypatch.setenv("OPENMETER_EVENT_SOURCE", "b")
+    monkeypatch.setenv("OPENMETER_SUBJECT_PATH", ".b")
+
+    policy = Policy.from_zuplo(file, subject_path=".c")
+
+    found = (policy.api_url, policy.event_source, policy.subject_path)
+    assert found == ("http://a", "b", ".c")
+
+
+def test_what_no_route_names_is_not_metered(tmp_path):
+    routes = tmp_path / "routes.oas.json"
+    routes.write_text(document(**{"/a": {"get": inbound("metering")}}))
+    file = json.dumps([openmeter(apiUrl="http://a", meter={"type": "call"})])
+
+    policy = Policy.from_zuplo(file, routes)
+
+    assert [rule.text for rule, own in policy.of_routes if own] == ["GET /a"]
+
+
+# -- Files without an end
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":', '{"policies": [{"options": '])
+@pytest.mark.parametrize("levels", [101, 100_000])
+def test_json_that_is_nested_too_deep_is_a_problem_with_its_line(opening, levels):
+    text = '{\n"policies":\n' + opening * levels
+
+    for load in (read_policies, read_routes):
+        with pytest.raises(ConfigError) as refused:
+            load(text)
+        (problem,) = refused.value.problems
+        assert problem.endswith("line 3: expected at most 100 levels of nesting")
+
+
+def test_brackets_in_a_text_are_no_levels():
+    policy = openmeter(eventSource='["\\"[' + "[" * 1_000)
+
+    assert read(policy)[0].options["event_source"].endswith("[[[")
+
+
+def test_optional_pieces_that_make_too_many_rules_are_a_problem_with_their_place():
+    many = "/:a" + "/:b?" * 10
+    item = {"x-zuplo-path": {"pathMode": "url-pattern"}, "get": inbound("metering")}
+
+    with pytest.raises(ConfigError) as refused:
+        read_routes(document(**{many: item, "/v1" + "/:c?" * 100_000: item}))
+
+    first, second = refused.value.problems
+    assert first == (
+        f"paths['{many}'].get: expected a path whose optional pieces make at most "
+        "1,000 rules, got more"
+    )
+    assert second.startswith("paths['/v1/:c?/:c?")
+
+
+def test_routes_that_make_too_many_rules_are_a_problem():
+    item = {"x-zuplo-path": {"pathMode": "url-pattern"}, "get": inbound("metering")}
+    paths = {f"/{n}" + "/:b?" * 9: item for n in range(20)}
+
+    with pytest.raises(ConfigError) as refused:
+        read_routes(document(**paths))
+
+    assert refused.value.problems == (
+        "paths: expected at most 5,000 rules for all routes, got more",
+    )
+
+
+def test_groups_that_contain_each_other_many_times_are_read_once():
+    groups = [group(f"g{n}", f"g{n + 1}", f"h{n + 1}") for n in range(60)]
+    groups += [group(f"h{n}", f"g{n + 1}", f"h{n + 1}") for n in range(1, 60)]
+    last = [group("g60", "metering"), group("h60", "metering")]
+    policies = read(*groups, *last, openmeter(meter={"type": "call"}))
+
+    translation = translate(policies, {"GET /a": ["g0"]})
+
+    assert translation.routes["GET /a"] == {"meter": {"type": "call"}}
+
+
+def test_groups_that_are_nested_too_deep_are_a_problem_with_their_place():
+    groups = [group(f"g{n}", f"g{n + 1}") for n in range(5_000)]
+    policies = read(*groups, openmeter(meter={"type": "call"}))
+
+    said = refused(policies, {"GET /a": ["g0"]})
+
+    assert "GET /a: inbound[0] (g0)" in said
+    assert "expected at most 100 levels of groups" in said
+    assert len(said) < 2_000

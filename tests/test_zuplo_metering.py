@@ -14,6 +14,7 @@ from entitling import NO, YES, Entitled
 from openmeter_wsgi import (
     ConfigError,
     OpenMeterMiddleware,
+    Policy,
     add_meters,
     get_meters,
     set_meters,
@@ -100,9 +101,8 @@ def served(
     **options: Any,
 ) -> list[str]:
     """Serve *requests* under the configuration; return their statuses."""
-    middleware = OpenMeterMiddleware.from_zuplo(
-        app or answering(), policies, api_url=url, flush_interval=60, **options
-    )
+    policy = Policy.from_zuplo(policies, api_url=url, flush_interval=60, **options)
+    middleware = OpenMeterMiddleware(app or answering(), policy)
     statuses = []
     for request in requests or ("GET /",):
         method, path = request.split()
@@ -318,7 +318,7 @@ def test_what_is_unknown_is_refused_with_its_place(tmp_path: Path) -> None:
     file.write_text(json.dumps({"policies": policies}))
 
     with pytest.raises(ConfigError) as refused:
-        OpenMeterMiddleware.from_zuplo(answering(), file)
+        Policy.from_zuplo(file)
 
     assert refused.value.problems == (
         "policies[0].options.metre: unknown option (did you mean 'meter'?)",

@@ -81,20 +81,18 @@ def test_routes_are_tables_and_false_where_nothing_is_metered() -> None:
         FIXTURES / "gateway.policies.json",
         "--routes",
         FIXTURES / "gateway.routes.oas.json",
-        OPENMETER_SOURCE="maps",
-        OPENMETER_URL="https://openmeter.example",
     )
 
     assert result.exit_code == 0
     assert result.stderr == "no policies that meter: mock, keys\n"
     options = {
         "subject_path": ".data.openmeter.subjectId",
-        "event_source": "maps",
+        "event_source": "$env(OPENMETER_SOURCE)",
         "meter": {"type": "request", "data": {"value": 1}},
         "required_entitlements": ["requests"],
     }
     assert tomllib.loads(result.stdout) == {
-        "api_url": "https://openmeter.example",
+        "api_url": "$env(OPENMETER_URL)",
         "routes": {
             "PUT /maps/public": False,
             "GET /maps": options,
@@ -125,18 +123,41 @@ def test_several_files_of_routes_are_one(tmp_path: Path) -> None:
     }
 
 
-def test_the_command_needs_no_key_and_says_what_else_is_missing() -> None:
-    result = imported(FIXTURES / "gateway.policies.json")
+def test_the_command_needs_no_variable_and_shows_none() -> None:
+    result = imported(FIXTURES / "gateway.policies.json", OPENMETER_SOURCE="s3cr3t")
 
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert result.stderr.splitlines()[1:] == [
-        "  policies[1].handler.options.eventSource: the variable 'OPENMETER_SOURCE' is "
-        "not set, or is empty",
-        "  policies[1].handler.options.apiUrl: the variable 'OPENMETER_URL' is not "
-        "set, or is empty",
-    ]
-    assert imported(FIXTURES / "openmeter.json").exit_code == 0
+    assert result.exit_code == 0
+    assert "s3cr3t" not in result.output
+    assert 'event_source = "$env(OPENMETER_SOURCE)"' in result.stdout
+    assert (
+        "# Replace each reference to a variable by its value: OPENMETER_SOURCE, "
+        "OPENMETER_URL." in result.stdout
+    )
+
+
+def test_a_file_with_a_reference_is_no_policy(tmp_path: Path) -> None:
+    file = tmp_path / "openmeter.toml"
+    imported(FIXTURES / "gateway.policies.json", "--output", file)
+
+    with pytest.raises(ConfigError) as refused:
+        Policy.from_file(file)
+
+    assert refused.value.problems == (
+        f"{str(file)!r}: expected values, got the references '$env(OPENMETER_SOURCE)' "
+        "and '$env(OPENMETER_URL)' of Zuplo's file: replace them by their values",
+    )
+
+
+def test_the_command_writes_a_file_and_replaces_none(tmp_path: Path) -> None:
+    file = tmp_path / "openmeter.toml"
+    arguments = (FIXTURES / "monetization.json", "--output", file)
+
+    first, second = imported(*arguments), imported(*arguments)
+
+    assert (first.exit_code, first.stdout) == (0, "")
+    assert Policy.from_file(file, api_key="k").static.numbers == {"searches": 1}
+    assert second.exit_code == 1
+    assert second.stderr == f"Error: {str(file)!r} exists\n"
 
 
 def test_json_says_the_same_and_its_comments_go_elsewhere() -> None:
@@ -145,13 +166,7 @@ def test_json_says_the_same_and_its_comments_go_elsewhere() -> None:
         "--routes",
         FIXTURES / "gateway.routes.oas.json",
     ]
-    variables = {
-        "OPENMETER_SOURCE": "maps",
-        "OPENMETER_URL": "https://openmeter.example",
-    }
-    in_toml, in_json = (
-        imported(*files, *options, **variables) for options in ([], ["--json"])
-    )
+    in_toml, in_json = (imported(*files, *options) for options in ([], ["--json"]))
 
     lines = in_toml.stdout.splitlines()
     comments = [line[2:] for line in lines if line.startswith("# ")]

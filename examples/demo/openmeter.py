@@ -52,6 +52,15 @@ class OpenMeter:
             customer = {"name": subject, "usageAttribution": {"subjectKeys": [subject]}}
             self._call("POST", "/api/v1/customers", json=customer)
 
+    def grant(self, subject: str, feature: str, amount: float | None) -> None:
+        """Grant a customer a feature, and *amount* of it (the sandbox's own API)."""
+        asked = {"customer": subject, "feature": feature, "amount": amount}
+        self._call("POST", "/sandbox/api/grant", json=asked)
+
+    def fail(self, share: float) -> None:
+        """Let *share* of ingest requests fail (the sandbox's own API)."""
+        self._call("PUT", "/sandbox/api/faults", json={"ingest": {"failRate": share}})
+
     def usage(self) -> Counter[Account]:
         """Return the usage of each subject, tokens by model."""
         billed: Counter[Account] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -103,8 +104,12 @@ def delivery_table(billed: Billed, *, before_stop: int | None) -> Table:
     accepted = counts["requests"] - counts["failed"]
     rows = [
         ("batches accepted", accepted, ""),
-        ("batches failed on purpose", counts["failed"], "half of them after storing"),
-        ("repeated events dropped", counts["duplicates"], "known by their ids"),
+        (
+            "batches failed on purpose",
+            counts["failed"],
+            "every other after storing",
+        ),
+        ("repeated events dropped", counts["duplicates"], "recognised by their ids"),
         ("events stored", counts["stored"], ""),
     ]
     if before_stop is not None:
@@ -117,13 +122,19 @@ def delivery_table(billed: Billed, *, before_stop: int | None) -> Table:
     return table
 
 
+#: The reasons for which the requests of the demo are not metered.
+_BY = defaultdict(lambda: "another reason", status="their status code")
+
+
 def _worker_rows(billed: Billed) -> list[tuple[str, int, str]]:
     reasons = billed.reasons("not_metered")
-    named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+    named = ", ".join(
+        f"{count:,} by {_BY[reason]}" for reason, count in reasons.items()
+    )
     lost = billed.reasons("dropped").total() + billed.total("dead_lettered")
     return [
         ("requests the workers saw", billed.total("settled"), ""),
-        ("of these not metered", reasons.total(), named and f"by reason ({named})"),
+        ("of these not metered", reasons.total(), named),
         ("events dropped or refused", lost, ""),
         ("events left behind", billed.total("waiting"), ""),
     ]

@@ -8,11 +8,14 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+import requests
 
 from examples.demo import access, report
 from examples.demo.comparison import Billed, differences
@@ -22,7 +25,7 @@ from examples.demo.openmeter import OpenMeter
 from examples.demo.processes import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 #: Seconds that usage may take to arrive while the workers run on.
 ARRIVAL_TIMEOUT = 30.0
+#: What each customer may use, shown by the sandbox's page.
+QUOTA = 1_000
 #: Seconds of silence after which nothing more comes: more than the flush interval.
 QUIET = 1.5
 _LOOK_INTERVAL = 0.1
@@ -71,9 +76,14 @@ class Demo:
         """Run it, print its tables, and return what differs."""
         openmeter = self._stack.enter_context(OpenMeter(self._start_sandbox()))
         openmeter.define(KEYS)
+        for subject in KEYS:
+            openmeter.grant(subject, "api_requests", QUOTA)
+        openmeter.grant("acme", "exports", None)
         self._say(f"OpenMeter sandbox  {openmeter.url}  (a page: open it to watch)")
         gunicorn, address = self._start_gunicorn(openmeter.url)
         self._say(f"Flask on gunicorn  {_url(address)}  2 workers")
+        if self._options.fail_rate:
+            self._stack.enter_context(_first_fails(openmeter.url, self._options))
         expected = expect(self._send(address))
         if self._options.keep:
             billed, before = self._await(openmeter, expected), None
@@ -106,8 +116,7 @@ class Demo:
 
     def _start_sandbox(self) -> str:
         command = str(Path(sys.executable).with_name("openmeter-wsgi"))
-        rate = str(self._options.fail_rate)
-        arguments = ["--port", "0", "--fail-rate", rate, *self._options.sandbox]
+        arguments = ["--port", "0", *self._options.sandbox]
         process = self._start("sandbox", [command, "sandbox", *arguments])
         return _url(process.wait_for_address("listens on"))
 
@@ -125,11 +134,11 @@ class Demo:
         return process, process.wait_for_address("Listening at:")
 
     def _send(self, address: tuple[str, int]) -> list[tuple[Request, Answer]]:
-        requests = plan(self._options.requests, self._options.seed)
+        planned = plan(self._options.requests, self._options.seed)
         started = time.monotonic()
         with report.make_progress(self._console) as progress:
-            task = progress.add_task("sending requests", total=len(requests))
-            answers = send_all(address, requests, lambda: progress.advance(task))
+            task = progress.add_task("sending requests", total=len(planned))
+            answers = send_all(address, planned, lambda: progress.advance(task))
         seconds = time.monotonic() - started
         self._say(f"{len(answers):,} requests answered in {seconds:.1f} s")
         return answers
@@ -181,6 +190,32 @@ class Demo:
             while True:
                 signal.pause()
         self._say("\nstopping both")
+
+
+@contextlib.contextmanager
+def _first_fails(url: str, options: Options) -> Iterator[None]:
+    """Let ingest requests fail until one did, and then the share that was chosen.
+
+    The sandbox stores the events of the first one that fails, so that they come again.
+    """
+    is_over = threading.Event()
+
+    def wait_for_failure() -> None:
+        ended = contextlib.suppress(requests.RequestException)
+        with ended, OpenMeter(url) as openmeter:
+            while not (openmeter.counts()["failed"] or is_over.wait(_LOOK_INTERVAL)):
+                pass
+            openmeter.fail(options.fail_rate)
+
+    with OpenMeter(url) as openmeter:
+        openmeter.fail(1.0)
+    thread = threading.Thread(target=wait_for_failure)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _read(openmeter: OpenMeter, workers: Sequence[dict[str, Any]] | None) -> Billed:

@@ -1,14 +1,15 @@
-"""``openmeter-wsgi import``: print another product's configuration as options."""
+"""``openmeter-wsgi import``: another product's configuration as a file of options."""
 
 from __future__ import annotations
 
-import os
+import json
 import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from openmeter_wsgi.cli.common import EXIT_CODES, print_json, printable
+from openmeter_wsgi.cli.common import EXIT_CODES, printable
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.zuplo import read_policies, read_routes, to_toml, translate
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.group("import", epilog=EXIT_CODES)
 def command() -> None:
-    """Print the configuration of another product as a file of options."""
+    """Write the configuration of another product as a file of options."""
 
 
 @command.command("zuplo", epilog=EXIT_CODES)
@@ -32,15 +33,24 @@ def command() -> None:
     metavar="FILE",
     help="A routes.oas.json; may be given several times.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
-def _zuplo(policies: str, routes: tuple[str, ...], as_json: bool) -> None:
-    """Print what Zuplo's POLICIES, a policies.json, say as TOML.
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write to this file, which must not exist, instead of printing.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write JSON instead of TOML.")
+def _zuplo(
+    policies: str, routes: tuple[str, ...], output: Path | None, as_json: bool
+) -> None:
+    """Write the options in Zuplo's POLICIES, a policies.json, as TOML.
 
-    Variables that the file refers to must be set, but for the key's: the key is
-    not printed.
+    The key is left out. References to variables stay as they are, and their values
+    are not shown.
     """
     try:
-        read = read_policies(policies, os.environ, secrets=False)
+        read = read_policies(policies, resolves=False)
         text = to_toml(translate(read, _read_routes(routes, read)))
     except ConfigError as error:
         problems = "\n  ".join(map(printable, error.problems))
@@ -48,12 +58,25 @@ def _zuplo(policies: str, routes: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         # What a comment says must not be lost, and JSON has none.
         _print_comments(text)
-        print_json(tomllib.loads(text), indent=2)
-    else:
+        text = json.dumps(tomllib.loads(text), indent=2) + "\n"
+    if output is None:
         click.echo(text, nl=False)
+    else:
+        _write(output, text)
     if others := [policy for policy in read if not policy.metered]:
         names = ", ".join(policy.name or policy.kind for policy in others)
         click.echo(printable(f"no policies that meter: {names}"), err=True)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise click.ClickException(f"{printable(repr(str(file)))} exists") from None
+    except OSError as error:
+        said = f"{printable(repr(str(file)))}: {error.strerror}"
+        raise click.ClickException(said) from None
 
 
 def _print_comments(text: str) -> None:

@@ -17,12 +17,12 @@ from openmeter_wsgi.django.view_middleware import (
 )
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.frameworks import FrameworkMiddleware, make_policy
+from openmeter_wsgi.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.middleware import OpenMeterMiddleware
-    from openmeter_wsgi.policy import Policy
 
 SETTING = "OPENMETER"
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
@@ -34,10 +34,17 @@ def policy_of_settings(**options: Any) -> Policy:
     :raises ConfigError: with every problem of the configuration.
     """
     said = getattr(settings, SETTING, {})
-    if not isinstance(said, dict):
-        raise ConfigError([f"{SETTING}: expected options by name, got {said!r}"])
+    policy = said if isinstance(said, Policy) else None
+    if policy is None and not isinstance(said, dict):
+        raise ConfigError(
+            [f"{SETTING}: expected options by name, or a Policy, got {said!r}"]
+        )
     return make_policy(
-        said, options, read_subject=subject_from, default_subject=authenticated_user
+        {} if policy else said,
+        options,
+        policy=policy,
+        read_subject=subject_from,
+        default_subject=authenticated_user,
     )
 
 

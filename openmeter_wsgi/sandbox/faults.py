@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import threading
@@ -110,6 +111,7 @@ class GroupFaults:
         self._released = threading.Event()
         # Not for secrets, and a seed would make runs alike, not more real.
         self._random = random.SystemRandom()
+        self._failures = itertools.cycle(("after", "before"))
 
     def set(self, **changes: Any) -> None:
         """Change what is named, as in `Settings`; the rest stays.
@@ -163,12 +165,12 @@ class GroupFaults:
     def draw(self) -> str | None:
         """Return None, or ``before`` or ``after`` if the next request is to fail.
 
-        One in two is taken first, as with OpenMeter, where a 500 says nothing about
-        what was taken: the client will send it again.
+        The events of the first one, the third and so on are taken first, as with
+        OpenMeter, where a 500 does not tell what was taken: the client sends it again.
         """
         if self._random.random() >= self.settings.fail_rate:
             return None
-        return self._random.choice(("before", "after"))
+        return next(self._failures)
 
     def delay(self) -> None:
         """Wait as long as answers are late or hang, or until the sandbox closes."""

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
 
 
+#: The rules that the optional pieces of one path make at most.
+MAX_RULES = 1_000
+#: The variables of one path.
+MAX_VARIABLES = 100
+#: The rules of all paths.
+MAX_RULES_IN_ALL = 5_000
+
 OPEN_API: Final = "open-api"
 URL_PATTERN: Final = "url-pattern"
 
@@ -51,10 +58,19 @@ def rules(path: str, mode: str = OPEN_API) -> list[str]:
         pattern, piece = _OPEN_API, _open_api_piece
     names: set[str] = set()
     pieces: list[list[str]] = []
-    end = 0
+    end, number = 0, 1
     for found in pattern.finditer(path):
-        pieces += [[_literal(path[end : found.start()])], piece(found, names)]
+        choices = piece(found, names)
+        pieces += [[_literal(path[end : found.start()])], choices]
         end = found.end()
+        number *= len(choices)
+        if number > MAX_RULES:
+            raise ValueError(
+                f"expected a path whose optional pieces make at most {MAX_RULES:,} "
+                "rules, got more"
+            )
+        if len(names) > MAX_VARIABLES:
+            raise ValueError(f"expected at most {MAX_VARIABLES} variables, got more")
     pieces.append([_literal(path[end:])])
     made = ("".join(parts) for parts in itertools.product(*pieces))
     return list(dict.fromkeys("/" + rule.removeprefix("/") for rule in made))
@@ -158,6 +174,12 @@ def read_routes(
             continue
         for rule in made:
             found.setdefault(f"{route.method.upper()} {rule}", route.policies)
+        if len(found) > MAX_RULES_IN_ALL:
+            problems.append(
+                f"paths: expected at most {MAX_RULES_IN_ALL:,} rules for all routes, "
+                "got more"
+            )
+            break
     if problems:
         raise ConfigError(problems)
     return found

@@ -22,13 +22,18 @@ from openmeter_wsgi.options import feature_like, feature_problem
 from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 #: A JSON text, or the path of a file that holds one.
 DocumentSource = str | os.PathLike[str]
 
 _VARIABLE = re.compile(r"\$env\(\s*([^()]*?)\s*\)")
+#: Objects, arrays and groups of policies are nested no deeper than this.
+MAX_NESTING = 100
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+#: A shorter value of a variable is also part of ordinary words.
+_SHORT = 4
 
 
 def load_document(source: DocumentSource) -> Any:
@@ -41,10 +46,27 @@ def load_document(source: DocumentSource) -> Any:
     else:
         path = Path(source)
         content, what = _read(path), repr(str(path))
+    if (line := _too_deep(content)) is not None:
+        raise ConfigError(
+            [f"{what}: line {line}: expected at most {MAX_NESTING} levels of nesting"]
+        )
     try:
         return msgspec.json.decode(content)
     except msgspec.DecodeError as error:
         raise ConfigError([f"{what}: {error}"]) from None
+
+
+def _too_deep(text: str) -> int | None:
+    """Return the line in which JSON is nested too deep, None if there is none."""
+    depth = 0
+    for found in _BRACKET.finditer(text):
+        if found[0] in {"[", "{"}:
+            depth += 1
+            if depth > MAX_NESTING:
+                return text.count("\n", 0, found.start()) + 1
+        elif found[0] in {"]", "}"}:
+            depth -= 1
+    return None
 
 
 def _read(path: Path) -> str:
@@ -92,9 +114,46 @@ def resolve(
 
 
 def variables_in(value: object) -> tuple[str, ...]:
-    """Return the names of the variables that a text refers to, each once."""
-    found = _VARIABLE.findall(value) if isinstance(value, str) else []
-    return tuple(dict.fromkeys(found))
+    """Return the names of the variables that the texts in *value* refer to."""
+    return tuple(dict.fromkeys(_variables_in(value)))
+
+
+def _variables_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from _VARIABLE.findall(value)
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _variables_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _variables_in(each)
+
+
+def hide_values(message: str, names: Iterable[str], environ: Mapping[str, str]) -> str:
+    """Return *message* with the reference in place of the value of each variable."""
+    values = {environ[name]: name for name in names if environ.get(name)}
+    for value in sorted(values, key=len, reverse=True):
+        reference = f"$env({values[value]})"
+        for form in dict.fromkeys((value, repr(value)[1:-1])):
+            pattern = re.escape(form)
+            if len(form) < _SHORT:
+                pattern = rf"(?<=['\"]){pattern}(?=['\"])"
+            message = re.sub(pattern, reference.replace("\\", r"\\"), message)
+    return message
+
+
+def _problem(error: ValueError, unresolved: Any, environ: Mapping[str, str]) -> str:
+    """Return the text of *error*, without the values of variables.
+
+    Of a value that refers to some it quotes the text as it stands in the file.
+    """
+    names = variables_in(unresolved)
+    if not names:
+        return str(error)
+    expected = str(error).partition(", got ")[0]
+    if hide_values(expected, names, environ) != expected:
+        expected = "expected another value"
+    return f"{expected}, got {unresolved!r}"
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -140,7 +199,7 @@ def read_features(value: Any) -> list[str] | None:
 
 def feature_key(name: str) -> str:
     """Return *name*, or the key like it that OpenMeter takes."""
-    if (problem := feature_problem(name)) is None:
+    if variables_in(name) or (problem := feature_problem(name)) is None:
         return name
     if (like := feature_like(name)) is None:
         raise ValueError(problem)
@@ -149,7 +208,8 @@ def feature_key(name: str) -> str:
 
 def read_status_codes(value: Any) -> Any:
     """Check status codes and leave them as they were written."""
-    StatusCodes(value)
+    if not variables_in(value):
+        StatusCodes(value)
     return value
 
 
@@ -201,7 +261,9 @@ def _as_text(value: Any) -> Any:
         return {key: _as_text(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_as_text(each) for each in value]
-    return f"${value}" if isinstance(value, str) and value.startswith("$") else value
+    if isinstance(value, str) and value.startswith("$") and not variables_in(value):
+        return f"${value}"
+    return value
 
 
 def _unread(value: Any) -> Any:
@@ -396,18 +458,18 @@ def read_policies(
     source: DocumentSource,
     environ: Mapping[str, str] = os.environ,
     *,
-    secrets: bool = True,
+    resolves: bool = True,
 ) -> list[ZuploPolicy]:
     """Return the policies in *source*: a whole ``policies.json``, a list, or one.
 
-    ``$env(NAME)`` is looked up in *environ*. Without *secrets* the key is not, and
-    is left out of the options.
+    If it *resolves* variables, the value of NAME in *environ* takes the place of
+    ``$env(NAME)``. If not, texts stay as they are, and the key is left out.
 
     :raises ConfigError: with every problem and its place.
     """
     problems: list[str] = []
     entries = read_entries(load_document(source), problems)
-    reader = _Reader(environ, problems, secrets=secrets)
+    reader = _Reader(environ, problems, resolves=resolves)
     policies = [
         reader.read(entry) if entry.kind in ZUPLO_OPTIONS else reader.leave_out(entry)
         for entry in entries
@@ -427,11 +489,11 @@ class _Reader:
     """Reads the options of entries, and collects what is wrong with them."""
 
     def __init__(
-        self, environ: Mapping[str, str], problems: list[str], *, secrets: bool
+        self, environ: Mapping[str, str], problems: list[str], *, resolves: bool
     ) -> None:
         self._environ = environ
         self._problems = problems
-        self._secrets = secrets
+        self._resolves = resolves
 
     def read(self, entry: Entry) -> ZuploPolicy:
         """Return a policy that meters."""
@@ -448,29 +510,30 @@ class _Reader:
                 self._problems.append(f"{place}: unknown option{hint}")
             elif known[key].name is None:
                 policy.ignored.append((place, known[key].why))
-            elif key != _KEY or self._secrets:
+            elif key != _KEY or self._resolves:
                 self._read_option(policy, known[key], place, value)
         if entry.kind == "monetization-inbound":
             _note_what_zuplo_checks(policy, entry.options_place)
         return policy
 
     def _read_option(
-        self, policy: ZuploPolicy, option: Option, place: str, value: Any
+        self, policy: ZuploPolicy, option: Option, place: str, said: Any
     ) -> None:
-        unset: list[str] = []
-        value = resolve(value, place, self._environ, unset)
+        value, unset = said, list[str]()
+        if self._resolves:
+            value = resolve(said, place, self._environ, unset)
         if unset:
             self._problems += unset
             return
         try:
             read = option.read(value)
         except ValueError as error:
-            self._problems.append(f"{place}: {error}")
+            self._problems.append(f"{place}: {_problem(error, said, self._environ)}")
             return
         if read is not None and option.name is not None:
             policy.options[option.name] = read
             if option.name == "required_entitlements":
-                _note_renamed_features(policy, place, value)
+                _note_renamed_features(policy, place, value, said)
 
     def leave_out(self, entry: Entry) -> ZuploPolicy:
         """Return a policy that does not meter, or a group of policies."""
@@ -490,13 +553,19 @@ def _variables(entry: Entry) -> tuple[str, ...] | None:
     return variables_in(entry.options[_KEY]) if _KEY in entry.options else None
 
 
-def _note_renamed_features(policy: ZuploPolicy, place: str, names: list[str]) -> None:
-    """Note the names of features that OpenMeter does not take as keys."""
+def _note_renamed_features(
+    policy: ZuploPolicy, place: str, names: list[str], said: list[str]
+) -> None:
+    """Note the names of features that OpenMeter does not take as keys.
+
+    *said* are the names as they stand in the file, with references to variables.
+    """
     for n, name in enumerate(names):
         if (key := feature_key(name)) != name:
+            written = "another one" if variables_in(said[n]) else repr(key)
             why = (
-                f"OpenMeter takes no feature key like {name!r}; {key!r} is written in "
-                "its place, and the feature needs that key in OpenMeter"
+                f"OpenMeter takes no feature key like {said[n]!r}; {written} is "
+                "written in its place, and the feature needs that key in OpenMeter"
             )
             policy.ignored.append((f"{place}[{n}]", why))
 

@@ -21,9 +21,11 @@ from openmeter_wsgi.status_codes import StatusCodes
 from openmeter_wsgi.zuplo.openapi import read_routes
 from openmeter_wsgi.zuplo.policies import (
     DEFAULTS,
+    MAX_NESTING,
     ZUPLO_OPTIONS,
     did_you_mean,
     read_policies,
+    variables_in,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +105,9 @@ def combined(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
 def _effect(policy: ZuploPolicy, name: str, options: dict[str, Any]) -> object:
     """Return what *policy* says of *name*, be it by default."""
     value = policy.options.get(name, DEFAULTS.get(name, options[name]))
-    return StatusCodes(value) if name == "meter_on_status_codes" else value
+    if name == "meter_on_status_codes" and not variables_in(value):
+        return StatusCodes(value)
+    return value
 
 
 def _added_up(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
@@ -232,6 +236,8 @@ class _Named:
         self._policies = {policy.name: policy for policy in policies if policy.name}
         self._problems = problems
         self._warnings = warnings
+        #: Those of groups that were looked at before.
+        self._expanded: dict[str, list[ZuploPolicy]] = {}
 
     def governing(self, rule: str, names: Sequence[str]) -> list[ZuploPolicy]:
         """Return the policies that meter *rule*, in their order."""
@@ -258,11 +264,21 @@ class _Named:
             return []
         if policy.metered:
             return [policy]
-        return [
-            found
-            for member in policy.members
-            for found in self._expand(member, f"{place} ({name})", (*within, name))
-        ]
+        if len(within) >= MAX_NESTING:
+            self._problems.append(
+                f"{place}: expected at most {MAX_NESTING} levels of groups"
+            )
+            return []
+        if name not in self._expanded:
+            place = f"{place} ({name})"
+            inner = [
+                found
+                for member in policy.members
+                for found in self._expand(member, place, (*within, name))
+            ]
+            # Each once, or groups of groups could name one a million times.
+            self._expanded[name] = list({str(each): each for each in inner}.values())
+        return self._expanded[name]
 
     def _unknown(self, name: str, place: str) -> None:
         """Refuse what may be one of ours, misspelt; warn of anything else."""
@@ -313,6 +329,7 @@ def to_toml(translation: Translation) -> str:
     top = translation.default_options
     lines = [_comment(f"Not taken over: {text}") for text in translation.warnings]
     lines += _key_comment(translation)
+    lines += _reference_comment(translation)
     lines += _options(translation.delivery if top is None else top)
     if top is None:
         lines += ["", _comment("Requests that match none of these are not metered.")]
@@ -348,6 +365,20 @@ def _key_comment(translation: Translation) -> Iterator[str]:
         yield _comment(
             f"Set the variable {_VARIABLE} to the key that Zuplo's file has."
         )
+
+
+def _reference_comment(translation: Translation) -> Iterator[str]:
+    said = [translation.default_options, *translation.routes.values()]
+    names = [
+        name
+        for options in filter(None, said)
+        for option, value in options.items()
+        if option != "api_key"
+        for name in variables_in(value)
+    ]
+    if names:
+        several = ", ".join(sorted(set(names)))
+        yield _comment(f"Replace each reference to a variable by its value: {several}.")
 
 
 def _options(

@@ -5,7 +5,7 @@ import { Plot } from "./plot.js";
 import { period } from "./readout.js";
 import { shown } from "./views.js";
 
-const SPANS = { 300: "5 minutes", 900: "15 minutes", 3600: "hour", 86400: "day", 604800: "week" };
+const SPANS = { 60: "minute", 300: "5 minutes", 900: "15 minutes", 3600: "hour", 86400: "day", 604800: "week" };
 const WORDS = { SUM: "sum", COUNT: "number of events", AVG: "average", MIN: "least", MAX: "greatest", UNIQUE_COUNT: "different values", LATEST: "latest" };
 const UNITS = [[86400, "day"], [3600, "h"], [60, "min"], [1, "s"]];
 
