@@ -21,6 +21,7 @@
 #   make guard         whether a request and the import still cost what they may, in
 #                      instructions
 #   make dist          wheel and sdist
+#   make dist REPOSITORY=https://…/blob/main  the same, with links to the repository
 #   make release-check the same, checked, installed alone in an empty environment, and
 #                      the quickstart run from it
 
@@ -119,9 +120,15 @@ guard: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.instructions --guard
 	$(BIN)/python -m tests.benchmarks.start --guard
 
+# The README is also the page on PyPI, where a link to a file of the repository leads
+# nowhere. REPOSITORY is the address at which its files can be read.
 dist: $(INSTALLED)
-	rm -rf dist
-	$(BIN)/python -m build --quiet
+	rm -rf dist build/source
+	mkdir -p build/source
+	tar --create --exclude-vcs --exclude ./build --exclude ./$(VENV) . \
+		| tar --extract --directory build/source
+	$(BIN)/python -m tests.packaging.absolute_links build/source/README.md $(REPOSITORY)
+	$(BIN)/python -m build --quiet --outdir dist build/source
 
 release-check: dist
 	$(BIN)/twine check --strict dist/*

@@ -10,6 +10,7 @@ import pytest
 import openmeter_wsgi
 from documented import OPTIONS, ROOT, problems_of
 from openmeter_wsgi.options import REMOVED
+from tests.packaging.absolute_links import absolute
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Code, shown or not.
@@ -97,6 +98,23 @@ def test_a_file_and_a_heading_that_are_linked_to_exist(page: Path) -> None:
         if not is_there(page.parent / name if name else page, anchor)
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (
+            "https://example.org/blob/v1/",
+            "[Flask](https://example.org/blob/v1/docs/flask.md#a), [b](https://c) "
+            "![d](https://example.org/blob/v1/e.png)",
+        ),
+        ("", "Flask, [b](https://c) "),
+    ],
+)
+def test_links_of_the_readme_work_outside_of_the_repository(address, expected):
+    text = "[Flask](docs/flask.md#a), [b](https://c) ![d](e.png)"
+
+    assert absolute(text, address) == expected
 
 
 def test_the_page_on_the_api_has_all_that_is_public() -> None:

@@ -1,0 +1,31 @@
+"""Make the links of a README work outside of its repository, as on PyPI.
+
+``python -m tests.packaging.absolute_links README.md [ADDRESS]`` rewrites the file: its
+links to files of the repository lead to ADDRESS, at which these can be read. Without an
+address there is nothing to lead to: the text of a link stays, and a picture goes.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)]+)\)")
+
+
+def absolute(text: str, address: str) -> str:
+    """Return *text* with its links to files of the repository below *address*."""
+
+    def replace(found: re.Match[str]) -> str:
+        picture, words, target = found.groups()
+        if address:
+            return f"{picture}[{words}]({address.rstrip('/')}/{target})"
+        return "" if picture else words
+
+    return _LINK.sub(replace, text)
+
+
+if __name__ == "__main__":
+    readme = Path(sys.argv[1])
+    readme.write_text(absolute(readme.read_text(), "".join(sys.argv[2:])))
