@@ -40,6 +40,7 @@ from openmeter_wsgi.options import question_rate
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.store import StoreAway
+from openmeter_wsgi.quota.visibility import FixedLag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
     from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
     from openmeter_wsgi.entitlements.shared import SharedAnswer
+    from openmeter_wsgi.entitlements.visibility import Sending, Visibility
     from openmeter_wsgi.policy import FailMode, Policy
+    from openmeter_wsgi.quota.store import Store
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
@@ -77,11 +80,14 @@ class EntitlementService:
         tells_periods: bool,
         close_store: Callable[[], None],
         shared: SharedAnswers | None = None,
+        visibility: Visibility | None = None,
     ) -> None:
         self.countdown = countdown
         self._close_store = close_store
         #: None where there are no other processes that could have asked.
         self._shared = shared
+        #: None where nothing is counted down, or nothing is sent.
+        self._visibility = visibility
         #: Whether quotas are counted down, and by this process for itself.
         self._counts_alone = shared is None and bool(countdown.meters)
         #: Whether responses say when a quota is granted anew.
@@ -196,6 +202,16 @@ class EntitlementService:
         self._asker.close()
         self.countdown.close()
         self._close_store()
+
+    def end(self) -> None:
+        """End the thread that looks how far usage is visible, after the delivery."""
+        if self._visibility is not None:
+            self._visibility.close()
+
+    @property
+    def visibility_lag(self) -> float | None:
+        """The seconds until OpenMeter shows usage; None if that is not looked for."""
+        return self._visibility.lag if self._visibility is not None else None
 
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
@@ -435,15 +451,41 @@ def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
     return lifetimes
 
 
+def visibility_of(policy: Policy) -> Visibility | None:
+    """Return what looks how far usage is visible, None if no quota is counted down."""
+    if not policy.entitlement_meters or policy.dry_run:
+        return None
+    # Here, as only some applications count quotas down.
+    from openmeter_wsgi.entitlements.visibility import Visibility
+
+    return Visibility(policy)
+
+
+def follow_delivery(
+    policy: Policy, visibility: Visibility, transport: Sending, store: Store | None
+) -> None:
+    """Let *visibility* watch *transport*, with the tokens of *store* or a new one."""
+    taking = store or _open_store(policy)
+    rate = question_rate(policy.question_rate, url=_questions_url(policy))
+    visibility.follow(transport, lambda: taking.take_question(rate))
+
+
+def _open_store(policy: Policy) -> Store:
+    return open_store(policy.spool_dir, policy.redis_url, partial(_scope, policy))
+
+
 def entitlement_service(
-    policy: Policy, delivered_until: Callable[[], float]
+    policy: Policy, transport: Sending, visibility: Visibility | None
 ) -> EntitlementService:
     """Return the entitlements of one process. Opens nothing and starts no thread."""
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
-    store = open_store(policy.spool_dir, policy.redis_url, partial(_scope, policy))
-    ledger = Ledger(
-        store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
-    )
+    store = _open_store(policy)
+    if visibility is None:
+        visible_until = FixedLag(transport.delivered_until, policy.visibility_lag).until
+    else:
+        visible_until = visibility.until
+        follow_delivery(policy, visibility, transport, store)
+    ledger = Ledger(store, visible_until=visible_until)
     new_client = partial(question_client, policy, policy.entitlement_timeout)
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
@@ -461,6 +503,7 @@ def entitlement_service(
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         close_store=store.close,
         shared=SharedAnswers(store) if _has_others(policy) else None,
+        visibility=visibility,
         tells_periods=any(
             each.usage_headers
             for each in (policy, *(own for _, own in policy.of_routes))
