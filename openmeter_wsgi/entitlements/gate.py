@@ -317,7 +317,9 @@ class Gate:
         newest = time.monotonic() - policy.deny_ttl
         if known.asked_at < newest:
             self._entitlements.refresh(customer, feature, since=newest)
-        wait = _SOON if held_back else self._until_visible()
+        # Of a new period the answer is on its way.
+        is_over = known.terms is not None and known.terms.is_over(time.time())
+        wait = _SOON if held_back or is_over else self._until_visible()
         denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
         quota = known.decision.quota and replace(known.decision.quota, remaining=0.0)
         return Decision(

@@ -192,6 +192,8 @@ class Grants:
 class GrantsClient:
     """Answers as a `QuestionClient` does, without a network."""
 
+    clock_ahead = 0.0
+
     def __init__(self, grants: Grants) -> None:
         self._grants = grants
 
