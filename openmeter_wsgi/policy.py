@@ -241,8 +241,12 @@ class EntitlementOptions:
     #: process where there is neither. Default: 25 for OpenMeter Cloud, which allows 30,
     #: and for Kong Konnect; 200 for a server of your own.
     question_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    #: Seconds after which OpenMeter has counted what was delivered to it.
+    #: Seconds after which OpenMeter has counted what was delivered to it, where its
+    #: list of events cannot be asked, which knows better.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    #: Seconds after which an event that OpenMeter accepted and does not list is lost:
+    #: quotas no longer wait for it.
+    max_visibility_lag: Annotated[float, msgspec.Meta(gt=0)] = 600.0
     #: A Redis that hosts share, so that a quota holds across all of them.
     redis_url: str | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.redis_url}

@@ -17,7 +17,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
-from openmeter_wsgi.entitlements.service import entitlement_service
+from openmeter_wsgi.entitlements.service import entitlement_service, visibility_of
 from openmeter_wsgi.events import RequestIds
 from openmeter_wsgi.health import Health, Problem
 from openmeter_wsgi.stats import Counts, Stats
@@ -25,8 +25,10 @@ from openmeter_wsgi.threads import threads_are_greenlets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from openmeter_wsgi.entitlements.service import EntitlementService
+    from openmeter_wsgi.entitlements.visibility import Visibility
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.routes import Routes
     from openmeter_wsgi.status_codes import StatusCodes
@@ -118,6 +120,14 @@ class Transport(Protocol):
         """Return a moment (wall clock) before which all that was put is delivered."""
 
     @property
+    def directory(self) -> Path | None:
+        """The directory of the spool, None if events wait in memory."""
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this process sends what is put."""
+
+    @property
     def in_spool(self) -> Backlog:
         """What waits in files."""
 
@@ -133,7 +143,8 @@ class Transport(Protocol):
 class DryRun:
     """A transport that writes events to the log, and sends nothing. Any thread."""
 
-    started = True
+    started = is_sender = True
+    directory = None
     in_spool = in_memory = Backlog()
     problems: tuple[Problem, ...] = ()
 
@@ -193,10 +204,13 @@ class Process:
         self.guard = ProcessGuard()
         self.counts = counts or Counts()
         self.ids = ids or RequestIds()
+        visibility = None
+        if transport is None and entitlements is None:
+            visibility = visibility_of(policy)
         #: What takes the events.
-        self.transport = transport or _transport_of(policy, self.counts)
+        self.transport = transport or _transport_of(policy, self.counts, visibility)
         self.entitlements = entitlements or entitlement_service(
-            policy, self.transport.delivered_until
+            policy, self.transport, visibility
         )
         self.watch = watch
         #: Whether all was done that the first request brings about.
@@ -287,11 +301,13 @@ class Process:
         """End once nothing waits: nobody holds the middleware any more."""
         self.transport.release()
         self.entitlements.close_connections()
+        self.entitlements.end()
 
     def close(self, timeout: float | None) -> None:
         """Give back what is set apart, send what waits, and stop."""
         self.entitlements.close()
         self.transport.close(timeout)
+        self.entitlements.end()
 
     def stats(self) -> Stats:
         """Return the counts of this process."""
@@ -376,15 +392,20 @@ def client_factory(policy: Policy) -> Callable[[], OpenMeterClient]:
     )
 
 
-def _transport_of(policy: Policy, counts: Counts) -> Transport:
+def _transport_of(
+    policy: Policy, counts: Counts, visibility: Visibility | None
+) -> Transport:
     if policy.dry_run:
         return DryRun(counts)
     new_client = client_factory(policy)
     if policy.spool_dir is None:
-        return MemoryDelivery(policy, new_client(), counts)
+        if visibility is None:
+            return MemoryDelivery(policy, new_client(), counts)
+        accepted = visibility.accepted
+        return MemoryDelivery(policy, new_client(), counts, accepted=accepted)
     from openmeter_wsgi.spool.delivery import SpoolDelivery
 
-    return SpoolDelivery(policy, new_client, counts)
+    return SpoolDelivery(policy, new_client, counts, listener=visibility)
 
 
 def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:

@@ -70,6 +70,8 @@ class Entitled:
     def __call__(self, request: Request) -> Answer | None:
         if request.method != "GET":
             return None
+        if request.target.startswith("/api/v2/events?"):
+            return problem(404)
         if request.target.startswith("/api/v1/customers?subject="):
             self.lookups += 1
             page = {"items": [], "page": 1, "pageSize": 100, "totalCount": 0}

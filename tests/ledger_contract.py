@@ -8,6 +8,7 @@ import pytest
 
 from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.visibility import FixedLag
 
 LAG = 5.0
 START = 1_000_000.0
@@ -42,11 +43,10 @@ class LedgerContract:
     def new_ledger(self, new_store, clock):
         made = []
 
-        def new(**options):
-            defaults = {
-                "origin": "spool", "visibility_lag": LAG, "clock": clock,
-                "delivered_until": clock,
-            }  # fmt: skip
+        def new(*, delivered_until=clock, **options):
+            visible = FixedLag(delivered_until, LAG, clock)
+            defaults = {"origin": "spool", "clock": clock,
+                        "visible_until": visible.until}  # fmt: skip
             made.append(Ledger(new_store(), **(defaults | options)))
             return made[-1]
 
@@ -214,8 +214,46 @@ class LedgerContract:
         account.answered(10.0, clock.now)  # delivered a second ago: not seen yet
         assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += LAG
+        ledger.tend()
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), Reservation)
+
+    def test_a_mark_covers_nothing_of_an_answer_asked_for_before_it(
+        self, new_ledger, clock
+    ):
+        visible_until = START
+        ledger = new_ledger(visible_until=lambda: visible_until)
+        account = ledger.account("acme")
+        account.answered(10.0, START)
+        account.reserve(10.0).settle(10.0)
+        clock.now += 30
+        ledger.tend()
+        asked_at = clock.now  # and on its way while the usage becomes visible
+        clock.now += 1
+        visible_until = clock.now
+        ledger.tend()
+        account.answered(10.0, asked_at)
+        assert isinstance(account.reserve(1.0), NotReserved)
+        clock.now += 1
+        account.answered(3.0, clock.now)
+        assert isinstance(account.reserve(3.0), Reservation)
+
+    def test_usage_of_an_earlier_period_does_not_count_against_a_new_one(
+        self, new_ledger, clock
+    ):
+        ledger = new_ledger(visible_until=lambda: 0.0)  # nothing is ever visible
+        account = ledger.account("acme")
+        account.answered(10.0, START)
+        account.reserve(10.0).settle(10.0)
+        clock.now += 60
+        period_start = clock.now
+        account.spend(3.0)
+        clock.now += 1
+        ledger.tend()
+        account.answered(10.0, clock.now)
+        assert isinstance(account.reserve(1.0), NotReserved)
+        account.answered(10.0, clock.now + 1, since=period_start)
+        assert account.reserve(10.0).available == 7.0
 
     # -- Others
 
@@ -249,7 +287,7 @@ class LedgerContract:
             def __getattr__(self, name):
                 return getattr(store, name)
 
-        ledger = Ledger(Counting(), origin="o", delivered_until=clock, clock=clock)
+        ledger = Ledger(Counting(), origin="o", visible_until=clock, clock=clock)
         account = ledger.account("acme")
         account.answered(1_000.0, START)
         for _ in range(1_000):

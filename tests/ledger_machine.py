@@ -21,6 +21,7 @@ from ledger_contract import START, Clock
 from openmeter_wsgi.quota.account import Reservation
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.sqlite import SqliteStore
+from openmeter_wsgi.quota.visibility import FixedLag
 
 LAG = 5.0
 WORKERS = 3
@@ -54,10 +55,8 @@ class Spool:
 class Worker:
     def __init__(self, store, spool, clock):
         self.store = store
-        self.ledger = Ledger(
-            store, delivered_until=spool.delivered_until, visibility_lag=LAG,
-            clock=clock,
-        )  # fmt: skip
+        visible = FixedLag(spool.delivered_until, LAG, clock)
+        self.ledger = Ledger(store, visible_until=visible.until, clock=clock)
         self.account = self.ledger.account("acme")
         self.in_flight = []
 

@@ -141,7 +141,7 @@ def test_what_is_in_flight_is_set_apart(make, entitled):
 
 def test_what_is_spent_is_worth_another_try_when_openmeter_knows_of_it(make, entitled):
     entitled.values["acme"] = {"api_requests": metered(2)}
-    app = make(visibility_lag=7)
+    app = make(visibility_lag=7, flush_interval=0.01)  # and a server without a list
 
     assert served(app, 2) == 2
 

@@ -213,7 +213,9 @@ def test_the_terms_say_when_the_period_ends(entitled, connect):
         },
     }  # fmt: skip
 
-    assert connect().terms("acme", "searches") == Terms(True, 1_769_904_000.0)
+    assert connect().terms("acme", "searches") == Terms(
+        True, 1_769_904_000.0, 1_767_225_600.0
+    )
 
 
 def test_an_entitlement_without_terms_has_none(entitled, connect):

@@ -62,7 +62,7 @@ def test_what_is_left_is_known_also_while_the_store_is_asked():
         return store.exchange(Lessee("0" * 24, "spool"), requests, clock.now)
 
     away = threading.Event()
-    account = Account("acme", exchange, visibility_lag=5.0, clock=clock)
+    account = Account("acme", exchange, visible_until=float, clock=clock)
     account.answered(100.0, START)
     account.reserve(10.0).settle(4.0)
     account.spend(30.0)

@@ -34,6 +34,7 @@ from urllib.request import urlopen
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.account import NotReserved
 from openmeter_wsgi.quota.open_store import open_store
+from openmeter_wsgi.quota.visibility import FixedLag
 
 directory, url, threads, lag = sys.argv[1:]
 lock = threading.Lock()
@@ -53,10 +54,8 @@ def deliver():
                 del undelivered[:len(batch)]
         time.sleep(random.random() / 5)
 
-ledger = Ledger(
-    open_store(directory), origin=None, delivered_until=delivered_until,
-    visibility_lag=float(lag),
-)
+visible = FixedLag(delivered_until, float(lag))
+ledger = Ledger(open_store(directory), origin=None, visible_until=visible.until)
 ledger._origin = ledger._token  # each delivers what it has served
 account = ledger.account("acme")
 
@@ -107,7 +106,7 @@ import sys, time
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.open_store import open_store
 
-ledger = Ledger(open_store(sys.argv[1]), delivered_until=time.time)
+ledger = Ledger(open_store(sys.argv[1]), visible_until=time.time)
 account = ledger.account("acme")
 account.answered(100.0, time.time())
 account.reserve(60.0)
@@ -204,12 +203,12 @@ def test_processes_and_threads_serve_the_quota_and_not_more(tmp_path):
     assert QUOTA <= served <= QUOTA + PROCESSES * THREADS
 
 
-def new_ledger(directory, **options):
-    return Ledger(open_store(directory), delivered_until=time.time, **options)
+def new_ledger(directory):
+    return Ledger(open_store(directory), visible_until=time.time)
 
 
 def test_what_a_killed_process_held_comes_back(tmp_path):
-    ledger = new_ledger(tmp_path, visibility_lag=0.2)
+    ledger = new_ledger(tmp_path)
     account = ledger.account("acme")
     with Process(HOLDING, str(tmp_path)) as process:
         assert process.line() == "holds"
@@ -404,9 +403,7 @@ def test_a_key_may_hold_what_no_database_takes_as_text(tmp_path, caplog):
 def test_long_gone_accounts_are_forgotten(tmp_path):
     now = 1_000_000.0
     store = SqliteStore(tmp_path)
-    ledger = Ledger(
-        store, delivered_until=lambda: now, clock=lambda: now, max_accounts=1
-    )
+    ledger = Ledger(store, visible_until=lambda: now, clock=lambda: now, max_accounts=1)
     for n in range(3):
         ledger.account(f"old-{n}").answered(10.0, now)
         ledger.account(f"old-{n}").spend(1.0)

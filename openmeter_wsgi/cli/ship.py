@@ -23,6 +23,7 @@ from openmeter_wsgi.cli.common import (
 )
 from openmeter_wsgi.cli.spool_files import DeadLetterFile, holder
 from openmeter_wsgi.delivery.client import OpenMeterClient
+from openmeter_wsgi.entitlements.service import follow_delivery, visibility_of
 from openmeter_wsgi.lock import ELECTION
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
@@ -75,7 +76,13 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
         if problem := kafka_retention.oldest(queue.in_spool.oldest_at):
             logger.warning("%s: %s: %s", directory, problem, kafka_retention.REMEDY)
 
-    queue = SpoolDelivery(policy, new_client, counts, elected=elected)
+    # A quota that the applications count down waits for what this process delivers.
+    visibility = visibility_of(policy)
+    queue = SpoolDelivery(
+        policy, new_client, counts, elected=elected, listener=visibility
+    )
+    if visibility is not None:
+        follow_delivery(policy, visibility, queue, None)
     if (sender := holder(directory / ELECTION)) is not None:
         logger.info(
             "%s has a sender, process %s; this one takes over when it ends",
@@ -85,6 +92,8 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
     stopped.wait()
     logger.info("stopping within %.1f s", policy.shutdown_timeout)
     queue.close()
+    if visibility is not None:
+        visibility.close()
     # At exit it would wait for an answer once more.
     queue.forget_exit()
     logger.info(

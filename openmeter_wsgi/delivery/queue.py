@@ -23,6 +23,7 @@ from openmeter_wsgi.values import moment_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from openmeter_wsgi.delivery.batch import Batch
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.delivery.intervals import Ranges
     from openmeter_wsgi.policy import Policy
@@ -273,6 +274,7 @@ class MemoryDelivery:
         counts: Counts,
         *,
         when_full: str = "queue_full",
+        accepted: Callable[[Batch], object] = lambda _: None,
     ) -> None:
         self.pid = os.getpid()
         self.counts = counts
@@ -293,6 +295,7 @@ class MemoryDelivery:
             waiting=lambda: self._queue.waiting,
             delay=self._queue.delay,
             clock_ahead=lambda: client.clock_ahead,
+            accepted=accepted,
         )
         self._worker = Worker(
             self._queue,
@@ -362,6 +365,16 @@ class MemoryDelivery:
         """Close, and deliver nothing any more: the exit hook of the process."""
         self.close()
         self._worker.end()
+
+    @property
+    def directory(self) -> None:
+        """The directory of a spool: there is none."""
+        return None
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this process sends what is put."""
+        return True
 
     # -- Waiting for delivery
 

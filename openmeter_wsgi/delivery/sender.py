@@ -115,6 +115,7 @@ class Sender(Generic[_B]):
         waiting: Callable[[], int] = lambda: 0,
         delay: Callable[[_B, float], None] | None = None,
         clock_ahead: Callable[[], float] = lambda: 0.0,
+        accepted: Callable[[_B], object] = lambda _: None,
     ) -> None:
         self._client = client
         self._counts = counts
@@ -125,6 +126,8 @@ class Sender(Generic[_B]):
         self._delay = delay
         #: By how many seconds our clock is ahead of OpenMeter's, as far as is known.
         self._clock_ahead = clock_ahead
+        #: Is told of each batch that OpenMeter has accepted, before it is done.
+        self._tell_accepted = accepted
         self._pending: deque[_Trial[_B]] = deque()
         self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
@@ -214,6 +217,7 @@ class Sender(Generic[_B]):
         self._counts.delivered += n
         self._counts.delivery_seconds.add(age_of(batch.events[0]))
         self.outage.is_over(n)  # before a flush says that all is done
+        self._tell_accepted(batch.events)
         self._done(batch.events)
         self.retry_suspects()
 

@@ -51,7 +51,7 @@ class Lifetimes(NamedTuple):
 class CachedAnswer:
     """One answer, and what follows from it. Any thread; nothing but `used` changes.
 
-    Times are monotonic, in seconds.
+    Times are monotonic, in seconds. Its lifetime is *at_least* and *at_most* so many.
     """
 
     __slots__ = (
@@ -68,12 +68,15 @@ class CachedAnswer:
         asked_at: float,
         terms_at: float,
         lifetimes: Lifetimes,
+        at_most: float = math.inf,
+        at_least: float = 0.0,
     ) -> None:
         self.answer = answer
         self.terms = terms
         self.terms_at = terms_at
         self.asked_at = asked_at
         lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
+        lifetime = min(max(lifetime, at_least), at_most)
         self.fresh_until = asked_at + lifetime
         # A denial is never given away on suspicion: its customer may have paid.
         self.graceful_until = asked_at + lifetime * (_GRACE if answer.has_access else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime  # noqa: TC003 - decoded into
 import re
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 from urllib.parse import quote
@@ -36,6 +37,8 @@ _MAX_KEY = 256
 _NO_KEY = re.compile(r"(?:^|[/\\])\.{1,2}(?:[/\\]|$)|^/|//|/$|\0")
 #: 412: the customer was deleted.
 _UNKNOWN = {404, 412}
+#: OpenMeter rounds the time of a question up to the minute.
+_LAST_MINUTE = 60.0
 
 
 class Answer(msgspec.Struct, frozen=True, rename="camel"):
@@ -62,16 +65,27 @@ class Terms(msgspec.Struct, frozen=True):
 
     #: Whether access goes on when the balance is used up.
     soft_limit: bool = False
-    #: When the usage period ends, in seconds since 1970; None where it has none.
+    #: When the usage period ends, in seconds since 1970; None where it has none …
     period_end: float | None = None
+    #: … and when it began.
+    period_start: float | None = None
 
     def is_over(self, now: float) -> bool:
-        """Say whether that period has ended."""
+        """Return True if that period has ended."""
         return self.period_end is not None and self.period_end <= now
+
+    def is_ending(self, now: float) -> bool:
+        """Return True in the last minute, when values already are the next period's.
+
+        With a second more at both ends, as the server tells its time in seconds.
+        """
+        end = self.period_end
+        return end is not None and end - _LAST_MINUTE - 1 <= now < end + 1
 
 
 class _Period(msgspec.Struct):
     to: datetime.datetime
+    start: datetime.datetime | None = msgspec.field(name="from", default=None)
 
 
 class _Entitlement(msgspec.Struct, rename="camel"):
@@ -137,6 +151,8 @@ class EntitlementClient(ABC):
         self._connection = Connection(
             key=key, timeout=timeout, max_answer_bytes=_MAX_ANSWER_BYTES
         )
+        #: By how many seconds our clock is ahead of the server's.
+        self.clock_ahead = 0.0
 
     @abstractmethod
     def addresses(self, customer: str) -> bool:
@@ -167,7 +183,10 @@ class EntitlementClient(ABC):
         self._connection.close()
 
     def _get(self, path: str) -> Reply:
-        return self._connection.request("GET", self._url + path)
+        reply = self._connection.request("GET", self._url + path)
+        if (date := reply.date) is not None:
+            self.clock_ahead = time.time() - date
+        return reply
 
 
 class ClientV1(EntitlementClient):
@@ -214,7 +233,10 @@ class ClientV1(EntitlementClient):
             return Terms()
         said = decoded(reply, _Entitlement)
         period = said.current_usage_period
-        return Terms(said.is_soft_limit, period and period.to.timestamp())
+        if period is None:
+            return Terms(said.is_soft_limit)
+        start = period.start and period.start.timestamp()
+        return Terms(said.is_soft_limit, period.to.timestamp(), start)
 
     def probe(self, features: Sequence[str]) -> None:
         """Ask for *features* of a customer that does not exist."""

@@ -135,6 +135,8 @@ _NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
 _NOTHING_REQUIRED = Decision(True, source="request")
 #: Seconds after which a reservation of another request may have come back.
 _SOON = 1.0
+#: Longer than this no client is sent away for usage that OpenMeter does not show yet.
+_LONGEST = 30.0
 
 
 class Gate:
@@ -315,7 +317,9 @@ class Gate:
         newest = time.monotonic() - policy.deny_ttl
         if known.asked_at < newest:
             self._entitlements.refresh(customer, feature, since=newest)
-        wait = _SOON if held_back else max(policy.visibility_lag, _SOON)
+        # Of a new period the answer is on its way.
+        is_over = known.terms is not None and known.terms.is_over(time.time())
+        wait = _SOON if held_back or is_over else self._until_visible()
         denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
         quota = known.decision.quota and replace(known.decision.quota, remaining=0.0)
         return Decision(
@@ -325,6 +329,16 @@ class Gate:
             answered_at=known.asked_at,
             quota=quota,
         )
+
+    def _until_visible(self) -> float:
+        """Return the seconds until an answer may say more than is counted here.
+
+        No other is asked for within ``deny_ttl``.
+        """
+        lag = self._entitlements.visibility_lag
+        if lag is None:
+            lag = self.policy.visibility_lag
+        return min(max(lag, self.policy.deny_ttl, _SOON), _LONGEST)
 
     def _with_remaining(self, account: str, decision: Decision) -> Decision:
         quota = decision.quota

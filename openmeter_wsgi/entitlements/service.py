@@ -40,6 +40,7 @@ from openmeter_wsgi.options import question_rate
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.store import StoreAway
+from openmeter_wsgi.quota.visibility import FixedLag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
     from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
     from openmeter_wsgi.entitlements.shared import SharedAnswer
+    from openmeter_wsgi.entitlements.visibility import Sending, Visibility
     from openmeter_wsgi.policy import FailMode, Policy
+    from openmeter_wsgi.quota.store import Store
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
@@ -77,11 +80,14 @@ class EntitlementService:
         tells_periods: bool,
         close_store: Callable[[], None],
         shared: SharedAnswers | None = None,
+        visibility: Visibility | None = None,
     ) -> None:
         self.countdown = countdown
         self._close_store = close_store
         #: None where there are no other processes that could have asked.
         self._shared = shared
+        #: None where nothing is counted down, or nothing is sent.
+        self._visibility = visibility
         #: Whether quotas are counted down, and by this process for itself.
         self._counts_alone = shared is None and bool(countdown.meters)
         #: Whether responses say when a quota is granted anew.
@@ -197,6 +203,16 @@ class EntitlementService:
         self.countdown.close()
         self._close_store()
 
+    def end(self) -> None:
+        """End the thread that looks how far usage is visible, after the delivery."""
+        if self._visibility is not None:
+            self._visibility.close()
+
+    @property
+    def visibility_lag(self) -> float | None:
+        """The seconds until OpenMeter shows usage; None if that is not looked for."""
+        return self._visibility.lag if self._visibility is not None else None
+
     def _found(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
     ) -> tuple[list[CachedAnswer | None], float | None]:
@@ -247,11 +263,11 @@ class EntitlementService:
             return
         if found.customer is not None:
             self._customers.put(customer, found.customer, found.asked_at, found.names)
-        account = self.account(customer)
-        balance = found.answer.balance
-        self.countdown.answered(account, feature, balance, found.asked_wall)
-        heard = _Heard(customer, account, feature, found.answer, found.asked_at)
-        self._remember(heard, found.terms, found.terms_at)
+        heard = _Heard(
+            customer, self.account(customer), feature, found.answer, found.asked_at,
+            found.asked_wall, found.asked_wall,
+        )  # fmt: skip
+        self._believe(heard, known, found.terms, found.terms_at)
 
     # -- In the thread of a question
 
@@ -262,27 +278,18 @@ class EntitlementService:
         answered: Callable[[], None],
         has_token: HasToken,
     ) -> None:
-        customer, asked_at, asked_wall = (
-            question.customer,
-            time.monotonic(),
-            time.time(),
-        )
+        customer, asked_at, asked_wall = question[0], time.monotonic(), time.time()
         answers = answers_about(client, question, self._customers, has_token)
         account = self.account(customer)
-        later = []
-        for feature, answer in answers.items():
-            if isinstance(answer, DeliveryError):
-                continue
-            heard = _Heard(customer, account, feature, answer, asked_at)
-            self.countdown.answered(account, feature, answer.balance, asked_wall)
-            terms, terms_at = _terms_for(answer, self._answers.get(customer, feature))
-            self._remember(heard, terms, terms_at)
-            if not self._wants_terms(heard, terms, terms_at):
-                continue
-            if self._decides_by_terms(heard, terms) and not self._asker.is_busy:
-                self._learn_terms(client, heard)
-            else:
-                later.append(heard)
+        server_time = asked_wall - client.clock_ahead
+        all_heard = [
+            _Heard(
+                customer, account, feature, answer, asked_at, asked_wall, server_time
+            )
+            for feature, answer in answers.items()
+            if not isinstance(answer, DeliveryError)
+        ]
+        later = [heard for heard in all_heard if self._hear(client, heard)]
         answered()
         for heard in later:
             # While others wait in line, their first questions go before.
@@ -291,6 +298,44 @@ class EntitlementService:
         self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
             raise errors[0]
+
+    def _hear(self, client: EntitlementClient, heard: _Heard) -> bool:
+        """Remember an answer; return True if its terms are to be asked for later."""
+        before = self._answers.get(heard.customer, heard.feature)
+        terms, terms_at = _terms_for(heard.answer, before)
+        if not self._believe(heard, before, terms, terms_at):
+            return False
+        if not self._wants_terms(heard, terms, terms_at):
+            return False
+        if self._asker.is_busy or not self._decides_by_terms(heard, terms):
+            return True
+        self._learn_terms(client, heard)
+        return False
+
+    def _believe(
+        self,
+        heard: _Heard,
+        before: CachedAnswer | None,
+        terms: Terms | None,
+        terms_at: float,
+    ) -> bool:
+        """Remember an answer, unless it speaks of a period that has not begun.
+
+        In the last minute of a period OpenMeter answers for the next one. Then the
+        last answer holds until the end, and the local quota counts down on.
+        """
+        if before is not None and _is_early(heard, before):
+            end = (before.terms and before.terms.period_end) or heard.server_time
+            held = heard._replace(answer=before.answer)
+            left = end + 1 - heard.server_time
+            self._remember(held, before.terms, before.terms_at, at_least=left)
+            return False
+        balance, since = heard.answer.balance, _period_start(heard, before, terms)
+        self.countdown.answered(
+            heard.account, heard.feature, balance, heard.asked_wall, since
+        )
+        self._remember(heard, terms, terms_at)
+        return True
 
     def _share(self, customer: str, features: Iterable[str]) -> None:
         """Let other processes know the answers."""
@@ -301,7 +346,18 @@ class EntitlementService:
             if (known := self._answers.get(customer, feature)) is not None:
                 self._shared.put(customer, feature, known, found)
 
-    def _remember(self, heard: _Heard, terms: Terms | None, terms_at: float) -> None:
+    def _remember(
+        self,
+        heard: _Heard,
+        terms: Terms | None,
+        terms_at: float,
+        at_least: float = 0.0,
+    ) -> None:
+        """Keep an answer, but no longer than its period lasts."""
+        at_most = math.inf
+        if terms is not None and terms.period_end is not None:
+            left = terms.period_end + 1 - heard.server_time
+            at_most = left if left > 0 else at_most
         known = CachedAnswer(
             heard.feature,
             heard.answer,
@@ -309,6 +365,8 @@ class EntitlementService:
             asked_at=heard.asked_at,
             terms_at=terms_at,
             lifetimes=self._lifetimes,
+            at_least=at_least,
+            at_most=at_most,
         )
         self._answers.put(heard.customer, heard.feature, known)
 
@@ -359,7 +417,36 @@ class _Heard(NamedTuple):
     account: str
     feature: str
     answer: Answer
+    #: Monotonic, by the wall clock of this host, and by the server's.
     asked_at: float
+    asked_wall: float
+    server_time: float
+
+
+def _is_early(heard: _Heard, before: CachedAnswer) -> bool:
+    """Return True if *heard* speaks of the period after the one of *before*.
+
+    Before it has begun no usage is in it.
+    """
+    answer, terms = heard.answer, before.terms
+    if (
+        terms is None
+        or answer.balance is None
+        or not terms.is_ending(heard.server_time)
+    ):
+        return False
+    return not answer.usage or answer.usage < (before.answer.usage or 0.0)
+
+
+def _period_start(
+    heard: _Heard, before: CachedAnswer | None, terms: Terms | None
+) -> float:
+    """Return when the period began that *heard* speaks of, as far as is known."""
+    if before is not None and before.terms and before.terms.is_over(heard.server_time):
+        return before.terms.period_end or -math.inf
+    if terms is not None and terms.period_start is not None:
+        return terms.period_start
+    return -math.inf
 
 
 def _terms_for(
@@ -435,15 +522,41 @@ def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
     return lifetimes
 
 
+def visibility_of(policy: Policy) -> Visibility | None:
+    """Return what looks how far usage is visible, None if no quota is counted down."""
+    if not policy.entitlement_meters or policy.dry_run:
+        return None
+    # Here, as only some applications count quotas down.
+    from openmeter_wsgi.entitlements.visibility import Visibility
+
+    return Visibility(policy)
+
+
+def follow_delivery(
+    policy: Policy, visibility: Visibility, transport: Sending, store: Store | None
+) -> None:
+    """Let *visibility* watch *transport*, with the tokens of *store* or a new one."""
+    taking = store or _open_store(policy)
+    rate = question_rate(policy.question_rate, url=_questions_url(policy))
+    visibility.follow(transport, lambda: taking.take_question(rate))
+
+
+def _open_store(policy: Policy) -> Store:
+    return open_store(policy.spool_dir, policy.redis_url, partial(_scope, policy))
+
+
 def entitlement_service(
-    policy: Policy, delivered_until: Callable[[], float]
+    policy: Policy, transport: Sending, visibility: Visibility | None
 ) -> EntitlementService:
     """Return the entitlements of one process. Opens nothing and starts no thread."""
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
-    store = open_store(policy.spool_dir, policy.redis_url, partial(_scope, policy))
-    ledger = Ledger(
-        store, visibility_lag=policy.visibility_lag, delivered_until=delivered_until
-    )
+    store = _open_store(policy)
+    if visibility is None:
+        visible_until = FixedLag(transport.delivered_until, policy.visibility_lag).until
+    else:
+        visible_until = visibility.until
+        follow_delivery(policy, visibility, transport, store)
+    ledger = Ledger(store, visible_until=visible_until)
     new_client = partial(question_client, policy, policy.entitlement_timeout)
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
@@ -461,6 +574,7 @@ def entitlement_service(
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         close_store=store.close,
         shared=SharedAnswers(store) if _has_others(policy) else None,
+        visibility=visibility,
         tells_periods=any(
             each.usage_headers
             for each in (policy, *(own for _, own in policy.of_routes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,7 +68,7 @@ class UnsettledUsage:
         return {second: amount for second, amount in rest.items() if amount > 0}
 
     def forget_before(self, moment: float) -> None:
-        """Forget what was handed in of seconds that an answer has long covered."""
+        """Forget what was handed in of seconds that an answer has covered."""
         self._handed_in = {
             second: amount
             for second, amount in self._handed_in.items()
@@ -169,7 +170,7 @@ class ProcessLease:
             return self.spending.recent(but=but)
 
     def forget_before(self, moment: float) -> None:
-        """Forget what was handed in of seconds that an answer has long covered."""
+        """Forget what was handed in of seconds that an answer has covered."""
         with self.lock:
             self.spending.forget_before(moment)
 
@@ -237,7 +238,7 @@ class Account:
 
     __slots__ = (
         "_answer", "_asking", "_clock", "_exchange", "_handed_in_at", "_name",
-        "_refusal", "_store", "_used_at", "_visibility_lag", "_wanted", "chunk", "key",
+        "_refusal", "_store", "_used_at", "_visible_until", "_wanted", "chunk", "key",
     )  # fmt: skip
 
     def __init__(
@@ -245,7 +246,7 @@ class Account:
         key: str,
         exchange: Callable[[Sequence[Request]], list[Lease]],
         *,
-        visibility_lag: float,
+        visible_until: Callable[[], float],
         clock: Callable[[], float],
     ) -> None:
         self.key = key
@@ -254,7 +255,7 @@ class Account:
         self.chunk = ProcessLease(key, clock)
         self._clock = clock
         self._exchange = exchange
-        self._visibility_lag = visibility_lag
+        self._visible_until = visible_until
         self._answer: KnownBalance | None = None
         #: One at a time asks the store; the others find what it brings.
         self._asking = threading.Lock()
@@ -278,20 +279,24 @@ class Account:
         """Count usage that was settled and never reserved."""
         Reservation(self.chunk, 0.0).settle(amount)
 
-    def answered(self, balance: float, asked_at: float) -> None:
-        """Take what OpenMeter said was left, asked at *asked_at* (wall clock).
+    def answered(
+        self, balance: float, asked_at: float, since: float = -math.inf
+    ) -> None:
+        """Take the balance that OpenMeter said, asked at *asked_at* (wall clock).
 
-        The newest one counts, whichever process has it; an older one is ignored.
+        The newest one counts, whichever process has it; an older one is ignored. Its
+        usage period began at *since*.
         """
         known = self._answer
         # One from the future is of a clock that was put back since.
         if known and asked_at <= known.asked_at <= self._clock() + 1:
             return
-        self._answer = KnownBalance(balance, asked_at, asked_at - self._visibility_lag)
+        self._answer = KnownBalance(balance, asked_at, since)
         # Else the one who is asking now, or the next one, hands it in.
         if self._asking.acquire(timeout=_PATIENCE):
             try:
-                self.chunk.forget_before(asked_at - 2 * self._visibility_lag)
+                covered = min(asked_at, self._visible_until())
+                self.chunk.forget_before(max(covered, since))
                 self._refusal = None
                 self._renew(self._wanted if self._is_busy else None)
             finally:

@@ -27,7 +27,7 @@ logger = log.get_logger(__name__)
 
 #: So many accounts go into one transaction: others wait for it.
 _BATCH = 100
-#: A watermark is published this often even if nothing waits for it: a store that was
+#: A mark is published this often even if nothing waits for it: a store that was
 #: lost knows none.
 _HEARTBEAT = 10.0
 
@@ -36,25 +36,22 @@ class Ledger:
     """What this process may spend, as the store has it.
 
     It belongs to one process; a child of a fork makes another. *origin* is what has
-    one watermark, and *delivered_until* says it: all that was settled there before
-    that moment (wall clock, in seconds) is delivered. Usage is in an answer of
-    OpenMeter *visibility_lag* seconds after its delivery.
+    one mark, and *visible_until* returns it: all usage that was settled there before
+    that moment (wall clock, in seconds) is in the answers of OpenMeter from now on.
     """
 
     def __init__(
         self,
         store: Store,
         *,
-        delivered_until: Callable[[], float],
+        visible_until: Callable[[], float],
         origin: str | None = None,
-        visibility_lag: float = 5.0,
         clock: Callable[[], float] = time.time,
         max_accounts: int = 10_000,
     ) -> None:
         self._store = store
         self._origin = origin
-        self._delivered_until = delivered_until
-        self._visibility_lag = visibility_lag
+        self._visible_until = visible_until
         self._clock = clock
         self._max_accounts = max_accounts
         self._pid = os.getpid()
@@ -65,7 +62,7 @@ class Ledger:
         self._known: Lessee | None = None
         #: All that was spent here, and is in the store, was settled before this.
         self._settled_until = 0.0
-        #: The watermark last published.
+        #: The mark last published.
         self._published = 0.0
         self._published_at = 0.0
         self._returns = 0
@@ -122,7 +119,7 @@ class Ledger:
         account = Account(
             key,
             self._exchange,
-            visibility_lag=self._visibility_lag,
+            visible_until=lambda: self._published,
             clock=self._clock,
         )
         with self._lock:
@@ -165,15 +162,15 @@ class Ledger:
             return list(islice(self._accounts.values(), max(surplus, 0)))
 
     def _publish(self, lessee: Lessee) -> None:
-        """Publish the watermark, as long as it has not passed what was spent here."""
+        """Publish the mark, as long as it has not passed what was spent here."""
         due = not 0 <= self._clock() - self._published_at < _HEARTBEAT
         if self._settled_until <= self._published and not due:
             return
-        until = self._delivered_until()
+        until = self._visible_until()
         now = self._clock()  # after it: by then it is true
         if until > self._published or due:
-            self._store.publish(lessee, until, now)
-            self._published, self._published_at = until, now
+            self._published = self._store.publish(lessee, until, now)
+            self._published_at = now
 
     def _lessee(self) -> Lessee:
         if self._known is None:
@@ -219,15 +216,24 @@ class LocalQuota:
         self._pid = os.getpid()
 
     def answered(
-        self, customer: str, feature: str, balance: float | None, asked_at: float
+        self,
+        customer: str,
+        feature: str,
+        balance: float | None,
+        asked_at: float,
+        since: float = -math.inf,
     ) -> None:
-        """Take over the balance that OpenMeter said; *asked_at* is wall clock."""
+        """Take over the balance that OpenMeter said.
+
+        *asked_at* is wall clock, and so is *since*, the begin of the usage period.
+        """
         if balance is None or feature not in self.meters:
             return
         with self._changing:
             if asked_at <= self._closed_at:
                 return
-            self._ledger.account(_key(customer, feature)).answered(balance, asked_at)
+            account = self._ledger.account(_key(customer, feature))
+            account.answered(balance, asked_at, since)
             if self._tending is None and self._tends:
                 self._start_tending()
 

@@ -57,9 +57,9 @@ class FallbackStore:
             return []
         return self._ask(lambda store: store.exchange(lessee, requests, now), lessee)
 
-    def publish(self, lessee: Lessee, until: float, now: float) -> None:
+    def publish(self, lessee: Lessee, until: float, now: float) -> float:
         """See :class:`Store`."""
-        self._ask(lambda store: store.publish(lessee, until, now), lessee)
+        return self._ask(lambda store: store.publish(lessee, until, now), lessee)
 
     def look(self, lessee: Lessee, now: float) -> bool:
         """See :class:`Store`."""

@@ -90,7 +90,7 @@ end
 #: prefix, now ("" for Redis's), kept, lessee, origin, lifetime, silence, a name,
 #: rounding, JSON of
 #: {key, held, wanted or false, spent: [[second, amount]], answer or false: [balance,
-#: asked at, seen at]}, all numbers as text. Returns granted ("" if refused),
+#: asked at, since]}, all numbers as text. Returns granted ("" if refused),
 #: available, room, the store's name.
 EXCHANGE = (
     _COMMON
@@ -107,7 +107,7 @@ redis.call("HSETNX", heard, origin, text(now))
 local count = redis.call("ZCARD", lessees)
 local store = redis.call("HGET", names, "store")
 
-local function delivered_until(whose, moment)
+local function visible_until(whose, moment)
   local known = number(redis.call("HGET", heard, whose), 0)
   if now - known > silence then return math.huge end
   local until_ = -math.huge
@@ -118,13 +118,13 @@ local function delivered_until(whose, moment)
   return until_
 end
 
-local function cover(key, seen_at)
+local function cover(key, asked_at, since)
   local rest, untils = 0, {}
   local spent = redis.call("HGETALL", spent_of(key))
   for i = 1, #spent, 2 do
     local second, whose = string.match(spent[i], "^(-?%d+):(.*)$")
-    untils[whose] = untils[whose] or delivered_until(whose, seen_at)
-    if tonumber(second) + 1 <= untils[whose] then
+    untils[whose] = untils[whose] or visible_until(whose, asked_at)
+    if tonumber(second) + 1 <= math.max(untils[whose], since) then
       redis.call("HDEL", spent_of(key), spent[i])
     else
       rest = rest + number(spent[i + 1])
@@ -173,7 +173,7 @@ for i = 10, #ARGV do
   local answer = request.answer
   if answer and (number(answer[2]) > asked_at or asked_at > now + 1) then
     balance, asked_at = number(answer[1]), number(answer[2])
-    spent, leased = cover(key, number(answer[3]))
+    spent, leased = cover(key, asked_at, number(answer[3]))
   end
   leased = leased + held - number(redis.call("HGET", leases_of(key), lessee), 0)
   local available = left(balance, spent, leased, wanted)
@@ -199,7 +199,7 @@ return answers
 """
 )
 
-#: prefix, now, origin, until, kept, interval
+#: prefix, now, origin, until, kept, interval. Returns the newest mark.
 PUBLISH = (
     _COMMON
     + """
@@ -220,9 +220,11 @@ if base then marks[#marks + 1] = base end
 newest = marks[#marks]
 if not newest or (number(until_) > number(newest[2])
     and now >= number(newest[1]) + number(interval)) then
-  marks[#marks + 1] = {text(now), until_}
+  newest = {text(now), until_}
+  marks[#marks + 1] = newest
 end
 redis.call("HSET", watermarks, origin, cjson.encode(marks))
+return newest[2]
 """
 )
 
@@ -417,11 +419,12 @@ class RedisStore:
             for granted, left, room, store in answers
         ]
 
-    def publish(self, lessee: Lessee, until: float, now: float) -> None:  # noqa: ARG002
-        """Write a watermark of the lessee's origin."""
+    def publish(self, lessee: Lessee, until: float, now: float) -> float:  # noqa: ARG002
+        """Write a mark of the lessee's origin."""
         limits = KEPT_WATERMARKS, WATERMARKS
-        margin = _MARGIN if self._redis_clock is None else 0.0
-        self._run(PUBLISH, lessee.origin, until + self._shift() - margin, *limits)
+        shift = self._shift() - (_MARGIN if self._redis_clock is None else 0.0)
+        kept = self._run(PUBLISH, lessee.origin, until + shift, *limits)
+        return until if float(kept) == until + shift else float(kept) - shift
 
     def look(self, lessee: Lessee, now: float) -> bool:
         """Renew the lease, bury the dead, and say whether there were any."""
@@ -548,5 +551,5 @@ def _document(request: Request, shift: float) -> str:
 
 
 def _shifted(answer: KnownBalance, shift: float) -> list[str]:
-    times = (answer.asked_at, answer.seen_at)
+    times = (answer.asked_at, answer.since)
     return [repr(float(answer.balance)), *(repr(time + shift) for time in times)]

@@ -393,9 +393,11 @@ class SqliteStore:
 
         return self._database.within(work)
 
-    def publish(self, lessee: Lessee, until: float, now: float) -> None:
-        """Write a watermark of the lessee's origin."""
-        self._database.within(lambda db: sqlite_tables.publish(db, lessee, until, now))
+    def publish(self, lessee: Lessee, until: float, now: float) -> float:
+        """Write a mark of the lessee's origin."""
+        return self._database.within(
+            lambda db: sqlite_tables.publish(db, lessee, until, now)
+        )
 
     def look(self, lessee: Lessee, now: float) -> bool:  # noqa: ARG002 - see Store
         """Bury the dead, and say whether there were any."""

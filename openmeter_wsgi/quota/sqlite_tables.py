@@ -108,8 +108,8 @@ def exchange(
     return Lease(granted, available, left(balance, spent, 0.0, request.wanted), store)
 
 
-def publish(db: sqlite3.Connection, lessee: Lessee, until: float, now: float) -> None:
-    """Write a watermark down: see :meth:`Store.publish`."""
+def publish(db: sqlite3.Connection, lessee: Lessee, until: float, now: float) -> float:
+    """Write a mark down: see :meth:`Store.publish`."""
     origin = _origin(lessee)
     # Of a clock that was put back since.
     db.execute("DELETE FROM watermarks WHERE origin = ? AND at > ?", (origin, now + 1))
@@ -118,7 +118,7 @@ def publish(db: sqlite3.Connection, lessee: Lessee, until: float, now: float) ->
         (origin,),
     ).fetchone()
     if newest and (until <= newest[1] or now < newest[0] + WATERMARKS):
-        return
+        return float(newest[1])
     row = (origin, now, until)
     db.execute("INSERT OR REPLACE INTO watermarks VALUES (?, ?, ?)", row)
     # The newest of the old ones stays: it still says something.
@@ -127,6 +127,7 @@ def publish(db: sqlite3.Connection, lessee: Lessee, until: float, now: float) ->
         " FROM watermarks WHERE origin = ?1 AND at < ?2)",
         (origin, now - KEPT_WATERMARKS),
     )
+    return until
 
 
 def bury(db: sqlite3.Connection, lessee: Lessee, now: float) -> None:
@@ -218,16 +219,16 @@ def _add_spent(
 def _covered(
     db: sqlite3.Connection, key: str, answer: KnownBalance
 ) -> tuple[float, float]:
-    """Drop what the answer knows of; return what is left spent, and leased.
+    """Drop the usage that the answer knows of; return what is left spent, and leased.
 
-    What counts is the watermark of the moment up to which the answer sees, not a
-    later one: what was delivered since is not in it.
+    The mark as it stood when the question was sent decides, not a later one. Usage
+    from before the period of the balance is dropped, too.
     """
     db.execute(
-        "DELETE FROM spent WHERE key = ? AND second + 1 <= (SELECT until"
-        " FROM watermarks WHERE origin = spent.origin AND at <= ?"
-        " ORDER BY at DESC LIMIT 1)",
-        (key, answer.seen_at),
+        "DELETE FROM spent WHERE key = ? AND (second + 1 <= ? OR second + 1 <= ("
+        "SELECT until FROM watermarks WHERE origin = spent.origin AND at <= ?"
+        " ORDER BY at DESC LIMIT 1))",
+        (key, answer.since, answer.asked_at),
     )
     sums = []
     for table in ("spent", "leases"):

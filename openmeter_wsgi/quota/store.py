@@ -24,7 +24,7 @@ class Lessee(NamedTuple):
     """One ledger, as the stores know it: its leases live as long as it does."""
 
     token: str
-    #: What has one watermark: the spool of a host, or else this process alone.
+    #: What has one mark: the spool of a host, or else this process alone.
     origin: str
 
     @property
@@ -34,12 +34,13 @@ class Lessee(NamedTuple):
 
 
 class KnownBalance(NamedTuple):
-    """What OpenMeter said of one balance."""
+    """A balance that OpenMeter said. Times are wall clock, in seconds."""
 
     balance: float
+    #: What was visible by then is in the balance.
     asked_at: float
-    #: Whatever was delivered by this moment is in the balance.
-    seen_at: float
+    #: When its usage period began: usage from before does not count against it.
+    since: float = -math.inf
 
 
 class Request(NamedTuple):
@@ -99,8 +100,11 @@ class Store(Protocol):
     ) -> list[Lease]:
         """Hand in what was spent and take new leases, all or nothing."""
 
-    def publish(self, lessee: Lessee, until: float, now: float) -> None:
-        """Say that all that was settled before *until* in its origin is delivered."""
+    def publish(self, lessee: Lessee, until: float, now: float) -> float:
+        """Note that all usage settled before *until* in its origin is visible.
+
+        Returns the mark that is kept, which may be the one before.
+        """
 
     def look(self, lessee: Lessee, now: float) -> bool:
         """Renew what must be, bury the dead, and say whether there were any."""

@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 from time import monotonic as now
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openmeter_wsgi import log
 from openmeter_wsgi.deadline import MAX_STUCK
@@ -30,6 +30,7 @@ from openmeter_wsgi.threads import ExitHook, threads_starve
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from openmeter_wsgi.delivery.batch import Batch
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
@@ -41,6 +42,19 @@ _JOIN_INTERVAL = 0.02
 _DISK_TIMEOUT = 1.0
 #: A sender that has said nothing for so many seconds is reported by the others.
 SILENT_TOO_LONG = 60.0
+
+
+class DeliveryListener(Protocol):
+    """Is told what the sender of a spool does. Its calls must not raise."""
+
+    def elected(self) -> None:
+        """Note that this process begins to send."""
+
+    def accepted(self, batch: Batch) -> None:
+        """Note that OpenMeter has accepted *batch*, before it counts as delivered."""
+
+    def ended(self) -> None:
+        """Note that this process does not send any more; the next one may not yet."""
 
 
 class SpoolDelivery:
@@ -60,12 +74,14 @@ class SpoolDelivery:
         segment_bytes: int = SEGMENT_BYTES,
         form: str | None = None,
         elected: Callable[[], None] = lambda: None,
+        listener: DeliveryListener | None = None,
     ) -> None:
         self.pid = os.getpid()
         self.counts = counts
         self._policy = policy
         self._new_client = new_client
         self._elected = elected
+        self._listener = listener
         self._directory = Path(os.path.abspath(policy.spool_dir or ""))
         self._hooks = FirstRequestHooks()
         self._exit_hook = ExitHook(self.close_at_exit)
@@ -145,6 +161,7 @@ class SpoolDelivery:
             waiting=self._count_waiting,
             began=self._turn_began,
             ended=self._turn_ended,
+            accepted=self._listener.accepted if self._listener else lambda _: None,
         )
 
     def _new_overflow(self, when_full: str) -> MemoryDelivery:
@@ -162,8 +179,12 @@ class SpoolDelivery:
     def _turn_began(self) -> None:
         self._maintenance.elected = True
         self._elected()
+        if self._listener is not None:
+            self._listener.elected()
 
     def _turn_ended(self, sending: SpoolSender) -> None:
+        if self._listener is not None:
+            self._listener.ended()
         if sending is self._sending:
             self._maintenance.elected = False
 
@@ -280,6 +301,16 @@ class SpoolDelivery:
     def waiting(self) -> int:
         """How many events are not delivered yet."""
         return self.in_spool.events + self.in_memory.events
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the spool."""
+        return self._directory
+
+    @property
+    def is_sender(self) -> bool:
+        """Whether this process sends what is in the spool."""
+        return self._sending.source.is_elected
 
     @property
     def in_spool(self) -> Backlog:

@@ -50,6 +50,7 @@ class SpoolSender:
         waiting: Callable[[], int],
         began: Callable[[], None],
         ended: Callable[[SpoolSender], None],
+        accepted: Callable[[SpoolBatch], object] = lambda _: None,
     ) -> None:
         self._policy = policy
         self._began = began
@@ -69,6 +70,7 @@ class SpoolSender:
             waiting=waiting,
             delay=self.source.delay,
             clock_ahead=lambda: client.clock_ahead,
+            accepted=accepted,
         )
         self.worker = Worker(
             self.source, self.sender, policy, exit_hook=exit_hook, idle=client.close

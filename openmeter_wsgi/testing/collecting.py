@@ -192,6 +192,8 @@ class Grants:
 class GrantsClient:
     """Answers as a `QuestionClient` does, without a network."""
 
+    clock_ahead = 0.0
+
     def __init__(self, grants: Grants) -> None:
         self._grants = grants
 
@@ -330,11 +332,7 @@ class Collected:
         client = GrantsClient(self.grants)
         store = SqliteStore()
         self._stores.append(store)
-        ledger = Ledger(
-            store,
-            visibility_lag=policy.visibility_lag,
-            delivered_until=transport.delivered_until,
-        )
+        ledger = Ledger(store, visible_until=transport.delivered_until)
         return EntitlementService(
             new_asker=lambda answering, _: DirectLookup(client, answering),
             countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
@@ -357,7 +355,8 @@ class Collected:
 class Collector:
     """A transport that hands events to a test. Nothing ever waits in it."""
 
-    started = True
+    started = is_sender = True
+    directory = None
     in_spool = in_memory = Backlog()
     problems: tuple[Problem, ...] = ()
 

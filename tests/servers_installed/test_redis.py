@@ -19,6 +19,7 @@ from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.redis import LIFETIME, SILENCE, RedisStore
 from openmeter_wsgi.quota.store import PATIENCE
+from openmeter_wsgi.quota.visibility import FixedLag
 from spooling import until
 
 #: No step takes so long, on whatever machine; a Redis that hangs, for ever.
@@ -188,7 +189,7 @@ def test_whatever_happens_a_quota_in_redis_holds_and_is_served(server):
 
 
 def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog):
-    ledger = Ledger(open_store(tmp_path, server.url), delivered_until=time.time)
+    ledger = Ledger(open_store(tmp_path, server.url), visible_until=time.time)
     account = ledger.account("acme")
     account.answered(100.0, time.time())
     account.reserve(40.0).settle(40.0)
@@ -210,7 +211,7 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
 
 
 def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplog):
-    ledger = Ledger(open_store(redis_url=server.url), delivered_until=time.time)
+    ledger = Ledger(open_store(redis_url=server.url), visible_until=time.time)
     account = ledger.account("acme")
     account.answered(100.0, time.time())
     server.pause()
@@ -230,7 +231,7 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
 
 def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server):
     ledgers = [
-        Ledger(open_store(redis_url=server.url), delivered_until=time.time)
+        Ledger(open_store(redis_url=server.url), visible_until=time.time)
         for _ in range(2)
     ]
     ours, others = ledgers
@@ -257,7 +258,7 @@ def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server
 def test_a_password_is_not_logged(caplog):
     ledger = Ledger(
         open_store(redis_url="redis://:hunter2@127.0.0.1:1/0"),
-        delivered_until=time.time,
+        visible_until=time.time,
     )
     assert isinstance(ledger.account("acme").reserve(1.0), Reservation)
     assert "127.0.0.1" in caplog.text
@@ -311,8 +312,8 @@ class Host:
         self.openmeter = openmeter
         self.ledger = Ledger(
             RedisStore(url, clock=self.clock),
-            delivered_until=self.clock,  # what is spent is delivered at once
-            visibility_lag=0.4,
+            # What is spent is delivered at once.
+            visible_until=FixedLag(self.clock, 0.4, self.clock).until,
             clock=self.clock,
         )
         self.account = self.ledger.account("acme")
@@ -373,7 +374,7 @@ def test_two_servers_on_one_redis_do_not_see_each_others_leases(server):
         RedisStore(server.url, scope=lambda name=name: name)
         for name in ("live", "test")
     ]
-    live, test = (Ledger(store, delivered_until=time.time) for store in stores)
+    live, test = (Ledger(store, visible_until=time.time) for store in stores)
     for ledger in (live, test):
         ledger.account("acme").answered(10.0, time.time())
 
