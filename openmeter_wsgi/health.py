@@ -22,6 +22,7 @@ class Problem(msgspec.Struct, frozen=True):
     #: long. ``not_delivering``: events wait and no thread delivers them.
     #: ``queue_full``: new events are dropped. ``spool_failing``: the disk takes none;
     #: they wait in memory. ``spool_dropping``: the same, and they are dropped.
+    #: ``two_keys``: two running processes send to one server with different keys.
     #: ``entitlements``: no answers about who may.
     code: str
     #: One line: what is lost or delayed, and what happens next.

@@ -15,6 +15,9 @@ import fcntl
 import os
 import re
 import secrets
+import stat
+import struct
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Self
@@ -37,6 +40,12 @@ _RETRY_INTERVAL = 1.0
 
 #: The owners that live in a process, by its id: their files are never opened.
 _held: set[tuple[int, str]] = set()
+#: The marks of the keys in the files of these owners.
+_marks: dict[tuple[int, str], str] = {}
+#: A mark is not longer.
+_MARK_BYTES = 100
+#: The fields of C's ``struct flock`` in their order, and which are type and pid.
+_FLOCK, _TYPE, _PID = ("hhqqi4x", 0, 4) if sys.platform == "linux" else ("qqihh", 3, 2)
 #: Per process and directory: within a process a POSIX lock keeps nobody out.
 _elections: dict[tuple[int, int, int], threading.Lock] = {}
 
@@ -80,12 +89,21 @@ class SegmentLock:
         with contextlib.suppress(OSError):
             os.utime(self._path)  # opened and closed, the lock would be gone
 
+    def write_mark(self, mark: str) -> None:
+        """Write into the file which key this process uses: never the key itself."""
+        here = (os.getpid(), self.token)
+        if _marks.get(here, "") != mark:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._fd, mark.ljust(_MARK_BYTES).encode(), 0)
+                _marks[here] = mark
+
     def leave(self, *, nothing_left: bool = False) -> None:
         """Give up what is owned; its segments can be adopted from now on."""
         if nothing_left:
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
         _held.discard((os.getpid(), self.token))
+        _marks.pop((os.getpid(), self.token), None)
 
 
 def new_token() -> str:
@@ -123,6 +141,70 @@ def remove_lock(path: Path) -> None:
     with _try_lock(path) as was_free:
         if was_free:
             path.unlink(missing_ok=True)
+
+
+def holder(path: Path) -> int | None:
+    """Return the id of the process that holds the lock of *path*, None if none does.
+
+    It is 0 or less where that process is in another container.
+    """
+    if _is_own(path):
+        return os.getpid()  # to open and close the file would drop the lock
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    fields = [0] * 5
+    fields[_TYPE] = fcntl.F_WRLCK
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, *fields))
+    finally:
+        os.close(fd)
+    found = struct.unpack(_FLOCK, answer)
+    return None if found[_TYPE] == fcntl.F_UNLCK else found[_PID]
+
+
+def _is_own(path: Path) -> bool:
+    """Say whether this process holds the lock of *path*, or waits for it."""
+    if path.name == ELECTION:
+        try:
+            status = path.parent.stat()
+        except OSError:
+            return False
+        within = _elections.get((os.getpid(), status.st_dev, status.st_ino))
+        return within is not None and within.locked()
+    return (os.getpid(), owner_of_lock(path.name)) in _held
+
+
+def has_live_owner(directory: Path) -> bool:
+    """Say whether a live process owns segments in a directory."""
+    for entry in os.listdir(directory):
+        if owner_of_lock(entry) and holder(directory / entry) is not None:
+            return True
+    return False
+
+
+def is_in_use(directory: Path) -> bool:
+    """Say whether a live process owns segments in a directory, or delivers it."""
+    try:
+        return holder(directory / ELECTION) is not None or has_live_owner(directory)
+    except OSError:
+        return False
+
+
+def key_mark(directory: Path, token: str) -> str:
+    """Return the mark of a live owner's key, an empty one if that is not known."""
+    if (os.getpid(), token) in _held:
+        return _marks.get((os.getpid(), token), "")
+    path = directory / (token + LOCK)
+    try:
+        with path.open("rb") as file:
+            mark = file.read(_MARK_BYTES).decode(errors="replace").strip()
+        return mark if mark and holder(path) is not None else ""
+    except OSError:
+        return ""
 
 
 class Election:

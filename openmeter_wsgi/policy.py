@@ -172,9 +172,10 @@ class DeliveryOptions:
     #: Seconds that the exit of a process may take for what still waits.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
     #: Where settled usage waits, so that it survives the process; None: in memory.
-    #: One directory per OpenMeter server and key; any number of processes.
+    #: Any number of processes; each server has a directory of its own in it.
     spool_dir: str | None = None
-    #: Of this size the spool takes no more; a segment per process more or less.
+    #: Of this size the directory of a server takes no more; a segment per process
+    #: more or less.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
     #: Seconds for which a batch without an answer may be sent again. Longer than
     #: OpenMeter remembers ids, it might be billed twice.

@@ -5,9 +5,10 @@
 gunicorn serves under load while its workers, or it and all its workers, are killed
 at random moments; while somebody deletes the oldest files of the spool; while workers
 are stopped for a while; while OpenMeter answers byte by byte; while workers live for a
-few requests only. Above the middleware stands an application that writes a mark for
-every request whose response is closed, hence settled. In the end every mark must
-have an event at OpenMeter, and no request may have two.
+few requests only; while applications of two servers share one spool. Above the
+middleware stands an application that writes a mark for every request whose response is
+closed, hence settled. In the end every mark must have an event at OpenMeter, at the
+server that it was for, and no request may have two.
 """
 
 # ruff: noqa: T201 - a program, too
@@ -142,6 +143,8 @@ class Result:
     repeated_batches: int = 0
     #: Answers that came byte by byte: each batch has to be repeated.
     dripped: int = 0
+    #: Requests whose events came to another server.
+    strayed: int = 0
 
     @property
     def repeats_as_it_may(self) -> bool:
@@ -259,8 +262,9 @@ class Gunicorn:
 class Load:
     """Clients that ask without end, each request under a name of its own."""
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: tuple[str, int], prefix: str = "client") -> None:
         self._address = address
+        self._prefix = prefix
         self._numbers = itertools.count()
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
@@ -269,7 +273,7 @@ class Load:
 
     def _ask(self) -> None:
         while not self._over.is_set():
-            ask(self._address, f"client-{next(self._numbers)}")
+            ask(self._address, f"{self._prefix}-{next(self._numbers)}")
 
     def __enter__(self) -> Self:
         return self
@@ -380,6 +384,55 @@ def run_fault(
     )
 
 
+def run_two_servers(
+    server: str, kills: int, directory: Path, *, seed: int = 0
+) -> Result:
+    """Kill applications that share a spool and send to two servers, each its own."""
+    chance = random.Random(f"{server} two servers {seed}")
+    total = Result()
+    with contextlib.ExitStack() as opened:
+        pairs = []
+        for name in ("staging", "production"):
+            (directory / name).mkdir()
+            sink = opened.enter_context(CountingSink(chance))
+            gunicorn = Gunicorn(
+                SERVERS[server],
+                directory / name,
+                OPENMETER_API_URL=sink.url,
+                OPENMETER_API_KEY=f"om_{name}",
+                OPENMETER_SPOOL_DIR=str(directory / "spool"),
+            )
+            pairs.append((name, sink, opened.enter_context(gunicorn)))
+        with contextlib.ExitStack() as loads:
+            for name, _, gunicorn in pairs:
+                loads.enter_context(Load(gunicorn.address, name))
+            for _ in range(kills):
+                for _, _, gunicorn in pairs:
+                    _wait_for_marks(gunicorn)
+                time.sleep(chance.uniform(0, _MOMENT))
+                chance.choice(pairs)[2].kill(chance.choice(VICTIMS), chance)
+            for _, _, gunicorn in pairs:
+                _wait_for_marks(gunicorn)
+        for name, sink, gunicorn in pairs:
+            marked = _names(gunicorn.marks)
+            _wait_until(
+                lambda marked=marked, gunicorn=gunicorn, sink=sink: _all_arrived(
+                    gunicorn, marked, sink
+                )
+            )
+            if status := gunicorn.stop():
+                raise AssertionError(f"gunicorn ended with {status}: {gunicorn.log}")
+            total += Result(
+                acknowledged=len(marked),
+                lost=len(marked - sink.id_of.keys()),
+                twice=len(sink.twice),
+                repeated=len(sink.repeated()),
+                repeated_batches=sink.repeated_batches,
+                strayed=sum(not n.startswith((name, "who-")) for n in sink.id_of),
+            )
+    return total + Result(kills=kills)
+
+
 def _all_arrived(gunicorn: Gunicorn, marked: set[str], sink: CountingSink) -> bool:
     ask(gunicorn.address, f"who-looks-around-{time.monotonic_ns()}")
     return marked <= sink.id_of.keys()
@@ -388,7 +441,7 @@ def _all_arrived(gunicorn: Gunicorn, marked: set[str], sink: CountingSink) -> bo
 def _delete_oldest(spool: Path) -> None:
     """Delete what is the oldest in a spool, as a cleaner of old files does."""
     found = []
-    for path in spool.iterdir():
+    for path in filter(Path.is_file, spool.rglob("*")):
         with contextlib.suppress(OSError):
             found.append((path.stat().st_mtime, path))
     for modified, path in sorted(found)[:3]:
@@ -450,9 +503,15 @@ def main() -> None:
             result = run_fault(server, fault, times, Path(directory), seed=given.seed)
         total += result
         _print_row(server, fault, MAPPED, result)
+    for server in SERVERS:
+        times = max(given.kills // 20, 1)
+        with tempfile.TemporaryDirectory() as directory:
+            result = run_two_servers(server, times, Path(directory), seed=given.seed)
+        total += result
+        _print_row(server, "two servers", MAPPED, result)
     _print_row("all", "", "", total)
-    if total.lost or total.twice or not total.repeats_as_it_may:
-        sys.exit("lost, billed twice, or repeated more often than killed: see above")
+    if total.lost or total.twice or total.strayed or not total.repeats_as_it_may:
+        sys.exit("lost, strayed, billed twice, or repeated too often: see above")
 
 
 def _print_row(server: str, victim: str, form: str, result: Result) -> None:

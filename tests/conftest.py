@@ -93,7 +93,11 @@ def api(sandbox):
 
 
 @pytest.fixture
-def openmeter():
-    """A fake of OpenMeter's ingest that accepts everything until told otherwise."""
+def openmeter(monkeypatch):
+    """A fake of OpenMeter's ingest that accepts everything until told otherwise.
+
+    Workers of the test (`spool_support`) put their events for it.
+    """
     with OpenMeterServer() as server:
+        monkeypatch.setenv("SPOOL_SERVER", server.url)
         yield server

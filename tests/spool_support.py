@@ -15,8 +15,9 @@ from openmeter_wsgi.cli import spool
 from openmeter_wsgi.spool.files import MAPPED
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
+#: Its events are for the server that SPOOL_SERVER names.
 WORKER = """
-import json, sys
+import json, os, sys
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.policy import Policy
@@ -25,7 +26,7 @@ from openmeter_wsgi.stats import Counts
 policy = Policy(
     spool_dir=sys.argv[1],
     delivery="ship",
-    api_url="http://127.0.0.1:9",
+    api_url=os.environ.get("SPOOL_SERVER", "http://127.0.0.1:9"),
 )
 queue = SpoolDelivery(policy, lambda: OpenMeterClient(
     url=policy.api_url, flavor="v1", key=policy.key, timeout=1), Counts(),
@@ -129,6 +130,12 @@ def run(directory, *arguments, **variables):
         ["--spool-dir", str(directory), *arguments],
         env={f"OPENMETER_{k.upper()}": v for k, v in variables.items()},
     )
+
+
+def status_of(directory):
+    """Return what ``status`` says of the only server in a spool."""
+    (status,) = said(directory, "status")["servers"]
+    return status
 
 
 def said(directory, *arguments, **variables):

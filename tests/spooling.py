@@ -15,6 +15,7 @@ from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.spool.delivery import SpoolDelivery
+from openmeter_wsgi.spool.servers import Server, prepare_server_directory
 from openmeter_wsgi.stats import Counts
 
 #: Longer than anything takes here.
@@ -112,14 +113,23 @@ class Process:
             self.process.wait(PATIENCE)
 
 
+def server_dir(directory: Path, url: str | None = None) -> Path:
+    """Return the directory of a server in a spool, or of the only one that is there."""
+    if url is not None:
+        return prepare_server_directory(directory, Server(url))
+    (found,) = [path for path in directory.iterdir() if path.is_dir()]
+    return found
+
+
 def files(directory: Path, ending: str) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.name.endswith(ending))
+    """Return the files of all servers whose names end so."""
+    return sorted(path for path in directory.rglob("*") if path.name.endswith(ending))
 
 
 def segments(directory: Path) -> list[Path]:
-    """Return the segments, sealed ones too."""
+    """Return the segments of all servers, sealed ones too."""
     return sorted(
-        p for p in directory.iterdir() if ".mapped" in p.name or ".written" in p.name
+        p for p in directory.rglob("*") if ".mapped" in p.name or ".written" in p.name
     )
 
 

@@ -44,3 +44,12 @@ def test_no_fault_loses_what_was_settled(fault: str, tmp_path: Path) -> None:
     assert (result.lost, result.twice) == (0, 0)
     # Without its progress file a segment that is put back comes as a whole.
     assert result.repeats_as_it_may or fault == "cleaned"
+
+
+@pytest.mark.timeout(300)
+def test_two_servers_share_a_spool_and_each_gets_its_own(tmp_path: Path) -> None:
+    result = chaos.run_two_servers("gthread", 3, tmp_path)
+
+    assert result.acknowledged > 50
+    assert (result.lost, result.twice, result.strayed) == (0, 0, 0)
+    assert result.repeats_as_it_may

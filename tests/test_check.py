@@ -453,7 +453,10 @@ def test_all_pages_of_meters_are_read(openmeter):
 # -- Old events
 
 
-def test_a_spool_whose_events_kafka_may_delete_is_warned_of(sandbox, tmp_path):
+def test_a_spool_whose_events_kafka_may_delete_is_warned_of(
+    sandbox, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SPOOL_SERVER", sandbox.url)
     spool = _made(tmp_path)
     put(spool, spooled("1", time=days_ago(6.9)))
     young = found("--no-dedupe-check", api_url=sandbox.url, spool_dir=spool)
@@ -493,7 +496,7 @@ def test_a_server_that_drops_a_repetition_is_fine_and_the_spool_remembers(
     verdict = _verdict(tmp_path)
     assert (verdict["api_url"], verdict["deduplicates"]) == (sandbox.url, True)
     assert datetime.fromisoformat(verdict["time"]) <= datetime.now(UTC)
-    (file,) = (tmp_path / "spool").glob("deduplication*")
+    (file,) = (tmp_path / "spool").rglob("deduplication*")
     assert file.stat().st_mode & 0o777 == 0o600
 
 
@@ -530,7 +533,9 @@ def _made(tmp_path):
 
 
 def _verdict(tmp_path):
-    return json.loads((tmp_path / "spool" / "deduplication.json").read_text())
+    return json.loads(
+        next((tmp_path / "spool").rglob("deduplication.json")).read_text()
+    )
 
 
 # -- The spool
@@ -542,7 +547,7 @@ def test_a_spool_that_others_could_write_fails(sandbox, tmp_path):
 
     assert findings["spool directory"]["severity"] == "failure"
     assert "can be written by others" in findings["spool directory"]["found"]
-    assert not (tmp_path / "spool" / "deduplication.json").exists()
+    assert not next((tmp_path / "spool").rglob("deduplication.json")).exists()
 
 
 def test_a_spool_that_is_a_link_or_a_file_fails(sandbox, tmp_path):

@@ -20,7 +20,7 @@ from deployed import (
 )
 from installed import assert_billed_once
 from openmeter_wsgi.spool import watermark
-from spooling import until
+from spooling import server_dir, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +91,11 @@ def test_what_waitress_leaves_at_a_sigterm_is_shipped(
     with serving(command, address, tmp_path / "log", slow) as server:
         names = server.load(REQUESTS, BODY)
         # Whoever has an answer may have it before the response is closed.
-        until(lambda: watermark.backlog(spool).events == REQUESTS)
+        until(
+            lambda: (
+                watermark.backlog(server_dir(spool, openmeter.url)).events == REQUESTS
+            )
+        )
         server.process.terminate()
         assert server.process.wait() == -signal.SIGTERM
     with shipper(ship.command, tmp_path / "ship.log", env | ship.variables):

@@ -10,7 +10,7 @@ import pytest
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.files import MAPPED, WRITTEN
-from spooling import Process, segments, spool_queue, until
+from spooling import Process, segments, server_dir, spool_queue, until
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def test_another_process_takes_over_when_the_sender_is_killed(openmeter, tmp_pat
         with Process(IDLE, spool, openmeter.url, "second") as second:
             second.line()
             openmeter.wait_for(6)  # by the first: the second only waits
-            until(lambda: not watermark.backlog(tmp_path / "spool").events)
+            until(lambda: not watermark.backlog(server_dir(tmp_path / "spool")).events)
             first.kill()
             with Process(IDLE, spool, openmeter.url, "third") as third:
                 third.line()

@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from openmeter_wsgi import log
-from openmeter_wsgi.spool import server_deduplication
-from spooling import event, spool_queue
+from openmeter_wsgi.spool import answers
+from spooling import event, server_dir, spool_queue
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def lines(caplog):
     return [
         (record.levelname, record.getMessage())
         for record in caplog.records
-        if record.name == server_deduplication.__name__
+        if record.name == answers.__name__
     ]
 
 
@@ -56,16 +56,19 @@ def test_what_a_check_has_found_is_said(
     spool, openmeter, caplog, deduplicates, level, said
 ):
     caplog.set_level(logging.INFO)
-    server_deduplication.save(
-        spool, "http://127.0.0.1:9", deduplicates=not deduplicates
+    answers.save_verdict(spool, "http://127.0.0.1:9", deduplicates=not deduplicates)
+    answers.save_verdict(
+        server_dir(spool, openmeter.url), openmeter.url, deduplicates=deduplicates
     )
-    server_deduplication.save(spool, openmeter.url, deduplicates=deduplicates)
     deliver(spool, openmeter)
 
     ((found, text),) = lines(caplog)
     assert found == level
     assert said in text
-    assert server_deduplication.load_verdict(spool, openmeter.url).time in text
+    assert (
+        answers.load_verdict(server_dir(spool, openmeter.url), openmeter.url).time
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,20 +84,18 @@ def test_what_a_check_has_found_is_said(
     ],
 )
 def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, content):
-    (spool / server_deduplication.VERDICT_NAME).write_bytes(content)
-    server_deduplication.say(spool, "http://here")
+    (spool / answers.VERDICT_NAME).write_bytes(content)
+    answers.log_verdict(spool, "http://here")
 
     ((level, text),) = lines(caplog)
     assert (level, "is not known" in text) == ("WARNING", True)
 
 
 def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
-    server_deduplication.save(tmp_path, "http://here", deduplicates=True)
-    (spool / server_deduplication.VERDICT_NAME).symlink_to(
-        tmp_path / server_deduplication.VERDICT_NAME
-    )
+    answers.save_verdict(tmp_path, "http://here", deduplicates=True)
+    (spool / answers.VERDICT_NAME).symlink_to(tmp_path / answers.VERDICT_NAME)
 
-    assert server_deduplication.load_verdict(spool, "http://here") is None
+    assert answers.load_verdict(spool, "http://here") is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
 )
 def test_openmeter_cloud_deduplicates(spool, caplog, url, known):
     caplog.set_level(logging.INFO)
-    server_deduplication.say(spool, url)
+    answers.log_verdict(spool, url)
 
     ((level, text),) = lines(caplog)
     assert level == ("INFO" if known else "WARNING")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from spooling import (
     Process,
     event,
     segments,
+    server_dir,
     spool_queue,
     threads,
     until,
@@ -81,11 +83,11 @@ def numbered(prefix, count):
 
 
 def doubts(spool):
-    return progress.load_progress(spool).in_flight
+    return progress.load_progress(server_dir(spool)).in_flight
 
 
 def dead_letters(spool):
-    path = spool / DEAD_LETTERS
+    path = server_dir(spool) / DEAD_LETTERS
     return (
         [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     )
@@ -386,7 +388,7 @@ def test_a_poison_event_is_a_dead_letter_with_the_servers_reason(
     assert (letter["event"]["id"], letter["status"]) == ("poison", 400)
     assert "carol" in letter["reason"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", letter["time"])
-    assert (spool / DEAD_LETTERS).stat().st_mode & 0o777 == 0o600
+    assert (server_dir(spool) / DEAD_LETTERS).stat().st_mode & 0o777 == 0o600
 
 
 # -- What the disk refuses
@@ -425,9 +427,7 @@ def test_a_directory_that_vanishes_is_made_again(queue, openmeter, spool):
     put(one, "1")
     openmeter.wait_for(1)
     one.close(5)
-    for path in spool.iterdir():
-        path.unlink()
-    spool.rmdir()
+    shutil.rmtree(spool)
 
     put(one, "2")
     openmeter.wait_for(2)

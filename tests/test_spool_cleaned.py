@@ -14,7 +14,7 @@ from openmeter_wsgi.lock import ELECTION, LOCK
 from openmeter_wsgi.spool import delivery as deliveries
 from openmeter_wsgi.spool import progress, reader, writer
 from openmeter_wsgi.spool.files import MAPPED, WRITTEN
-from spooling import Process, event, files, segments, spool_queue, until
+from spooling import Process, event, files, segments, server_dir, spool_queue, until
 
 NEVER = 3_600.0
 
@@ -218,7 +218,7 @@ def test_a_segment_without_a_lock_is_read_like_a_live_one(tmp_path, monkeypatch)
 def test_a_sender_whose_lock_is_deleted_steps_down(queue, openmeter, tmp_path):
     ids = put(queue, 10)
     assert queue.flush(40)
-    lock = tmp_path / "spool" / ELECTION
+    lock = server_dir(tmp_path / "spool") / ELECTION
     lock.rename(tmp_path / "deleted")  # under another name its number is not used again
 
     ids |= put(queue, 10, "later")
@@ -277,17 +277,23 @@ def test_another_thread_takes_the_place_of_a_sender_that_is_stuck(
             ids |= put(queue, 10, "later")
             openmeter.wait_until(lambda: set(openmeter.ids) == ids)
             assert "an attempt to deliver has not ended for" in caplog.text
-            written = (tmp_path / "spool" / progress.PROGRESS_NAME).read_bytes()
+            written = (
+                server_dir(tmp_path / "spool") / progress.PROGRESS_NAME
+            ).read_bytes()
             assert queue.flush(40)
             delivered = queue.counts.delivered
             stuck_one = queue._abandoned[0]
-            written = (tmp_path / "spool" / progress.PROGRESS_NAME).read_bytes()
+            written = (
+                server_dir(tmp_path / "spool") / progress.PROGRESS_NAME
+            ).read_bytes()
 
             released.set()
             until(lambda: not stuck_one.worker.is_running)
 
         # It has written nothing, and what it sent is counted where it was sent again.
-        assert (tmp_path / "spool" / progress.PROGRESS_NAME).read_bytes() == written
+        assert (
+            server_dir(tmp_path / "spool") / progress.PROGRESS_NAME
+        ).read_bytes() == written
         assert queue.counts.delivered == delivered == 20
     finally:
         queue.close(40)
@@ -335,7 +341,7 @@ ENDING = """
 import os, sys
 from pathlib import Path
 from spooling import event, spool_queue
-queue = spool_queue(Path(sys.argv[1]), "http://127.0.0.1:9", segment_bytes=2**21,
+queue = spool_queue(Path(sys.argv[1]), sys.argv[4], segment_bytes=2**21,
                     shutdown_timeout=0.0, max_spool_bytes=2**24)
 for n in range(5):
     queue.put(event(f"{sys.argv[2]}-{n}"))
@@ -358,7 +364,7 @@ def test_short_lived_processes_do_not_fill_the_spool(openmeter, tmp_path, end):
         queue.start()  # whoever is the sender adopts what is left
     try:
         for n in range(9):
-            with Process(ENDING, str(spool), str(n), end) as process:
+            with Process(ENDING, str(spool), str(n), end, openmeter.url) as process:
                 process.wait()
             until(lambda: used(spool) < 100_000)
         openmeter.up()

@@ -15,7 +15,19 @@ from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.cli.spool import command
 from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool.files import MAPPED, WRITTEN
-from spool_support import COMMAND, days_ago, event, put, run, said, shipping, worker
+from openmeter_wsgi.spool.servers import Server, assign
+from spool_support import (
+    COMMAND,
+    days_ago,
+    event,
+    put,
+    run,
+    said,
+    shipping,
+    status_of,
+    worker,
+)
+from spooling import server_dir
 from test_sandbox_support import Api
 
 DEAD = "dead-letters.jsonl"
@@ -72,7 +84,7 @@ def test_the_status_tells_living_owners_from_dead_ones(spool, form):
     with worker(spool, form) as living:
         living.put(event("3"))
 
-        status = said(spool, "status")
+        status = status_of(spool)
 
     assert (status["waiting"], status["sender_alive"]) == (3, False)
     assert status["oldest_age"] > 86_400
@@ -87,7 +99,7 @@ def test_the_status_names_the_sender_and_what_is_in_doubt(spool, openmeter):
     with shipping(spool, openmeter) as ship:
         openmeter.wait_for_requests(1)
 
-        status = said(spool, "status")
+        status = status_of(spool)
 
     assert (status["sender_pid"], status["sender_alive"]) == (ship.process.pid, True)
     assert (status["in_doubt"], status["waiting"]) == (2, 2)
@@ -97,7 +109,7 @@ def test_dead_letters_are_listed_counted_and_shown_with_their_reason(spool, open
     bury(spool, openmeter, event("bad", subject="carol"))
 
     (letter,) = said(spool, "list")
-    status = said(spool, "status")
+    status = status_of(spool)
     shown = run(spool, "show", "bad")
 
     assert letter["event"] == event("bad", subject="carol")
@@ -124,7 +136,7 @@ def test_what_is_requeued_is_delivered_under_its_id_once(spool, openmeter):
 
     assert (one["requeued"], left, rest["requeued"]) == (1, ["b"], 1)
     assert said(spool, "list") == []
-    assert (spool / DEAD).read_bytes() == b""
+    assert (server_dir(spool) / DEAD).read_bytes() == b""
     with shipping(spool, openmeter):
         openmeter.wait_for(4)
     assert [e for e in openmeter.taken if e["id"] in "ab"] == letters
@@ -150,7 +162,7 @@ def test_dead_letters_are_requeued_and_purged_beside_a_sender(spool, openmeter):
     bury(spool, openmeter, event("a", subject="x"), event("b", subject="y"))
     with shipping(spool, openmeter) as ship:
         ship.wait_for("is the sender")
-        before = (spool / DEAD).read_bytes()
+        before = (server_dir(spool) / DEAD).read_bytes()
 
         assert said(spool, "requeue", "a")["requeued"] == 1
         purged = said(spool, "purge", "b", "--yes")
@@ -159,11 +171,11 @@ def test_dead_letters_are_requeued_and_purged_beside_a_sender(spool, openmeter):
         assert purged == {"purged": 1, "erased": False}
         assert said(spool, "list") == []
         # The sender appends to the file; nobody else may write it.
-        assert (spool / DEAD).read_bytes() == before
+        assert (server_dir(spool) / DEAD).read_bytes() == before
         ship.end(signal.SIGTERM)
     with shipping(spool, openmeter) as ship:
         ship.wait_for("is the sender")
-        assert (spool / DEAD).read_bytes() == b""
+        assert (server_dir(spool) / DEAD).read_bytes() == b""
     assert openmeter.ids == ["good-0", "good-1", "a"]
 
 
@@ -203,7 +215,7 @@ def test_a_requeue_killed_in_the_middle_of_a_write_loses_nothing(
 ):
     long = event("b", subject="y", data={"text": "x" * 6_000})
     bury(spool, openmeter, event("a", subject="x"), long)
-    (spool / "dead-letters.settled.jsonl").write_bytes(b"\n" * marks)
+    (server_dir(spool) / "dead-letters.settled.jsonl").write_bytes(b"\n" * marks)
 
     killed = subprocess.run(
         [COMMAND[0], "-c", _KILLED, str(limit), "spool", "--spool-dir", spool,
@@ -222,7 +234,7 @@ def test_a_requeue_killed_in_the_middle_of_a_write_loses_nothing(
 def test_a_requeue_without_room_leaves_the_letters(spool, openmeter):
     bury(spool, openmeter, event("a", subject="x"))
     full = {"max_spool_bytes": str(16 * 1024**2)}
-    filler = spool / f"1700000000000-{'0' * 24}-00000001.written"
+    filler = server_dir(spool) / f"1700000000000-{'0' * 24}-00000001.written"
     with filler.open("wb") as file:
         file.truncate(16 * 1024**2)
 
@@ -235,9 +247,9 @@ def test_a_requeue_without_room_leaves_the_letters(spool, openmeter):
 
 def test_marks_and_letters_that_were_cut_short_are_passed_over(spool, openmeter):
     bury(spool, openmeter, event("a", subject="x"))
-    with (spool / DEAD).open("ab") as file:
+    with (server_dir(spool) / DEAD).open("ab") as file:
         file.write(b'{"event": {"id"\n')
-    (spool / "dead-letters.settled.jsonl").write_bytes(b"[12, ")
+    (server_dir(spool) / "dead-letters.settled.jsonl").write_bytes(b"[12, ")
 
     assert ids(said(spool, "list")) == ["a"]
     assert said(spool, "purge", "--all", "--yes") == {"purged": 1, "erased": True}
@@ -255,13 +267,13 @@ def test_purge_wants_a_yes_and_a_choice(spool, openmeter):
     assert codes == [2, 2, 2, 1]
     assert said(spool, "purge", "a", "--yes") == {"purged": 1, "erased": True}
     assert ids(said(spool, "list")) == ["b"]
-    assert b'"a"' not in (spool / DEAD).read_bytes()
+    assert b'"a"' not in (server_dir(spool) / DEAD).read_bytes()
 
 
 def test_only_one_command_changes_dead_letters_at_a_time(spool, openmeter):
     bury(spool, openmeter, event("a", subject="x"))
     holder = subprocess.Popen(
-        [COMMAND[0], "-c", _HOLD, str(spool / "dead-letters.lock")],
+        [COMMAND[0], "-c", _HOLD, str(server_dir(spool) / "dead-letters.lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -288,7 +300,7 @@ with open(sys.argv[1], "w") as file:
 def test_what_may_have_arrived_is_requeued_on_demand_only(spool, openmeter):
     expire(spool, openmeter, event("a"), event("b"))
 
-    assert said(spool, "status")["dead_letters_by_reason"] == {"expired": 2}
+    assert status_of(spool)["dead_letters_by_reason"] == {"expired": 2}
     assert said(spool, "requeue", "--all") == {
         "requeued": 0, "old": 0, "expired": 2, "no_event": 0,
     }  # fmt: skip
@@ -306,6 +318,7 @@ def test_verify_says_of_expired_letters_and_doubts_which_arrived(
     with Sandbox() as sandbox, Api(sandbox.url) as api:
         api.ingest([event("arrived"), event("doubt"), event("arrived-not", source="x")])
 
+        assign(server_dir(spool), Server(sandbox.url, flavor))
         where = {"api_url": sandbox.url, "api_flavor": flavor}
         result = run(spool, "verify", "--json", **where)
         plain = run(spool, "verify", **where)
@@ -330,6 +343,7 @@ def test_verify_says_of_expired_letters_and_doubts_which_arrived(
 @pytest.mark.parametrize("flavor", ["v1", "v3"])
 def test_verify_takes_nothing_else_for_an_answer(answer, spool, openmeter, flavor):
     doubt(spool, openmeter, event("a"))
+    assign(server_dir(spool), Server(openmeter.url, flavor))
     openmeter.rule = lambda _: answer
 
     result = run(

@@ -12,8 +12,8 @@ from openmeter_wsgi.errors import Expired, Unavailable
 from openmeter_wsgi.spool import progress
 from openmeter_wsgi.spool.progress import RecordingClient
 from servers import make_environ
-from spool_support import run, said
-from spooling import event, spool_queue, threads, until
+from spool_support import run, status_of
+from spooling import event, server_dir, spool_queue, threads, until
 
 NAME = "1700000000000-918420eaf38c404fa12e3311-00000001"
 
@@ -30,7 +30,7 @@ def test_a_progress_file_that_is_deleted_is_made_anew(queue, openmeter, tmp_path
     queue.start()
     queue.put(event("1"))
     assert queue.flush(40)
-    path = tmp_path / "spool" / progress.PROGRESS_NAME
+    path = server_dir(tmp_path / "spool") / progress.PROGRESS_NAME
     path.unlink()
 
     queue.put(event("2"))
@@ -162,9 +162,9 @@ def test_the_status_says_why_events_wait(queue, openmeter, tmp_path):
     openmeter.rule = lambda _: problem(403, "not this key")
     queue.start()
     queue.put(event("1"))
-    until(lambda: said(tmp_path / "spool", "status")["last_answer"] is not None)
+    until(lambda: status_of(tmp_path / "spool")["last_answer"] is not None)
 
-    status = said(tmp_path / "spool", "status")
+    status = status_of(tmp_path / "spool")
     assert status["last_answer"] == "answered 403 (not this key)"
     assert status["last_answer_age"] >= 0
     assert status["next_attempt_in"] <= 30
@@ -172,4 +172,4 @@ def test_the_status_says_why_events_wait(queue, openmeter, tmp_path):
 
     openmeter.heal()
     assert queue.flush(40)
-    until(lambda: said(tmp_path / "spool", "status")["last_answer"] is None)
+    until(lambda: status_of(tmp_path / "spool")["last_answer"] is None)

@@ -148,19 +148,19 @@ def test_it_reads_on_while_a_sender_delivers_and_deletes(tmp_path, openmeter):
 def test_nothing_is_written_or_locked_in_the_spool(tmp_path):
     spool = tmp_path / "spool"
     put(spool, event("1"))
-    before = {path: path.stat().st_mtime_ns for path in spool.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in spool.rglob("*")}
 
     with Following(spool, everything=True) as following:
         assert [json.loads(line)["id"] for line in following.poll()] == ["1"]
         assert list(following.poll()) == []
 
-    assert {path: path.stat().st_mtime_ns for path in spool.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in spool.rglob("*")} == before
 
 
 def test_a_line_that_a_kill_tore_is_no_event(tmp_path):
     spool = tmp_path / "spool"
     put(spool, event("1"))
-    (segment,) = spool.glob("*.mapped")
+    (segment,) = spool.rglob("*.mapped")
     with segment.open("r+b") as file:
         end = file.read().index(b"\n") + 1
         file.seek(end)
@@ -196,7 +196,7 @@ def test_a_segment_that_its_sender_deletes_is_read_to_its_end_and_let_go(tmp_pat
         living.put(event("1"))
         assert [json.loads(line)["id"] for line in following.poll()] == ["1"]
         living.put(event("2"))
-        for segment in spool.glob("*.mapped"):
+        for segment in spool.rglob("*.mapped"):
             segment.unlink()
 
         assert [json.loads(line)["id"] for line in following.poll()] == ["2"]

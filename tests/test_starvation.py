@@ -9,7 +9,7 @@ import pytest
 
 from openmeter_wsgi import lock
 from openmeter_wsgi.threads import threads_starve
-from spooling import event, spool_queue, threads
+from spooling import event, server_dir, spool_queue, threads
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_process_without_threads_delivers_at_flush_and_close(
     queue.put(event("1"))
 
     assert threads("openmeter_wsgi") == []
-    with lock.election(spool, wait=False) as won:
+    with lock.election(server_dir(spool), wait=False) as won:
         assert won  # another process could send
     assert openmeter.requests == []
 
@@ -86,7 +86,7 @@ def test_at_its_exit_it_waits_for_its_turn(uwsgi, openmeter, tmp_path):
     queue = spool_queue(tmp_path / "spool", openmeter.url)
     queue.put(event("1"))
     closing = threading.Thread(target=queue.close, args=(20,))
-    with lock.election(tmp_path / "spool"):
+    with lock.election(server_dir(tmp_path / "spool")):
         closing.start()
         closing.join(0.2)
         assert closing.is_alive()
@@ -100,7 +100,7 @@ def test_at_its_exit_it_waits_no_longer_than_it_may(uwsgi, openmeter, tmp_path):
     uwsgi()
     queue = spool_queue(tmp_path / "spool", openmeter.url)
     queue.put(event("1"))
-    with lock.election(tmp_path / "spool"):
+    with lock.election(server_dir(tmp_path / "spool")):
         queue.close(0.1)
     assert openmeter.ids == []
 

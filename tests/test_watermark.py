@@ -12,7 +12,7 @@ from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.watermark import Watermark
 from openmeter_wsgi.stats import Counts
-from spooling import event, new_client, spool_queue, threads, until
+from spooling import event, new_client, server_dir, spool_queue, threads, until
 
 
 @pytest.fixture(params=["memory", "spool"])
@@ -107,19 +107,20 @@ def test_the_watermark_of_a_spool_moves_when_what_a_mark_saw_is_delivered(
 ):
     worker = spool_queue(tmp_path, openmeter.url, delivery="ship")
     worker.put(event("1"))
-    mark = Watermark(tmp_path)
-    ends = watermark.ends(tmp_path)
+    directory = server_dir(tmp_path)
+    mark = Watermark(directory)
+    ends = watermark.ends(directory)
     mark.publish(1_000.0, ends)
-    assert watermark.read(tmp_path) == 0.0
+    assert watermark.read(directory) == 0.0
 
     sender = spool_queue(tmp_path, openmeter.url, flush_interval=0.05)
     sender.start()
-    until(lambda: watermark.all_done(tmp_path, ends))
+    until(lambda: watermark.all_done(directory, ends))
     sender.close()
     until(lambda: not threads("openmeter_wsgi.journal"))
-    (tmp_path / watermark.WATERMARK_NAME).unlink(missing_ok=True)
+    (directory / watermark.WATERMARK_NAME).unlink(missing_ok=True)
     mark.publish(2_000.0, {**ends, next(iter(ends)): 10**9})
-    assert watermark.read(tmp_path) == 1_000.0  # what came since is not
+    assert watermark.read(directory) == 1_000.0  # what came since is not
     worker.close()
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.common import size
 from openmeter_wsgi.cli.findings import failure, ok, unknown, warning
-from openmeter_wsgi.cli.spool_files import holder
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import (
     SAYS,
@@ -26,9 +25,10 @@ from openmeter_wsgi.framework_routes import (
     misplaced_decorators,
     served_routes,
 )
-from openmeter_wsgi.lock import ELECTION
+from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
+from openmeter_wsgi.spool import servers
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
 from openmeter_wsgi.status_codes import StatusCodes
@@ -339,10 +339,13 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
     finding = _directory(directory)
     yield finding
     if finding.severity == "ok":
-        situation.spool = directory
-        yield from _look_for_room(situation.policy, directory)
-        yield from _look_for_sender(situation, directory)
-        yield from _look_for_old_events(directory)
+        server = servers.server_of_policy(situation.policy)
+        own = servers.server_directory(directory, server)
+        situation.spool = own
+        yield from _look_for_room(situation.policy, own)
+        yield from _look_for_sender(situation, own)
+        yield from _look_for_old_events(own)
+        yield from _look_for_orphans(directory, server)
     existing = directory if directory.exists() else directory.parent
     if existing.exists():
         yield from _look_beneath(existing)
@@ -357,10 +360,21 @@ def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]
             name,
             "delivery='ship' leaves it to another process, and none is there: usage "
             "waits in the spool",
-            f"run openmeter-wsgi ship --spool-dir {directory}",
+            f"run openmeter-wsgi ship --spool-dir {directory.parent}",
         )
     else:
         yield ok(name, "there is one")
+
+
+def _look_for_orphans(root: Path, server: servers.Server) -> Iterator[Finding]:
+    for orphan in servers.orphans(root, but=server):
+        yield warning(
+            "events of other servers",
+            f"{orphan.events} events wait for {orphan.address}, and no running process "
+            "sends there",
+            f"start its application, or run openmeter-wsgi spool --spool-dir {root} "
+            "assign --to URL",
+        )
 
 
 def _look_for_old_events(directory: Path) -> Iterator[Finding]:
@@ -370,7 +384,7 @@ def _look_for_old_events(directory: Path) -> Iterator[Finding]:
 
 def _look_for_room(policy: Policy, directory: Path) -> Iterator[Finding]:
     may_take = max(policy.max_spool_bytes - backlog(directory).bytes, 0)
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(directory.parent).free
     if free < may_take:
         yield warning(
             "spool disk",

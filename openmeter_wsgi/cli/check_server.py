@@ -11,9 +11,10 @@ from urllib.parse import urlsplit, urlunsplit
 from openmeter_wsgi.cli.api_client import NoAnswer, error_text, is_untrusted
 from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, warning
 from openmeter_wsgi.connection import Connection
-from openmeter_wsgi.errors import DeliveryError, Rejected, Unavailable
+from openmeter_wsgi.errors import ConfigError, DeliveryError, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey, is_konnect
-from openmeter_wsgi.spool import server_deduplication
+from openmeter_wsgi.spool import answers
+from openmeter_wsgi.spool.servers import prepare_server_directory, server_of_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -302,13 +303,13 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
             "an event that was sent twice is stored twice: what is sent again "
             "because its answer was lost is billed twice, and a request that is "
             "repeated under its idempotency key is billed again",
-            server_deduplication.VERDICT_REMEDY,
+            answers.VERDICT_REMEDY,
         )
     else:
         yield ok(
             _DEDUPLICATION,
             f"of an event sent twice, {PAUSE:g} s apart, one is stored",
-            server_deduplication.IN_THE_SINK,
+            answers.IN_THE_SINK,
         )
     yield from _keep(situation, deduplicates=times == 1)
 
@@ -340,8 +341,11 @@ def _keep(situation: Situation, *, deduplicates: bool) -> Iterator[Finding]:
     """Leave the verdict to the sender of the spool, which says it at its start."""
     if situation.spool is None:
         return
-    url = situation.policy.api_url
+    policy = situation.policy
     try:
-        server_deduplication.save(situation.spool, url, deduplicates=deduplicates)
-    except OSError as error:
+        directory = prepare_server_directory(
+            situation.spool.parent, server_of_policy(policy)
+        )
+        answers.save_verdict(directory, policy.api_url, deduplicates=deduplicates)
+    except (ConfigError, OSError) as error:
         yield unknown("deduplication verdict", f"cannot be kept: {error}")

@@ -199,7 +199,7 @@ class Situation:
     answers: bool = False
     #: The marked event, once OpenMeter has taken it.
     sent: Sent | None = None
-    #: The directory of the spool, if it can be one.
+    #: The directory of the server in the spool, if there can be one.
     spool: Path | None = None
     #: The policies of views that are decorated with `meter`, by the name of the view.
     views: tuple[tuple[str, Policy], ...] = ()

@@ -21,11 +21,16 @@ from openmeter_wsgi.cli.common import (
     spool_options,
     stop_signals,
 )
-from openmeter_wsgi.cli.spool_files import DeadLetterFile, holder
+from openmeter_wsgi.cli.spool_files import DeadLetterFile
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.entitlements.service import follow_delivery, visibility_of
-from openmeter_wsgi.lock import ELECTION
+from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.spool.delivery import SpoolDelivery
+from openmeter_wsgi.spool.servers import (
+    server_directory,
+    server_of_policy,
+    spool_directories,
+)
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:
@@ -53,7 +58,8 @@ def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> No
     if policy.dry_run:
         raise BadConfiguration("dry_run is set, under which nothing is sent")
     _log_to_stderr(_JsonLines() if as_json else _Lines())
-    _erase_settled(directory)
+    for each in spool_directories(directory):
+        _erase_settled(each)
     with stop_signals() as stopped:
         _ship(policy, directory, stopped)
 
@@ -83,7 +89,8 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
     )
     if visibility is not None:
         follow_delivery(policy, visibility, queue, None)
-    if (sender := holder(directory / ELECTION)) is not None:
+    own = server_directory(directory, server_of_policy(policy))
+    if (sender := holder(own / ELECTION)) is not None:
         logger.info(
             "%s has a sender, process %s; this one takes over when it ends",
             directory, sender if sender > 0 else "in another container",

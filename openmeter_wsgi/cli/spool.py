@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import time
 from collections import Counter
-from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +16,6 @@ from openmeter_wsgi.cli import kafka_retention, spool_follow
 from openmeter_wsgi.cli.api_client import NoAnswer
 from openmeter_wsgi.cli.common import (
     EXIT_CODES,
-    age,
     exit_codes,
     name_of,
     open_listing,
@@ -28,7 +25,6 @@ from openmeter_wsgi.cli.common import (
     printable,
     progress,
     read_policy,
-    size,
     spool_options,
 )
 from openmeter_wsgi.cli.spool_files import (
@@ -38,60 +34,26 @@ from openmeter_wsgi.cli.spool_files import (
     requeue,
 )
 from openmeter_wsgi.cli.spool_follow import EventFilter
+from openmeter_wsgi.cli.spool_status import print_status
 from openmeter_wsgi.errors import SpoolError
-from openmeter_wsgi.spool import last_answer
-from openmeter_wsgi.spool.dead_letters import UNREADABLE
+from openmeter_wsgi.options import url as read_url
+from openmeter_wsgi.spool import servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from openmeter_wsgi.cli.spool_files import SegmentState
     from openmeter_wsgi.policy import Policy
 
 
-#: Of so many segments the table tells.
-_SHOWN_SEGMENTS = 20
-#: An event that is older than so many seconds waits for something.
-_LATE = 120
 _COLUMNS = ("state", "id", "type", "subject", "time", "status", "reason")
 
 
-def print_status(directory: Path, *, as_json: bool) -> None:
-    """Print the state of a spool."""
-    census = SpoolContents(directory)
-    told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
-    letters = DeadLetterFile(directory).read()
-    ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
-    last = last_answer.load(directory)
-    status = {
-        "directory": str(directory),
-        "sender_alive": census.sender is not None,
-        "sender_pid": census.sender,
-        "waiting": sum(one["waiting"] for one in told),
-        "oldest_age": max(ages, default=None),
-        "last_answer": last and last.answer,
-        "last_answer_age": last and round(max(time.time() - last.time, 0.0), 3),
-        "next_attempt_in": last and round(last.next_attempt - time.time(), 3),
-        "in_doubt": sum(1 for _ in census.in_doubt()),
-        "bytes": sum(one["bytes"] for one in told),
-        "disk_free": shutil.disk_usage(directory).free,
-        "dead_letters": len(letters),
-        "dead_letters_by_reason": dict(Counter(_kind(letter) for letter in letters)),
-        "unreadable": _lines(directory / UNREADABLE),
-        "segments": told,
-    }
-    if as_json:
-        print_json(status)
-    else:
-        _print_status(status)
-
-
 def print_list(
-    directory: Path, wanted: EventFilter, *, waiting: bool, as_json: bool
+    root: Path, wanted: EventFilter, *, waiting: bool, as_json: bool
 ) -> None:
     """Print the dead letters, and the waiting events if they are wanted."""
-    found = _documents(directory) if waiting else _dead(directory)
+    found = _documents(root) if waiting else _dead(root)
     documents = [one for one in found if wanted.wants(one["event"])]
     if as_json:
         print_json(documents)
@@ -102,12 +64,12 @@ def print_list(
         others = (
             "no dead letters and no waiting events" if waiting else "no dead letters"
         )
-        click.echo(f"{others} in {printable(str(directory))}", err=True)
+        click.echo(f"{others} in {printable(str(root))}", err=True)
 
 
-def print_event(directory: Path, id_: str, *, as_json: bool) -> None:
+def print_event(root: Path, id_: str, *, as_json: bool) -> None:
     """Print what there is of one event."""
-    found = [one for one in _documents(directory) if name_of(one["event"], "id") == id_]
+    found = [one for one in _documents(root) if name_of(one["event"], "id") == id_]
     if not found:
         raise click.ClickException(f"no event {printable(id_)!r} is here")
     if as_json:
@@ -117,14 +79,14 @@ def print_event(directory: Path, id_: str, *, as_json: bool) -> None:
         print_json(one, indent=2)
 
 
-def export(directory: Path, file: str, *, as_json: bool) -> None:
+def export(root: Path, file: str, *, as_json: bool) -> None:
     """Write everything undelivered to a new file."""
     counts: Counter[str] = Counter()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         # Usage tells of customers: readable by its owner alone.
         with open(os.open(file, flags, 0o600), "wb") as out:
-            for one in _documents(directory):
+            for one in _documents(root):
                 counts[one["state"]] += 1
                 out.write(msgspec.json.encode(one) + b"\n")
             out.flush()
@@ -141,124 +103,18 @@ def export(directory: Path, file: str, *, as_json: bool) -> None:
         )
 
 
-def _told(census: SpoolContents) -> Iterator[dict[str, Any]]:
-    for segment in census.segments:
-        waiting, oldest = 0, None
-        for event in census.waiting(segment):
-            oldest = oldest or event
-            waiting += 1
-        yield {
-            "segment": segment.name.key,
-            "owner_alive": segment.alive,
-            "sealed": segment.name.sealed,
-            "bytes": segment.bytes,
-            "waiting": waiting,
-            "oldest_age": oldest and _age_of(oldest, segment),
-        }
+def _documents(root: Path) -> Iterator[dict[str, Any]]:
+    yield from _dead(root)
+    for directory in servers.spool_directories(root):
+        census = SpoolContents(directory)
+        segments = progress(census.segments, "Reading segments", len(census.segments))
+        for segment in segments:
+            for event in census.waiting(segment):
+                yield {"state": "waiting", "event": msgspec.json.decode(event)}
 
 
-def _age_of(event: bytes, segment: SegmentState) -> float:
-    said = name_of(msgspec.json.decode(event), "time") or ""
-    try:
-        moment = datetime.fromisoformat(said)
-        made = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except ValueError:
-        made = segment.name.made / 1_000
-    return round(max(time.time() - made, 0.0), 3)
-
-
-def _kind(letter: Letter) -> str:
-    return "expired" if letter.expired else f"{letter.status}: {letter.reason}"
-
-
-def _lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(1 for _ in file)
-    except FileNotFoundError:
-        return 0
-
-
-def _print_status(status: dict[str, Any]) -> None:
-    print_table(("spool", status["directory"]), _facts(status))
-    if segments := status["segments"][:_SHOWN_SEGMENTS]:
-        click.echo()
-        print_table(
-            ("segment", "owner", "sealed", "size", "waiting", "oldest"),
-            (
-                (
-                    one["segment"],
-                    "alive" if one["owner_alive"] else "dead",
-                    "yes" if one["sealed"] else "no",
-                    size(one["bytes"]),
-                    one["waiting"],
-                    age(one["oldest_age"]),
-                )
-                for one in segments
-            ),
-        )
-    if (more := len(status["segments"]) - len(segments)) > 0:
-        click.echo(f"… and {more} younger segments, all of them with --json")
-    for line in _advice(status):
-        click.echo(line, err=True)
-
-
-def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    yield "sender", _sender(status["sender_pid"])
-    yield "events waiting", status["waiting"]
-    yield "oldest of them", age(status["oldest_age"])
-    if status["last_answer"]:
-        told = age(status["last_answer_age"])
-        yield "last answer", f"OpenMeter {status['last_answer']}, {told} ago"
-        yield "next attempt in", age(max(status["next_attempt_in"], 0.0))
-    yield "in doubt or under way", status["in_doubt"]
-    segments = f"{size(status['bytes'])} in {len(status['segments'])}"
-    yield "size of segments", segments
-    yield "free on the disk", size(status["disk_free"])
-    yield "dead letters", status["dead_letters"]
-    for reason, number in sorted(status["dead_letters_by_reason"].items()):
-        yield f"  {reason}", number
-    yield "unreadable lines set aside", status["unreadable"]
-
-
-def _advice(status: dict[str, Any]) -> Iterator[str]:
-    """Say what to do next, where there is something to do."""
-    if status["waiting"] and not status["sender_alive"]:
-        yield (
-            "nothing is delivered before the application serves its next request, or "
-            "'openmeter-wsgi ship' runs"
-        )
-    elif (status["oldest_age"] or 0) > _LATE:
-        yield (
-            "events wait longer than they should: the log of the sender says why, "
-            "'openmeter-wsgi check' asks the server"
-        )
-    if status["dead_letters"]:
-        yield (
-            "OpenMeter refused events for good, or may have got them before: 'list' "
-            "names them, 'requeue' sends them again"
-        )
-    if status["unreadable"]:
-        yield f"{UNREADABLE} holds what a crash has cut short"
-
-
-def _sender(pid: int | None) -> str:
-    if pid is None:
-        return "none"
-    return f"process {pid}" if pid > 0 else "a process in another container"
-
-
-def _documents(directory: Path) -> Iterator[dict[str, Any]]:
-    yield from _dead(directory)
-    census = SpoolContents(directory)
-    segments = progress(census.segments, "Reading segments", len(census.segments))
-    for segment in segments:
-        for event in census.waiting(segment):
-            yield {"state": "waiting", "event": msgspec.json.decode(event)}
-
-
-def _dead(directory: Path) -> Iterator[dict[str, Any]]:
-    for letter in DeadLetterFile(directory).read():
+def _dead(root: Path) -> Iterator[dict[str, Any]]:
+    for letter in _letters(root):
         yield {
             "state": "dead",
             "event": letter.document,
@@ -266,6 +122,11 @@ def _dead(directory: Path) -> Iterator[dict[str, Any]]:
             "status": letter.status,
             "time": letter.time,
         }
+
+
+def _letters(root: Path) -> Iterator[Letter]:
+    for directory in servers.spool_directories(root):
+        yield from DeadLetterFile(directory).read()
 
 
 def _row(one: dict[str, Any]) -> tuple[object, ...]:
@@ -285,34 +146,36 @@ class Choice:
             raise click.UsageError("Give the ids of dead letters, or else --all.")
         self._ids = None if everything else set(ids)
 
-    def of(self, letters: Sequence[Letter]) -> list[Letter]:
-        """Return the letters that are meant.
+    def of_each(self, letters: Sequence[Sequence[Letter]]) -> list[list[Letter]]:
+        """Return the letters that are meant, of each directory.
 
         :raises ClickException: if an id is not among them.
         """
-        if self._ids is None:
-            return list(letters)
-        chosen = [one for one in letters if _id(one) in self._ids]
-        if missing := self._ids - {_id(one) for one in chosen}:
+        if (ids := self._ids) is None:
+            return [list(here) for here in letters]
+        chosen = [[one for one in here if _id(one) in ids] for here in letters]
+        if missing := ids - {_id(one) for here in chosen for one in here}:
             shown = ", ".join(sorted(map(printable, missing)))
             raise click.ClickException(f"no dead letter has the id {shown}")
         return chosen
 
 
 def requeue_letters(
-    directory: Path, choice: Choice, max_bytes: int, *, expired: bool, as_json: bool
+    root: Path, choice: Choice, max_bytes: int, *, expired: bool, as_json: bool
 ) -> None:
-    """Put dead letters back into the spool."""
-    file = DeadLetterFile(directory)
-    with _changing(file):
-        chosen = choice.of(file.read())
-        good = [
-            one for one in chosen if one.can_be_sent and (expired or not one.expired)
-        ]
-        if good:
-            requeue(directory, good, max_bytes)
-            file.settle(good)
-        file.erase_settled()
+    """Put dead letters back into the spool, each for the server that it was for."""
+    chosen: list[Letter] = []
+    good: list[Letter] = []
+    with _changing(root) as files:
+        letters = choice.of_each([file.read() for file in files])
+        for file, here in zip(files, letters, strict=True):
+            sent = [o for o in here if o.can_be_sent and (expired or not o.expired)]
+            if sent:
+                requeue(file.directory, sent, max_bytes)
+                file.settle(sent)
+            file.erase_settled()
+            chosen += here
+            good += sent
     no_event = sum(not one.can_be_sent for one in chosen)
     left_expired = len(chosen) - len(good) - no_event
     if old := sum(kafka_retention.is_old(one.event) for one in good):
@@ -336,14 +199,17 @@ def requeue_letters(
         click.echo(f"left {no_event} that are no events")
 
 
-def purge_letters(directory: Path, choice: Choice, *, as_json: bool) -> None:
+def purge_letters(root: Path, choice: Choice, *, as_json: bool) -> None:
     """Delete dead letters."""
-    file = DeadLetterFile(directory)
-    with _changing(file):
-        chosen = choice.of(file.read())
-        if chosen:
-            file.settle(chosen)
-        erased = file.erase_settled()
+    chosen: list[Letter] = []
+    erased = True
+    with _changing(root) as files:
+        letters = choice.of_each([file.read() for file in files])
+        for file, here in zip(files, letters, strict=True):
+            if here:
+                file.settle(here)
+            chosen += here
+            erased = file.erase_settled() and erased
     if as_json:
         print_json({"purged": len(chosen), "erased": erased})
         return
@@ -356,10 +222,17 @@ def purge_letters(directory: Path, choice: Choice, *, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _changing(file: DeadLetterFile) -> Iterator[None]:
+def _changing(root: Path) -> Iterator[list[DeadLetterFile]]:
+    """Keep other commands from changing dead letters meanwhile; yield all files."""
+    files = [DeadLetterFile(each) for each in servers.spool_directories(root)]
     try:
-        with file.changing():
-            yield
+        with contextlib.ExitStack() as changing:
+            there = []
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    changing.enter_context(file.changing())
+                    there.append(file)
+            yield there
     except BlockingIOError:
         raise click.ClickException(
             "another requeue or purge is at work in this spool"
@@ -372,9 +245,9 @@ def _id(letter: Letter) -> str | None:
     return name_of(letter.document, "id")
 
 
-def print_arrived(directory: Path, policy: Policy, *, as_json: bool) -> bool:
+def print_arrived(root: Path, policy: Policy, *, as_json: bool) -> bool:
     """Print of every event in question if it arrived; return whether all did."""
-    questions = _questions(directory)
+    questions = _questions(root, servers.server_of_policy(policy))
     events = [event for _, event in questions]
     try:
         with open_listing(policy) as listing:
@@ -412,10 +285,15 @@ def _print(found: list[dict[str, Any]]) -> None:
         click.echo("no event was sent without an answer", err=True)
 
 
-def _questions(directory: Path) -> list[tuple[str, dict[str, Any]]]:
+def _questions(root: Path, server: servers.Server) -> list[tuple[str, dict[str, Any]]]:
     """Return the events of which nobody knows if they arrived, each once."""
     asked: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {}
-    for state, event in _unanswered(directory):
+    found = chain.from_iterable(
+        _unanswered(each)
+        for each in servers.spool_directories(root)
+        if servers.server_of(each) in {None, server}
+    )
+    for state, event in found:
         asked.setdefault((event["id"], name_of(event, "source")), (state, event))
     return list(asked.values())
 
@@ -463,6 +341,77 @@ def _opened(context: click.Context, *, may_be_empty: bool = False) -> Path:
 def _status(context: click.Context, as_json: bool) -> None:
     """Say what waits, since when, who delivers it, and what will never arrive."""
     print_status(_opened(context), as_json=as_json)
+
+
+@command.command(
+    "assign", epilog=EXIT_CODES, short_help="Give waiting events to another server."
+)
+@click.option(
+    "--to",
+    "to",
+    required=True,
+    metavar="URL",
+    help="Address of the server that gets them: the api_url of an application.",
+)
+@click.option(
+    "--from",
+    "from_",
+    metavar="URL",
+    help="Address that they were for.  [default: the only one without a process]",
+)
+@click.option(
+    "--flavor",
+    type=click.Choice(["v1", "v3"]),
+    default="v1",
+    show_default=True,
+    help="Version of the API of the server that gets them.",
+)
+@_as_json
+@click.pass_context
+def _assign(
+    context: click.Context, to: str, from_: str | None, flavor: str, as_json: bool
+) -> None:
+    """Give the events of an address that no running process uses to another server.
+
+    They keep their ids, and all that is known of their delivery. A process that sends
+    to the server delivers them within a second, or when it next starts.
+    """
+    assign_orphan(_opened(context), to, from_, flavor, as_json=as_json)
+
+
+def assign_orphan(
+    root: Path, to: str, from_: str | None, flavor: str, *, as_json: bool
+) -> None:
+    """Give the events of one address to the server at another."""
+    try:
+        server = servers.Server(read_url(to), flavor)
+    except ValueError as error:
+        raise click.UsageError(f"--to: {printable(str(error))}") from None
+    found = [one for one in servers.orphans(root) if one.server != server]
+    if from_ is not None:
+        found = [one for one in found if one.address == from_.rstrip("/")]
+    addresses = sorted({one.address for one in found})
+    if not found:
+        where = printable(from_) if from_ else "an address"
+        raise click.ClickException(
+            f"no events wait for {where} that no running process uses"
+        )
+    if len(addresses) > 1:
+        shown = ", ".join(map(printable, addresses))
+        raise click.UsageError(f"Events wait for {shown}: say which with --from.")
+    try:
+        for one in found:
+            servers.assign(one.directory, server)
+    except (SpoolError, OSError) as error:
+        raise click.ClickException(printable(str(error))) from None
+    events = sum(one.events for one in found)
+    if as_json:
+        print_json({"assigned": events, "from": addresses[0], "to": server.api_url})
+        return
+    click.echo(
+        f"assigned {events} events of {printable(addresses[0])} to "
+        f"{printable(server.api_url)}"
+    )
 
 
 @command.command("list", epilog=EXIT_CODES)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import struct
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from openmeter_wsgi.lock import ELECTION, LOCK, election
+from openmeter_wsgi.lock import ELECTION, LOCK, election, holder
 from openmeter_wsgi.spool import progress
 from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS
 from openmeter_wsgi.spool.files import (
@@ -40,29 +38,6 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.delivery.intervals import Ranges
     from openmeter_wsgi.spool.progress import Progress
-
-
-#: The fields of C's ``struct flock`` in their order, and which are type and pid.
-_FLOCK, _TYPE, _PID = ("hhqqi4x", 0, 4) if sys.platform == "linux" else ("qqihh", 3, 2)
-
-
-def holder(path: Path) -> int | None:
-    """Return the id of the process that holds the lock of *path*, None if none does.
-
-    It is 0 or less where that process is in another container.
-    """
-    try:
-        fd = open_file(path)
-    except FileNotFoundError:
-        return None
-    fields = [0] * 5
-    fields[_TYPE] = fcntl.F_WRLCK
-    try:
-        answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, *fields))
-    finally:
-        os.close(fd)
-    found = struct.unpack(_FLOCK, answer)
-    return None if found[_TYPE] == fcntl.F_UNLCK else found[_PID]
 
 
 class SegmentState(NamedTuple):
@@ -114,7 +89,11 @@ class SpoolContents:
             yield from doubt.lines.items()
 
     def _find(self) -> Iterator[SegmentState]:
-        names = [n for n in map(read_name, os.listdir(self._directory)) if n]
+        try:
+            entries = os.listdir(self._directory)
+        except FileNotFoundError:  # removed, as nothing was left in it
+            return
+        names = [n for n in map(read_name, entries) if n]
         alive = {
             owner: holder(self._directory / (owner + LOCK)) is not None
             for owner in {name.owner for name in names}
@@ -201,7 +180,7 @@ class DeadLetterFile:
     """The dead letters of a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self._path = directory / DEAD_LETTERS
         self._marks = directory / MARKS
 
@@ -222,7 +201,7 @@ class DeadLetterFile:
 
         :raises BlockingIOError: if one is doing so.
         """
-        fd = open_file(self._directory / _COMMAND_LOCK, os.O_RDWR | os.O_CREAT)
+        fd = open_file(self.directory / _COMMAND_LOCK, os.O_RDWR | os.O_CREAT)
         try:
             os.fchmod(fd, 0o600)
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,14 +218,14 @@ class DeadLetterFile:
             file.write(b"\n" + lines)
             file.flush()
             os.fsync(fd)
-        _sync_directory(self._directory)
+        _sync_directory(self.directory)
 
     def erase_settled(self) -> bool:
         """Take marked letters off the disk and say if that was possible.
 
         Only while `changing`. It is not while there is a sender, who may append.
         """
-        with election(self._directory, wait=False) as won:
+        with election(self.directory, wait=False) as won:
             if won and self._settled():
                 self._rewrite()
             return won is not None
@@ -263,7 +242,7 @@ class DeadLetterFile:
         # Another inode: marks that a kill leaves behind mark nothing any more.
         unfinished.rename(self._path)
         self._marks.unlink(missing_ok=True)
-        _sync_directory(self._directory)
+        _sync_directory(self.directory)
 
     def _lines(self) -> Iterator[tuple[_Mark, bytes]]:
         with open(open_file(self._path), "rb") as file:

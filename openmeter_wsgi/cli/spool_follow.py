@@ -27,6 +27,7 @@ from openmeter_wsgi.spool.files import (
     read_name,
     whole_end,
 )
+from openmeter_wsgi.spool.servers import spool_directories
 
 if TYPE_CHECKING:
     import threading
@@ -65,13 +66,13 @@ class _Reader:
 
 
 class Following:
-    """The segments of a directory, read on at every `poll`.
+    """The segments of a spool, read on at every `poll`.
 
     :param everything: whether what is there already is read, too.
     """
 
-    def __init__(self, directory: Path, *, everything: bool = False) -> None:
-        self._directory = directory
+    def __init__(self, root: Path, *, everything: bool = False) -> None:
+        self._root = root
         self._readers: dict[str, _Reader] = {}
         #: Segments that are read to their end, until they are deleted.
         self._read: set[str] = set()
@@ -82,37 +83,41 @@ class Following:
         """Yield the events that have come since the last time."""
         there = self._listed()
         self._read &= there.keys()
-        for key, name in there.items():
+        for key, listed in there.items():
             if key not in self._read and key not in self._readers:
-                self._open(name)
+                self._open(*listed)
         for key, reader in list(self._readers.items()):
-            listed = there.get(key)
-            final = listed is None or listed.sealed
+            still = there.get(key)
+            final = still is None or still[1].sealed
             yield from reader.read(final=final)
             if final:
                 self._readers.pop(key).close()
                 self._read.add(key)
 
     def _pass_over(self) -> None:
-        for key, name in self._listed().items():
+        for key, (directory, name) in self._listed().items():
             if name.sealed:
                 self._read.add(key)
-            elif (reader := self._open(name)) is not None:
+            elif (reader := self._open(directory, name)) is not None:
                 reader.skip()
 
-    def _open(self, name: SegmentName) -> _Reader | None:
+    def _open(self, directory: Path, name: SegmentName) -> _Reader | None:
         # It may be sealed, or deleted, since it was listed.
         for path in (name, name._replace(sealed=True)):
             with contextlib.suppress(FileNotFoundError):
-                reader = _Reader(open_file(self._directory / str(path)))
+                reader = _Reader(open_file(directory / str(path)))
                 self._readers[name.key] = reader
                 return reader
         return None
 
-    def _listed(self) -> dict[str, SegmentName]:
-        names = map(read_name, os.listdir(self._directory))
-        found = sorted(name for name in names if name and not name.unfinished)
-        return {name.key: name for name in found}
+    def _listed(self) -> dict[str, tuple[Path, SegmentName]]:
+        found = [
+            (name, directory)
+            for directory in spool_directories(self._root)
+            for entry in _entries(directory)
+            if (name := read_name(entry)) and not name.unfinished
+        ]
+        return {name.key: (directory, name) for name, directory in sorted(found)}
 
     def close(self) -> None:
         """Close all files."""
@@ -125,6 +130,13 @@ class Following:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _entries(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:  # removed meanwhile, as nothing was left in it
+        return []
 
 
 #: Seconds between two looks into the directory.

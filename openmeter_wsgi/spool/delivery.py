@@ -18,12 +18,22 @@ from openmeter_wsgi import log
 from openmeter_wsgi.deadline import MAX_STUCK
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
 from openmeter_wsgi.delivery.worker import FirstRequestHooks
+from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.lock import sender_seen_at
 from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.maintenance import FLUSH, SegmentMaintenance
-from openmeter_wsgi.spool.sender import SpoolSender
+from openmeter_wsgi.spool.sender import InheritedSenders, SpoolSender
+from openmeter_wsgi.spool.servers import (
+    KeyWatch,
+    forget_sender_key,
+    name_server,
+    orphans,
+    prepare_server_directory,
+    server_directory,
+    server_of_policy,
+)
 from openmeter_wsgi.spool.writer import SpoolWriter
 from openmeter_wsgi.threads import ExitHook, threads_starve
 
@@ -82,7 +92,9 @@ class SpoolDelivery:
         self._new_client = new_client
         self._elected = elected
         self._listener = listener
-        self._directory = Path(os.path.abspath(policy.spool_dir or ""))
+        server = server_of_policy(policy)
+        root = Path(os.path.abspath(policy.spool_dir or ""))
+        self._directory = server_directory(root, server)
         self._hooks = FirstRequestHooks()
         self._exit_hook = ExitHook(self.close_at_exit)
         self._does_without_threads = False
@@ -96,6 +108,9 @@ class SpoolDelivery:
             form=form,
         )
         self._sending = self._new_sending()
+        self._inherited = InheritedSenders(root, server, self._new_inherited_sender)
+        self._keys = KeyWatch(self._directory, server, policy.key)
+        self._has_named_orphans = False
         #: What was stuck, and given up.
         self._abandoned: list[SpoolSender] = []
         self._maintenance = SegmentMaintenance(
@@ -136,9 +151,18 @@ class SpoolDelivery:
         if threads_starve():
             self._do_without_threads()
             return
+        self._prepare_directory()
         self._sending.worker.start()
         if self._sending.worker.is_running:
             self._maintenance.start()
+
+    def _prepare_directory(self) -> None:
+        if self._directory.is_dir():
+            return
+        with contextlib.suppress(ConfigError, OSError):  # a put says what is wrong
+            prepare_server_directory(
+                self._directory.parent, server_of_policy(self._policy)
+            )
 
     def _do_without_threads(self) -> None:
         """Deliver in flush() and close() only: the election is for who can do it."""
@@ -164,6 +188,18 @@ class SpoolDelivery:
             accepted=self._listener.accepted if self._listener else lambda _: None,
         )
 
+    def _new_inherited_sender(self, directory: Path) -> SpoolSender:
+        return SpoolSender(
+            directory,
+            self._policy,
+            self._new_client(),
+            self.counts,
+            exit_hook=self._exit_hook,
+            waiting=self._count_waiting,
+            began=lambda: None,
+            ended=lambda _: None,
+        )
+
     def _new_overflow(self, when_full: str) -> MemoryDelivery:
         return MemoryDelivery(
             self._policy, self._new_client(), self.counts, when_full=when_full
@@ -177,7 +213,9 @@ class SpoolDelivery:
         self._maintenance.wake()
 
     def _turn_began(self) -> None:
+        forget_sender_key(self._directory)
         self._maintenance.elected = True
+        self._name_orphans()
         self._elected()
         if self._listener is not None:
             self._listener.elected()
@@ -187,6 +225,21 @@ class SpoolDelivery:
             self._listener.ended()
         if sending is self._sending:
             self._maintenance.elected = False
+
+    def _name_orphans(self) -> None:
+        """Say once which events of other servers nobody delivers."""
+        if self._has_named_orphans:
+            return
+        self._has_named_orphans = True
+        with contextlib.suppress(OSError):
+            root, server = self._directory.parent, server_of_policy(self._policy)
+            for orphan in orphans(root, but=server):
+                logger.warning(
+                    "%s: %d events wait for %s, and no running process sends there; "
+                    "they are kept until one does, or 'openmeter-wsgi spool assign' "
+                    "gives them to another server",
+                    orphan.directory, orphan.events, orphan.address,
+                )  # fmt: skip
 
     def _hurry(self) -> None:
         self._sending.worker.hurry()
@@ -201,6 +254,16 @@ class SpoolDelivery:
             self._sending.source.touch()
         elif (problem := self._frozen) is not None:
             logger.error("%s: %s", self._directory, problem.text)
+        if self._sending.source.is_elected:
+            name_server(self._directory, server_of_policy(self._policy))
+            self._inherited.replace_stuck()
+            self._inherited.look()
+        self._keys.look(
+            self._writer.owner,
+            self._writer.write_key_mark,
+            is_sender=self._sending.source.is_elected,
+            is_waiting=self._sending.source.is_waiting,
+        )
 
     def _replace_sending(self) -> None:
         stuck = self._sending
@@ -248,10 +311,12 @@ class SpoolDelivery:
         ended = True
         if self._sending.worker.is_running:
             ended = self._sending.worker.finish(deadline)
+            ended = self._inherited.finish(deadline) and ended
         elif owner is not None and self._policy.delivery != "ship":
             self._deliver_own(owner, deadline)
         self._sending.worker.stop()
         self._maintenance.close(max(deadline - now(), _DISK_TIMEOUT))
+        self._inherited.stop()
         self._does_without_threads = False
         self._say_what_stays(unfinished=not ended)
         if overflow := self._writer.overflow:
@@ -262,6 +327,7 @@ class SpoolDelivery:
         if os.getpid() == self.pid:
             self._writer.close()
             self._maintenance.close()
+            self._inherited.stop()
             self._sending.worker.release()
 
     def forget_exit(self) -> None:
@@ -290,6 +356,7 @@ class SpoolDelivery:
             if (left := deadline - now()) <= 0:
                 break
             self._sending.worker.deliver_here(left)
+            self._inherited.deliver_here(max(deadline - now(), 0))
             time.sleep(_JOIN_INTERVAL)
 
     # -- Waiting for delivery
@@ -318,7 +385,12 @@ class SpoolDelivery:
 
         An estimate where it is more than some ten thousand.
         """
-        return watermark.backlog(self._directory)
+        events, size, oldest_at = watermark.backlog(self._directory)
+        for directory in self._inherited.directories:
+            more, bytes_, at = watermark.backlog(directory)
+            events, size = events + more, size + bytes_
+            oldest_at = min((t for t in (oldest_at, at) if t is not None), default=None)
+        return Backlog(events, size, oldest_at)
 
     @property
     def in_memory(self) -> Backlog:
@@ -334,6 +406,8 @@ class SpoolDelivery:
         if self._sending.source.is_elected and problem is not None:
             found.append(problem)
         found += [p for p in (self._writer.problem, self._frozen) if p is not None]
+        if self._keys.problem is not None:
+            found.append(self._keys.problem)
         overflow = self._writer.overflow
         return found + overflow.problems if overflow else found
 
@@ -343,7 +417,7 @@ class SpoolDelivery:
         By any process; 0.0 if none is known. What waits in the memory of another
         process, because the disk takes nothing, is not seen.
         """
-        until = watermark.read(self._directory)
+        until = min(map(watermark.read, self._all_directories))
         overflow = self._writer.overflow
         return min(until, overflow.delivered_until()) if overflow else until
 
@@ -368,15 +442,27 @@ class SpoolDelivery:
 
     def _flush_directory(self, timeout: float | None) -> bool:
         owner = None if self._sending.source.is_elected else self._writer.owner
-        ends = watermark.ends(self._directory, owner)
-        self._sending.worker.hurry()
+        directories = [self._directory] if owner else self._all_directories
+        ends = {one: watermark.ends(one, owner) for one in directories}
+        for sender in (self._sending, *self._inherited.senders):
+            sender.worker.hurry()
         self._ask_for_delivery()
         if not self.started:
             self.start()
         if not self._sending.worker.is_running and self._policy.delivery != "ship":
             limit = self._policy.shutdown_timeout if timeout is None else timeout
             self._sending.worker.deliver_here(limit)
-        return watermark.wait_until_done(self._directory, ends, timeout)
+            self._inherited.deliver_here(limit)
+        deadline = None if timeout is None else now() + timeout
+        return all(
+            watermark.wait_until_done(one, ends[one], _left(deadline))
+            for one in directories
+        )
+
+    @property
+    def _all_directories(self) -> list[Path]:
+        """The directory of the server, and those whose events it got besides."""
+        return [self._directory, *self._inherited.directories]
 
     def _ask_for_delivery(self) -> None:
         if not self._sending.source.is_elected:  # another one polls for this

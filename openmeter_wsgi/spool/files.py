@@ -15,7 +15,7 @@ import secrets
 import stat
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
@@ -82,6 +82,34 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(fd)
         raise NoFile(errno.EINVAL, "this is no file", str(path))
     return fd
+
+
+#: No document of a spool is longer.
+_MAX_DOCUMENT = 10_000
+_D = TypeVar("_D")
+
+
+def write_document(path: Path, document: object) -> None:
+    """Write a small JSON document in place of an earlier one.
+
+    :raises OSError: if the directory cannot take it.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with contextlib.suppress(FileNotFoundError):
+        unfinished.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(unfinished, flags, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(document) + b"\n")
+    unfinished.rename(path)
+
+
+def read_document(path: Path, kind: type[_D]) -> _D | None:
+    """Return a small JSON document, None if there is none that can be read."""
+    try:
+        with open(open_file(path), "rb") as file:
+            return msgspec.json.decode(file.read(_MAX_DOCUMENT), type=kind)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 class _Event(msgspec.Struct, gc=False):

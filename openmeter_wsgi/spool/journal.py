@@ -153,6 +153,10 @@ class Journal:
         """Say to a cleaner that the lock is in use."""
         self._owner.touch()
 
+    def write_key_mark(self, mark: str) -> None:
+        """Write into the lock which key this process uses."""
+        self._owner.write_mark(mark)
+
     def append(self, line: bytes) -> None:
         """Append *line*, going to the next segment where that is needed.
 

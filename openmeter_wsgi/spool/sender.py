@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from openmeter_wsgi import log
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.lock import Election, election
-from openmeter_wsgi.spool import last_answer, server_deduplication
+from openmeter_wsgi.spool import answers
 from openmeter_wsgi.spool.batches import SpoolBatch
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.progress import RecordingClient
 from openmeter_wsgi.spool.reader import SpoolReader
+from openmeter_wsgi.spool.servers import inherited_directories, remove_if_drained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.spool.servers import Server
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.threads import ExitHook
+
+logger = log.get_logger(__name__)
 
 #: The sender looks at least this often for what others put.
 _MAX_POLL = 1.0
@@ -90,6 +95,94 @@ class SpoolSender:
         """Take its place away. What it was doing may go on, and writes nothing."""
         self.worker.stop()
         self.source.depose()
+
+
+class InheritedSenders:
+    """Deliver the directories that this server got from others, until they are empty.
+
+    Each has a sender of its own, so all that is known of a directory is used as it is.
+    Belongs to the process that delivers the server's own directory.
+    """
+
+    def __init__(
+        self, root: Path, server: Server, new_sender: Callable[[Path], SpoolSender]
+    ) -> None:
+        self._root = root
+        self._server = server
+        self._new_sender = new_sender
+        self._senders: dict[Path, SpoolSender] = {}
+        #: Those that are empty, and may still be closing.
+        self._drained: dict[Path, SpoolSender] = {}
+        self._looked_at: int | None = None
+
+    @property
+    def directories(self) -> list[Path]:
+        """The directories of which something is left to deliver."""
+        return inherited_directories(self._root, self._server)
+
+    @property
+    def senders(self) -> list[SpoolSender]:
+        """The senders that are at work."""
+        return list(self._senders.values())
+
+    def look(self) -> None:
+        """Start a sender for each directory, and end those of the empty ones."""
+        with contextlib.suppress(OSError):
+            changed_at = self._root.stat().st_mtime_ns
+            if self._senders or self._drained or changed_at != self._looked_at:
+                self._looked_at = changed_at
+                self._look()
+
+    def _look(self) -> None:
+        for path in self._find():
+            self._senders[path].worker.start()
+        self._clean()
+
+    def _clean(self) -> None:
+        for path, sender in list(self._drained.items()):
+            if not sender.worker.is_running:
+                del self._drained[path]
+                if path != self._root:
+                    remove_if_drained(path)
+
+    def _find(self) -> list[Path]:
+        found = self.directories
+        for path in self._senders.keys() - set(found):
+            sender = self._drained[path] = self._senders.pop(path)
+            sender.worker.release()
+        for path in found:
+            if path not in self._senders:
+                self._senders[path] = self._new_sender(path)
+                logger.info(
+                    "%s: delivers to %s what it holds", path, self._server.api_url
+                )
+        return found
+
+    def deliver_here(self, timeout: float) -> None:
+        """Deliver in the calling thread, where no other can be had."""
+        for path in self._find():
+            self._senders[path].worker.deliver_here(timeout)
+        self._find()
+        self._clean()
+
+    def replace_stuck(self) -> None:
+        """Depose each sender that is stuck; the next look starts another one."""
+        for path, sender in list(self._senders.items()):
+            if sender.is_stuck:
+                sender.depose()
+                del self._senders[path]
+
+    def finish(self, deadline: float) -> bool:
+        """Deliver until *deadline* and end; say whether all have ended."""
+        ended = [sender.worker.finish(deadline) for sender in self.senders]
+        return all(ended)
+
+    def stop(self) -> None:
+        """End without delivering any more."""
+        for sender in self.senders:
+            sender.worker.stop()
+            sender.worker.end()
+        self._senders.clear()
 
 
 class SpoolSource(Source[SpoolBatch]):
@@ -170,7 +263,7 @@ class SpoolSource(Source[SpoolBatch]):
         )
         if not self._said:
             self._said = True
-            server_deduplication.say(self._directory, self._policy.api_url)
+            answers.log_verdict(self._directory, self._policy.api_url)
         self._reader, self._election = reader, won
         try:
             self._began()
@@ -224,10 +317,10 @@ class SpoolSource(Source[SpoolBatch]):
         if answer is not None:
             self._has_told = True
             with contextlib.suppress(OSError):  # of a full disk the log tells
-                last_answer.save(self._directory, answer, next_in=next_in)
+                answers.save_answer(self._directory, answer, next_in=next_in)
         elif self._has_told:
             self._has_told = False
-            last_answer.forget(self._directory)
+            answers.forget_answer(self._directory)
 
     @property
     def is_full(self) -> bool:

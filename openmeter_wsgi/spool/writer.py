@@ -11,7 +11,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.delivery.intervals import overlap
 from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
 from openmeter_wsgi.health import Problem
-from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form, prepare_directory
+from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form
 from openmeter_wsgi.spool.journal import (
     CLOSED,
     RETRY_DELAY,
@@ -21,6 +21,7 @@ from openmeter_wsgi.spool.journal import (
     RecordTooLarge,
 )
 from openmeter_wsgi.spool.progress import Progress, load_progress
+from openmeter_wsgi.spool.servers import prepare_server_directory, server_of_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,7 +146,9 @@ class SpoolWriter:
             raise self._failure
         try:
             return Journal(
-                prepare_directory(str(self._directory)),
+                prepare_server_directory(
+                    self._directory.parent, server_of_policy(self._policy)
+                ),
                 form=self._form or journal_form(self._directory),
                 max_bytes=self._policy.max_spool_bytes,
                 segment_bytes=self._segment_bytes,
@@ -309,6 +312,11 @@ class SpoolWriter:
         if journal is not None and now - self._touched_at > TOUCH_INTERVAL:
             self._touched_at = now
             journal.touch()
+
+    def write_key_mark(self, mark: str) -> None:
+        """Write into the lock of this process which key it uses."""
+        if (journal := self._slot.get("journal")) is not None:
+            journal.write_key_mark(mark)
 
     def close(self, timeout: float = 0) -> bool:
         """Give up what this process owns, and say if that was anything.

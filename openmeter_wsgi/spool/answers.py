@@ -1,13 +1,13 @@
-"""Whether OpenMeter drops a repeated event: what is known of it, kept in the spool.
+"""What OpenMeter has answered, kept in the spool for every process and command.
 
-It can only be found out by sending an event twice, which delivery must not do by
-itself. ``openmeter-wsgi check`` does it and leaves its verdict here.
+The last answer says why events wait. The verdict says whether the server drops an event
+that it gets twice: to find out, an event must be sent twice, which delivery never does.
+``openmeter-wsgi check`` does it and leaves its verdict here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.spool.files import open_file
+from openmeter_wsgi.spool.files import read_document, write_document
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 logger = log.get_logger(__name__)
 
+LAST_ANSWER_NAME = "last_answer.json"
 VERDICT_NAME = "deduplication.json"
 #: OpenMeter Cloud: there it is always switched on.
 _CLOUD = "openmeter.cloud"
-_MAX_BYTES = 10_000
 VERDICT_REMEDY = (
     "switch on sink.dedupe in the server's configuration (driver redis), or an attempt "
     "without an answer may be billed twice"
@@ -38,8 +38,36 @@ IN_THE_SINK = (
 )
 
 
+class LastAnswer(msgspec.Struct, frozen=True):
+    """An attempt that failed. The times are in seconds since 1970."""
+
+    answer: str
+    time: float
+    next_attempt: float
+
+
+def save_answer(directory: Path, answer: str, *, next_in: float) -> None:
+    """Keep what was answered just now, in place of an earlier answer.
+
+    :raises OSError: if the directory cannot take it.
+    """
+    now = time.time()
+    write_document(directory / LAST_ANSWER_NAME, LastAnswer(answer, now, now + next_in))
+
+
+def forget_answer(directory: Path) -> None:
+    """Forget the last answer: an attempt has succeeded."""
+    with contextlib.suppress(OSError):
+        (directory / LAST_ANSWER_NAME).unlink()
+
+
+def load_answer(directory: Path) -> LastAnswer | None:
+    """Return the last answer, None if the last attempt has succeeded."""
+    return read_document(directory / LAST_ANSWER_NAME, LastAnswer)
+
+
 class Verdict(msgspec.Struct, frozen=True):
-    """What a check has found."""
+    """The result of a check."""
 
     api_url: str
     deduplicates: bool
@@ -47,32 +75,22 @@ class Verdict(msgspec.Struct, frozen=True):
     time: str
 
 
-def save(directory: Path, api_url: str, *, deduplicates: bool) -> None:
+def save_verdict(directory: Path, api_url: str, *, deduplicates: bool) -> None:
     """Keep a verdict of this moment in place of an earlier one.
 
     :raises OSError: if the directory cannot take it.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    unfinished = directory / f"{VERDICT_NAME}.new"
-    with contextlib.suppress(FileNotFoundError):
-        unfinished.unlink()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(unfinished, flags, 0o600), "wb") as file:
-        file.write(msgspec.json.encode(Verdict(api_url, deduplicates, now)) + b"\n")
-    unfinished.rename(directory / VERDICT_NAME)
+    write_document(directory / VERDICT_NAME, Verdict(api_url, deduplicates, now))
 
 
 def load_verdict(directory: Path, api_url: str) -> Verdict | None:
     """Return what is known of the server at *api_url*, None if that is nothing."""
-    try:
-        with open(open_file(directory / VERDICT_NAME), "rb") as file:
-            verdict = msgspec.json.decode(file.read(_MAX_BYTES), type=Verdict)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return verdict if verdict.api_url == api_url else None
+    verdict = read_document(directory / VERDICT_NAME, Verdict)
+    return verdict if verdict is not None and verdict.api_url == api_url else None
 
 
-def say(directory: Path, api_url: str) -> None:
+def log_verdict(directory: Path, api_url: str) -> None:
     """Write one line into the log: does the server deduplicate?"""
     verdict = load_verdict(directory, api_url)
     host = urlsplit(api_url).hostname or ""

@@ -1,0 +1,204 @@
+"""``openmeter-wsgi spool status``: what waits in a spool, and why."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from openmeter_wsgi.cli.common import (
+    age,
+    name_of,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    size,
+)
+from openmeter_wsgi.cli.spool_files import DeadLetterFile, Letter, SpoolContents
+from openmeter_wsgi.spool import answers, servers
+from openmeter_wsgi.spool.dead_letters import UNREADABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from openmeter_wsgi.cli.spool_files import SegmentState
+
+#: Of so many segments the table tells.
+_SHOWN_SEGMENTS = 20
+#: An event that is older than so many seconds waits for something.
+_LATE = 120
+
+
+def print_status(root: Path, *, as_json: bool) -> None:
+    """Print the state of a spool: of each server's directory, and the sums."""
+    unused = {orphan.directory for orphan in servers.orphans(root)}
+    found = [
+        _status_of(root, directory, is_orphan=directory in unused)
+        for directory in servers.spool_directories(root)
+    ]
+    summed = ("waiting", "in_doubt", "bytes", "dead_letters", "unreadable")
+    if as_json:
+        print_json({
+            "directory": str(root),
+            "disk_free": shutil.disk_usage(root).free,
+            **{name: sum(one[name] for one in found) for name in summed},
+            "oldest_age": max(
+                (o["oldest_age"] for o in found if o["oldest_age"] is not None),
+                default=None,
+            ),
+            "servers": found,
+        })  # fmt: skip
+        return
+    if not found:
+        click.echo(f"no event was ever put into {printable(str(root))}", err=True)
+    for status in found:
+        _print_status(status)
+
+
+def _status_of(root: Path, directory: Path, *, is_orphan: bool) -> dict[str, Any]:
+    census = SpoolContents(directory)
+    told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
+    letters = DeadLetterFile(directory).read()
+    ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
+    last = answers.load_answer(directory)
+    server = servers.server_of(directory)
+    return {
+        "directory": str(directory),
+        "api_url": server and server.api_url,
+        "api_flavor": server and server.api_flavor,
+        "in_use": not is_orphan,
+        "sender_alive": census.sender is not None,
+        "sender_pid": census.sender,
+        "waiting": sum(one["waiting"] for one in told),
+        "oldest_age": max(ages, default=None),
+        "last_answer": last and last.answer,
+        "last_answer_age": last and round(max(time.time() - last.time, 0.0), 3),
+        "next_attempt_in": last and round(last.next_attempt - time.time(), 3),
+        "in_doubt": sum(1 for _ in census.in_doubt()),
+        "bytes": sum(one["bytes"] for one in told),
+        "disk_free": shutil.disk_usage(root).free,
+        "dead_letters": len(letters),
+        "dead_letters_by_reason": dict(Counter(_kind(letter) for letter in letters)),
+        "unreadable": _lines(directory / UNREADABLE),
+        "segments": told,
+    }
+
+
+def _told(census: SpoolContents) -> Iterator[dict[str, Any]]:
+    for segment in census.segments:
+        waiting, oldest = 0, None
+        for event in census.waiting(segment):
+            oldest = oldest or event
+            waiting += 1
+        yield {
+            "segment": segment.name.key,
+            "owner_alive": segment.alive,
+            "sealed": segment.name.sealed,
+            "bytes": segment.bytes,
+            "waiting": waiting,
+            "oldest_age": oldest and _age_of(oldest, segment),
+        }
+
+
+def _age_of(event: bytes, segment: SegmentState) -> float:
+    said = name_of(msgspec.json.decode(event), "time") or ""
+    try:
+        moment = datetime.fromisoformat(said)
+        made = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except ValueError:
+        made = segment.name.made / 1_000
+    return round(max(time.time() - made, 0.0), 3)
+
+
+def _kind(letter: Letter) -> str:
+    return "expired" if letter.expired else f"{letter.status}: {letter.reason}"
+
+
+def _lines(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except FileNotFoundError:
+        return 0
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    print_table(("spool", status["directory"]), _facts(status))
+    if segments := status["segments"][:_SHOWN_SEGMENTS]:
+        click.echo()
+        print_table(
+            ("segment", "owner", "sealed", "size", "waiting", "oldest"),
+            (
+                (
+                    one["segment"],
+                    "alive" if one["owner_alive"] else "dead",
+                    "yes" if one["sealed"] else "no",
+                    size(one["bytes"]),
+                    one["waiting"],
+                    age(one["oldest_age"]),
+                )
+                for one in segments
+            ),
+        )
+    if (more := len(status["segments"]) - len(segments)) > 0:
+        click.echo(f"… and {more} younger segments, all of them with --json")
+    for line in _advice(status):
+        click.echo(line, err=True)
+
+
+def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    yield "server", status["api_url"] or "that of the process that finds it first"
+    yield "sender", _sender(status["sender_pid"])
+    yield "events waiting", status["waiting"]
+    yield "oldest of them", age(status["oldest_age"])
+    if status["last_answer"]:
+        told = age(status["last_answer_age"])
+        yield "last answer", f"OpenMeter {status['last_answer']}, {told} ago"
+        yield "next attempt in", age(max(status["next_attempt_in"], 0.0))
+    yield "in doubt or under way", status["in_doubt"]
+    segments = f"{size(status['bytes'])} in {len(status['segments'])}"
+    yield "size of segments", segments
+    yield "free on the disk", size(status["disk_free"])
+    yield "dead letters", status["dead_letters"]
+    for reason, number in sorted(status["dead_letters_by_reason"].items()):
+        yield f"  {reason}", number
+    yield "unreadable lines set aside", status["unreadable"]
+
+
+def _advice(status: dict[str, Any]) -> Iterator[str]:
+    """Say what to do next, where there is something to do."""
+    if not status["in_use"]:
+        yield (
+            f"no running process sends to {status['api_url']}: 'openmeter-wsgi spool "
+            "assign --to URL' gives these events to another server"
+        )
+    elif status["waiting"] and not status["sender_alive"]:
+        yield (
+            "nothing is delivered before the application serves its next request, or "
+            "'openmeter-wsgi ship' runs"
+        )
+    elif (status["oldest_age"] or 0) > _LATE:
+        yield (
+            "events wait longer than they should: the log of the sender says why, "
+            "'openmeter-wsgi check' asks the server"
+        )
+    if status["dead_letters"]:
+        yield (
+            "OpenMeter refused events for good, or may have got them before: 'list' "
+            "names them, 'requeue' sends them again"
+        )
+    if status["unreadable"]:
+        yield f"{UNREADABLE} holds what a crash has cut short"
+
+
+def _sender(pid: int | None) -> str:
+    if pid is None:
+        return "none"
+    return f"process {pid}" if pid > 0 else "a process in another container"
