@@ -37,7 +37,7 @@ MAX_RETRY_AFTER = 3_600.0
 
 
 class Reply(NamedTuple):
-    """What the server answered."""
+    """An answer of the server."""
 
     status: int
     #: Whatever the case of a name.
@@ -52,7 +52,7 @@ class Reply(NamedTuple):
 
     @property
     def is_page(self) -> bool:
-        """Whether it is a web page, as a proxy or a login shows it."""
+        """True if it is a web page, as a proxy or a login shows it."""
         content_type = self.headers.get("Content-Type", "").lower()
         return "html" in content_type or self.body.lstrip()[:1] == b"<"
 
@@ -171,7 +171,7 @@ class Connection:
         self._needs_body = needs_body
         self._deadline = Deadline()
         self._session: requests.Session | None = None
-        #: What was last asked for, and the request that it made.
+        #: The arguments of the last request, and the request made of them.
         self._asked: tuple[object, ...] = ()
         self._request = requests.PreparedRequest()
 
@@ -291,7 +291,7 @@ class Connection:
         if not isinstance(error, requests.RequestException) or isinstance(
             error, requests.exceptions.SSLError | ValueError
         ):
-            # What is no RequestException is a CA bundle that is not there.
+            # Any other OSError is about a CA bundle that is not there.
             return Misconfigured(f"cannot talk to {url}: {reason}")
         cause = error.args[0] if error.args else None
         cause = getattr(cause, "reason", cause)

@@ -32,18 +32,18 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """What is wrong in one process."""
+    """The problems of one process."""
 
     problems: tuple[Problem, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem."""
+        """True if there is no problem."""
         return not self.problems
 
     @property
     def loses(self) -> bool:
-        """Whether usage is being lost."""
+        """True if usage is being lost."""
         return any(problem.loses for problem in self.problems)
 
 

@@ -81,7 +81,7 @@ class SegmentLock:
 
     @property
     def is_intact(self) -> bool:
-        """Whether its file is still what others try to lock."""
+        """True if its file is still what others try to lock."""
         return _is_file_at(self._fd, self._path)
 
     def touch(self) -> None:
@@ -118,12 +118,12 @@ def owner_of_lock(name: str) -> str | None:
 
 
 def is_there(directory: Path, token: str) -> bool:
-    """Say whether there is a lock file of an owner: a cleaner may have deleted it."""
+    """Return True if an owner has a lock file: a cleaner may have deleted it."""
     return (os.getpid(), token) in _held or (directory / (token + LOCK)).exists()
 
 
 def is_alive(directory: Path, token: str) -> bool:
-    """Say whether an owner lives, and if not, that is for ever.
+    """Return True if an owner lives, and if not, that is for ever.
 
     Without its lock file it is taken for dead: see `is_there`.
     """
@@ -167,7 +167,7 @@ def holder(path: Path) -> int | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Say whether this process holds the lock of *path*, or waits for it."""
+    """Return True if this process holds the lock of *path*, or waits for it."""
     if path.name == ELECTION:
         try:
             status = path.parent.stat()
@@ -179,7 +179,7 @@ def _is_own(path: Path) -> bool:
 
 
 def has_live_owner(directory: Path) -> bool:
-    """Say whether a live process owns segments in a directory."""
+    """Return True if a live process owns segments in a directory."""
     for entry in os.listdir(directory):
         if owner_of_lock(entry) and holder(directory / entry) is not None:
             return True
@@ -187,7 +187,7 @@ def has_live_owner(directory: Path) -> bool:
 
 
 def is_in_use(directory: Path) -> bool:
-    """Say whether a live process owns segments in a directory, or delivers it."""
+    """Return True if a live process owns segments in a directory, or delivers it."""
     try:
         return holder(directory / ELECTION) is not None or has_live_owner(directory)
     except OSError:
@@ -223,12 +223,12 @@ class Election:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process is still the sender: neither deposed nor at its end."""
+        """True if this process is still the sender: neither deposed nor at its end."""
         return self._is_held
 
     @property
     def is_intact(self) -> bool:
-        """Whether it is held, and its file is still what others try to lock."""
+        """True if it is held, and its file is still what others try to lock."""
         with self.guard:
             return self._is_held and _is_file_at(self._fd, self._path)
 

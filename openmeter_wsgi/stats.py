@@ -22,7 +22,7 @@ ByReason: TypeAlias = dict[str, int]
 
 
 class Durations(msgspec.Struct, frozen=True):
-    """How often something took how long."""
+    """A histogram of durations."""
 
     #: One class for each of ``BOUNDS``, and one for what is longer.
     counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
@@ -93,9 +93,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     #: Requests billed by a body that says more than one thing, by remark:
     #: ``ambiguous_usage``, ``several_calls``.
     remarks: ByReason = {}
-    #: How old the oldest event of a batch was when OpenMeter took it.
+    #: The age of the oldest event of a batch when OpenMeter took it.
     delivery_seconds: Durations = Durations()
-    #: How long OpenMeter took for an attempt, whatever it answered.
+    #: The duration of an attempt, whatever OpenMeter answered.
     attempt_seconds: Durations = Durations()
 
     @property

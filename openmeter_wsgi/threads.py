@@ -1,4 +1,4 @@
-"""What kind of threads this process has, and what is called when it ends."""
+"""The threads of this process, and the hooks that run when it ends."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NO = (False, None, b"false", b"no", b"off", b"0")
 
 
 def threads_are_greenlets() -> bool:
-    """Say whether gevent has taken the place of threads."""
+    """Return True if gevent has taken the place of threads."""
     # Monkey-patched: the lock that threading makes is no longer the interpreter's.
     return type(threading.Lock()).__module__ != "_thread"
 
 
 def threads_starve() -> bool:
-    """Say whether a thread of this process runs only while a request is served.
+    """Return True if a thread of this process runs only while a request is served.
 
     An older uWSGI without `enable-threads` keeps the GIL while a worker is idle. A
     lock that a thread holds then is held until the next request, or for ever.
@@ -51,7 +51,7 @@ _PRIORITY = 100
 
 
 def ends_without_hooks(environ: Mapping[str, Any]) -> bool:
-    """Say whether the process that serves a request ends without any exit hook.
+    """Return True if the process that serves a request ends without any exit hook.
 
     Werkzeug with ``processes=`` forks for each request; the child ends by `os._exit`.
     """

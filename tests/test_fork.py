@@ -563,7 +563,9 @@ def test_a_request_at_exit_is_delivered(sink: Sink) -> None:
 def test_a_request_after_the_last_delivery_is_lost_and_said_to_be(sink: Sink) -> None:
     process = start(serve_at_exit, sink.url, "before")
 
-    finish(process, errors="the process is ending and delivers nothing that comes now")
+    finish(
+        process, errors="the process is ending; events that come now are not delivered"
+    )
     assert_billed_once(sink, "early")
 
 
@@ -600,7 +602,9 @@ def test_a_response_that_modules_hold_to_the_end_is_lost_and_said_to_be(
 ) -> None:
     process = start(drop_in_teardown, sink.url, *before)
 
-    finish(process, errors="the process is ending and delivers nothing that comes now")
+    finish(
+        process, errors="the process is ending; events that come now are not delivered"
+    )
     assert_billed_once(sink, *before)
 
 

@@ -260,7 +260,7 @@ def test_progress_that_cannot_be_read_is_set_aside_and_all_sent_again(
     assert drain(opened(tmp_path)) == EVENTS
     (aside,) = tmp_path.glob(f"{progress.PROGRESS_NAME}.*.unreadable")
     assert aside.read_bytes() == content
-    assert "is sent again" in caplog.text
+    assert "are sent again" in caplog.text
 
 
 def test_a_living_owners_segment_is_read_and_stays(tmp_path):

@@ -136,7 +136,7 @@ def _row(one: dict[str, Any]) -> tuple[object, ...]:
 
 
 class Choice:
-    """Which dead letters are meant: those of some ids, or all.
+    """A choice of dead letters: those of some ids, or all.
 
     :raises UsageError: if it is neither or both.
     """

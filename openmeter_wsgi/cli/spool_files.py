@@ -136,7 +136,7 @@ _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 
 class _Line(msgspec.Struct):
-    """What the sender wrote."""
+    """A line that the sender wrote."""
 
     event: msgspec.Raw
     reason: str
@@ -145,7 +145,7 @@ class _Line(msgspec.Struct):
 
 
 class _Mark(NamedTuple):
-    """Where a letter is: the file, by its inode, and the offset in it."""
+    """The place of a letter: the inode of its file, and the offset."""
 
     inode: int
     offset: int
@@ -162,7 +162,7 @@ class Letter(NamedTuple):
 
     @property
     def expired(self) -> bool:
-        """Whether it may have arrived: it was set aside without an answer."""
+        """True if it may have arrived: it was set aside without an answer."""
         return self.status is None
 
     @property
@@ -172,7 +172,7 @@ class Letter(NamedTuple):
 
     @property
     def can_be_sent(self) -> bool:
-        """Whether it is an event at all."""
+        """True if it is an event at all."""
         return is_event(self.event)
 
 

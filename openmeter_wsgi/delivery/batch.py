@@ -18,7 +18,7 @@ from openmeter_wsgi.values import WHOLE_SECONDS, moment_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-#: Of an event this much is logged.
+#: The bytes of an event that are logged.
 _MAX_LOGGED = 4_096
 #: So many events are looked at by one call: each keeps all other threads waiting.
 _JOINED = 250
@@ -80,7 +80,7 @@ _Item = TypeVar("_Item")
 
 
 class Delayed(Generic[_Item]):
-    """What waits until it is due. One thread."""
+    """Items that wait until they are due. For one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -125,7 +125,7 @@ def split_by_date(batch: _B, clock_ahead: float) -> Iterator[tuple[_B, float]]:
 
 
 def _may_be_later(texts: Iterable[bytes], moment: float) -> bool:
-    """Say whether an event may be dated later: what only data says counts as well.
+    """Return True if an event may be dated later: what only data says counts as well.
 
     Nearly always all dates begin as the first one does, so that is looked at first.
     """

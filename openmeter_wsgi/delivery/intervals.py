@@ -1,4 +1,4 @@
-"""How much of a row of things is done: sets of numbers, and marks of moments.
+"""Progress through a numbered sequence: sets of ranges, and marks of moments.
 
 A mark is a moment, and how much had been put by then. Once all of that is delivered,
 or set aside for good, everything that was put before that moment is. So no event
@@ -47,7 +47,7 @@ def subtract(ranges: Ranges, start: int, end: int) -> Ranges:
 
 
 def overlap(ranges: Ranges, start: int, end: int) -> bool:
-    """Say whether anything from *start* to *end* is in *ranges*."""
+    """Return True if anything from *start* to *end* is in *ranges*."""
     return any(low < end and start < high for low, high in ranges)
 
 

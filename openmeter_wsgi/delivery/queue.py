@@ -33,12 +33,12 @@ logger = log.get_logger(__name__)
 #: The option that bounds it, for the log.
 _BOUND = "max_queue_bytes"
 _TYPICAL_EVENT = 250
-#: What is larger is measured before it is put.
+#: A larger event is checked against the bounds before it is put.
 _LARGE_EVENT = 16_384
 
 
 class Backlog(NamedTuple):
-    """What waits for delivery."""
+    """The amount that waits for delivery."""
 
     events: int = 0
     bytes: int = 0
@@ -86,12 +86,12 @@ class MemoryQueue(Source[NumberedBatch]):
         self._counts = counts
         self._when_full = when_full
         self._events: deque[bytes] = deque()
-        #: From how many waiting events on a put calls *wake*.
+        #: A put calls *wake* when so many events wait.
         self._wake_at = 1
         self._wake = wake
-        #: Up to how many waiting events a put of no large one has nothing to look at.
-        #: In a list, which the taking thread replaces: what a put has written into an
-        #: older one is no longer read.
+        #: While fewer events than this wait, `put` appends a small event without
+        #: checking the bounds. In a list, which the taking thread replaces, so that
+        #: a put that is late changes only a list that nobody reads any more.
         self._easy = [0]
         #: Since when events are dropped, and how many had been before.
         self._full: tuple[float, int] | None = None
@@ -101,7 +101,7 @@ class MemoryQueue(Source[NumberedBatch]):
         self._done = 0
         self._done_bytes = 0
         self._moved = threading.Condition()
-        #: How many were ever taken, and which of them are done.
+        #: The number of events ever taken, and the numbers of those that are done.
         self._ever_taken = 0
         self._done_numbers: Ranges = []
         self._marks: Marks[int] = Marks()
@@ -168,7 +168,7 @@ class MemoryQueue(Source[NumberedBatch]):
 
     @property
     def waiting(self) -> int:
-        """How many events wait or are being sent."""
+        """The number of events that wait or are being sent."""
         with self._moved:
             return len(self._events) + self._taken
 
@@ -179,12 +179,12 @@ class MemoryQueue(Source[NumberedBatch]):
 
     @property
     def has_no_room(self) -> bool:
-        """Whether an event of usual size would find no room."""
+        """True if an event of usual size would find no room."""
         return self.size + _TYPICAL_EVENT > self._max_bytes
 
     @property
     def is_pressed(self) -> bool:
-        """Whether what waits takes half of the room or more."""
+        """True if what waits takes half of the room or more."""
         return 2 * self.size >= self._max_bytes
 
     @property
@@ -320,7 +320,7 @@ class MemoryDelivery:
 
     @property
     def started(self) -> bool:
-        """Whether all was done that the first settled request brings about."""
+        """True if all was done that the first settled request brings about."""
         return self._is_begun and self._hooks.made
 
     def start(self, environ: Mapping[str, Any] | None = None) -> None:
@@ -380,17 +380,17 @@ class MemoryDelivery:
 
     @property
     def waiting(self) -> int:
-        """How many events are not delivered yet."""
+        """The number of events that are not delivered yet."""
         return self._queue.waiting
 
     @property
     def in_spool(self) -> Backlog:
-        """What of them any process that shares the spool can deliver: nothing."""
+        """The events in a spool: none."""
         return Backlog()
 
     @property
     def in_memory(self) -> Backlog:
-        """What of them is lost if this process dies: all."""
+        """The events that are lost if this process dies: all."""
         oldest = [*self._sender.oldest, *self._queue.first]
         moments = [at for event in oldest if (at := moment_of(event)) is not None]
         return Backlog(
@@ -399,7 +399,7 @@ class MemoryDelivery:
 
     @property
     def problems(self) -> list[Problem]:
-        """What is wrong with the delivery now."""
+        """The problems of the delivery now."""
         found = []
         if (problem := self._sender.outage.problem) is not None:
             found.append(problem)

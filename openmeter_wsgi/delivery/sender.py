@@ -54,7 +54,7 @@ _JITTER = random.SystemRandom()
 #: A batch that gets a 5xx this often in a row may itself be the cause, and an event is
 #: buried that alone gets as many while others are accepted.
 MAX_SERVER_ERRORS = 10
-#: What OpenMeter answers where Kafka does not take an event, now or ever.
+#: OpenMeter's status when Kafka does not take an event, now or ever.
 _KAFKA_ERROR = 500
 
 
@@ -62,7 +62,7 @@ _Sent = TypeVar("_Sent", contravariant=True)
 
 
 class Client(Protocol[_Sent]):
-    """What a sender needs of a client."""
+    """The part of a client that a sender needs."""
 
     def ingest(self, events: _Sent, /) -> None:
         """Deliver *events* or raise a DeliveryError."""
@@ -88,10 +88,10 @@ class _Trial(Generic[_B]):
         #: Of the first refusal: its status, and how many batches the server had
         #: accepted before it.
         self.refusal = refusal
-        #: How many batches the server had accepted before it first answered 500 to this
+        #: The number of batches accepted before the server first answered 500 to this
         #: one, or to one of which it was a part. None: it has not.
         self.accepted_before: int | None = None
-        #: How often an event got a 500 alone with an acceptance since the last one.
+        #: How many times an event got a 500 alone, with an acceptance before each.
         self.blamed = 0
         #: Whether it stood aside before.
         self.was_suspect = False
@@ -148,12 +148,12 @@ class Sender(Generic[_B]):
 
     @property
     def busy(self) -> bool:
-        """Whether there is a batch to be tried."""
+        """True if there is a batch to be tried."""
         return bool(self._pending)
 
     @property
     def doubtful(self) -> bool:
-        """Whether events stand aside that were refused alone."""
+        """True if events stand aside that were refused alone."""
         return bool(self._suspects)
 
     def reset(self) -> None:
@@ -239,7 +239,7 @@ class Sender(Generic[_B]):
         return delay
 
     def _is_cause(self, batch: _Trial[_B]) -> bool:
-        """Say whether a 500 is about this batch: the server accepts others."""
+        """Return True if a 500 is about this batch: the server accepts others."""
         if batch.accepted_before is None:
             batch.accepted_before = self._accepted
         return batch.was_suspect or self._accepted > batch.accepted_before
@@ -285,7 +285,7 @@ class Sender(Generic[_B]):
         return delay
 
     def _is_guilty(self, batch: _Trial[_B], error: DeliveryError) -> bool:
-        """Say whether an event that is refused alone will never be accepted."""
+        """Return True if an event that is refused alone will never be accepted."""
         status, accepted = batch.refusal or (None, self._accepted)
         if self._accepted <= accepted:
             return False
@@ -296,7 +296,7 @@ class Sender(Generic[_B]):
         return batch.blamed >= MAX_SERVER_ERRORS
 
     def _split(self, batch: _Trial[_B], error: DeliveryError) -> None:
-        # What a 5xx says of a batch is too weak to be held against each event of it.
+        # A 5xx for a batch is too weak an evidence against each of its events.
         refusal = batch.refusal if isinstance(error, Rejected) else None
         for events in reversed(batch.events.split_at(len(batch.events) // 2)):
             part = _Trial(events, refusal)
@@ -307,7 +307,7 @@ class Sender(Generic[_B]):
         """Set the batch aside: sent once more, it might be billed twice."""
         events = self._pending.popleft().events
         logger.error(
-            "%s; %d events are not, and kept among the dead letters",
+            "%s; its %d events are kept among the dead letters and not sent again",
             error.reason, len(events),
         )  # fmt: skip
         self._set_aside(events, error)
@@ -374,7 +374,7 @@ class _Now(NamedTuple):
 
 
 class Outage:
-    """What keeps one sender from delivering. Its thread notes it, any thread asks."""
+    """The reason why a sender cannot deliver. Its thread notes it, any thread asks."""
 
     def __init__(
         self,
@@ -410,12 +410,12 @@ class Outage:
 
     @property
     def answer(self) -> str | None:
-        """What OpenMeter did at the last attempt, None if it took the events."""
+        """OpenMeter's reaction to the last attempt, None if it took the events."""
         return self._now.answer if self._now else None
 
     @property
     def problem(self) -> Problem | None:
-        """What is wrong now, None if nothing is known to be."""
+        """The problem now, None if none is known."""
         now = self._now
         if now is None:
             return None

@@ -31,7 +31,7 @@ logger = log.get_logger(__name__)
 
 #: At exit attempts follow each other this closely: the deadline is near.
 CLOSING_DELAY = 0.5
-#: How often a close looks if the worker waits for its turn instead of delivering.
+#: Seconds between two looks of a close whether the worker still delivers.
 _JOIN_INTERVAL = 0.02
 #: So much processor time is left to all other threads for each second of the worker's:
 #: it takes a twentieth of a process that could use a whole core.
@@ -41,7 +41,7 @@ _B = TypeVar("_B", bound=Batch)
 
 
 class Source(Generic[_B]):
-    """Where events wait for the worker.
+    """A place where events wait for the worker.
 
     A source has a length and a `take`. The rest are defaults: of a source that belongs
     to this process alone, and that nobody has to look into for something new.
@@ -68,7 +68,7 @@ class Source(Generic[_B]):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the worker's thread waits for its turn."""
+        """True if the worker's thread waits for its turn."""
         return False
 
     def look(self, *, last: bool) -> None:
@@ -90,17 +90,17 @@ class Source(Generic[_B]):
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process may still take from it."""
+        """True if this process may still take from it."""
         return True
 
     @property
     def is_full(self) -> bool:
-        """Whether a batch can be filled without more events."""
+        """True if a batch can be filled without more events."""
         return False
 
     @property
     def is_pressed(self) -> bool:
-        """Whether so much waits that soon there might be no room for more."""
+        """True if so much waits that soon there might be no room for more."""
         return False
 
 
@@ -146,7 +146,7 @@ class Worker(Generic[_B]):
 
     @property
     def is_running(self) -> bool:
-        """Whether there is a thread."""
+        """True if there is a thread."""
         return self._thread is not None
 
     def start(self) -> None:
@@ -154,7 +154,7 @@ class Worker(Generic[_B]):
         if self._exiting or sys.is_finalizing():
             # A thread started now would not run, and its start() wait for it.
             logger.error(
-                "%s: the process is ending and delivers nothing that comes now",
+                "%s: the process is ending; events that come now are not delivered",
                 "shutdown",
             )
             return
@@ -247,7 +247,8 @@ class Worker(Generic[_B]):
                         self._delivering.release()
         except OSError as error:
             logger.error(
-                "%s: nothing can be delivered now; it stays in the spool", error
+                "%s: nothing can be delivered now; all events stay in the spool",
+                error,
             )
 
     # -- The thread
@@ -274,13 +275,13 @@ class Worker(Generic[_B]):
                         self._deliver()
         except OSError as error:
             logger.error(
-                "%s: no election for a sender is possible; what is in the spool waits, "
+                "%s: no process can become the sender; events in the spool wait, "
                 "next try in %.0f s",
                 error, MAX_DELAY,
             )  # fmt: skip
             self._pause(MAX_DELAY)
         except Exception:
-            logger.exception("%s: broke off and begins anew", "delivery")
+            logger.exception("%s: failed and starts again; all are kept", "delivery")
             self._pause(FIRST_DELAY)
         return self._closing
 
@@ -296,7 +297,7 @@ class Worker(Generic[_B]):
 
     @property
     def _is_hasty(self) -> bool:
-        """Whether somebody waits for the end."""
+        """True if somebody waits for the end."""
         return self._closing or self._until is not None
 
     def _finished(self) -> bool:
@@ -476,5 +477,5 @@ class FirstRequestHooks:
                 call()
             except Exception:
                 logger.exception(
-                    "%s: broke off; the request goes on without it", "beginning"
+                    "%s: a hook failed; the request goes on without it", "first request"
                 )

@@ -1,4 +1,4 @@
-"""What OpenMeter has answered, kept in the spool for every process and command.
+"""Answers of OpenMeter, kept in the spool for every process and command.
 
 The last answer says why events wait. The verdict says whether the server drops an event
 that it gets twice: to find out, an event must be sent twice, which delivery never does.

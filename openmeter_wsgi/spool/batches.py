@@ -1,8 +1,8 @@
 """Lines of segments, handed out in batches as they are.
 
-A thousand events are a few texts and a few numbers here. A call that takes all of a
-text at once makes the body of a request of it; lines are only told apart where a batch
-is cut: at its end, and where the server refuses it.
+A thousand events are a few texts and a few numbers here. One call makes the body of a
+request of a whole text. Lines are told apart only where a batch is cut: at its end, and
+when the server refuses it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ByteRange(NamedTuple):
-    """Where lines are that follow each other in one segment."""
+    """The place of consecutive lines in one segment."""
 
     #: The segment's.
     key: str
@@ -35,14 +35,14 @@ class Slice(NamedTuple):
     key: str
     text: bytes
     start: int
-    #: How many of the lines are no empty ones.
+    #: The number of lines that are not empty.
     events: int
     #: Whether any are: one form writes a newline before a line as well as after it.
     sparse: bool
 
     @property
     def end(self) -> int:
-        """Where it ends in the segment."""
+        """Its end in the segment."""
         return self.start + len(self.text)
 
     @property

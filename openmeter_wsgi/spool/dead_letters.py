@@ -1,4 +1,4 @@
-"""What is not delivered and never will be: kept in files that somebody can read."""
+"""Files of events that will never be delivered, for somebody to read."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class SpoolDelivery:
         self._inherited = InheritedSenders(root, server, self._new_inherited_sender)
         self._keys = KeyWatch(self._directory, server, policy.key)
         self._has_named_orphans = False
-        #: What was stuck, and given up.
+        #: Senders that were stuck and are given up.
         self._abandoned: list[SpoolSender] = []
         self._maintenance = SegmentMaintenance(
             self._directory,
@@ -136,7 +136,7 @@ class SpoolDelivery:
 
     @property
     def started(self) -> bool:
-        """Whether all was done that the first settled request brings about."""
+        """True if all was done that the first settled request brings about."""
         return self._hooks.made and (
             self._sending.worker.is_running
             or self._does_without_threads
@@ -283,7 +283,7 @@ class SpoolDelivery:
 
     @property
     def _frozen(self) -> Problem | None:
-        """What is wrong with the sender, where that is another process."""
+        """The problem of the sender, if it is another process."""
         if self._sending.source.is_elected or self._policy.delivery == "ship":
             return None
         seen_at = sender_seen_at(self._directory)
@@ -366,7 +366,7 @@ class SpoolDelivery:
 
     @property
     def waiting(self) -> int:
-        """How many events are not delivered yet."""
+        """The number of events that are not delivered yet."""
         return self.in_spool.events + self.in_memory.events
 
     @property
@@ -381,7 +381,7 @@ class SpoolDelivery:
 
     @property
     def in_spool(self) -> Backlog:
-        """What of the directory is not delivered, by any process.
+        """The events of the directories that no process has delivered yet.
 
         An estimate where it is more than some ten thousand.
         """
@@ -394,13 +394,13 @@ class SpoolDelivery:
 
     @property
     def in_memory(self) -> Backlog:
-        """What waits here because the disk did not take it."""
+        """The events that wait in memory because the disk did not take them."""
         overflow = self._writer.overflow
         return overflow.in_memory if overflow else Backlog()
 
     @property
     def problems(self) -> list[Problem]:
-        """What is wrong now, as far as this process knows."""
+        """The problems now, as far as this process knows."""
         found = []
         problem = self._sending.sender.outage.problem
         if self._sending.source.is_elected and problem is not None:

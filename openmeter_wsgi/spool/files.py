@@ -39,7 +39,7 @@ _NAME = re.compile(
 
 
 class SegmentName(NamedTuple):
-    """What the name of a segment says."""
+    """The parts of the name of a segment."""
 
     made: int
     owner: str
@@ -69,7 +69,7 @@ def read_name(name: str) -> SegmentName | None:
 
 
 class NoFile(OSError):
-    """What bears the name of a file of the spool is a directory, a pipe or a device."""
+    """A directory, a pipe or a device has the name of a file of the spool."""
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -113,14 +113,14 @@ def read_document(path: Path, kind: type[_D]) -> _D | None:
 
 
 class _Event(msgspec.Struct, gc=False):
-    """What an event has at least."""
+    """The fields that every event has."""
 
     id: str
 
 
 _EVENTS = msgspec.json.Decoder(_Event)
-#: What the first byte is where nothing was written. Most segments are quiet, and this
-#: is all that is read of them.
+#: The first byte of an unwritten place. Most segments are quiet, and only this byte of
+#: them is read.
 _NOTHING = (b"", b"\0")
 _ZEROS = bytes(64 * 1024)
 
@@ -193,7 +193,7 @@ def used_end(fd: int) -> int:
 
 
 def is_event(line: bytes) -> bool:
-    """Say whether a whole line is the JSON of an event."""
+    """Return True if a whole line is the JSON of an event."""
     if b"\0" in line:
         return False
     try:
@@ -204,7 +204,7 @@ def is_event(line: bytes) -> bool:
 
 
 def are_events(text: bytes, count: int) -> bool:
-    """Say whether *text* is so many whole lines that are one `is_event` each.
+    """Return True if *text* is so many whole lines that are one `is_event` each.
 
     Between them may be empty ones. Where it says no, each has to be asked.
     """
@@ -227,7 +227,7 @@ def _whole(fd: int, start: int, end: int | None) -> tuple[bytes, int]:
 
 
 def _is_empty(fd: int, start: int, end: int | None) -> bool:
-    """Say whether there are zeros only."""
+    """Return True if there are zeros only."""
     while text := os.pread(fd, len(_ZEROS), start):
         text = text if end is None else text[: end - start]
         if text != _ZEROS[: len(text)]:
@@ -253,7 +253,7 @@ def _read(
 
 
 FORMAT = "format"
-#: What a directory of this version says of itself.
+#: The format of a directory of this version.
 FORMAT_VERSION = "openmeter_wsgi spool 1"
 
 #: A full disk shows when a file is allocated, and a mapped page stays what it is.

@@ -131,18 +131,18 @@ class Journal:
 
     @property
     def owner(self) -> str:
-        """Whose name the segments bear."""
+        """The owner in the names of the segments."""
         return self._owner.token
 
     @property
     def position(self) -> tuple[int, int]:
-        """What changes with each line."""
+        """A value that changes with each line."""
         head = self._head
         return id(head), head.position
 
     @property
     def is_intact(self) -> bool:
-        """Whether its lock and its segments are where they were made."""
+        """True if its lock and its segments are where they were made."""
         following = self._head.links.get("next")
         files = [segment.file for segment in (self._head, following) if segment]
         return self._owner.is_intact and all(
@@ -182,7 +182,7 @@ class Journal:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the next segment is there."""
+        """True if the next segment is there."""
         return "next" in self._head.links
 
     def prepare(self) -> None:
@@ -283,7 +283,7 @@ class SegmentWriter(Protocol):
 
     @property
     def write(self) -> Callable[[bytes], object]:
-        """What appends one line, newline included."""
+        """A function that appends one line, newline included."""
 
     #: ``next``: what takes over once this one is sealed. Set once, for good.
     links: dict[str, SegmentWriter]
@@ -291,11 +291,11 @@ class SegmentWriter(Protocol):
 
     @property
     def position(self) -> int:
-        """What changes with each line."""
+        """A value that changes with each line."""
 
     @property
     def quiet(self) -> bool:
-        """Whether it is sealed and every writer has left."""
+        """True if it is sealed and every writer has left."""
 
     def seal(self) -> None:
         """Let nobody write from now on. May be repeated."""
@@ -308,7 +308,7 @@ class SegmentWriter(Protocol):
 
 
 class Fate(enum.Enum):
-    """What has become of a segment that this process has made."""
+    """The fate of a segment that this process has made."""
 
     HERE = "it is where it was made"
     DELIVERED = "the sender has deleted it"
@@ -424,7 +424,7 @@ class MmapWriter:
 
     @property
     def position(self) -> int:
-        """What changes with each line."""
+        """A value that changes with each line."""
         return 0 if self._map.closed else self._map.tell()
 
     def seal(self) -> None:
@@ -469,7 +469,7 @@ class AppendWriter:
 
     @property
     def position(self) -> int:
-        """What changes with each line."""
+        """A value that changes with each line."""
         return self._left
 
     def release(self) -> None:
@@ -495,7 +495,7 @@ class AppendWriter:
 
     @property
     def quiet(self) -> bool:
-        """Whether it is sealed and every writer has left."""
+        """True if it is sealed and every writer has left."""
         return self._sealed and not self._inside
 
     def seal(self) -> None:

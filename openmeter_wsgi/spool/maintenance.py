@@ -1,4 +1,4 @@
-"""What a journal needs besides its writers: the next segment, and the disk's word."""
+"""The maintenance of a journal: it prepares segments and forces them on the disk."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class SegmentMaintenance:
         self._wakeup = Wakeup()
         self._thread: threading.Thread | None = None
         self._elected = False
-        #: How far each segment is on the disk, by its key.
+        #: The end of the part of each segment that is on the disk, by its key.
         self._synced: dict[str, int] = {}
-        #: Of which that is all there will ever be.
+        #: The keys of segments that are on the disk as a whole and do not grow.
         self._settled: set[str] = set()
         self._names: set[str] = set()
         self._watermark = Watermark(directory)
@@ -89,7 +89,7 @@ class SegmentMaintenance:
 
     @property
     def elected(self) -> bool:
-        """Whether this process is the directory's sender."""
+        """True if this process is the directory's sender."""
         return self._elected
 
     @elected.setter
@@ -117,18 +117,18 @@ class SegmentMaintenance:
                 self.look()
         except SpoolError as error:
             logger.warning(
-                "%s: the next segment cannot be made; events go into the last one "
-                "as long as it has room, then they find none",
+                "%s: the next segment cannot be made; events go into the current one "
+                "until it is full, then into memory",
                 error,
             )
         except OSError as error:
             logger.warning(
-                "%s: the spool cannot be kept in order; until it can, a loss of "
+                "%s: the spool cannot be forced on the disk; until it can, a loss of "
                 "power costs more than one flush_interval",
                 error,
             )
         except Exception:
-            logger.exception("%s: broke off and goes on", "journal")
+            logger.exception("%s: its maintenance failed and goes on", "journal")
 
     def look(self) -> None:
         """See who asks for delivery; bring on the disk what was put.

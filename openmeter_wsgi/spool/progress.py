@@ -1,4 +1,4 @@
-"""How far a spool is delivered, and which batch is in flight: one small file.
+"""The progress file: the delivered lines of a spool, and the batch in flight.
 
 The file of it has two places of the same size, and each holds all of it as a line of
 JSON, with a number and a checksum; the higher number is the newer. One is written over
@@ -49,9 +49,9 @@ class InFlightBatch(msgspec.Struct):
 
 
 class Progress(msgspec.Struct):
-    """What a place of the file holds."""
+    """The content of one place of the file."""
 
-    #: What is delivered or set aside of each segment, by its key.
+    #: The lines of each segment that are delivered or set aside, by its key.
     done: dict[str, Ranges] = {}
     in_flight: list[InFlightBatch] = msgspec.field(default_factory=list, name="doubts")
     #: Of how many writes this one is the last.
@@ -59,7 +59,7 @@ class Progress(msgspec.Struct):
 
 
 class _Line(msgspec.Struct):
-    """How it is written."""
+    """The form in which it is written."""
 
     progress: msgspec.Raw
     checksum: int
@@ -85,7 +85,10 @@ def recover(directory: Path) -> Progress:
     loaded = load_progress(directory)
     if loaded is None:
         path = directory / PROGRESS_NAME
-        logger.error("%s: cannot be read; what is in the spool is sent again", path)
+        logger.error(
+            "%s: cannot be read; all events in the spool are sent again",
+            path,
+        )
         path.rename(path.with_name(f"{PROGRESS_NAME}.{time.time_ns()}.unreadable"))
     return loaded or Progress()
 
@@ -100,7 +103,7 @@ class ProgressFile:
         #: another wait where an application computes.
         self._fd: int | None = None
         self._place_bytes = 0
-        #: Where the last write is that is known to be on the disk.
+        #: The place of the last write that is known to be on the disk.
         self._kept = 0
 
     def save(self, progress: Progress, *, lasting: bool) -> None:
@@ -125,7 +128,7 @@ class ProgressFile:
 
     @property
     def _is_there(self) -> bool:
-        """Whether the file is still what others read: somebody may have deleted it."""
+        """True if the file is still what others read: somebody may have deleted it."""
         if self._fd is None:
             return False
         try:
@@ -218,7 +221,7 @@ def _valid(text: bytes) -> list[Progress]:
 
 
 class InFlight:
-    """Which lines may have been sent, and since when."""
+    """The lines that may have been sent, with the time of the first attempt."""
 
     def __init__(self) -> None:
         self._by_moment: dict[float, InFlightBatch] = {}
@@ -296,8 +299,8 @@ class RecordingClient:
         self._resend_window = resend_window
         self._clock = clock
         self._monotonic = monotonic
-        #: How old each batch in flight was when it was seen first, and when that was: a
-        #: clock that is set must not expire it.
+        #: The age of each batch in flight when it was first seen, and that moment: to
+        #: set the clock must not expire a batch.
         self._seen: dict[float, tuple[float, float]] = {}
 
     def ingest(self, batch: SpoolBatch, /) -> None:

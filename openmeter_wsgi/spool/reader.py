@@ -49,7 +49,7 @@ logger = log.get_logger(__name__)
 
 #: While enough is known to be sent, the directory is not looked at more often.
 _SCAN_INTERVAL = 0.1
-#: What cannot be read now is tried again after as many seconds.
+#: Seconds until an unreadable place is tried again.
 _READ_AGAIN = 1.0
 #: So many deletions are brought on the disk together.
 _DELETIONS = 16
@@ -75,11 +75,12 @@ class SpoolReader:
         self._max_events = max_events
         self._letters = letters
         self._readings: dict[str, SegmentReader] = {}
-        #: What was done of deleted segments, all of it: a loss of power may bring one
-        #: back until the directory is on the disk without it.
+        #: The lines of deleted segments, all done: a loss of power may bring a segment
+        #: back until the directory is on the disk.
         self._deleted: dict[str, Ranges] = {}
         self._names: dict[str, SegmentName] = {}
-        #: What is read next of each owner, and who has no more until the next look.
+        #: The segment of each owner that is read next, and the owners that have no more
+        #: until the next look.
         self._heads: list[SegmentReader] = []
         self._exhausted: set[str] = set()
         self._waiting: deque[Slice] = deque()
@@ -87,8 +88,8 @@ class SpoolReader:
         self._waiting_bytes = 0
         #: Batches in flight when the last sender died: each goes again, alone.
         self._again: deque[SpoolBatch] = deque()
-        #: Where events are that were handed out, and are not to be sent yet. They are
-        #: read once more when they are due, or by the next sender.
+        #: The places of events that were handed out and are not to be sent yet. They
+        #: are read once more when they are due, or by the next sender.
         self._delayed: Delayed[list[ByteRange]] = Delayed()
         self._in_flight = InFlight()
         #: Whether there is progress that the disk did not take.
@@ -105,12 +106,12 @@ class SpoolReader:
 
     @property
     def segments(self) -> int:
-        """How many segments are not delivered yet, those in use included."""
+        """The number of segments that are not delivered yet, those in use included."""
         return len(self._readings)
 
     @property
     def is_full(self) -> bool:
-        """Whether a batch can be filled with what was read."""
+        """True if a batch can be filled with what was read."""
         return (
             self._waiting_events >= self._max_events
             or self._waiting_bytes >= MAX_BATCH_BYTES
@@ -387,19 +388,19 @@ class SegmentReader:
         #: All that will ever be in it was read.
         self.at_end = False
         self._directory = directory
-        #: How far it was read, in bytes.
+        #: The end of the part that was read, in bytes.
         self.offset = 0
-        #: What is not to be handed out again: done, or loaded as in flight.
+        #: Lines that are not handed out again: done, or loaded as in flight.
         self._taken: Ranges = list(done)
 
     @property
     def is_final(self) -> bool:
-        """Whether nobody writes into it any more."""
+        """True if nobody writes into it any more."""
         return self.name.sealed or self.adopted
 
     @property
     def is_done(self) -> bool:
-        """Whether it can be deleted."""
+        """True if it can be deleted."""
         if not self.at_end:
             return False
         return not self.offset or self.done == [(0, self.offset)]
@@ -553,7 +554,7 @@ class Liveness:
         self._due_at = 0.0
         #: Owners whose lock file somebody has deleted.
         self._lockless: set[str] = set()
-        #: How far each of their segments was read, and since when no further.
+        #: The end of the part of their segments that was read, and since when.
         self._still: dict[str, tuple[int, float]] = {}
 
     def due(self) -> None:
@@ -581,7 +582,7 @@ class Liveness:
                 remove_lock(self._directory / entry)
 
     def is_dead(self, owner: str, reading: SegmentReader) -> bool:
-        """Say whether nobody writes into a segment any more.
+        """Return True if nobody writes into a segment any more.
 
         Whose lock file was deleted may live. It is taken for dead when the segment has
         not grown for an hour.
@@ -597,7 +598,7 @@ class Liveness:
         return now - since >= LOCKLESS_TIME
 
     def has_died(self, owner: str) -> bool:
-        """Say whether an owner's process is known to have ended."""
+        """Return True if an owner's process is known to have ended."""
         return owner in self.dead
 
     def _is_alive(self, owner: str) -> bool:

@@ -1,4 +1,4 @@
-"""What sends of one process that shares a spool: of all of them one delivers."""
+"""The sender of a process that shares a spool: one of all processes delivers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class SpoolSender:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether an attempt does not end, though it has a deadline."""
+        """True if an attempt does not end, though it has a deadline."""
         lasts = self.sender.attempt_lasts
         return lasts > _STUCK_AFTER * self._policy.request_timeout
 
@@ -186,7 +186,7 @@ class InheritedSenders:
 
 
 class SpoolSource(Source[SpoolBatch]):
-    """What a directory holds, while it is this process's turn to deliver it.
+    """The events of a directory, while it is this process's turn to deliver them.
 
     *began* and *ended* are called with each turn. Everything known of the directory is
     read anew then.
@@ -205,7 +205,7 @@ class SpoolSource(Source[SpoolBatch]):
         #: Seconds between two looks into the directory.
         self.interval = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
         self.poll = self.interval
-        #: Where to bury what is not sent again.
+        #: The files for events that are not sent again.
         self.letters = DeadLetters(directory, counts)
         self._directory = directory
         self._policy = policy
@@ -222,12 +222,12 @@ class SpoolSource(Source[SpoolBatch]):
 
     @property
     def is_elected(self) -> bool:
-        """Whether this process is the sender."""
+        """True if this process is the sender."""
         return self._reader is not None
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the worker's thread sleeps until another process ends."""
+        """True if the worker's thread sleeps until another process ends."""
         return self._is_waiting
 
     @contextlib.contextmanager
@@ -275,7 +275,7 @@ class SpoolSource(Source[SpoolBatch]):
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process is still the sender: a cleaner may delete its lock."""
+        """True if this process is still the sender: a cleaner may delete its lock."""
         return self._election is not None and self._election.is_intact
 
     def depose(self) -> None:
@@ -324,12 +324,12 @@ class SpoolSource(Source[SpoolBatch]):
 
     @property
     def is_full(self) -> bool:
-        """Whether a batch can be filled with what was read."""
+        """True if a batch can be filled with what was read."""
         return self.reader.is_full
 
     @property
     def is_pressed(self) -> bool:
-        """Whether the segments take half of the room or more."""
+        """True if the segments take half of the room or more."""
         used = self.reader.segments * SEGMENT_BYTES
         return 2 * used >= self._policy.max_spool_bytes
 

@@ -135,7 +135,7 @@ def _is_of_earlier_version(root: Path) -> bool:
 
 
 def has_segments(directory: Path) -> bool:
-    """Say whether a directory holds segments."""
+    """Return True if a directory holds segments."""
     try:
         return any(map(read_name, os.listdir(directory)))
     except OSError:
@@ -232,7 +232,7 @@ class KeyWatch:
         self._mark = ""
         self._sender_mark: str | None = None
         self._due_at = 0.0
-        #: What is wrong now, None if nothing is known to be.
+        #: The problem now, None if none is known.
         self.problem: Problem | None = None
 
     def look(
@@ -319,6 +319,6 @@ def _hash(key: str, salt: str) -> str:
 
 
 def _differs(mark: str, key: str) -> bool:
-    """Say whether a mark is that of another key; an empty one says nothing."""
+    """Return True if a mark is that of another key; an empty one says nothing."""
     salt, _, digest = mark.strip().partition(" ")
     return len(salt) == 16 and bool(digest) and digest != _hash(key, salt)

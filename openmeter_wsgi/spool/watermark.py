@@ -1,4 +1,4 @@
-"""How far a spool is delivered, as any process sees it, the sender or not.
+"""The watermark and the backlog of a spool, as every process sees them.
 
 The watermark says up to which moment all is delivered: what a local quota asks. The
 backlog is what is not delivered yet.
@@ -137,7 +137,7 @@ def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
 
 
 def all_done(directory: Path, ends: dict[str, int]) -> bool:
-    """Say whether all segments are delivered as far as *ends* says."""
+    """Return True if all segments are delivered as far as *ends* says."""
     if not ends:
         return True
     # In this order: a segment is deleted after it is done.

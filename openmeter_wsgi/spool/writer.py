@@ -37,7 +37,7 @@ logger = log.get_logger(__name__)
 
 #: Seconds between two times at which a lock is said to be in use.
 TOUCH_INTERVAL = 3_600.0
-#: What the disk did not take longer ago than as many seconds says nothing of now: a
+#: A failure of the disk that is older than so many seconds is no longer reported: a
 #: smaller event may have found room since.
 _MOMENT = 60.0
 
@@ -89,7 +89,7 @@ class SpoolWriter:
         self._kept = KeptSegments()
         #: Held by the thread that looks at them and puts back what is gone.
         self._looking = threading.Lock()
-        #: How often segments were found to be gone.
+        #: The number of looks that found segments gone.
         self.losses = 0
         self._position: object = None
         self._touched_at = time.monotonic()
@@ -107,11 +107,13 @@ class SpoolWriter:
             self._append(event + b"\n")
         except RecordTooLarge as error:
             self._counts.dropped["too_large"] += 1
-            logger.error("%s: %s; it is dropped", "an event is no record", error)
+            logger.error("%s: %s; it is dropped", "an event is too large", error)
         except SpoolError as error:
             self._put_into_memory(event, error)
         except Exception as error:
-            logger.exception("%s: the spool failed by our own fault", "put")
+            logger.exception(
+                "%s: the spool failed; the event is sent from memory", "put"
+            )
             self._put_into_memory(event, SpoolError(str(error)))
         else:
             if self._failing is not None:
@@ -218,13 +220,13 @@ class SpoolWriter:
 
     @property
     def owner(self) -> str | None:
-        """Whose name this process's segments bear, None if it has none."""
+        """The owner in the names of this process's segments, None if it has none."""
         journal = self._slot.get("journal")
         return journal.owner if journal else None
 
     @property
     def overflow(self) -> MemoryDelivery | None:
-        """What took the events that the disk did not, None if it took all."""
+        """The queue of the events that the disk did not take, None if it took all."""
         return self._overflows.get("queue")
 
     def prepare(self) -> None:
@@ -297,7 +299,7 @@ class SpoolWriter:
             self.put(line)
 
     def has_moved(self) -> bool:
-        """Say whether lines came since the last call, or might have to be put back."""
+        """Return True if lines came since the last call, or may have to be put back."""
         journal = self._slot.get("journal")
         before, self._position = self._position, journal and journal.position
         return before != self._position or len(self._kept) > 0
