@@ -91,11 +91,9 @@ class SegmentLock:
 
     def write_mark(self, mark: str) -> None:
         """Write into the file which key this process uses: never the key itself."""
-        here = (os.getpid(), self.token)
-        if _marks.get(here, "") != mark:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._fd, mark.ljust(_MARK_BYTES).encode(), 0)
-                _marks[here] = mark
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, mark.ljust(_MARK_BYTES).encode(), 0)
+            _marks[(os.getpid(), self.token)] = mark
 
     def leave(self, *, nothing_left: bool = False) -> None:
         """Give up what is owned; its segments can be adopted from now on."""
@@ -194,12 +192,17 @@ def is_in_use(directory: Path) -> bool:
         return False
 
 
-def key_mark(directory: Path, token: str) -> str:
-    """Return the mark of a live owner's key, an empty one if that is not known."""
-    if (os.getpid(), token) in _held:
-        return _marks.get((os.getpid(), token), "")
+def key_mark(directory: Path, token: str, *, since: float) -> str:
+    """Return the mark of a live owner's key, an empty one if that is not known.
+
+    One that was last written before the moment *since* counts as not known.
+    """
     path = directory / (token + LOCK)
     try:
+        if path.stat().st_mtime < since:
+            return ""
+        if (os.getpid(), token) in _held:
+            return _marks.get((os.getpid(), token), "")
         with path.open("rb") as file:
             mark = file.read(_MARK_BYTES).decode(errors="replace").strip()
         return mark if mark and holder(path) is not None else ""

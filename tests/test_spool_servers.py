@@ -1,5 +1,6 @@
 """One spool for several servers: each gets its own events, under its own key."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -296,6 +297,28 @@ def test_the_new_key_of_a_process_after_a_dead_one_is_a_rotation(
     one.put(event("mine too"))
     assert one.flush(PATIENCE)
     assert not two_keys(one)
+
+
+def test_a_key_that_is_replaced_in_its_file_is_no_second_one(
+    spool, queue, openmeter, tmp_path, caplog
+):
+    """The sender reads it again after a 401, and the others when they see its key."""
+    file = tmp_path / "key"
+    file.write_text("om_old")
+    options = {"api_key": None, "api_key_file": str(file)}
+    one, other = queue(openmeter.url, **options), queue(openmeter.url, **options)
+    one.put(event("1"))
+    until(lambda: one._keys._mark)
+    other.put(event("2"))
+    until(lambda: other._keys._mark)
+    file.write_text("om_new")
+    assert one._policy.key.renew()  # as after a 401
+    until(lambda: one._keys._key_text == "om_new")
+
+    n = itertools.count(3)
+    until(lambda: other.put(event(str(next(n)))) or other._keys._key_text == "om_new")
+    assert not two_keys(other)
+    until(lambda: not two_keys(one))
 
 
 def _is_marked(spool, least=1):

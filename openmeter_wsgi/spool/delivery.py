@@ -258,12 +258,13 @@ class SpoolDelivery:
             name_server(self._directory, server_of_policy(self._policy))
             self._inherited.replace_stuck()
             self._inherited.look()
-        self._keys.look(
-            self._writer.owner,
-            self._writer.write_key_mark,
-            is_sender=self._sending.source.is_elected,
-            is_waiting=self._sending.source.is_waiting,
-        )
+        with contextlib.suppress(OSError):  # the directory is gone for a moment
+            self._keys.look(
+                self._writer.owner,
+                self._writer.write_key_mark,
+                is_sender=self._sending.source.is_elected,
+                is_waiting=self._sending.source.is_waiting,
+            )
 
     def _replace_sending(self) -> None:
         stuck = self._sending

@@ -215,13 +215,18 @@ def assign(directory: Path, server: Server) -> Path:
 SENDER_KEY = "sender.key"
 #: Seconds between two looks at the keys of others.
 _KEY_INTERVAL = 1.0
+#: A key that another process wrote down longer than so many seconds before this one
+#: got its own may have been replaced: it is written again while events come.
+_KEY_AGE = 5.0
 
 
 class KeyWatch:
     """Notices that another running process sends to the same server with another key.
 
     Each process writes a salted hash of its key into the file of its lock, the sender
-    also into a file of the directory. A key that a dead process had says nothing.
+    also into a file of the directory. A key that a dead process had says nothing. Only
+    the sender learns by a 401 that a key was replaced, so the others read theirs again
+    before they report anything.
     """
 
     def __init__(self, directory: Path, server: Server, key: ApiKey) -> None:
@@ -230,6 +235,7 @@ class KeyWatch:
         self._key = key
         self._key_text: str | None = None
         self._mark = ""
+        self._changed_at = 0.0
         self._sender_mark: str | None = None
         self._due_at = 0.0
         #: The problem now, None if none is known.
@@ -252,6 +258,16 @@ class KeyWatch:
         if time.monotonic() < self._due_at:
             return
         self._due_at = time.monotonic() + _KEY_INTERVAL
+        differs = self._differs(token, is_waiting=is_waiting)
+        if differs and not is_sender:
+            with contextlib.suppress(ValueError):
+                self._key.renew()
+            differs = self._differs(token, is_waiting=is_waiting)
+        write(self._mark)
+        self._write_as_sender(is_sender=is_sender)
+        self._note(differs)
+
+    def _differs(self, token: str | None, *, is_waiting: bool) -> bool:
         try:
             text = self._key.current()
         except ValueError:  # the sender says so
@@ -259,27 +275,33 @@ class KeyWatch:
         if text != self._key_text:
             self._key_text = text
             self._mark = _new_mark(text) if text else ""
-        write(self._mark)
-        self._write_as_sender(is_sender=is_sender)
-        if text:
-            others = self._marks_of_others(token, is_waiting=is_waiting)
-            self._note(any(_differs(mark, text) for mark in others))
+            self._changed_at = time.time()
+        if not text:
+            return False
+        others = self._marks_of_others(token, is_waiting=is_waiting)
+        return any(_differs(mark, text) for mark in others)
 
     def _write_as_sender(self, *, is_sender: bool) -> None:
+        path = self._directory / SENDER_KEY
         if not is_sender:
             self._sender_mark = None
-        elif self._sender_mark != self._mark:
-            write_document(self._directory / SENDER_KEY, self._mark)
+        elif self._sender_mark != self._mark or not path.exists():
+            write_document(path, self._mark)
             self._sender_mark = self._mark
+        else:
+            os.utime(path)
 
     def _marks_of_others(self, token: str | None, *, is_waiting: bool) -> list[str]:
         found = []
-        if is_waiting:  # so another process is the sender
-            found.append(read_document(self._directory / SENDER_KEY, str) or "")
+        since = self._changed_at - _KEY_AGE
+        path = self._directory / SENDER_KEY
+        # Who waits is not the sender: another process is.
+        if is_waiting and path.exists() and path.stat().st_mtime >= since:
+            found.append(read_document(path, str) or "")
         for entry in os.listdir(self._directory):
             owner = owner_of_lock(entry)
             if owner is not None and owner != token:
-                found.append(key_mark(self._directory, owner))
+                found.append(key_mark(self._directory, owner, since=since))
         return found
 
     def _note(self, differs: bool) -> None:
