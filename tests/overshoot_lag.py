@@ -99,6 +99,11 @@ class Run(NamedTuple):
         """Wait until so many seconds after the beginning."""
         time.sleep(max(self.began + seconds - time.time(), 0))
 
+    def wait_until_served(self, requests: int) -> None:
+        """Wait until so many requests were served."""
+        while self.crowd.served < requests:
+            time.sleep(0.1)
+
     def served_until(self, moment: float) -> int:
         return sum(at < moment for at in self.crowd.served_at)
 
@@ -240,19 +245,19 @@ def filtered(lag: float) -> Found:
 def reset(lag: float) -> Found:
     """(c) A reset in mid-run."""
     with running(lag, granted) as run:
-        run.wait(20)
+        run.wait_until_served(QUOTA)
         run.sandbox.reset("acme", "api_requests")
-        run.wait(2 * lag + 60)
-    fine = 2 * QUOTA <= run.crowd.served <= 2 * QUOTA + MORE
+        run.wait(time.time() - run.began + lag + 75)
+    fine = 2 * QUOTA <= run.crowd.served <= 2 * (QUOTA + MORE)
     return Found(f"{run.crowd.served:,} of 1,000 + 1,000", run.crowd.denied, fine)
 
 
 def grant(lag: float) -> Found:
     """(c) A grant of 500 in mid-run."""
     with running(lag, granted) as run:
-        run.wait(20)
+        run.wait_until_served(QUOTA)
         run.sandbox.grant("acme", "api_requests", 500)
-        run.wait(lag + 60)
+        run.wait(time.time() - run.began + lag + 75)
     fine = 1_500 <= run.crowd.served <= 1_500 + MORE
     return Found(f"{run.crowd.served:,} of 1,000 + 500", run.crowd.denied, fine)
 
