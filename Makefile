@@ -12,8 +12,9 @@
 #   make screenshot    the picture of it in the documentation
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
-#   make overshoot     by how much a quota is overshot under load (REDIS=redis://…),
-#                      and what a new process does to customers that it does not know
+#   make overshoot     by how much a quota is overshot under load (REDIS=redis://…), and
+#                      beside a sink that lags by 90 s; what a new process does to customers
+#                      that it does not know. It takes about ten minutes
 #   make bench         what a metered request costs beside a bare one; what delivery,
 #                      waiting events and the start cost; plots of growth in build/bench
 #   make bench PLOTS=docs/images   the same, with the plots of the documentation
@@ -112,6 +113,7 @@ endif
 
 overshoot: $(INSTALLED)
 	$(BIN)/python -m tests.overshoot $(if $(REDIS),--redis $(REDIS))
+	$(BIN)/python -m tests.overshoot_lag
 	$(BIN)/python -m tests.overshoot_cold_start
 
 # Needs valgrind, which it installs as root on Debian.

@@ -302,6 +302,10 @@ def metered(app: WSGIApplication, **options: Any) -> OpenMeterMiddleware:
 
 
 #: All that can be measured, so that all of a response is looked at.
+HALF = {
+    "type": "api_requests",
+    "data": {"total": 1, "half": "$request.header.X-Half"},
+}
 MEASURED = {
     "type": "measured",
     "data": {
@@ -343,6 +347,7 @@ def __getattr__(name: str) -> Any:
         "billed": lambda: metered(listed, flush_interval=0.05),
         "billed_once": lambda: metered(keyed, meters={"bytes": bytes_sent()}),
         "limited": lambda: OpenMeterMiddleware(listed, meters={"api_requests": 1}),
+        "halves": lambda: OpenMeterMiddleware(listed, meter=HALF),
         "billed_at_exit": lambda: metered(stuck, flush_interval=3600, batch_size=1000),
     }
     if name in makers:

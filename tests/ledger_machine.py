@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -21,42 +22,66 @@ from ledger_contract import START, Clock
 from openmeter_wsgi.quota.account import Reservation
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.sqlite import SqliteStore
-from openmeter_wsgi.quota.visibility import FixedLag
+from openmeter_wsgi.quota.visibility import Probes
 
-LAG = 5.0
+#: An event that is not listed after so many seconds counts as visible.
+MAX_LAG = 40.0
 WORKERS = 3
 #: Floats.
 NOTHING = 1e-6
 
 
 class OpenMeter:
-    """A toy of it: usage is in a balance when it was delivered LAG seconds ago."""
+    """A toy of it: usage is listed, and in a balance, *lag* seconds after delivery."""
 
     def __init__(self, quota):
         self.quota = quota
-        self.delivered = []  # (when, amount)
+        self.lag = 5.0
+        self.accepted = {}  # by id: when it is visible, and its amount
+
+    def accept(self, now, events, *, lost=()):
+        for event_id, amount in events:
+            # In the order of arrival, whatever the lag is by now.
+            last = max((at for at, _ in self.accepted.values()), default=0.0)
+            if event_id not in lost:
+                self.accepted[event_id] = (max(now + self.lag, last), amount)
+
+    def listed(self, now, ids):
+        return {one for one in ids if self.accepted.get(one, (now + 1,))[0] <= now}
 
     def balance(self, now):
-        seen = sum(amount for at, amount in self.delivered if at <= now - LAG)
-        return self.quota - seen
+        return self.quota - sum(a for at, a in self.accepted.values() if at <= now)
 
 
 class Spool:
-    """What waits to be delivered, of all workers of the host."""
+    """What waits to be delivered, of all workers; and the ids that are looked for."""
 
     def __init__(self, clock):
         self._clock = clock
-        self.waiting = []  # (settled at, amount)
+        self.waiting = []  # (settled at, id, amount)
+        self.probes = Probes(MAX_LAG, clock)
 
     def delivered_until(self):
-        return min((at for at, _ in self.waiting), default=self._clock.now)
+        return min((at for at, *_ in self.waiting), default=self._clock.now)
+
+    def look(self, openmeter):
+        """Ask for the oldest probes, as the thread of the sender does."""
+        self.probes.mark(self.delivered_until())
+        ids = self.probes.due(10)
+        self.probes.seen(openmeter.listed(self._clock.now, ids))
+
+    def new_sender(self):
+        """Let another process go on."""
+        state, self.probes = self.probes.state(), Probes(MAX_LAG, self._clock)
+        self.probes.restore(state)
 
 
 class Worker:
     def __init__(self, store, spool, clock):
         self.store = store
-        visible = FixedLag(spool.delivered_until, LAG, clock)
-        self.ledger = Ledger(store, visible_until=visible.until, clock=clock)
+        self.ledger = Ledger(
+            store, visible_until=lambda: spool.probes.visible_until, clock=clock
+        )
         self.account = self.ledger.account("acme")
         self.in_flight = []
 
@@ -74,7 +99,8 @@ class Machine(RuleBasedStateMachine):
         self.unit = unit
         self.openmeter = OpenMeter(quota * unit)
         self.spool = Spool(self.clock)
-        self.served = 0.0
+        self.served = self.lost = 0.0
+        self.ids = itertools.count()
         self.workers = [self.new_worker() for _ in range(WORKERS)]
         self.workers[0].account.answered(self.openmeter.quota, START)
 
@@ -116,7 +142,8 @@ class Machine(RuleBasedStateMachine):
             reservation, amount = worker.in_flight.pop(0)
             used = amount * share
             if used:  # the event is put first, and has the earlier time
-                self.spool.waiting.append((self.clock.now, used))
+                event = self.clock.now, next(self.ids), used
+                self.spool.waiting.append(event)
             reservation.settle(used)
             self.served += used
 
@@ -124,14 +151,46 @@ class Machine(RuleBasedStateMachine):
     def time_goes(self, seconds):
         self.clock.now += seconds
 
-    @rule(count=st.integers(1, 10), first=st.booleans())
-    def deliver(self, count, first):
+    @rule(
+        count=st.integers(1, 10),
+        first=st.booleans(),
+        loses=st.sampled_from([False, False, False, True]),
+    )
+    def deliver(self, count, first, loses):
         waiting = self.spool.waiting
         batch, rest = waiting[:count], waiting[count:]
         if not first:  # what was split, or stood aside, goes out of order
             rest, batch = waiting[:-count], waiting[-count:]
-        self.openmeter.delivered += [(self.clock.now, amount) for _, amount in batch]
+        events = [(event_id, amount) for _, event_id, amount in batch]
+        # Behind a 204 OpenMeter loses whole batches, or the last of them.
+        lost = {event_id for event_id, _ in events[-2:]} if loses else set()
+        self.openmeter.accept(self.clock.now, events, lost=lost)
+        self.lost += sum(amount for event_id, amount in events if event_id in lost)
+        if events:
+            self.spool.probes.accepted([event_id for event_id, _ in events])
         self.spool.waiting = rest
+
+    @rule(lag=st.sampled_from([0.0, 2.0, 5.0, 30.0]))
+    def the_lag_changes(self, lag):
+        self.openmeter.lag = lag
+
+    @rule()
+    def look_at_the_list(self):
+        self.spool.look(self.openmeter)
+
+    @rule()
+    def another_process_sends(self):
+        self.spool.new_sender()
+
+    @rule()
+    def reset(self):
+        """What was used counts no more; what is not visible yet never will."""
+        self.openmeter.accepted = dict.fromkeys(
+            self.openmeter.accepted, (self.clock.now + self.openmeter.lag, 0.0)
+        )
+        waiting = [(at, event_id, 0.0) for at, event_id, _ in self.spool.waiting]
+        self.spool.waiting = waiting
+        self.lost = self.served = 0.0
 
     @rule(who=st.integers(0, WORKERS - 1))
     def tend(self, who):
@@ -162,23 +221,29 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_quota_holds(self):
         in_flight = sum(a for w in self.workers for _, a in w.in_flight)
-        assert self.served + in_flight <= self.openmeter.quota + NOTHING
+        # What is lost is given once more, when it has been missing for long.
+        allowed = self.openmeter.quota + self.lost
+        assert self.served + in_flight <= allowed + NOTHING
 
     def everything_is_served_in_the_end(self):
         for worker in self.workers:
             while worker.in_flight:
                 reservation, _ = worker.in_flight.pop()
                 reservation.settle(0.0)
-        self.openmeter.delivered += [(self.clock.now, a) for _, a in self.spool.waiting]
+        events = [(event_id, amount) for _, event_id, amount in self.spool.waiting]
+        self.openmeter.accept(self.clock.now, events)
+        if events:
+            self.spool.probes.accepted([event_id for event_id, _ in events])
         self.spool.waiting = []
         account = self.workers[-1].account
         account.reserve(0.0)  # somebody is there: else nobody tends
-        for _ in range(25):
-            self.clock.now += self.step
+        for _ in range(45):
+            self.clock.now += max(self.step, 2.0)
+            self.spool.look(self.openmeter)
             for worker in self.workers:
                 worker.ledger.tend()
         account.answered(self.openmeter.balance(self.clock.now), self.clock.now)
-        left = self.openmeter.quota - self.served
+        left = self.openmeter.balance(self.clock.now)
         if left > NOTHING:
             assert isinstance(account.reserve(left - NOTHING), Reservation)
 

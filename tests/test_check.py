@@ -665,3 +665,23 @@ def test_a_meter_that_cannot_be_counted_down_is_named(sandbox, api, how):
     finding = findings["feature 'calls'"]
     assert finding["severity"] == ("ok" if counted_down else "warning")
     assert (f"is of {how}" in finding["found"]) is not counted_down
+
+
+@pytest.mark.parametrize(("status", "severity"), [(None, "ok"), (403, "warning")])
+def test_whether_events_may_be_listed_is_told_where_a_quota_is_counted_down(
+    openmeter, status, severity
+):
+    empty = {"items": [], "totalCount": 0, "pageSize": 100}
+    openmeter.rule = lambda request: (
+        None
+        if request.method == "POST"
+        else Answer(200, json.dumps(empty).encode())
+        if status is None or "/api/v2/events" not in request.target
+        else problem(status, "no role")
+    )
+    variables = {"meters": '{"calls": 1}', "entitlement_meters": "calls"}
+
+    finding = found(api_url=openmeter.url, **variables)["visibility of usage"]
+
+    assert finding["severity"] == severity
+    assert ("403: no role" in finding["found"]) is (severity == "warning")

@@ -1,12 +1,18 @@
 """Questions wait in line: first come, first served, and none is asked twice."""
 
 import functools
+import gc
+import math
 import threading
+import tracemalloc
 from collections import deque
 
 import pytest
 
 from entitling import YES, Entitled, ask, close_all, metered, middleware, wait_for
+from openmeter_wsgi.entitlements.cache import AnswerCache, CachedAnswer, Lifetimes
+from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
+from openmeter_wsgi.entitlements.customers import FoundCustomers
 from openmeter_wsgi.entitlements.lookup import (
     MAX_LINE,
     BackgroundLookup,
@@ -254,8 +260,9 @@ def make(openmeter, entitled):
     [("open", {"200 OK"}), ("closed", {"503 Service Unavailable"})],
 )
 def test_a_line_that_is_too_long_is_told_as_busy(make, entitled, mode, statuses):
-    app = make(question_rate=0.05, entitlement_timeout=0.05, fail_mode=mode)
+    app = make(question_rate=0.02, fail_mode=mode)
     ask(app, "takes-the-only-token")
+    app.process().entitlements._asker._timeout = 0.05  # of the wait alone
     names = [f"customer-{n}" for n in range(5)]
 
     responses = [ask(app, name) for name in names]
@@ -329,3 +336,51 @@ def test_what_can_be_no_customer_takes_no_place_in_line(make, entitled):
 def test_the_rate_of_questions_depends_on_whose_server_it_is(url, rate):
     assert question_rate(None, url=url) == rate
     assert question_rate(7.0, url=url) == 7.0
+
+
+def test_a_flood_of_made_up_names_takes_no_more_than_some_mebibytes():
+    """All that is kept of names that are no customers, each at its bound."""
+    lifetimes = Lifetimes(60.0, 5.0, 600.0)
+    answers, found = AnswerCache(), FoundCustomers(lifetimes)
+    lookup = BackgroundLookup(
+        new_client=NoConnection, answering=Answering(), take_question=lambda _: 100.0,
+        timeout=0.0, rate=25.0, reserve=0.0,
+    )  # fmt: skip
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+
+    for n in range(12_000):
+        name = f"{n:036}"
+        known = CachedAnswer(
+            "searches", UNKNOWN_CUSTOMER, None, asked_at=float(n), terms_at=-math.inf,
+            lifetimes=lifetimes,
+        )  # fmt: skip
+        answers.put(name, "searches", known)
+        found.put(name, None, float(n))
+        lookup.ask(question(name))
+
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    lookup.close()
+    assert grown < 8 * 1024**2
+
+
+def test_a_flood_of_made_up_names_does_not_fill_the_line_of_known_customers(
+    make, entitled
+):
+    entitled.values["acme"] = {"searches": YES}
+    app = make(fail_mode="closed", question_rate=20)
+    assert ask(app, "acme").status == "200 OK"
+    entitlements = app.process().entitlements
+    entitlements._asker._timeout = 0.0  # nobody waits for the answer about a name
+    for n in range(3_000):
+        assert not entitlements.decide(f"name-{n}", ("searches",), "closed").allowed
+    assert len(entitlements._asker._pending) <= MAX_LINE + 8
+    entitlements.known("acme", "searches").fresh_until = 0.0
+    asked = entitled.asked["acme", "searches"]
+
+    assert ask(app, "acme").status == "200 OK"
+
+    wait_for(lambda: entitled.asked["acme", "searches"] > asked)

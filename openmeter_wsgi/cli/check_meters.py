@@ -23,6 +23,7 @@ from openmeter_wsgi.cli.findings import (
     warning,
 )
 from openmeter_wsgi.entitlements.service import question_client
+from openmeter_wsgi.entitlements.visibility import event_list
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.options import v3_url
 
@@ -257,6 +258,7 @@ def _named(meters: list[Document]) -> str:
 
 
 _QUESTIONS = "entitlements"
+_VISIBILITY = "visibility of usage"
 
 
 def look_at_features(situation: Situation) -> Iterator[Finding]:
@@ -265,6 +267,8 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
     policy = situation.policy
     if needed:
         yield from _look_at_questions(policy, needed)
+    if policy.entitlement_meters:
+        yield from _look_at_visibility(policy)
     try:
         with open_listing(
             policy, policy.entitlements_url, policy.questions_key
@@ -311,6 +315,25 @@ def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]
         yield from _look_at_lookups(client, url)
     finally:
         client.close()
+
+
+def _look_at_visibility(policy: Policy) -> Iterator[Finding]:
+    """Ask for an event that is not there, as is done while a quota is counted down."""
+    events = event_list(policy, policy.request_timeout)
+    try:
+        events.listed([MARK])
+    except DeliveryError as error:
+        yield warning(
+            _VISIBILITY,
+            f"OpenMeter is asked for its list of events, and says {_said(error)}: "
+            f"usage counts as visible visibility_lag={policy.visibility_lag:g} s after "
+            "its delivery, and a quota may be overshot where that takes longer",
+            "give entitlements_api_key a key that may list events",
+        )
+    else:
+        yield ok(_VISIBILITY, "the list of events says how far usage is visible")
+    finally:
+        events.close()
 
 
 def _look_at_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:

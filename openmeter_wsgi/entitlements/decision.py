@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -153,6 +154,8 @@ def denial_of(
     retry_at: float | None = None,
 ) -> Denial:
     """Return the denial of *feature*, for the reason that *answer* has or another."""
+    if not answer.known_customer:
+        return _unknown_customer(feature)
     return Denial(
         feature,
         reason or denial_reason(answer),
@@ -161,6 +164,12 @@ def denial_of(
         overage=answer.overage,
         retry_at=retry_at,
     )
+
+
+@functools.cache
+def _unknown_customer(feature: str) -> Denial:
+    """Return the one denial for all whose names anybody can make up."""
+    return Denial(feature, "unknown_customer")
 
 
 def denial_reason(answer: Answer) -> Reason:

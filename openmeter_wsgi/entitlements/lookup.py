@@ -170,19 +170,42 @@ _MISTAKE_HOLDS = 5.0
 _MAX_MISTAKES = 1_000
 
 
-class _Pending:
-    """A question that waits or is being asked, and the event that ends the wait."""
+#: Held while the event of a question is made or looked for. Reentrant, as a middleware
+#: may be collected meanwhile.
+_waiting = threading.RLock()
 
-    __slots__ = ("done", "line", "number", "question", "recalled_at", "since")
+
+class _Pending:
+    """A question that waits or is being asked, and what ends the wait."""
+
+    __slots__ = (
+        "_event", "_is_done", "line", "number", "question", "recalled_at", "since",
+    )  # fmt: skip
 
     def __init__(self, question: Question, since: float) -> None:
         self.question = question
         self.since = since
-        self.done = threading.Event()
+        self._is_done = False
+        #: Made by the first that waits: for most questions in a long line nobody does.
+        self._event: threading.Event | None = None
         #: Where requests wait for it, and its place among all that ever waited there.
         self.line: _Line | None = None
         self.number = 0
         self.recalled_at = 0.0
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until the question is done; return False if that takes longer."""
+        with _waiting:
+            event = self._event = self._event or threading.Event()
+        return self._is_done or event.wait(timeout)
+
+    def done(self) -> None:
+        """End the wait of all requests. Called once or more."""
+        self._is_done = True
+        with _waiting:
+            event = self._event
+        if event is not None:
+            event.set()
 
     @property
     def is_in_line(self) -> bool:
@@ -421,7 +444,7 @@ class BackgroundLookup:
         line, number = pending.line, pending.number
         if line is not None and (far := line.wait_for(number)) > self._timeout:
             return self._say_busy(line, far)
-        if pending.done.wait(self._timeout):
+        if pending.wait(self._timeout):
             return None
         if line is None or not pending.is_in_line:
             return None
@@ -541,7 +564,7 @@ class BackgroundLookup:
     def _end(self, pending: _Pending) -> None:
         with self._lock:
             self._pending.pop(pending.question, None)
-        pending.done.set()
+        pending.done()
 
     def _put(self, pending: _Pending) -> None:
         clients = self._clients
@@ -551,7 +574,7 @@ class BackgroundLookup:
             client = self._new_client()
         try:
             question = pending.question
-            self._answering(client, question, pending.done.set, self.has_token)
+            self._answering(client, question, pending.done, self.has_token)
         except DeliveryError as error:
             client.close()
             self._log_failure(error, pending.question)
@@ -586,7 +609,7 @@ class BackgroundLookup:
         self.breaker.failed()
         with self._lock:
             dropped = [*self._first_sights.clear(), *self._known.clear()]
-        pending.done.set()
+        pending.done()
         for one in dropped:
             self._end(one)
         return was_open

@@ -83,6 +83,12 @@ class EventList:
         self._connection.close()
 
 
+def event_list(policy: Policy, timeout: float) -> EventList:
+    """Return the list of the server that answers about entitlements."""
+    url = policy.entitlements_url or policy.api_url
+    return EventList(url=url, key=policy.questions_key, timeout=timeout)
+
+
 class Sending(Protocol):
     """A delivery, as far as the visibility of its events depends on it."""
 
@@ -124,7 +130,6 @@ class Visibility:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._url = policy.entitlements_url or policy.api_url
         self._types = _markers(policy)
         self._probes = Probes(policy.max_visibility_lag)
         self._sending: Sending | None = None
@@ -132,7 +137,6 @@ class Visibility:
         self._fixed = FixedLag(lambda: 0.0, policy.visibility_lag)
         self._is_fixed_until = 0.0
         self._at_most = MAX_IDS
-        self._is_restored = False
         self._published: _Published | None = None
         self._kept = b""
         self._thread: threading.Thread | None = None
@@ -188,8 +192,17 @@ class Visibility:
         self._start()
 
     def elected(self) -> None:
-        """Note that this process begins to send what is in the spool."""
+        """Note that this process begins to send what is in the spool.
+
+        It goes on looking for what the last sender was looking for.
+        """
         self._closed.clear()
+        directory = self._sending.directory if self._sending is not None else None
+        if directory is not None:
+            state = _read(directory / _PROBES, State)
+            self._probes = Probes(self._policy.max_visibility_lag)
+            if state is not None:
+                self._probes.restore(state)
         self._start()
 
     def ended(self) -> None:
@@ -220,37 +233,32 @@ class Visibility:
             logger.error("%s: no thread can be started to see what is visible", error)
 
     def _run(self) -> None:
-        sending, events = self._sending, self._new_list()
+        sending = self._sending
         if sending is None:
             return
+        # Nobody waits for it, so it may take longer than a question.
+        events = event_list(self._policy, self._policy.request_timeout)
         try:
             while not self._closed.wait(INTERVAL):
-                if not sending.is_sender:
-                    break
                 self._look(sending, events)
-        except Exception:
-            logger.exception("%s: broke off and begins anew", "visibility")
         finally:
             events.close()
-            self._is_restored = False
             with self._starting:
                 self._thread = None
 
-    def _new_list(self) -> EventList:
-        return EventList(
-            url=self._url,
-            key=self._policy.questions_key,
-            timeout=self._policy.entitlement_timeout,
-        )
-
     def _look(self, sending: Sending, events: EventList) -> None:
-        """Move the mark as far as the list shows."""
-        self._restore(sending)
-        self._probes.mark(sending.delivered_until())
-        ids = self._probes.due(self._at_most)
-        if ids and not self._is_fixed and not self._take_question():
-            self._ask(events, ids)
-        self._publish(sending)
+        """Move the mark as far as the list shows, if this process sends."""
+        if not sending.is_sender:
+            return
+        try:
+            self._probes.mark(sending.delivered_until())
+            ids = self._probes.due(self._at_most)
+            if ids and not self._is_fixed and not self._take_question():
+                self._ask(events, ids)
+            self._publish(sending)
+        except Exception:
+            logger.exception("%s: could not be looked for and is soon again",
+                             "visibility")  # fmt: skip
 
     def _ask(self, events: EventList, ids: list[str]) -> None:
         try:
@@ -261,7 +269,12 @@ class Visibility:
             elif error.status == 200:
                 # Events are so large that fewer of them fit into an answer.
                 self._at_most = max(self._at_most // 2, 1)
-            logger.debug("%s: %s", "visibility", error.reason)
+            else:
+                logger.warning(
+                    "%s: OpenMeter does not list events now (status %s: %s); quotas "
+                    "wait for it, for max_visibility_lag at most",
+                    "visibility", error.status or "none", error.reason,
+                )  # fmt: skip
         else:
             self._at_most = min(self._at_most * 2, MAX_IDS)
 
@@ -299,14 +312,6 @@ class Visibility:
                 _write(directory / _PROBES, state)
                 self._kept = state
             _write(directory / _MARK, msgspec.json.encode(published))
-
-    def _restore(self, sending: Sending) -> None:
-        """Take over what the last sender of the spool was looking for."""
-        if self._is_restored or sending.directory is None:
-            return
-        self._is_restored = True
-        if (state := _read(sending.directory / _PROBES, State)) is not None:
-            self._probes.restore(state)
 
 
 def _markers(policy: Policy) -> list[bytes]:
