@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -17,8 +16,9 @@ from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import (
-    Usage,
+    StatedUsage,
     are_small,
+    derived_id,
     encode_events,
     numbered,
     quoted,
@@ -326,13 +326,13 @@ class Billing:
         """Return the meters of the policy and of the handler together."""
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
-        usage = policy.static if with_flat else Usage({}, ())
+        usage = policy.static if with_flat else StatedUsage({}, ())
         missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
             found = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
             )
-            usage = Usage(
+            usage = StatedUsage(
                 {**usage.numbers, **found.usage.numbers},
                 (*usage.documents, *found.usage.documents),
             )
@@ -521,14 +521,5 @@ def with_own_ids(
 
 def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> str:
     """Return the id that every completed attempt of one operation has."""
-    parts = (
-        subject or "",
-        method_of(environ),
-        f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
-        key,
-    )
-    digest = hashlib.sha256()
-    for part in parts:
-        encoded = part.encode(errors="surrogatepass")
-        digest.update(b"%d:" % len(encoded) + encoded)
-    return f"once-{digest.hexdigest()[:40]}"
+    path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
+    return derived_id(subject or "", method_of(environ), path, key)

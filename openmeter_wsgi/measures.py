@@ -42,7 +42,7 @@ import msgspec
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import VALUE_PROPERTY, Number, Usage, read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, Number, StatedUsage, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
 from openmeter_wsgi.request import interrupted
 
@@ -382,12 +382,12 @@ class MeasuredMeter(NamedTuple):
 class Evaluated(NamedTuple):
     """What measured meters came to."""
 
-    usage: Usage
+    usage: StatedUsage
     #: The measures that had no value, and why, by the type of their meter.
     missing: list[tuple[str, Measure, str]]
 
 
-def split(meter: Any, meters: Any) -> tuple[Usage, tuple[MeasuredMeter, ...]]:
+def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ...]]:
     """Part what a policy states into what is known now and what is measured.
 
     :raises ValueError: naming what is wrong. It may be called again with the same.
@@ -411,7 +411,8 @@ def split(meter: Any, meters: Any) -> tuple[Usage, tuple[MeasuredMeter, ...]]:
         else:
             numbers[name] = number
     plain = read_usage(documents).documents if documents else ()
-    return Usage(read_usage(numbers).numbers if numbers else {}, plain), (*measured,)
+    counted = read_usage(numbers).numbers if numbers else {}
+    return StatedUsage(counted, plain), (*measured,)
 
 
 def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
@@ -433,7 +434,7 @@ def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
             logger.error("meter %r: not sent: %s", meter.type, error)
             missing.append((meter.type, meter.measures[0], "invalid"))
     plain = read_usage(documents).documents if documents else ()
-    return Evaluated(Usage(numbers, plain), missing)
+    return Evaluated(StatedUsage(numbers, plain), missing)
 
 
 def _number(meter: MeasuredMeter, value: object) -> Any:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import Meter, Meters, Number, Usage, add_numbers, read_usage
+from openmeter_wsgi.events import (
+    Meter,
+    Meters,
+    Number,
+    StatedUsage,
+    add_numbers,
+    read_usage,
+)
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
@@ -298,7 +305,7 @@ class RunTimeMeters:
         if self.interruption is not None:
             raise self.interruption
 
-    def set(self, usage: Usage, *, flat: bool) -> None:
+    def set(self, usage: StatedUsage, *, flat: bool) -> None:
         """Let *usage* be all that was stated, in place of static meters too."""
         numbers = dict(usage.numbers)
         self._overridden = usage.types
@@ -306,7 +313,7 @@ class RunTimeMeters:
         self._measured = {} if flat else numbers
         self._documents = [(meter, flat) for meter in usage.documents]
 
-    def add(self, usage: Usage) -> None:
+    def add(self, usage: StatedUsage) -> None:
         """Let *usage* come on top. Nothing changes if a sum is not possible."""
         sums = {
             name: add_numbers(name, self._measured.get(name, 0), number)
@@ -323,7 +330,7 @@ class RunTimeMeters:
         documents = [meter.document() for meter, _ in self._documents]
         return [*documents, numbers] if numbers else documents
 
-    def merged(self, policys: Usage, *, with_flat: bool) -> Usage:
+    def merged(self, policys: StatedUsage, *, with_flat: bool) -> StatedUsage:
         """Return what the policy meters and this together.
 
         Without *with_flat* the amounts that this calls flat are left out.
@@ -344,7 +351,7 @@ class RunTimeMeters:
                 logger.error("%s; the larger one is sent alone", error)
                 numbers[name] = max(numbers[name], number, key=float)
         documents += [m for m, flat in self._documents if with_flat or not flat]
-        return Usage(numbers, tuple(documents))
+        return StatedUsage(numbers, tuple(documents))
 
 
 def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
