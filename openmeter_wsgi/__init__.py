@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import set_user as set_user
     from openmeter_wsgi.stats import Stats as Stats
     from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
+    from openmeter_wsgi.usage import Usage as Usage
 
 # The package alone imports nothing: its pytest plugin is loaded in every run of
 # pytest. The first of these names imports all of them, so that no request does.
@@ -79,6 +80,7 @@ _LATE = {
     "policy": ("Policy",),
     "status_codes": ("StatusCodes",),
     "stats": ("Stats",),
+    "usage": ("Usage",),
 }  # fmt: skip
 _MODULE = {
     name: module
