@@ -29,7 +29,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := cli,django,flask,jsonpath,prometheus,redis,sandbox
+EXTRAS := cli,django,flask,jobs,jsonpath,prometheus,redis,sandbox
 
 .PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
 

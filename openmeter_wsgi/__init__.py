@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.errors import ConfigError as ConfigError
     from openmeter_wsgi.errors import MeterValueError as MeterValueError
     from openmeter_wsgi.errors import OpenMeterWSGIError as OpenMeterWSGIError
+    from openmeter_wsgi.errors import TicketError as TicketError
     from openmeter_wsgi.exchange import Exchange as Exchange
     from openmeter_wsgi.health import Health as Health
     from openmeter_wsgi.health import HealthEndpoint as HealthEndpoint
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import set_user as set_user
     from openmeter_wsgi.stats import Stats as Stats
     from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
+    from openmeter_wsgi.tickets import defer as defer
     from openmeter_wsgi.usage import Usage as Usage
 
 # The package alone imports nothing: its pytest plugin is loaded in every run of
@@ -59,7 +61,9 @@ _TOGETHER = {
     "entitlements.handlers": (
         "EntitlementDenied", "check_entitlements", "require_entitlements",
     ),
-    "errors": ("ConfigError", "MeterValueError", "OpenMeterWSGIError"),
+    "errors": (
+        "ConfigError", "MeterValueError", "OpenMeterWSGIError", "TicketError",
+    ),
     "exchange": ("Exchange",),
     "health": ("Health", "HealthEndpoint", "Problem"),
     "middleware": ("OpenMeterMiddleware",),
@@ -80,6 +84,7 @@ _LATE = {
     "policy": ("Policy",),
     "status_codes": ("StatusCodes",),
     "stats": ("Stats",),
+    "tickets": ("defer",),
     "usage": ("Usage",),
 }  # fmt: skip
 _MODULE = {

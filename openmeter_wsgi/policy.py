@@ -180,6 +180,12 @@ class DeliveryOptions:
     #: Seconds for which a batch without an answer may be sent again. Longer than
     #: OpenMeter remembers ids, it might be billed twice.
     resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
+    #: The secret that signs the tickets of :func:`defer`, at least 16 characters. To
+    #: replace it, give the new one and the old one with a space between them: the first
+    #: signs, both are accepted. Needs ``pip install 'openmeter_wsgi[jobs]'``.
+    ticket_secret: str | Iterable[str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.ticket_secret}
+    )
     #: ``"ship"``: another process delivers the spool, this one starts no thread.
     delivery: Literal["thread", "ship"] = "thread"
     #: Settle, count and log what would be billed, and send nothing.

@@ -280,6 +280,7 @@ class RunTimeMeters:
         "_flat",
         "_measured",
         "_overridden",
+        "deferred",
         "denied",
         "idempotency_key",
         "interruption",
@@ -295,6 +296,8 @@ class RunTimeMeters:
         self.is_unmetered = False
         #: Whether the request was denied, so that nothing of it is billed.
         self.denied = False
+        #: The types of each ticket that was given out, None for all types.
+        self.deferred: tuple[tuple[str, ...] | None, ...] = ()
         self._overridden: set[str] = set()
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
@@ -304,6 +307,10 @@ class RunTimeMeters:
         """Raise what interrupted a callable of the policy, now that all is settled."""
         if self.interruption is not None:
             raise self.interruption
+
+    def is_deferred(self, meter_type: str) -> bool:
+        """Return True if a ticket holds the meters of that type."""
+        return any(types is None or meter_type in types for types in self.deferred)
 
     def set(self, usage: StatedUsage, *, flat: bool) -> None:
         """Let *usage* be all that was stated, in place of static meters too."""
@@ -333,7 +340,8 @@ class RunTimeMeters:
     def merged(self, policys: StatedUsage, *, with_flat: bool) -> StatedUsage:
         """Return what the policy meters and this together.
 
-        Without *with_flat* the amounts that this calls flat are left out.
+        Without *with_flat* the amounts that this calls flat are left out. Deferred
+        meters always are.
         """
         hidden = self._overridden
         numbers = {k: v for k, v in policys.numbers.items() if k not in hidden}
@@ -351,6 +359,9 @@ class RunTimeMeters:
                 logger.error("%s; the larger one is sent alone", error)
                 numbers[name] = max(numbers[name], number, key=float)
         documents += [m for m, flat in self._documents if with_flat or not flat]
+        if self.deferred:
+            numbers = {k: v for k, v in numbers.items() if not self.is_deferred(k)}
+            documents = [m for m in documents if not self.is_deferred(m.type)]
         return StatedUsage(numbers, tuple(documents))
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.events import derived_id, encode_events, read_usage, size_problem
 from openmeter_wsgi.middleware import OpenMeterMiddleware
+from openmeter_wsgi.tickets import read_ticket
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from openmeter_wsgi.events import Meters
+    from openmeter_wsgi.events import Meter, Meters
     from openmeter_wsgi.health import Health
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.stats import Stats
+
+logger = log.get_logger(__name__)
 
 
 class Usage:
@@ -46,27 +50,45 @@ class Usage:
 
         :raises MeterValueError: naming the bad value; nothing is billed then.
         """
-        for name, text in {
-            "subject": subject,
-            "key": "-" if key is None else key,
-        }.items():
-            if problem := text_problem(text):
-                raise MeterValueError(f"{name}: {problem}")
-        process = self._process()
+        if problem := text_problem(subject):
+            raise MeterValueError(f"subject: {problem}")
+        if key is not None and (problem := text_problem(key)):
+            raise MeterValueError(f"key: {problem}")
+        read = self._policy.as_meters(read_usage(meters))
+        process, source = self._process(), self._policy.event_source
         request_id = process.ids.new() if key is None else derived_id(subject, key)
-        self._put(process, self._encoded(meters, request_id, subject))
+        self._put(process, _encoded(read, request_id, subject, source))
 
-    def _encoded(self, meters: Meters, request_id: str, subject: str) -> list[bytes]:
-        events = encode_events(
-            self._policy.as_meters(read_usage(meters)),
-            request_id=request_id,
-            subject=subject,
-            source=self._policy.event_source,
-        )
-        for event in events:
-            if problem := size_problem(event):
-                raise MeterValueError(f"the event is too large: {problem}")
-        return events
+    def settle(self, ticket: str, meters: Meters) -> None:
+        """Bill *meters* under the ids of a *ticket* from :func:`defer`, dated now.
+
+        Any process on any host may call it, if it has the same ``ticket_secret``. To
+        settle a ticket twice bills once, if OpenMeter deduplicates: the first amount of
+        each type counts. A job that has failed settles nothing.
+
+        :raises TicketError: if the ticket was altered, signed with another secret, or
+            has expired.
+        :raises MeterValueError: naming the bad value, or a type that the ticket does
+            not hold. Nothing is billed then.
+        """
+        found = read_ticket(ticket, self._policy)
+        read = self._policy.as_meters(read_usage(meters))
+        for meter in read:
+            if found.types is not None and meter.type not in found.types:
+                raise MeterValueError(
+                    f"meter {meter.type!r}: expected a type that the ticket holds, one "
+                    f"of {', '.join(map(repr, found.types))}"
+                )
+        process = self._process()
+        if found.subject is None:
+            billed = [meter for meter in read if meter.subject]
+            process.counts.dropped["no_subject"] += len(read) - len(billed)
+            logger.warning(
+                "settle: a ticket of %r is not billed, as its request had no subject",
+                found.policy,
+            )
+            read = (*billed,)
+        self._put(process, _encoded(read, found.id, found.subject, found.source))
 
     def _put(self, process: Process, events: Iterable[bytes]) -> None:
         if not process.is_begun:
@@ -102,6 +124,18 @@ class Usage:
     def health(self) -> Health:
         """Return the present problems of this process. Waits for nothing."""
         return self._middleware.health()
+
+
+def _encoded(
+    meters: Sequence[Meter], request_id: str, subject: str | None, source: str
+) -> list[bytes]:
+    events = encode_events(
+        meters, request_id=request_id, subject=subject, source=source
+    )
+    for event in events:
+        if problem := size_problem(event):
+            raise MeterValueError(f"the event is too large: {problem}")
+    return events
 
 
 def _no_application(*_: Any) -> list[bytes]:
