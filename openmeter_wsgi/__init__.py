@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.version import VERSION as __version__  # noqa: F401, N811
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.bodies.sdk import usage_of as usage_of
     from openmeter_wsgi.decorators import meter as meter
     from openmeter_wsgi.decorators import no_meter as no_meter
     from openmeter_wsgi.entitlements.decision import Decision as Decision
@@ -75,6 +76,7 @@ _TOGETHER = {
 # These come one by one: options and measures with a policy or a middleware,
 # decorators with a view.
 _LATE = {
+    "bodies.sdk": ("usage_of",),
     "decorators": ("meter", "no_meter"),
     "measures": (
         "Measure", "bytes_received", "bytes_sent", "computed", "duration", "llm_usage",
