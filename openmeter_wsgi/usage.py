@@ -55,9 +55,12 @@ class Usage:
         if key is not None and (problem := text_problem(key)):
             raise MeterValueError(f"key: {problem}")
         read = self._policy.as_meters(read_usage(meters))
-        process, source = self._process(), self._policy.event_source
-        request_id = process.ids.new() if key is None else derived_id(subject, key)
-        self._put(process, _encoded(read, request_id, subject, source))
+        if key is None:
+            request_id = self._process().ids.new()
+        else:
+            request_id = derived_id(subject, key)
+        source = self._policy.event_source
+        self.put(_encoded(read, request_id, subject, source))
 
     def settle(self, ticket: str, meters: Meters) -> None:
         """Bill *meters* under the ids of a *ticket* from :func:`defer`, dated now.
@@ -79,18 +82,19 @@ class Usage:
                     f"meter {meter.type!r}: expected a type that the ticket holds, one "
                     f"of {', '.join(map(repr, found.types))}"
                 )
-        process = self._process()
         if found.subject is None:
             billed = [meter for meter in read if meter.subject]
-            process.counts.dropped["no_subject"] += len(read) - len(billed)
+            self._process().counts.dropped["no_subject"] += len(read) - len(billed)
             logger.warning(
                 "settle: a ticket of %r is not billed, as its request had no subject",
                 found.policy,
             )
             read = (*billed,)
-        self._put(process, _encoded(read, found.id, found.subject, found.source))
+        self.put(_encoded(read, found.id, found.subject, found.source))
 
-    def _put(self, process: Process, events: Iterable[bytes]) -> None:
+    def put(self, events: Iterable[bytes]) -> None:
+        """Queue encoded events. The command ``send`` has checked its own."""
+        process = self._process()
         if not process.is_begun:
             process.begin({})
         for event in events:
