@@ -180,7 +180,10 @@ def ticket_secret(value: Any) -> tuple[str, ...] | None:
     secrets = tuple(secrets) if isinstance(secrets, Iterable) else ()
     for secret in secrets or ("",):
         if not isinstance(secret, str) or len(secret) < _MIN_SECRET:
-            raise ValueError(f"expected text of at least {_MIN_SECRET} characters")
+            raise ValueError(
+                f"expected text of at least {_MIN_SECRET} characters, or two such "
+                "texts with a space between them"
+            )
     if len(secrets) > 2:
         raise ValueError(
             f"expected one secret, or a new and an old one, got {len(secrets)}"
