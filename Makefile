@@ -8,6 +8,8 @@
 #   make docs          the documentation alone, in build/docs
 #   make test-servers  uWSGI, gevent, Redis, Apache, a full disk: as root, on Debian
 #   make test-django   the Django edge under Django 4.2, 5.2 and the newest
+#   make jobs          Celery and RQ on a real Redis, and the SDKs of language models
+#   make jobs LONG=1   the same, and the long form of the test of recorded usage
 #   make test-page     the sandbox's page in Chromium: as root, on Debian
 #   make screenshot    the picture of it in the documentation
 #   make chaos         kill -9 under load, and ten million events through small segments:
@@ -30,9 +32,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := cli,django,flask,jsonpath,prometheus,redis,sandbox
+EXTRAS := cli,django,flask,jobs,jsonpath,prometheus,redis,sandbox
 
-.PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django test-page screenshot chaos overshoot bench guard dist release-check clean
+.PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django jobs test-page screenshot chaos overshoot bench guard dist release-check clean
 
 # What the demo needs, unless everything is there already.
 DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
@@ -83,6 +85,14 @@ test-servers: $(INSTALLED)
 
 test-django:
 	tests/django_versions.sh $(PYTHON) $(NEWEST_PYTHON)
+
+# Installs Celery, RQ and the SDKs, and Redis where there is none: as root, on Debian.
+jobs: $(INSTALLED)
+	tests/jobs_installed/install $(VENV)
+	$(BIN)/python -X dev -m pytest tests/jobs_installed
+ifdef LONG
+	$(BIN)/python -X dev -m pytest --hypothesis-profile long tests/test_usage_machine.py
+endif
 
 # Needs root and Debian: it installs Chromium first.
 test-page: $(INSTALLED)

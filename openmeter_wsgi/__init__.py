@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.version import VERSION as __version__  # noqa: F401, N811
 
 if TYPE_CHECKING:
+    from openmeter_wsgi.bodies.sdk import usage_of as usage_of
     from openmeter_wsgi.decorators import meter as meter
     from openmeter_wsgi.decorators import no_meter as no_meter
     from openmeter_wsgi.entitlements.decision import Decision as Decision
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.errors import ConfigError as ConfigError
     from openmeter_wsgi.errors import MeterValueError as MeterValueError
     from openmeter_wsgi.errors import OpenMeterWSGIError as OpenMeterWSGIError
+    from openmeter_wsgi.errors import TicketError as TicketError
     from openmeter_wsgi.exchange import Exchange as Exchange
     from openmeter_wsgi.health import Health as Health
     from openmeter_wsgi.health import HealthEndpoint as HealthEndpoint
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import set_user as set_user
     from openmeter_wsgi.stats import Stats as Stats
     from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
+    from openmeter_wsgi.tickets import defer as defer
+    from openmeter_wsgi.usage import Usage as Usage
 
 # The package alone imports nothing: its pytest plugin is loaded in every run of
 # pytest. The first of these names imports all of them, so that no request does.
@@ -58,7 +62,9 @@ _TOGETHER = {
     "entitlements.handlers": (
         "EntitlementDenied", "check_entitlements", "require_entitlements",
     ),
-    "errors": ("ConfigError", "MeterValueError", "OpenMeterWSGIError"),
+    "errors": (
+        "ConfigError", "MeterValueError", "OpenMeterWSGIError", "TicketError",
+    ),
     "exchange": ("Exchange",),
     "health": ("Health", "HealthEndpoint", "Problem"),
     "middleware": ("OpenMeterMiddleware",),
@@ -70,6 +76,7 @@ _TOGETHER = {
 # These come one by one: options and measures with a policy or a middleware,
 # decorators with a view.
 _LATE = {
+    "bodies.sdk": ("usage_of",),
     "decorators": ("meter", "no_meter"),
     "measures": (
         "Measure", "bytes_received", "bytes_sent", "computed", "duration", "llm_usage",
@@ -79,6 +86,8 @@ _LATE = {
     "policy": ("Policy",),
     "status_codes": ("StatusCodes",),
     "stats": ("Stats",),
+    "tickets": ("defer",),
+    "usage": ("Usage",),
 }  # fmt: skip
 _MODULE = {
     name: module

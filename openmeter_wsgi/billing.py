@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -17,8 +16,9 @@ from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import (
-    Usage,
+    StatedUsage,
     are_small,
+    derived_id,
     encode_events,
     numbered,
     quoted,
@@ -99,7 +99,8 @@ class Billing:
             subjects=self.subjects,
             counts=self._counts,
         )
-        self._identity = Identity(policy, process.ids)
+        #: What makes the ids of its requests.
+        self.identity = Identity(policy, process.ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         self._has_meters = bool(policy.static_meters or policy.measured)
@@ -120,7 +121,7 @@ class Billing:
             self.bodies is None
             and not self._is_default
             and not self._counts_down
-            and self._identity.is_ours
+            and self.identity.is_ours
             and all(meter.plain for meter in self.policy.static_meters)
             and are_small(self.policy.static_meters, self.policy.event_source)
         )
@@ -266,7 +267,7 @@ class Billing:
             meters = with_own_ids(environ, meters, stated.idempotency_key)
         events = encode_events(
             meters,
-            request_id=self._identity.of(environ, stated, subject, outcome),
+            request_id=self.identity.of(environ, stated, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
@@ -307,6 +308,8 @@ class Billing:
             return outcome
         if stated is not None and stated.is_unmetered:
             return "no_meter"
+        if stated is not None and None in stated.deferred:
+            return "deferred"
         if self._when is None or exchange is None:
             return None
         wanted = self._when.value(exchange)
@@ -326,24 +329,24 @@ class Billing:
         """Return the meters of the policy and of the handler together."""
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
-        usage = policy.static if with_flat else Usage({}, ())
+        usage = policy.static if with_flat else StatedUsage({}, ())
         missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
             found = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
             )
-            usage = Usage(
+            usage = StatedUsage(
                 {**usage.numbers, **found.usage.numbers},
                 (*usage.documents, *found.usage.documents),
             )
             missing = found.missing
             for each in found.missing:
                 self._warn_of_missing(exchange, *each)
-            for remark in sorted(exchange.remarks):
-                self._counts.remarks[remark] += 1
-                logger.warning(_REMARKS[remark], self._where(exchange), remark)
+            self._tell_remarks(exchange)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
+            if stated.deferred and not usage.types:
+                return "deferred"
         if meters := policy.as_meters(usage):
             for _, _, reason in missing:
                 self._counts.dropped[f"no_value_{reason}"] += 1
@@ -351,6 +354,11 @@ class Billing:
         if missing:
             return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
+
+    def _tell_remarks(self, exchange: Exchange) -> None:
+        for remark in sorted(exchange.remarks):
+            self._counts.remarks[remark] += 1
+            logger.warning(_REMARKS[remark], self._where(exchange), remark)
 
     def _where(self, exchange: Exchange) -> str:
         return f"{exchange.method} {exchange.route or self.name}"
@@ -521,14 +529,5 @@ def with_own_ids(
 
 def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> str:
     """Return the id that every completed attempt of one operation has."""
-    parts = (
-        subject or "",
-        method_of(environ),
-        f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
-        key,
-    )
-    digest = hashlib.sha256()
-    for part in parts:
-        encoded = part.encode(errors="surrogatepass")
-        digest.update(b"%d:" % len(encoded) + encoded)
-    return f"once-{digest.hexdigest()[:40]}"
+    path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
+    return derived_id(subject or "", method_of(environ), path, key)

@@ -5,6 +5,7 @@
     OpenMeterWSGIError
     ├─ ConfigError (ValueError)      a configuration, at construction, all at once
     ├─ MeterValueError (ValueError)  the caller's own value, raised where it is made
+    ├─ TicketError (ValueError)      a ticket that cannot be settled
     ├─ SpoolError                    the spool's disk; never reaches a request
     │   └─ SpoolFull                 no room for another segment
     └─ DeliveryError                 one attempt to send; never leaves the sender
@@ -57,6 +58,10 @@ class ConfigError(OpenMeterWSGIError, ValueError):
 
 class MeterValueError(OpenMeterWSGIError, ValueError):
     """A meter that OpenMeter would refuse, or take and count wrong or not at all."""
+
+
+class TicketError(OpenMeterWSGIError, ValueError):
+    """A ticket that is refused: altered, signed with another secret, or expired."""
 
 
 class SpoolError(OpenMeterWSGIError):

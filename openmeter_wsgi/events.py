@@ -78,7 +78,7 @@ class Meter(msgspec.Struct, frozen=True):
         return fields
 
 
-class Usage(msgspec.Struct, frozen=True):
+class StatedUsage(msgspec.Struct, frozen=True):
     """Numbers by type, which add up, and documents, which stand each alone."""
 
     numbers: dict[str, Number]
@@ -90,7 +90,7 @@ class Usage(msgspec.Struct, frozen=True):
         return {*self.numbers, *(meter.type for meter in self.documents)}
 
 
-def read_usage(meters: object) -> Usage:
+def read_usage(meters: object) -> StatedUsage:
     """Return the usage that *meters* states, with every value checked.
 
     :raises MeterValueError: naming the value that OpenMeter would refuse, or
@@ -106,7 +106,7 @@ def read_usage(meters: object) -> Usage:
         for name, value in entry.items():
             number = _read_number(_read_text("meter type", name), value)
             numbers[name] = add_numbers(name, numbers.get(name, 0), number)
-    return Usage(numbers, tuple(documents))
+    return StatedUsage(numbers, tuple(documents))
 
 
 def _entries(meters: object) -> list[Mapping[str, Any]]:
@@ -261,6 +261,15 @@ def _drawn_prefix() -> str:
     for moment in (time.time_ns(), time.monotonic_ns(), os.getpid()):
         drawn.update(moment.to_bytes(16))
     return f"{drawn.hexdigest()[:24]}-"
+
+
+def derived_id(*parts: str) -> str:
+    """Return the id that all repetitions with the same *parts* have."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode(errors="surrogatepass")
+        digest.update(b"%d:" % len(encoded) + encoded)
+    return f"once-{digest.hexdigest()[:40]}"
 
 
 def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, str]]:

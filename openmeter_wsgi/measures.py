@@ -24,6 +24,7 @@ one. It is never guessed.
 ``$llm.FIELD``            one figure of it: ``$llm.total_tokens``
 ``$llm:PROVIDER``         the same from reports of one shape: ``$llm:openai``
 ``$llm:PROVIDER.FIELD``   one figure of them: ``$llm:openai.total_tokens``
+``$llm:SHAPE/type:NAME``  one event for each type of token, of the provider NAME
 ========================  ==========================================================
 
 ``?? VALUE`` behind one of these is its default, as JSON: ``$response.header.X-N ?? 0``.
@@ -35,16 +36,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import VALUE_PROPERTY, Number, Usage, read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, Number, StatedUsage, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
 from openmeter_wsgi.request import interrupted
+from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +58,8 @@ logger = log.get_logger(__name__)
 
 _NONE: Any = object()
 _COMPUTED = "computed("
+#: Stands between the shape of a report and the provider that bills its tokens.
+_BY_TYPE = "/type:"
 #: The names in a JSONPath that are quoted.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 #: More digits has no number that OpenMeter could read.
@@ -68,7 +72,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 class Measure:
     """A value that an :class:`Exchange` has, or lacks. Immutable; any thread."""
 
-    __slots__ = ("_default", "_find", "bodies", "is_quantity", "text")
+    __slots__ = ("_default", "_find", "bodies", "is_quantity", "is_split", "text")
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Measure:
         *,
         bodies: Iterable[Body] = (),
         is_quantity: bool = True,
+        is_split: bool = False,
         default: object = _NONE,
     ) -> None:
         #: How it is written in a file.
@@ -88,6 +93,8 @@ class Measure:
         #: Whether it says how much, rather than of what kind: a quantity is billed
         #: also of a response that broke off.
         self.is_quantity = is_quantity
+        #: Whether it gives the data of several events, so that it stands for all data.
+        self.is_split = is_split
         self._find = find
         self._default = default
 
@@ -98,6 +105,7 @@ class Measure:
             self._find,
             bodies=self.bodies,
             is_quantity=self.is_quantity,
+            is_split=self.is_split,
             default=value,
         )
 
@@ -211,26 +219,38 @@ def multi_status(part: str = "succeeded") -> Measure:
     return Measure(f"$response.{part}", find, bodies=["multi_status"])
 
 
-def llm_usage(field: str | None = None, *, provider: Provider | None = None) -> Measure:
+def llm_usage(
+    field: str | None = None,
+    *,
+    provider: str | None = None,
+    split: Literal["type"] | None = None,
+    shape: Provider | None = None,
+) -> Measure:
     """The usage of a language model: one field of :class:`LLMUsage`, or all of them.
 
     Without a field it stands for the whole ``data``, with the figures that were
     reported and no others. With a *provider* it reads reports of that shape alone.
     State it wherever the body holds anything of the caller's.
+
+    ``split="type"`` sends one event for each type of token, with ``tokens``, ``type``
+    (``input``, ``output``, ``cache_read``, ``cache_write``, ``reasoning``),
+    ``provider`` and ``model``, by which OpenMeter finds a price. Each token is in one
+    of them. There *provider* is the company that bills you, such as ``"groq"``, and
+    *shape* the form of its reports: by default its own, or else OpenAI's.
     """
-    from openmeter_wsgi.bodies.llm_shapes import (
-        FIELDS,
-        PROVIDERS,  # see `reader_of`
-    )
+    from openmeter_wsgi.bodies.llm_shapes import FIELDS, PROVIDERS  # see `reader_of`
 
     if field is not None and field not in FIELDS:
         raise ValueError(f"expected one of {', '.join(FIELDS)}, got {field!r}")
-    if provider is not None and provider not in PROVIDERS:
-        names = ", ".join(map(repr, PROVIDERS))
-        raise ValueError(f"provider: expected one of {names}, got {provider!r}")
+    if split is not None:
+        default = provider if provider in PROVIDERS else "openai"
+        return _tokens_by_type(split, field, provider, shape or default)
+    if shape is not None:
+        raise ValueError("shape: expected it with split='type' alone; write provider=")
+    body = _body_of("provider", provider)
 
     def find(exchange: Exchange) -> object:
-        usage = exchange.llm_usage(provider)
+        usage: Any = exchange.llm_usage(provider)  # type: ignore[arg-type]
         if isinstance(usage, Unknown):
             return usage
         if field is None:
@@ -239,9 +259,43 @@ def llm_usage(field: str | None = None, *, provider: Provider | None = None) -> 
         value = getattr(usage, field)
         return Unknown("not_reported") if value is None else value
 
-    body: Body = f"llm:{provider}" if provider else "llm"  # type: ignore[assignment]
     text = f"${body}" if field is None else f"${body}.{field}"
     return Measure(text, find, bodies=[body])
+
+
+def _tokens_by_type(
+    split: str, field: str | None, provider: str | None, shape: str | None
+) -> Measure:
+    from openmeter_wsgi.bodies.llm_shapes import priced_data  # see `reader_of`
+
+    if split != "type" or field is not None:
+        raise ValueError(
+            f"split: expected 'type', without a field, got {split!r} and {field!r}"
+        )
+    if provider is None or text_problem(provider):
+        raise ValueError(
+            "provider: expected the company that bills the tokens, such as 'openai', "
+            f"'azure' or 'groq', got {provider!r}"
+        )
+    body = _body_of("shape", shape)
+
+    def find(exchange: Exchange) -> object:
+        usage = exchange.llm_usage(shape)  # type: ignore[arg-type]
+        if isinstance(usage, Unknown):
+            return usage
+        return priced_data(usage, provider) or Unknown("not_reported")
+
+    return Measure(f"${body}{_BY_TYPE}{provider}", find, bodies=[body], is_split=True)
+
+
+def _body_of(name: str, shape: str | None) -> Body:
+    """Return the body that holds reports of *shape*; *name* says what may be wrong."""
+    from openmeter_wsgi.bodies.llm_shapes import PROVIDERS  # see `reader_of`
+
+    if shape is not None and shape not in PROVIDERS:
+        names = ", ".join(map(repr, PROVIDERS))
+        raise ValueError(f"{name}: expected one of {names}, got {shape!r}")
+    return f"llm:{shape}" if shape else "llm"  # type: ignore[return-value]
 
 
 def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
@@ -333,10 +387,13 @@ def _named(name: str) -> Measure:
         return make()
     if name.startswith(_JSON) and name[len(_JSON) :][:1] in {".", "["}:
         return response_json("$" + name.removeprefix(_JSON))
+    if name.startswith("$llm") and _BY_TYPE in name:
+        return _by_type(*name.removeprefix("$llm").split(_BY_TYPE, 1))
     for prefix, make_named in _WITH_NAME.items():
         if (rest := name.removeprefix(prefix)) != name and rest:
             return make_named(rest)
-    known = ", ".join([*_PLAIN, *(f"{prefix}NAME" for prefix in _WITH_NAME)])
+    names = [*_WITH_NAME, f"$llm{_BY_TYPE}"]
+    known = ", ".join([*_PLAIN, *(f"{prefix}NAME" for prefix in names)])
     raise ValueError(
         f"{name!r} is no measure; expected one of {known}, {_JSON}.PATH "
         "(or two dollar signs for text that begins with one)"
@@ -344,11 +401,17 @@ def _named(name: str) -> Measure:
 
 
 def _llm_usage_of(provider: str, field: str | None = None) -> Measure:
-    return llm_usage(field, provider=provider)  # type: ignore[arg-type]
+    return llm_usage(field, provider=provider)
+
+
+def _by_type(shape: str, provider: str) -> Measure:
+    form: Any = shape.removeprefix(":") or None
+    return llm_usage(split="type", provider=provider, shape=form)
 
 
 #: Stands for a measure where the rest of a document is checked.
 _ANY_NUMBER = 1
+_EXAMPLE_OF_SPLIT = {"tokens": 1, "type": "input", "provider": "a", "model": "b"}
 
 
 class _NoValue(Exception):
@@ -376,18 +439,20 @@ class MeasuredMeter(NamedTuple):
         if isinstance(self.content, Measure):
             return {VALUE_PROPERTY: _ANY_NUMBER}
         data = self.content.get("data", {})
-        return None if isinstance(data, Measure) else _replaced(data)
+        if isinstance(data, Measure):
+            return _EXAMPLE_OF_SPLIT if data.is_split else None
+        return _replaced(data)
 
 
 class Evaluated(NamedTuple):
     """What measured meters came to."""
 
-    usage: Usage
+    usage: StatedUsage
     #: The measures that had no value, and why, by the type of their meter.
     missing: list[tuple[str, Measure, str]]
 
 
-def split(meter: Any, meters: Any) -> tuple[Usage, tuple[MeasuredMeter, ...]]:
+def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ...]]:
     """Part what a policy states into what is known now and what is measured.
 
     :raises ValueError: naming what is wrong. It may be called again with the same.
@@ -400,6 +465,7 @@ def split(meter: Any, meters: Any) -> tuple[Usage, tuple[MeasuredMeter, ...]]:
         read = _with_measures(document)
         if found := tuple(_measures_in(read)):
             _check(read)
+            _check_places(read["data"], found)
             measured.append(MeasuredMeter(read["type"], read, found))
         else:
             documents.append(read)
@@ -407,11 +473,13 @@ def split(meter: Any, meters: Any) -> tuple[Usage, tuple[MeasuredMeter, ...]]:
         number = read_measure(value) if isinstance(value, str) else value
         if isinstance(number, Measure):
             read_usage({name: _ANY_NUMBER})
+            _check_places(None, (number,))
             measured.append(MeasuredMeter(name, number, (number,)))
         else:
             numbers[name] = number
     plain = read_usage(documents).documents if documents else ()
-    return Usage(read_usage(numbers).numbers if numbers else {}, plain), (*measured,)
+    counted = read_usage(numbers).numbers if numbers else {}
+    return StatedUsage(counted, plain), (*measured,)
 
 
 def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
@@ -425,15 +493,26 @@ def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
             if isinstance(meter.content, Measure):
                 numbers |= read_usage({meter.type: _number(meter, value)}).numbers
             else:
-                read_usage(value)
-                documents.append(value)
+                made = _documents(value)
+                read_usage(made)
+                documents += made
         except _NoValue as none:
             missing.append((meter.type, none.measure, none.reason))
         except MeterValueError as error:
             logger.error("meter %r: not sent: %s", meter.type, error)
             missing.append((meter.type, meter.measures[0], "invalid"))
     plain = read_usage(documents).documents if documents else ()
-    return Evaluated(Usage(numbers, plain), missing)
+    return Evaluated(StatedUsage(numbers, plain), missing)
+
+
+def _documents(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return one document for each element of its data, if that is a list."""
+    data = document.get("data")
+    return (
+        [{**document, "data": d} for d in data]
+        if isinstance(data, list)
+        else [document]
+    )
 
 
 def _number(meter: MeasuredMeter, value: object) -> Any:
@@ -473,6 +552,16 @@ def _check(document: Mapping[str, Any]) -> None:
     if found := next(iter(_measures_in(rest)), None):
         raise ValueError(f"expected measures in data alone, got {found!r} outside it")
     read_usage({**rest, "data": stand_in})
+
+
+def _check_places(data: Any, measures: Iterable[Measure]) -> None:
+    """Check that a measure of several events stands for all data of a document."""
+    for measure in measures:
+        if measure.is_split and measure is not data:
+            raise ValueError(
+                f"{measure!r}: expected in place of the whole data of a document, as "
+                "{'type': …, 'data': llm_usage(split='type', …)}"
+            )
 
 
 def _replaced(value: Any) -> Any:

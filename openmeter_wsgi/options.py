@@ -168,6 +168,36 @@ def key(value: Any) -> Any:
     return value if value is None or callable(value) else checked_key(value)
 
 
+#: A shorter secret could be guessed.
+_MIN_SECRET = 16
+
+
+def ticket_secret(value: Any) -> tuple[str, ...] | None:
+    """Read one secret, or two of which the first signs. The secrets are never shown."""
+    if value is None:
+        return None
+    secrets = value.split() if isinstance(value, str) else value
+    secrets = tuple(secrets) if isinstance(secrets, Iterable) else ()
+    for secret in secrets or ("",):
+        if not isinstance(secret, str) or len(secret) < _MIN_SECRET:
+            raise ValueError(
+                f"expected text of at least {_MIN_SECRET} characters, or two such "
+                "texts with a space between them"
+            )
+    if len(secrets) > 2:
+        raise ValueError(
+            f"expected one secret, or a new and an old one, got {len(secrets)}"
+        )
+    try:
+        # Here, so that only who has a secret needs it, and no request imports it.
+        import itsdangerous  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "needs itsdangerous; run: pip install 'openmeter_wsgi[jobs]'"
+        ) from None
+    return secrets
+
+
 def url(value: Any) -> str:
     """Return a base URL without a trailing slash."""
     if not isinstance(value, str):

@@ -26,7 +26,7 @@ import msgspec
 
 from openmeter_wsgi import options as read
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import Meter, Usage, number_meter
+from openmeter_wsgi.events import Meter, StatedUsage, number_meter
 from openmeter_wsgi.measures import (
     Measure,
     MeasuredMeter,
@@ -180,6 +180,12 @@ class DeliveryOptions:
     #: Seconds for which a batch without an answer may be sent again. Longer than
     #: OpenMeter remembers ids, it might be billed twice.
     resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
+    #: The secret that signs the tickets of :func:`defer`, at least 16 characters. To
+    #: replace it, give the new one and the old one with a space between them: the first
+    #: signs, both are accepted. Needs ``pip install 'openmeter_wsgi[jobs]'``.
+    ticket_secret: str | Iterable[str] | None = dataclasses.field(
+        default=None, repr=False, metadata={"read": read.ticket_secret}
+    )
     #: ``"ship"``: another process delivers the spool, this one starts no thread.
     delivery: Literal["thread", "ship"] = "thread"
     #: Settle, count and log what would be billed, and send nothing.
@@ -360,7 +366,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     #: The key for questions: its own object, because other threads use it.
     questions_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
     #: ``meter`` and ``meters`` together, as far as they are known beforehand …
-    static: Usage = dataclasses.field(init=False, repr=False, compare=False)
+    static: StatedUsage = dataclasses.field(init=False, repr=False, compare=False)
     #: … and what of them is known only at the end of a response.
     measured: tuple[MeasuredMeter, ...] = dataclasses.field(
         init=False, repr=False, compare=False
@@ -472,7 +478,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         """The meters of a request whose handler states nothing."""
         return self.as_meters(self.static)
 
-    def as_meters(self, usage: Usage) -> tuple[Meter, ...]:
+    def as_meters(self, usage: StatedUsage) -> tuple[Meter, ...]:
         """Return *usage* as meters, numbers first; zeros are left out."""
         numbers = (number_meter(name, number) for name, number in usage.numbers.items())
         return (*filter(None, numbers), *usage.documents)

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import Meter, Meters, Number, Usage, add_numbers, read_usage
+from openmeter_wsgi.events import (
+    Meter,
+    Meters,
+    Number,
+    StatedUsage,
+    add_numbers,
+    read_usage,
+)
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
@@ -273,6 +280,7 @@ class RunTimeMeters:
         "_flat",
         "_measured",
         "_overridden",
+        "deferred",
         "denied",
         "idempotency_key",
         "interruption",
@@ -288,6 +296,8 @@ class RunTimeMeters:
         self.is_unmetered = False
         #: Whether the request was denied, so that nothing of it is billed.
         self.denied = False
+        #: The types of each ticket that was given out, None for all types.
+        self.deferred: tuple[tuple[str, ...] | None, ...] = ()
         self._overridden: set[str] = set()
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
@@ -298,7 +308,11 @@ class RunTimeMeters:
         if self.interruption is not None:
             raise self.interruption
 
-    def set(self, usage: Usage, *, flat: bool) -> None:
+    def is_deferred(self, meter_type: str) -> bool:
+        """Return True if a ticket holds the meters of that type."""
+        return any(types is None or meter_type in types for types in self.deferred)
+
+    def set(self, usage: StatedUsage, *, flat: bool) -> None:
         """Let *usage* be all that was stated, in place of static meters too."""
         numbers = dict(usage.numbers)
         self._overridden = usage.types
@@ -306,7 +320,7 @@ class RunTimeMeters:
         self._measured = {} if flat else numbers
         self._documents = [(meter, flat) for meter in usage.documents]
 
-    def add(self, usage: Usage) -> None:
+    def add(self, usage: StatedUsage) -> None:
         """Let *usage* come on top. Nothing changes if a sum is not possible."""
         sums = {
             name: add_numbers(name, self._measured.get(name, 0), number)
@@ -323,10 +337,11 @@ class RunTimeMeters:
         documents = [meter.document() for meter, _ in self._documents]
         return [*documents, numbers] if numbers else documents
 
-    def merged(self, policys: Usage, *, with_flat: bool) -> Usage:
+    def merged(self, policys: StatedUsage, *, with_flat: bool) -> StatedUsage:
         """Return what the policy meters and this together.
 
-        Without *with_flat* the amounts that this calls flat are left out.
+        Without *with_flat* the amounts that this calls flat are left out. Deferred
+        meters always are.
         """
         hidden = self._overridden
         numbers = {k: v for k, v in policys.numbers.items() if k not in hidden}
@@ -344,7 +359,10 @@ class RunTimeMeters:
                 logger.error("%s; the larger one is sent alone", error)
                 numbers[name] = max(numbers[name], number, key=float)
         documents += [m for m, flat in self._documents if with_flat or not flat]
-        return Usage(numbers, tuple(documents))
+        if self.deferred:
+            numbers = {k: v for k, v in numbers.items() if not self.is_deferred(k)}
+            documents = [m for m in documents if not self.is_deferred(m.type)]
+        return StatedUsage(numbers, tuple(documents))
 
 
 def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:

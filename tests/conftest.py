@@ -22,6 +22,7 @@ _FOREIGN = {
 
 #: A busy machine is no fault of the code: what is slow shows in the benchmarks.
 settings.register_profile("tests", deadline=None)
+settings.register_profile("long", deadline=None, max_examples=3_000)
 settings.load_profile("tests")
 
 

@@ -533,8 +533,88 @@ def test_deduplication_that_is_off():
     assert (code, [*wrong]) == (3, ["deduplication"])
     assert wrong["deduplication"][0] == "failure"
     assert "is stored twice" in wrong["deduplication"][1]
+    assert "a ticket that is settled again" in wrong["deduplication"][1]
     assert "repeated under its idempotency key" in wrong["deduplication"][1]
     assert "sink.dedupe" in wrong["deduplication"][2]
+
+
+ACCEPTING = """
+import http, os
+from flask import Flask, Response
+from flask.views import MethodView
+from openmeter_wsgi import OpenMeterMiddleware, defer, meter
+app = Flask(__name__)
+
+@app.post("/tuple")
+def _tuple(): return {}, 202
+
+@app.post("/status")
+def status(): return Response(status="202 Accepted")
+
+@app.post("/name")
+def name():
+    def inner(): return {}, http.HTTPStatus.ACCEPTED
+    return inner()
+
+class Video(MethodView):
+    def post(self): return {}, 202
+app.add_url_rule("/class", view_func=Video.as_view("video"))
+
+@app.post("/deferred")
+def deferred(): return {"ticket": defer(None)}, 202
+
+@app.post("/created")
+def created(): return {}, 201
+
+@app.post("/free")
+def free(): return {}, 202
+
+@app.post("/only-200")
+def only_200(): return {}, 202
+
+@app.post("/measured")
+@meter(meters={"bytes": "$response.bytes"})
+def measured(): return {}, 202
+
+app.wsgi_app = OpenMeterMiddleware(
+    app.wsgi_app, meters={"videos": 1}, api_url=os.environ["OPENMETER_API_URL"],
+    routes={"/free": None, "/only-200": {"meter_on_status_codes": "200"}},
+)
+"""
+
+
+def test_views_that_answer_202_and_bill_a_flat_price(sandbox, application):
+    _, wrong = check("--app", application(ACCEPTING), api_url=sandbox.url)
+
+    assert [name for name in wrong if name.startswith("accepted work")] == [
+        f"accepted work of '/{name}'" for name in ("tuple", "status", "name", "class")
+    ]
+    severity, found, remedy = wrong["accepted work of '/class'"]
+    assert severity == "warning"
+    assert "a flat price ('videos'), also if the work" in found
+    assert "usage.settle(ticket, meters)" in remedy
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"meter_on_status_codes": "200, 202", "meters": '{"a": 1}'}, True),
+        ({"meter_on_status_codes": "202", "meters": '{"a": "$response.bytes"}'}, False),
+        ({"meter_on_status_codes": "2xx", "meters": '{"a": 1}'}, False),
+        (
+            {
+                "meter_on_status_codes": "202", "meters": '{"a": 1}',
+                "ticket_secret": "a-secret-of-the-tests",
+            },
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_a_policy_that_names_202_beside_a_flat_price(sandbox, options, warned):
+    _, wrong = check(api_url=sandbox.url, **options)
+
+    assert ("accepted work" in wrong) == warned
+    assert not warned or "defer(request)" in wrong["accepted work"][2]
 
 
 def test_a_status_range_that_is_widened(sandbox):

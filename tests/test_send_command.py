@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from openmeter_server import HANG, Answer, problem
+from openmeter_wsgi import Usage
 from openmeter_wsgi.cli import send as sending
 from openmeter_wsgi.cli.send import InvalidEvent, command, encode_event
 from openmeter_wsgi.sandbox import Sandbox
@@ -134,7 +135,8 @@ def test_a_file_is_sent_in_batches_and_stdin_too(openmeter):
     found = said(openmeter, "-", stdin=lines(*events), batch_size=2)
 
     assert found == {
-        "valid": 5, "sent": 5, "invalid": [], "refused": [], "error": None,
+        "valid": 5, "sent": 5, "invalid": [], "refused": [], "waits": None,
+        "error": None,
     }  # fmt: skip
     assert [len(request.events) for request in openmeter.requests] == [2, 2, 1]
     assert [one.pop("time")[-1] for one in openmeter.taken] == ["Z"] * 5
@@ -358,3 +360,83 @@ def test_what_v3_refuses_is_refused_before_it_is_sent_or_mended(name):
     else:
         with pytest.raises(InvalidEvent, match=_attribute(name)):
             encode_event(recording.sent, source="shop")
+
+
+# -- A key, and the spool
+
+
+def single(*more):
+    return ["--type", "tokens", "--subject", "acme", *more]
+
+
+def test_a_key_makes_the_event_that_a_job_would_record_under_it(openmeter):
+    usage = Usage(api_url=openmeter.url)
+    usage.record("acme", {"tokens": 1}, key="job-17")
+    usage.close()
+    for _ in range(2):
+        send(openmeter, *single("--key", "job-17"))
+    send(openmeter, *single("--key", "job-18"))
+
+    ids = [sent["id"] for sent in openmeter.taken]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem_"),
+    [
+        (single("--key", "k", "--id", "7"), "Give --id or --key, not both"),
+        (single("--key", ""), "--key: expected text that is not empty"),
+        (["-", "--key", "k"], "Give FILE, or else --type and --subject"),
+        (["--subject", "acme", "--key", "k"], "type: expected text"),
+    ],
+)
+def test_a_key_that_cannot_be_used_is_named(openmeter, arguments, problem_):
+    result = send(openmeter, *arguments)
+
+    assert (result.exit_code, openmeter.taken) == (2, [])
+    assert problem_ in result.stderr
+
+
+def test_with_a_spool_it_sends_through_it_and_tells_what_was_refused(
+    openmeter, tmp_path
+):
+    openmeter.poison = {"carol"}
+    spool = tmp_path / "spool"
+    for name in ("bad", "worse"):
+        documents = [event("good"), event(name, subject="carol")]
+        told = said(
+            openmeter, "-", stdin=lines(*documents), spool_dir=spool, code=3,
+            flush_interval=0.05,
+        )  # fmt: skip
+
+        assert (told["sent"], told["waits"], told["error"]) == (1, None, None)
+        assert [one["id"] for one in told["refused"]] == [name]
+    assert {sent["id"] for sent in openmeter.taken} == {"good"}
+
+
+def test_with_a_spool_nothing_is_lost_while_openmeter_is_away(openmeter, tmp_path):
+    spool = tmp_path / "spool"
+    openmeter.down()
+    first = send(openmeter, *single("--retry-for", "0.1"), spool_dir=spool)
+    openmeter.up()
+    second = send(
+        openmeter, *single("--key", "k"), spool_dir=spool, flush_interval=0.05
+    )
+
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert first.stdout.startswith("wrote 1 of 1 events: ")
+    assert (
+        f"the events wait in '{spool}' and are sent by the next process" in first.stderr
+    )
+    assert second.stdout.startswith("sent 1 of 1 events: ")
+    assert second.stderr == ""
+    assert len(openmeter.taken) == 2
+
+
+def test_a_spool_that_is_none_is_a_bad_configuration(openmeter, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    result = send(openmeter, *single(), spool_dir=tmp_path / "file")
+
+    assert result.exit_code == 2
+    assert "spool_dir" in result.stderr

@@ -31,7 +31,7 @@ from openmeter_wsgi.bodies.llm_shapes import (
     Provider,
     dearest,
     tokens,
-    usage_of,
+    usage_from,
 )
 from openmeter_wsgi.bodies.stream import EventStream, Frames
 
@@ -125,7 +125,7 @@ class LLMReader(Reader[LLMUsage]):
         #: None until then, and for what is no documents at all.
         self._frames: Frames | None = None
         self._is_foreign = False
-        self._reports = LLMReports(_FINDERS[provider])
+        self._reports = LLMReports(FINDERS[provider])
         self._scanner = _scanner(self._reports)
 
     @property
@@ -267,7 +267,7 @@ class LLMReports:
         except _UNDECODABLE:
             return False
         for document in documents if isinstance(documents, list) else (documents,):
-            self._add(document)
+            self.add_document(document)
         return True
 
     def add_reduced(self, text: bytes) -> None:
@@ -283,7 +283,7 @@ class LLMReports:
         except _UNDECODABLE:
             return
         if isinstance(document, dict):
-            self._add(document)
+            self.add_document(document)
 
     def usage(self) -> LLMUsage | None:
         """Return the usage that was reported, or None."""
@@ -300,7 +300,8 @@ class LLMReports:
             remarks.append("several_calls")
         return msgspec.structs.replace(usage, remarks=(*remarks,)) if remarks else usage
 
-    def _add(self, document: dict[str, Any]) -> None:
+    def add_document(self, document: dict[str, Any]) -> None:
+        """Take in a document that is decoded."""
         if self._model is None:
             names = document.get
             self._model = _text(names("model")) or _text(names("modelVersion"))
@@ -322,7 +323,7 @@ class LLMReports:
         """
         kept: dict[object, tuple[LLMUsage, _Report]] = {}
         for report in reports:
-            usage = usage_of(report.provider, report.model, report.figures)
+            usage = usage_from(report.provider, report.model, report.figures)
             known = kept.setdefault(report.key, (usage, report))
             if not _differ(usage, known[0]):
                 continue
@@ -377,7 +378,7 @@ class _Calls:
         is_first = not figures or self._is_another(report)
         if is_first:
             if any(figures.values()):
-                self._earlier = usage_of(self._provider, self._model, figures)
+                self._earlier = usage_from(self._provider, self._model, figures)
             self._call, self._model = report.call, report.model
             self._figures = report.figures
             return True
@@ -404,7 +405,7 @@ class _Calls:
         """Return the usage of the last call that counted any tokens."""
         if self._earlier is not None and not any(self._figures.values()):
             return self._earlier
-        return usage_of(self._provider, self._model, self._figures)
+        return usage_from(self._provider, self._model, self._figures)
 
 
 class _Finder:
@@ -592,4 +593,4 @@ def _key(place: Place) -> object:
 
 
 #: The finder for one provider, and for all of them.
-_FINDERS = {provider: _Finder(provider) for provider in (None, *PROVIDERS)}
+FINDERS = {provider: _Finder(provider) for provider in (None, *PROVIDERS)}

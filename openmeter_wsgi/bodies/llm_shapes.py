@@ -226,7 +226,7 @@ _TERMS = {
 }
 
 
-def usage_of(provider: Provider, model: str | None, figures: Figures) -> LLMUsage:
+def usage_from(provider: Provider, model: str | None, figures: Figures) -> LLMUsage:
     """Return the usage that *figures*, as *provider* names them, come to."""
     counts: dict[str, Any] = {
         field: _count(figures, terms) for field, terms in _TERMS[provider]
@@ -274,6 +274,37 @@ def _with_reasoning(
     elif given is not None and total == given + made:
         is_beside = False
     return made + reasoning if is_beside or reasoning > made else made
+
+
+def tokens_by_type(usage: LLMUsage) -> dict[str, int]:
+    """Return the tokens of *usage* by the types that OpenMeter prices, without zeros.
+
+    No token is counted twice: together they are the input and the output.
+    """
+    given, made = usage.input_tokens or 0, usage.output_tokens or 0
+    read = min(usage.cached_input_tokens or 0, given)
+    written = min(usage.cache_creation_tokens or 0, given - read)
+    reasoning = min(usage.reasoning_tokens or 0, made)
+    counts = {
+        "input": given - read - written,
+        "output": made - reasoning,
+        "cache_read": read,
+        "cache_write": written,
+        "reasoning": reasoning,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def priced_data(usage: LLMUsage, provider: str) -> list[dict[str, Any]]:
+    """Return the data of one event for each type of token that was used.
+
+    *provider* is the company that bills them, which the shape does not tell.
+    """
+    model = {} if usage.model is None else {"model": usage.model}
+    return [
+        {"tokens": count, "type": name, "provider": provider, **model}
+        for name, count in tokens_by_type(usage).items()
+    ]
 
 
 def tokens(usage: LLMUsage) -> int:

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from openmeter_wsgi.cli.check_accepted_work import (
+    look_at_accepted,
+    look_at_accepting_views,
+)
 from openmeter_wsgi.cli.check_configuration import (
     NoApplication,
     decorated_views,
@@ -62,6 +66,7 @@ CHECKS = (
     Check(look_at_dry_run, "dry run"),
     Check(look_at_status_codes, "billed status codes"),
     Check(look_at_unmatched, "routes"),
+    Check(look_at_accepted, "accepted work"),
     Check(look_at_event_source, "event source"),
     Check(look_at_spool, "spool directory"),
     Check(look_at_quotas, "quotas"),
@@ -242,6 +247,7 @@ def _checked_application(name: str) -> _Checked:
         return _Checked(None, findings, [])
     views, problems = decorated_views(found[0])
     findings += [*look_at_rules(found[0]), *problems]
+    findings += look_at_accepting_views(found[0])
     return _Checked(found[0].policy, findings, views)
 
 

@@ -279,7 +279,7 @@ def decorated_views(
     policies: list[tuple[str, Policy]] = []
     problems: list[Finding] = []
     for route in served_routes(middleware.app):
-        governing = _governing(middleware.policy, route)
+        governing = policy_of_route(middleware.policy, route)
         for name, options in _decorated(route.view):
             if governing is None:
                 continue
@@ -296,7 +296,7 @@ def decorated_views(
     return policies, problems
 
 
-def _governing(policy: Policy, route: ServedRoute) -> Policy | None:
+def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
     """Return the policy of a route, None if its requests are not metered."""
     governing: Policy | None = policy
     for rule, own in policy.of_routes:

@@ -301,8 +301,8 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
         yield failure(
             _DEDUPLICATION,
             "an event that was sent twice is stored twice: what is sent again "
-            "because its answer was lost is billed twice, and a request that is "
-            "repeated under its idempotency key is billed again",
+            "because its answer was lost is billed twice, and so is a request that is "
+            "repeated under its idempotency key, and a ticket that is settled again",
             answers.VERDICT_REMEDY,
         )
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
 import secrets
 import tempfile
@@ -15,6 +17,7 @@ from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.api_client import error_text
 from openmeter_wsgi.cli.common import (
     ANSWER_IS_NO,
+    BadConfiguration,
     exit_codes,
     options_given,
     print_json,
@@ -25,17 +28,28 @@ from openmeter_wsgi.cli.common import (
 )
 from openmeter_wsgi.cli.kafka_retention import is_old
 from openmeter_wsgi.delivery.client import OpenMeterClient
-from openmeter_wsgi.errors import DeliveryError, MeterValueError, Rejected, Unavailable
+from openmeter_wsgi.errors import (
+    ConfigError,
+    DeliveryError,
+    MeterValueError,
+    Rejected,
+    Unavailable,
+)
 from openmeter_wsgi.events import (
     MAX_BATCH_BYTES,
     VALUE_PROPERTY,
+    derived_id,
     encode_events,
     read_usage,
     size_problem,
 )
+from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS
+from openmeter_wsgi.spool.servers import server_directory, server_of_policy
+from openmeter_wsgi.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from openmeter_wsgi.delivery.sender import Client
     from openmeter_wsgi.policy import Policy
@@ -268,6 +282,11 @@ _MAX_SHOWN = 20
 @click.option("--subject", help="Its subject: who is billed.")
 @click.option("--data", metavar="JSON", help="Its data.  [default: a total of 1]")
 @click.option("--id", "id", metavar="ID", help="Its id.  [default: a new one]")
+@click.option(
+    "--key",
+    metavar="KEY",
+    help="A key in place of an id: the same subject and key are the same event.",
+)
 @click.option("--source", metavar="URI", help="Its source.  [default: event_source]")
 @click.option("--time", metavar="RFC3339", help="When it was.  [default: now]")
 @click.option("--new-ids", is_flag=True, help="Give an id to events of FILE without.")
@@ -294,6 +313,9 @@ def command(
     **how: Any,
 ) -> None:
     """Send one event (--type, --subject), or those in FILE; "-" is stdin.
+
+    With a spool_dir the events go through the spool: they are sent later if OpenMeter
+    does not answer within --retry-for.
 
     FILE holds a JSON document a line: CloudEvents, or what "spool export" writes.
     All of it is checked before anything is sent. Each event needs an id of its own,
@@ -324,7 +346,7 @@ def command(
 
 def _event_given(how: dict[str, Any]) -> dict[str, Any] | None:
     """Return the event that the options say, None if they say none."""
-    names = ("type", "subject", "data", "id", "source", "time")
+    names = ("type", "subject", "data", "id", "key", "source", "time")
     return options_given(**{name: how[name] for name in names}) or None
 
 
@@ -334,9 +356,15 @@ def _encoded(event: dict[str, Any], policy: Policy) -> bytes:
             event["data"] = msgspec.json.decode(event["data"])
         else:
             event["data"] = {VALUE_PROPERTY: 1}
-        return encode_event(
-            event, source=policy.event_source, new_id=secrets.token_hex(16)
-        )
+        key = event.pop("key", None)
+        if key is not None and "id" in event:
+            raise click.UsageError("Give --id or --key, not both.")
+        if key == "":
+            raise click.UsageError("--key: expected text that is not empty.")
+        made = secrets.token_hex(16)
+        if key is not None:
+            made = f"{derived_id(event.get('subject', ''), key)}:{event.get('type')}"
+        return encode_event(event, source=policy.event_source, new_id=made)
     except msgspec.DecodeError as error:
         raise click.UsageError(f"--data: expected JSON: {error}") from None
     except InvalidEvent as error:
@@ -352,6 +380,8 @@ class Outcome:
         self._sent = 0
         self._refused: Sequence[RejectedEvent] = ()
         self._error: str | None = None
+        #: The reason why events wait in the spool, None if they do not.
+        self._waits: str | None = None
         # So that a single event can be found, or sent again, by its id.
         self._ids = [_id(event) for event in events] if events.count == 1 else []
 
@@ -363,7 +393,40 @@ class Outcome:
         return ANSWER_IS_NO if self._events.flaws or self._refused else 0
 
     def send(self, patience: float) -> None:
-        """Send the valid ones."""
+        """Send the valid ones, through the spool if the policy has one."""
+        if self._policy.spool_dir is None or self._policy.dry_run:
+            self._send_directly(patience)
+            return
+        try:
+            usage = Usage(self._policy)
+        except ConfigError as error:
+            raise BadConfiguration(printable("; ".join(error.problems))) from None
+        server = server_of_policy(self._policy)
+        directory = server_directory(self._policy.spool_dir, server)
+        self._send_through_spool(usage, directory, patience)
+
+    def _send_through_spool(
+        self, usage: Usage, directory: Path, patience: float
+    ) -> None:
+        # The command says itself what became of the events.
+        logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
+        letters = directory / DEAD_LETTERS
+        seen = letters.stat().st_size if letters.exists() else 0
+        usage.put(progress(self._events, "Writing", self._events.count))
+        try:
+            if not usage.flush(patience):
+                problems = [problem.text for problem in usage.health().problems]
+                self._waits = "; ".join(problems) or "no process has sent them yet"
+        except KeyboardInterrupt:
+            self._waits = "interrupted"
+        if lost := usage.stats().lost:
+            self._error = f"{lost} events found no room in the spool, and are lost"
+        usage.close(0)
+        if self._waits is None:
+            self._refused = _refused(self._events, letters, seen)
+            self._sent = self._events.count - len(self._refused)
+
+    def _send_directly(self, patience: float) -> None:
         policy = self._policy
         client = OpenMeterClient(
             url=policy.api_url,
@@ -391,6 +454,7 @@ class Outcome:
                 "sent": self._sent,
                 "invalid": [flaw._asdict() for flaw in flaws],
                 "refused": [refusal._asdict() for refusal in self._refused],
+                "waits": self._waits,
                 "error": self._error,
             })  # fmt: skip
         else:
@@ -400,7 +464,14 @@ class Outcome:
                 click.echo(f"{count} valid, {len(flaws)} invalid; nothing was sent")
             else:
                 named = "".join(f": {printable(each)}" for each in self._ids)
-                click.echo(f"sent {self._sent} of {count + len(flaws)} events{named}")
+                sent = f"sent {self._sent}" if self._waits is None else f"wrote {count}"
+                click.echo(f"{sent} of {count + len(flaws)} events{named}")
+        if self._waits is not None:
+            click.echo(
+                f"Warning: the events wait in {self._policy.spool_dir!r} and are sent "
+                f"by the next process that delivers it: {printable(self._waits)}",
+                err=True,
+            )
         if self._error is not None:
             rest = count - self._sent - len(self._refused)
             click.echo(
@@ -409,6 +480,18 @@ class Outcome:
                 "on",
                 err=True,
             )
+
+
+def _refused(events: Iterable[bytes], letters: Path, seen: int) -> list[RejectedEvent]:
+    """Return those of *events* that are in *letters* behind the first *seen* bytes."""
+    reasons: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError), letters.open("rb") as file:
+        file.seek(seen)
+        for line in file:
+            letter = msgspec.json.decode(line)
+            reasons[letter["event"]["id"]] = f"{letter['status']}: {letter['reason']}"
+    ids = map(_id, events) if reasons else ()
+    return [RejectedEvent(id_, reasons[id_]) for id_ in ids if id_ in reasons]
 
 
 def _id(event: bytes) -> str:
