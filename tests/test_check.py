@@ -547,7 +547,7 @@ def test_a_spool_that_others_could_write_fails(sandbox, tmp_path):
 
     assert findings["spool directory"]["severity"] == "failure"
     assert "can be written by others" in findings["spool directory"]["found"]
-    assert not next((tmp_path / "spool").rglob("deduplication.json")).exists()
+    assert list((tmp_path / "spool").rglob("deduplication.json")) == []
 
 
 def test_a_spool_that_is_a_link_or_a_file_fails(sandbox, tmp_path):

@@ -25,8 +25,9 @@ import werkzeug.serving
 
 from apps import listed, metered
 from openmeter_wsgi import delivery
+from openmeter_wsgi.spool.servers import Server, assign
 from servers import TIMEOUT, Consumer, Sink, environment, make_environ
-from spooling import segments
+from spooling import segments, server_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -460,6 +461,7 @@ def test_children_of_a_used_middleware_write_ids_and_segments_of_their_own(
     assert sorted(subjects.values()) == [
         ["child-0"], ["child-1"], ["parent-before", "parent-after"],
     ]  # fmt: skip
+    assign(server_dir(spool), Server(sink.url))
     other = metered(listed, api_url=sink.url, spool_dir=str(spool))
     try:
         serve(other, "other")
