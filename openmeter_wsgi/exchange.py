@@ -1,4 +1,4 @@
-"""One request and its response, when it has ended: what a measure can look at."""
+"""An exchange: a request and its response after the end, as measures see them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.bodies.llm_shapes import LLMUsage, Provider
     from openmeter_wsgi.bodies.multi_status import MultiStatus
 
-#: What is read only where a measure asks for it, because it costs something a chunk.
+#: Readers of bodies. One runs only if a measure names it, as it costs time per chunk.
 Body: TypeAlias = Literal[
     "json", "llm", "records", "multi_status", "llm:openai", "llm:anthropic",
     "llm:gemini", "llm:cohere", "llm:ollama", "llm:bedrock",
@@ -59,7 +59,7 @@ def reader_of(kind: Body) -> NewReader:
 
 
 class Exchange:
-    """What is known of a request whose response has ended.
+    """A request whose response has ended, with all that is known of both.
 
     Belongs to the thread that settles it. Measures and ``meter_when`` are given one.
     """
@@ -108,7 +108,7 @@ class Exchange:
         self._started_at = started_at
         self._bodies = bodies
         self._results: dict[str, Any] = {}
-        #: What is to be known of the values that were asked for: ``ambiguous_usage``.
+        #: Remarks on the values that were read, such as ``ambiguous_usage``.
         self.remarks: set[str] = set()
 
     @property
@@ -140,13 +140,13 @@ class Exchange:
 
     @property
     def multi_status(self) -> MultiStatus | Unknown:
-        """How many parts of a response to many succeeded."""
+        """The numbers of parts of a multi-status response that succeeded and failed."""
         parts: MultiStatus | Unknown = self.body("multi_status")
         return parts
 
     @property
     def records(self) -> int | Unknown:
-        """How many records a body of JSON lines has."""
+        """The number of records in a body of JSON lines."""
         count: int | Unknown = self.body("records")
         return count
 
@@ -182,7 +182,7 @@ class Exchange:
 
 
 class ResponseCapture:
-    """What is seen of a response as it passes, for measures to look at in the end.
+    """Collects a response while it passes, so that measures can read it at the end.
 
     Belongs to the thread of the request.
     """

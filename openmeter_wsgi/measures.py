@@ -111,7 +111,7 @@ class Measure:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """What makes two measures the same: text, default, a function of the user's."""
+        """The parts by which measures are equal: text, default, the user's function."""
         own = self._find if self.text.startswith(_COMPUTED) else None
         return self.text, self._default, own
 
@@ -137,7 +137,7 @@ class Measure:
 
 
 def bytes_sent() -> Measure:
-    """Bytes of the response's body, as far as the client took them."""
+    """Bytes of the response's body that the client took."""
     return Measure("$response.bytes", lambda exchange: exchange.bytes_sent)
 
 
@@ -167,7 +167,7 @@ def route() -> Measure:
 
 
 def request_header(name: str) -> Measure:
-    """A header of the request. The client says it: bill by it only what it may say."""
+    """A header of the request. Clients set it, so do not let it decide the price."""
     return _kind(f"$request.header.{name}", lambda e: e.request_header(name))
 
 
@@ -201,12 +201,12 @@ def response_json(path: str) -> Measure:
 
 
 def records() -> Measure:
-    """How many records a body of JSON lines has."""
+    """The number of records in a body of JSON lines."""
     return Measure("$response.records", lambda e: e.records, bodies=["records"])
 
 
 def multi_status(part: str = "succeeded") -> Measure:
-    """How many parts of a response to many ``succeeded``, or ``failed``."""
+    """The number of parts of a multi-status response that succeeded, or failed."""
     from openmeter_wsgi.bodies.multi_status import MultiStatus  # see `reader_of`
 
     if part not in MultiStatus.__struct_fields__:
@@ -299,7 +299,7 @@ def _body_of(name: str, shape: str | None) -> Body:
 
 
 def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
-    """What *function* makes of the exchange, None where there is no value.
+    """The result of *function*, called with the exchange; None for no value.
 
     *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"`` or
     ``"llm:openai"`` and the like, ``"records"``, ``"multi_status"``. Nothing of it is
@@ -431,7 +431,7 @@ class MeasuredMeter(NamedTuple):
 
     @property
     def is_quantity(self) -> bool:
-        """Whether it says how much, and not only of what kind."""
+        """True if it measures an amount, and not only a kind."""
         return any(measure.is_quantity for measure in self.measures)
 
     def example(self) -> Any:
@@ -445,7 +445,7 @@ class MeasuredMeter(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What measured meters came to."""
+    """The results of measured meters."""
 
     usage: StatedUsage
     #: The measures that had no value, and why, by the type of their meter.
@@ -453,7 +453,7 @@ class Evaluated(NamedTuple):
 
 
 def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ...]]:
-    """Part what a policy states into what is known now and what is measured.
+    """Split the meters of a policy into the known ones and the measured ones.
 
     :raises ValueError: naming what is wrong. It may be called again with the same.
     """
@@ -483,7 +483,7 @@ def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ..
 
 
 def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
-    """Return what *meters* come to at the end of *exchange*. Never raises."""
+    """Return the results of *meters* at the end of *exchange*. Never raises."""
     numbers: dict[str, Number] = {}
     documents: list[Mapping[str, Any]] = []
     missing: list[tuple[str, Measure, str]] = []
@@ -545,7 +545,7 @@ def _measures_in(value: Any) -> Iterable[Measure]:
 
 
 def _check(document: Mapping[str, Any]) -> None:
-    """Check all of a document but its measures."""
+    """Check a document, except for its measures."""
     data = document.get("data")
     stand_in = {"any": _ANY_NUMBER} if isinstance(data, Measure) else _replaced(data)
     rest = {key: value for key, value in document.items() if key != "data"}
@@ -573,7 +573,7 @@ def _replaced(value: Any) -> Any:
 
 
 def _filled(value: Any, exchange: Exchange) -> Any:
-    """Return *value* with every measure replaced by what it comes to."""
+    """Return *value* with every measure replaced by its value."""
     if isinstance(value, Measure):
         found = value.value(exchange)
         if isinstance(found, Unknown):

@@ -1,1 +1,1 @@
-"""What a response body says about usage, read as it passes."""
+"""Readers of usage in response bodies, while these pass."""

@@ -263,7 +263,7 @@ class JSONScanner:
 
     @property
     def is_inside(self) -> bool:
-        """Whether a document, or a list of them, has begun and not ended."""
+        """True if a document, or a list of them, has begun and not ended."""
         return bool(self._levels)
 
     def feed(self, text: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Language models: what the calls in a body used, read from its reports.
+"""Language models: the usage that the calls in a body report.
 
 The reader takes JSON, server-sent events, and documents line by line or in a list. It
 tells them apart by their first bytes, since handlers often leave the media type at
@@ -130,7 +130,7 @@ class LLMReader(Reader[LLMUsage]):
 
     @property
     def skipped(self) -> int:
-        """How many values were too large to be read, in documents that were so too."""
+        """The number of values that were too large to read, in too large documents."""
         return self._scanner.too_large
 
     def read_whole(self, frames: bytes) -> None:
@@ -369,7 +369,7 @@ class _Calls:
 
     @property
     def are_several(self) -> bool:
-        """Whether more than one call has counted tokens."""
+        """True if more than one call has counted tokens."""
         return self._earlier is not None and any(self._figures.values())
 
     def add(self, report: _Report) -> bool:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class MultiStatus(msgspec.Struct, frozen=True):
-    """How many parts of a response have succeeded (2xx), how many have not."""
+    """The numbers of parts of a response that succeeded (2xx) and that failed."""
 
     succeeded: int
     failed: int
@@ -112,7 +112,7 @@ def status_code(status: object) -> int | None:
 
 
 class Tally:
-    """How many parts have succeeded so far, how many have not."""
+    """The numbers of parts that have succeeded and failed so far."""
 
     __slots__ = ("failed", "succeeded")
 
@@ -302,7 +302,7 @@ class MultiStatusXML:
 
 
 class _Responses:
-    """What the parser calls. It does not hold the parser: there is no cycle."""
+    """The target of the parser. It does not hold the parser, to avoid a cycle."""
 
     def __init__(self) -> None:
         self.tally = Tally()

@@ -126,7 +126,7 @@ def _check_attributes(document: Mapping[str, Any]) -> None:
 
 
 class InvalidLine(NamedTuple):
-    """What is wrong with a line."""
+    """A line that holds no valid event, and the problem."""
 
     line: int
     problem: str
@@ -372,7 +372,7 @@ def _encoded(event: dict[str, Any], policy: Policy) -> bytes:
 
 
 class Outcome:
-    """What became of the events, and how the command says it."""
+    """Sends the events, and tells the result."""
 
     def __init__(self, events: CheckedEvents, policy: Policy) -> None:
         self._events = events
@@ -446,7 +446,7 @@ class Outcome:
         self._sent, self._refused = sending.sent, sending.refused
 
     def tell(self, *, as_json: bool, dry_run: bool) -> None:
-        """Say what became of them."""
+        """Print the result."""
         count, flaws = self._events.count, self._events.flaws
         if as_json:
             print_json({
