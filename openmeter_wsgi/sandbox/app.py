@@ -1,4 +1,4 @@
-"""The sandbox as a WSGI application, for programs of this machine alone."""
+"""The sandbox as a WSGI application, only for programs of this machine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
         " connect-src 'self'; base-uri 'none'; form-action 'none';"
-        # No text becomes markup or code, whatever a script does with it.
+        # No script may turn text into markup or code.
         " frame-ancestors 'none'; require-trusted-types-for 'script';"
         " trusted-types 'none'"
     ),
@@ -59,13 +59,13 @@ HEADERS = {
 
 
 def control_access(app: Flask, bound: str) -> None:
-    """Let only this machine's programs talk to *app*, which listens at *bound*."""
+    """Refuse requests with a foreign ``Host``, and those of other sites' pages."""
 
     @app.before_request
     def check() -> None:
         host = request.headers.get("Host", "")
         if not is_allowed(host, bound):
-            # A page of another site whose name was made to point at this machine.
+            # DNS rebinding: the name of another site that points at this machine.
             raise Problem(403, f"host {host!r} is not a name of this sandbox")
         if request.method not in ("GET", "HEAD") and _is_foreign(host):
             raise Problem(403, "requests from pages of other sites are refused")
@@ -128,8 +128,8 @@ def _is_foreign(host: str) -> bool:
 class _Key(BaseConverter):
     """A part of a path that may hold any character, a slash as ``%2F``.
 
-    The server leaves ``%2F`` and ``%25`` encoded, so that a slash within a key is none
-    between two parts.
+    The server leaves ``%2F`` and ``%25`` encoded, so that a slash within a key does not
+    separate two parts.
     """
 
     def to_python(self, value: str) -> str:
@@ -153,7 +153,7 @@ NOT_OFFERED = (
 
 
 def _refuse_the_rest(app: Flask) -> None:
-    """Answer 501 to what OpenMeter would do and the sandbox does not."""
+    """Answer 501 to calls that OpenMeter has and the sandbox does not offer."""
 
     def refuse(**_: str) -> Response:
         detail = f"the sandbox does not offer {request.method} {request.path}"

@@ -25,7 +25,7 @@ SHORTEST = 3600
 _MONTH = 31 * 86_400
 #: After all times, in Unix seconds.
 NEVER = 2**40
-#: A thousand years: what lies beyond is no date any more.
+#: A thousand years; later dates are not supported.
 _LONGEST = 12_000
 
 
@@ -139,11 +139,11 @@ Usage = Callable[[Edge, Edge], float]
 
 
 class Period(NamedTuple):
-    """One usage period, as far as it has come."""
+    """One usage period; the current one ends at the time of the balance."""
 
     start: Edge
     end: Edge
-    #: True if usage beyond the grants of the period before is still owed.
+    #: True if the overage of the period before is carried over.
     preserve: bool
     #: The number of resets by hand before it: usage before a reset does not burn a
     #: grant made after it, even within a second.
@@ -156,9 +156,9 @@ class Balance:
 
     start: Edge
     usage: float = 0.0
-    #: Used, and covered by no grant.
+    #: Usage that no grant covers.
     overage: float = 0.0
-    #: Used, and covered.
+    #: Usage that grants cover.
     burnt: float = 0.0
     #: The remaining amount of each grant, by its id.
     grants: dict[str, float] = field(default_factory=dict)
@@ -235,7 +235,7 @@ class _Grant:
         self._recurs = document.get("recurrence")
 
     def renewals(self, after: int, until: float) -> list[int]:
-        """Return the times at which it is full, the first time and by recurrence."""
+        """Return the times at which the grant is renewed, the first time included."""
         until = min(until, self.expires - 1)
         moments = [self.effective] if after < self.effective <= until else []
         if self._recurs:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 8.2
-    """``WHERE:FAULT[=VALUE]``: the groups of requests, and one setting of theirs."""
+    """``WHERE:FAULT[=VALUE]``: groups of requests, and one setting for them."""
 
     name = "WHERE:FAULT"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Return the groups that *value* names and what it sets."""
+        """Return the groups that *value* names, and their changed setting."""
         where, _, rest = str(value).partition(":")
         fault, equals, text = rest.partition("=")
         groups = GROUPS if where == "both" else (where,)

@@ -25,7 +25,7 @@ MAX_REASON = 300
 
 
 class Tally:
-    """Counts of requests and events, by what became of them. Any thread."""
+    """Counts of requests and events, by outcome. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,7 +38,7 @@ class Tally:
             self._counts.update(counts)
 
     def refuse(self, reason: str) -> None:
-        """Count a request that was refused, none of whose events were taken."""
+        """Count a refused request, with all its events."""
         reason = reason[:MAX_REASON]
         with self._lock:
             self._counts["refused"] += 1
@@ -63,19 +63,19 @@ class Tally:
 
 
 class Question(NamedTuple):
-    """One question, as it was asked."""
+    """One request for an entitlement, as it was made."""
 
     #: ``subject_value`` and ``value`` of the v1 API, ``value_v2``, ``access``, and
     #: ``entitlement`` and ``entitlements`` for the objects themselves.
     kind: str
-    #: The customer, or the subject, as the path names it.
+    #: The customer or subject in the path.
     customer: str
-    #: The feature, or the id of the entitlement; None where all are asked for.
+    #: The feature, or the id of the entitlement; None if all are requested.
     feature: str | None
 
 
 class Questions:
-    """Counts of questions about entitlements, taken as they arrive. Any thread."""
+    """Counts of requests for entitlements, by arrival. Any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -111,7 +111,7 @@ class Questions:
         )
 
     def clear(self) -> None:
-        """Start counting anew."""
+        """Set all counts to zero."""
         with self._changed:
             self._counts.clear()
 
@@ -142,19 +142,19 @@ def context() -> Context:
     return cast("Context", current_app.extensions[KEY])
 
 
-#: A list in the environ, for what waits between two bytes of the answer.
+#: A list in the environ for the callable that waits between two bytes of the answer.
 PAUSES = "openmeter_wsgi.sandbox.pauses"
 
 
 def delay(faults: GroupFaults) -> None:
-    """Let the answer of the current request be late, or go byte by byte, as is set."""
+    """Delay the answer of the current request, or send it byte by byte, if set."""
     faults.delay()
     if faults.settings.byte_delay:
         request.environ[PAUSES].append(faults.pause)
 
 
 def question(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a route one that is counted, and that meets the faults of questions."""
+    """Decorate a route: count its requests, apply the faults of entitlements."""
 
     def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(view)

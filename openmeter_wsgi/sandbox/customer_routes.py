@@ -80,7 +80,7 @@ def _list_customers() -> Response:
 
 @customers.get("/<customer>")
 def _get_customer(customer: str) -> Response:
-    # A deleted one too, as OpenMeter does here and nowhere else.
+    # Deleted customers too, as in OpenMeter: only here.
     return jsonify(context().customers.look_up(customer))
 
 
@@ -119,7 +119,7 @@ def _check_subjects(customer: Document, others: list[Document]) -> None:
         detail = "either key or usageAttribution.subjectKeys must be provided"
         before = "validation error: error creating customer: validation error: "
         raise Problem(400, f"{before}validation error: {detail}")
-    # The key of another customer may be a subject key: both pay for that subject.
+    # The key of another customer may be a subject key here: both pay for that subject.
     taken = {key: other["id"] for other in others for key in subject_keys(other)}
     if owner := taken.get(customer.get("key", "")):
         detail = f"key {customer['key']} overlaps with subject of another customer"
@@ -140,7 +140,7 @@ def _provision_subjects(customer: Document) -> None:
 
 
 def _matches(customer: Document) -> bool:
-    """Return True if the parameters choose *customer*, by parts of its texts."""
+    """Return True if *customer* contains the texts of the parameters."""
     wanted = request.args
     for name in ("key", "name", "primaryEmail"):
         part = wanted.get(name, "").lower()
@@ -171,7 +171,7 @@ def _list_features() -> Response:
     wanted = request.args.getlist("meterSlug")
     found = context().features.all()
     found = [f for f in found if not wanted or f.get("meterSlug") in wanted]
-    # Whoever asks for a page gets one; OpenMeter's older form is a bare list.
+    # With paging parameters, a page; otherwise OpenMeter's older form, a bare list.
     if "page" in request.args:
         return jsonify(paged(found))
     offset = integer(request.args, "offset", 0, 0, 10**9)
@@ -186,7 +186,7 @@ def _get_feature(feature: str) -> Response:
 
 @features.delete("/<feature>")
 def _archive_feature(feature: str) -> tuple[str, int]:
-    # Entitlements to it go on.
+    # Its entitlements stay valid.
     context().features.retire(context().features.get(feature)["id"])
     return "", 204
 

@@ -1,4 +1,4 @@
-"""The page: usage over time, what nobody counts, who has access, and its actions."""
+"""The page: usage over time, uncounted events, entitlements, and its actions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.validation import Document, Schema
 
 
-#: As many as have a colour and a pattern of their own.
+#: The number of curves: each has a colour and a pattern of its own.
 CURVES = 8
 GROUPS = 50
 
@@ -64,7 +64,7 @@ class View:
 
 
 def meter_over_time(division: _Division, times: range) -> Document:
-    """Return a meter with its usage of all time, and in every column of *times*."""
+    """Return a meter with its usage in total, and in every column of *times*."""
     meter, view = division.meter, division.view
     groups = division.totals()
     whole = division.whole()
@@ -88,7 +88,7 @@ def meter_over_time(division: _Division, times: range) -> Document:
 
 
 class _Division:
-    """The queries of one meter, divided as *view* says."""
+    """The queries of one meter, grouped by the dimension of *view*."""
 
     def __init__(
         self, connection: sqlite3.Connection, meter: Document, view: View, horizon: int
@@ -141,7 +141,7 @@ class _Division:
         ]
 
     def with_recent(self, groups: list[Document], times: range) -> list[Document]:
-        """Return *groups* with what they used within *times*."""
+        """Return *groups* with their usage within *times*."""
         rows = self._connection.execute(
             f"SELECT {self._group}, {AGGREGATES[self._aggregation]} FROM events"  # noqa: S608
             f" WHERE {self._where} AND time >= :start AND time < :end GROUP BY 1",
@@ -172,7 +172,7 @@ def _finite(value: float | None) -> float | None:
 
 
 UNCOUNTED = 10
-#: The type of the events by which ``openmeter-wsgi check`` tries whether any arrive.
+#: The type of the test events that ``openmeter-wsgi check`` sends.
 PROBE = "openmeter_wsgi.check"
 
 
@@ -216,7 +216,7 @@ def dashboard(
     horizon = here.store.horizon(connection)
     now = int(here.store.clock())
     step = max(1, span // COLUMNS)
-    # Whole steps, so that columns keep their events as time goes on.
+    # Whole steps, so that events stay in their column as time passes.
     end = (now // step + 1) * step
     times = range(end - step * COLUMNS, end, step)
     stored, waiting, oldest = connection.execute(
@@ -239,14 +239,14 @@ def dashboard(
     }
 
 
-#: Rows shown, the newest; every balance is computed each time the page looks.
+#: Rows shown, the newest; each balance is computed anew for every refresh.
 ROWS = 100
 #: Names offered for a new grant.
 NAMES = 200
 
 
 def entitlement_table(here: Context) -> Document:
-    """Return the rows of the table, and what a new grant can be made for."""
+    """Return the rows of the table, and the customers and features for a new grant."""
     customers = {customer["id"]: customer for customer in here.customers.all()}
     entitlements = here.entitlements.all()
     asked = _asked(here)

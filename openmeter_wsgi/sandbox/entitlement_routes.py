@@ -263,7 +263,7 @@ def _value(customer: str, feature: str) -> Document:
     here = context()
     at = _time()
     found = _customer(customer)
-    # None also where no such feature exists: OpenMeter does not tell these apart here.
+    # None also if the feature does not exist: OpenMeter does not distinguish these.
     return here.access.value(found, here.entitlements.find(found, feature), at)
 
 
@@ -280,7 +280,7 @@ def _customer(id_or_key: str) -> Document:
 
 
 def _customer_of(subject: str) -> Document:
-    """Return the customer of *subject*, which has to exist as an entity."""
+    """Return the customer of *subject*, which must exist as an entity."""
     return context().customers.of_subject(context().subjects.get(subject)["key"])
 
 

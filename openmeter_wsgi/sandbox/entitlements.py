@@ -46,7 +46,7 @@ def new_grant(entitlement: Document, asked: Document, now: float) -> Document:
         raise Problem(400, "validation error: amount must be positive")
     start = current_period(entitlement, now)[0]
     effective = parse_moment(asked["effectiveAt"])
-    # A period that began within this minute is the only one that starts between two.
+    # Only a period that began within this minute starts between two minutes.
     effective = max(whole_minute(effective), start if effective >= start else 0)
     if effective < start:
         detail = f"grant effective date {go_time(effective)} is before the current"
@@ -185,7 +185,7 @@ class Entitlements:
     """All entitlements. Any thread.
 
     A document holds what the API shows, and under ``_`` what balances are computed
-    from: the meter, where measuring began, the resets and the grants.
+    from: the meter, the start of measuring, the resets and the grants.
     """
 
     def __init__(self, store: Store) -> None:
@@ -199,9 +199,9 @@ class Entitlements:
         asked: Document,
         edge: tuple[int, int] | None = None,
     ) -> Document:
-        """Store what a client *asked* for, which has passed the schema.
+        """Create the entitlement that a client *asked* for; *asked* fits the schema.
 
-        :param edge: where measuring begins, if not where *asked* says.
+        :param edge: the start of measuring, if *asked* does not name one.
         """
         if old := self.find(customer, feature["key"]):
             detail = f"entitlement with id {old['id']} already exists for feature"
@@ -228,7 +228,7 @@ class Entitlements:
         return self._all.create(entitlement)
 
     def find(self, customer: Document, id_or_feature: str) -> Document | None:
-        """Return the one of *customer* with this id, or for the feature of this key."""
+        """Return the entitlement of *customer* with this id or feature key, or None."""
         found = self._all.find(f"{customer['id']}:{id_or_feature}")
         if found is None:
             found = self._all.find(id_or_feature)
@@ -320,7 +320,7 @@ def begun(entitlement: Document, now: float) -> tuple[int, int]:
     _require_metered(entitlement)
     own = entitlement["_"]
     time, seq = own["resets"][-1]["edge"] if own["resets"] else own["measureFrom"]
-    # A period that began by itself has no event of its own to begin with.
+    # A period that began without a reset does not start at an event.
     return max((time, seq), (current_period(entitlement, now)[0], 0))
 
 
@@ -412,10 +412,10 @@ def v2(value: Document) -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Granting:
-    """Access, given and taken without the several requests that the API needs.
+    """Grants and revokes access in one call, where the API needs several requests.
 
-    Unlike the API, which knows minutes, it takes effect at once: what arrived before
-    does not count. Any thread.
+    Unlike in the API, whose resolution is a minute, changes take effect at once: events
+    that arrived before do not count. Any thread.
     """
 
     store: Store
@@ -425,7 +425,7 @@ class Granting:
     entitlements: Entitlements
 
     def grant(self, customer: str, feature: str, asked: Document) -> Document:
-        """Give *customer* what is *asked*, creating what is missing for it.
+        """Give *customer* the access that *asked* describes; create missing objects.
 
         An entitlement of the same kind stays, and an amount is added to it; any other
         is replaced.
@@ -445,7 +445,7 @@ class Granting:
         self.entitlements.delete(self._found(customer, feature))
 
     def reset(self, customer: str, feature: str) -> None:
-        """Begin a new usage period: usage is zero, what recurs is granted anew."""
+        """Begin a new usage period: usage is zero, recurring grants are renewed."""
         found, edge = self._found(customer, feature), self._now()
         # Without an event since the period began there is nothing to reset.
         if edge > begun(found, self.store.clock()):
@@ -462,7 +462,7 @@ class Granting:
         now = self.store.clock()
         start = current_period(entitlement, now)[0]
         grant = {"amount": amount, "effectiveAt": rfc3339(max(start, int(now)))}
-        # As the amount of the period, which is used up first because it was first.
+        # As the amount of the period: it is the oldest grant, so it is used up first.
         grant["priority"] = 1
         self.entitlements.grant(entitlement, grant)
         return self.entitlements.get(payer, entitlement["id"])

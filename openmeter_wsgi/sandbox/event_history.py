@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 STORED = "stored"
-#: Stored, and no meter can use it.
+#: Stored, but not usable by any meter.
 UNCOUNTED = "uncounted"
 OUTCOMES = (STORED, UNCOUNTED, *Outcome)
 #: The number up to which matches are counted.
@@ -101,7 +101,7 @@ class Search:
 def newest(
     connection: sqlite3.Connection, search: Search, limit: int
 ) -> list[Document]:
-    """Return the newest *limit* arrivals that *search* wants."""
+    """Return the newest *limit* arrivals that match *search*."""
     rows = connection.execute(
         f"{search.statement()} ORDER BY seq DESC LIMIT :limit",
         search.parameters | {"limit": limit},
@@ -125,12 +125,12 @@ def document(row: tuple[Any, ...]) -> Document:
     return arrival
 
 
-#: Arrivals of the same event that are told, the newest.
+#: Arrivals of the same event in a trace, the newest.
 ARRIVALS = 100
 
 
 def trace(connection: sqlite3.Connection, here: Context, seq: int) -> Document | None:
-    """Return the way of arrival number *seq*; None if nothing is known of it."""
+    """Return the trace of arrival number *seq*, or None if it is unknown."""
     meters = here.meters.within(connection)
     one = Search(meters=meters)
     one.where("seq = :seq", seq=seq)
@@ -158,7 +158,7 @@ def _customer(subject: str | None, customers: list[Document]) -> str | None:
 def _arrivals(connection: sqlite3.Connection, event: Document) -> list[Document]:
     """Return all arrivals of the same event, the first one first.
 
-    The same is what OpenMeter takes for the same: it joins source and id.
+    Events are the same if OpenMeter's key is: it joins source and id.
     """
     if event["id"] is None or event["source"] is None:
         return [event]
@@ -268,5 +268,5 @@ def _trace(seq: int) -> Response:
     with here.store.reading() as connection:
         told = trace(connection, here, min(seq, _LAST))
     if told is None:
-        raise Problem(404, f"arrival {seq} is not known, or not any more")
+        raise Problem(404, f"arrival {seq} is not known; it may be deleted")
     return jsonify(told | {"dedupe": here.store.dedupe})

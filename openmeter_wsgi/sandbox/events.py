@@ -59,12 +59,12 @@ def _list_v2() -> Response:
 def list_events(
     terms: list[Term], limit: int
 ) -> tuple[list[Document], tuple[Any, ...] | None]:
-    """Return the newest *limit* events that *terms* choose, and the last one's row."""
+    """Return the newest *limit* events that match *terms*, and the row of the last."""
     here = context()
     conditions = " AND ".join(f"({term})" for term, _ in terms)
     values = [value for _, found in terms for value in found]
     with here.store.reading() as connection:
-        # Events that the sink has not stored yet are in no list either.
+        # Lists leave out events that the sink has not stored yet.
         horizon = here.store.horizon(connection)
         rows = connection.execute(
             f"SELECT {_COLUMNS} FROM events WHERE seq <= ? AND {conditions}"  # noqa: S608
@@ -228,7 +228,7 @@ def _value(name: str, value: Any) -> Any:
 
 
 def cursor_of(row: tuple[Any, ...]) -> str:
-    """Return the cursor to what comes after *row*."""
+    """Return the cursor for the events after *row*."""
     return base64.urlsafe_b64encode(f"{row[5]},{row[0]}".encode()).decode()
 
 
@@ -268,7 +268,7 @@ class Judge:
             raise Problem(500, reason="PostgreSQL refuses a subject with NUL")
         event: Document = {
             "specversion": "1.0",
-            # The list trims what storage, meters and queries do not.
+            # Only the list trims spaces; storage, meters and queries do not.
             "id": id_.strip(),
             "source": source,
             "type": event_type.strip(),

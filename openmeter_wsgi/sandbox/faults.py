@@ -1,4 +1,4 @@
-"""Simulated faults: what a client must survive, for ingest and for questions apart."""
+"""Simulated faults, set separately for ingest and for entitlement checks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Settings:
     fail_rate: float = 0.0
     #: Seconds by which every answer is late.
     latency: float = 0.0
-    #: Seconds for which a request that was taken stays without an answer, unless it
-    #: is released before.
+    #: Seconds for which an accepted request gets no answer, unless it is released
+    #: before.
     hang: float = 0.0
     #: Seconds between two bytes of an answer.
     byte_delay: float = 0.0
@@ -35,7 +35,7 @@ class Settings:
     outage: bool = False
     #: Seconds: every request is answered with 429 and this ``Retry-After``.
     retry_after: float | None = None
-    #: 401 or 403: what every request is answered with, as if its key were wrong.
+    #: 401 or 403: the answer to every request, as if its key were wrong.
     denied: int | None = None
     #: The event type, and the subject, for which a request is answered with 400.
     refused_type: str | None = None
@@ -87,7 +87,7 @@ _RULES: dict[str, _Rule] = {
     "forget": _FLAG,
     "claim": _FLAG,
 }
-#: The settings of ingest alone.
+#: The settings that only ingest has.
 INGEST_ONLY = frozenset(("refused_type", "refused_subject", "forget", "claim"))
 
 
@@ -128,7 +128,7 @@ class GroupFaults:
         return replace(self.settings, **changes)
 
     def apply(self, settings: Settings) -> None:
-        """Take *settings*, and answer what hangs where nothing is to hang any more."""
+        """Apply *settings*; release hanging requests if requests no longer hang."""
         self.settings = settings
         if not settings.hang:
             self.release()
@@ -142,12 +142,12 @@ class GroupFaults:
         return {_camel(name): getattr(self.settings, name) for name in self._names}
 
     def update(self, document: dict[str, Any]) -> Settings:
-        """Return the settings with what *document* names, or raise ValueError."""
+        """Return the settings changed by *document*, or raise ValueError."""
         known = {_camel(name): name for name in self._names}
         return self.changed({known.get(n, n): value for n, value in document.items()})
 
     def release(self) -> None:
-        """Answer what hangs now; what comes later hangs as is set."""
+        """Answer the requests that hang now; later ones hang as set."""
         self._released.set()
         self._released = threading.Event()
 
@@ -165,8 +165,8 @@ class GroupFaults:
     def draw(self) -> str | None:
         """Return None, or ``before`` or ``after`` if the next request is to fail.
 
-        The events of the first one, the third and so on are taken first, as with
-        OpenMeter, where a 500 does not tell what was taken: the client sends it again.
+        The events of the first, third and every other failing request are stored, as in
+        OpenMeter, where a 500 does not tell this: the client sends them again.
         """
         if self._random.random() >= self.settings.fail_rate:
             return None
@@ -193,8 +193,8 @@ class GroupFaults:
 class Faults:
     """The faults of the sandbox, by group of requests. Any thread.
 
-    ``faults.ingest`` is for events that arrive, ``faults.entitlements`` for questions
-    about entitlements; `set` and `clear` are for both.
+    ``faults.ingest`` applies to ingest requests, ``faults.entitlements`` to entitlement
+    checks; `set` and `clear` apply to both.
     """
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class Faults:
         return {name: group.document() for name, group in self._groups.items()}
 
     def update(self, document: Any) -> None:
-        """Set what *document* names, by group, or answer 400 and change nothing."""
+        """Apply the settings in *document*, or answer 400 and change nothing."""
         groups = document if isinstance(document, dict) else {"": None}
         for name, changes in groups.items():
             if name not in GROUPS or not isinstance(changes, dict):

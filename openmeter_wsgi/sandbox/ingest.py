@@ -1,4 +1,4 @@
-"""Taking events in, with OpenMeter's order of checks and all its peculiarities.
+"""Ingest of events, with OpenMeter's order of checks and all its peculiarities.
 
 First the validator judges the whole request, then Go's CloudEvents SDK reads each
 event, then one event after the other becomes a message for Kafka.
@@ -70,7 +70,7 @@ MESSAGE = 1_000_000
 MESSAGE_OVERHEAD = 36 + 110
 #: Bytes that a character can become in the message: ``<`` is ``\\\\u003c`` there.
 _GROWTH = 7
-#: Answers that say something of the request; the others are faults on purpose.
+#: Status codes that the request causes; others are simulated faults.
 REFUSALS = range(400, 429)
 
 routes = Blueprint("ingest", __name__)
@@ -79,7 +79,7 @@ routes = Blueprint("ingest", __name__)
 class InvalidEvent(ValueError):
     """An event that passes the schema but not the CloudEvents SDK.
 
-    :param reason: what the page adds to what OpenMeter says.
+    :param reason: the text that the page adds to OpenMeter's message.
     """
 
     def __init__(self, detail: str, reason: str | None = None) -> None:
@@ -114,7 +114,7 @@ def _answer(*, v3: bool) -> Response:
 
 
 def _explain(here: Context, problem: Problem) -> None:
-    """Count a request that is answered with an error, and remember what it held."""
+    """Count a request that is answered with an error, and remember its events."""
     refused = problem.status in REFUSALS
     if refused:
         here.tally.refuse(problem.reason)
@@ -130,8 +130,8 @@ def _ingest(here: Context, fault: str | None, *, v3: bool) -> None:
     if fault == "before":
         raise Problem(500, reason="on purpose, before anything was stored")
     events = accept(now=int(here.store.clock()), v3=v3)
-    # OpenMeter takes one event after the other until the first that it cannot send to
-    # Kafka; what stands before that is taken, whatever it then answers.
+    # OpenMeter sends one event after the other to Kafka, until the first that it cannot
+    # send; events before that one are stored, whatever it then answers.
     flaws = [(n, why) for n, event in enumerate(events) if (why := _unsendable(event))]
     whole, flaw = flaws[0] if flaws else (len(events), None)
     _meet_faults(here, events)
@@ -150,7 +150,7 @@ def _ingest(here: Context, fault: str | None, *, v3: bool) -> None:
 
 
 def _meet_faults(here: Context, events: list[Event]) -> None:
-    """Refuse what is set to be refused; remember the ids of what is set to fail."""
+    """Apply the faults for refused types and subjects, and for claimed ids."""
     settings = here.faults.ingest.settings
     for position, event in enumerate(events, 1):
         for name, given in (("type", event.type), ("subject", event.subject)):
@@ -191,8 +191,8 @@ def _check_schema(document: Any, kind: str, event: Schema) -> None:
     position = flaw.pointer.split("/")[1:2]
     reason = str(flaw)
     if kind == EITHER:
-        # Two schemas could match and OpenMeter does not say why neither does; the
-        # page of the sandbox does.
+        # Two schemas could match. OpenMeter gives no reason why neither does; the page
+        # of the sandbox gives one.
         flaw = Flaw("", "anyOf", 'doesn\'t match any schema from "anyOf"')
         name = " #/components/schemas/IngestEventsBody"
     else:
@@ -249,7 +249,7 @@ def decode(document: Document, now: int) -> Event:
 
 
 def _check_extension(name: str, value: Any) -> None:
-    """Refuse what the SDK refuses; what it takes is thrown away one step later."""
+    """Raise the SDK's errors; the values that it accepts are discarded later."""
     if not re.fullmatch("[A-Za-z0-9]+", name):
         raise InvalidEvent(
             "bad key, CloudEvents attribute names MUST consist of lower-case letters "
@@ -329,7 +329,7 @@ def _unsendable(event: Event) -> str | None:
 
 
 def _escaped(text: str) -> str:
-    """Return JSON *text* with what Go escapes for the sake of browsers."""
+    """Return JSON *text* with the characters escaped that Go escapes for browsers."""
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

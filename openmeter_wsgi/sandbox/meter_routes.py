@@ -144,7 +144,7 @@ def _meter(id_or_slug: str) -> Meter:
 
 
 def rows_of(meter: Meter, query: Query) -> list[Row]:
-    """Return the usage of *meter* that the sink has written down."""
+    """Return the usage of *meter*, from the events that the sink has stored."""
     store = context().store
     with store.reading() as connection:
         seen = store.horizon(connection)
@@ -196,7 +196,7 @@ def _asked() -> Document:
 
 
 def _check_filter(name: str, index: str, values: list[str]) -> None:
-    """Refuse what the validator cannot read: only a body can list several values."""
+    """Refuse lists of values, which only a body can hold."""
     if index:
         given = re.findall(rf"{re.escape(name)}\]\[(.*?)\]=", unquote(request.url))
         texts = (request.args[f"filterGroupBy[{name}][{one}]"] for one in given)
@@ -279,7 +279,7 @@ def _customers(ids: list[str]) -> dict[str, str] | None:
 
 
 def check_meter(meter: Meter) -> None:
-    """Refuse a definition that fits the schema and still makes no sense."""
+    """Refuse an invalid definition that fits the schema."""
     path = meter.get("valueProperty")
     counts = meter["aggregation"] == "COUNT"
     if counts == (path is not None):

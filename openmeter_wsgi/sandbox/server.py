@@ -1,4 +1,4 @@
-"""The sandbox: a server of its own on this machine."""
+"""The sandbox as a server on this machine."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class _Handler(WSGIRequestHandler):
     """One connection.
 
     Werkzeug's own way of answering closes the connection each time, because it cannot
-    know whether the application has read the whole request. Here the body is read
-    first, which leaves nothing to know.
+    know whether the application has read the whole request. Here the body is always
+    read first, so the connection can stay open.
     """
 
     protocol_version = "HTTP/1.1"
@@ -116,7 +116,7 @@ class _Handler(WSGIRequestHandler):
 
 
 class Server(ThreadedWSGIServer):
-    """A server that knows its connections, so that it can end them."""
+    """A server that keeps a list of its connections, so that it can close them."""
 
     def __init__(
         self, listener: socket.socket, host: str, app: WSGIApplication
@@ -142,7 +142,7 @@ class Server(ThreadedWSGIServer):
         self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection."""
+        """Log the error that ended a connection."""
         logger.error("%s on %r", client_address, request, exc_info=sys.exception())
 
     def end_connections(self, timeout: float) -> None:
@@ -158,7 +158,7 @@ class Server(ThreadedWSGIServer):
 
 
 def _path_info(target: str) -> str:
-    """Return the path of a request, decoded but for ``%2F`` and ``%25``."""
+    """Return the path of a request, decoded except for ``%2F`` and ``%25``."""
     path = re.sub("%(2[Ff]|25)", r"%25\1", target.partition("?")[0])
     # A part of a path is text in latin-1, as WSGI has it.
     return unquote(path, "latin-1")
@@ -183,7 +183,7 @@ CLOSE_TIMEOUT = 5.0
 
 
 class Sandbox:
-    """A server that speaks OpenMeter's API, quirks included, on this machine.
+    """A local server with OpenMeter's API, including its quirks.
 
     It serves from threads of its own as soon as it is constructed, until `close`::
 
@@ -197,10 +197,10 @@ class Sandbox:
         as OpenMeter does where deduplication is switched on.
     :param fail_rate: the share of ingest requests that is answered with 500, half of
         them after the events were stored.
-    :param latency: seconds by which answers to ingest requests are late. These two
-        and more, for questions about entitlements too: `faults`.
+    :param latency: seconds by which answers to ingest requests are delayed. `faults`
+        sets these two and more, also for entitlement checks.
     :param visible_after: seconds from an event's arrival until meters and balances
-        and lists know it: OpenMeter takes about 1. ``store.visible_after`` changes it.
+        and lists include it; about 1 in OpenMeter. ``store.visible_after`` changes it.
     :param clock: returns now in Unix seconds.
     :raises OSError: if the address cannot be listened on.
     """
@@ -245,24 +245,24 @@ class Sandbox:
 
     @property
     def questions(self) -> Counter[Question]:
-        """The number of times each question about entitlements was asked."""
+        """The number of requests for entitlements, by kind, customer and feature."""
         return self._context.questions.counts()
 
     def asked(self, **which: str | None) -> int:
-        """Return the number of questions, by ``kind``, ``customer``, ``feature``."""
+        """Return the number of such requests with this kind, customer and feature."""
         return self._context.questions.count(**which)
 
     def wait_asked(
         self, count: int = 1, *, timeout: float = 5.0, **which: str | None
     ) -> bool:
-        """Return True when *count* such questions came, False after *timeout* seconds.
+        """Return True when *count* such requests came, False after *timeout* seconds.
 
-        A question is counted when it arrives, also if its answer is late.
+        A request is counted when it arrives, even if its answer is delayed.
         """
         return self._context.questions.wait(count, timeout, **which)
 
     def forget_questions(self) -> None:
-        """Count questions anew."""
+        """Set the counts of entitlement requests to zero."""
         self._context.questions.clear()
 
     def grant(
@@ -278,11 +278,11 @@ class Sandbox:
         """Give *customer* access to *feature*, and return the entitlement.
 
         With an *amount*, or a *soft* limit, it is metered, with a *config* static, else
-        boolean. Customer and feature are created where there are none, the feature for
-        the meter of its name. A second amount is added; another kind replaces. Usage
-        counts that arrives from now on.
+        boolean. A missing customer or feature is created, the feature for the meter of
+        its name. A second amount is added; another kind replaces the entitlement. Only
+        usage that arrives from now on counts.
 
-        :param amount: what every usage period allows, 0 included.
+        :param amount: the amount granted in every usage period; may be 0.
         :param soft: whether there is access beyond the amount.
         :param period: DAY, WEEK, MONTH, YEAR or an ISO 8601 duration.
         :raises ValueError: if there is no meter to measure the feature by.
@@ -315,8 +315,8 @@ class Sandbox:
     def value(self, customer: str, feature: str) -> dict[str, Any]:
         """Return the value of *customer*'s entitlement to *feature*.
 
-        It holds all that the API answers, and ``hasAccess`` also where it is false and
-        the v2 API leaves it out. Not counted as a question, and without faults.
+        It holds the whole answer of the API, and ``hasAccess`` even if it is false and
+        the v2 API leaves it out. Faults do not apply, and the call is not counted.
 
         :raises ValueError: if there is no such customer.
         """

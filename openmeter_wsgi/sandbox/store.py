@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event as OpenMeter's Kafka message holds it: nothing else survives."""
+    """An event with the fields of OpenMeter's Kafka message; others are dropped."""
 
     id: str
     source: str
@@ -35,7 +35,7 @@ class Event:
     time: int
     #: JSON text, or None where there was no data.
     data: str | None
-    #: The data is no JSON, which OpenMeter finds out too late to say so: 500.
+    #: The data is no JSON; OpenMeter detects this late and answers 500.
     broken: bool = False
 
     @property
@@ -52,13 +52,13 @@ class Event:
 
 
 def subjects_of(customer: Document) -> list[str]:
-    """Return the event subjects that *customer* pays for: its key, and those named."""
+    """Return the event subjects of *customer*: its key and its subject keys."""
     key = customer.get("key")
     return [*([key] if key else ()), *subject_keys(customer)]
 
 
 def subject_keys(customer: Document) -> list[str]:
-    """Return the event subjects that *customer* names beside its key."""
+    """Return the subject keys of *customer*, without its own key."""
     return list((customer.get("usageAttribution") or {}).get("subjectKeys", ()))
 
 
@@ -80,7 +80,7 @@ CREATE TABLE IF NOT EXISTS rejected (
     ingested_at REAL NOT NULL
 );
 """
-#: The newest that are kept, and those of one request.
+#: The number of rejected events kept, the newest, and of those from one request.
 KEPT = 20_000
 KEPT_OF_REQUEST = 1_000
 #: Characters of an attribute, and of the data, of an event that fits no schema.
@@ -96,7 +96,7 @@ class Outcome(StrEnum):
     #: From 1970 or earlier.
     DROPPED = "dropped"
     REFUSED = "refused"
-    #: On purpose, or by data that OpenMeter answers with 500.
+    #: By a simulated fault, or by data that OpenMeter answers with 500.
     FAILED = "failed"
 
 
@@ -119,7 +119,7 @@ class Rejected(NamedTuple):
 def insert_rejected(
     connection: sqlite3.Connection, rows: Iterable[Rejected], first: int, now: float
 ) -> None:
-    """Write *rows* down under the numbers from *first*, and forget the oldest."""
+    """Insert *rows* with numbers from *first*, and delete the oldest rows."""
     connection.executemany(
         "INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [(seq, *row, now) for seq, row in enumerate(rows, first)],
@@ -136,7 +136,7 @@ def rejected_events(
 ) -> list[Rejected]:
     """Return the events of a request that was answered with an error.
 
-    :param culprit: the place of the event that the *reason* is about, from 1.
+    :param culprit: the place of the event that caused the *reason*, from 1.
     """
     items = _items(body)
     shared = f"refused together with event {culprit} of its batch: {reason}"
@@ -169,7 +169,7 @@ def _items(body: bytes) -> list[Any]:
 
 
 def _texts(item: Any) -> dict[str, Any]:
-    """Return the attributes of something that may be no event at all, as texts."""
+    """Return the attributes of a value, which may be no event, as texts."""
     if not isinstance(item, dict):
         return {"data": None if item is None else _text(item, MAX_DATA)}
     found = {n: _text(item[n], MAX_TEXT) for n in _ATTRIBUTES if n in item}
@@ -216,7 +216,7 @@ CREATE TABLE IF NOT EXISTS resources (
     UNIQUE (kind, key)
 );
 """
-#: The number of what arrived last, stored or not.
+#: The number of the last arrival, stored or not.
 NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
     ifnull((SELECT max(seq) FROM rejected), 0))"""
 
@@ -305,7 +305,7 @@ class Store:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection whose reads all see the same moment."""
+        """Lend a connection that reads one consistent snapshot."""
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -321,7 +321,7 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection that may write; all of it happens, or nothing."""
+        """Lend the connection that writes, in one transaction."""
         with self._lock:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -332,7 +332,7 @@ class Store:
             self._writer.commit()
 
     def add(self, events: Sequence[Event]) -> dict[str, int]:
-        """Store *events*, the first of each key only; return what became of them."""
+        """Store *events*, the first of each key only; return their outcomes."""
         duplicates = 0
         rows: list[tuple[Any, ...]] = []
         away: list[Rejected] = []
@@ -358,13 +358,13 @@ class Store:
         return {"stored": len(rows), "duplicates": duplicates, "dropped": dropped}
 
     def claim(self, events: Sequence[Event]) -> None:
-        """Remember the ids of *events* and nothing else."""
+        """Remember only the ids of *events*."""
         with self.writing() as connection:
             for event in events:
                 self._is_duplicate(connection, event.key)
 
     def reject(self, events: Sequence[Rejected]) -> None:
-        """Remember *events* that were not stored, to say what became of them."""
+        """Remember *events* that were not stored, with their outcome."""
         with self.writing() as connection:
             self._insert(connection, [], events, self.clock())
 
@@ -388,7 +388,7 @@ class Store:
     def visible_after(self) -> float:
         """Seconds from an event's arrival until it is stored and counted.
 
-        What is stored stays so; what still waits follows a change at once.
+        Visible events stay visible; a change applies at once to waiting events.
         """
         return self._visible_after
 
@@ -407,8 +407,8 @@ class Store:
     def horizon(self, connection: sqlite3.Connection) -> int:
         """Return the number of the newest event that is visible by now.
 
-        OpenMeter's sink writes events down some time after it was told that they
-        are taken; until then neither a meter nor a balance nor a list knows of them.
+        OpenMeter's sink stores events some time after the client was told that they are
+        accepted; until then no meter, balance or list includes them.
         """
         now = self.clock()
         if now >= self._latest:
@@ -448,7 +448,7 @@ def ulid() -> str:
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-#: OpenMeter's words for a resource that is not there, and for a key that is taken.
+#: OpenMeter's messages for a missing resource, and for a key that is in use.
 _UNKNOWN = {
     "meter": "not found error: meter not found: {}",
     "feature": "feature not found: {}",
@@ -464,7 +464,7 @@ _TAKEN = {
 class Resources:
     """All resources of one kind, by id and by key.
 
-    :param kind: what one of them is called.
+    :param kind: the name of one resource.
     :param key: the property of a document that is unique among its kind.
     """
 
@@ -474,7 +474,7 @@ class Resources:
         self._key = key
 
     def create(self, document: Document) -> Document:
-        """Store *document* with an id and times of its own, and return that."""
+        """Store *document* with a new id and times, and return it."""
         now = rfc3339(self._store.clock())
         created = {"id": ulid(), "createdAt": now, "updatedAt": now, **document}
         key = document.get(self._key)
@@ -489,9 +489,9 @@ class Resources:
         return created
 
     def change(self, id_: str, edit: Callable[[Document], None]) -> Document:
-        """Let *edit* change the one with this id, while nobody else does.
+        """Let *edit* change the resource with this id, under a lock.
 
-        What *edit* raises is raised, and then nothing is changed.
+        If *edit* raises, the error passes through and nothing is changed.
         """
         which = (self._kind, id_)
         with self._store.writing() as connection:
@@ -508,7 +508,7 @@ class Resources:
         return document
 
     def update(self, document: Document) -> Document:
-        """Replace what has the id of *document*."""
+        """Replace the resource that has the id of *document*."""
 
         def replace(current: Document) -> None:
             current.clear()
@@ -552,7 +552,7 @@ class Resources:
         return found
 
     def retire(self, id_: str) -> None:
-        """Delete the one with this id, but remember that it was there."""
+        """Delete the resource with this id, but remember it as deleted."""
         deleted = {"deletedAt": rfc3339(self._store.clock())}
         with self._store.writing() as connection:
             connection.execute(

@@ -64,7 +64,7 @@ def to_float(text: str) -> float:
     return float(text)
 
 
-#: In units that every time zone's clock keeps in step with.
+#: In units that are aligned in every time zone.
 _SECONDS = {"MINUTE": 60, "HOUR": 3600}
 SIZES = ("MINUTE", "HOUR", "DAY", "MONTH")
 
@@ -73,7 +73,7 @@ def window_start(moment: int, size: str, zone: str) -> int:
     """Return the start of the window of *moment*, in Unix seconds."""
     if size == "MINUTE":
         return moment - moment % 60
-    # All offsets of living time zones are multiples of a quarter of an hour.
+    # All current time zones have offsets of whole quarters of an hour.
     return _start(moment - moment % 900, size, zone)
 
 
@@ -111,13 +111,13 @@ def local_time(moment: int, zone: str) -> str:
 Meter = dict[str, Any]
 
 Row = dict[str, Any]
-#: A number, or a text that is one; everything else is NULL, which no aggregate counts.
+#: A number, or a number as text; other values are NULL, which no aggregate counts.
 NUMBER = """CASE json_type(data, :value)
     WHEN 'integer' THEN CAST(json_extract(data, :value) AS REAL)
     WHEN 'real' THEN json_extract(data, :value)
     WHEN 'text' THEN to_number(json_extract(data, :value)) END"""
 
-#: ClickHouse's JSON_VALUE: what is missing, an object or an array is the empty text.
+#: ClickHouse's JSON_VALUE: a missing value, an object or an array gives empty text.
 TEXT = """CASE json_type(data, :{0})
     WHEN 'null' THEN 'null' WHEN 'true' THEN 'true' WHEN 'false' THEN 'false'
     WHEN 'object' THEN '' WHEN 'array' THEN ''
@@ -137,8 +137,8 @@ AGGREGATES = {
 class Edge(NamedTuple):
     """The edge at which a span of usage begins or ends.
 
-    Two coordinates, as an event has two: OpenMeter knows its time alone, to the
-    second; the number of its arrival tells apart what a second holds, so that a reset
+    An edge has two coordinates, like an event. OpenMeter only knows the time, in whole
+    seconds. The number of the arrival orders the events of one second, so that a reset
     by hand takes effect at once.
     """
 
@@ -150,23 +150,23 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """A query of a meter: the part of its usage, and the division into rows."""
+    """A query of a meter: a selection of its usage, and its division into rows."""
 
     start: int | None = None
     #: Exclusive.
     end: int | None = None
     window: str | None = None
     zone: str = "UTC"
-    #: None is all of them, an empty sequence none.
+    #: None selects all subjects, an empty sequence none.
     subjects: Sequence[str] | None = None
-    #: The customers that are asked for, by the subjects that they pay for.
+    #: The requested customers, by the subjects that they pay for.
     customers: Mapping[str, str] | None = None
     group_by: Sequence[str] = ()
     #: Group-by name to the values that count.
     filters: Mapping[str, Sequence[str]] | None = None
     #: The number of the last event that counts; None for all of them.
     horizon: int | None = None
-    #: Events count that lie after the first edge and not after the second.
+    #: Selects events after the first edge and not after the second.
     after: Edge | None = None
     before: Edge | None = None
 
@@ -179,7 +179,7 @@ def usage(connection: sqlite3.Connection, meter: Meter, query: Query) -> list[Ro
 
 
 class _Statement:
-    """The SQL of one query, and its parameters: no value becomes part of the text."""
+    """The SQL of one query, with all values as parameters."""
 
     def __init__(self, meter: Meter, query: Query) -> None:
         self.parameters: dict[str, Any] = {"type": meter["eventType"]}
@@ -246,7 +246,7 @@ class _Statement:
     def _edges(self, query: Query) -> Iterator[str]:
         if query.after is not None:
             time, seq = map(self._bind, query.after)
-            # The plus leaves the index of times aside, for that of arrivals.
+            # The plus makes SQLite use the index of arrivals instead of that of times.
             yield f"+time >= :{time} AND seq > :{seq}"
         if query.before is not None:
             time, seq = map(self._bind, query.before)
@@ -282,12 +282,12 @@ def _row(meter: Meter, query: Query, values: tuple[Any, ...]) -> Row:
     return row | {"groupBy": named}
 
 
-#: Sums kept; a question whose sum is not among them adds up its events anew.
+#: The number of sums kept; another sum is computed from all its events.
 KEPT = 4096
 
 
 class UsageCache:
-    """Sums of usage, to which only what has arrived since is added. Any thread."""
+    """A cache of sums, to which only newly arrived events are added. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -303,7 +303,7 @@ class UsageCache:
         ).fetchone()[0]
         with self._lock:
             seen, total = self._sums.pop(key, (0, 0.0))
-            # A clock put back: what was seen is out of sight again.
+            # The clock was set back: events that were visible are hidden again.
             if meter["aggregation"] not in ("SUM", "COUNT") or seen > (newest or 0):
                 seen, total = 0, 0.0
             after = Edge(start.time, max(start.seq, seen))

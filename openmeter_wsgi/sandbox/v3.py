@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 routes = Blueprint("v3", __name__, url_prefix="/api/v3/openmeter")
 
-#: What a filter takes at most.
+#: The limits of a filter.
 MOST_VALUES, MOST_BYTES = 50, 1_024
 _WINDOWS = {"PT1M": "MINUTE", "PT1H": "HOUR", "P1D": "DAY", "P1M": "MONTH"}
 _QUERY = shape(
@@ -55,7 +55,7 @@ _QUERY = shape(
         },
     ),
 )
-#: The operators that filters have here, of those that OpenMeter has.
+#: The filter operators that the sandbox offers.
 _OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "eq": lambda text, wanted: text == wanted,
     "oeq": lambda text, wanted: text in wanted.split(","),

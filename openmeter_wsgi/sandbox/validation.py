@@ -45,7 +45,7 @@ _OLDEST, _NEWEST = -62_135_596_800, 253_402_300_799
 
 @dataclass(eq=False)
 class Problem(ValueError):
-    """A request that is answered with an error; in Python, a value that is wrong."""
+    """An error answer to a request; in Python, a ValueError."""
 
     status: int
     #: None where OpenMeter leaves it out: unknown routes and every 500.
@@ -54,14 +54,14 @@ class Problem(ValueError):
     #: True if the validator in front of OpenMeter found it. Such answers of version 1
     #: have no ``instance``, those of version 3 name the field.
     invalid: bool = False
-    #: The flaw of the body that its schema does not allow.
+    #: The flaw that violates the schema of the body.
     flaw: Flaw | None = None
-    #: True if version 3 keeps the detail to itself.
+    #: True if version 3 leaves out the detail.
     terse: bool = False
     extensions: Document | None = None
-    #: The text on the page, if the detail says too little.
+    #: A longer text for the page, if the detail is not enough.
     reason: str = ""
-    #: The place of the event that is to blame in its batch, from 1.
+    #: The place of the event in its batch that caused the error, from 1.
     position: int | None = None
     #: Seconds for the header of that name.
     retry_after: float | None = None
@@ -129,7 +129,7 @@ def _instance() -> str:
 
 
 def answer(problem: Problem) -> Response:
-    """Return *problem* in the dialect of the path that was asked."""
+    """Return *problem* in the format of the requested API version."""
     v3 = request.path.startswith(("/api/v3/", "/v3/"))
     body = problem.v3() if v3 else problem.v1()
     response = Response(
@@ -285,7 +285,7 @@ def _array(schema: Schema, value: Any, pointer: str) -> Flaw | None:
 
 def _number(schema: Schema, value: Any, pointer: str) -> Flaw | None:
     whole = schema["type"] == "integer"
-    # A document's whole numbers are ints, whatever way they were written.
+    # Whole numbers of a document are ints, however they were written.
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "an integer" if whole else "a number"

@@ -149,7 +149,7 @@ def test_a_trace_tells_why_an_event_is_counted_or_not(browser, filled):
 
     assert "Requests COUNT✓ yes1route = /v1/" in counted
     assert "Latency AVG of $.seconds✓ yes0." in counted
-    assert "Duplicate of what arrived at" in duplicate
+    assert "Duplicate of the event that arrived at" in duplicate
     assert "not stored" in duplicate
     assert "Event 2 of the 2 in its request. answered 400" in refused
     assert 'no: invalid event: missing value property: "$.tokens"' in lame
@@ -165,7 +165,7 @@ def test_events_arrive_while_one_looks_unless_one_has_paused(browser, sandbox, a
 
     browser.find("#pause").click()
     api.ingest([event(3), event(4)])
-    browser.until("return pause.textContent === 'Go on: 2 new events'")
+    browser.until("return pause.textContent === 'Resume: 2 new events'")
     assert rows(browser) == ["event-2", "event-1"]
     browser.find("#pause").click()
 

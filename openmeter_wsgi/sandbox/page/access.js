@@ -1,15 +1,15 @@
-// Who has access to what: a row for each entitlement, and access given and taken.
+// The view of access: a row for each entitlement, and actions that grant and revoke.
 import { $, node, number, redraw, send, show, write } from "./dom.js";
 
 const day = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "short" });
-const KINDS = { boolean: "on or off", static: "with settings", metered: "metered" };
+const KINDS = { boolean: "on or off", static: "configuration", metered: "metered" };
 
 let changed = () => {};
 export function onAccessChange(callback) {
   changed = callback;
 }
 
-// What the buttons of a row did is said where the form says what it did.
+// The result of a button is shown in the same place as the result of the form.
 async function act(action, { customer, feature }, said) {
   const refused = await send("POST", `/sandbox/api/${action}`, { customer, feature });
   say(refused ?? `${said} ${feature} of ${customer}.`, refused);
@@ -46,7 +46,7 @@ class Row {
       this.end, this.asked, node("td", { class: "actions" }, this.reset, revoke));
   }
 
-  // The button goes with its row, and the focus must not go with it.
+  // The button disappears with its row; move the focus first.
   async #revoke() {
     await act("revoke", this.entry, "Revoked");
     if (!this.root.isConnected) $("access-title").focus();
@@ -87,7 +87,7 @@ export function showAccess({ access }) {
   $("access").querySelector(".scroll").hidden = !access.rows.length;
   $("no-access").hidden = access.rows.length > 0;
   $("more-access").hidden = !access.moreRows;
-  write($("more-access"), `and ${number.format(access.moreRows)} older ones`);
+  write($("more-access"), `and ${number.format(access.moreRows)} older entitlements`);
   const wanted = new Set(access.rows.map((entry) => entry.id));
   for (const [id, row] of rows) if (!wanted.has(id)) { row.root.remove(); rows.delete(id); }
   for (const entry of access.rows) {

@@ -1,4 +1,4 @@
-// What has arrived since the start, what was refused, and what no meter counts.
+// Counts since the start, reasons of refusals, and events that no meter counts.
 import { $, many, node, number, redraw, send, show, write } from "./dom.js";
 
 let changed = () => {};
@@ -9,7 +9,7 @@ export function onMeterCreated(callback) {
 function tiles({ counts, dedupe, stored, waiting, access }) {
   const earlier = stored - counts.stored;
   const kinds = [
-    earlier > 0 ? `${number.format(earlier)} of them in earlier runs` : "by this run",
+    earlier > 0 ? `${number.format(earlier)} of them in earlier runs` : "in this run",
     ...(waiting ? [`${number.format(waiting)} not visible yet: lag`] : []),
   ];
   const kept = dedupe ? "dropped, as with deduplication" : "counted again: no deduplication";
@@ -17,11 +17,11 @@ function tiles({ counts, dedupe, stored, waiting, access }) {
     { name: "Received", count: counts.received, note: `since the start, in ${many(counts.requests, "request")}` },
     { name: "Stored", count: stored, note: kinds.join(", ") },
     { name: "Duplicates", count: counts.duplicates, note: kept, outcome: dedupe ? "duplicate" : "stored" },
-    { name: "Refused", count: counts.refused, note: "requests, none of their events taken", outcome: "refused", bad: true },
+    { name: "Refused", count: counts.refused, note: "requests, with all their events", outcome: "refused", bad: true },
     { name: "Failed", count: counts.failed, note: "requests answered 5xx or 429", outcome: "failed" },
-    { name: "Questions", count: access.questions, note: "about entitlements" },
+    { name: "Checks", count: access.questions, note: "of entitlements" },
   ];
-  if (counts.dropped) items.push({ name: "Lost", count: counts.dropped, note: "dropped behind a 204", outcome: "dropped", bad: true });
+  if (counts.dropped) items.push({ name: "Lost", count: counts.dropped, note: "dropped after a 204", outcome: "dropped", bad: true });
   return items;
 }
 
@@ -60,7 +60,7 @@ function suggestions({ type, data }) {
   return [{ slug: slug(type, "count"), eventType: type, aggregation: "COUNT" }, ...sums].slice(0, 4);
 }
 
-// The button goes with its row, and the focus must not go with it.
+// The button disappears with its row; move the focus afterwards.
 async function create(meter) {
   const refused = await send("POST", "/api/v1/meters", meter);
   write($("uncounted-error"), refused ?? "");

@@ -1,5 +1,5 @@
-// Building the page. What events contain is only ever text: nodes are built here and
-// filled through textContent.
+// Helpers that build the page. The content of events is always set as text, through
+// textContent.
 export const $ = (id) => document.getElementById(id);
 export const number = new Intl.NumberFormat("en", { maximumFractionDigits: 4 });
 export const clock = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
@@ -20,7 +20,8 @@ export const heads = (...names) => node("thead", {}, node("tr", {}, ...names.map
   name.startsWith("#") ? node("th", { scope: "col", class: "number" }, name.slice(1))
     : node("th", { scope: "col" }, name))));
 
-// Replacing a text by itself would drop the reader's selection, and be read out again.
+// Change a text only if it differs: otherwise the reader's selection would be lost,
+// and a screen reader would read the text again.
 export function write(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
@@ -43,7 +44,7 @@ export async function get(path, parameters = {}) {
   return answer.json();
 }
 
-// Ask the sandbox for something; the answer says what became of it.
+// Send a request to the sandbox; return null, or the text of the error.
 export async function send(method, path, body) {
   const answer = await fetch(path, {
     method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),

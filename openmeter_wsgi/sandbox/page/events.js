@@ -1,5 +1,5 @@
-// The live list of what arrives, with search. The sandbox searches, so that the page
-// holds no more than it shows.
+// The live list of events, with search. The sandbox searches, so the page holds only
+// the rows that it shows.
 import { $, clock, get, many, node, number, options, write } from "./dom.js";
 import { tell } from "./trace.js";
 import { onEnter, shown } from "./views.js";
@@ -38,7 +38,7 @@ function row(arrival) {
     node("td", { class: "data", "data-label": "Data" }, arrival.data ?? "–"));
 }
 
-// In small portions: a thousand rows at once would hold up what is being typed.
+// In small portions: a thousand rows at once would delay typing.
 async function draw(arrivals, token) {
   const kept = new Set(arrivals.map(({ seq }) => seq));
   for (const [seq, old] of rows) if (!kept.has(seq)) { old.remove(); rows.delete(seq); }
@@ -54,10 +54,10 @@ async function draw(arrivals, token) {
 
 function summary() {
   const matches = list.matches > MOST_COUNTED ? `more than ${number.format(MOST_COUNTED)}` : number.format(list.matches);
-  write($("matches"), list.matches ? `The newest ${number.format(rows.size)} of ${matches}` : "Nothing matches");
+  write($("matches"), list.matches ? `The newest ${number.format(rows.size)} of ${matches}` : "No event matches");
   $("arrivals").parentElement.hidden = !list.matches;
   $("older").hidden = rows.size >= Math.min(list.matches, MOST);
-  write($("pause"), list.isPaused && list.waiting ? `Go on: ${many(list.waiting, "new event")}` : list.isPaused ? "Go on" : "Pause");
+  write($("pause"), list.isPaused && list.waiting ? `Resume: ${many(list.waiting, "new event")}` : list.isPaused ? "Resume" : "Pause");
 }
 
 async function reload({ announce = false } = {}) {
@@ -65,7 +65,7 @@ async function reload({ announce = false } = {}) {
   const answer = await get("/sandbox/api/arrivals", { ...wanted(), limit: list.limit });
   if (token !== list.asked) return;
   const meters = answer.meters.join();
-  // What counts an event may have changed, and so what its row says.
+  // With other meters, other events count, so all rows are drawn anew.
   if (meters !== list.meters) { body.replaceChildren(); rows.clear(); }
   Object.assign(list, { meters, matches: answer.matches, waiting: 0, newest: answer.arrivals[0]?.seq ?? list.newest });
   options($("types"), answer.types);
@@ -75,7 +75,7 @@ async function reload({ announce = false } = {}) {
   if (announce) write($("found"), `${many(list.matches, "event")} found`);
 }
 
-// Only what is new is asked for; who has paused is told how much that is.
+// Fetch only new events; while the list is paused, only show their number.
 export async function pollEvents() {
   if (shown() !== "events") return;
   if (!list.newest || !rows.size) { await reload(); return; }
@@ -96,7 +96,7 @@ export async function pollEvents() {
   summary();
 }
 
-// The row that somebody is at stays until they have left it.
+// A row with the focus stays until the focus leaves it.
 function trim() {
   for (const old of [...body.rows].slice(list.limit)) {
     if (!old.contains(document.activeElement)) old.remove();
@@ -127,5 +127,5 @@ $("older").addEventListener("click", async () => {
 onEnter("events", (asked) => {
   if ([...asked].length) form.reset();
   for (const [name, value] of asked) if (form.elements[name]) form.elements[name].value = value;
-  reload().catch(() => {});  // polling tells that the sandbox does not answer
+  reload().catch(() => {});  // polling reports that the sandbox does not answer
 });

@@ -1,8 +1,7 @@
-// Simulated faults: set as soon as they are changed, and named where nobody overlooks
-// them.
+// Simulated faults: applied as soon as they are changed, and listed in the header.
 import { $, number, send, write } from "./dom.js";
 
-const WHO = { ingest: "ingest", entitlements: "questions" };
+const WHO = { ingest: "ingest", entitlements: "entitlement checks" };
 const RIGHT = { failRate: 0, latency: 0, hang: 0, byteDelay: 0, outage: false, retryAfter: null, denied: null };
 const RIGHT_INGEST = { ...RIGHT, refusedType: null, refusedSubject: null, forget: false, claim: false };
 const groups = [...$("faults").querySelectorAll("[data-group]")];
@@ -12,7 +11,7 @@ export function onFaultChange(callback) {
   changed = callback;
 }
 
-// Who types is not interrupted.
+// A field that is being edited is left alone.
 function fill(input, value) {
   if (input === document.activeElement) return;
   if (input.type === "checkbox") input.checked = value;
@@ -25,7 +24,7 @@ const scale = (input) => (input.name === "failRate" ? 100 : 1);
 export function showFaults({ faults, visibleAfter }) {
   for (const group of groups) {
     for (const input of group.querySelectorAll("input, select")) {
-      // A switch says what is, focused or not: it is set as soon as it is changed.
+      // A switch always shows the current setting, because each change applies at once.
       if (input.type === "checkbox") input.checked = faults[group.dataset.group][input.name];
       else fill(input, faults[group.dataset.group][input.name]);
     }

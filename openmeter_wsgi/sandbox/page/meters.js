@@ -1,4 +1,4 @@
-// A card for each meter: its plot, and a table that is the legend and has the totals.
+// A card for each meter: its plot, and a table with the legend and the totals.
 import { $, heads, many, node, options, redraw, show, write } from "./dom.js";
 import { isStacked, lookOf, swatch } from "./patterns.js";
 import { Plot } from "./plot.js";
@@ -6,14 +6,14 @@ import { period } from "./readout.js";
 import { shown } from "./views.js";
 
 const SPANS = { 60: "minute", 300: "5 minutes", 900: "15 minutes", 3600: "hour", 86400: "day", 604800: "week" };
-const WORDS = { SUM: "sum", COUNT: "number of events", AVG: "average", MIN: "least", MAX: "greatest", UNIQUE_COUNT: "different values", LATEST: "latest" };
+const WORDS = { SUM: "sum", COUNT: "number of events", AVG: "average", MIN: "smallest", MAX: "largest", UNIQUE_COUNT: "distinct values", LATEST: "latest" };
 const UNITS = [[86400, "day"], [3600, "h"], [60, "min"], [1, "s"]];
 
-// The shortest that holds all events, unless somebody has chosen one.
+// The shortest span that holds all events, unless the user has chosen one.
 let fitting = 900;
 const span = () => Number($("span").value) || fitting;
 
-// Say whether another span fits what there is now.
+// Choose the span that fits the events now; return true if the plots must change.
 export function fit({ oldest, times, step }) {
   const age = oldest === null ? 0 : times.at(-1) + step - oldest;
   const spans = Object.keys(SPANS).map(Number);
@@ -28,7 +28,7 @@ export function onViewChange(callback) {
   changed = callback;
 }
 
-// How meters are looked at, as the sandbox is asked for them.
+// The chosen grouping and subject of each meter, as sent to the sandbox.
 const views = new Map();
 export const asked = () => ({ span: span(), views: JSON.stringify(Object.fromEntries(views)) });
 
@@ -80,7 +80,7 @@ class MeterCard {
     this.unusable.hidden = !meter.unusable;
     write(this.unusable, meter.unusable
       ? `${many(meter.unusable, "event")} without a usable number at ${meter.valueProperty}: not counted.` : "");
-    const shown = meter.moreGroups || meter.groups.length > meter.curves.length ? `; the ${meter.curves.length} greatest` : "";
+    const shown = meter.moreGroups || meter.groups.length > meter.curves.length ? `; the ${meter.curves.length} largest` : "";
     write(this.unit, `${WORDS[meter.aggregation]}${value} per ${length(step)}, by ${meter.by}${shown}`);
     options(this.by, ["subject", ...meter.dimensions]);
     if (this.by !== document.activeElement) this.by.value = meter.by;
@@ -108,7 +108,7 @@ class MeterCard {
     });
   }
 
-  // Sixty rows that few look at are made when somebody does.
+  // The sixty rows are made only when the table is opened.
   #values() {
     if (!this.details.open || !this.meter) return;
     const { meter, columns, step } = this;
@@ -124,7 +124,7 @@ class MeterCard {
 let repainted = 0;
 document.addEventListener("themechange", () => { repainted += 1; });
 
-// One card at a time: all plots at once would hold up a click or a key.
+// One card at a time: drawing all plots at once would delay a click or a key.
 const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 const cards = new Map();
@@ -142,7 +142,7 @@ export async function showMeters({ meters, times, step, stored, counts }) {
       cards.set(meter.slug, new MeterCard(meter.slug));
       $("meters").append(cards.get(meter.slug).root);
     }
-    // Looks are given in the order of the totals, the greatest first.
+    // Colours and patterns are assigned in the order of the totals, the largest first.
     for (const { group } of meter.curves) lookOf(group);
     if (shown() === "usage") cards.get(meter.slug).update(meter, times, step, runs);
     await breathe();

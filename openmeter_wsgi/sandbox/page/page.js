@@ -16,7 +16,7 @@ function status(text, mark) {
   $("status").className = mark;
 }
 
-// Who asks later is answered with what is newer.
+// Only the answer to the latest request is shown.
 let turns = 0;
 async function refresh() {
   const turn = ++turns;

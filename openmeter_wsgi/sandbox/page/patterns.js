@@ -1,4 +1,4 @@
-// A colour and a pattern for each curve: those who do not see the one see the other.
+// A colour and a pattern for each curve, so that it is recognised without colours.
 const COUNT = 8;
 const TILE = 8;
 const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3], [14, 4], [4, 4], [14, 3, 2, 3], [1, 5]];
@@ -16,7 +16,7 @@ const STROKES = [
 const ADDITIVE = new Set(["SUM", "COUNT"]);
 export const isStacked = (meter) => ADDITIVE.has(meter.aggregation);
 
-// A group keeps its looks, in all meters and however the totals change.
+// A group keeps its colour and pattern in all meters, even if the totals change.
 const looks = new Map();
 export function lookOf(group) {
   if (!looks.has(group)) looks.set(group, looks.size % COUNT);
@@ -25,7 +25,7 @@ export function lookOf(group) {
 
 export const dashOf = (look) => DASHES[look];
 
-// What a theme makes of the colours is asked once: each answer costs a layout.
+// The colours of a theme are read once, since each read costs a layout.
 const known = new Map();
 document.addEventListener("themechange", () => known.clear());
 function once(key, make) {
@@ -33,7 +33,7 @@ function once(key, make) {
   return known.get(key);
 }
 
-// A custom property is only text until a real one takes it: the theme is resolved there.
+// A custom property holds only text. A real property resolves it for the theme.
 const probe = document.createElement("span");
 probe.hidden = true;
 document.body.append(probe);
@@ -63,7 +63,7 @@ function paint(look) {
   return pen.createPattern(tile, "repeat");
 }
 
-// What stands in a legend before the name: a piece of the curve itself.
+// The sample of a curve in a legend, before the name.
 export function swatch(group, isLine) {
   const look = lookOf(group);
   const made = document.createElement("canvas");

@@ -36,14 +36,14 @@ export class Plot {
     this.plot?.destroy();
   }
 
-  // A hidden view has no width; its plots are drawn when they come into sight.
+  // A hidden view has no width; its plots are drawn when it is shown.
   #resize() {
     if (!this.target.clientWidth) return;
     if (this.plot) this.plot.setSize(this.#size());
     else this.#rebuild();
   }
 
-  // The middle of a column is where it is found by a pointer.
+  // The x of a column is its middle, so that the pointer finds it.
   #data() {
     const middles = this.times.map((time) => time + this.step / 2);
     if (!isStacked(this.meter)) return [middles, ...this.meter.curves.map((curve) => curve.values)];

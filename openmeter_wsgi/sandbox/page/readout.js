@@ -1,5 +1,5 @@
-// What a column of a plot holds: under the pointer, or by arrow keys as a slider whose
-// value is read out.
+// The values of a column of a plot: under the pointer, or by arrow keys, as a slider
+// whose value a screen reader reads.
 import { node, show } from "./dom.js";
 import { isStacked, swatch } from "./patterns.js";
 

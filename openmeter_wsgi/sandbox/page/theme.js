@@ -1,10 +1,10 @@
-// Dark or light: as the system says, until somebody chooses. Not a module, because it
-// has to run before the first pixel is drawn.
+// Dark or light: like the system, until the user chooses. Not a module, because it
+// must run before the first pixel is drawn.
 "use strict";
 (() => {
   const KEY = "openmeter-sandbox-theme";
   const root = document.documentElement;
-  // A browser may refuse to remember; the choice then holds for this page.
+  // A browser may refuse to store the choice; it then applies to this page only.
   const recall = () => { try { return localStorage.getItem(KEY) ?? ""; } catch { return ""; } };
   const remember = (theme) => { try { localStorage.setItem(KEY, theme); } catch { /* as above */ } };
   const changed = () => document.dispatchEvent(new Event("themechange"));

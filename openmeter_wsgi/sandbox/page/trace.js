@@ -1,5 +1,5 @@
-// The trace of one event: when it arrived and how often, and what each meter made of
-// it.
+// The trace of one event: the times of its arrivals, and the value that each meter
+// counts.
 import { $, get, heads, node, redraw, show, write } from "./dom.js";
 
 const dialog = $("trace");
@@ -17,7 +17,7 @@ export async function tell(seq) {
   opener = document.activeElement;
   await refreshTrace();
   if (dialog.open) return;
-  // Back closes it, as on any other page.
+  // The browser's Back button closes the dialog.
   history.pushState({ trace: seq }, "");
   dialog.showModal();
 }
@@ -29,7 +29,7 @@ export async function refreshTrace() {
   if (seq !== current) return;
   write($("trace-error"), told.error ?? "");
   if (told.error) return;
-  write($("trace-title"), `Trace of ${told.event.id ?? "what was no event"}`);
+  write($("trace-title"), `Trace of ${told.event.id ?? "an invalid event"}`);
   redraw($("trace-attributes"), [told.event, told.customer], () => attributes(told));
   redraw($("trace-arrivals"), [told.arrivals, seq], () => told.arrivals.map((arrival) => step(arrival, told)));
   redraw($("trace-meters"), told, () => meters(told));
@@ -46,10 +46,10 @@ function attributes({ event, customer }) {
 function step(arrival, { event, arrivals, dedupe }) {
   const first = arrivals.find(({ outcome }) => outcome === "stored");
   const isRepeated = arrival.outcome === "stored" && first && arrival.seq !== first.seq;
-  const said = isRepeated && !dedupe ? "Stored and counted again: there is no deduplication" : SAID[arrival.outcome];
+  const said = isRepeated && !dedupe ? "Stored and counted again: deduplication is off" : SAID[arrival.outcome];
   const place = arrival.batch > 1 ? `Event ${arrival.position} of the ${arrival.batch} in its request. ` : "";
   const of = arrival.outcome === "duplicate" && first
-    ? `Duplicate of what arrived at ${precise.format(new Date(first.ingestedAt))}: ` : "";
+    ? `Duplicate of the event that arrived at ${precise.format(new Date(first.ingestedAt))}: ` : "";
   return node("li", arrival.seq === event.seq ? { "aria-current": "true", class: arrival.outcome } : { class: arrival.outcome },
     node("strong", {}, said), " ",
     node("time", { datetime: arrival.ingestedAt, class: "soft" }, precise.format(new Date(arrival.ingestedAt))),
@@ -58,7 +58,7 @@ function step(arrival, { event, arrivals, dedupe }) {
 
 function meters(told) {
   if (told.event.outcome !== "stored") {
-    return [node("p", {}, "No meter counts it, because this arrival was not stored.")];
+    return [node("p", {}, "No meter counts it, because it was not stored.")];
   }
   const others = told.meters.filter(({ why }) => why?.startsWith("counts events of type"));
   const near = told.meters.filter((meter) => !others.includes(meter));
@@ -67,7 +67,7 @@ function meters(told) {
   if (near.length) made.push(verdicts(near));
   if (!told.visible) made.push(node("p", {}, "Not yet visible: usage is shown with the delay that is set under Faults."));
   if (others.length) {
-    made.push(node("p", { class: "soft" }, `Of other types: ${others.map(({ name, why }) => `${name} ${why}`).join("; ")}.`));
+    made.push(node("p", { class: "soft" }, `Meters for other types: ${others.map(({ name, why }) => `${name} ${why}`).join("; ")}.`));
   }
   return made;
 }
@@ -100,7 +100,7 @@ dialog.addEventListener("close", () => {
   current = null;
   if (!isBack && history.state?.trace) history.back();
   isBack = false;
-  // Its row may be gone by now.
+  // The row of the event may have been removed.
   (opener?.isConnected ? opener : $("events-title")).focus();
 });
 dialog.addEventListener("click", ({ target }) => {

@@ -1,4 +1,4 @@
-// Which view is shown: the part of the address behind the hash, "#events?outcome=refused".
+// Shows the view that the hash of the address names, such as "#events?outcome=refused".
 import { $ } from "./dom.js";
 
 const views = [...document.querySelectorAll("[data-view]")];
@@ -7,7 +7,7 @@ const entered = new Map();
 
 export const shown = () => views.find((view) => !view.hidden).dataset.view;
 
-// What a view does when it comes into sight, with what the address asks of it.
+// Register a callback for when a view is shown; it gets the parameters of the address.
 export function onEnter(name, callback) {
   entered.set(name, callback);
 }
