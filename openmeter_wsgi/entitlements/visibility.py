@@ -101,7 +101,7 @@ class Sending(Protocol):
 
     @property
     def is_sender(self) -> bool:
-        """Whether this process sends what is put."""
+        """True if this process sends what is put."""
 
 
 class _Published(msgspec.Struct):
