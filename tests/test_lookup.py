@@ -3,6 +3,7 @@
 import functools
 import gc
 import math
+import sys
 import threading
 import tracemalloc
 from collections import deque
@@ -10,7 +11,12 @@ from collections import deque
 import pytest
 
 from entitling import YES, Entitled, ask, close_all, metered, middleware, wait_for
-from openmeter_wsgi.entitlements.cache import AnswerCache, CachedAnswer, Lifetimes
+from openmeter_wsgi.entitlements.cache import (
+    CACHE_SIZE,
+    AnswerCache,
+    CachedAnswer,
+    Lifetimes,
+)
 from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
 from openmeter_wsgi.entitlements.customers import FoundCustomers
 from openmeter_wsgi.entitlements.lookup import (
@@ -341,30 +347,43 @@ def test_the_rate_of_questions_depends_on_whose_server_it_is(url, rate):
 def test_a_flood_of_made_up_names_takes_no_more_than_some_mebibytes():
     """All that is kept of names that are no customers, each at its bound."""
     lifetimes = Lifetimes(60.0, 5.0, 600.0)
-    answers, found = AnswerCache(), FoundCustomers(lifetimes)
+    share = 10  # of the bound of the caches, as it takes less time
+    answers = AnswerCache(CACHE_SIZE // share)
+    found = FoundCustomers(lifetimes, size=CACHE_SIZE // share)
     lookup = BackgroundLookup(
         new_client=NoConnection, answering=Answering(), take_question=lambda _: 100.0,
         timeout=0.0, rate=25.0, reserve=0.0,
     )  # fmt: skip
-    gc.collect()
-    tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
 
-    for n in range(12_000):
-        name = f"{n:036}"
+    def remember(name, at):
         known = CachedAnswer(
-            "searches", UNKNOWN_CUSTOMER, None, asked_at=float(n), terms_at=-math.inf,
+            "searches", UNKNOWN_CUSTOMER, None, asked_at=at, terms_at=-math.inf,
             lifetimes=lifetimes,
         )  # fmt: skip
         answers.put(name, "searches", known)
-        found.put(name, None, float(n))
-        lookup.ask(question(name))
+        found.put(name, None, at)
 
+    names = [f"{n:036}" for n in range(MAX_LINE + 100)]
+    in_caches = memory_of(lambda: [remember(name, float(n))
+                                   for n, name in enumerate(names)])  # fmt: skip
+    in_line = memory_of(lambda: [lookup.ask(question(name)) for name in names])
+    lookup.close()
+
+    # The names themselves are in each once more.
+    of_names = (CACHE_SIZE + MAX_LINE) * sys.getsizeof(names[0])
+    assert in_caches * share + in_line + of_names < 8 * 1024**2
+
+
+def memory_of(work):
+    """Return the bytes that *work* has left behind."""
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    work()
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    lookup.close()
-    assert grown < 8 * 1024**2
+    return grown
 
 
 def test_a_flood_of_made_up_names_does_not_fill_the_line_of_known_customers(

@@ -81,9 +81,9 @@ class CachedAnswer:
         # A denial is never given away on suspicion: its customer may have paid.
         self.graceful_until = asked_at + lifetime * (_GRACE if answer.has_access else 1)
         self.usable_until = self.fresh_until + lifetimes.max_stale
-        #: Whether a request went by it since this was last cleared.
+        #: True if a request went by it since this was last cleared.
         self.used = False
-        #: Whether there is a balance that can be used up. Access without one is a
+        #: True if there is a balance that can be used up. Access without one is a
         #: soft limit, whether the terms are known or not.
         self.counts_down = bool(
             answer.balance

@@ -42,7 +42,7 @@ _LAST_MINUTE = 60.0
 
 
 class Answer(msgspec.Struct, frozen=True, rename="camel"):
-    """What OpenMeter says of one customer and one feature (``EntitlementValue``)."""
+    """OpenMeter's answer about one customer and feature (``EntitlementValue``)."""
 
     #: OpenMeter leaves this out where it is false.
     has_access: bool = False
@@ -52,18 +52,18 @@ class Answer(msgspec.Struct, frozen=True, rename="camel"):
     overage: float | None = None
     #: All that was granted in this period.
     total_available_grant_amount: float | None = None
-    #: Where it is static: JSON, as text.
+    #: The value of a static entitlement: JSON, as text.
     config: str | None = None
-    #: Whether OpenMeter knows the customer at all.
+    #: True if OpenMeter knows the customer at all.
     known_customer: bool = True
-    #: Whether it is known to be metered, although nothing is said of a balance.
+    #: True if it is known to be metered, although nothing is said of a balance.
     is_metered: bool = False
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """What only the entitlement itself says, and not its value."""
+    """The properties of an entitlement that its value does not tell."""
 
-    #: Whether access goes on when the balance is used up.
+    #: True if access goes on when the balance is used up.
     soft_limit: bool = False
     #: When the usage period ends, in seconds since 1970; None where it has none …
     period_end: float | None = None
@@ -119,7 +119,7 @@ class _CustomerPage(msgspec.Struct, rename="camel"):
 
 
 class CustomerPage(NamedTuple):
-    """What one request of a lookup found: the customer of a subject, or none."""
+    """The result of one request of a lookup: the customer of a subject, or none."""
 
     #: The key or id by which that customer is asked for.
     customer: str | None
@@ -143,7 +143,7 @@ class EntitlementClient(ABC):
     :raises Held: if the question cannot be answered as it is configured.
     """
 
-    #: Whether a feature can be asked for without all others of the customer.
+    #: True if a feature can be asked for without all others of the customer.
     asks_singly: ClassVar[bool]
 
     def __init__(self, *, url: str, key: ApiKey, timeout: float) -> None:

@@ -38,7 +38,7 @@ class Denial(msgspec.Struct, frozen=True):
     feature: str
     #: Why.
     reason: Reason
-    #: What is left of a metered feature, as far as OpenMeter said it …
+    #: The balance of a metered feature, as far as OpenMeter said it …
     balance: float | None = None
     #: … what was used of it …
     usage: float | None = None
@@ -49,20 +49,20 @@ class Denial(msgspec.Struct, frozen=True):
 
     @property
     def retry_after(self) -> int | None:
-        """How many seconds from now that is, at least one."""
+        """The seconds from now until `retry_at`, at least one."""
         if self.retry_at is None:
             return None
         return max(math.ceil(self.retry_at - time.time()), 1)
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Whether a request may pass."""
+    """The decision on a request: it may pass, or not, and why."""
 
     #: Let it through, or not.
     allowed: bool
-    #: What was denied. Not empty although allowed: the fail mode let it through.
+    #: The denials. Not empty although allowed: the fail mode let it through.
     denied: tuple[Denial, ...] = ()
-    #: Where it comes from.
+    #: Its source.
     source: DecisionSource = "openmeter"
     #: The monotonic time of the oldest answer in it.
     answered_at: float | None = None
@@ -88,14 +88,14 @@ class Decision(msgspec.Struct, frozen=True):
 
     @property
     def age(self) -> float | None:
-        """How many seconds ago OpenMeter said so, None if it said nothing."""
+        """The seconds since OpenMeter said so, None if it said nothing."""
         if self.answered_at is None:
             return None
         return max(time.monotonic() - self.answered_at, 0.0)
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """How much of a metered feature there is."""
+    """The quota of a metered feature."""
 
     feature: str
     limit: float | None
@@ -105,7 +105,7 @@ class Quota(msgspec.Struct, frozen=True):
 
     @property
     def reset(self) -> int | None:
-        """How many seconds from now that is."""
+        """The seconds from now until `period_end`."""
         if self.period_end is None:
             return None
         return max(math.ceil(self.period_end - time.time()), 0)

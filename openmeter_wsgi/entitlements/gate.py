@@ -35,7 +35,7 @@ logger = log.get_logger(__name__)
 
 
 class Amounts:
-    """What the requests of one policy use of the features that are counted down.
+    """The amounts that requests of one policy use of features that are counted down.
 
     Any thread. What the policy's own meters say is worked out once: it is all that
     most requests use.
@@ -49,16 +49,16 @@ class Amounts:
         self._static = policy.static_meters
         self._used_by_static = self._of(self._static)
         self._static_is_of_subject = not any(meter.subject for meter in self._static)
-        #: What says how much is set apart for a request, if it is not always the same.
+        #: The callable that returns the amounts for a request, if they differ.
         self._reserve = policy.reserve if callable(policy.reserve) else None
-        #: What is set apart for a request, by feature.
+        #: The amounts that are set apart for a request, by feature.
         self.fast_paths = {**self._used_by_static}
         if policy.reserve is not None and self._reserve is None:
             self.fast_paths.update(policy.reserve)  # type: ignore[arg-type]
 
     @property
     def are_usual(self) -> bool:
-        """Whether the same is set apart for all requests."""
+        """True if the same is set apart for all requests."""
         return self._reserve is None
 
     def to_reserve(self, environ: MutableMapping[str, Any]) -> Mapping[str, float]:
@@ -159,7 +159,7 @@ class Gate:
         self._countdown = entitlements.countdown
         self._amounts = Amounts(policy, self._account_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
-        #: Whether a request is let through at once; if not, `admit` decides.
+        #: True if a request is let through at once; if not, `admit` decides.
         self.passes: AllowFromCache = allow_nothing
         #: What finds the decision on the one feature that is needed, if what requests
         #: usually use of it is counted down.

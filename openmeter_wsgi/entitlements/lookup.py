@@ -39,12 +39,12 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the last question got no answer."""
+        """True if the last question got no answer."""
         return self._pause > 0
 
     @property
     def is_due(self) -> bool:
-        """Whether `may_try` may return True."""
+        """True if `may_try` may return True."""
         return self._clock() >= self._try_at
 
     @property
@@ -108,9 +108,9 @@ Answering: TypeAlias = (
 class Recalled(NamedTuple):
     """The result of a look into the answers that other processes have shared."""
 
-    #: Whether they answer the question, so that OpenMeter need not be asked.
+    #: True if they answer the question, so that OpenMeter need not be asked.
     is_answered: bool = False
-    #: Whether they hold an answer of whatever age: this customer is known.
+    #: True if they hold an answer of whatever age: this customer is known.
     is_known: bool = False
 
 
@@ -145,7 +145,7 @@ class Lookup(Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether requests wait in line for other questions."""
+        """True if requests wait in line for other questions."""
 
     def has_token(self) -> bool:
         """Take a token for a further question, if there is one."""
@@ -209,7 +209,7 @@ class _Pending:
 
     @property
     def is_in_line(self) -> bool:
-        """Whether requests wait for it, and it has no token yet."""
+        """True if requests wait for it, and it has no token yet."""
         return self.line is not None and self.line.is_ahead_of(self.number)
 
 
@@ -348,7 +348,7 @@ class BackgroundLookup:
 
     @property
     def is_busy(self) -> bool:
-        """Whether requests wait in line for other questions."""
+        """True if requests wait in line for other questions."""
         return self._first_sights.waiting + self._known.waiting > 0
 
     def ask(self, question: Question, *, is_known: bool = False) -> float | None:

@@ -65,7 +65,7 @@ _LITTLE = 0.2
 
 
 class EntitlementService:
-    """What one process knows of entitlements, and how it learns more.
+    """The entitlements of one process: known answers, lookups and local quotas.
 
     Any thread.
     """
@@ -88,9 +88,9 @@ class EntitlementService:
         self._shared = shared
         #: None where nothing is counted down, or nothing is sent.
         self._visibility = visibility
-        #: Whether quotas are counted down, and by this process for itself.
+        #: True if quotas are counted down, and by this process for itself.
         self._counts_alone = shared is None and bool(countdown.meters)
-        #: Whether responses say when a quota is granted anew.
+        #: True if responses say when a quota is granted anew.
         self._tells_periods = tells_periods
         self._answers = AnswerCache()
         self._customers = FoundCustomers(id_lifetimes or lifetimes)
@@ -184,7 +184,7 @@ class EntitlementService:
 
     @property
     def problems(self) -> list[Problem]:
-        """What is wrong with asking now."""
+        """The problems with asking OpenMeter now."""
         if not self._asker.breaker.is_open:
             return []
         text = (

@@ -101,7 +101,7 @@ class Sending(Protocol):
 
     @property
     def is_sender(self) -> bool:
-        """Whether this process sends what is put."""
+        """True if this process sends what is put."""
 
 
 class _Published(msgspec.Struct):
@@ -160,6 +160,8 @@ class Visibility:
         self._closed.clear()
         if sending.directory is None:
             return self._own_mark(sending)
+        if sending.is_sender:
+            self._start()
         self._published = _read(sending.directory / _MARK, _Published)
         fixed = self._fixed.until()
         if self._published is None:
@@ -194,9 +196,9 @@ class Visibility:
     def elected(self) -> None:
         """Note that this process begins to send what is in the spool.
 
-        It goes on looking for what the last sender was looking for.
+        It goes on looking for what the last sender was looking for; after `close` not
+        before the mark is asked for again.
         """
-        self._closed.clear()
         directory = self._sending.directory if self._sending is not None else None
         if directory is not None:
             state = _read(directory / _PROBES, State)

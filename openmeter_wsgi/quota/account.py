@@ -30,7 +30,7 @@ class UnsettledUsage:
         self.amount = 0.0
         #: The same of other seconds.
         self._past: dict[int, float] = {}
-        #: What was handed in: another store needs it.
+        #: The amounts that were handed in: another store needs them.
         self._handed_in: dict[int, float] = {}
 
     def __bool__(self) -> bool:
@@ -110,7 +110,7 @@ class ProcessLease:
         self.spending = UnsettledUsage()
         #: Left in the store, beside what is leased here.
         self._beside = 0.0
-        #: Whether something was taken since this was last cleared.
+        #: True if something was taken since this was last cleared.
         self.was_used = False
 
     def take(self, amount: float) -> bool:
@@ -138,7 +138,7 @@ class ProcessLease:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing would be missed if it were forgotten."""
+        """True if nothing would be missed if it were forgotten."""
         return not (self.free or self.in_flight or self.spending)
 
     # -- One exchange with the store
@@ -181,7 +181,7 @@ class NotReserved(NamedTuple):
     #: Only because of what is in flight or leased and may come back: within a second
     #: or two another try may go better. Else it takes a new answer.
     held_back: bool
-    #: What is left all the same.
+    #: The amount that is left all the same.
     available: float
 
 
@@ -223,9 +223,9 @@ class Reservation:
             chunk.release()
 
 
-#: What is leased and lies idle for so many seconds goes back.
+#: A lease that lies idle for so many seconds goes back.
 IDLE = 0.5
-#: What was spent is handed in after so many seconds at the latest.
+#: Usage is handed in after so many seconds at the latest.
 HAND_IN = 1.0
 #: "Nothing left" is believed for so many seconds.
 REFUSAL = 0.25
@@ -234,7 +234,7 @@ _PATIENCE = 0.25
 
 
 class Account:
-    """What one process may spend of one balance. Any thread."""
+    """The part of one balance that one process may spend. Any thread."""
 
     __slots__ = (
         "_answer", "_asking", "_clock", "_exchange", "_handed_in_at", "_name",
@@ -426,5 +426,5 @@ class Account:
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether nothing would be missed if it were forgotten."""
+        """True if nothing would be missed if it were forgotten."""
         return self.chunk.is_empty

@@ -33,7 +33,7 @@ _HEARTBEAT = 10.0
 
 
 class Ledger:
-    """What this process may spend, as the store has it.
+    """The accounts of this process, as the store has them.
 
     It belongs to one process; a child of a fork makes another. *origin* is what has
     one mark, and *visible_until* returns it: all usage that was settled there before
@@ -206,7 +206,7 @@ class LocalQuota:
         #: By feature.
         self.meters = meters
         self._ledger = ledger
-        #: Whether a thread looks after what is leased: in a short life none is needed.
+        #: True if a thread tends the leases: in a short life none is needed.
         self._tends = tends
         self._tending: threading.Thread | None = None
         self._closed = threading.Event()

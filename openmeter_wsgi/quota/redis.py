@@ -308,7 +308,7 @@ SILENCE = 3_600.0
 _KEYS = ("names", "lessees", "origins", "watermarks", "heard")
 _PRUNE_INTERVAL = 600.0
 
-#: What a URL may say beside the address; names that begin with ``ssl_`` as well. The
+#: The options that a URL may have; names that begin with ``ssl_`` as well. The
 #: rest would be refused with the first request, or changes what this module relies on.
 _URL_OPTIONS = {
     "client_name", "db", "health_check_interval", "max_connections", "password",

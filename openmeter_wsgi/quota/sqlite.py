@@ -36,7 +36,7 @@ logger = log.get_logger(__name__)
 
 
 class UsesSqlite(Protocol):
-    """What is told of forks."""
+    """An object that is told of forks."""
 
     def before_fork(self) -> bool:
         """Keep everybody out until `after_fork`; say whether that was possible.
@@ -50,7 +50,7 @@ class UsesSqlite(Protocol):
 
 # A set that one call copies, where a WeakSet would be iterated step by step.
 _users: set[weakref.ref[UsesSqlite]] = set()
-#: Who is kept out, by the thread that forks.
+#: The users that are kept out, by the thread that forks.
 _paused: dict[int, list[UsesSqlite]] = {}
 
 
@@ -177,7 +177,7 @@ class Database:
 
     @property
     def is_open(self) -> bool:
-        """Whether this process has used it."""
+        """True if this process has used it."""
         return self._db is not None and os.getpid() == self._pid
 
     def close(self) -> None:

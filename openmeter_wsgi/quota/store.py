@@ -24,12 +24,12 @@ class Lessee(NamedTuple):
     """One ledger, as the stores know it: its leases live as long as it does."""
 
     token: str
-    #: What has one mark: the spool of a host, or else this process alone.
+    #: The owner of one mark: the spool of a host, or else this process alone.
     origin: str
 
     @property
     def is_alone(self) -> bool:
-        """Whether what this process has not delivered dies with it."""
+        """True if what this process has not delivered dies with it."""
         return self.origin == self.token
 
 
@@ -37,14 +37,14 @@ class KnownBalance(NamedTuple):
     """A balance that OpenMeter said. Times are wall clock, in seconds."""
 
     balance: float
-    #: What was visible by then is in the balance.
+    #: The balance covers the usage that was visible by then.
     asked_at: float
     #: When its usage period began: usage from before does not count against it.
     since: float = -math.inf
 
 
 class Request(NamedTuple):
-    """What is handed in and asked for, of one key.
+    """Usage that is handed in, and the lease that is asked for, of one key.
 
     Amounts *held* and *wanted* replace what the lessee had leased: all it had beyond
     them goes back by itself. *wanted* None: nothing, thank you.
@@ -58,15 +58,15 @@ class Request(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """What the store grants."""
+    """A lease, as the store grants it."""
 
     #: On top of what is held; None: not even the wanted amount is there.
     granted: float | None
-    #: What nobody had spent or leased before it; without any answer it is infinite.
+    #: The balance before it, without usage and leases; infinite without any answer.
     available: float
     #: The same if every lease came back unused.
     room: float
-    #: Which store speaks: another one knows nothing of what was handed in before.
+    #: The name of the store: another one knows nothing of earlier usage.
     store: str
 
 
@@ -74,12 +74,12 @@ class Begun(NamedTuple):
     """An exchange that is under way."""
 
     request: Request
-    #: What was free and goes back with it.
+    #: The free amount that goes back with it.
     free: float
 
 
 class Store(Protocol):
-    """Where the ledgers of a host, or of many, agree on what is left.
+    """The place where the ledgers of a host, or of many, agree on what is left.
 
     Any thread. A store is opened by its first use in a process, and a child of a fork
     opens its own. Times are the caller's wall clock, in seconds.
@@ -89,7 +89,7 @@ class Store(Protocol):
 
     @property
     def returns(self) -> int:
-        """How often a store that was away has come back: it may know stale leases."""
+        """The number of times a store came back: it may know leases that are stale."""
 
     @property
     def origin(self) -> str | None:

@@ -1,4 +1,4 @@
-"""How much of the delivered usage OpenMeter shows: the mark *visible until*.
+"""The mark *visible until*: it tells how much of the delivered usage OpenMeter shows.
 
 All usage that was settled before the mark is in each balance that is asked for from now
 on. Event ids tell, and not amounts: those cannot tell our usage from that of others.
@@ -36,7 +36,7 @@ class Group(msgspec.Struct):
 
 
 class State(msgspec.Struct):
-    """What the next sender has to know."""
+    """The probes as they are handed to the next sender."""
 
     visible_until: float
     groups: list[Group]
