@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.request import interrupted, method_of
@@ -16,7 +16,7 @@ from openmeter_wsgi.values import timestamp
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class NotMetered:

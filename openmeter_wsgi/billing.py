@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.request import RequestRecord, RunTimeMeters
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 Environ: TypeAlias = dict[str, Any]
 #: Routes of which a warning was given are remembered up to this number.
@@ -83,35 +83,37 @@ class Billing:
         self.name = name
         self.process = process
         #: Requests that became no event.
-        self.not_metered = NotMetered(name, policy.audit)
+        self.not_metered: NotMetered = NotMetered(name, policy.audit)
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         #: Whether requests may begin only after a decision, but for OPTIONS.
-        self.asks = bool(policy.required_entitlements)
+        self.asks: bool = bool(policy.required_entitlements)
         #: Whether the response tells what that decision said of the quota.
-        self.tells_quota = self.asks and policy.usage_headers
+        self.tells_quota: bool = self.asks and policy.usage_headers
         #: What governs views that say more of themselves than their route does.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
-        self.subjects = SubjectFinder(policy)
-        self.gate = Gate(
+        self.subjects: SubjectFinder = SubjectFinder(policy)
+        self.gate: Gate = Gate(
             policy,
             process.entitlements,
             subjects=self.subjects,
             counts=self._counts,
         )
         #: What makes the ids of its requests.
-        self.identity = Identity(policy, process.ids)
+        self.identity: Identity = Identity(policy, process.ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         self._has_meters = bool(policy.static_meters or policy.measured)
         #: The readers of bodies that a response needs, None where not even its
         #: length has to be known.
-        self.bodies = _bodies(policy, self._when)
+        self.bodies: frozenset[str] | None = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
         #: Whether it bills the requests that no rule of a route matches.
         self._is_default = policy.routes is not None or name == EVERY_OTHER
         #: What bills most responses; None if nothing is known beforehand.
-        self.fast_path = FastPath(self) if self._is_known_beforehand else None
+        self.fast_path: FastPath | None = (
+            FastPath(self) if self._is_known_beforehand else None
+        )
         self._warned: set[str | None] = set()
 
     @property

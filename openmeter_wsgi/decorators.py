@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, Unpack
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
@@ -32,7 +32,9 @@ from openmeter_wsgi.request import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-logger = log.get_logger(__name__)
+    from openmeter_wsgi.option_types import RouteOptions
+
+logger: Final = log.get_logger(__name__)
 
 
 #: Options of one view that are remembered.
@@ -114,7 +116,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def meter(
+    **options: Unpack[RouteOptions],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let *options* govern the requests of a view, as ``routes`` would.
 
     What they do not name is inherited from the policy of the request. For views of
@@ -124,13 +128,14 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     :raises ConfigError: if an option is wrong, or is one of the whole middleware.
     """
-    if problems := view_problems(options):
+    given: dict[str, Any] = {**options}
+    if problems := view_problems(given):
         raise ConfigError(problems)
 
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
         # What bills the view is made once for these options, and kept.
-        own_options = known_options(name, options)
+        own_options = known_options(name, given)
 
         def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
@@ -142,10 +147,10 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 )
                 return
             _bill_as_view(environ, name, own_options)
-            if required := options.get("required_entitlements"):
+            if required := given.get("required_entitlements"):
                 require_entitlements(environ, *required)
 
-        return _beginning(view, begin, options)
+        return _beginning(view, begin, given)
 
     return decorate
 

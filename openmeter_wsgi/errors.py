@@ -90,7 +90,7 @@ class DeliveryError(OpenMeterWSGIError):
         retry_after: float | None = None,
         ambiguous: bool = False,
     ) -> None:
-        self.reason = clean(reason, MAX_REASON)
+        self.reason: str = clean(reason, MAX_REASON)
         self.status = status
         self.retry_after = retry_after
         self.ambiguous = ambiguous

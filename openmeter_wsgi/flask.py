@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import flask
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flask.testing import FlaskClient
     from werkzeug.test import TestResponse
 
+    from openmeter_wsgi.option_types import Options
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.subject import FindSubject
 
@@ -155,9 +156,9 @@ class OpenMeter:
         self,
         app: flask.Flask | None = None,
         policy: Policy | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        self._options = options
+        self._options: dict[str, Any] = {**options}
         self._policy = policy
         if app is not None:
             self.init_app(app)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from openmeter_wsgi import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: What a decorated view says of itself: its options, None if it is not metered.
 #: Decorators around it hand it on (``functools.wraps``).

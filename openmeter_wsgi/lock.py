@@ -218,7 +218,7 @@ class Election:
     """
 
     def __init__(self, path: Path, fd: int, within: threading.Lock) -> None:
-        self.guard = threading.Lock()
+        self.guard: threading.Lock = threading.Lock()
         self._path = path
         self._fd = fd
         self._within = within

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import (
@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
+    from openmeter_wsgi.option_types import Options
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import FirstRequestHook, NewProcess, Process
     from openmeter_wsgi.stats import Stats
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class OpenMeterMiddleware:
@@ -61,7 +62,10 @@ class OpenMeterMiddleware:
     _asks_first = True
 
     def __init__(
-        self, app: WSGIApplication, policy: Policy | None = None, **options: Any
+        self,
+        app: WSGIApplication,
+        policy: Policy | None = None,
+        **options: Unpack[Options],
     ) -> None:
         # Here, as it is most of the package: options, delivery, the client,
         # entitlements. A request finds all of it imported.
@@ -72,7 +76,8 @@ class OpenMeterMiddleware:
         if policy is None:
             policy = Policy.from_env(**options)
         elif options:
-            policy = dataclasses.replace(policy, **options)
+            changes: dict[str, Any] = {**options}
+            policy = dataclasses.replace(policy, **changes)
         self.policy = policy
         self._new_process = new_process_for(self)
         if self._new_process is Process:

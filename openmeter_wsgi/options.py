@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,7 +29,7 @@ from openmeter_wsgi.values import source_problem, text_problem
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: OpenMeter Cloud and Kong Konnect; a server of one's own has no authentication.

@@ -16,9 +16,11 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
     Self,
     TypeAlias,
+    Unpack,
     get_type_hints,
 )
 
@@ -46,6 +48,8 @@ from openmeter_wsgi.status_codes import StatusCodes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from openmeter_wsgi.option_types import Options, OptionsBesideRoutes
+
 
 Billed: TypeAlias = Literal["all", "measured", "none"]
 #: From an environ to the subject of its request, empty or None if it has none.
@@ -66,7 +70,7 @@ class BillingOptions:
     )
     #: The same as numbers by type: ``{"api_requests": 1}`` sends ``{"total": 1}``.
     #: Zero is allowed and sends nothing.
-    meters: Mapping[str, float] | None = dataclasses.field(
+    meters: Mapping[str, float | Measure | str] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
     )
     #: A predicate on the finished exchange besides the status: a callable,
@@ -376,6 +380,10 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         init=False, repr=False, compare=False
     )
 
+    if TYPE_CHECKING:
+        # The fields hold what was read; a reader takes more.
+        def __init__(self, **options: Unpack[Options]) -> None: ...
+
     def __new__(cls, **options: Any) -> Self:
         """Refuse options that do not exist."""
         # Here, so that a misspelt name is told together with all other problems
@@ -416,21 +424,24 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return _options(self) == _options(other)
 
     # There are mappings among the options.
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     def from_env(
-        cls, environ: Mapping[str, str] = os.environ, /, **options: Any
+        cls, environ: Mapping[str, str] = os.environ, /, **options: Unpack[Options]
     ) -> Self:
         """Return the policy that *options* and, for the rest, variables say.
 
         A variable is named ``OPENMETER_`` and the option's name in capitals;
         ``meter`` and ``meters`` are written as JSON.
         """
-        return cls(**{**read_variables(environ, _hints()), **options})
+        given: dict[str, Any] = {**read_variables(environ, _hints()), **options}
+        return cls(**given)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    def from_file(
+        cls, path: str | os.PathLike[str], **options: Unpack[Options]
+    ) -> Self:
         """Return the policy in a TOML or JSON file (by its ending).
 
         A variable outdoes the file, and *options* outdo both.
@@ -444,19 +455,21 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
                     "Zuplo's file: replace them by their values"
                 ]
             )
-        return cls(**{**file, **read_variables(os.environ, _hints()), **options})
+        said = {**file, **read_variables(os.environ, _hints())}
+        given: dict[str, Any] = {**said, **options}
+        return cls(**given)
 
     @classmethod
     def from_zuplo(
         cls,
         policies: str | os.PathLike[str],
         routes: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: Unpack[OptionsBesideRoutes],
     ) -> Self:
         """Return the policy in Zuplo's ``policies.json`` and ``routes.oas.json``.
 
-        A variable outdoes the files, and *options* outdo both. If there are *routes*,
-        requests that none of them matches are not metered.
+        A variable wins over the files, and *options* win over both. With *routes*,
+        requests that match none of them are not metered.
 
         :raises ConfigError: with every problem and its place in the file. It quotes
             references to variables (``$env(NAME)``), and never their values.
@@ -465,8 +478,9 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         from openmeter_wsgi import zuplo
 
         said = zuplo.options_of(policies, routes, os.environ)
+        given: dict[str, Any] = {**said, **read_variables(os.environ, _hints())}
         try:
-            return cls(**{**said, **read_variables(os.environ, _hints()), **options})
+            return cls(**{**given, **options})
         except ConfigError as error:
             names = zuplo.variables_in(zuplo.load_document(policies))
             raise ConfigError(

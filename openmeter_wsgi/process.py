@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.routes import Routes
     from openmeter_wsgi.status_codes import StatusCodes
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: What the policy of the middleware itself is called in counts.
 DEFAULT = "default"
@@ -145,7 +145,8 @@ class DryRun:
 
     started = is_sender = True
     directory = None
-    in_spool = in_memory = Backlog()
+    in_spool: Backlog = Backlog()
+    in_memory: Backlog = Backlog()
     problems: tuple[Problem, ...] = ()
 
     def __init__(self, counts: Counts) -> None:
@@ -201,28 +202,30 @@ class Process:
         watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
     ) -> None:
         #: Whether this process is the one that it belongs to.
-        self.guard = ProcessGuard()
-        self.counts = counts or Counts()
-        self.ids = ids or RequestIds()
+        self.guard: ProcessGuard = ProcessGuard()
+        self.counts: Counts = counts or Counts()
+        self.ids: RequestIds = ids or RequestIds()
         visibility = None
         if transport is None and entitlements is None:
             visibility = visibility_of(policy)
         #: What takes the events.
-        self.transport = transport or _transport_of(policy, self.counts, visibility)
-        self.entitlements = entitlements or entitlement_service(
+        self.transport: Transport = transport or _transport_of(
+            policy, self.counts, visibility
+        )
+        self.entitlements: EntitlementService = entitlements or entitlement_service(
             policy, self.transport, visibility
         )
         self.watch = watch
         #: Whether all was done that the first request brings about.
-        self.is_begun = False
+        self.is_begun: bool = False
         self._hooks: list[FirstRequestHook] = []
         self._hooks_to_call: deque[FirstRequestHook] = deque()
         self._successors: dict[int, Process] = {}
         self._billings: list[Billing] = []
         #: What bills a request …
-        self.billing = self.billing_of(policy, DEFAULT)
+        self.billing: Billing = self.billing_of(policy, DEFAULT)
         #: … where its route does not say more.
-        self.routes = self._compiled(policy)
+        self.routes: Routes[Billing | None] | None = self._compiled(policy)
 
     # -- Requests
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.stats import Stats
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: Figures by the values of their labels.
@@ -183,11 +183,11 @@ class ProcessMetrics:
     ) -> None:
         # All processes see one spool; of their own memory each sees another.
         mode: Any = "livemax" if in_spool else "livesum"
-        self.counters = [
+        self.counters: list[Counter] = [
             Counter(f"{prefix}_{f.name}", f.help, f.labels, registry=registry)
             for f in COUNTERS
         ]
-        self.gauges = [
+        self.gauges: list[Gauge] = [
             Gauge(
                 f"{prefix}_{f.name}",
                 f.help,
@@ -197,7 +197,7 @@ class ProcessMetrics:
             )
             for f in GAUGES
         ]
-        self.histograms = {
+        self.histograms: dict[str, Histogram] = {
             name: Histogram(f"{prefix}_{name}", text, registry=registry, buckets=BOUNDS)
             for name, text in HISTOGRAMS.items()
         }

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.frameworks import RememberedSubjects
     from openmeter_wsgi.quota.account import Reservation
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: OPTIONS in every case: to look a method up costs a request less than to change it.
 OPTIONS: Final = frozenset(
@@ -293,9 +293,9 @@ class RunTimeMeters:
         #: What is no Exception, and was raised by a callable of the policy at the end.
         self.interruption: BaseException | None = None
         #: Whether the view says that it is not metered.
-        self.is_unmetered = False
+        self.is_unmetered: bool = False
         #: Whether the request was denied, so that nothing of it is billed.
-        self.denied = False
+        self.denied: bool = False
         #: The types of each ticket that was given out, None for all types.
         self.deferred: tuple[tuple[str, ...] | None, ...] = ()
         self._overridden: set[str] = set()

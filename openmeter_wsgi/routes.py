@@ -54,10 +54,15 @@ class RouteRule:
 
     __slots__ = ("methods", "path", "text")
 
+    text: str
+    path: str
+    #: Empty for all of them.
+    methods: frozenset[str]
+
     def __init__(self, text: object) -> None:
         if isinstance(text, str) and text.strip() == EVERY_OTHER:
             self.text = self.path = EVERY_OTHER
-            self.methods: frozenset[str] = frozenset()
+            self.methods = frozenset()
             return
         found = _RULE.fullmatch(text.strip()) if isinstance(text, str) else None
         if found is None:

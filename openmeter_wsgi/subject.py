@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.request import RequestRecord
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 _NOTHING: Any = object()
 #: From an environ to its subject, None where it has none.
@@ -37,7 +37,7 @@ class SubjectFinder:
         self._from_user = path_reader(policy.subject_path)
         #: Whom all requests are billed to that do not say who is calling. None where
         #: they have no subject, or a long one, or the policy finds it elsewhere.
-        self.anonymous = None
+        self.anonymous: str | None = None
         if policy.subject is None and len(missing) <= SHORT_SUBJECT:
             self.anonymous = self._fallback
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from math import floor, inf
 from string import ascii_letters, digits, hexdigits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -308,8 +308,8 @@ class Clock:
         self.now: Callable[[], float] = time.time
         self.monotonic: Callable[[], float] = time.monotonic
         #: The text of this moment, until `monotonic` says that it is not.
-        self.text = ""
-        self.until = 0.0
+        self.text: str = ""
+        self.until: float = 0.0
         self._second: tuple[int, str] = (0, "1970-01-01T00:00:00")
 
     def renew(self) -> str:
@@ -328,7 +328,7 @@ class Clock:
         return text
 
 
-clock = Clock()
+clock: Final = Clock()
 
 
 def set_clock(now: Callable[[], float]) -> Callable[[], float]:

@@ -105,7 +105,7 @@ class GroupFaults:
     """The faults of one group of requests. Any thread."""
 
     def __init__(self, group: str) -> None:
-        self.settings = Settings()
+        self.settings: Settings = Settings()
         self._names = names(group)
         self._stopped = threading.Event()
         self._released = threading.Event()
@@ -198,8 +198,8 @@ class Faults:
     """
 
     def __init__(self) -> None:
-        self.ingest = GroupFaults("ingest")
-        self.entitlements = GroupFaults("entitlements")
+        self.ingest: GroupFaults = GroupFaults("ingest")
+        self.entitlements: GroupFaults = GroupFaults("entitlements")
         self._groups = {name: getattr(self, name) for name in GROUPS}
 
     def set(self, **changes: Any) -> None:

@@ -77,7 +77,7 @@ class Response:
     """
 
     def __init__(self, settled: Any) -> None:
-        self.thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
         self._settled = settled
         self._chunks: Iterator[bytes] | None = None
         self._read_ahead: deque[bytes] = deque()
@@ -192,7 +192,7 @@ class Grants:
 class GrantsClient:
     """Answers as a `QuestionClient` does, without a network."""
 
-    clock_ahead = 0.0
+    clock_ahead: float = 0.0
 
     def __init__(self, grants: Grants) -> None:
         self._grants = grants
@@ -230,7 +230,7 @@ class DirectLookup:
     """Asks in the thread of the request, as often as it is told to."""
 
     def __init__(self, client: GrantsClient, answering: Answering) -> None:
-        self.breaker = Breaker()
+        self.breaker: Breaker = Breaker()
         self._client = client
         self._answering = answering
 
@@ -294,8 +294,8 @@ class Collected:
     """What all middlewares of a test have settled. Any thread."""
 
     def __init__(self) -> None:
-        self.grants = Grants()
-        self.responses = OpenResponses()
+        self.grants: Grants = Grants()
+        self.responses: OpenResponses = OpenResponses()
         self.events: list[Event] = []
         self.unmetered: list[Unmetered] = []
         self._counts: list[Counts] = []
@@ -357,7 +357,8 @@ class Collector:
 
     started = is_sender = True
     directory = None
-    in_spool = in_memory = Backlog()
+    in_spool: Backlog = Backlog()
+    in_memory: Backlog = Backlog()
     problems: tuple[Problem, ...] = ()
 
     def __init__(self, events: list[Event], counts: Counts) -> None:
