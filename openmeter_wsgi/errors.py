@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+NOT_ON_WINDOWS = (
+    "openmeter_wsgi runs on Linux, macOS and other POSIX systems, not on Windows: use "
+    "WSL or a container"
+)
 #: Of what a server or an operating system says so many characters are kept.
 MAX_REASON = 500
 
@@ -36,6 +40,15 @@ def shown(value: object) -> str:
         return repr(value)
     except Exception:  # noqa: BLE001 - also an integer of more than 4,300 digits
         return f"a {type(value).__name__} that cannot be shown"
+
+
+def missing_extra(missing: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+    """Return *missing* as an error that says how to install the *extra* with it."""
+    return ModuleNotFoundError(
+        f"openmeter_wsgi.{extra}: {missing.name} is not installed; run: "
+        f"pip install 'openmeter_wsgi[{extra}]'",
+        name=missing.name,
+    )
 
 
 class OpenMeterWSGIError(Exception):

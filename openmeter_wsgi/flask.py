@@ -5,10 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-import flask
-
 from openmeter_wsgi.entitlements.handlers import require_entitlements
-from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.errors import ConfigError, missing_extra
 from openmeter_wsgi.frameworks import (
     FrameworkMiddleware,
     LastingSubject,
@@ -19,6 +17,11 @@ from openmeter_wsgi.frameworks import (
 from openmeter_wsgi.policy import read_text_options
 from openmeter_wsgi.request import has_user
 from openmeter_wsgi.subject import path_reader
+
+try:
+    import flask
+except ModuleNotFoundError as missing:
+    raise missing_extra(missing, "flask") from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,6 +189,7 @@ def _policy(
             policy=policy,
             read_subject=subject_from,
             default_subject=user_of_flask_login,
+            default_source=app.name,
         )
     config = app.config.get_namespace(_PREFIX)
     # Text is often a variable that went through the configuration.
@@ -197,6 +201,7 @@ def _policy(
         keywords,
         read_subject=subject_from,
         default_subject=user_of_flask_login,
+        default_source=app.name,
     )
 
 

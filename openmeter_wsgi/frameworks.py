@@ -10,7 +10,7 @@ from openmeter_wsgi.decorators import asks_itself
 from openmeter_wsgi.entitlements.handlers import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.policy import Policy, read_text_options
+from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, read_text_options
 from openmeter_wsgi.request import (
     REQUEST,
     RequestRecord,
@@ -19,6 +19,7 @@ from openmeter_wsgi.request import (
     record_of,
 )
 from openmeter_wsgi.subject import MissingPath
+from openmeter_wsgi.values import source_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -158,13 +159,14 @@ def make_policy(
     policy: Policy | None = None,
     read_subject: Callable[[Any], FindSubject],
     default_subject: FindSubject,
+    default_source: str,
 ) -> Policy:
     """Return the policy of variables and *options*, of which the later ones win.
 
     A *policy* takes the place of the variables.
 
     *read_subject* returns what finds a subject of the framework's own, and raises
-    ValueError if it is none.
+    ValueError if it is none. *default_source* is the name of the application.
 
     :raises ConfigError: with every problem of the configuration.
     """
@@ -175,6 +177,9 @@ def make_policy(
     given = _with_subject(given, "", read_subject, problems)
     if given.get("subject") is None and not (policy and policy.subject):
         given["subject"] = default_subject
+    source = given.get("event_source", policy.event_source if policy else None)
+    if source in {None, DEFAULT_SOURCE} and source_problem(default_source) is None:
+        given["event_source"] = default_source
     if isinstance(routes := given.get("routes"), dict):
         given["routes"] = {
             rule: _with_subject(own, f"routes[{rule!r}]: ", read_subject, problems)

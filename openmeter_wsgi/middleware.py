@@ -12,6 +12,7 @@ from openmeter_wsgi.entitlements.handlers import (
     EntitlementDenied,
     telling_quota,
 )
+from openmeter_wsgi.errors import NOT_ON_WINDOWS, ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.request import (
@@ -72,6 +73,12 @@ class OpenMeterMiddleware:
         from openmeter_wsgi.policy import Policy
         from openmeter_wsgi.process import Process, new_process_for
 
+        if sys.platform == "win32":
+            raise ConfigError([NOT_ON_WINDOWS])
+        if not callable(app):
+            raise ConfigError(
+                [f"app: expected a WSGI application, which can be called, got {app!r}"]
+            )
         self.app = app
         if policy is None:
             policy = Policy.from_env(**options)

@@ -77,6 +77,8 @@ def checked_key(text: object) -> str:
     key = text.strip()
     if not key:
         raise ValueError("expected a key, got empty text")
+    if key[0] in "'\"" and key[0] == key[-1]:
+        raise ValueError("expected a key without quotes around it, got one in quotes")
     for position, character in enumerate(key):
         if not "!" <= character <= "~":
             raise ValueError(
@@ -227,6 +229,15 @@ def api_flavor(value: Any) -> str:
             "'https://<region>.api.konghq.com', by which Kong Konnect is recognised"
         )
     return str(typed(value, Literal["v1", "v3"]))
+
+
+def path(value: Any) -> str | None:
+    """Return a path that holds wherever the process goes, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"expected a path, got {value!r}")
+    return os.path.abspath(os.fspath(value))
 
 
 def optional_url(value: Any) -> str | None:
@@ -549,8 +560,14 @@ def amounts(value: Mapping[str, Any]) -> dict[str, float]:
 
 
 _PREFIX = "OPENMETER_"
-#: Options whose variable is written as JSON.
-AS_JSON = ("meter", "meters", "customer", "reserve", "routes")
+#: Options whose variable is written as JSON, each with an example.
+AS_JSON = {
+    "meter": '{"type": "api_requests", "data": {"total": 1}}',
+    "meters": '{"api_requests": 1}',
+    "customer": '{"subject-1": "customer-1"}',
+    "reserve": '{"tokens": 1000}',
+    "routes": '{"/health": null}',
+}
 #: A list of names with commas, or JSON.
 AS_LIST = ("required_entitlements", "entitlement_meters")
 
@@ -580,7 +597,10 @@ def read_variables(
         try:
             options[name] = _read_text(name, text, hints[name])
         except msgspec.MsgspecError as error:
-            problems.append(f"{variable}: {error}, got {text!r}")
+            example = (
+                f", expected JSON such as {AS_JSON[name]}" if name in AS_JSON else ""
+            )
+            problems.append(f"{variable}: {error}{example}, got {text!r}")
     if problems:
         raise ConfigError(problems)
     return options
@@ -613,16 +633,15 @@ def _warn_if_misspelt(variable: str, name: str, names: list[str]) -> None:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the options in a file; JSON if it ends so, else TOML.
+    """Return the options in a file: JSON if its name ends in .json, else TOML.
 
     :raises ConfigError: naming the file and what is wrong with it.
     """
     try:
         content = path.read_bytes()
-        if path.suffix == ".json":
-            options = msgspec.json.decode(content)
-        else:
-            options = _toml(content.decode())
+        text = content.decode("utf-8-sig")  # some editors begin a file with a mark
+        is_json = path.suffix.lower() == ".json"
+        options = msgspec.json.decode(text) if is_json else _toml(text)
     except OSError as error:
         raise ConfigError([f"{str(path)!r}: {error.strerror}"]) from None
     except (msgspec.DecodeError, ValueError) as error:

@@ -55,7 +55,7 @@ Billed: TypeAlias = Literal["all", "measured", "none"]
 #: From an environ to the subject of its request, empty or None if it has none.
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
-DEFAULT_SOURCE = "api-gateway"
+DEFAULT_SOURCE = "openmeter_wsgi"
 _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
 
@@ -93,8 +93,8 @@ class BillingOptions:
     on_abort: Billed = "all"
     #: Whether OPTIONS requests, which browsers send by themselves, count as others do.
     meter_options: bool = False
-    #: The service that the events come from, constant per service: together with an
-    #: event's id it is what OpenMeter deduplicates by.
+    #: The name of the service that the events come from. OpenMeter deduplicates by it
+    #: and the event's id. Flask and Django set it to the name of the application.
     event_source: str = dataclasses.field(
         default=DEFAULT_SOURCE, metadata={"read": read.source}
     )
@@ -148,7 +148,9 @@ class DeliveryOptions:
         default=None, repr=False, metadata={"read": read.key}
     )
     #: A file that holds the key, read again after a 401.
-    api_key_file: str | None = None
+    api_key_file: str | None = dataclasses.field(
+        default=None, metadata={"read": read.path}
+    )
     #: The key for questions about entitlements; default: ``api_key``.
     entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
@@ -177,7 +179,9 @@ class DeliveryOptions:
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
     #: Where settled usage waits, so that it survives the process; None: in memory.
     #: Any number of processes; each server has a directory of its own in it.
-    spool_dir: str | None = None
+    spool_dir: str | None = dataclasses.field(
+        default=None, metadata={"read": read.path}
+    )
     #: Of this size the directory of a server takes no more; a segment per process
     #: more or less.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3

@@ -18,16 +18,20 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
-from prometheus_client.registry import Collector
-
 from openmeter_wsgi import log
+from openmeter_wsgi.errors import ConfigError, missing_extra
 from openmeter_wsgi.stats import BOUNDS, Durations
+
+try:
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
+    from prometheus_client.registry import Collector
+except ModuleNotFoundError as missing:
+    raise missing_extra(missing, "prometheus") from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -274,11 +278,22 @@ def export_metrics(
 
     :param prefix: another one for each further middleware of the same process.
     :param interval: seconds between two writes, in multi-process mode.
-    :raises ValueError: if there are metrics of this name.
+    :raises ConfigError: if *registry* has metrics with this prefix.
     """
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        in_spool = middleware.policy.spool_dir is not None
-        metrics = ProcessMetrics(registry, prefix, in_spool=in_spool)
-        middleware.on_first_request(lambda process: begin(process, metrics, interval))
-    else:
-        registry.register(OpenMeterCollector(middleware, prefix))
+    try:
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            in_spool = middleware.policy.spool_dir is not None
+            metrics = ProcessMetrics(registry, prefix, in_spool=in_spool)
+            middleware.on_first_request(
+                lambda process: begin(process, metrics, interval)
+            )
+        else:
+            registry.register(OpenMeterCollector(middleware, prefix))
+    except ValueError:
+        # So prometheus_client says that it has metrics of these names.
+        raise ConfigError(
+            [
+                f"export_metrics: the registry has metrics named {prefix}_… already: "
+                "export each middleware once, and a second one with another prefix"
+            ]
+        ) from None

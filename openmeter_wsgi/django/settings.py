@@ -40,12 +40,15 @@ def policy_of_settings(**options: Unpack[Options]) -> Policy:
         raise ConfigError(
             [f"{SETTING}: expected options by name, or a Policy, got {said!r}"]
         )
+    urls = getattr(settings, "ROOT_URLCONF", None)
     return make_policy(
         {} if policy else said,
         options,
         policy=policy,
         read_subject=subject_from,
         default_subject=authenticated_user,
+        # The package of the project: shop.urls is of the project shop.
+        default_source=urls.partition(".")[0] if isinstance(urls, str) else "",
     )
 
 
