@@ -404,6 +404,7 @@ class FastPath:
     def __init__(self, billing: Billing) -> None:
         self._billing = billing
         self._not_metered = billing.not_metered
+        self._reason_counts = billing.not_metered.counts
         self._is_audited = billing.policy.audit is not None
         self._counts = billing.process.counts
         self._ids = billing.process.ids
@@ -443,7 +444,7 @@ class FastPath:
         except Exception:  # noqa: BLE001 - `Billing.events` meets it again, and logs it
             return None
         if reason is not None:
-            self._not_metered.counts[reason] += 1
+            self._reason_counts[reason] += 1
             if self._is_audited or audit_logger.isEnabledFor(DEBUG):
                 self._not_metered.tell(reason, environ, status)
             return ()

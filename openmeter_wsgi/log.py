@@ -9,6 +9,8 @@ from typing import Any
 
 #: Seconds between two equal lines: an outage logs a line a minute, not one a request.
 REPEAT_INTERVAL = 60.0
+#: The beginning of each line, as not every application logs the name of the logger.
+PREFIX = "openmeter_wsgi: "
 #: The ``extra`` of a line that ends a problem. It is always written, and so is the
 #: first line of the next problem.
 OVER = {"is_over": True}
@@ -65,7 +67,7 @@ class _Cleaned:
 
 
 class RepeatFilter(logging.Filter):
-    """Writes a line once a minute, with the number of its repetitions.
+    """Writes a line once a minute, with the number of its repetitions and our name.
 
     Two records are the same line if level, template and first argument are equal. By
     convention the first argument is the subject of the line, the others are figures.
@@ -84,11 +86,20 @@ class RepeatFilter(logging.Filter):
             record.args = {k: _cleaned(v) for k, v in record.args.items()}
         elif record.args:
             record.args = tuple(map(_cleaned, record.args))
+        repeats = self._repeats(record)
+        if repeats is None:
+            return False
+        times = f" (and {repeats} times before)" if repeats else ""
+        record.msg = f"{PREFIX}{record.msg}{times}"
+        return True
+
+    def _repeats(self, record: logging.LogRecord) -> int | None:
+        """Return the suppressed repetitions before *record*, None to suppress it."""
         if record.levelno < logging.INFO:
-            return True
+            return 0
         if getattr(record, "is_over", False):
             self._seen.clear()
-            return True
+            return 0
         args = record.args
         topic = str(args[0]) if isinstance(args, tuple) and args else None
         line = (record.levelno, record.msg, topic)
@@ -96,17 +107,16 @@ class RepeatFilter(logging.Filter):
         written, repeats = self._seen.get(line, (-REPEAT_INTERVAL, 0))
         if now - written < REPEAT_INTERVAL:
             self._seen[line] = (written, repeats + 1)
-            return False
+            return None
         if len(self._seen) >= MEMORY:
             self._seen.clear()
         self._seen[line] = (now, 0)
-        if repeats:
-            record.msg = f"{record.msg} (and {repeats} times before)"
-        return True
+        return repeats
 
 
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module, with a `RepeatFilter`."""
     logger = logging.getLogger(name)
-    logger.addFilter(RepeatFilter())
+    if not logger.filters:
+        logger.addFilter(RepeatFilter())
     return logger
