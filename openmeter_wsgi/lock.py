@@ -110,7 +110,7 @@ def new_token() -> str:
 
 
 def owner_of_lock(name: str) -> str | None:
-    """Return whose lock the file *name* is, None if it is none."""
+    """Return the owner of the lock file *name*, None if it is no lock file."""
     match = _OWNER.fullmatch(name)
     return match and match[1]
 

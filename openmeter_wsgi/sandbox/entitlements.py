@@ -199,7 +199,7 @@ class Entitlements:
         asked: Document,
         edge: tuple[int, int] | None = None,
     ) -> Document:
-        """Store what a client *asked* for, which has passed the schema.
+        """Store the entitlement that a client *asked* for; it has passed the schema.
 
         :param edge: where measuring begins, if not where *asked* says.
         """
@@ -335,7 +335,7 @@ CENTURY = 36_525 * 86_400
 
 
 class Access:
-    """Answers whether a customer has access. Any thread."""
+    """Decides on the access of customers. Any thread."""
 
     def __init__(self, store: Store, meters: Resources) -> None:
         self._store = store

@@ -114,7 +114,7 @@ class GroupFaults:
         self._failures = itertools.cycle(("after", "before"))
 
     def set(self, **changes: Any) -> None:
-        """Change what is named, as in `Settings`; the rest stays.
+        """Change the named settings, as in `Settings`; the others stay.
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
@@ -147,7 +147,7 @@ class GroupFaults:
         return self.changed({known.get(n, n): value for n, value in document.items()})
 
     def release(self) -> None:
-        """Answer what hangs now; what comes later hangs as is set."""
+        """Answer the requests that hang now; later ones hang as set."""
         self._released.set()
         self._released = threading.Event()
 
@@ -203,7 +203,7 @@ class Faults:
         self._groups = {name: getattr(self, name) for name in GROUPS}
 
     def set(self, **changes: Any) -> None:
-        """Change what is named in both groups, as in `Settings`.
+        """Change the named settings of both groups, as in `Settings`.
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
@@ -214,7 +214,7 @@ class Faults:
         self._apply(dict.fromkeys(GROUPS, Settings()))
 
     def release(self) -> None:
-        """Answer what hangs."""
+        """Answer all requests that hang."""
         for group in self._groups.values():
             group.release()
 
@@ -228,7 +228,7 @@ class Faults:
         return {name: group.document() for name, group in self._groups.items()}
 
     def update(self, document: Any) -> None:
-        """Set what *document* names, by group, or answer 400 and change nothing."""
+        """Set the faults in *document*, by group, or answer 400 and change nothing."""
         groups = document if isinstance(document, dict) else {"": None}
         for name, changes in groups.items():
             if name not in GROUPS or not isinstance(changes, dict):

@@ -150,7 +150,7 @@ def _ingest(here: Context, fault: str | None, *, v3: bool) -> None:
 
 
 def _meet_faults(here: Context, events: list[Event]) -> None:
-    """Refuse what is set to be refused; remember the ids of what is set to fail."""
+    """Refuse the events set to be refused; remember the ids of those set to fail."""
     settings = here.faults.ingest.settings
     for position, event in enumerate(events, 1):
         for name, given in (("type", event.type), ("subject", event.subject)):
@@ -249,7 +249,7 @@ def decode(document: Document, now: int) -> Event:
 
 
 def _check_extension(name: str, value: Any) -> None:
-    """Refuse what the SDK refuses; what it takes is thrown away one step later."""
+    """Refuse events as the SDK does; the result is not used."""
     if not re.fullmatch("[A-Za-z0-9]+", name):
         raise InvalidEvent(
             "bad key, CloudEvents attribute names MUST consist of lower-case letters "

@@ -196,7 +196,7 @@ def _asked() -> Document:
 
 
 def _check_filter(name: str, index: str, values: list[str]) -> None:
-    """Refuse what the validator cannot read: only a body can list several values."""
+    """Refuse a parameter that the validator cannot read: only a body can have lists."""
     if index:
         given = re.findall(rf"{re.escape(name)}\]\[(.*?)\]=", unquote(request.url))
         texts = (request.args[f"filterGroupBy[{name}][{one}]"] for one in given)

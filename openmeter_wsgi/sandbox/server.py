@@ -142,7 +142,7 @@ class Server(ThreadedWSGIServer):
         self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what ended a connection."""
+        """Log the error that ended a connection."""
         logger.error("%s on %r", client_address, request, exc_info=sys.exception())
 
     def end_connections(self, timeout: float) -> None:

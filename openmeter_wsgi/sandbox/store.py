@@ -508,7 +508,7 @@ class Resources:
         return document
 
     def update(self, document: Document) -> Document:
-        """Replace what has the id of *document*."""
+        """Replace the row with the id of *document*."""
 
         def replace(current: Document) -> None:
             current.clear()

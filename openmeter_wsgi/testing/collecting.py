@@ -56,7 +56,7 @@ class OpenResponses:
         )
 
     def watch(self, settled: Iterable[bytes]) -> Response:
-        """Return what a test client gets in place of a response that settles."""
+        """Return the response that a test client gets in place of *settled*."""
         kind = _SizedResponse if hasattr(settled, "__len__") else Response
         response = kind(settled)
         self._open[next(self._numbers)] = response
@@ -101,7 +101,7 @@ class Response:
         self._settled.close()
 
     def finish(self) -> None:
-        """Read what is left of it for a later reader, and close it."""
+        """Read the rest of it for a later reader, and close it."""
         if self._closed:
             return
         try:
@@ -146,7 +146,7 @@ _DENIALS: dict[Reason, Answer] = {
 
 
 class Grants:
-    """Who has access to what. Nobody has, unless it is said."""
+    """The access of customers to features, as a test has granted it."""
 
     def __init__(self) -> None:
         self.is_away = False
@@ -181,7 +181,7 @@ class Grants:
         self._said[feature, subject] = _DENIALS[reason]
 
     def answer(self, customer: str, feature: str) -> Answer:
-        """Return what OpenMeter would say."""
+        """Return the answer that OpenMeter would give."""
         for key in ((feature, customer), (feature, None)):
             if (said := self._said.get(key)) is not None:
                 return said
@@ -198,7 +198,7 @@ class GrantsClient:
         self._grants = grants
 
     def answers(self, customer: str, features: Sequence[str]) -> dict[str, Answer]:
-        """Return what was said of *features*.
+        """Return the granted access to *features*.
 
         :raises Unavailable: in an outage.
         """
@@ -291,7 +291,7 @@ class Unmetered(msgspec.Struct, frozen=True):
 
 
 class Collected:
-    """What all middlewares of a test have settled. Any thread."""
+    """The settled requests of all middlewares of a test. Any thread."""
 
     def __init__(self) -> None:
         self.grants: Grants = Grants()
@@ -304,7 +304,7 @@ class Collected:
         self._ids = RequestIds("request")
 
     def process(self, policy: Policy) -> Process:
-        """Return what bills the requests of one middleware."""
+        """Return the `Process` that bills the requests of one middleware."""
         counts = Counts()
         self._counts.append(counts)
         # Also of a dry run: a test wants to see the events.
@@ -319,7 +319,7 @@ class Collected:
         )
 
     def end(self) -> None:
-        """Finish what is open, and leave nothing behind."""
+        """Finish open responses, and release everything."""
         self.responses.finish()
         for store in self._stores:
             store.close()
@@ -393,7 +393,7 @@ class Collector:
 
 
 def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Policy:
-    """Return *policy* without disk and network, telling also *tell* what is audited."""
+    """Return *policy* without disk and network, with *tell* as a further audit."""
     routes = policy.routes and {
         rule: {**own, "audit": _both(own["audit"], tell)}
         if own and "audit" in own
