@@ -44,7 +44,7 @@ demo: $(DEMO_INSTALLED)
 
 # Tests of what tests, and not of the package.
 TOOLS := $(addprefix tests/test_,benchmarks.py chaos.py demo.py overshoot.py \
-	seal_loop.py structure.py)
+	public_types.py seal_loop.py structure.py)
 
 test: lint types contract docs unit
 

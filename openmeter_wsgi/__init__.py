@@ -2,58 +2,106 @@
 
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.version import VERSION as __version__  # noqa: F401, N811
+from openmeter_wsgi.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.bodies.sdk import usage_of as usage_of
-    from openmeter_wsgi.decorators import meter as meter
-    from openmeter_wsgi.decorators import no_meter as no_meter
-    from openmeter_wsgi.entitlements.decision import Decision as Decision
-    from openmeter_wsgi.entitlements.decision import Denial as Denial
+    from openmeter_wsgi.bodies.sdk import usage_of
+    from openmeter_wsgi.decorators import meter, no_meter
+    from openmeter_wsgi.entitlements.decision import Decision, Denial
     from openmeter_wsgi.entitlements.handlers import (
-        EntitlementDenied as EntitlementDenied,
+        EntitlementDenied,
+        check_entitlements,
+        require_entitlements,
     )
-    from openmeter_wsgi.entitlements.handlers import (
-        check_entitlements as check_entitlements,
+    from openmeter_wsgi.errors import (
+        ConfigError,
+        MeterValueError,
+        OpenMeterWSGIError,
+        TicketError,
     )
-    from openmeter_wsgi.entitlements.handlers import (
-        require_entitlements as require_entitlements,
+    from openmeter_wsgi.exchange import Exchange
+    from openmeter_wsgi.health import Health, HealthEndpoint, Problem
+    from openmeter_wsgi.measures import (
+        Measure,
+        bytes_received,
+        bytes_sent,
+        computed,
+        duration,
+        llm_usage,
+        method,
+        multi_status,
+        records,
+        request_header,
+        response_header,
+        response_json,
+        route,
+        status,
     )
-    from openmeter_wsgi.errors import ConfigError as ConfigError
-    from openmeter_wsgi.errors import MeterValueError as MeterValueError
-    from openmeter_wsgi.errors import OpenMeterWSGIError as OpenMeterWSGIError
-    from openmeter_wsgi.errors import TicketError as TicketError
-    from openmeter_wsgi.exchange import Exchange as Exchange
-    from openmeter_wsgi.health import Health as Health
-    from openmeter_wsgi.health import HealthEndpoint as HealthEndpoint
-    from openmeter_wsgi.health import Problem as Problem
-    from openmeter_wsgi.measures import Measure as Measure
-    from openmeter_wsgi.measures import bytes_received as bytes_received
-    from openmeter_wsgi.measures import bytes_sent as bytes_sent
-    from openmeter_wsgi.measures import computed as computed
-    from openmeter_wsgi.measures import duration as duration
-    from openmeter_wsgi.measures import llm_usage as llm_usage
-    from openmeter_wsgi.measures import method as method
-    from openmeter_wsgi.measures import multi_status as multi_status
-    from openmeter_wsgi.measures import records as records
-    from openmeter_wsgi.measures import request_header as request_header
-    from openmeter_wsgi.measures import response_header as response_header
-    from openmeter_wsgi.measures import response_json as response_json
-    from openmeter_wsgi.measures import route as route
-    from openmeter_wsgi.measures import status as status
-    from openmeter_wsgi.middleware import OpenMeterMiddleware as OpenMeterMiddleware
-    from openmeter_wsgi.policy import Policy as Policy
-    from openmeter_wsgi.request import add_meters as add_meters
-    from openmeter_wsgi.request import get_meters as get_meters
-    from openmeter_wsgi.request import set_idempotency_key as set_idempotency_key
-    from openmeter_wsgi.request import set_meters as set_meters
-    from openmeter_wsgi.request import set_route as set_route
-    from openmeter_wsgi.request import set_subject as set_subject
-    from openmeter_wsgi.request import set_user as set_user
-    from openmeter_wsgi.stats import Stats as Stats
-    from openmeter_wsgi.status_codes import StatusCodes as StatusCodes
-    from openmeter_wsgi.tickets import defer as defer
-    from openmeter_wsgi.usage import Usage as Usage
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
+    from openmeter_wsgi.option_types import Options, RouteOptions
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.request import (
+        add_meters,
+        get_meters,
+        set_idempotency_key,
+        set_meters,
+        set_route,
+        set_subject,
+        set_user,
+    )
+    from openmeter_wsgi.stats import Stats
+    from openmeter_wsgi.status_codes import StatusCodes
+    from openmeter_wsgi.tickets import defer
+    from openmeter_wsgi.usage import Usage
+
+__all__ = [
+    "ConfigError",
+    "Decision",
+    "Denial",
+    "EntitlementDenied",
+    "Exchange",
+    "Health",
+    "HealthEndpoint",
+    "Measure",
+    "MeterValueError",
+    "OpenMeterMiddleware",
+    "OpenMeterWSGIError",
+    "Options",
+    "Policy",
+    "Problem",
+    "RouteOptions",
+    "Stats",
+    "StatusCodes",
+    "TicketError",
+    "Usage",
+    "__version__",
+    "add_meters",
+    "bytes_received",
+    "bytes_sent",
+    "check_entitlements",
+    "computed",
+    "defer",
+    "duration",
+    "get_meters",
+    "llm_usage",
+    "meter",
+    "method",
+    "multi_status",
+    "no_meter",
+    "records",
+    "request_header",
+    "require_entitlements",
+    "response_header",
+    "response_json",
+    "route",
+    "set_idempotency_key",
+    "set_meters",
+    "set_route",
+    "set_subject",
+    "set_user",
+    "status",
+    "usage_of",
+]
 
 # The package alone imports nothing: its pytest plugin is loaded in every run of
 # pytest. The first of these names imports all of them, so that no request does.
@@ -83,6 +131,7 @@ _LATE = {
         "method", "multi_status", "records", "request_header", "response_header",
         "response_json", "route", "status",
     ),
+    "option_types": ("Options", "RouteOptions"),
     "policy": ("Policy",),
     "status_codes": ("StatusCodes",),
     "stats": ("Stats",),

@@ -1,4 +1,4 @@
-"""Requests that became no event: counted by reason, told to a callable and the log.
+"""Counts requests that became no event, and reports each to a callable and the log.
 
 The logger of this module writes a line for each of them, at level DEBUG.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.request import interrupted, method_of
@@ -16,42 +16,37 @@ from openmeter_wsgi.values import timestamp
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class NotMetered:
-    """The requests of one policy that became no event. One process, any thread."""
+    """Counts the requests of one policy that became no event. Any thread."""
 
     def __init__(
         self, policy_name: str, audit: Callable[[dict[str, Any]], object] | None
     ) -> None:
         #: The number of requests by reason.
         self.counts: defaultdict[str, int] = defaultdict(int)
+        self.audit: Final = audit
         self._policy_name = policy_name
-        self._audit = audit
-
-    @property
-    def is_told(self) -> bool:
-        """Whether requests are told one by one, and not only counted."""
-        return self._audit is not None or logger.isEnabledFor(logging.DEBUG)
 
     def note(
         self, reason: str, environ: Mapping[str, Any], status: str | None
     ) -> Sequence[bytes]:
         """Count a request, and return its events: none."""
         self.counts[reason] += 1
-        if self.is_told:
+        if self.audit or logger.isEnabledFor(logging.DEBUG):
             self.tell(reason, environ, status)
         return ()
 
     def tell(self, reason: str, environ: Mapping[str, Any], status: str | None) -> None:
-        """Tell the callable of the policy, and the log, of one request."""
+        """Report one request to the callable of the policy and to the log."""
         record = {
             "time": timestamp(),
             "policy": self._policy_name,
             "reason": reason,
             "method": method_of(environ),
-            # Of all that the client has sent only this.
+            # Nothing else that the client sent is recorded.
             "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
             "status": status,
         }
@@ -59,9 +54,9 @@ class NotMetered:
             "not billed: %(method)s %(path)s (%(status)s): %(reason)s [%(policy)s]",
             record,
         )
-        if self._audit is not None:
+        if self.audit is not None:
             try:
-                tell(self._audit, record)
+                tell(self.audit, record)
             except BaseException as error:  # noqa: BLE001 - no Exception comes here
                 interrupted(environ, error)
 

@@ -1,17 +1,20 @@
-"""From the end of a response to its events: what one policy bills, and what not.
+"""Decides whether a finished request is billed, and builds its events.
 
-`Billing.events` bills any response, `FastPath.events` those that ended as most do.
+`Billing.events` handles every response. `FastPath.events` handles the common case, a
+completed response to a request without run-time usage, at half the cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeAlias
+from logging import DEBUG
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.audit import NotMetered
+from openmeter_wsgi.audit import logger as audit_logger
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
@@ -48,15 +51,15 @@ if TYPE_CHECKING:
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.request import RequestRecord, RunTimeMeters
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 Environ: TypeAlias = dict[str, Any]
-#: Routes of which a warning was given are remembered up to this number.
+#: At most so many routes are remembered as warned of.
 _MAX_WARNED = 1_000
-#: Status lines that are remembered: an application may invent reasons.
+#: At most so many status lines are remembered: an application may invent reasons.
 _MAX_STATUS_LINES = 1_000
 _MAX_ID_LENGTH = 128
-#: What is logged where a body says several things, by the remark that is counted.
+#: The log line of each remark about a body.
 _REMARKS = {
     "ambiguous_usage": (
         "%s: the body holds several reports of a model's usage; the largest is billed, "
@@ -68,55 +71,54 @@ _REMARKS = {
         "as %s"
     ),
 }
-_LOST = "%s: usage of a request is lost by our own fault"
+_LOST = "%s: the usage of a request is lost by an error in openmeter_wsgi"
 
 
 class Billing:
-    """One policy in one process: who may, and what each request is billed.
-
-    Any thread.
-    """
+    """Bills the requests of one policy in one process. Any thread."""
 
     def __init__(self, policy: Policy, name: str, process: Process) -> None:
         self.policy = policy
-        #: The rule of its route, or what else it is called in counts and log lines.
+        #: Its name in counts and log lines: the rule of the route, or the view.
         self.name = name
         self.process = process
-        #: Requests that became no event.
-        self.not_metered = NotMetered(name, policy.audit)
+        #: The counts of requests that became no event.
+        self.not_metered: NotMetered = NotMetered(name, policy.audit)
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        #: Whether requests may begin only after a decision, but for OPTIONS.
-        self.asks = bool(policy.required_entitlements)
-        #: Whether the response tells what that decision said of the quota.
-        self.tells_quota = self.asks and policy.usage_headers
-        #: What governs views that say more of themselves than their route does.
+        #: True if requests, except OPTIONS, need a decision on entitlements first.
+        self.asks: bool = bool(policy.required_entitlements)
+        #: True if responses get RateLimit headers from that decision.
+        self.tells_quota: bool = self.asks and policy.usage_headers
+        #: The billings of views with options of their own, by the id of the options.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
-        self.subjects = SubjectFinder(policy)
-        self.gate = Gate(
+        self.subjects: SubjectFinder = SubjectFinder(policy)
+        self.gate: Gate = Gate(
             policy,
             process.entitlements,
             subjects=self.subjects,
             counts=self._counts,
         )
         #: What makes the ids of its requests.
-        self.identity = Identity(policy, process.ids)
+        self.identity: Identity = Identity(policy, process.ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         self._has_meters = bool(policy.static_meters or policy.measured)
-        #: The readers of bodies that a response needs, None where not even its
-        #: length has to be known.
-        self.bodies = _bodies(policy, self._when)
+        #: The readers of bodies that a response needs; None if not even its length is
+        #: needed.
+        self.bodies: frozenset[str] | None = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
-        #: Whether it bills the requests that no rule of a route matches.
+        #: True if it bills the requests that no rule of a route matches.
         self._is_default = policy.routes is not None or name == EVERY_OTHER
-        #: What bills most responses; None if nothing is known beforehand.
-        self.fast_path = FastPath(self) if self._is_known_beforehand else None
+        #: None if this policy has no common case.
+        self.fast_path: FastPath | None = (
+            FastPath(self) if self._is_known_beforehand else None
+        )
         self._warned: set[str | None] = set()
 
     @property
     def _is_known_beforehand(self) -> bool:
-        """Whether status and subject alone say what a usual response is billed."""
+        """True if the status and the subject alone decide the events of a response."""
         return (
             self.bodies is None
             and not self._is_default
@@ -127,10 +129,10 @@ class Billing:
         )
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
-        """Return what bills under the same policy with other *options*.
+        """Return the billing of the same policy with other *options*.
 
-        Never raises an Exception: where they contradict the policy, or its key cannot
-        be read now, it is the policy without them.
+        Never raises an Exception: if they contradict the policy, or its key cannot be
+        read now, it returns this billing.
         """
         found = self._variants.get(id(options))
         if found is None:
@@ -150,24 +152,24 @@ class Billing:
         return found[1]
 
     def count_late(self, helper: str) -> None:
-        """Count usage stated after its request was settled."""
+        """Count usage that a handler stated after its request was settled."""
         self._counts.dropped["late"] += 1
         logger.error("%s: called after the response had ended; not billed", helper)
 
     def bills(self, status: str) -> bool:
-        """Say whether responses of this status line are billed."""
+        """Return True if responses with this status line are billed."""
         return status[:3] in self._codes
 
     def must_ask(self, environ: Environ) -> bool:
-        """Say whether a request may begin only after a decision."""
+        """Return True if the request needs a decision on entitlements first."""
         return self.asks and (self._meter_options or not is_options(environ))
 
     def refuse(self, environ: Environ) -> None:
-        """Count a request that was denied: it has ended, and is never billed."""
+        """Count a denied request, which is never billed."""
         self.not_metered.note("denied", environ, None)
 
     def hand_over(self, environ: Environ, request: RequestRecord) -> None:
-        """Count a request whose socket the application has taken: nothing is billed."""
+        """Count a request whose socket the application took over; it is not billed."""
         if not self.process.is_begun:
             self.process.begin(environ)
         self.not_metered.note("handed_over", environ, request.status)
@@ -182,10 +184,10 @@ class Billing:
         outcome: str,
         exchange: Exchange | None = None,
     ) -> Sequence[bytes]:
-        """Encode the events of a request that has ended; none if it is not billed.
+        """Encode the events of a finished request; none if it is not billed.
 
-        Never raises an Exception: an error of ours costs the seller this event and
-        is logged and counted, but the customer's response stands.
+        Never raises an Exception: an error of ours loses this event and is logged and
+        counted; the response is not changed.
         """
         stated, status = request.usage, request.status
         try:
@@ -209,10 +211,10 @@ class Billing:
                 self.gate.settle(request, (), None)  # nothing is billed
 
     def _of_route(self, environ: Environ) -> Billing | None:
-        """Return what bills the route by which the framework has served a request.
+        """Return the billing of the route by which the framework served a request.
 
-        None where that is not known, or not stricter. No rule has matched the path: the
-        framework reads it in another way, such as ``-5`` as an integer.
+        None if that route is unknown, or not stricter. No rule matched the path because
+        the framework reads it in another way, such as ``-5`` as an integer.
         """
         routes, template = self.process.routes, route_of(environ)
         if routes is None or template is None:
@@ -230,7 +232,7 @@ class Billing:
     def _status_reason(
         self, environ: Environ, stated: RunTimeMeters | None, status: str | None
     ) -> str | None:
-        """Say why no response of that status to that request is billed."""
+        """Return the reason for not billing this status, None if it is billed."""
         if not status:
             return "no_status"
         if not self.bills(status):
@@ -246,7 +248,7 @@ class Billing:
         outcome: str,
         exchange: Exchange | None,
     ) -> Sequence[bytes] | str:
-        """Return the events, or the reason why there are none."""
+        """Return the events, or the reason for having none."""
         stated = request.usage
         if reason := self._reason_for_nothing(stated, outcome, exchange):
             return reason
@@ -288,7 +290,7 @@ class Billing:
         )  # fmt: skip
 
     def _storable(self, events: list[bytes]) -> list[bytes]:
-        """Return the events that OpenMeter can store; count and log the others."""
+        """Return the events small enough for OpenMeter; count and log the others."""
         problems = [problem for each in events if (problem := size_problem(each))]
         if not problems:
             return events
@@ -296,14 +298,14 @@ class Billing:
             logger.error("%s: an event is not sent: %s", self.name, problem)
         kept = [each for each in events if size_problem(each) is None]
         if kept:
-            # Else the request is counted as one without events.
+            # Otherwise the whole request is counted, as one without events.
             self._counts.dropped["message_too_large"] += len(problems)
         return kept
 
     def _reason_for_nothing(
         self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
     ) -> str | None:
-        """Return why nothing at all is billed, None if something may be."""
+        """Return the reason for billing nothing, None if something may be billed."""
         if self._part_billed(outcome) == "none":
             return outcome
         if stated is not None and stated.is_unmetered:
@@ -313,7 +315,7 @@ class Billing:
         if self._when is None or exchange is None:
             return None
         wanted = self._when.value(exchange)
-        # Where it cannot be said, the customer is not charged on suspicion.
+        # If the value is unknown, the customer is not charged.
         is_unknown = isinstance(wanted, Unknown)
         return "meter_when" if is_unknown or not wanted else None
 
@@ -393,35 +395,36 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
 
 
 class FastPath:
-    """Bills a response that ended as most do, from what is prepared beforehand.
+    """Bills completed responses without run-time usage, from prepared templates.
 
-    Such a response came to its end, and its handler stated nothing; the policy
-    measures and counts down nothing. `Billing.events` makes the same events of it, at
-    twice the price. Any thread.
+    Only for policies without measures and quotas. `Billing.events` makes the same
+    events of such a response, at twice the cost. Any thread.
     """
 
     def __init__(self, billing: Billing) -> None:
         self._billing = billing
         self._not_metered = billing.not_metered
+        self._reason_counts = billing.not_metered.counts
+        self._is_audited = billing.policy.audit is not None
         self._counts = billing.process.counts
         self._ids = billing.process.ids
         self._subjects = billing.subjects
         meters = billing.policy.static_meters
         self._templates = static_templates(meters, billing.policy.event_source)
-        #: The only one, of most policies.
+        #: The only template; None if there are several.
         self._template = self._templates[0] if len(self._templates) == 1 else None
-        #: Whom a request is billed to that does not say who is calling, empty where
-        #: the policy finds the subject elsewhere in the request.
+        #: The subject of requests without a caller; empty if the policy reads it from
+        #: the request.
         self._anonymous = billing.subjects.anonymous or ""
-        #: Why responses of a status line are not billed, None if they are.
+        #: By status line: the reason for not billing it, None if it is billed.
         self._reasons: dict[str | None, str | None] = {}
 
     def events(  # noqa: C901 - in one piece: a call would cost each request
         self, environ: Environ, request: RequestRecord
     ) -> Sequence[bytes] | None:
-        """Return the events of a response, none if it is not billed.
+        """Return the events of a response; an empty sequence if it is not billed.
 
-        None if `Billing.events` has to say, as something is unusual after all.
+        None leaves the response to `Billing.events`, because it is an unusual one.
         """
         try:
             if request.usage is not None or environ["REQUEST_METHOD"] in OPTIONS:
@@ -438,11 +441,11 @@ class FastPath:
                 subject = self._subjects.find(environ) or ""
                 if len(subject) > SHORT_SUBJECT:
                     return None
-        except Exception:  # noqa: BLE001 - `Billing.events` says what it is
+        except Exception:  # noqa: BLE001 - `Billing.events` meets it again, and logs it
             return None
         if reason is not None:
-            self._not_metered.counts[reason] += 1
-            if self._not_metered.is_told:
+            self._reason_counts[reason] += 1
+            if self._is_audited or audit_logger.isEnabledFor(DEBUG):
                 self._not_metered.tell(reason, environ, status)
             return ()
         if not subject:
@@ -463,7 +466,7 @@ class FastPath:
         return events
 
     def _learn(self, status: str | None) -> str | None:
-        """Remember and return why responses of a status line are not billed."""
+        """Remember and return the reason for not billing a status line."""
         if len(self._reasons) >= _MAX_STATUS_LINES:
             self._reasons = {}
         if not status:
@@ -477,7 +480,7 @@ class FastPath:
 
 
 class Identity:
-    """Makes the ids of requests under one policy. One process, any thread."""
+    """Makes the request ids of one policy. One process, any thread."""
 
     def __init__(self, policy: Policy, ids: RequestIds) -> None:
         self._ids = ids
@@ -486,7 +489,7 @@ class Identity:
 
     @property
     def is_ours(self) -> bool:
-        """Whether no request brings its own."""
+        """True if every id is generated here."""
         return not self._key
 
     def of(
@@ -496,7 +499,7 @@ class Identity:
         subject: str | None,
         outcome: str,
     ) -> str:
-        """Return the id of one request that has ended."""
+        """Return the id of a finished request."""
         if stated is not None and stated.idempotency_key and outcome is COMPLETED:
             return _derived_id(environ, subject, stated.idempotency_key)
         if self._key:
@@ -513,9 +516,9 @@ class Identity:
 def with_own_ids(
     environ: Mapping[str, Any], meters: Sequence[Meter], key: str
 ) -> list[Meter]:
-    """Return *meters* with ids for those that have a subject of their own.
+    """Return *meters*, with an id for each that has a subject of its own.
 
-    Two customers may use the same key, and only the meter may tell them apart.
+    Two customers may use the same idempotency key, so the id includes the subject.
     """
     return [
         msgspec.structs.replace(
@@ -528,6 +531,6 @@ def with_own_ids(
 
 
 def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> str:
-    """Return the id that every completed attempt of one operation has."""
+    """Return the id that all completed attempts of one operation share."""
     path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
     return derived_id(subject or "", method_of(environ), path, key)

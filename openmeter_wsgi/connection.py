@@ -58,7 +58,7 @@ class Reply(NamedTuple):
 
 
 def delivery_error(reply: Reply) -> Unavailable | Misconfigured:
-    """Return what an answer means that is not what was hoped for."""
+    """Return the error that an unexpected answer means."""
     status, headers, body = reply
     if status < 300 and reply.is_page:
         return Misconfigured("a web page instead of an OpenMeter server", status=status)
@@ -78,7 +78,7 @@ def delivery_error(reply: Reply) -> Unavailable | Misconfigured:
 
 
 def reason(body: bytes) -> str:
-    """Return what the server said, from a problem document (RFC 9457) if it is one."""
+    """Return the reason in an answer, also of a problem document (RFC 9457)."""
     text = body.decode(errors="replace")
     try:
         problem = msgspec.json.decode(body)
@@ -91,7 +91,7 @@ def reason(body: bytes) -> str:
 
 
 def _validation(problem: dict[str, Any]) -> str:
-    """Return what is wrong with single fields, which version 3 tells in their place."""
+    """Return the problems of single fields, which version 3 lists."""
     extensions = problem.get("extensions")
     errors = extensions.get("validationErrors") if isinstance(extensions, dict) else ()
     if not isinstance(errors, list):
@@ -279,7 +279,7 @@ class Connection:
         return b"".join(chunks)
 
     def _no_answer(self, error: OSError | ValueError, url: str) -> DeliveryError:
-        """Say what an attempt without an answer means, and if it may have arrived."""
+        """Return the error of an attempt without an answer, which may have arrived."""
         reason = self._text_without_key(_said(error))
         if isinstance(error, requests.exceptions.InvalidURL) or (
             isinstance(error, ValueError) and not isinstance(error, OSError)
@@ -462,7 +462,7 @@ def _new_session(url: str, deadline: Deadline) -> requests.Session:
 
 
 def _late(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
-    """Return what stands for an attempt that was ended by its deadline."""
+    """Return the error of an attempt that was ended by its deadline."""
     never_connected = isinstance(error, requests.exceptions.ConnectTimeout) or (
         isinstance(getattr(error.args and error.args[0], "reason", None), _UNCONNECTED)
     )
@@ -472,7 +472,7 @@ def _late(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
 
 
 def _said(error: BaseException) -> str:
-    """Return what the operating system said, without what each layer put around it."""
+    """Return the error of the operating system, without the wrapping of each layer."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     said = getattr(error, "strerror", None) or str(error)

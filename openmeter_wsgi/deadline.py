@@ -41,7 +41,7 @@ class Deadline:
         #: Of a socket whose TLS handshake takes it from hand to hand: its own copy.
         self._copy: socket.socket | None = None
         #: Whether the time of the last attempt was over before it ended.
-        self.is_over = False
+        self.is_over: bool = False
 
     def begin(self, seconds: float) -> None:
         """Begin an attempt that ends in so many *seconds*."""

@@ -1,6 +1,6 @@
-"""Decorators of a view: how its requests are metered.
+"""The decorators `meter` and `no_meter` of views.
 
-A decorator may be applied anew for each request, in a view or by a class made for it.
+A decorator may be applied again for each request, inside a view or a class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, Unpack
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
@@ -32,12 +32,14 @@ from openmeter_wsgi.request import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-logger = log.get_logger(__name__)
+    from openmeter_wsgi.option_types import RouteOptions
+
+logger: Final = log.get_logger(__name__)
 
 
-#: Options of one view that are remembered.
+#: The most sets of options that are remembered of one view.
 MAX_KNOWN = 1_000
-#: Deeper than this no option is nested, but a function may refer to itself.
+#: No option is nested deeper, but a function may refer to itself.
 _MAX_DEPTH = 12
 
 #: By the name of the view.
@@ -45,9 +47,9 @@ _known: defaultdict[str, dict[Hashable, dict[str, Any]]] = defaultdict(dict)
 
 
 def known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the view *name* that have this content: the first of them.
+    """Return the first options of the view *name* with the same content.
 
-    Any thread. Past `MAX_KNOWN` a view gets its own, with a warning.
+    Any thread. Beyond `MAX_KNOWN` it returns *options* themselves, with a warning.
     """
     of_view = _known[name]
     content = _content(options, 0)
@@ -55,8 +57,8 @@ def known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
         return found
     if len(of_view) >= MAX_KNOWN:
         logger.warning(
-            "%s: @meter is applied again and again, with other options each time; each "
-            "time costs memory that is never given back: apply it once",
+            "%s: @meter is applied again and again with other options; each time takes "
+            "memory that is never freed: apply it once",
             name,
         )
         return options
@@ -64,7 +66,7 @@ def known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Same:
-    """Stands for an object that is equal to itself alone, and keeps it."""
+    """Keeps an object, and is equal only to a `_Same` of that object."""
 
     __slots__ = ("_object",)
 
@@ -79,7 +81,7 @@ class _Same:
 
 
 def _content(value: object, depth: int) -> Hashable:
-    """Return what equals the content of an equal value, and of no other one."""
+    """Return a hashable key, equal for equal values only."""
     if depth > _MAX_DEPTH:
         return _Same(value)
     inner = depth + 1
@@ -95,12 +97,12 @@ def _content(value: object, depth: int) -> Hashable:
         hash(value)
     except TypeError:
         return _Same(value)
-    # 1, 1.0 and True are equal, and are not the same on an invoice.
+    # 1, 1.0 and True are equal, but differ on an invoice.
     return type(value), value
 
 
 def _content_of_function(function: FunctionType, depth: int) -> Hashable:
-    """Return what a function does: its code, and what it has from where it was made."""
+    """Return a key of the code of a function, its defaults and its closure."""
     cells = function.__closure__ or ()
     try:
         closed_over = [cell.cell_contents for cell in cells]
@@ -114,23 +116,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let *options* govern the requests of a view, as ``routes`` would.
+def meter(
+    **options: Unpack[RouteOptions],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Meter the requests of a view by *options*, as those of a route in ``routes``.
 
-    What they do not name is inherited from the policy of the request. For views of
-    Flask, Django, Bottle and Pyramid, and any other whose request is an argument.
-    Entitlements that they require are asked for when the view is called. `duration()`
-    counts from there.
+    The view inherits the options that it does not name from the policy of the request.
+    It works for Flask, Django, Bottle and Pyramid, and for all views that get a request
+    as an argument. Required entitlements are checked when the view is called, and
+    `duration()` counts from there.
 
     :raises ConfigError: if an option is wrong, or is one of the whole middleware.
     """
-    if problems := view_problems(options):
+    given: dict[str, Any] = {**options}
+    if problems := view_problems(given):
         raise ConfigError(problems)
 
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
-        # What bills the view is made once for these options, and kept.
-        own_options = known_options(name, options)
+        # The billing of the view is made once for these options, and kept.
+        own_options = known_options(name, given)
 
         def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
@@ -142,10 +147,10 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 )
                 return
             _bill_as_view(environ, name, own_options)
-            if required := options.get("required_entitlements"):
+            if required := given.get("required_entitlements"):
                 require_entitlements(environ, *required)
 
-        return _beginning(view, begin, options)
+        return _beginning(view, begin, given)
 
     return decorate
 
@@ -153,7 +158,7 @@ def meter(**options: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def _bill_as_view(
     environ: dict[str, Any], name: str, options: Mapping[str, Any]
 ) -> None:
-    """Let a view's own *options* govern a request, on top of what its route says."""
+    """Bill a request by its view's *options*, on top of those of its route."""
     record = open_record(environ, "meter")
     if record is None or record.billing is None:
         return
@@ -169,7 +174,7 @@ def _bill_as_view(
 
 
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:
-    """Let the requests of a view not be metered."""
+    """Leave the requests of a view unmetered."""
 
     def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
@@ -183,7 +188,7 @@ def _beginning(
     begin: Callable[[tuple[object, ...]], None],
     says: dict[str, Any] | None,
 ) -> Callable[P, R]:
-    """Return *view* with *begin* before it: awaited, if that is to be awaited."""
+    """Return *view* with a call of *begin* before it; async if *view* is async."""
 
     @functools.wraps(view)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -195,9 +200,9 @@ def _beginning(
         begin(args)
         return await view(*args, **kwargs)  # type: ignore[misc]
 
-    # A framework looks at a view to know whether it has to await what that returns.
+    # A framework awaits the result of a view only if the view itself is async.
     begun: Any = awaited if _is_awaited(view) else called
-    # Pyramid looks at the parameters of a view to know what it takes.
+    # Pyramid reads the parameters of a view.
     with contextlib.suppress(ValueError, TypeError):
         begun.__signature__ = inspect.signature(view)
     setattr(begun, SAYS, says)
@@ -216,18 +221,18 @@ def _is_awaited(view: object) -> bool:
 
 
 def asks_itself(view: object) -> bool:
-    """Say whether a view sees to its entitlements, or is not metered at all.
+    """Return True if a view checks its own entitlements, or is not metered.
 
-    If so, what its policy requires is not asked for before it is called.
+    Then the entitlements of its policy are not checked before it is called.
     """
     options = getattr(view, SAYS, {})
     return options is None or "required_entitlements" in options
 
 
 def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
-    """Return the environ of the request that a view is called for, if it is metered."""
+    """Return the environ of the metered request of a view, None if there is none."""
     for argument in _requests(args):
-        # Another decorator may hand over a mapping of its own, such as a user.
+        # Another decorator may pass a mapping of its own, such as a user.
         environ = environ_of(argument)
         if metered_request(environ) is not None:
             return environ
@@ -235,16 +240,16 @@ def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
 
 
 def _requests(args: tuple[object, ...]) -> Iterator[object]:
-    """Yield what may be the request of a view that is called with *args*."""
+    """Yield objects that may be the request of a view that is called with *args*."""
     for argument in args:
         yield argument
-        # A class of Pyramid's keeps it for its methods.
+        # A view class of Pyramid keeps it in an attribute.
         yield getattr(argument, "request", None)
     flask = sys.modules.get("flask")
     if flask is not None and flask.has_request_context():
         yield flask.request
     bottle = sys.modules.get("bottle")
-    # In a thread without a request it has no environ, and after one that of the last.
+    # Outside a request it has no environ, or that of the last request.
     with contextlib.suppress(RuntimeError):
         environ = None if bottle is None else bottle.request.environ
         request = metered_request(environ)

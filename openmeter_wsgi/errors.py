@@ -1,4 +1,4 @@
-"""Errors: what users catch, and what delivery tells its sender.
+"""Errors for users to catch, and errors between client and sender.
 
 ::
 
@@ -10,8 +10,8 @@
     │   └─ SpoolFull                 no room for another segment
     └─ DeliveryError                 one attempt to send; never leaves the sender
         ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
-        ├─ Misconfigured             wrong key or address: kept until that is mended
-        ├─ Expired                   in doubt for longer than the resend window
+        ├─ Misconfigured             wrong key or address: kept until it is corrected
+        ├─ Expired                   unanswered for longer than the resend window
         ├─ Deposed                   another process has become the sender meanwhile
         └─ Rejected                  400, 413: something in this batch is refused
 """
@@ -26,16 +26,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-#: Of what a server or an operating system says so many characters are kept.
+NOT_ON_WINDOWS = (
+    "openmeter_wsgi runs on Linux, macOS and other POSIX systems, not on Windows: use "
+    "WSL or a container"
+)
+#: The most characters that are kept of a text from a server or operating system.
 MAX_REASON = 500
 
 
 def shown(value: object) -> str:
-    """Return how Python writes *value*, for the text of an error. Never raises."""
+    """Return the repr of *value* for the text of an error. Never raises."""
     try:
         return repr(value)
     except Exception:  # noqa: BLE001 - also an integer of more than 4,300 digits
         return f"a {type(value).__name__} that cannot be shown"
+
+
+def missing_extra(missing: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+    """Return *missing* as an error that says how to install the *extra* with it."""
+    return ModuleNotFoundError(
+        f"openmeter_wsgi.{extra}: {missing.name} is not installed; run: "
+        f"pip install 'openmeter_wsgi[{extra}]'",
+        name=missing.name,
+    )
 
 
 class OpenMeterWSGIError(Exception):
@@ -43,7 +56,7 @@ class OpenMeterWSGIError(Exception):
 
 
 class ConfigError(OpenMeterWSGIError, ValueError):
-    """A configuration that cannot work, with everything that is wrong in it."""
+    """A configuration that cannot work, with all of its problems."""
 
     #: One sentence a problem: the option, what was expected, what was given.
     problems: tuple[str, ...]
@@ -57,7 +70,7 @@ class ConfigError(OpenMeterWSGIError, ValueError):
 
 
 class MeterValueError(OpenMeterWSGIError, ValueError):
-    """A meter that OpenMeter would refuse, or take and count wrong or not at all."""
+    """A meter that OpenMeter would refuse, or would count wrong or not at all."""
 
 
 class TicketError(OpenMeterWSGIError, ValueError):
@@ -65,7 +78,7 @@ class TicketError(OpenMeterWSGIError, ValueError):
 
 
 class SpoolError(OpenMeterWSGIError):
-    """The spool cannot take an event. It goes another way, or is counted."""
+    """The spool cannot take an event: it waits in memory, or is counted as dropped."""
 
 
 class SpoolFull(SpoolError):
@@ -90,7 +103,7 @@ class DeliveryError(OpenMeterWSGIError):
         retry_after: float | None = None,
         ambiguous: bool = False,
     ) -> None:
-        self.reason = clean(reason, MAX_REASON)
+        self.reason: str = clean(reason, MAX_REASON)
         self.status = status
         self.retry_after = retry_after
         self.ambiguous = ambiguous
@@ -102,15 +115,15 @@ class Unavailable(DeliveryError):
 
 
 class Misconfigured(DeliveryError):
-    """The answer speaks of the configuration, not of the events: keep them all."""
+    """The configuration is wrong, not the events: all of them are kept."""
 
 
 class Deposed(DeliveryError):
-    """This sender was stuck, and another one has taken its place."""
+    """This sender was stuck, and another process has taken its place."""
 
 
 class Rejected(DeliveryError):
-    """The batch was refused; at least one event in it can never be accepted."""
+    """The batch was refused: OpenMeter never accepts at least one event in it."""
 
 
 class Expired(DeliveryError):

@@ -1,7 +1,7 @@
-"""Events: stated usage read into meters, and encoded as CloudEvents 1.0.
+"""Validates meter values and encodes CloudEvents.
 
-An event of OpenMeter is its id, source, type, subject, time and data; extension
-attributes are refused or dropped there, so none is sent.
+An event has an id, source, type, subject, time and data. OpenMeter refuses or drops
+extension attributes, so none are sent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from itertools import count
 from json.encoder import encode_basestring_ascii
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
@@ -43,7 +43,7 @@ from openmeter_wsgi.values import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 Number: TypeAlias = int | float | Decimal
@@ -54,10 +54,10 @@ _DOCUMENT_KEYS = ("type", "data", "id", "subject", "source", "time")
 
 
 class Meter(msgspec.Struct, frozen=True):
-    """What becomes one event: its type, its data and what it overrides."""
+    """The content of one event: its type and data, and attributes that it overrides."""
 
     type: str
-    #: A JSON object, encoded when it was stated: later changes do not reach it.
+    #: A JSON object, encoded at once: later changes by the caller have no effect.
     data: bytes
     id: str | None = None
     subject: str | None = None
@@ -66,11 +66,11 @@ class Meter(msgspec.Struct, frozen=True):
 
     @property
     def plain(self) -> bool:
-        """Whether it overrides nothing."""
+        """True if it overrides no attribute."""
         return (self.id or self.subject or self.source or self.time) is None
 
     def document(self) -> dict[str, Any]:
-        """Return it in the form in which it can be stated."""
+        """Return it as a document that `set_meters` takes."""
         fields = {"type": self.type, "data": msgspec.json.decode(self.data)}
         for name in _DOCUMENT_KEYS[2:]:
             if (value := getattr(self, name)) is not None:
@@ -79,23 +79,22 @@ class Meter(msgspec.Struct, frozen=True):
 
 
 class StatedUsage(msgspec.Struct, frozen=True):
-    """Numbers by type, which add up, and documents, which stand each alone."""
+    """Numbers by type, which add up, and documents, one for each event."""
 
     numbers: dict[str, Number]
     documents: tuple[Meter, ...]
 
     @property
     def types(self) -> set[str]:
-        """All types that are named."""
+        """The types of all meters."""
         return {*self.numbers, *(meter.type for meter in self.documents)}
 
 
 def read_usage(meters: object) -> StatedUsage:
-    """Return the usage that *meters* states, with every value checked.
+    """Return the usage in *meters*, with every value checked.
 
-    :raises MeterValueError: naming the value that OpenMeter would refuse, or
-        would take and leave out of the meter. A negative number it would count: a SUM
-        gets smaller, which no request may do.
+    :raises MeterValueError: naming a value that OpenMeter would refuse or not count, or
+        a negative number, which would make a SUM smaller.
     """
     numbers: dict[str, Number] = {}
     documents: list[Meter] = []
@@ -166,7 +165,7 @@ def _read_number(name: str, value: object) -> Number:
 
 
 def add_numbers(name: str, left: Number, right: Number) -> Number:
-    """Return the sum of two numbers of the meter *name*, exact where it can be.
+    """Return the sum of two numbers of the meter *name*, exact if possible.
 
     :raises MeterValueError: if it is too large for OpenMeter to read.
     """
@@ -196,12 +195,12 @@ def number_meter(name: str, number: Number) -> Meter | None:
     return Meter(name, b'{"total":%b}' % encode_number(number))
 
 
-#: The size of one event in the queue of which the sender still makes a batch.
+#: The most bytes of events in one batch.
 MAX_BATCH_BYTES = 1_000_000
-#: The message of an event of this size is small enough, whatever is in it.
+#: An event of this size makes a message that is small enough, whatever it holds.
 _SMALL_EVENT = MAX_MESSAGE_BYTES // MAX_GROWTH - 1_000
 
-#: A text as JSON has it. A call in C: msgspec's is one to bytes and one back.
+#: Encodes text as JSON. One call in C; msgspec needs two, over bytes.
 quoted = encode_basestring_ascii
 
 
@@ -209,24 +208,24 @@ def _json(text: str) -> str:
     return msgspec.json.encode(text).decode()
 
 
-#: The numbers of one block, as text, …
+#: The numbers of a block, as text …
 _BLOCK = tuple(f"{number:03}" for number in range(1_000))
-#: … and of the very first, which nothing stands in front of.
+#: … and those of the first block, without leading zeros.
 _FIRST_BLOCK = tuple(map(str, range(1, 1_000)))
 
 
 class RequestIds:
     """Ids of requests, unique among all processes and hosts.
 
-    The first half is drawn with the first request, anew in every process; the second is
-    a number that threads share without a lock. It is not formatted but put together:
-    all but its last three digits, and those that have not been used.
+    The first half is random, drawn with the first request of each process; the second
+    half is a number that threads share without a lock. Its last three digits come from
+    a block of texts that are formatted already.
     """
 
     __slots__ = ("_block", "_blocks", "_prefixes")
 
     def __init__(self, prefix: str | None = None) -> None:
-        #: The first half, once it is drawn. A dictionary, as threads draw it at once.
+        #: The first half, once drawn. A dictionary: several threads may draw at once.
         self._prefixes = {} if prefix is None else {"": f"{prefix}-"}
         self._blocks = count()
         self._block: tuple[str, Iterator[str]] = ("", iter(()))
@@ -239,7 +238,7 @@ class RequestIds:
         return self._new_in_next_block()
 
     def _new_in_next_block(self) -> str:
-        """Begin a block that no other thread has begun, and return an id of it."""
+        """Begin a block of this thread's own, and return its first id."""
         prefix = self._prefixes.get("")
         if prefix is None:
             prefix = self._prefixes.setdefault("", _drawn_prefix())
@@ -252,10 +251,10 @@ class RequestIds:
 
 
 def _drawn_prefix() -> str:
-    """Return what no other process draws, though both woke from one snapshot.
+    """Return a random prefix, also unique among copies of a virtual machine.
 
-    A virtual machine that is resumed twice may get the same random numbers twice from
-    its kernel. It is never resumed twice at the same nanosecond of both its clocks.
+    A machine that is resumed twice from a snapshot may get the same random numbers
+    twice, but not the same nanosecond on both of its clocks.
     """
     drawn = hashlib.sha256(secrets.token_bytes(32))
     for moment in (time.time_ns(), time.monotonic_ns(), os.getpid()):
@@ -273,10 +272,10 @@ def derived_id(*parts: str) -> str:
 
 
 def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, str]]:
-    """Return what all events of each meter have in common, as text.
+    """Return two texts for each meter, the constant parts of its events.
 
-    The first part of each goes before the request's id, the second between that and
-    the time, on which the subject follows.
+    The first precedes the id of the request. The second stands between the id and the
+    time; the subject follows the time.
     """
     return [
         (f'{_head(meter, source)},"id":"', f'{_json(f":{suffix}")[1:-1]}","time":"')
@@ -285,7 +284,7 @@ def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, st
 
 
 def are_small(meters: Iterable[Meter], source: str) -> bool:
-    """Say whether no event of these meters is large, with a short subject."""
+    """Return True if all events of these meters are small, given a short subject."""
     largest = _SMALL_EVENT - 12 * SHORT_SUBJECT - 1_000
     return all(
         len(_head(meter, source)) + len(meter.type) < largest for meter in meters
@@ -295,11 +294,11 @@ def are_small(meters: Iterable[Meter], source: str) -> bool:
 def encode_events(
     meters: Sequence[Meter], *, request_id: str, subject: str | None, source: str
 ) -> list[bytes]:
-    """Encode the events of one request whose meters differ from the policy's.
+    """Encode the events of one request.
 
-    A meter without a subject of its own takes *subject*, which may be None only
-    where every meter has one. A time in the future becomes the present moment: Kafka
-    refuses it, together with other events that OpenMeter has accepted.
+    *subject* is for meters without a subject of their own; it may be None if there are
+    none. A time in the future is replaced by the present: Kafka would refuse it, with
+    other events that OpenMeter has accepted.
     """
     now = timestamp()
     events = []
@@ -321,7 +320,7 @@ def encode_events(
 
 
 def size_problem(event: bytes) -> str | None:
-    """Say that OpenMeter cannot store an event for its size, None if it can."""
+    """Return an error if an event is too large for OpenMeter, else None."""
     if len(event) <= _SMALL_EVENT:
         return None
     size = message_bytes(event)
@@ -337,10 +336,7 @@ def _head(meter: Meter, source: str) -> str:
 
 
 def numbered(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
-    """Pair each meter with what follows the request in its id.
-
-    The second event of a type and every later one carry a number.
-    """
+    """Pair each meter with the end of its event id: its type, numbered from 2 on."""
     seen: dict[str, int] = {}
     numbered = []
     for meter in meters:

@@ -92,19 +92,19 @@ class Exchange:
         bodies: Mapping[str, BodyReader[Any]],
     ) -> None:
         #: The environ of the request (PEP 3333).
-        self.environ = environ
+        self.environ: dict[str, Any] = environ
         #: The status code that the client got.
-        self.status = status
+        self.status: int = status
         #: ``completed``, ``failed`` or ``aborted``.
-        self.outcome = outcome
+        self.outcome: str = outcome
         #: The template of the address, such as ``/users/<id>``, where it is known.
-        self.route = route
+        self.route: str | None = route
         #: The headers of the response, as the application gave them.
-        self.response_headers = response_headers
+        self.response_headers: list[tuple[str, str]] = response_headers
         #: Of the body, as it left the application; None where the kernel sent it.
-        self.bytes_sent = bytes_sent
+        self.bytes_sent: int | None = bytes_sent
         #: Of the request's body; None where nothing says how long it was.
-        self.bytes_received = bytes_received
+        self.bytes_received: int | None = bytes_received
         self._started_at = started_at
         self._bodies = bodies
         self._results: dict[str, Any] = {}
@@ -207,7 +207,7 @@ class ResponseCapture:
         self._received = _counted_input(environ, is_late=is_late)
         self._is_handed_over = False
         #: Bytes that the server has taken.
-        self.taken = 0
+        self.taken: int = 0
         #: What takes each chunk.
         self.feeds: list[Any] = []
 

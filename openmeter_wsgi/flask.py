@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import flask
+from typing import TYPE_CHECKING, Any, Unpack
 
 from openmeter_wsgi.entitlements.handlers import require_entitlements
-from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.errors import ConfigError, missing_extra
 from openmeter_wsgi.frameworks import (
     FrameworkMiddleware,
     LastingSubject,
@@ -20,22 +18,28 @@ from openmeter_wsgi.policy import read_text_options
 from openmeter_wsgi.request import has_user
 from openmeter_wsgi.subject import path_reader
 
+try:
+    import flask
+except ModuleNotFoundError as missing:
+    raise missing_extra(missing, "flask") from None
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flask.testing import FlaskClient
     from werkzeug.test import TestResponse
 
+    from openmeter_wsgi.option_types import Options
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.subject import FindSubject
 
 
 def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
-    """Return what finds the subject of a request while Flask serves it.
+    """Return a function that finds the subject of a request while Flask serves it.
 
-    *source* is a path that begins with ``g``, ``session`` or ``current_user``
-    (Flask-Login's), such as ``"g.jwt.sub"``; or a callable on the environ. It is read
-    when the response starts, and may use all that a view may.
+    *source* is a path that begins with ``g``, ``session`` or Flask-Login's
+    ``current_user``, such as ``"g.jwt.sub"``, or a callable on the environ. It is read
+    when the response starts, within the context of the request.
 
     :raises ValueError: if it is neither.
     """
@@ -80,23 +84,23 @@ _read_current_user = _user_reader("")
 
 
 def _read_user_of_flask_login(environ: dict[str, Any]) -> object:
-    # What `set_user` was given is nearer to what is meant.
+    # A call of `set_user` is more explicit.
     if has_user(environ) or not hasattr(flask.current_app, "login_manager"):
         return None
     return _read_current_user(environ)
 
 
-#: Finds the user of Flask-Login, where the application has it.
+#: Finds the user of Flask-Login, if the application uses it.
 user_of_flask_login: FindSubject = LastingSubject(_read_user_of_flask_login)
 
 
 def keep_users_that_log_out(app: flask.Flask) -> None:
-    """Have the user whom a view of *app* logs out billed for that request."""
+    """Bill the request that logs out a user of *app* to that user."""
     try:
         from flask_login import user_logged_out
     except ImportError:
         return
-    # Not weakly: nothing else keeps it.
+    # Not weak: nothing else refers to the function.
     user_logged_out.connect(_before_log_out, sender=app, weak=False)
 
 
@@ -108,10 +112,10 @@ _WITHOUT_BODY = (204, 304)
 
 
 class _Settling:
-    """Reads a response and closes it; a stream is left to the test.
+    """Reads a response in a test, and closes it, unless it is a stream.
 
-    A request is metered when its response is closed, and Flask's test client leaves
-    that to whoever collects garbage.
+    A request is billed when its response is closed, and Flask's test client leaves that
+    to the garbage collector.
     """
 
     def open(self, *args: Any, **kwargs: Any) -> TestResponse:
@@ -125,8 +129,8 @@ class _Settling:
 
 
 def settling(client: type[FlaskClient] | None) -> type[FlaskClient]:
-    """Return *client*, or Flask's own, as one that ends its responses."""
-    # Only tests pay for what tests need.
+    """Return *client*, or Flask's own class, as one that closes its responses."""
+    # Imported here: only tests need it.
     from flask.testing import FlaskClient
 
     base = client or FlaskClient
@@ -155,9 +159,9 @@ class OpenMeter:
         self,
         app: flask.Flask | None = None,
         policy: Policy | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        self._options = options
+        self._options: dict[str, Any] = {**options}
         self._policy = policy
         if app is not None:
             self.init_app(app)
@@ -185,9 +189,10 @@ def _policy(
             policy=policy,
             read_subject=subject_from,
             default_subject=user_of_flask_login,
+            default_source=app.name,
         )
     config = app.config.get_namespace(_PREFIX)
-    # Text is often a variable that went through the configuration.
+    # Text in the configuration often comes from a variable.
     texts = {_PREFIX + k.upper(): v for k, v in config.items() if isinstance(v, str)}
     read = read_text_options(texts)
     given = {name: value for name, value in config.items() if value != ""}
@@ -196,6 +201,7 @@ def _policy(
         keywords,
         read_subject=subject_from,
         default_subject=user_of_flask_login,
+        default_source=app.name,
     )
 
 
@@ -205,10 +211,10 @@ def _requires_anything(policy: Policy) -> bool:
 
 
 def _ask_before_views(app: flask.Flask) -> None:
-    """Let entitlements be asked for when a view is about to be called.
+    """Check entitlements just before a view is called.
 
-    Not in a before_request function: those of the application, which authenticate,
-    may be registered later, and those of blueprints are called later.
+    A before_request function would be too early: functions that authenticate may be
+    registered later, and those of blueprints are called later.
     """
     dispatch = app.dispatch_request
 

@@ -5,31 +5,31 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from openmeter_wsgi import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
-#: What a decorated view says of itself: its options, None if it is not metered.
-#: Decorators around it hand it on (``functools.wraps``).
+#: The attribute of a decorated view with its options; None if it is not metered. Other
+#: decorators copy it (``functools.wraps``).
 SAYS = "openmeter_wsgi_options"
-#: The functions that were decorated, and those that these wrap.
+#: The decorated functions, and those that they wrap.
 _decorated: weakref.WeakSet[Any] = weakref.WeakSet()
-#: Where middleware and frameworks keep what they wrap.
+#: The attributes in which middleware and frameworks keep the wrapped application.
 _ATTRIBUTES = (
     "wsgi_app", "app", "application", "_app", "wrapped", "wrapped_app", "__wrapped__",
     "__self__", "func",
 )  # fmt: skip
-#: Deeper than this nobody wraps.
+#: Applications are not wrapped deeper than this.
 _MAX_DEPTH = 100
 
 
 def note_decorated(view: Any) -> None:
-    """Remember that there is a decorated form of *view*."""
+    """Remember that *view* was decorated."""
     while view is not None:
         with contextlib.suppress(TypeError):  # what takes no weak reference
             _decorated.add(view)
@@ -39,18 +39,18 @@ def note_decorated(view: Any) -> None:
 class ServedRoute(NamedTuple):
     """One route of an application."""
 
-    #: As its framework writes it: ``/users/<int:id>``, ``/users/{id}``.
+    #: In the syntax of its framework: ``/users/<int:id>``, ``/users/{id}``.
     template: str
     #: None for all of them.
     methods: frozenset[str] | None
-    #: What is called, None where that is not known.
+    #: The view, None if it is not known.
     view: Any
 
 
 def layers_of(app: Any, *, closures: bool = True) -> Iterator[Any]:
-    """Yield *app* and what it wraps, the outermost first.
+    """Yield *app* and the applications that it wraps, the outermost first.
 
-    With *closures* also what functions hold, which may be one application of several.
+    With *closures* also those in closures of functions, which may be one of several.
     """
     waiting = [app]
     seen: set[int] = set()
@@ -90,7 +90,7 @@ def _closed_over(layer: Any) -> Iterator[Any]:
 
 
 def served_routes(app: Any, *, closures: bool = True) -> list[ServedRoute]:
-    """Return the routes of *app*, none where its framework is not known."""
+    """Return the routes of *app*, none if its framework is not known."""
     found: list[ServedRoute] = []
     for layer in layers_of(app, closures=closures):
         for module, name, routes in _FRAMEWORKS:
@@ -117,7 +117,7 @@ def _of_falcon(app: Any) -> Iterator[ServedRoute]:
     from falcon import inspect  # here: only who has its applications has it
 
     for route in inspect.inspect_routes(app):
-        # Internal are those that answer 405, and OPTIONS.
+        # The internal ones answer 405 and OPTIONS.
         own = (method.method for method in route.methods if not method.internal)
         methods = frozenset((*own, "OPTIONS"))
         yield ServedRoute(route.path, methods, None)
@@ -155,8 +155,8 @@ _FRAMEWORKS: tuple[tuple[str, str, Callable[[Any], Iterable[ServedRoute]]], ...]
 def misplaced_decorators(app: Any) -> list[tuple[str, str]]:
     """Return the routes whose decorator has no effect, and the name of their view.
 
-    A framework's decorator, such as ``@app.get``, registers the function below it. What
-    stands above is never called.
+    A framework's decorator, such as ``@app.get``, registers the function below it.
+    Decorators above it are never called.
     """
     routes = served_routes(app)
     effective = {id(_innermost(r.view)) for r in routes if hasattr(r.view, SAYS)}
@@ -182,7 +182,7 @@ def _innermost(view: Any) -> Any:
 
 
 def warn_of_misplaced_decorators(app: Any) -> None:
-    """Say in the log which views are metered otherwise than their decorator says."""
+    """Log the views whose decorator has no effect."""
     for template, name in misplaced_decorators(app):
         logger.warning(
             "view %s: its @meter or @no_meter stands above the decorator that "

@@ -1,4 +1,4 @@
-"""Shared code of the Flask and Django packages: policy and subject."""
+"""Code that Flask and Django share: the policy and the subject."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openmeter_wsgi.decorators import asks_itself
 from openmeter_wsgi.entitlements.handlers import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.policy import Policy, read_text_options
+from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, read_text_options
 from openmeter_wsgi.request import (
     REQUEST,
     RequestRecord,
@@ -19,6 +19,7 @@ from openmeter_wsgi.request import (
     record_of,
 )
 from openmeter_wsgi.subject import MissingPath
+from openmeter_wsgi.values import source_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -29,19 +30,19 @@ if TYPE_CHECKING:
 
 
 class RememberedSubjects(NamedTuple):
-    """Subjects that a framework had while it served a request, by their readers."""
+    """Subjects that were read while a framework served a request, by reader."""
 
-    #: When the response started; None before.
+    #: Read when the response started; None before.
     found: dict[object, Any] | None
-    #: Before the view lost them.
+    #: Read before the view logged out the user.
     kept: dict[object, Any]
 
 
 class FrameworkMiddleware(OpenMeterMiddleware):
-    """A middleware around a framework, which authenticates inside of it.
+    """The middleware around a framework that authenticates users itself.
 
-    The subject is read when the response starts, while the framework still serves the
-    request, and entitlements are asked for by the framework's edge.
+    It reads the subject when the response starts, while the framework still serves the
+    request. The package of the framework checks entitlements.
     """
 
     _asks_first = False
@@ -51,7 +52,7 @@ class FrameworkMiddleware(OpenMeterMiddleware):
 
 
 class _StartingResponse:
-    """A WSGI application that sees to what only its framework knows."""
+    """The application of a framework; reads the subject when the response starts."""
 
     def __init__(self, app: WSGIApplication) -> None:
         self._app = app
@@ -59,7 +60,7 @@ class _StartingResponse:
     def __call__(
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
-        # Also of a request that is not metered: it shows that it came this way.
+        # Also of an unmetered request, to show that it passed the middleware.
         request = record_of(environ)
         if request.billing is None:
             return self._app(environ, start_response)
@@ -81,7 +82,7 @@ def _remember_subject(
 ) -> None:
     billing: Billing = request.billing  # type: ignore[assignment] # perhaps the view's
     is_unmetered = request.usage is not None and request.usage.is_unmetered
-    # A user is not loaded from a database for what is not billed.
+    # No user is loaded from a database for a request that is not billed.
     kept = {} if request.remembered is None else request.remembered.kept
     is_billed = billing.bills(status) and not is_unmetered
     request.remembered = RememberedSubjects({} if is_billed else None, kept)
@@ -90,9 +91,9 @@ def _remember_subject(
 
 
 def keep_subject(environ: dict[str, Any] | None) -> None:
-    """Keep who is billed, as the view is about to log out its user, or to delete it.
+    """Keep the subject before a view logs out or deletes its user.
 
-    Unless there is another one when the response starts, it is that one.
+    It is billed unless there is another subject when the response starts.
     """
     request = metered_request(environ)
     if environ is None or request is None or request.billing is None:
@@ -110,19 +111,19 @@ def keep_subject(environ: dict[str, Any] | None) -> None:
 def _with_quota(
     request: RequestRecord, headers: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """Return *headers* with what is known of the quota, if the policy wants that."""
+    """Return *headers* with RateLimit headers, if the policy wants them."""
     billing: Billing = request.billing  # type: ignore[assignment]
     if request.decision is None or not billing.policy.usage_headers:
         return headers
-    told = {name.lower() for name, _ in headers}  # by a refusal
+    told = {name.lower() for name, _ in headers}  # a denial has them already
     quota = quota_headers(request.decision.quota)
     return [*headers, *(each for each in quota if each[0].lower() not in told)]
 
 
 class LastingSubject:
-    """A subject that can be read only while the framework serves the request.
+    """Reads a subject while the framework serves the request, and keeps it.
 
-    What is read when the response starts holds to its end.
+    The subject that is read when the response starts is used at its end.
     """
 
     __slots__ = ("_read",)
@@ -146,7 +147,7 @@ class LastingSubject:
 
 
 def must_ask(environ: dict[str, Any] | None, view: object) -> bool:
-    """Say whether *view* may be called for this request only after a decision."""
+    """Return True if entitlements must be checked before *view* is called."""
     billing = billing_of(environ)
     if environ is None or billing is None or asks_itself(view):
         return False
@@ -158,13 +159,14 @@ def make_policy(
     policy: Policy | None = None,
     read_subject: Callable[[Any], FindSubject],
     default_subject: FindSubject,
+    default_source: str,
 ) -> Policy:
     """Return the policy of variables and *options*, of which the later ones win.
 
     A *policy* takes the place of the variables.
 
     *read_subject* returns what finds a subject of the framework's own, and raises
-    ValueError if it is none.
+    ValueError if it is none. *default_source* is the name of the application.
 
     :raises ConfigError: with every problem of the configuration.
     """
@@ -175,6 +177,9 @@ def make_policy(
     given = _with_subject(given, "", read_subject, problems)
     if given.get("subject") is None and not (policy and policy.subject):
         given["subject"] = default_subject
+    source = given.get("event_source", policy.event_source if policy else None)
+    if source in {None, DEFAULT_SOURCE} and source_problem(default_source) is None:
+        given["event_source"] = default_source
     if isinstance(routes := given.get("routes"), dict):
         given["routes"] = {
             rule: _with_subject(own, f"routes[{rule!r}]: ", read_subject, problems)

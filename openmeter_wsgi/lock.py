@@ -110,7 +110,7 @@ def new_token() -> str:
 
 
 def owner_of_lock(name: str) -> str | None:
-    """Return whose lock the file *name* is, None if it is none."""
+    """Return the owner of the lock file *name*, None if it is no lock file."""
     match = _OWNER.fullmatch(name)
     return match and match[1]
 
@@ -218,7 +218,7 @@ class Election:
     """
 
     def __init__(self, path: Path, fd: int, within: threading.Lock) -> None:
-        self.guard = threading.Lock()
+        self.guard: threading.Lock = threading.Lock()
         self._path = path
         self._fd = fd
         self._within = within

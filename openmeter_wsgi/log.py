@@ -1,4 +1,4 @@
-"""Loggers that thin out repeated lines and count them."""
+"""Loggers that write a repeated line once a minute, with its count."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import re
 import time
 from typing import Any
 
-#: An outage of an hour under load is a line a minute, not a line a request.
+#: Seconds between two equal lines: an outage logs a line a minute, not one a request.
 REPEAT_INTERVAL = 60.0
-#: As the ``extra`` of a line: what went before is over. It is written in any case, and
-#: so is what begins anew after it.
+#: The beginning of each line, as not every application logs the name of the logger.
+PREFIX = "openmeter_wsgi: "
+#: The ``extra`` of a line that ends a problem. It is always written, and so is the
+#: first line of the next problem.
 OVER = {"is_over": True}
-#: Distinct lines remembered; past it all is forgotten, which costs a repeated line.
+#: The most distinct lines that are remembered; beyond it all are forgotten.
 MEMORY = 1_000
 
 
-#: Of one text that comes from elsewhere a line holds so many characters.
+#: The most characters of a foreign text in a line.
 MAX_TEXT = 5_000
 _WORDS = re.compile(r"""([\s'"]+)""")
 _KEY = re.compile(r"""(?i:bearer)\s+[^\s'"]+""")
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    """Return *text*, which comes from elsewhere, as one line without secrets.
+    """Return the foreign *text* as one line without secrets.
 
-    Without the credentials of a URL or a header, and without characters that could
-    forge another line or steer a terminal; at most *limit* characters.
+    It removes the credentials of URLs and headers, and characters that could forge
+    another line or control a terminal, and cuts the text at *limit* characters.
     """
     if "@" in text:
         text = "".join(map(_without_credentials, _WORDS.split(text)))
@@ -37,7 +39,7 @@ def clean(text: str, limit: int = MAX_TEXT) -> str:
 
 
 def _without_credentials(word: str) -> str:
-    """Leave out what stands before the host in a URL, or in a part of one."""
+    """Remove the credentials before the host in a URL, or in a part of one."""
     before, at, host = word.rpartition("@")
     scheme, slashes, _ = before.partition("//")
     if slashes:
@@ -52,7 +54,7 @@ def _cleaned(argument: Any) -> Any:
 
 
 class _Cleaned:
-    """An exception in the arguments of a line, whose texts are cleaned."""
+    """An exception in the arguments of a line; its texts are cleaned."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -65,11 +67,10 @@ class _Cleaned:
 
 
 class RepeatFilter(logging.Filter):
-    """Let a line through once a minute, with the number of its repetitions.
+    """Writes a line once a minute, with the number of its repetitions and our name.
 
-    Two records are the same line if level, template and first argument are
-    equal: by convention the first argument says what the line is about, later
-    ones are its figures.
+    Two records are the same line if level, template and first argument are equal. By
+    convention the first argument is the subject of the line, the others are figures.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class RepeatFilter(logging.Filter):
         self._seen: dict[object, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether *record* is written, and clean its texts.
+        """Return True if *record* is to be written; clean its texts.
 
         Any thread; takes no lock.
         """
@@ -85,11 +86,20 @@ class RepeatFilter(logging.Filter):
             record.args = {k: _cleaned(v) for k, v in record.args.items()}
         elif record.args:
             record.args = tuple(map(_cleaned, record.args))
+        repeats = self._repeats(record)
+        if repeats is None:
+            return False
+        times = f" (and {repeats} times before)" if repeats else ""
+        record.msg = f"{PREFIX}{record.msg}{times}"
+        return True
+
+    def _repeats(self, record: logging.LogRecord) -> int | None:
+        """Return the suppressed repetitions before *record*, None to suppress it."""
         if record.levelno < logging.INFO:
-            return True
+            return 0
         if getattr(record, "is_over", False):
             self._seen.clear()
-            return True
+            return 0
         args = record.args
         topic = str(args[0]) if isinstance(args, tuple) and args else None
         line = (record.levelno, record.msg, topic)
@@ -97,17 +107,16 @@ class RepeatFilter(logging.Filter):
         written, repeats = self._seen.get(line, (-REPEAT_INTERVAL, 0))
         if now - written < REPEAT_INTERVAL:
             self._seen[line] = (written, repeats + 1)
-            return False
+            return None
         if len(self._seen) >= MEMORY:
             self._seen.clear()
         self._seen[line] = (now, 0)
-        if repeats:
-            record.msg = f"{record.msg} (and {repeats} times before)"
-        return True
+        return repeats
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module, with repetitions thinned."""
+    """Return the logger of a module, with a `RepeatFilter`."""
     logger = logging.getLogger(name)
-    logger.addFilter(RepeatFilter())
+    if not logger.filters:
+        logger.addFilter(RepeatFilter())
     return logger

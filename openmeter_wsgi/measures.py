@@ -36,7 +36,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.bodies.llm_shapes import Provider
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 _NONE: Any = object()
@@ -85,16 +85,16 @@ class Measure:
         default: object = _NONE,
     ) -> None:
         #: How it is written in a file.
-        self.text = text
+        self.text: str = text
         #: The readers of the response's body that it needs.
-        self.bodies = frozenset(bodies)
+        self.bodies: frozenset[Body] = frozenset(bodies)
         for body in self.bodies:
             reader_of(body)  # imports it now, and not with the first response
         #: Whether it says how much, rather than of what kind: a quantity is billed
         #: also of a response that broke off.
-        self.is_quantity = is_quantity
+        self.is_quantity: bool = is_quantity
         #: Whether it gives the data of several events, so that it stands for all data.
-        self.is_split = is_split
+        self.is_split: bool = is_split
         self._find = find
         self._default = default
 

@@ -1,10 +1,10 @@
-"""The middleware: a request begins here, and goes on in `response`."""
+"""`OpenMeterMiddleware`: wraps an application and passes on each response."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import (
@@ -12,6 +12,7 @@ from openmeter_wsgi.entitlements.handlers import (
     EntitlementDenied,
     telling_quota,
 )
+from openmeter_wsgi.errors import NOT_ON_WINDOWS, ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.request import (
@@ -36,43 +37,53 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
     from openmeter_wsgi.billing import Billing
+    from openmeter_wsgi.option_types import Options
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import FirstRequestHook, NewProcess, Process
     from openmeter_wsgi.stats import Stats
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class OpenMeterMiddleware:
-    """A WSGI application that bills what another one delivers.
+    """A WSGI application that bills the responses of another one.
 
-    *policy* or *options* say what is billed, to whom and where to (see
-    :class:`Policy`); with both, the options change the policy. Without a policy,
-    what the options leave out is read from variables (``OPENMETER_API_KEY``, …).
+    *options* are those of :class:`Policy`; given with a *policy*, they change it.
+    Without a policy, missing options are read from variables (``OPENMETER_API_KEY``,
+    …).
 
-    Making one starts no thread and opens no socket. Any thread may call it, and any
-    process that is forked from this one.
+    The constructor starts no thread and opens no socket. Any thread may call the
+    middleware, in this process and in those forked from it.
 
     :raises ConfigError: with every problem of the configuration.
     """
 
-    #: Whether required entitlements are asked for before the application is called;
-    #: otherwise it asks, once it knows who is calling.
+    #: True if entitlements are checked before the application is called. Frameworks
+    #: check them later, when the caller is known.
     _asks_first = True
 
     def __init__(
-        self, app: WSGIApplication, policy: Policy | None = None, **options: Any
+        self,
+        app: WSGIApplication,
+        policy: Policy | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        # Here, as it is most of the package: options, delivery, the client,
-        # entitlements. A request finds all of it imported.
+        # Imported here because this is most of the package. No request imports it.
         from openmeter_wsgi.policy import Policy
         from openmeter_wsgi.process import Process, new_process_for
 
+        if sys.platform == "win32":
+            raise ConfigError([NOT_ON_WINDOWS])
+        if not callable(app):
+            raise ConfigError(
+                [f"app: expected a WSGI application, which can be called, got {app!r}"]
+            )
         self.app = app
         if policy is None:
             policy = Policy.from_env(**options)
         elif options:
-            policy = dataclasses.replace(policy, **options)
+            changes: dict[str, Any] = {**options}
+            policy = dataclasses.replace(policy, **changes)
         self.policy = policy
         self._new_process = new_process_for(self)
         if self._new_process is Process:
@@ -82,7 +93,7 @@ class OpenMeterMiddleware:
             self._process.say_what_errors_are_billed()
         self._look_at_views()
 
-    # In one piece: each call would cost each request.
+    # One function: each call would slow down every request.
     def __call__(  # noqa: C901
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
@@ -118,7 +129,7 @@ class OpenMeterMiddleware:
         try:
             iterable = self.app(environ, request.start_response)
         except EntitlementDenied as denied:
-            # Of an application, or a framework, that does not answer it itself.
+            # The application, or its framework, did not answer it.
             iterable = denied.answer(
                 environ, request.start_response, is_started=request.status is not None
             )
@@ -148,10 +159,10 @@ class OpenMeterMiddleware:
         )
 
     def process(self) -> Process:
-        """Return what the process that asks owns.
+        """Return the `Process` of the calling process.
 
-        After a fork, or where gevent has replaced threads, it is made anew: what the
-        parent queued stays the parent's.
+        It is made anew after a fork, and after gevent has replaced threads. Events that
+        the parent queued stay with the parent.
         """
         process = self._process
         if not process.guard.fits():
@@ -160,31 +171,31 @@ class OpenMeterMiddleware:
         return process
 
     def _confirmed_process(self) -> Process:
-        """Return what serves the requests of this process from now on."""
+        """Return the `Process` for the requests of this process, and confirm it."""
         process = self.process()
         process.guard.confirm()
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send what waits now; say whether all of it is done within *timeout*.
+        """Send the waiting events; return True if all are done within *timeout*.
 
-        Without a timeout it waits as long as OpenMeter is away.
+        Without a timeout it waits until OpenMeter answers.
         """
         return self.process().transport.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Send what waits, stop, and say in the log what is left.
+        """Send the waiting events, stop delivery, and log the events that are left.
 
-        *timeout* is ``shutdown_timeout`` by default. Called at exit by itself; may
-        be called again. A later request starts delivery anew.
+        *timeout* defaults to ``shutdown_timeout``. The exit of the process calls it. It
+        may be called again; a later request starts delivery again.
         """
         self.process().close(timeout)
 
     def invalidate(self, subject: str, feature: str | None = None) -> None:
-        """Forget what OpenMeter said of *subject*: its next request asks.
+        """Forget the cached answers about *subject*: its next request asks OpenMeter.
 
-        For webhooks: what was bought, granted or revoked shows at once, in the
-        process that is told.
+        Call it from a webhook, so that a purchase, grant or revocation takes effect at
+        once in this process.
         """
         self.process().invalidate(subject, feature)
 
@@ -193,24 +204,24 @@ class OpenMeterMiddleware:
         return self.process().stats()
 
     def health(self, *, max_age: float = MAX_AGE) -> Health:
-        """Return what is wrong in this process now. Waits for nothing.
+        """Return the current problems of this process, without waiting.
 
         :param max_age: seconds that the oldest event may wait.
         """
         return self.process().health(max_age)
 
     def on_first_request(self, hook: FirstRequestHook) -> None:
-        """Have *hook* called in each process that settles a request, with its first.
+        """Call *hook* in each process, with the first request that it settles.
 
-        For what has to be done once in a process that serves: there a thread may be
-        started, which a server that forks later would not take along.
+        A hook may start a thread there: threads started earlier do not survive the
+        forks of a server.
         """
         self.process().on_first_request(hook)
 
     def replace_process(self, new_process: NewProcess) -> Callable[[], None]:
-        """Let *new_process* make all that bills from now on; return what undoes it.
+        """Use *new_process* to make every `Process`; return a function that undoes it.
 
-        For `openmeter_wsgi.process.replaced`, between two requests.
+        Called by `openmeter_wsgi.process.replaced`, between two requests.
         """
         before = self._process, self._new_process
         self._new_process = new_process
@@ -223,18 +234,18 @@ class OpenMeterMiddleware:
         return restore
 
     def __del__(self) -> None:
-        # A test suite makes hundreds of applications, and closes none.
+        # A test suite makes hundreds of applications and closes none of them.
         if (process := getattr(self, "_process", None)) is not None:
             process.release()
 
     def _look_at_views(self) -> None:
-        """Warn of misplaced decorators, with the first request: all views are there."""
+        """Warn of misplaced decorators with the first request, when all views exist."""
         app = self.app
         self._process.on_first_request(lambda _: _warn_of_misplaced_decorators(app))
 
 
 def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
-    # Imported with the first decorator; without one there is nothing to look at.
+    # Not imported means that no decorator is in use.
     routes = sys.modules.get("openmeter_wsgi.framework_routes")
     if routes is not None:
         routes.warn_of_misplaced_decorators(app)
@@ -260,7 +271,7 @@ def _warn_of_unknown_subject() -> None:
 def _refusal(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
 ) -> DeniedResponse | None:
-    """Return what answers in place of the application, None if it may."""
+    """Return the response to a denied request, None if it is allowed."""
     if not billing.gate.passes(environ, request) and billing.must_ask(environ):
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:

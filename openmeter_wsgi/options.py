@@ -1,10 +1,10 @@
-"""Options: each one read and checked, from code, variables or a file.
+"""Reads and checks each option, from code, variables or a file.
 
-And what the address of a server says: whether it needs a key, and its version 3.
+It also knows which servers need a key, and the address of version 3 of the API.
 
 Every reader returns the checked value, and reads its own result again unchanged.
-It raises ValueError with what was expected and what was given, whichever of type
-and value is wrong; the policy adds the name of the option.
+It raises ValueError with the expected and the given value, also for a wrong type; the
+policy adds the name of the option.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,12 +29,12 @@ from openmeter_wsgi.values import source_problem, text_problem
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
-#: OpenMeter Cloud and Kong Konnect; a server of one's own has no authentication.
+#: OpenMeter Cloud and Kong Konnect; other servers have no authentication.
 _HOSTED = (".openmeter.cloud", ".konghq.com")
-#: A host of Kong Konnect is the name of a region and this.
+#: A host of Kong Konnect is the name of a region, followed by this.
 _KONNECT = "api.konghq.com"
 
 
@@ -62,7 +62,7 @@ def question_rate(given: float | None, *, url: str) -> float:
 
 
 def v3_url(url: str) -> str:
-    """Return where version 3 of OpenMeter's API begins on the server at *url*."""
+    """Return the address of version 3 of OpenMeter's API on the server at *url*."""
     return url + ("/v3/openmeter" if is_konnect(url) else "/api/v3/openmeter")
 
 
@@ -77,6 +77,8 @@ def checked_key(text: object) -> str:
     key = text.strip()
     if not key:
         raise ValueError("expected a key, got empty text")
+    if key[0] in "'\"" and key[0] == key[-1]:
+        raise ValueError("expected a key without quotes around it, got one in quotes")
     for position, character in enumerate(key):
         if not "!" <= character <= "~":
             raise ValueError(
@@ -86,9 +88,9 @@ def checked_key(text: object) -> str:
 
 
 class ApiKey:
-    """Where the key comes from. Read on first use, and again after a 401.
+    """The source of a key. Read on first use, and again after a 401.
 
-    Used by the sender alone, so it takes no lock.
+    Only the sender uses it, so it takes no lock.
     """
 
     def __init__(self, read: Callable[[], object] | None, name: str) -> None:
@@ -100,10 +102,10 @@ class ApiKey:
     def from_options(
         cls, key: str | Callable[[], str] | None, file: str | Path | None
     ) -> ApiKey:
-        """Return the key that *key* or *file* says, or one that is no key.
+        """Return the source of *key* or *file*; without both, one without a key.
 
-        :raises ValueError: if a text or a file holds none. A callable is not
-            called yet: it may do what only a worker process can.
+        :raises ValueError: if a text or a file holds no key. A callable is not called
+            yet: it may need a worker process.
         """
         if file is not None:
             path = Path(file)
@@ -120,7 +122,7 @@ class ApiKey:
     def current(self) -> str | None:
         """Return the key to send, None for a server that needs none.
 
-        :raises ValueError: if it cannot be read now, naming where it is read.
+        :raises ValueError: if it cannot be read now, naming the source.
         """
         if self._key is None and self._read is not None:
             self._key = self._fresh(self._read)
@@ -132,7 +134,7 @@ class ApiKey:
         return self._key
 
     def renew(self) -> bool:
-        """Read the key again and say whether it is another one."""
+        """Read the key again; return True if it has changed."""
         if self._read is None:
             return False
         before, self._key = self._key, None
@@ -229,6 +231,15 @@ def api_flavor(value: Any) -> str:
     return str(typed(value, Literal["v1", "v3"]))
 
 
+def path(value: Any) -> str | None:
+    """Return a path that holds wherever the process goes, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"expected a path, got {value!r}")
+    return os.path.abspath(os.fspath(value))
+
+
 def optional_url(value: Any) -> str | None:
     """Return a base URL, or None."""
     return None if value is None else url(value)
@@ -289,7 +300,7 @@ def subject_path(value: Any) -> str:
 
 
 def meter(value: Any) -> Any:
-    """Read one document or several; numbers by type have their own option."""
+    """Read one or several documents; numbers by type have an option of their own."""
     if value is None:
         return None
     documents = [value] if isinstance(value, Mapping) else list(value)
@@ -360,7 +371,7 @@ def audit(value: Any) -> Any:
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """Read a value whose type says it all."""
+    """Read a value by its type."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
@@ -380,7 +391,7 @@ def _expected(message: str, hint: Any) -> str:
 
 
 def _choices(hint: Any) -> list[Any]:
-    """Return the values that a Literal allows, or one of Literals and None."""
+    """Return the values of a Literal, or of a union of Literals and None."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     parts = get_args(hint)
@@ -419,7 +430,7 @@ def unknown(name: str, names: Sequence[str]) -> str:
     )
 
 
-#: The key of a feature, where it is created and where it is asked for.
+#: The form of a feature's key in OpenMeter.
 _FEATURE = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*", re.ASCII)
 _MAX_FEATURE = 64
 #: The id of an entitlement, which version 2 takes in place of a key.
@@ -427,7 +438,7 @@ _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}", re.ASCII)
 
 
 class CountedMeter(NamedTuple):
-    """The meter that a feature's balance counts, and where its number is."""
+    """The meter of a feature's balance, and the property with its number."""
 
     type: str
     #: The property of ``data``. An event without it counts as 1, as OpenMeter's COUNT
@@ -447,7 +458,7 @@ def features(value: Any) -> tuple[str, ...]:
 
 
 def feature_problem(key: Any) -> str | None:
-    """Return the reason why OpenMeter can have no feature *key*, and a key it takes."""
+    """Return an error if OpenMeter cannot have the feature *key*, with a valid key."""
     if problem := text_problem(key):
         return problem
     if not unaddressable([key]) or is_ulid(key):
@@ -461,7 +472,7 @@ def feature_problem(key: Any) -> str | None:
 
 
 def feature_like(key: str) -> str | None:
-    """Return the key like *key* that OpenMeter takes, None if there is none."""
+    """Return a valid key similar to *key*, None if there is none."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     words = re.findall(r"[a-z0-9]+", snake, re.ASCII)
     return "_".join(words)[:_MAX_FEATURE].rstrip("_") or None
@@ -473,14 +484,14 @@ def is_ulid(key: str) -> bool:
 
 
 def unaddressable(keys: Iterable[str]) -> list[str]:
-    """Return those of *keys* that are not the key of a feature."""
+    """Return the *keys* that are not in the form of a feature's key."""
     return [
         key for key in keys if not _FEATURE.fullmatch(key) or len(key) > _MAX_FEATURE
     ]
 
 
 def customer(value: Any) -> Any:
-    """Read what maps a subject to the key of its customer."""
+    """Read a callable or mapping from a subject to the key of its customer."""
     if value is None or callable(value) or isinstance(value, Mapping):
         return value
     raise ValueError(
@@ -489,7 +500,7 @@ def customer(value: Any) -> Any:
 
 
 def counted_meters(value: Any) -> dict[str, CountedMeter]:
-    """Read the meters that features count: by feature, or a list of equal keys."""
+    """Read the meters of features: a mapping, or a list if their names are equal."""
     if isinstance(value, Mapping):
         return {_feature(key): _counted(key, meter) for key, meter in value.items()}
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -526,7 +537,7 @@ def _counted(feature: str, meter: Any) -> CountedMeter:
 
 
 def reserved(value: Any) -> Any:
-    """Read what a request reserves of features: amounts, or what says them."""
+    """Read the amounts that a request reserves by feature, or a callable."""
     if value is None or callable(value):
         return value
     if not isinstance(value, Mapping):
@@ -549,19 +560,25 @@ def amounts(value: Mapping[str, Any]) -> dict[str, float]:
 
 
 _PREFIX = "OPENMETER_"
-#: Options whose variable is written as JSON.
-AS_JSON = ("meter", "meters", "customer", "reserve", "routes")
-#: A list of names with commas, or JSON.
+#: Options whose variable is written as JSON, each with an example.
+AS_JSON = {
+    "meter": '{"type": "api_requests", "data": {"total": 1}}',
+    "meters": '{"api_requests": 1}',
+    "customer": '{"subject-1": "customer-1"}',
+    "reserve": '{"tokens": 1000}',
+    "routes": '{"/health": null}',
+}
+#: Options whose variable is a list of names with commas, or JSON.
 AS_LIST = ("required_entitlements", "entitlement_meters")
 
 
 def read_variables(
     environ: Mapping[str, str], hints: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the options that *environ* sets; an empty variable sets none.
+    """Return the options in *environ*; an empty variable sets none.
 
-    *hints* has the type of each option there is. A variable that is nearly an
-    option's is warned of; others with our prefix are somebody else's.
+    *hints* has the type of each option. A variable with a similar name is warned of;
+    other variables with our prefix belong to other programs.
 
     :raises ConfigError: naming each variable whose text cannot be read.
     """
@@ -580,7 +597,10 @@ def read_variables(
         try:
             options[name] = _read_text(name, text, hints[name])
         except msgspec.MsgspecError as error:
-            problems.append(f"{variable}: {error}, got {text!r}")
+            example = (
+                f", expected JSON such as {AS_JSON[name]}" if name in AS_JSON else ""
+            )
+            problems.append(f"{variable}: {error}{example}, got {text!r}")
     if problems:
         raise ConfigError(problems)
     return options
@@ -608,21 +628,23 @@ def _warn_if_misspelt(variable: str, name: str, names: list[str]) -> None:
 
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
         logger.warning(
-            "%s: is no option, did you mean %s%s?", variable, _PREFIX, close[0].upper()
+            "%s is no option and is ignored; did you mean %s%s?",
+            variable,
+            _PREFIX,
+            close[0].upper(),
         )
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the options in a file; JSON if it ends so, else TOML.
+    """Return the options in a file: JSON if its name ends in .json, else TOML.
 
-    :raises ConfigError: naming the file and what is wrong with it.
+    :raises ConfigError: naming the file and its problem.
     """
     try:
         content = path.read_bytes()
-        if path.suffix == ".json":
-            options = msgspec.json.decode(content)
-        else:
-            options = _toml(content.decode())
+        text = content.decode("utf-8-sig")  # some editors begin a file with a mark
+        is_json = path.suffix.lower() == ".json"
+        options = msgspec.json.decode(text) if is_json else _toml(text)
     except OSError as error:
         raise ConfigError([f"{str(path)!r}: {error.strerror}"]) from None
     except (msgspec.DecodeError, ValueError) as error:
@@ -633,7 +655,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> Any:
-    # Here, as few applications have such a file, and all import this module.
+    # Imported here: all applications import this module, and few have such a file.
     import tomllib
 
     return tomllib.loads(text)

@@ -1,4 +1,4 @@
-"""Paths with variables, as werkzeug's routing matches them."""
+"""Matches paths with variables by werkzeug's routing."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 
 
 class _PathConverter(BaseConverter):
-    """`<path:…>`, for each text that any framework takes for one.
+    """The converter `<path:…>`, which matches every text.
 
-    werkzeug's own stops at a line end and wants another first character than a slash,
-    so `/files//a` and `/files/a%0A` would escape a rule that Django, Bottle or Falcon
-    serves them by.
+    werkzeug's own stops at a line end and refuses a slash at the beginning, so that
+    `/files//a` and `/files/a%0A`, which Django, Bottle or Falcon serve, would escape
+    the rule.
     """
 
     part_isolating = False
     regex = "(?s:.+?)"
-    weight = 200  # as werkzeug's own: behind every other variable
+    weight = 200  # as werkzeug's own: tried after every other variable
 
 
 def bound(paths: Iterable[str]) -> MapAdapter:
-    """Return what matches *paths*; the endpoint of each is its number.
+    """Return a matcher of *paths*; the endpoint of each is its number.
 
-    :raises ValueError: or LookupError, TypeError, SyntaxError, if one is no rule.
+    :raises ValueError: or LookupError, TypeError, SyntaxError, if a path is no rule.
     """
     made = Map(
         strict_slashes=False,

@@ -1,4 +1,4 @@
-"""The policy: all options of a middleware, frozen and checked together."""
+"""`Policy`: all options of a middleware, checked together and immutable."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
     Self,
     TypeAlias,
+    Unpack,
     get_type_hints,
 )
 
@@ -46,32 +48,34 @@ from openmeter_wsgi.status_codes import StatusCodes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from openmeter_wsgi.option_types import Options, OptionsBesideRoutes
+
 
 Billed: TypeAlias = Literal["all", "measured", "none"]
-#: From an environ to the subject of its request, empty or None if it has none.
+#: Returns the subject of the request with this environ; empty or None for none.
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
-DEFAULT_SOURCE = "api-gateway"
+DEFAULT_SOURCE = "openmeter_wsgi"
 _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class BillingOptions:
-    """What is billed, and to whom."""
+    """Options of billing: the meters and the subject."""
 
-    #: What each request is billed: a document, ``{"type": …, "data": {…}}``, or a
-    #: list of them. ``data`` is sent as it stands, with measures in it filled in.
+    #: The events of each request: a document, ``{"type": …, "data": {…}}``, or a list
+    #: of documents. Measures in ``data`` are replaced by their values.
     meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
         default=None, metadata={"read": read.meter}
     )
-    #: The same as numbers by type: ``{"api_requests": 1}`` sends ``{"total": 1}``.
-    #: Zero is allowed and sends nothing.
-    meters: Mapping[str, float] | None = dataclasses.field(
+    #: The numbers of each request by type: ``{"api_requests": 1}`` sends the data
+    #: ``{"total": 1}``. A number may be a measure; zero sends no event.
+    meters: Mapping[str, float | Measure | str] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
     )
-    #: A predicate on the finished exchange besides the status: a callable,
-    #: ``computed(callable, "json")`` where it looks at the body, or a measure, which
-    #: may be text (``"$response.succeeded"``).
+    #: A further condition on the finished exchange: a callable, or
+    #: ``computed(callable, "json")`` if it reads the body, or a measure, also as text
+    #: (``"$response.succeeded"``).
     meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
         default=None, metadata={"read": read.meter_when}
     )
@@ -81,21 +85,21 @@ class BillingOptions:
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
-    #: What of a response that the application broke off is billed: ``"measured"`` is
-    #: what handlers and measures counted, without the flat price of the request.
+    #: The part that is billed of a response that the application broke off:
+    #: ``"measured"`` is the usage of handlers and measures, without flat prices.
     on_failure: Billed = "measured"
-    #: What of a response that the client did not take to its end is billed. With less
-    #: than ``"all"`` a client that hangs up before the last byte pays less.
+    #: The part that is billed of a response that the client did not read to its end.
+    #: With less than ``"all"`` a client pays less by hanging up before the last byte.
     on_abort: Billed = "all"
-    #: Whether OPTIONS requests, which browsers send by themselves, count as others do.
+    #: True bills OPTIONS requests, which browsers send by themselves, like others.
     meter_options: bool = False
-    #: The service that the events come from, constant per service: together with an
-    #: event's id it is what OpenMeter deduplicates by.
+    #: The name of the service that the events come from. OpenMeter deduplicates by it
+    #: and the event's id. Flask and Django set it to the name of the application.
     event_source: str = dataclasses.field(
         default=DEFAULT_SOURCE, metadata={"read": read.source}
     )
-    #: A header that your own proxy sets and clients cannot: its value becomes the id
-    #: of the request in the ids of its events. Wants an ``event_source`` of its own.
+    #: A header that your proxy sets and clients cannot: its value becomes the id of the
+    #: request in the ids of its events. It needs an explicit ``event_source``.
     trusted_request_id_header: _HEADER | None = None
 
     #: A callable that gets a mapping for every settled request that became no event,
@@ -112,20 +116,20 @@ class BillingOptions:
     )
 
     # -- To whom
-    #: Who is billed: a callable on the environ, or ``"header:Name"``. A header that
-    #: clients can set lets them bill each other.
+    #: The subject to bill: a callable on the environ, or ``"header:Name"``. Clients who
+    #: can set that header can bill each other.
     subject: str | SubjectCallable | None = dataclasses.field(
         default=None, metadata={"read": read.subject}
     )
-    #: Whether subjects in a header may hold commas. Without it a header with a comma is
-    #: one that was sent twice, and the request has no subject.
+    #: True allows commas in a subject from a header. By default a comma means that the
+    #: header was sent twice, and the request has no subject.
     subject_commas: bool = False
-    #: Where the subject is in what :func:`set_user` was given.
+    #: The path to the subject in the argument of :func:`set_user`.
     subject_path: str = dataclasses.field(
         default=".sub", metadata={"read": read.subject_path}
     )
-    #: What becomes of a request without subject: ``"skip"`` counts it and bills
-    #: nobody, any other text is the subject that is billed instead.
+    #: The subject of requests without one. ``"skip"`` counts such requests and bills
+    #: nobody.
     on_missing_subject: str = dataclasses.field(
         default="skip", metadata={"read": read.text}
     )
@@ -136,49 +140,53 @@ ApiFlavor: TypeAlias = Literal["v1", "v3"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class DeliveryOptions:
-    """How events reach OpenMeter: one for the whole process."""
+    """Options of delivery, one set for the whole process."""
 
     #: The key of OpenMeter Cloud or Kong Konnect: text, or a callable that is called
-    #: again after a 401. A server of your own needs none.
+    #: again after a 401. A server of your own needs no key.
     api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
     )
-    #: A file that holds the key, read again after a 401.
-    api_key_file: str | None = None
-    #: The key for questions about entitlements; default: ``api_key``.
+    #: The file with the key, read again after a 401.
+    api_key_file: str | None = dataclasses.field(
+        default=None, metadata={"read": read.path}
+    )
+    #: The key for requests about entitlements; default: ``api_key``.
     entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
     )
-    #: The server's address, without ``/api`` and what follows.
+    #: The address of the server, without ``/api``.
     api_url: str = dataclasses.field(
         default="https://openmeter.cloud", metadata={"read": read.url}
     )
-    #: The version of OpenMeter's API that takes events and answers questions:
-    #: ``"v1"`` (with v2 for entitlements), or ``"v3"``, the only one of Kong Konnect.
+    #: The version of OpenMeter's API: ``"v1"`` (with version 2 for entitlements), or
+    #: ``"v3"``, the only version of Kong Konnect.
     api_flavor: ApiFlavor = dataclasses.field(
         default="v1", metadata={"read": read.api_flavor}
     )
-    #: Seconds until an attempt without an answer is given up.
+    #: Seconds to wait for the answer to one attempt to send.
     request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
 
-    #: The most events in one request. So many make a batch go before
+    #: The most events in one batch. So many waiting events are sent at once, before
     #: ``flush_interval`` is over.
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500
-    #: Seconds that an event waits for others at most.
+    #: The most seconds that an event waits for a batch to fill.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
     #: The size of the queue in memory, in bytes of events. An event that finds no room
     #: is dropped and counted.
     max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000)] = 100_000_000
-    #: Seconds that the exit of a process may take for what still waits.
+    #: The most seconds that the exit of a process may take to send waiting events.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
     #: Where settled usage waits, so that it survives the process; None: in memory.
     #: Any number of processes; each server has a directory of its own in it.
-    spool_dir: str | None = None
+    spool_dir: str | None = dataclasses.field(
+        default=None, metadata={"read": read.path}
+    )
     #: Of this size the directory of a server takes no more; a segment per process
     #: more or less.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
-    #: Seconds for which a batch without an answer may be sent again. Longer than
-    #: OpenMeter remembers ids, it might be billed twice.
+    #: Seconds within which a batch without an answer is sent again. If OpenMeter
+    #: forgets ids sooner, events may be billed twice.
     resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     #: The secret that signs the tickets of :func:`defer`, at least 16 characters. To
     #: replace it, give the new one and the old one with a space between them: the first
@@ -186,9 +194,9 @@ class DeliveryOptions:
     ticket_secret: str | Iterable[str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.ticket_secret}
     )
-    #: ``"ship"``: another process delivers the spool, this one starts no thread.
+    #: ``"ship"``: ``openmeter-wsgi ship`` delivers the spool, not a thread.
     delivery: Literal["thread", "ship"] = "thread"
-    #: Settle, count and log what would be billed, and send nothing.
+    #: True logs and counts the events, and sends none.
     dry_run: bool = False
 
 
@@ -197,52 +205,54 @@ FailMode: TypeAlias = Literal["open", "closed", "stale"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class EntitlementOptions:
-    """Whose requests are let in, and what happens to the others."""
+    """Options of entitlements: the required features, and denials."""
 
-    #: The features that a request's customer must have access to, all of them.
+    #: The features that the customer needs, all of them.
     required_entitlements: tuple[str, ...] = dataclasses.field(
         default=(), metadata={"read": read.features}
     )
-    #: From a subject to the key of its customer: a callable or a mapping. Default:
-    #: the subject itself.
+    #: The key of the customer of a subject: a callable or a mapping. Default: the
+    #: subject itself.
     customer: Callable[[str], str | None] | Mapping[str, str] | None = (
         dataclasses.field(default=None, metadata={"read": read.customer})
     )
-    #: What decides where OpenMeter does not answer and nothing is known: let through,
-    #: answer 503, or go by the last known answer however old it is.
+    #: The decision while OpenMeter does not answer and no answer is cached: ``"open"``
+    #: allows the request, ``"closed"`` answers 503, ``"stale"`` uses the last answer,
+    #: however old it is.
     fail_mode: FailMode = "open"
-    #: False: decide, count and log, and let everything through.
+    #: False allows all requests, and counts and logs the denials.
     enforce: bool = True
-    #: The status of a denial for a quota that is used up.
+    #: The status of a denial because a quota is used up.
     limit_status: Literal[429, 402, 403] = 429
-    #: A callable on environ and decision; the WSGI application it returns answers.
+    #: A callable on environ and decision that returns the WSGI application to answer a
+    #: denied request.
     denied_response: Callable[[dict[str, Any], Any], Any] | None = dataclasses.field(
         default=None, metadata={"read": read.function}
     )
-    #: Whether responses tell limit, remaining and reset in RateLimit headers.
+    #: True adds RateLimit headers with limit, remaining amount and reset.
     usage_headers: bool = False
-    #: Features whose quota is counted down between two answers, and the meter types
-    #: that they count (a list where both have the same name).
+    #: The meter type of each feature whose quota is counted down locally between two
+    #: answers of OpenMeter. A list if feature and type have the same name.
     entitlement_meters: Mapping[str, CountedMeter] = dataclasses.field(
         default_factory=dict, metadata={"read": read.counted_meters}
     )
-    #: What a request sets apart when it begins, by feature, where the policy's own
-    #: meters do not say it; or a callable on the environ that says so.
+    #: The amounts that a request reserves when it begins, by feature, or a callable on
+    #: the environ that returns them. Default: the amounts of the policy's own meters.
     reserve: Mapping[str, float] | Callable[[dict[str, Any]], Any] | None = (
         dataclasses.field(default=None, metadata={"read": read.reserved})
     )
-    #: Where entitlements are asked for; default: ``api_url``.
+    #: The address of the server for entitlements; default: ``api_url``.
     entitlements_url: str | None = dataclasses.field(
         default=None, metadata={"read": read.optional_url}
     )
-    #: Seconds that a request waits for an answer never heard before.
+    #: The most seconds that a request waits for an answer that is not cached.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
-    #: Seconds for which an allowance holds; then it is asked for anew, behind the
-    #: back of a request.
+    #: Seconds for which an answer that allows is cached. Then it is refreshed in the
+    #: background.
     allow_ttl: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    #: Seconds for which a denial holds.
+    #: Seconds for which an answer that denies is cached.
     deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
-    #: Seconds for which either answer holds longer while OpenMeter does not answer.
+    #: Further seconds for which a cached answer is used while OpenMeter is away.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
     #: Questions a second that all who share a spool or a Redis ask at most, and each
     #: process where there is neither. Default: 25 for OpenMeter Cloud, which allows 30,
@@ -261,7 +271,7 @@ class EntitlementOptions:
 
 
 def contradictions(policy: Policy) -> list[str]:
-    """Return a sentence for each contradiction."""
+    """Return a sentence for each contradiction between options."""
     return [
         *_sources(policy),
         *_places(policy),
@@ -288,7 +298,7 @@ def _places(policy: Policy) -> list[str]:
 
 
 def _versions(policy: Policy) -> list[str]:
-    """Compare the options with what the version of the API can do."""
+    """Return the options that the version of the API does not support."""
     if policy.api_flavor == "v3":
         return list(_not_in_v3(policy))
     return [
@@ -335,7 +345,7 @@ def _ids(policy: Policy) -> list[str]:
     ]
 
 
-#: What a route can say of itself. All else is one for the whole process.
+#: The options that a route or view can set. All others hold for the whole process.
 PER_ROUTE = frozenset({
     "audit", "customer", "denied_response", "enforce",
     "event_source", "fail_mode", "limit_status", "meter", "meter_on_status_codes",
@@ -349,25 +359,24 @@ PER_ROUTE = frozenset({
 _REFERENCE = re.compile(r"\$env\([^()]*\)")
 
 
-# Of what is generated only __init__, for its signature: compiling the rest for so many
-# options takes longer than importing ten modules.
+# Only __init__ is generated: compiling the other methods for so many options would take
+# longer than importing ten modules.
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
-    """What is metered, under which name, who may, and how it reaches OpenMeter.
+    """The options of billing, entitlements and delivery, all by keyword.
 
-    Immutable and safe to share. ``dataclasses.replace`` makes a changed copy. The
-    options are those of its three parts, all by keyword.
+    Immutable and safe to share. ``dataclasses.replace`` makes a changed copy.
 
     :raises ConfigError: with every problem of the given options.
     """
 
-    #: The key, from wherever it comes.
+    #: The key of ``api_key`` or ``api_key_file``.
     key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
-    #: The key for questions: its own object, because other threads use it.
+    #: The key for entitlements: an object of its own, because other threads use it.
     questions_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
-    #: ``meter`` and ``meters`` together, as far as they are known beforehand …
+    #: The constant part of ``meter`` and ``meters`` …
     static: StatedUsage = dataclasses.field(init=False, repr=False, compare=False)
-    #: … and what of them is known only at the end of a response.
+    #: … and the part that is measured at the end of a response.
     measured: tuple[MeasuredMeter, ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
@@ -375,6 +384,10 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     of_routes: tuple[tuple[RouteRule, Policy | None], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
+
+    if TYPE_CHECKING:
+        # The fields hold what was read; a reader takes more.
+        def __init__(self, **options: Unpack[Options]) -> None: ...
 
     def __new__(cls, **options: Any) -> Self:
         """Refuse options that do not exist."""
@@ -416,24 +429,27 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return _options(self) == _options(other)
 
     # There are mappings among the options.
-    __hash__ = None  # type: ignore[assignment]
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     def from_env(
-        cls, environ: Mapping[str, str] = os.environ, /, **options: Any
+        cls, environ: Mapping[str, str] = os.environ, /, **options: Unpack[Options]
     ) -> Self:
-        """Return the policy that *options* and, for the rest, variables say.
+        """Return the policy of *options* and, for the rest, of variables.
 
         A variable is named ``OPENMETER_`` and the option's name in capitals;
         ``meter`` and ``meters`` are written as JSON.
         """
-        return cls(**{**read_variables(environ, _hints()), **options})
+        given: dict[str, Any] = {**read_variables(environ, _hints()), **options}
+        return cls(**given)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], **options: Any) -> Self:
-        """Return the policy in a TOML or JSON file (by its ending).
+    def from_file(
+        cls, path: str | os.PathLike[str], **options: Unpack[Options]
+    ) -> Self:
+        """Return the policy of a TOML or JSON file, by the ending of its name.
 
-        A variable outdoes the file, and *options* outdo both.
+        A variable wins over the file, and *options* win over both.
         """
         file = read_file(Path(path))
         if found := dict.fromkeys(_REFERENCE.findall(repr(file))):
@@ -444,19 +460,21 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
                     "Zuplo's file: replace them by their values"
                 ]
             )
-        return cls(**{**file, **read_variables(os.environ, _hints()), **options})
+        said = {**file, **read_variables(os.environ, _hints())}
+        given: dict[str, Any] = {**said, **options}
+        return cls(**given)
 
     @classmethod
     def from_zuplo(
         cls,
         policies: str | os.PathLike[str],
         routes: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: Unpack[OptionsBesideRoutes],
     ) -> Self:
         """Return the policy in Zuplo's ``policies.json`` and ``routes.oas.json``.
 
-        A variable outdoes the files, and *options* outdo both. If there are *routes*,
-        requests that none of them matches are not metered.
+        A variable wins over the files, and *options* win over both. With *routes*,
+        requests that match none of them are not metered.
 
         :raises ConfigError: with every problem and its place in the file. It quotes
             references to variables (``$env(NAME)``), and never their values.
@@ -465,8 +483,9 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         from openmeter_wsgi import zuplo
 
         said = zuplo.options_of(policies, routes, os.environ)
+        given: dict[str, Any] = {**said, **read_variables(os.environ, _hints())}
         try:
-            return cls(**{**said, **read_variables(os.environ, _hints()), **options})
+            return cls(**{**given, **options})
         except ConfigError as error:
             names = zuplo.variables_in(zuplo.load_document(policies))
             raise ConfigError(
@@ -475,18 +494,18 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
 
     @property
     def static_meters(self) -> tuple[Meter, ...]:
-        """The meters of a request whose handler states nothing."""
+        """The meters of a request without run-time usage."""
         return self.as_meters(self.static)
 
     def as_meters(self, usage: StatedUsage) -> tuple[Meter, ...]:
-        """Return *usage* as meters, numbers first; zeros are left out."""
+        """Return *usage* as meters, numbers first, without zeros."""
         numbers = (number_meter(name, number) for name, number in usage.numbers.items())
         return (*filter(None, numbers), *usage.documents)
 
     def _of_routes(
         self,
     ) -> tuple[tuple[tuple[RouteRule, Policy | None], ...], list[str]]:
-        """Make the policies of the routes; say what is wrong with them."""
+        """Return the policies of the routes, and their problems."""
         made: list[tuple[RouteRule, Policy | None]] = []
         problems: list[str] = []
         for text, own in (self.routes or {}).items():
@@ -505,7 +524,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return tuple(made), problems
 
     def _keys(self) -> list[str]:
-        """Make the keys of ingest and questions; say what is wrong with them."""
+        """Set the keys of ingest and entitlements; return their problems."""
         if self.api_key is not None and self.api_key_file is not None:
             return ["api_key_file: expected api_key or a file, got both"]
         try:
@@ -529,9 +548,9 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
 
 
 def in_place_of(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a route or view: ``meter`` or ``meters`` replaces both.
+    """Return the options of a route or view; its ``meter`` or ``meters`` replaces both.
 
-    An empty one of them means that there are none.
+    If one of them is empty, there are no meters.
     """
     if "meter" not in own and "meters" not in own:
         return dict(own)
@@ -545,7 +564,7 @@ def in_place_of(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_text_options(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options in texts that are named and written as variables are.
+    """Return the options in *texts*, which are named and written like variables.
 
     :raises ConfigError: naming each text that cannot be read.
     """
@@ -553,7 +572,7 @@ def read_text_options(texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def view_problems(options: Mapping[str, Any]) -> list[str]:
-    """Say what is wrong with the options of a single view."""
+    """Return the problems of the options of a single view."""
     unknown = [name for name in options if name not in _names()]
     known = {k: v for k, v in options.items() if k not in unknown}
     misspelt = [read.unknown(name, sorted(PER_ROUTE)) for name in unknown]
@@ -561,7 +580,7 @@ def view_problems(options: Mapping[str, Any]) -> list[str]:
 
 
 def _misplaced(options: Iterable[str]) -> list[str]:
-    """Say of each option that is one of the whole middleware that it is."""
+    """Return a problem for each option that only the whole middleware can have."""
     return [
         f"{name}: belongs to the middleware as a whole"
         for name in options
@@ -586,7 +605,7 @@ def _hints() -> Mapping[str, Any]:
 
 
 def _read_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the checked values and a sentence for each that is wrong."""
+    """Return the checked values, and a sentence for each wrong one."""
     readers = {f.name: f.metadata.get("read") for f in dataclasses.fields(Policy)}
     hints = _hints()
     values: dict[str, Any] = {}

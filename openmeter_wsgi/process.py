@@ -1,4 +1,4 @@
-"""What one process owns: ids, counts, transport, entitlements, and its billings."""
+"""The state of one process: ids, counts, transport, entitlements and billings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.billing import Billing
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
     from openmeter_wsgi.routes import Routes
     from openmeter_wsgi.status_codes import StatusCodes
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
-#: What the policy of the middleware itself is called in counts.
+#: The name of the middleware's own policy in counts.
 DEFAULT = "default"
 #: ``MADV_WIPEONFORK`` of Linux 4.14 and later, which `mmap` does not name.
 _WIPE_ON_FORK = 18
 
 
 class ProcessGuard:
-    """Knows the process, and the kind of threads, that something was made for.
+    """Tells whether this process is the one that the guard was made in. Any thread.
 
-    Any thread. A fork made in C, such as uWSGI's, calls no hook of Python's, and
-    `os.getpid()` is a system call. Where the kernel empties a page of memory in every
-    child, reading one byte of it says the same at a quarter of the price.
+    A fork made in C, such as uWSGI's, calls no hook of Python, and `os.getpid()` is a
+    system call. If the kernel can wipe a page of memory in every child, reading one
+    byte of it costs a quarter of that.
 
     Locks made before gevent patches `threading` block all greenlets of a process. So
-    the first request looks whether what was made still fits, and confirms it.
+    the first request checks the kind of threads, too, and confirms the guard.
     """
 
     __slots__ = ("_confirmed_pid", "_greenlets", "_page", "_pid")
@@ -61,25 +61,25 @@ class ProcessGuard:
         self._page = _page_wiped_on_fork()
 
     def is_current(self) -> bool:
-        """Say whether `confirm` was called, and in this process."""
+        """Return True if `confirm` was called in this process."""
         page = self._page
         return os.getpid() == self._confirmed_pid if page is None else page[0] == 1
 
     def fits(self) -> bool:
-        """Say whether what was made can be used here."""
+        """Return True if neither the process nor the kind of threads has changed."""
         return self.is_current() or (
             os.getpid() == self._pid and threads_are_greenlets() == self._greenlets
         )
 
     def confirm(self) -> None:
-        """Note that a request has come, and that what was made fits."""
+        """Note that this process serves requests."""
         self._confirmed_pid = os.getpid()
         if self._page is not None:
             self._page[0] = 1
 
 
 def _page_wiped_on_fork() -> mmap.mmap | None:
-    """Return a page that a child finds empty; None where the kernel has none."""
+    """Return a page that a child finds empty, None if the kernel has none."""
     if sys.platform != "linux":
         return None
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -92,32 +92,32 @@ def _page_wiped_on_fork() -> mmap.mmap | None:
 
 
 class Transport(Protocol):
-    """Takes the events of one process and brings them to OpenMeter, or elsewhere."""
+    """Takes the events of one process and delivers them."""
 
     @property
     def started(self) -> bool:
-        """Whether all was done that the first request brings about."""
+        """True once `start` has done all its work."""
 
     def start(self, environ: Mapping[str, Any]) -> object:
-        """Do what the first request brings about. Called until `started`."""
+        """Start with the first request. Called until `started` is true."""
 
     def put(self, event: bytes, /) -> object:
         """Take an event. Any thread; never raises, never waits for delivery."""
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send what waits now; say whether all of it is done within *timeout*."""
+        """Send the waiting events; return True if all are done within *timeout*."""
 
     def close(self, timeout: float | None = None) -> None:
-        """Send what waits until *timeout*, then stop and say what is left."""
+        """Send the waiting events until *timeout*, then stop and log the rest."""
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Have *call* made when the process ends, after this was closed."""
+        """Call *call* at the end of the process, after the transport was closed."""
 
     def release(self) -> None:
-        """Stop once nothing waits: nobody holds the middleware any more."""
+        """Stop once no event waits: nobody uses the middleware any more."""
 
     def delivered_until(self) -> float:
-        """Return a moment (wall clock) before which all that was put is delivered."""
+        """Return a time (wall clock) up to which all events are delivered."""
 
     @property
     def directory(self) -> Path | None:
@@ -129,23 +129,24 @@ class Transport(Protocol):
 
     @property
     def in_spool(self) -> Backlog:
-        """What waits in files."""
+        """The events that wait in files."""
 
     @property
     def in_memory(self) -> Backlog:
-        """What waits in this process."""
+        """The events that wait in the memory of this process."""
 
     @property
     def problems(self) -> Sequence[Problem]:
-        """What is wrong with the delivery now."""
+        """The current problems of the delivery."""
 
 
 class DryRun:
-    """A transport that writes events to the log, and sends nothing. Any thread."""
+    """A transport that logs events and sends none. Any thread."""
 
     started = is_sender = True
     directory = None
-    in_spool = in_memory = Backlog()
+    in_spool: Backlog = Backlog()
+    in_memory: Backlog = Backlog()
     problems: tuple[Problem, ...] = ()
 
     def __init__(self, counts: Counts) -> None:
@@ -160,34 +161,33 @@ class DryRun:
         logger.info("dry run, would send %s", event.decode())
 
     def flush(self, timeout: float | None = None) -> bool:  # noqa: ARG002
-        """Say that nothing waits."""
+        """Return True: no event waits."""
         return True
 
     def close(self, timeout: float | None = None) -> None:
-        """Do nothing: nothing waits."""
+        """Do nothing: no event waits."""
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Have *call* made when the process ends."""
+        """Call *call* at the end of the process."""
         atexit.register(call)
 
     def release(self) -> None:
         """Do nothing: there is no thread."""
 
     def delivered_until(self) -> float:
-        """Return the present: nothing that was put is on its way."""
+        """Return the present: no event is on its way."""
         return time.time()
 
 
 class Process:
-    """All that one process needs to bill its requests.
+    """The state with which one process bills its requests.
 
-    A fork gets a new one: ids, counts, transport and connections are a process's own.
-    Making it starts no thread and opens nothing.
+    A forked process makes its own. The constructor starts no thread and opens nothing.
 
-    :param transport: what takes the events, in place of a delivery to OpenMeter. It
-        counts what it does with them in *counts*.
-    :param entitlements: what knows who has access, in place of OpenMeter.
-    :param watch: what a client gets in place of each response: for tests.
+    :param transport: takes the events in place of the delivery to OpenMeter, and counts
+        them in *counts*.
+    :param entitlements: decides on access in place of OpenMeter.
+    :param watch: wraps each response, for tests.
     """
 
     def __init__(
@@ -200,34 +200,35 @@ class Process:
         entitlements: EntitlementService | None = None,
         watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
     ) -> None:
-        #: Whether this process is the one that it belongs to.
-        self.guard = ProcessGuard()
-        self.counts = counts or Counts()
-        self.ids = ids or RequestIds()
+        #: Tells whether this process is the one it belongs to.
+        self.guard: ProcessGuard = ProcessGuard()
+        self.counts: Counts = counts or Counts()
+        self.ids: RequestIds = ids or RequestIds()
         visibility = None
         if transport is None and entitlements is None:
             visibility = visibility_of(policy)
-        #: What takes the events.
-        self.transport = transport or _transport_of(policy, self.counts, visibility)
-        self.entitlements = entitlements or entitlement_service(
+        self.transport: Transport = transport or _transport_of(
+            policy, self.counts, visibility
+        )
+        self.entitlements: EntitlementService = entitlements or entitlement_service(
             policy, self.transport, visibility
         )
         self.watch = watch
-        #: Whether all was done that the first request brings about.
-        self.is_begun = False
+        #: True once `begin` has done all its work.
+        self.is_begun: bool = False
         self._hooks: list[FirstRequestHook] = []
         self._hooks_to_call: deque[FirstRequestHook] = deque()
         self._successors: dict[int, Process] = {}
         self._billings: list[Billing] = []
-        #: What bills a request …
-        self.billing = self.billing_of(policy, DEFAULT)
-        #: … where its route does not say more.
-        self.routes = self._compiled(policy)
+        #: The billing of the middleware's own policy …
+        self.billing: Billing = self.billing_of(policy, DEFAULT)
+        #: … and those of routes.
+        self.routes: Routes[Billing | None] | None = self._compiled(policy)
 
     # -- Requests
 
     def begin(self, environ: Mapping[str, Any]) -> None:
-        """Do what the first request brings about. Never raises an Exception."""
+        """Call the hooks and start the transport. Never raises an Exception."""
         while self._hooks_to_call:
             try:
                 self._hooks_to_call.popleft()(self)
@@ -242,22 +243,19 @@ class Process:
         self.is_begun = self.transport.started
 
     def on_first_request(self, hook: FirstRequestHook) -> None:
-        """Have *hook* called with the first request that is settled.
-
-        In this process, and in each one that is forked from it.
-        """
+        """Call *hook* with the first settled request, in this process and its forks."""
         self._hooks.append(hook)
         self._hooks_to_call.append(hook)
         self.is_begun = False
 
     def billing_of(self, policy: Policy, name: str) -> Billing:
-        """Make what bills under *policy*; its counts are part of `stats`."""
+        """Make a billing of *policy*, whose counts become part of `stats`."""
         billing = Billing(policy, name, self)
         self._billings.append(billing)
         return billing
 
     def billing_of_view(self, policy: Policy, name: str) -> Billing:
-        """Make what bills a view, under what its options make of a policy."""
+        """Make the billing of a view with options of its own."""
         billing = self.billing_of(policy, name)
         _say_what_errors_are_billed(billing)
         return billing
@@ -268,9 +266,9 @@ class Process:
             _say_what_errors_are_billed(billing)
 
     def successor(self, new_process: NewProcess, policy: Policy) -> Process:
-        """Return what takes over in the process that was forked from this one.
+        """Return the `Process` of a process that was forked from this one.
 
-        The threads of a new process may come here together: one of them wins.
+        Several threads may call it at once; all get the same one.
         """
         made = new_process(policy)
         for hook in self._hooks:
@@ -280,8 +278,8 @@ class Process:
     def _compiled(self, policy: Policy) -> Routes[Billing | None] | None:
         if policy.routes is None:
             return None
-        # Here and in `_transport_of`, as only some applications have routes, or a
-        # spool. A child, which comes here with its first request, has it imported.
+        # Imported here and in `_transport_of`: only some applications have routes or a
+        # spool. A forked child finds both imported.
         from openmeter_wsgi.routes import Routes
 
         rules = [
@@ -293,18 +291,18 @@ class Process:
     # -- Everything else
 
     def invalidate(self, subject: str, feature: str | None) -> None:
-        """Forget what is known of *subject*, whatever customer a policy makes of it."""
+        """Forget the cached answers about *subject*, under every policy."""
         for billing in tuple(self._billings):
             billing.gate.invalidate(subject, feature)
 
     def release(self) -> None:
-        """End once nothing waits: nobody holds the middleware any more."""
+        """End once no event waits: nobody uses the middleware any more."""
         self.transport.release()
         self.entitlements.close_connections()
         self.entitlements.end()
 
     def close(self, timeout: float | None) -> None:
-        """Give back what is set apart, send what waits, and stop."""
+        """Give back reservations, send the waiting events, and stop."""
         self.entitlements.close()
         self.transport.close(timeout)
         self.entitlements.end()
@@ -325,7 +323,7 @@ class Process:
         )
 
     def health(self, max_age: float) -> Health:
-        """Return what is wrong now."""
+        """Return the current problems."""
         problems = [*self.transport.problems, *self.entitlements.problems]
         stats = self.stats()
         if stats.oldest_at and (age := time.time() - stats.oldest_at) > max_age:
@@ -338,9 +336,9 @@ class Process:
         return Health(tuple(problems))
 
 
-#: Is called in each process that settles a request, with the first one.
+#: Called in each process with the first request that it settles.
 FirstRequestHook: TypeAlias = "Callable[[Process], object]"
-#: Makes what a middleware needs in a process.
+#: Makes the `Process` of a middleware.
 NewProcess: TypeAlias = "Callable[[Policy], Process]"
 
 
@@ -348,7 +346,7 @@ class ProcessOwner(Protocol):
     """A middleware, as `replaced` sees it."""
 
     def replace_process(self, new_process: NewProcess) -> Callable[[], None]:
-        """Let *new_process* make all that bills from now on; return what undoes it."""
+        """Use *new_process* from now on; return a function that undoes it."""
 
 
 _owners: weakref.WeakSet[ProcessOwner] = weakref.WeakSet()
@@ -356,16 +354,16 @@ _new_process: NewProcess = Process
 
 
 def new_process_for(owner: ProcessOwner) -> NewProcess:
-    """Remember a new middleware, and return what makes its process."""
+    """Register a new middleware, and return the factory of its `Process`."""
     _owners.add(owner)
     return _new_process
 
 
 @contextlib.contextmanager
 def replaced(new_process: NewProcess) -> Iterator[None]:
-    """Let *new_process* make what bills, for all middlewares old and new: for tests.
+    """Use *new_process* for all middlewares, old and new: for tests.
 
-    It costs requests nothing: a middleware is told at the beginning and at the end.
+    Requests do not get slower: each middleware is changed at the beginning and end.
     """
     global _new_process  # noqa: PLW0603 - there is one for all middlewares
     before, _new_process = _new_process, new_process
@@ -409,7 +407,7 @@ def _transport_of(
 
 
 def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:
-    """Return what sorts the policies of one request that may be two: see `Routes`."""
+    """Return the sort key by which `Routes` compares two policies."""
     if billing is None:
         return False, False, 0.0
     return True, billing.asks, sum(map(float, billing.policy.static.numbers.values()))

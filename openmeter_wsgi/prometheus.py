@@ -1,14 +1,14 @@
 """Metrics for Prometheus: the counts of a middleware, of one or many processes.
 
-Needs the extra ``prometheus``. One call does it, in one process or in many::
+Needs the extra ``prometheus``. One call is enough, with one process or many::
 
     application = OpenMeterMiddleware(application)
     export_metrics(application)
 
-A single process is asked when it is scraped. In prometheus_client's multi-process mode
-(``PROMETHEUS_MULTIPROC_DIR``) the process that is scraped cannot ask the others, and
-custom collectors are left out; so each process that has settled a request writes its
-counts into that directory every few seconds, and once more when it ends.
+A single process reads its counts when it is scraped. In the multi-process mode of
+prometheus_client (``PROMETHEUS_MULTIPROC_DIR``) the scraped process cannot ask the
+others, so each process that has settled a request writes its counts into that directory
+every few seconds, and once more when it ends.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
-from prometheus_client.registry import Collector
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from openmeter_wsgi import log
+from openmeter_wsgi.errors import ConfigError, missing_extra
 from openmeter_wsgi.stats import BOUNDS, Durations
+
+try:
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
+    from prometheus_client.registry import Collector
+except ModuleNotFoundError as missing:
+    raise missing_extra(missing, "prometheus") from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -39,15 +43,15 @@ if TYPE_CHECKING:
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.stats import Stats
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
-#: Figures by the values of their labels.
+#: Numbers by the values of their labels.
 Figures: TypeAlias = "Mapping[tuple[str, ...], float]"
 
 
 class Figure(NamedTuple):
-    """One figure, or one for each combination of labels."""
+    """One metric: a number, or one for each combination of labels."""
 
     name: str
     help: str
@@ -88,7 +92,7 @@ def _denials(stats: Stats) -> Figures:
 
 
 def seconds_since(stats: Stats) -> Figures:
-    """Return for how many seconds the oldest event waits, 0 if none does."""
+    """Return the age of the oldest waiting event in seconds, 0 if none waits."""
     return {(): max(time.time() - stats.oldest_at, 0.0) if stats.oldest_at else 0.0}
 
 
@@ -98,11 +102,12 @@ COUNTERS = (
     Figure("requests_metered", "Requests that became events.", (), _one("metered")),
     Figure("requests_not_metered", "Requests that became no event.",
             ("policy", "reason"), _not_metered),
-    Figure("requests_remarked", "Requests billed by a body that says several things.",
+    Figure("requests_remarked", "Requests billed by an ambiguous body.",
             ("remark",), _by_reason("remarks")),
     Figure("events", "Events made of requests.", (), _one("events")),
-    Figure("events_delivered", "Events that OpenMeter took.", (), _one("delivered")),
-    Figure("events_dropped", "Events and meters that were lost.", ("reason",),
+    Figure("events_delivered", "Events that OpenMeter accepted.", (),
+            _one("delivered")),
+    Figure("events_dropped", "Events and meters that were dropped.", ("reason",),
             _by_reason("dropped")),
     Figure("events_dead_lettered", "Events that OpenMeter refuses for good.", (),
             _one("dead_lettered")),
@@ -110,34 +115,36 @@ COUNTERS = (
             _one("unspooled")),
     Figure("delivery_retries", "Attempts after the first one of a batch.", (),
             _one("retries")),
-    Figure("delivery_ambiguous", "Attempts without an answer that may have arrived.",
-            (), _one("ambiguous")),
-    Figure("entitlement_decisions", "Decisions by where the answer came from.",
+    Figure("delivery_ambiguous",
+            "Attempts without an answer, whose events may have arrived.", (),
+            _one("ambiguous")),
+    Figure("entitlement_decisions", "Decisions by the source of the answer.",
             ("result", "source"), _decisions),
-    Figure("entitlement_denials", "Features denied, or let through all the same.",
+    Figure("entitlement_denials", "Features denied, or allowed in spite of a denial.",
             ("result", "reason"), _denials),
 )  # fmt: skip
 GAUGES = (
     Figure("queue_events", "Events that wait for delivery.", (), _one("waiting")),
-    Figure("queue_bytes", "The size of what waits.", (), _one("waiting_bytes")),
-    Figure("queue_oldest_age_seconds", "The age of the oldest event that waits.", (),
-            seconds_since),
+    Figure("queue_bytes", "The bytes of the waiting events.", (),
+            _one("waiting_bytes")),
+    Figure("queue_oldest_age_seconds",
+            "The age of the oldest waiting event in seconds.", (), seconds_since),
 )  # fmt: skip
 HISTOGRAMS = {
-    "delivery_seconds": "How old the oldest event of a batch was on its delivery.",
-    "attempt_seconds": "How long OpenMeter took for an attempt.",
+    "delivery_seconds": "The age of the oldest event of a batch at its delivery.",
+    "attempt_seconds": "The time that OpenMeter took to answer an attempt.",
 }
 
 
 class OpenMeterCollector(Collector):
-    """The counts of the process that is asked, at the moment when it is."""
+    """Collects the counts of this process when it is scraped."""
 
     def __init__(self, middleware: OpenMeterMiddleware, prefix: str) -> None:
         self._middleware = middleware
         self._prefix = prefix
 
     def describe(self) -> Iterable[Metric]:
-        """Return the names, without looking anything up."""
+        """Return the names, without reading the counts."""
         for figure in COUNTERS:
             yield CounterMetricFamily(self._name(figure.name), figure.help)
         for figure in GAUGES:
@@ -146,7 +153,7 @@ class OpenMeterCollector(Collector):
             yield HistogramMetricFamily(self._name(name), text)
 
     def collect(self) -> Iterable[Metric]:
-        """Return the figures of this moment."""
+        """Return the current counts."""
         stats = self._middleware.stats()
         kinds: Any = ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES))
         for kind, figures in kinds:
@@ -176,18 +183,18 @@ def _histogram(name: str, text: str, durations: Durations) -> HistogramMetricFam
 
 
 class ProcessMetrics:
-    """prometheus_client's own metrics, which keep their values in its directory."""
+    """Metrics of prometheus_client, which keep their values in its directory."""
 
     def __init__(
         self, registry: CollectorRegistry, prefix: str, *, in_spool: bool
     ) -> None:
-        # All processes see one spool; of their own memory each sees another.
+        # All processes see the same spool, and each its own memory.
         mode: Any = "livemax" if in_spool else "livesum"
-        self.counters = [
+        self.counters: list[Counter] = [
             Counter(f"{prefix}_{f.name}", f.help, f.labels, registry=registry)
             for f in COUNTERS
         ]
-        self.gauges = [
+        self.gauges: list[Gauge] = [
             Gauge(
                 f"{prefix}_{f.name}",
                 f.help,
@@ -197,7 +204,7 @@ class ProcessMetrics:
             )
             for f in GAUGES
         ]
-        self.histograms = {
+        self.histograms: dict[str, Histogram] = {
             name: Histogram(f"{prefix}_{name}", text, registry=registry, buckets=BOUNDS)
             for name, text in HISTOGRAMS.items()
         }
@@ -213,7 +220,7 @@ class _Publisher:
         self._writing = threading.Lock()
 
     def publish(self) -> None:
-        """Write what has changed. Any thread."""
+        """Write the counts that have changed. Any thread."""
         if not self._process.guard.fits():
             return
         with self._writing:
@@ -228,7 +235,7 @@ class _Publisher:
                     histogram.observe(seconds)
 
     def run(self, interval: float) -> None:
-        """Write every so many seconds. The thread's body."""
+        """Write every *interval* seconds. Runs in a thread."""
         while True:
             time.sleep(interval)
             try:
@@ -247,7 +254,7 @@ class _Publisher:
 
 
 def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
-    """Write from now on what *process* counts, until its process ends."""
+    """Write the counts of *process* from now on, until it ends."""
     publisher = _Publisher(process, metrics)
     publisher.publish()
     process.transport.at_exit(publisher.publish)
@@ -270,15 +277,26 @@ def export_metrics(
     prefix: str = "openmeter_wsgi",
     interval: float = 5.0,
 ) -> None:
-    """Let Prometheus see what *middleware* counts, of all of its processes.
+    """Export the counts of *middleware*, of all of its processes, to Prometheus.
 
-    :param prefix: another one for each further middleware of the same process.
+    :param prefix: the beginning of the names; a second middleware needs another one.
     :param interval: seconds between two writes, in multi-process mode.
-    :raises ValueError: if there are metrics of this name.
+    :raises ConfigError: if *registry* has metrics with this prefix.
     """
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        in_spool = middleware.policy.spool_dir is not None
-        metrics = ProcessMetrics(registry, prefix, in_spool=in_spool)
-        middleware.on_first_request(lambda process: begin(process, metrics, interval))
-    else:
-        registry.register(OpenMeterCollector(middleware, prefix))
+    try:
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            in_spool = middleware.policy.spool_dir is not None
+            metrics = ProcessMetrics(registry, prefix, in_spool=in_spool)
+            middleware.on_first_request(
+                lambda process: begin(process, metrics, interval)
+            )
+        else:
+            registry.register(OpenMeterCollector(middleware, prefix))
+    except ValueError:
+        # So prometheus_client says that it has metrics of these names.
+        raise ConfigError(
+            [
+                f"export_metrics: the registry has metrics named {prefix}_… already: "
+                "export each middleware once, and a second one with another prefix"
+            ]
+        ) from None

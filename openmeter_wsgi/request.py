@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.frameworks import RememberedSubjects
     from openmeter_wsgi.quota.account import Reservation
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: OPTIONS in every case: to look a method up costs a request less than to change it.
 OPTIONS: Final = frozenset(
@@ -72,9 +72,9 @@ ABORTED: Final = "aborted"
 
 
 class RequestRecord:
-    """What is known of one request. Belongs to the thread that serves the request.
+    """The state of one request. Belongs to the thread that serves the request.
 
-    Its `start_response` is the one that the application gets.
+    The application gets its `start_response`.
     """
 
     __slots__ = (
@@ -82,26 +82,26 @@ class RequestRecord:
         "server_start", "server_write", "state", "status", "usage",
     )  # fmt: skip
 
-    # Set by `new_record` and the middleware: an __init__ would cost another call.
-    #: What bills it: the policy's billing, its route's or its view's.
+    # Set by `new_record` and the middleware: an __init__ would be one more call.
+    #: The billing of its policy, route or view.
     billing: Billing | None
     state: int
-    #: The status line that the client got.
+    #: The status line that the server accepted.
     status: str | None
-    #: The server's own, until the request is settled.
+    #: The callables of the server, until the request is settled.
     server_start: StartResponse | None
     server_write: Callable[[bytes], object] | None
-    #: What sees the chunks of the response, where something is measured.
+    #: Sees the chunks of the response if something is measured.
     capture: ResponseCapture | None
-    #: What :func:`set_subject` and :func:`set_user` were given, None if nothing was.
+    #: The arguments of :func:`set_subject` and :func:`set_user`, None without a call.
     caller: dict[str, object] | None
-    #: What the handler stated, None if it stated nothing.
+    #: The usage that the handler stated, None if it stated none.
     usage: RunTimeMeters | None
     #: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
     route: str | None
     #: The last decision about entitlements.
     decision: Decision | None
-    #: What the request has reserved of quotas, by feature.
+    #: The reservations of quotas, by feature.
     reserved: dict[str, Reservation] | None
     #: Subjects that a framework had while it served the request.
     remembered: RememberedSubjects | None
@@ -116,7 +116,7 @@ class RequestRecord:
         start = self.server_start
         if start is None:
             raise AssertionError("start_response called after the response was closed")
-        # Two arguments where two were meant: some test clients take no third.
+        # With two arguments if there are two: some test clients take no third.
         if exc_info is None:
             self.server_write = start(status, headers)
         else:
@@ -146,9 +146,9 @@ class RequestRecord:
         return written
 
     def end(self) -> None:
-        """Note that nothing is left to do, and let go of the server.
+        """Mark the request as settled, and let go of the server.
 
-        Its handler has the environ, and that has this record.
+        The server's handler keeps the environ, and the environ this record.
         """
         self.state = SETTLED
         self.server_start = self.server_write = self.capture = None
@@ -156,9 +156,9 @@ class RequestRecord:
     def fail(self) -> None:
         """Note that the application raised, and the status that the client will see."""
         if self.state == HUNG_UP:
-            return  # by what the server raised
+            return  # the server raised, not the application
         if self.state == OPEN:
-            # Nothing has been sent, so the server can still say what happened.
+            # Nothing has been sent, so the server answers with an error.
             self.status = _ERROR_STATUS
         if self.state < FIXED:
             self.state = BROKEN
@@ -196,7 +196,7 @@ def begin_again(
 
 
 def environ_of(request: object) -> dict[str, Any] | None:
-    """Return the environ that *request* is or carries, None where it has none.
+    """Return the environ that *request* is or carries, None if it has none.
 
     Flask, Django, Bottle and Pyramid keep it as ``.environ``, Falcon as ``.env``.
     """
@@ -224,7 +224,7 @@ def record_of(environ: MutableMapping[str, Any]) -> RequestRecord:
 
 
 def interrupted(environ: Mapping[str, Any], error: BaseException) -> None:
-    """Let a request be settled before *error*, which is no Exception, is raised.
+    """Keep *error*, which is no Exception, until the request is settled; then raise it.
 
     :raises BaseException: now, outside a metered request.
     """
@@ -237,7 +237,7 @@ def interrupted(environ: Mapping[str, Any], error: BaseException) -> None:
 
 
 def reservations_of(environ: dict[str, Any]) -> dict[str, Reservation]:
-    """Return what a request has reserved of quotas, by feature; it may be added to."""
+    """Return the reservations of a request by feature, a dictionary to add to."""
     request = record_of(environ)
     if request.reserved is None:
         request.reserved = {}
@@ -251,21 +251,21 @@ def billing_of(environ: Mapping[str, Any] | None) -> Billing | None:
 
 
 def has_user(environ: Mapping[str, Any]) -> bool:
-    """Say whether :func:`set_user` said whose request this is."""
+    """Return True if :func:`set_user` was called for this request."""
     request: RequestRecord | None = environ.get(REQUEST)
     return request is not None and USER in (request.caller or ())
 
 
 def method_of(environ: Mapping[str, Any]) -> str:
-    """Return the method of a request in capitals.
+    """Return the method of a request in capitals, as most frameworks read it.
 
-    Most frameworks read it so, and many servers hand it on as the client has sent it.
+    Many servers pass it on as the client sent it.
     """
     return str(environ.get("REQUEST_METHOD", "")).upper()
 
 
 def is_options(environ: Mapping[str, Any]) -> bool:
-    """Say whether this is a request that browsers make by themselves (CORS)."""
+    """Return True for OPTIONS, which browsers send by themselves (CORS)."""
     return environ.get("REQUEST_METHOD") in OPTIONS
 
 
@@ -293,9 +293,9 @@ class RunTimeMeters:
         #: What is no Exception, and was raised by a callable of the policy at the end.
         self.interruption: BaseException | None = None
         #: Whether the view says that it is not metered.
-        self.is_unmetered = False
+        self.is_unmetered: bool = False
         #: Whether the request was denied, so that nothing of it is billed.
-        self.denied = False
+        self.denied: bool = False
         #: The types of each ticket that was given out, None for all types.
         self.deferred: tuple[tuple[str, ...] | None, ...] = ()
         self._overridden: set[str] = set()
@@ -304,7 +304,7 @@ class RunTimeMeters:
         self._documents: list[tuple[Meter, bool]] = []
 
     def raise_interruption(self) -> None:
-        """Raise what interrupted a callable of the policy, now that all is settled."""
+        """Raise the error that interrupted a callable of the policy, after settling."""
         if self.interruption is not None:
             raise self.interruption
 
@@ -313,7 +313,7 @@ class RunTimeMeters:
         return any(types is None or meter_type in types for types in self.deferred)
 
     def set(self, usage: StatedUsage, *, flat: bool) -> None:
-        """Let *usage* be all that was stated, in place of static meters too."""
+        """Replace the stated usage, and static meters of the same types, by *usage*."""
         numbers = dict(usage.numbers)
         self._overridden = usage.types
         self._flat = numbers if flat else {}
@@ -321,7 +321,7 @@ class RunTimeMeters:
         self._documents = [(meter, flat) for meter in usage.documents]
 
     def add(self, usage: StatedUsage) -> None:
-        """Let *usage* come on top. Nothing changes if a sum is not possible."""
+        """Add *usage*. Nothing changes if a sum is not possible."""
         sums = {
             name: add_numbers(name, self._measured.get(name, 0), number)
             for name, number in usage.numbers.items()
@@ -330,7 +330,7 @@ class RunTimeMeters:
         self._documents += [(meter, False) for meter in usage.documents]
 
     def stated(self) -> list[dict[str, Any]]:
-        """Return what was stated: the documents, then one mapping of numbers."""
+        """Return the stated usage: the documents, then one mapping of numbers."""
         numbers = dict(self._flat)
         for name, number in self._measured.items():
             numbers[name] = add_numbers(name, numbers.get(name, 0), number)
@@ -338,10 +338,9 @@ class RunTimeMeters:
         return [*documents, numbers] if numbers else documents
 
     def merged(self, policys: StatedUsage, *, with_flat: bool) -> StatedUsage:
-        """Return what the policy meters and this together.
+        """Return the usage of the policy and this usage together.
 
-        Without *with_flat* the amounts that this calls flat are left out. Deferred
-        meters always are.
+        Without *with_flat* the flat amounts are left out. Deferred meters always are.
         """
         hidden = self._overridden
         numbers = {k: v for k, v in policys.numbers.items() if k not in hidden}
@@ -366,11 +365,11 @@ class RunTimeMeters:
 
 
 def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
-    """Let *meters* be the run-time usage of this request.
+    """Set the run-time usage of this request to *meters*.
 
-    It replaces what was set or added before, and static meters of the same type.
-    With *flat* the amounts count as fixed prices of the request rather than as
-    measured usage (see ``on_failure`` and ``on_abort``).
+    It replaces all usage that was set or added before, and static meters of the same
+    type. With *flat* the amounts are fixed prices of the request, not measured usage
+    (see ``on_failure`` and ``on_abort``).
 
     :raises MeterValueError: naming the bad value; nothing is changed then.
     """
@@ -382,8 +381,8 @@ def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
 def add_meters(request: object, meters: Meters) -> None:
     """Add *meters* to the usage of this request.
 
-    Numbers add up onto what was stated before and onto the static meter of the
-    same type; documents become events of their own. One thread per request: what
+    Numbers are added to the usage stated before and to the static meter of the same
+    type; documents become events of their own. Call it from one thread: usage that
     several threads add at once may be lost.
 
     :raises MeterValueError: naming the bad value; nothing is changed then.
@@ -400,12 +399,12 @@ def get_meters(request: object) -> list[dict[str, Any]]:
 
 
 def set_idempotency_key(request: object, key: str) -> None:
-    """Let a repetition of this request be billed once: it has the same *key*.
+    """Bill this request and its repetitions with the same *key* once.
 
-    The ids of its events are derived from subject, method, path, key and type, so
-    that OpenMeter drops those of the repetition; it must deduplicate. The application
-    says what a repetition is: no header does this by itself. Only a completed response
-    takes the place; an attempt that failed or was aborted is billed for itself.
+    The ids of the events are derived from subject, method, path, key and type, so that
+    OpenMeter drops the events of a repetition; it must deduplicate. No header does this
+    by itself: the application decides which requests are repetitions. Only completed
+    responses share an id; a failed or aborted attempt is billed separately.
 
     :raises ValueError: if *key* is no text.
     """
@@ -416,27 +415,27 @@ def set_idempotency_key(request: object, key: str) -> None:
 
 
 def leave_unmetered(request: object) -> None:
-    """Bill nothing of this request: its view is not metered."""
+    """Bill nothing for this request: its view is not metered."""
     if (stated := _run_time_meters(request, "no_meter")) is not None:
         stated.is_unmetered = True
 
 
 def bill_nothing(request: object) -> None:
-    """Bill nothing of this request: it was denied, whatever is answered."""
+    """Bill nothing for this request: it was denied."""
     if (stated := _run_time_meters(request, "require_entitlements")) is not None:
         stated.denied = True
 
 
 def set_subject(request: object, subject: str) -> None:
-    """Let *subject* be billed for this request, whatever the policy would find."""
+    """Bill *subject* for this request, instead of the subject that the policy finds."""
     if (environ := _environ(request, "set_subject")) is not None:
         _caller_of(environ)[SUBJECT] = subject
 
 
 def set_user(request: object, user: object) -> None:
-    """Leave the authenticated user (claims, a mapping, an object) for the policy.
+    """Give the policy the authenticated user: claims, a mapping or an object.
 
-    ``subject_path`` says where its subject is.
+    The option ``subject_path`` leads to the subject in it.
     """
     if (environ := _environ(request, "set_user")) is not None:
         _caller_of(environ)[USER] = user
@@ -450,9 +449,9 @@ def _caller_of(environ: dict[str, Any]) -> dict[str, object]:
 
 
 def set_route(request: object, route: str) -> None:
-    """Say which template of an address this request has, such as ``/users/<id>``.
+    """Set the template of the address of this request, such as ``/users/<id>``.
 
-    Flask's and Bottle's are found without it, and Django's by its middleware.
+    Not needed for Flask and Bottle, nor for Django with its middleware.
     """
     if (environ := _environ(request, "set_route")) is not None:
         record_of(environ).route = route

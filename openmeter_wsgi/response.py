@@ -1,4 +1,4 @@
-"""One response: what stands between the server and the application's answer."""
+"""One response: passes the application's answer to the server, then settles."""
 
 from __future__ import annotations
 
@@ -32,24 +32,21 @@ _WITHOUT_BODY = ("204", "304")
 
 
 class Response:
-    """What the server iterates and closes: passes everything through, settles once.
+    """The response that the server iterates and closes. It settles exactly once.
 
-    It belongs to the thread of the request.
-
-    Why an object with a generator: a generator alone would lose a response that is
-    closed before its first chunk; returning the application's own iterator could not
-    tell *failed* from *aborted*; `yield from` would close the application's iterable
-    twice.
+    It belongs to the thread of the request. A generator alone would lose a response
+    that is closed before its first chunk; the application's own iterator cannot tell
+    *failed* from *aborted*; `yield from` would close the application's iterable twice.
     """
 
     __slots__ = ("environ", "events", "iterable", "request")
 
-    # Set by the middleware: an __init__ would cost each request another call.
+    # Set by the middleware: an __init__ would be one more call in every request.
     environ: dict[str, Any]
     request: RequestRecord
-    #: What the application has returned, None once it is closed.
+    #: The iterable of the application, None once it is closed.
     iterable: Any
-    #: What the request is billed, once that is fixed.
+    #: The events of the request, from the state FIXED on.
     events: Sequence[bytes]
 
     def __iter__(self) -> Iterator[bytes]:
@@ -60,7 +57,7 @@ class Response:
                 if chunk and request.state == OPEN:
                     request.state = STARTED
                 yield chunk
-                # The server is back for more: it has taken that one.
+                # The server asks for more, so it has taken that chunk.
                 if request.capture is not None:
                     request.capture.passed(chunk)
         except GeneratorExit:
@@ -75,10 +72,10 @@ class Response:
             request.state = FINISHED
 
     def _answered(self, denied: EntitlementDenied) -> Iterator[bytes]:
-        """Answer in place of an application that is denied while it is iterated."""
+        """Answer for an application whose request is denied while it is iterated."""
         if self.request.state != OPEN:
             self.request.fail()
-            raise denied  # too late: something has been sent
+            raise denied  # too late: a part of the response has been sent
         yield from denied.answer(
             self.environ,
             self.request.start_response,
@@ -88,7 +85,7 @@ class Response:
     def close(self) -> None:
         """Close the application's iterable, then settle, whatever that raised."""
         iterable = self.iterable
-        # A list, which most applications return, has nothing to close.
+        # Most applications return a list, which has no `close`.
         close = None if type(iterable) is list else getattr(iterable, "close", None)
         try:
             if close is not None:
@@ -98,14 +95,14 @@ class Response:
             self.settle()
 
     def __del__(self) -> None:
-        # A test client or a server that never closed the response.
+        # For test clients and servers that never close the response.
         if self.request.state != SETTLED:
             self.settle()
 
-    def settle(self) -> None:  # noqa: C901 - in one piece, as the middleware
-        """Put the events of this request into the queue, once, and close nothing.
+    def settle(self) -> None:  # noqa: C901 - one function, as the middleware
+        """Put the events of this request into the queue, once. Closes nothing.
 
-        The events are fixed first, then put, then it is noted: an exception from a
+        The events are fixed first, then put, then noted as put: an exception from a
         signal may strike in between, and a repeated put has the same ids.
         """
         request = self.request
@@ -118,7 +115,7 @@ class Response:
         if state == FINISHED and billing.fast_path is not None:
             events = billing.fast_path.events(self.environ, request)
         if events is None or events or not process.is_begun:
-            # A process forked in the middle has a copy, which its parent settles.
+            # A process forked during the request has a copy; the parent settles it.
             if not process.guard.is_current():
                 return
             if not process.is_begun:
@@ -130,7 +127,7 @@ class Response:
                 process.counts.events += 1
                 process.transport.put(event)
         request.state = SETTLED
-        # The server's handler has the environ, and that has the record.
+        # The server keeps the environ, which holds the record: free its parts.
         request.server_start = request.server_write = request.capture = None
         if request.usage is not None:
             request.usage.raise_interruption()
@@ -146,7 +143,7 @@ class Response:
 
     def _capture(self, bodies: Iterable[str]) -> ResponseCapture:
         capture = self.request.capture
-        if capture is None:  # nothing has seen the chunks: how many is not known
+        if capture is None:  # a view wants the size of chunks that are gone
             capture = ResponseCapture(self.environ, bodies)
             capture.hand_over()
         return capture
@@ -160,14 +157,14 @@ class Response:
         if state == OPEN and status is not None:
             is_head = method_of(self.environ) == "HEAD"
             if is_head or status[:3] in _WITHOUT_BODY:
-                return COMPLETED  # there was nothing to iterate
+                return COMPLETED  # such a response has no body to iterate
         return ABORTED
 
 
 class SizedResponse(Response):
-    """A response to a sequence: it has the length that the sequence has.
+    """The response of an application that returned a sequence.
 
-    A server derives Content-Length from that, and looks whether the type has one.
+    It has the length of the sequence, from which servers derive Content-Length.
     """
 
     __slots__ = ()
@@ -177,16 +174,16 @@ class SizedResponse(Response):
 
 
 class FileResponse(Response):
-    """Settles when the server closes a file of its own wrapper.
+    """The response of an application that returned a file in the server's wrapper.
 
-    The file must stay the server's, or it is not sent by the kernel. How the sending
-    ended is between kernel and client: it counts as completed.
+    The server gets its own object back, or the kernel would not send the file. Nobody
+    tells how the sending ended, so it counts as completed. Closing the file settles.
     """
 
     __slots__ = ("_close_file",)
 
     def give_away(self) -> Iterable[bytes]:
-        """Return the file, which from now on closes this response."""
+        """Return the file; closing it closes this response."""
         file: Any = self.iterable
         self._close_file = getattr(file, "close", None)
         self.request.state = FINISHED
@@ -195,12 +192,12 @@ class FileResponse(Response):
         try:
             file.close = self.close
         except (AttributeError, TypeError):
-            self.settle()  # the object takes no attribute: now or never
+            self.settle()  # the object takes no attribute, so settle now
         given: Iterable[bytes] = file
         return given
 
     def close(self) -> None:
-        """Close the file as the server meant it, then settle, whatever that raised."""
+        """Close the file as the server does, then settle, whatever that raised."""
         try:
             if self._close_file is not None:
                 self._close_file()
@@ -209,11 +206,11 @@ class FileResponse(Response):
 
 
 class FileWrapper:
-    """The server's ``wsgi.file_wrapper``, which knows what it has wrapped last.
+    """The server's ``wsgi.file_wrapper``; it remembers the file that it wrapped last.
 
-    uWSGI's is a function that returns the file itself, which nothing else tells from
-    an iterable of the application's own. The environ holds this, so it holds nothing
-    of the request.
+    uWSGI's wrapper is a function that returns the file itself, which could as well be
+    an iterable of the application. The environ holds this object, so it must not hold
+    the request.
     """
 
     __slots__ = ("_made", "_wrapper")
@@ -228,7 +225,7 @@ class FileWrapper:
         return self._made
 
     def has_made(self, iterable: object) -> bool:
-        """Say whether this is the last file that it wrapped."""
+        """Return True if *iterable* is the last wrapped file."""
         return iterable is not None and iterable is self._made
 
 
@@ -244,14 +241,14 @@ def remember_files(environ: dict[str, Any]) -> type | FileWrapper:
 def give_file(
     environ: dict[str, Any], request: RequestRecord, file: Any
 ) -> Iterable[bytes]:
-    """Return *file*, one of the server's wrapper, which settles when it is closed."""
+    """Return *file*, which settles the request when the server closes it."""
     response = FileResponse()
     response.environ, response.request, response.iterable = environ, request, file
     return response.give_away()
 
 
 def fail(environ: dict[str, Any], request: RequestRecord) -> None:
-    """Settle a request whose application raised in place of returning a response."""
+    """Settle a request whose application raised and returned no response."""
     request.fail()
     response = Response()
     response.environ, response.request, response.iterable = environ, request, None
@@ -259,15 +256,15 @@ def fail(environ: dict[str, Any], request: RequestRecord) -> None:
 
 
 def is_iterable(thing: object) -> bool:
-    """Say whether *thing* can be a response.
+    """Return True if *thing* can be a response.
 
-    What cannot, such as gunicorn's ALREADY_HANDLED, a server knows by its identity.
+    A server compares other objects, such as gunicorn's ALREADY_HANDLED, by identity.
     """
     return hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
 
 
 def is_file(files: type | FileWrapper, iterable: object) -> bool:
-    """Say whether *iterable* is a file that the server has wrapped."""
+    """Return True if *iterable* is a file that the server has wrapped."""
     if isinstance(files, FileWrapper):
         return files.has_made(iterable)
     return isinstance(iterable, files)

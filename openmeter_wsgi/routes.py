@@ -1,4 +1,4 @@
-"""Routes: rules of methods and paths, and the policy that governs a request."""
+"""Routes: rules of methods and paths, and the policy of a request."""
 
 from __future__ import annotations
 
@@ -54,10 +54,15 @@ class RouteRule:
 
     __slots__ = ("methods", "path", "text")
 
+    text: str
+    path: str
+    #: Empty for all of them.
+    methods: frozenset[str]
+
     def __init__(self, text: object) -> None:
         if isinstance(text, str) and text.strip() == EVERY_OTHER:
             self.text = self.path = EVERY_OTHER
-            self.methods: frozenset[str] = frozenset()
+            self.methods = frozenset()
             return
         found = _RULE.fullmatch(text.strip()) if isinstance(text, str) else None
         if found is None:
@@ -93,22 +98,22 @@ class RouteRule:
 
     @property
     def is_every_other(self) -> bool:
-        """Whether it stands for all requests that no other rule matches."""
+        """True for ``*``, the rule of all requests that no other rule matches."""
         return self.path == EVERY_OTHER
 
     @property
     def is_exact(self) -> bool:
-        """Whether it stands for one path alone."""
+        """True if it matches one path only."""
         return "<" not in self.path
 
     @property
     def names_options(self) -> bool:
-        """Whether it names OPTIONS, which is metered nowhere else."""
+        """True if it names OPTIONS, which is metered under such a rule only."""
         return "OPTIONS" in self.methods
 
 
 def _meant(path: str) -> str:
-    """Return the rule that *path* stands for in other frameworks and documents."""
+    """Return *path*, written as in another framework, as a rule of werkzeug."""
     path = _TYPE_BEHIND.sub(lambda found: _variable(found[1], found[2]), path)
     path = _TEXT.sub(lambda found: _variable(found[1], ""), path)
     meant, end = "", 0
@@ -119,7 +124,7 @@ def _meant(path: str) -> str:
 
 
 def _literal_meant(text: str) -> str:
-    """Return what is meant by *text*, in which there is no variable of werkzeug's."""
+    """Return *text*, a part without variables of werkzeug, as a part of its rule."""
     text = _QUERY.sub("", text)
     text = _BRACES.sub(lambda found: _variable(found[1], found[2] or ""), text)
     text = _COLON.sub(lambda found: f"/<{found[1]}>", text)
@@ -133,10 +138,11 @@ def _variable(name: str, kind: str) -> str:
 
 
 def _matched_together(path: str) -> int:
-    """Return how many variables of any length one regular expression has to match.
+    """Return the most variables of any length in one regular expression of werkzeug.
 
-    werkzeug makes one of each part between slashes, and of all from a ``<path:…>`` on.
-    One variable alone between two slashes ends there, so it is not counted.
+    werkzeug makes one expression for each part between slashes, and one for all parts
+    from a ``<path:…>`` on. A variable alone between two slashes is not counted, because
+    it ends at the slash.
     """
     parts = _VARIABLE.sub(_mark, path).split("/")
     most = together = 0
@@ -149,7 +155,7 @@ def _matched_together(path: str) -> int:
     return most
 
 
-#: Stand for a variable of any length; no rule holds blanks.
+#: These stand for a variable of any length; no rule has blanks.
 _MARK, _PATH_MARK = " ", "\n"
 
 
@@ -173,16 +179,16 @@ _ODD = re.compile(r"\A[^/]|//|/\.\.?(?:/|\Z)|[\x00-\x1f\x7f-\xff]")
 
 
 class Routes(Generic[T]):
-    """What belongs to a request by its method and path. Immutable; any thread.
+    """Finds the entry of a request by its method and path. Immutable; any thread.
 
-    A rule with a method goes before one without, an exact path before a variable, and
-    among variables werkzeug's order decides: the most specific wins. GET means HEAD,
-    too, unless HEAD is named. A slash at the end makes no difference unless both forms
-    are named: an application may serve both, and means the same price.
+    A rule with a method wins over one without, an exact path over a variable, and among
+    variables the most specific rule wins, in werkzeug's order. GET includes HEAD unless
+    HEAD is named. A slash at the end makes no difference unless both forms are named,
+    because an application may serve both.
 
-    A path in an odd spelling, such as ``/v1//search`` or ``/v1/sea%FFrch``, is one that
-    some frameworks serve as ``/v1/search``. Of what belongs to the two, that governs
-    for which *strictness* is greater: a client cannot choose a price by its spelling.
+    Some frameworks serve ``/v1//search`` or ``/v1/sea%FFrch`` as ``/v1/search``. Of the
+    entries for both spellings the one with the greater *strictness* wins, so that no
+    client chooses a price by spelling.
     """
 
     def __init__(
@@ -197,7 +203,7 @@ class Routes(Generic[T]):
         #: What belongs to requests that no other rule matches.
         self._unmatched = every_other[0] if every_other else default
         rules = [each for each in rules if not each[0].is_every_other]
-        #: ValueError is a converter's, of a value too long.
+        #: A converter raises ValueError for a value that is too long.
         self._not_found = (HTTPException, RoutingException, ValueError)
         self._strictness = strictness
         self._tables = {
@@ -210,7 +216,7 @@ class Routes(Generic[T]):
         }
 
     def find(self, environ: Mapping[str, Any]) -> T:
-        """Return what belongs to the request. Never raises."""
+        """Return the entry of the request. Never raises."""
         tables = self._tables
         table = tables.get(method_of(environ)) or tables[_ANY]
         path = environ.get("PATH_INFO", "")
@@ -222,17 +228,17 @@ class Routes(Generic[T]):
             return own
         exact: Any = table.exact
         meant: T = exact[plain] if plain in exact else self._match(table, plain)
-        # Of two that are equally strict a rule goes before none.
+        # If both are equally strict, a rule wins over no rule.
         both = (own, meant) if meant is self._unmatched else (meant, own)
         return max(both, key=self._strictness)
 
     def by_template(
         self, template: str, environ: Mapping[str, Any], own: T
     ) -> T | None:
-        """Return what belongs to the rule that is written as *template*.
+        """Return the entry of the rule that is written as *template*.
 
-        None if there is no such rule, or it is not stricter than *own*. For requests of
-        which the framework has said by which of its routes it serves them.
+        None if there is no such rule, or it is not stricter than *own*. For requests
+        whose route the framework has told.
         """
         table = self._tables.get(method_of(environ)) or self._tables[_ANY]
         found: Any = table.by_template.get(_shape(template), own)
@@ -240,7 +246,7 @@ class Routes(Generic[T]):
         return found if strictness(found) > strictness(own) else None
 
     def _match(self, table: _Table[T], path: str) -> T:
-        """Return what belongs to the rule with a variable that *path* matches."""
+        """Return the entry of the rule with variables that *path* matches."""
         if table.adapter is None:
             return self._unmatched
         try:
@@ -267,7 +273,7 @@ class _Table(Generic[T]):
         for path, each in list(self.exact.items()):
             self.exact.setdefault(path.removesuffix("/"), each)
             self.exact.setdefault(path.removesuffix("/") + "/", each)
-        #: By what all spellings of a rule have in common, in every framework.
+        #: By the shape of the rule, which is the same in every framework.
         self.by_template = {_shape(rule.path): each for rule, each in rules}
         variable = [(rule.path, each) for rule, each in rules if not rule.is_exact]
         #: By the number that is the endpoint of its rule.
@@ -279,7 +285,7 @@ class _Table(Generic[T]):
 def _for_method(
     rules: list[tuple[RouteRule, T]], method: str
 ) -> list[tuple[RouteRule, T]]:
-    """Return the rules that a request of *method* can meet, one for each path."""
+    """Return the rules that a request of *method* can match, one for each path."""
     by_path: dict[str, tuple[RouteRule, T]] = {}
     for wanted in (_ANY, "GET" if method == "HEAD" else method, method):
         for rule, belongs in rules:
@@ -294,10 +300,7 @@ def _shape(template: str) -> str:
 
 
 def _text(path: str) -> str:
-    """Return a path as the text that it was sent as.
-
-    WSGI hands over its bytes, each as one character (PEP 3333).
-    """
+    """Return a path as text. In WSGI each byte is one character (PEP 3333)."""
     if path.isascii():
         return path
     return path.encode("latin-1", "replace").decode(errors="replace")
@@ -306,9 +309,9 @@ def _text(path: str) -> str:
 def _plain(path: str) -> str:
     """Return *path* in its usual spelling, as some framework reads it.
 
-    Bottle drops bytes that are no UTF-8, Falcon and werkzeug take any number of slashes
-    in front for one, Pyramid resolves dots, regular expressions that end in ``$`` let a
-    line end pass.
+    Bottle drops bytes that are not UTF-8, Falcon and werkzeug read several slashes in
+    front as one, Pyramid resolves dots, and regular expressions that end in ``$`` match
+    a line end.
     """
     text = path.encode("latin-1", "ignore").decode(errors="ignore").removesuffix("\n")
     is_directory = text.endswith("/")

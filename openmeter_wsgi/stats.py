@@ -174,15 +174,15 @@ class Counts:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.metered = 0
-        self.events = 0
-        self.delivered = 0
-        self.dead_lettered = 0
-        self.ambiguous = 0
-        self.retries = 0
-        self.unspooled = 0
+        self.metered: int = 0
+        self.events: int = 0
+        self.delivered: int = 0
+        self.dead_lettered: int = 0
+        self.ambiguous: int = 0
+        self.retries: int = 0
+        self.unspooled: int = 0
         #: Allowed by a known answer on the short way (see `passing`).
-        self.passed = 0
+        self.passed: int = 0
         self.dropped: defaultdict[str, int] = defaultdict(int)
         self.allowed: defaultdict[str, int] = defaultdict(int)
         self.denied: defaultdict[str, int] = defaultdict(int)
@@ -190,8 +190,8 @@ class Counts:
         self.denied_by_source: defaultdict[str, int] = defaultdict(int)
         self.let_through_by_source: defaultdict[str, int] = defaultdict(int)
         self.remarks: defaultdict[str, int] = defaultdict(int)
-        self.delivery_seconds = RunningDurations()
-        self.attempt_seconds = RunningDurations()
+        self.delivery_seconds: RunningDurations = RunningDurations()
+        self.attempt_seconds: RunningDurations = RunningDurations()
 
     def stats(
         self,

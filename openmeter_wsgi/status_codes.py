@@ -19,9 +19,9 @@ class StatusCodes:
 
     def __init__(self, codes: str | Iterable[int | str] | StatusCodes) -> None:
         #: Every code, as the first three characters of a WSGI status line.
-        self.codes = frozenset(f"{code}" for code in _read(codes))
+        self.codes: frozenset[str] = frozenset(f"{code}" for code in _read(codes))
         #: The same, as short as it can be said.
-        self.text = _shortest(sorted(map(int, self.codes)))
+        self.text: str = _shortest(sorted(map(int, self.codes)))
 
     def __contains__(self, code: str) -> bool:
         return code in self.codes

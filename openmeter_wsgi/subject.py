@@ -1,10 +1,10 @@
-"""Who is metered: from an environ to the subject of its events."""
+"""Finds the subject to bill from the environ."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.request import RequestRecord
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 _NOTHING: Any = object()
 #: From an environ to its subject, None where it has none.
@@ -25,9 +25,9 @@ FindSubject: TypeAlias = Callable[[dict[str, Any]], str | None]
 class SubjectFinder:
     """Finds the subject of requests under one policy. Any thread.
 
-    Asked in turn: :func:`set_subject`, ``subject``, ``subject_path`` on the user,
-    ``REMOTE_USER``. Empty means missing. Called at the end of the response; what a
-    user's callable raises is logged and counts as missing.
+    The first of these that is not empty: :func:`set_subject`, ``subject``,
+    ``subject_path`` in the user, ``REMOTE_USER``. It is called at the end of the
+    response; an error in a user's callable is logged and counts as no subject.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -35,14 +35,14 @@ class SubjectFinder:
         self._fallback = None if missing == "skip" else missing
         self._from_policy = _policy_source(policy)
         self._from_user = path_reader(policy.subject_path)
-        #: Whom all requests are billed to that do not say who is calling. None where
-        #: they have no subject, or a long one, or the policy finds it elsewhere.
-        self.anonymous = None
+        #: The subject of all requests without a caller. None if they have none, or a
+        #: long one, or the policy reads the subject from the request.
+        self.anonymous: str | None = None
         if policy.subject is None and len(missing) <= SHORT_SUBJECT:
             self.anonymous = self._fallback
 
     def find(self, environ: dict[str, Any]) -> str | None:
-        """Return the subject of a request, None where it has none."""
+        """Return the subject of a request, None if it has none."""
         request: RequestRecord | None = environ.get(REQUEST)
         caller = None if request is None else request.caller
         if caller and SUBJECT in caller and (text := _text(caller[SUBJECT])):
@@ -56,7 +56,7 @@ class SubjectFinder:
         return self._fallback
 
     def missing_path(self, environ: dict[str, Any]) -> MissingPath | None:
-        """Return the path of the policy that led to nothing, None if all did not."""
+        """Return the path of the policy if it leads to nothing, else None."""
         found = None if self._from_policy is None else self._from_policy(environ)
         request: RequestRecord | None = environ.get(REQUEST)
         caller = None if request is None else request.caller
@@ -95,7 +95,7 @@ def _header_source(name: str, has_commas: bool) -> Callable[[dict[str, Any]], ob
     def read(environ: dict[str, Any]) -> object:
         text = _header_text(environ.get(key, ""))
         if "," in text and not has_commas:
-            # Servers join headers of one name by commas: the proxy's and the client's.
+            # Servers join headers of one name by commas, also a proxy's and a client's.
             logger.error(
                 "subject: a comma in the header %r: it was sent twice, perhaps by "
                 "proxy and client, and the request counts as one without subject; "
@@ -109,11 +109,10 @@ def _header_source(name: str, has_commas: bool) -> Callable[[dict[str, Any]], ob
 
 
 def _header_text(value: object) -> str:
-    """Return a header as the text it was sent as.
+    """Return a header as text.
 
-    WSGI hands over its bytes, each as one character (PEP 3333). What is no UTF-8
-    stays the Latin-1 that HTTP once meant. What an application has put in its place
-    may be no text.
+    In WSGI each byte of a header is one character (PEP 3333). Bytes that are not UTF-8
+    stay Latin-1. An application may have put another object in its place.
     """
     if not isinstance(value, str):
         return _text(value) or ""
@@ -130,16 +129,16 @@ class MissingPath(NamedTuple):
     """Stands for a subject at a path that leads to nothing."""
 
     path: str
-    #: What has nothing of that name: the root of the path, or the type of an object.
+    #: The root of the path, or the type of the object, that lacks the name.
     owner: str
     name: str
 
 
 def path_reader(path: str, root: str = "") -> Callable[[object], object]:
-    """Return what follows *path* through mappings, sequences and attributes.
+    """Return a function that follows *path* through mappings, sequences, attributes.
 
-    Where it leads to nothing that is a `MissingPath`. *root* is what the path begins
-    with in the configuration.
+    It returns a `MissingPath` if the path leads to nothing. *root* is the beginning of
+    the path in the configuration.
     """
     names = path.removeprefix(".").split(".")
     whole = f"{root}.{path}" if root else path
@@ -172,7 +171,7 @@ def _step(value: Any, name: str) -> Any:
 
 
 def _text(subject: object) -> str | None:
-    """Return a subject as text. Numbers and UUIDs are what databases call it."""
+    """Return a subject as text. Databases have numbers and UUIDs, too."""
     if isinstance(subject, int | UUID) and not isinstance(subject, bool):
         with contextlib.suppress(ValueError):  # of an integer of thousands of digits
             return str(subject)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.events import Meter, Meters
     from openmeter_wsgi.health import Health
+    from openmeter_wsgi.option_types import Options
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
     from openmeter_wsgi.stats import Stats
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class Usage:
@@ -33,7 +34,9 @@ class Usage:
     :raises ConfigError: with every problem of the configuration.
     """
 
-    def __init__(self, policy: Policy | None = None, **options: Any) -> None:
+    def __init__(
+        self, policy: Policy | None = None, **options: Unpack[Options]
+    ) -> None:
         # It serves no request. Its ids, counts, delivery and exit are all that we need.
         self._middleware = OpenMeterMiddleware(_no_application, policy, **options)
         self._policy = self._middleware.policy

@@ -1,8 +1,8 @@
-"""Values of an event: JSON data, numbers, text, sources and times, checked.
+"""Checks and encodes the values of an event: data, numbers, text, sources, times.
 
-OpenMeter re-reads ``data`` into 64-bit floats and takes numbers from text as
-well; so whatever a float cannot hold travels as text. NaN and infinity are no
-JSON: an encoder writes null for them, and the meter silently counts nothing.
+OpenMeter reads numbers in ``data`` into 64-bit floats, and takes text for numbers; so a
+number that no float can hold is sent as text. NaN and infinity are not JSON: they would
+be sent as null, and the meter would count nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal
 from math import floor, inf
 from string import ascii_letters, digits, hexdigits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 MAX_EXACT_INTEGER = 2**53
 #: OpenMeter writes each event into a Kafka message, which may not be larger.
 MAX_MESSAGE_BYTES = 1_000_000
-#: Of it this much is for its headers, its frame, and the names of its fields.
+#: The part of it for headers, frame and the names of fields.
 _FRAME_BYTES = 512
-#: An event is never more than this many times as long in its message: `<` in the data
-#: takes seven bytes there.
+#: A message is at most so many times as long as its event: a `<` in the data takes
+#: seven bytes there.
 MAX_GROWTH = 8
-#: A subject of as many characters is never what makes an event large.
+#: A subject of so many characters does not make an event too large.
 SHORT_SUBJECT = 1_000
 #: A number that travels as text has no more digits.
 MAX_DIGITS = 60
 #: The decimal places of a float that is added to a Decimal.
 _FLOAT_PLACES = 40
 
-#: Decimals are added in a context of ours. The application's may round to three
-#: digits, or raise what it calls inexact. Any two floats have an exact sum here.
+#: The context in which Decimals are added. That of the application may round, or raise
+#: errors. Any two floats have an exact sum here.
 _CONTEXT = Context(
     prec=1_000, rounding=ROUND_HALF_EVEN, Emin=-99_999, Emax=99_999,
     capitals=1, clamp=0, flags=[], traps=[],
@@ -53,9 +53,9 @@ _CONTEXT = Context(
 def encode_data(data: object, what: str) -> bytes:
     """Encode the ``data`` of an event, without the keys whose value is None.
 
-    OpenMeter refuses a null there, and takes one further down.
+    OpenMeter refuses a null at this level, and takes it deeper.
 
-    :raises MeterValueError: if it is no JSON object or holds what cannot arrive.
+    :raises MeterValueError: if it is no JSON object, or OpenMeter could not read it.
     """
     if not isinstance(data, Mapping):
         raise MeterValueError(f"{what}: expected a JSON object, got {shown(data)}")
@@ -84,10 +84,10 @@ def add_exactly(left: Decimal, right: Decimal) -> Decimal:
 
 
 def as_decimal(number: float | Decimal) -> Decimal:
-    """Return a finite number as a Decimal; of a float the shortest text was meant.
+    """Return a finite number as a Decimal; a float as its shortest text.
 
-    A float has no more than 40 places: a sum with what is left of a rounding would
-    have more digits than can be sent.
+    A float is rounded to 40 places: with the residue of a rounding a sum would have
+    too many digits to be sent.
     """
     if isinstance(number, Decimal):
         return number
@@ -100,7 +100,7 @@ def as_decimal(number: float | Decimal) -> Decimal:
 
 
 def digits_problem(number: float | Decimal) -> str | None:
-    """Say that a finite number has too many digits for a text, None if it has not."""
+    """Return an error if a finite number has too many digits to be sent, else None."""
     if isinstance(number, Decimal):
         # Not counted in the text: that of 1E-999999999 would fill the memory.
         _, digits, exponent = number.as_tuple()
@@ -116,11 +116,11 @@ def digits_problem(number: float | Decimal) -> str | None:
 
 
 def text_problem(value: object) -> str | None:
-    """Say what is wrong with *value* as a type, id or subject."""
+    """Return an error if *value* cannot be a type, id or subject, else None."""
     if not isinstance(value, str) or not value:
         return f"expected text that is not empty, got {shown(value)}"
     if "\0" in value:
-        # OpenMeter takes it, and then no list of events that would show it.
+        # OpenMeter would take it, and then fail to list its events.
         return f"expected text without NUL, got {shown(value)}"
     try:
         value.encode()
@@ -130,7 +130,7 @@ def text_problem(value: object) -> str | None:
 
 
 def is_finite(number: float | Decimal) -> bool:
-    """Say whether a float can hold *number*, which OpenMeter reads into one."""
+    """Return True if a 64-bit float can hold *number*; OpenMeter uses such floats."""
     try:
         return math.isfinite(float(number))
     except (OverflowError, ValueError):  # a huge integer, a signalling NaN
@@ -176,7 +176,7 @@ def _key(key: object, path: str) -> str:
 
 
 def _builtin(value: object, path: str) -> object:
-    """Return a date, UUID, set, dataclass or Struct as what JSON knows."""
+    """Return a date, UUID, set, dataclass or Struct as JSON types."""
     try:
         return msgspec.to_builtins(value)
     except TypeError:
@@ -189,7 +189,7 @@ def _builtin(value: object, path: str) -> object:
 
 
 class _Event(msgspec.Struct):
-    """What OpenMeter makes a message of."""
+    """The attributes that OpenMeter puts into its message."""
 
     id: str
     source: str
@@ -212,7 +212,7 @@ def message_bytes(event: bytes) -> int:
 
 
 def too_large(size: int) -> str:
-    """Say that a message is too large."""
+    """Return the error of a message that is too large."""
     return (
         f"expected at most {MAX_MESSAGE_BYTES} bytes in the message that OpenMeter "
         f"makes of it (<, > and & take seven there, a quotation mark two), got {size}"
@@ -220,13 +220,13 @@ def too_large(size: int) -> str:
 
 
 def _text_bytes(text: bytes) -> int:
-    """Return how long a JSON text is in Go, which escapes what HTML gives a meaning."""
+    """Return the length of a JSON text as Go writes it, with <, > and & escaped."""
     escaped = sum(map(text.count, (b"<", b">", b"&")))
     return len(text) + 5 * escaped + 3 * _separators(text)
 
 
 def _data_bytes(data: bytes) -> int:
-    """Return how long a JSON document is within a JSON text, both written by Go."""
+    """Return the length of a JSON document as Go writes it within a JSON text."""
     size = _text_bytes(data)
     # Each escape by Go gains a backslash, as does each quotation mark and backslash.
     again = sum(map(data.count, (b'"', b"\\", b"<", b">", b"&")))
@@ -234,13 +234,13 @@ def _data_bytes(data: bytes) -> int:
 
 
 def _separators(text: bytes) -> int:
-    """Return how many U+2028 and U+2029 there are."""
+    """Return the number of U+2028 and U+2029."""
     return text.count(b"\xe2\x80\xa8") + text.count(b"\xe2\x80\xa9")
 
 
 def _number_growth(data: bytes) -> int:
-    """Return by how much Go writes the floats of a document longer than we do."""
-    # Texts are matched to be passed over.
+    """Return the bytes that Go adds by its notation of the floats of a document."""
+    # The first alternative skips texts.
     found = re.findall(rb'"(?:[^"\\]|\\.)*"|(-?\d+(?:\.\d+(?:e-?\d+)?|e-?\d+))', data)
     return sum(len(_as_go_writes(number)) - len(number) for number in found if number)
 
@@ -262,7 +262,7 @@ _ENDS = frozenset("/?#")
 
 
 def source_problem(source: object) -> str | None:
-    """Say what is wrong with *source*, as the parser behind OpenMeter sees it."""
+    """Return an error if OpenMeter's parser refuses *source*, else None."""
     if not isinstance(source, str) or not _is_written_right(source):
         return f"expected a URI reference such as 'my-api', got {shown(source)}"
     before, colon, _ = source.partition(":")
@@ -295,10 +295,10 @@ _HUNDREDTHS = tuple(f".{n:02}Z" for n in range(100))
 
 
 class Clock:
-    """What says the time, as text. Any thread.
+    """The present time as text, to the hundredth of a second. Any thread.
 
-    To format even a hundredth of a second costs more than to look whether it is still
-    the same. How long it is says a clock that nobody sets back.
+    The text is kept until its hundredth is over, by the monotonic clock: formatting a
+    time costs more than comparing two.
     """
 
     __slots__ = ("_second", "monotonic", "now", "text", "until")
@@ -308,8 +308,8 @@ class Clock:
         self.now: Callable[[], float] = time.time
         self.monotonic: Callable[[], float] = time.monotonic
         #: The text of this moment, until `monotonic` says that it is not.
-        self.text = ""
-        self.until = 0.0
+        self.text: str = ""
+        self.until: float = 0.0
         self._second: tuple[int, str] = (0, "1970-01-01T00:00:00")
 
     def renew(self) -> str:
@@ -322,19 +322,19 @@ class Clock:
             text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
             self._second = (whole, text)
         text += _HUNDREDTHS[hundredths % 100]
-        # In this order: who sees that it is not over yet gets this text or a later one.
+        # In this order: a thread that sees the new `until` must see the new text.
         self.text = text
         self.until = self.monotonic() + (hundredths + 1) / 100.0 - now
         return text
 
 
-clock = Clock()
+clock: Final = Clock()
 
 
 def set_clock(now: Callable[[], float]) -> Callable[[], float]:
-    """Let *now* say what time it is (seconds since 1970); return what did before."""
+    """Read the time from *now* (seconds since 1970); return the clock before it."""
     before, clock.now = clock.now, now
-    # Of another clock nobody knows how long a hundredth of a second takes.
+    # Another clock may run at another speed, so no text is kept.
     clock.monotonic = time.monotonic if now is time.time else lambda: inf
     clock.until = 0.0
     return before
@@ -343,17 +343,17 @@ def set_clock(now: Callable[[], float]) -> Callable[[], float]:
 def timestamp() -> str:
     """Return the present moment, to the hundredth of a second.
 
-    OpenMeter keeps whole seconds; the rest tells how long an event was on its way.
+    OpenMeter keeps whole seconds; we need the rest for the age of an event.
     """
     return clock.text if clock.monotonic() < clock.until else clock.renew()
 
 
-#: Of a timestamp in UTC: all but the fraction of a second and the Z.
+#: The length of a timestamp without the fraction of a second and the Z.
 WHOLE_SECONDS = len("2026-01-02T03:04:05")
 
 
 def is_later(left: str, right: str) -> bool:
-    """Say whether one timestamp in UTC is in a later second than another."""
+    """Return True if *left* is in a later second than *right*, both in UTC."""
     return left[:WHOLE_SECONDS] > right[:WHOLE_SECONDS]
 
 
@@ -362,10 +362,7 @@ class _Timed(msgspec.Struct):
 
 
 def moment_of(event: bytes) -> float | None:
-    """Return the time of an encoded event, in seconds since 1970, None if it has none.
-
-    That of its request, or what the application has stated instead.
-    """
+    """Return the time of an encoded event in seconds since 1970, or None."""
     try:
         return msgspec.json.decode(event, type=_Timed).time.timestamp()
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -373,7 +370,7 @@ def moment_of(event: bytes) -> float | None:
 
 
 def age_of(event: bytes) -> float:
-    """Return for how many seconds an encoded event is there, 0 if that is unknown."""
+    """Return the age of an encoded event in seconds, 0 if that is unknown."""
     moment = moment_of(event)
     return 0.0 if moment is None else max(time.time() - moment, 0.0)
 

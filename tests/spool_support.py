@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from openmeter_wsgi.cli import spool
 from openmeter_wsgi.spool.files import MAPPED
 
-COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
+COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi"]
 #: Its events are for the server that SPOOL_SERVER names.
 WORKER = """
 import json, os, sys

@@ -87,10 +87,10 @@ def public_names(modules: list[Module]) -> int:
     """Return how many names the package's own module offers."""
     (top,) = (module for module in modules if not module.name)
     return sum(
-        alias.asname is not None
-        for node in ast.walk(top.tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        len(node.value.elts)
+        for node in top.tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+        if ast.unparse(node.targets[0]) == "__all__"
     )
 
 
@@ -99,12 +99,11 @@ def options(modules: list[Module]) -> int:
     classes = [
         node
         for module in modules
-        if module.is_in("policy", "options")
+        if module.is_in("policy")
         for node in module.tree.body
-        if isinstance(node, ast.ClassDef) and re.search(r"Options$|^Policy$", node.name)
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Options")
     ]
-    fields = [f for each in classes for f in each.body if isinstance(f, ast.AnnAssign)]
-    return sum(not ast.unparse(field.target).startswith("_") for field in fields)
+    return sum(isinstance(f, ast.AnnAssign) for each in classes for f in each.body)
 
 
 def figures(package: Path) -> dict[str, str]:

@@ -146,7 +146,7 @@ def assert_adds_up(total: Stats, clients: Clients) -> None:
 
 @pytest.mark.load
 def test_all_that_was_settled_is_accounted_for_in_memory(openmeter, tmp_path):
-    total, clients = account(openmeter, tmp_path, OPENMETER_MAX_QUEUE_EVENTS="40")
+    total, clients = account(openmeter, tmp_path, OPENMETER_MAX_QUEUE_BYTES="10000")
 
     assert_adds_up(total, clients)
     assert total.dropped["queue_full"] > 0

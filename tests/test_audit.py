@@ -142,7 +142,7 @@ def test_at_level_debug_there_is_a_line(
 
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG]
     assert len(lines) == 2
-    assert lines[0].startswith("not billed: ")
+    assert lines[0].startswith("openmeter_wsgi: not billed: ")
     assert lines[0].endswith(f": {reason} [default]")
     assert "/api/v1/search" in lines[0]
 

@@ -301,7 +301,7 @@ def test_a_wrong_path_in_flask_is_named_with_the_object_and_the_count(
 
     [said] = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert said.getMessage() == (
-        "subject at 'g.custmer': g has no 'custmer'; "
+        "openmeter_wsgi: subject at 'g.custmer': g has no 'custmer'; "
         "1 requests without subject are not billed"
     )
     assert extension is not None
@@ -319,7 +319,9 @@ def test_a_wrong_path_to_a_user_is_named_with_the_object(
     serve(metered(app, subject_path="org.key", dry_run=True), environ)
 
     [said] = [r for r in caplog.records if r.levelno == logging.ERROR]
-    assert said.getMessage().startswith("subject at 'org.key': a dict has no 'key'")
+    assert said.getMessage().startswith(
+        "openmeter_wsgi: subject at 'org.key': a dict has no 'key'"
+    )
 
 
 # -- Prices

@@ -37,7 +37,7 @@ def test_a_policy_that_bills_errors_is_named_at_the_start(
     ((level, text),) = said(caplog, meter_on_status_codes=codes)
 
     assert level == "WARNING"
-    assert text.startswith("policy 'default': meter_on_status_codes='")
+    assert text.startswith("openmeter_wsgi: policy 'default': meter_on_status_codes='")
     assert text.endswith("' bills responses that are errors, too")
 
 
@@ -58,9 +58,9 @@ def test_every_route_is_named_by_its_rule(caplog: pytest.LogCaptureFixture) -> N
 
     lines = said(caplog, routes=routes)
 
-    assert [(level, text.split(":")[0]) for level, text in lines] == [
-        ("WARNING", "policy '/a'"),
-        ("WARNING", "policy 'GET /c/<d>'"),
+    assert [(level, text.split(":")[1]) for level, text in lines] == [
+        ("WARNING", " policy '/a'"),
+        ("WARNING", " policy 'GET /c/<d>'"),
     ]
 
 
@@ -72,5 +72,5 @@ def test_a_view_is_named_when_it_is_first_called(
         Consumer().serve(middleware, make_environ())
 
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert [text.split(":")[0] for text in warnings] == ["policy 'view decorated'"]
+    assert [text.split(":")[1] for text in warnings] == [" policy 'view decorated'"]
     assert middleware.stats().events == 2

@@ -492,7 +492,7 @@ def test_options_that_differ_with_each_request_are_told_of(
 
     (said,) = [r for r in caplog.records if "telling_view" in r.getMessage()]
     assert said.levelname == "WARNING"
-    assert "with other options each time" in said.getMessage()
+    assert "again and again with other options" in said.getMessage()
 
 
 @pytest.mark.parametrize(

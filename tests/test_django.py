@@ -401,6 +401,11 @@ def test_options_win_over_settings_and_settings_over_variables(make, monkeypatch
     assert said == (7, "said", "given")
 
 
+def test_events_come_from_the_project_unless_it_says_more(make):
+    assert make().policy.event_source == settings.ROOT_URLCONF.partition(".")[0]
+    assert make({"event_source": "till"}).policy.event_source == "till"
+
+
 def test_without_the_view_middleware_there_is_no_application(make):
     make()
 

@@ -27,6 +27,7 @@ from openmeter_wsgi import (
 )
 from openmeter_wsgi.entitlements.cache import AnswerCache, CachedAnswer, Lifetimes
 from openmeter_wsgi.entitlements.client import Answer as EntitlementAnswer
+from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.request import REQUEST
 from servers import TIMEOUT
 
@@ -191,7 +192,8 @@ def test_the_log_says_once_who_was_denied_what(make, entitled, caplog):
     for _ in range(5):
         ask(app)
 
-    lines = [r.getMessage() for r in caplog.records if "denied" in r.getMessage()]
+    messages = [r.getMessage().removeprefix(PREFIX) for r in caplog.records]
+    lines = [message for message in messages if "denied" in message]
     assert lines == [
         "subject 'acme', feature 'searches': limit_reached, denied "
         "(balance 0, usage 107, overage 7)"

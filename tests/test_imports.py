@@ -66,7 +66,7 @@ def test_a_middleware_in_memory_imports_nothing_of_spool_routes_and_bodies() -> 
         run(
             "import sys\n"
             "from openmeter_wsgi import OpenMeterMiddleware\n"
-            "OpenMeterMiddleware(None, meters={'requests': 1}, api_key='om_made_up')\n"
+            "OpenMeterMiddleware(print, meters={'requests': 1}, api_key='om_made_up')\n"
             "print(*sys.modules)"
         ).split()
     )

@@ -37,9 +37,9 @@ def test_a_line_is_written_once_a_minute_with_the_number_of_repetitions(
         logger.error("%s: away for %d s", "server", clock.now)
 
     assert caplog.messages == [
-        "server: away for 0 s",
-        "server: away for 60 s (and 3 times before)",
-        "server: away for 120 s (and 1 times before)",
+        "openmeter_wsgi: server: away for 0 s",
+        "openmeter_wsgi: server: away for 60 s (and 3 times before)",
+        "openmeter_wsgi: server: away for 120 s (and 1 times before)",
     ]
 
 
@@ -47,7 +47,7 @@ def test_a_line_that_comes_rarely_is_written_as_it_is(logger, clock, caplog):
     for clock.now in (0.0, 60.0, 500.0):
         logger.warning("away")
 
-    assert caplog.messages == ["away"] * 3
+    assert caplog.messages == ["openmeter_wsgi: away"] * 3
 
 
 def test_lines_differ_by_level_template_and_first_argument(logger, clock, caplog):
@@ -64,14 +64,14 @@ def test_further_arguments_are_figures(logger, clock, caplog):
     logger.error("%s: %d", "left", 1)
     logger.error("%s: %d", "left", 2)
 
-    assert caplog.messages == ["left: 1"]
+    assert caplog.messages == ["openmeter_wsgi: left: 1"]
 
 
 def test_debugging_is_never_thinned(logger, clock, caplog):
     logger.debug("again")
     logger.debug("again")
 
-    assert caplog.messages == ["again"] * 2
+    assert caplog.messages == ["openmeter_wsgi: again"] * 2
 
 
 @pytest.mark.parametrize("arguments", [({"a": 1},), (None,), (b"\xff",), ()])
@@ -89,7 +89,7 @@ def test_what_is_remembered_is_bounded(logger, clock, caplog):
         logger.error("%s", number)
     logger.error("%s", "first")
 
-    assert caplog.messages.count("first") == 2
+    assert caplog.messages.count("openmeter_wsgi: first") == 2
 
 
 def test_loggers_are_thinned_each_on_its_own(caplog):
@@ -98,6 +98,6 @@ def test_loggers_are_thinned_each_on_its_own(caplog):
     one.error("again")
     two.error("again")
 
-    assert caplog.messages == ["again"] * 2
+    assert caplog.messages == ["openmeter_wsgi: again"] * 2
     one.filters.clear()
     two.filters.clear()

@@ -42,6 +42,7 @@ from openmeter_wsgi import (
 )
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.bodies.llm_shapes import FIELDS, PLACES, PROVIDERS
+from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.measures import Measure, as_number, read_measure
 from servers import Consumer, make_environ
 
@@ -457,7 +458,11 @@ def test_what_has_no_value_is_counted_by_its_reason_and_the_rest_is_billed(
     assert [event["type"] for event in openmeter.taken] == ["requests"] * 3
     assert stats.dropped == {"no_value_not_json": 3}
     assert stats.not_metered == {}
-    warnings = [r.getMessage() for r in caplog.records if "no value" in r.msg]
+    warnings = [
+        r.getMessage().removeprefix(PREFIX)
+        for r in caplog.records
+        if "no value" in r.msg
+    ]
     assert warnings == [
         "GET /users/<id>: $llm.total_tokens has no value (not_json), so no 'tokens' "
         "is billed; said once, then counted as no_value_not_json"
@@ -478,7 +483,7 @@ def test_each_route_is_warned_of_once_and_head_takes_no_warning_away(
     for method_, path in [("HEAD", "/a"), ("GET", "/a"), ("GET", "/b"), ("GET", "/a")]:
         Consumer().serve(middleware, make_environ(method_, PATH_INFO=path))
 
-    warned = [r.getMessage().split(":")[0] for r in caplog.records]
+    warned = [r.getMessage().removeprefix(PREFIX).split(":")[0] for r in caplog.records]
     assert warned == ["HEAD /a", "GET /a", "GET /b"]
     assert middleware.stats().not_metered == {"no_value_no_usage": 4}
 
@@ -654,7 +659,9 @@ def test_several_reports_are_billed_as_the_largest_counted_and_logged(
     assert billed_by == {"all": 1_500, "output": 500, "stated": 1_500, "ollama": 1}
     assert remarks == {"ambiguous_usage": 3}
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert line.startswith("GET /users/<id>: the body holds several reports")
+    assert line.startswith(
+        "openmeter_wsgi: GET /users/<id>: the body holds several reports"
+    )
     assert "counted as ambiguous_usage" in line
 
 

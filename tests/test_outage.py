@@ -29,7 +29,10 @@ def make(openmeter):
 
 
 def lines(caplog):
-    return [f"{r.levelname} {r.getMessage()}" for r in caplog.records]
+    return [
+        f"{r.levelname} {r.getMessage().removeprefix(log.PREFIX)}"
+        for r in caplog.records
+    ]
 
 
 class Clock:

@@ -203,7 +203,7 @@ def test_variables_say_what_keywords_leave_out() -> None:
     assert policy.dry_run
     assert [meter.type for meter in policy.static_meters] == ["api_requests", "a"]
     assert policy.meter_on_status_codes == StatusCodes("200-299")
-    assert policy.event_source == "api-gateway"
+    assert policy.event_source == "openmeter_wsgi"
     assert policy.on_abort == "none"
 
 

@@ -105,7 +105,7 @@ def test_what_goes_wrong_with_delivery_is_counted(openmeter, registry):
 def test_two_middlewares_have_two_names(openmeter, registry):
     one, two = (middleware(openmeter, answer) for _ in range(2))
     export_metrics(one, registry=registry)
-    with pytest.raises(ValueError, match="Duplicated"):
+    with pytest.raises(ValueError, match="export each middleware once"):
         export_metrics(two, registry=registry)
 
     export_metrics(two, registry=registry, prefix="second")

@@ -42,7 +42,7 @@ class Billed(logging.Handler):
             self.middleware.process().billing.fast_path = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg == "dry run, would send %s":
+        if record.msg.endswith("dry run, would send %s"):
             self.events.append(json.loads(record.args[0]))  # type: ignore[index,arg-type]
 
     @property
@@ -724,7 +724,8 @@ def test_wrapped_twice_the_outer_meters_and_the_inner_says_so(
         assert inner.stats().settled == 0
     said = [r.getMessage() for r in caplog.records if "wrapped twice" in r.msg]
     assert said == [
-        "Inner: the application is wrapped twice; the outer middleware meters"
+        "openmeter_wsgi: Inner: the application is wrapped twice; the outer "
+        "middleware meters"
     ]
 
 

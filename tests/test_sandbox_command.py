@@ -15,7 +15,7 @@ from openmeter_wsgi.sandbox import Sandbox
 from servers import TIMEOUT
 from test_sandbox_support import Api, event
 
-COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi.cli"]
+COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi"]
 LINE = re.compile(r"OpenMeter sandbox listens on (http://\S+)\n")
 
 

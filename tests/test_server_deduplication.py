@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from openmeter_wsgi import log
+from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.spool import answers
 from spooling import event, server_dir, spool_queue
 
@@ -20,7 +21,7 @@ def spool(tmp_path):
 def lines(caplog):
     """Return (level, text) of what was said about deduplication."""
     return [
-        (record.levelname, record.getMessage())
+        (record.levelname, record.getMessage().removeprefix(PREFIX))
         for record in caplog.records
         if record.name == answers.__name__
     ]

@@ -117,7 +117,7 @@ def test_an_answer_that_would_forge_lines_stays_one_line(tmp_path, openmeter):
         line = ship.wait_for("OpenMeter answered 401")
         _, log = ship.end(signal.SIGTERM)
 
-    assert " ERROR OpenMeter answered 401" in line
+    assert " ERROR openmeter_wsgi: OpenMeter answered 401" in line
     assert "forged" in line
     assert line.strip().isprintable()
     assert not {"\x1b", "\r", "\u202e"} & set(log)

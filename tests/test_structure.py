@@ -3,9 +3,9 @@
 from tests import structure
 
 FILES = {
-    "__init__.py": '"""A package."""\nfrom made_up.policy import Policy as Policy\n',
+    "__init__.py": '"""A package."""\n__all__ = ["Policy"]\n',
     "policy.py": '"""What a policy is."""\nfrom made_up import errors\n\n'
-    'class Policy:\n    """Options."""\n\n    one: int = 1\n    _two: int = 2\n',
+    'class BillingOptions:\n    """Options."""\n\n    one: int = 1\n    two = 2\n',
     "errors.py": '"""Errors."""\nfrom typing import TYPE_CHECKING\n\n'
     "if TYPE_CHECKING:\n    from made_up.policy import Policy\n\n"
     'def fail():\n    """Say why it failed, or what else."""\n',

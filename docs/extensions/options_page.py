@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from docutils import nodes
     from sphinx.application import Sphinx
 
-#: In the order of the page.
+#: The options that most applications set, first on the page.
+COMMON = (
+    "api_key", "api_url", "meters", "meter", "subject", "routes", "spool_dir",
+    "required_entitlements",
+)  # fmt: skip
+#: The other options, in the order of the page.
 PARTS: dict[str, type] = {
-    "Billing": BillingOptions,
-    "Entitlements": EntitlementOptions,
-    "Delivery": DeliveryOptions,
+    "More for billing": BillingOptions,
+    "More for entitlements": EntitlementOptions,
+    "More for delivery": DeliveryOptions,
 }
 
 
@@ -61,7 +66,7 @@ class PolicyOptions(SphinxDirective):
     """Shows the options of a policy: a table first, then each by itself."""
 
     def run(self) -> list[nodes.Node]:
-        """Return what stands in place of the directive."""
+        """Return the tables and entries that replace the directive."""
         parts = {name: options_of(part) for name, part in PARTS.items()}
         options = [option for part in parts.values() for option in part]
         if unsaid := [option.name for option in options if not option.meaning]:
@@ -71,7 +76,15 @@ class PolicyOptions(SphinxDirective):
         expected = {field.name for field in dataclasses.fields(Policy) if field.init}
         if missing := expected - {option.name for option in options}:
             raise self.error(f"no part of the page has {', '.join(missing)}")
-        text = "\n".join(_page(parts))
+        by_name = {option.name: option for option in options}
+        page = {
+            "The eight that most applications set": [by_name[each] for each in COMMON],
+            **{
+                title: [option for option in part if option.name not in COMMON]
+                for title, part in parts.items()
+            },
+        }
+        text = "\n".join(_page(page))
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 

@@ -7,13 +7,13 @@ bounded memory whatever the length of the body, and never raises.
 
 from __future__ import annotations
 
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
 from openmeter_wsgi.log import get_logger
 
-logger = get_logger(__name__)
+logger: Final = get_logger(__name__)
 
 #: A document up to this size is kept whole and decoded at the end, in bytes.
 MAX_DOCUMENT_BYTES = 2**20

@@ -181,7 +181,9 @@ class Selection:
         self.members = members
         names = b"|".join(map(re.escape, members))
         #: Skips the members that are not selected, one by one.
-        self.others = re.compile(rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL)
+        self.others: re.Pattern[bytes] = re.compile(
+            rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL
+        )
 
 
 #: See :class:`Selection`.
@@ -246,7 +248,7 @@ class JSONScanner:
         self._selection = selection
         self._found = found
         #: Selected values that are too large to be kept, and documents nested too deep.
-        self.too_large = 0
+        self.too_large: int = 0
         self.reset()
 
     def reset(self) -> None:
@@ -255,7 +257,7 @@ class JSONScanner:
         # No bound method: with a cycle it would live until the next collection.
         self._step = JSONScanner._outside
         #: Whether there has been a document, or a list of them.
-        self.has_begun = False
+        self.has_begun: bool = False
         self._name = b""
         self._value: bytearray | None = None
         self._nesting = 0

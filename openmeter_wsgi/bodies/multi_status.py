@@ -117,8 +117,8 @@ class Tally:
     __slots__ = ("failed", "succeeded")
 
     def __init__(self) -> None:
-        self.succeeded = 0
-        self.failed = 0
+        self.succeeded: int = 0
+        self.failed: int = 0
 
     def count_code(self, code: int | None) -> None:
         """Count a part with this status; one without counts as neither."""

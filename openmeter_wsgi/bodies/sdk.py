@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi.bodies.llm import FINDERS, LLMReports
 from openmeter_wsgi.bodies.llm_shapes import priced_data
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.bodies.llm_shapes import Provider
 
-logger = get_logger(__name__)
+logger: Final = get_logger(__name__)
 
 #: The shape of the reports of each SDK, by its package.
 _SHAPES: dict[str, Provider] = {

@@ -50,9 +50,9 @@ class Frames:
         self._overlap = max(0, len(separator) - 1)
         self._bound = MAX_FRAME_BYTES if separator else MAX_DOCUMENT_BYTES
         #: The frame that is not whole yet, or the end of one that is too large.
-        self.rest = bytearray()
+        self.rest: bytearray = bytearray()
         #: That frame is read in pieces.
-        self.is_large = False
+        self.is_large: bool = False
 
     def feed(self, text: bytes, sink: FrameSink) -> None:
         """Read the next bytes of the body, and hand to *sink* what they complete."""

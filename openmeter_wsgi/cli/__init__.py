@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from openmeter_wsgi.errors import NOT_ON_WINDOWS
 from openmeter_wsgi.version import VERSION
 
 if TYPE_CHECKING:
@@ -68,12 +71,23 @@ REMOVED = {
 
 def main() -> None:
     """Run the command line."""
+    if sys.platform == "win32":
+        sys.exit(f"openmeter-wsgi: {NOT_ON_WINDOWS}")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows an escape for what it does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         group = _group()
     except ModuleNotFoundError as missing:
         called = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
         _refuse(missing, called.extra if called else "cli")
-    group(prog_name="openmeter-wsgi")
+    try:
+        group(prog_name="openmeter-wsgi")
+    except OSError as error:
+        # Each command tells of its own files: this is stdout. It is not tried again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"openmeter-wsgi: the output cannot be written: {error.strerror}")
 
 
 def _group() -> click.Group:

@@ -26,6 +26,7 @@ from openmeter_wsgi.framework_routes import (
     served_routes,
 )
 from openmeter_wsgi.lock import ELECTION, holder
+from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
 from openmeter_wsgi.spool import servers
@@ -81,7 +82,7 @@ class _Collector(logging.Handler):
         # What the others say has a check of its own.
         for name, remedy in _WARNS.items():
             if record.name == name and record.levelno >= logging.WARNING:
-                said = record.getMessage()
+                said = record.getMessage().removeprefix(PREFIX)
                 self._found.append(warning("configuration", said, remedy))
 
 

@@ -137,9 +137,9 @@ class CheckedEvents:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.count = 0
+        self.count: int = 0
         #: How many of the valid ones are older than what Kafka keeps.
-        self.old = 0
+        self.old: int = 0
         self.flaws: list[InvalidLine] = []
 
     def add(self, lines: Iterable[bytes], *, source: str, new_ids: bool) -> None:
@@ -194,7 +194,7 @@ class Sending:
         sleep: Callable[[float], None] = time.sleep,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        self.sent = 0
+        self.sent: int = 0
         self.refused: list[RejectedEvent] = []
         self._client = client
         self._batch_size = batch_size

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.policy import Policy
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 @click.command("ship", epilog=EXIT_CODES)

@@ -61,7 +61,7 @@ class SpoolContents:
         self.progress: Progress = (
             progress.load_progress(directory) or progress.Progress()
         )
-        self.segments = list(self._find())
+        self.segments: list[SegmentState] = list(self._find())
 
     @property
     def sender(self) -> int | None:

@@ -40,7 +40,7 @@ class OpenMeterClient:
         self._connection = Connection(key=key, timeout=timeout, needs_body=False)
         #: By how many seconds our clock is ahead of the server's, as its last answer
         #: with a date has it.
-        self.clock_ahead = 0.0
+        self.clock_ahead: float = 0.0
 
     def ingest(self, events: Sequence[bytes]) -> None:
         """Send encoded events in one request.

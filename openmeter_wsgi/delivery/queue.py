@@ -8,7 +8,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import intervals
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 #: The option that bounds it, for the log.
 _BOUND = "max_queue_bytes"
 _TYPICAL_EVENT = 250
@@ -55,8 +55,8 @@ class NumberedBatch(ListedBatch):
         self, events: Iterable[bytes], *, first: int, size: int | None = None
     ) -> None:
         super().__init__(events)
-        self.first = first
-        self.size = sum(map(len, self)) if size is None else size
+        self.first: int = first
+        self.size: int = sum(map(len, self)) if size is None else size
 
     def split_at(self, events: int) -> tuple[Self, Self]:
         """Return the first *events* and the others: neither is empty."""
@@ -276,7 +276,7 @@ class MemoryDelivery:
         when_full: str = "queue_full",
         accepted: Callable[[Batch], object] = lambda _: None,
     ) -> None:
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self.counts = counts
         self._shutdown_timeout = policy.shutdown_timeout
         self._is_begun = False
@@ -306,7 +306,7 @@ class MemoryDelivery:
         )
         #: Take an event. Any thread; never raises, never waits for delivery. Past
         #: this layer: a put is one call less.
-        self.put = self._queue.put
+        self.put: Callable[[bytes], bool] = self._queue.put
 
     # -- Starting and ending
 

@@ -23,7 +23,7 @@ import random
 import time
 from collections import deque
 from http.client import responses
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import MAX_AHEAD, Batch, shortened, split_by_date
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.stats import Counts
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: Attempts are at most this many seconds apart, unless the server asks for more.
 MAX_DELAY = 30.0
@@ -132,7 +132,7 @@ class Sender(Generic[_B]):
         self._suspects: deque[_Trial[_B]] = deque()
         self._accepted = 0
         self._refused_in_a_row = 0
-        self.outage = Outage(waiting)
+        self.outage: Outage = Outage(waiting)
         self._attempt_began: float | None = None
 
     @property

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import Batch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.threads import ExitHook
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: At exit attempts follow each other this closely: the deadline is near.
 CLOSING_DELAY = 0.5
@@ -458,7 +458,7 @@ class FirstRequestHooks:
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
         #: Whether all calls have been made.
-        self.made = True
+        self.made: bool = True
 
     def add(self, call: Callable[[], None]) -> None:
         """Have *call* made, too."""

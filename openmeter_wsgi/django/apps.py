@@ -11,7 +11,7 @@ class OpenMeterConfig(AppConfig):
 
     name = "openmeter_wsgi.django"
     label = "openmeter"
-    verbose_name = "OpenMeter"
+    verbose_name: str = "OpenMeter"
 
     def ready(self) -> None:
         """Register the checks."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rest_framework.permissions import BasePermission  # type: ignore[import-untyped]
-
 from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.frameworks import must_ask
 from openmeter_wsgi.request import environ_of
@@ -13,8 +11,13 @@ from openmeter_wsgi.request import environ_of
 if TYPE_CHECKING:
     from rest_framework.request import Request  # type: ignore[import-untyped]
 
+    class BasePermission:
+        """Stands for the REST framework's own, which has no types."""
+else:
+    from rest_framework.permissions import BasePermission
 
-class HasEntitlements(BasePermission):  # type: ignore[misc]
+
+class HasEntitlements(BasePermission):
     """Lets in whose customer has what the policy, or the view, requires.
 
     A view names features of its own as ``required_entitlements``. To be named after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from django.apps import apps
 from django.conf import settings
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.middleware import OpenMeterMiddleware
+    from openmeter_wsgi.option_types import Options
 
 SETTING = "OPENMETER"
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
 
 
-def policy_of_settings(**options: Any) -> Policy:
+def policy_of_settings(**options: Unpack[Options]) -> Policy:
     """Return the policy of ``settings.OPENMETER``; *options* go before it.
 
     :raises ConfigError: with every problem of the configuration.
@@ -39,12 +40,15 @@ def policy_of_settings(**options: Any) -> Policy:
         raise ConfigError(
             [f"{SETTING}: expected options by name, or a Policy, got {said!r}"]
         )
+    urls = getattr(settings, "ROOT_URLCONF", None)
     return make_policy(
         {} if policy else said,
         options,
         policy=policy,
         read_subject=subject_from,
         default_subject=authenticated_user,
+        # The package of the project: shop.urls is of the project shop.
+        default_source=urls.partition(".")[0] if isinstance(urls, str) else "",
     )
 
 

@@ -7,7 +7,7 @@ import functools
 import re
 import weakref
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from django.apps import apps
 from django.conf import settings
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.subject import FindSubject
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 _REQUEST = "openmeter_wsgi.django_request"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: An allowance that has outlived its time is still given for as long again, while it
@@ -71,27 +71,29 @@ class CachedAnswer:
         at_most: float = math.inf,
         at_least: float = 0.0,
     ) -> None:
-        self.answer = answer
-        self.terms = terms
-        self.terms_at = terms_at
-        self.asked_at = asked_at
+        self.answer: Answer = answer
+        self.terms: Terms | None = terms
+        self.terms_at: float = terms_at
+        self.asked_at: float = asked_at
         lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
         lifetime = min(max(lifetime, at_least), at_most)
-        self.fresh_until = asked_at + lifetime
+        self.fresh_until: float = asked_at + lifetime
         # A denial is never given away on suspicion: its customer may have paid.
-        self.graceful_until = asked_at + lifetime * (_GRACE if answer.has_access else 1)
-        self.usable_until = self.fresh_until + lifetimes.max_stale
+        self.graceful_until: float = asked_at + lifetime * (
+            _GRACE if answer.has_access else 1
+        )
+        self.usable_until: float = self.fresh_until + lifetimes.max_stale
         #: True if a request went by it since this was last cleared.
-        self.used = False
+        self.used: bool = False
         #: True if there is a balance that can be used up. Access without one is a
         #: soft limit, whether the terms are known or not.
-        self.counts_down = bool(
+        self.counts_down: bool = bool(
             answer.balance
             and answer.has_access
             and (terms is None or not terms.soft_limit)
         )
         #: Made once: this is all that a request with a known answer needs.
-        self.decision = Decision(
+        self.decision: Decision = Decision(
             answer.has_access,
             () if answer.has_access else (_denial(feature, answer, terms),),
             source="cache",

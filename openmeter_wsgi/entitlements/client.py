@@ -152,7 +152,7 @@ class EntitlementClient(ABC):
             key=key, timeout=timeout, max_answer_bytes=_MAX_ANSWER_BYTES
         )
         #: By how many seconds our clock is ahead of the server's.
-        self.clock_ahead = 0.0
+        self.clock_ahead: float = 0.0
 
     @abstractmethod
     def addresses(self, customer: str) -> bool:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import SubjectFinder
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class Amounts:
@@ -52,7 +52,7 @@ class Amounts:
         #: The callable that returns the amounts for a request, if they differ.
         self._reserve = policy.reserve if callable(policy.reserve) else None
         #: The amounts that are set apart for a request, by feature.
-        self.fast_paths = {**self._used_by_static}
+        self.fast_paths: dict[str, float] = {**self._used_by_static}
         if policy.reserve is not None and self._reserve is None:
             self.fast_paths.update(policy.reserve)  # type: ignore[arg-type]
 
@@ -151,7 +151,7 @@ class Gate:
         counts: Counts,
     ) -> None:
         self.policy = policy
-        self.required = policy.required_entitlements
+        self.required: tuple[str, ...] = policy.required_entitlements
         self._entitlements = entitlements
         self._find_subject = subjects.find
         self._customer_of = customer_finder(policy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from werkzeug.exceptions import HTTPException
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.gate import Gate
     from openmeter_wsgi.policy import Policy
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: Of several reasons the response tells the first in this order: it stays longest.
@@ -54,10 +54,10 @@ class DeniedResponse:
     """A WSGI application that refuses one request. It never costs the caller."""
 
     def __init__(self, decision: Decision, policy: Policy) -> None:
-        self.decision = decision
-        self.denial = min(decision.denied, key=_rank)
-        self.status = _status(self.denial, policy)
-        self.body = _problem(self.denial, self.status)
+        self.decision: Decision = decision
+        self.denial: Denial = min(decision.denied, key=_rank)
+        self.status: HTTPStatus = _status(self.denial, policy)
+        self.body: bytes = _problem(self.denial, self.status)
         self._policy = policy
 
     @property
@@ -166,8 +166,8 @@ class EntitlementDenied(HTTPException):
 
     def __init__(self, decision: Decision, refusal: DeniedResponse) -> None:
         #: Why.
-        self.decision = decision
-        self.code = refusal.status.value
+        self.decision: Decision = decision
+        self.code: int | None = refusal.status.value
         response = Response(
             refusal.body, status=refusal.status.value, headers=refusal.headers
         )

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import DeliveryError, Misconfigured
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.client import EntitlementClient
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: Seconds between two questions that try whether OpenMeter is back. Each failure
@@ -319,7 +319,7 @@ class BackgroundLookup:
         reserve: float,
         recall: Recall = nothing_recalled,
     ) -> None:
-        self.breaker = Breaker()
+        self.breaker: Breaker = Breaker()
         self._new_client = new_client
         self._answering = answering
         self._recall = recall

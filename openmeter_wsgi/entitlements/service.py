@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.subject import FindSubject
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: The terms of an entitlement are asked for anew when they are older than this, in

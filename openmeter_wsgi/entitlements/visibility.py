@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.options import ApiKey
     from openmeter_wsgi.policy import Policy
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 _Kind = TypeVar("_Kind")
 

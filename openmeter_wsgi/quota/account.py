@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from openmeter_wsgi import log
 from openmeter_wsgi.quota.store import Begun, KnownBalance, Lease, Request
@@ -12,7 +12,7 @@ from openmeter_wsgi.quota.store import Begun, KnownBalance, Lease, Request
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: So many seconds are remembered one by one.
@@ -26,8 +26,8 @@ class UnsettledUsage:
 
     def __init__(self) -> None:
         #: The running second, and what was spent in it and is not handed in.
-        self.second = 0
-        self.amount = 0.0
+        self.second: int = 0
+        self.amount: float = 0.0
         #: The same of other seconds.
         self._past: dict[int, float] = {}
         #: The amounts that were handed in: another store needs them.
@@ -98,20 +98,21 @@ class ProcessLease:
     )  # fmt: skip
 
     def __init__(self, key: str, clock: Callable[[], float]) -> None:
-        self.key = key
-        self.clock = clock
-        self.lock = threading.RLock()
+        self.key: str = key
+        self.clock: Callable[[], float] = clock
+        self.lock: threading.RLock = threading.RLock()
         #: On the fast path: a with statement costs as much as all of the rest.
-        self.acquire, self.release = self.lock.acquire, self.lock.release
+        self.acquire: Callable[..., bool] = self.lock.acquire
+        self.release: Callable[[], None] = self.lock.release
         #: Leased and not reserved. Below zero: spent beyond what was leased.
-        self.free = 0.0
+        self.free: float = 0.0
         #: Leased and reserved.
-        self.in_flight = 0.0
-        self.spending = UnsettledUsage()
+        self.in_flight: float = 0.0
+        self.spending: UnsettledUsage = UnsettledUsage()
         #: Left in the store, beside what is leased here.
         self._beside = 0.0
         #: True if something was taken since this was last cleared.
-        self.was_used = False
+        self.was_used: bool = False
 
     def take(self, amount: float) -> bool:
         """Set *amount* aside if it is free; 0 if anything at all is."""
@@ -249,10 +250,10 @@ class Account:
         visible_until: Callable[[], float],
         clock: Callable[[], float],
     ) -> None:
-        self.key = key
+        self.key: str = key
         # A subject may hold what no database takes as text.
         self._name = key.encode(errors="backslashreplace").decode()
-        self.chunk = ProcessLease(key, clock)
+        self.chunk: ProcessLease = ProcessLease(key, clock)
         self._clock = clock
         self._exchange = exchange
         self._visible_until = visible_until

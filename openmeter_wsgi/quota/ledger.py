@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.lock import new_token
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.quota.account import NotReserved, Reservation
     from openmeter_wsgi.quota.store import Begun, Lease, Request, Store
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: So many accounts go into one transaction: others wait for it.
 _BATCH = 100

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.quota.store import Lease, Lessee, Request, Store
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 _Result = TypeVar("_Result")
@@ -38,7 +38,7 @@ class FallbackStore:
         self._stores = stores
         #: Until when each is left alone, by the monotonic clock; 0.0: it is well.
         self._away_until = [0.0] * len(stores)
-        self.returns = 0
+        self.returns: int = 0
 
     @property
     def origin(self) -> str | None:

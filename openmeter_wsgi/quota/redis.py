@@ -25,7 +25,7 @@ import math
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 import redis
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.quota.store import KnownBalance, Lessee, Request
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 _COMMON = """

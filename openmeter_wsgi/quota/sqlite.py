@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 from urllib.parse import quote
 
 from openmeter_wsgi import log
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.quota.store import Lease, Lessee, Request
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 class UsesSqlite(Protocol):
@@ -173,7 +173,7 @@ class Database:
         self._db: sqlite3.Connection | None = None
         self._inode = 0
         #: The random name of what is in it now.
-        self.name = ""
+        self.name: str = ""
 
     @property
     def is_open(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -18,7 +18,7 @@ from openmeter_wsgi import log
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: So many ids of a batch, and of a group of batches, are looked for.
 PROBES = 8

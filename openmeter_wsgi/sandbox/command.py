@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from rich.console import Console
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class FaultType(click.ParamType):  # type: ignore[type-arg] # no generic before 8.2
+if TYPE_CHECKING:
+    _ParamType: TypeAlias = click.ParamType[tuple[tuple[str, ...], dict[str, Any]]]
+else:
+    _ParamType = click.ParamType  # no generic class before 8.2
+
+
+class FaultType(_ParamType):
     """``WHERE:FAULT[=VALUE]``: groups of requests, and one setting for them."""
 
     name = "WHERE:FAULT"

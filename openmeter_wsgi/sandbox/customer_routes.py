@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from flask import Blueprint, Response, jsonify, request
 
@@ -61,7 +61,7 @@ SUBJECT = shape(
 #: A feature is a running total: averages and extremes are none.
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
 
-customers = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
+customers: Final = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
 
 
 @customers.post("")
@@ -151,7 +151,7 @@ def _matches(customer: Document) -> bool:
     return not subject or any(subject in one.lower() for one in subject_keys(customer))
 
 
-features = Blueprint("features", __name__, url_prefix="/api/v1/features")
+features: Final = Blueprint("features", __name__, url_prefix="/api/v1/features")
 
 
 @features.post("")
@@ -206,7 +206,7 @@ def _check_feature(feature: Document) -> None:
         raise Problem(400, f"{detail}, available columns: [{' '.join(groups)}]")
 
 
-subjects = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
+subjects: Final = Blueprint("subjects", __name__, url_prefix="/api/v1/subjects")
 
 
 @subjects.post("")

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from flask import Blueprint, Response, jsonify, request, send_from_directory
 
@@ -314,7 +314,7 @@ VIEWS: Schema = {
     | {"additionalProperties": False},
 }
 
-routes = Blueprint("dashboard", __name__)
+routes: Final = Blueprint("dashboard", __name__)
 
 
 @routes.get("/")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from flask import Blueprint, Response, jsonify, request
 
@@ -101,7 +101,7 @@ ENTITLEMENTS: dict[str, Schema] = {
     ),
 }
 
-routes = Blueprint("entitlements", __name__, url_prefix="/api")
+routes: Final = Blueprint("entitlements", __name__, url_prefix="/api")
 _V1_SUBJECT = "/v1/subjects/<subject>/entitlements"
 _V1 = "/v1/customers/<customer>"
 _V2 = "/v2/customers/<customer>/entitlements"

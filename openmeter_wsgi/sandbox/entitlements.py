@@ -335,7 +335,7 @@ CENTURY = 36_525 * 86_400
 
 
 class Access:
-    """Answers whether a customer has access. Any thread."""
+    """Decides on the access of customers. Any thread."""
 
     def __init__(self, store: Store, meters: Resources) -> None:
         self._store = store

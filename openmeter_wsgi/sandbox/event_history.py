@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flask import Blueprint, Response, jsonify, request
 
@@ -210,7 +210,7 @@ _LAST = 2**63 - 1
 #: Types and subjects that are offered for filtering.
 NAMES = 200
 
-routes = Blueprint("arrivals", __name__, url_prefix="/sandbox/api/arrivals")
+routes: Final = Blueprint("arrivals", __name__, url_prefix="/sandbox/api/arrivals")
 
 
 @routes.get("")

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flask import Blueprint, jsonify, request
 
@@ -38,7 +38,7 @@ HORIZON = 32 * 24 * 3600
 Term = tuple[str, list[Any]]
 _TRUE: Term = ("1", [])
 
-routes = Blueprint("events", __name__)
+routes: Final = Blueprint("events", __name__)
 
 
 @routes.get("/api/v1/events")

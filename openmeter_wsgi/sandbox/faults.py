@@ -105,7 +105,7 @@ class GroupFaults:
     """The faults of one group of requests. Any thread."""
 
     def __init__(self, group: str) -> None:
-        self.settings = Settings()
+        self.settings: Settings = Settings()
         self._names = names(group)
         self._stopped = threading.Event()
         self._released = threading.Event()
@@ -114,7 +114,7 @@ class GroupFaults:
         self._failures = itertools.cycle(("after", "before"))
 
     def set(self, **changes: Any) -> None:
-        """Change what is named, as in `Settings`; the rest stays.
+        """Change the named settings, as in `Settings`; the others stay.
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
@@ -198,12 +198,12 @@ class Faults:
     """
 
     def __init__(self) -> None:
-        self.ingest = GroupFaults("ingest")
-        self.entitlements = GroupFaults("entitlements")
+        self.ingest: GroupFaults = GroupFaults("ingest")
+        self.entitlements: GroupFaults = GroupFaults("entitlements")
         self._groups = {name: getattr(self, name) for name in GROUPS}
 
     def set(self, **changes: Any) -> None:
-        """Change what is named in both groups, as in `Settings`.
+        """Change the named settings of both groups, as in `Settings`.
 
         :raises ValueError: if a value makes no sense; nothing is changed then.
         """
@@ -214,7 +214,7 @@ class Faults:
         self._apply(dict.fromkeys(GROUPS, Settings()))
 
     def release(self) -> None:
-        """Answer what hangs."""
+        """Answer all requests that hang."""
         for group in self._groups.values():
             group.release()
 

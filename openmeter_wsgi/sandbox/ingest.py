@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, unquote
 
 from flask import Blueprint, Response, request
@@ -73,7 +73,7 @@ _GROWTH = 7
 #: Status codes that the request causes; others are simulated faults.
 REFUSALS = range(400, 429)
 
-routes = Blueprint("ingest", __name__)
+routes: Final = Blueprint("ingest", __name__)
 
 
 class InvalidEvent(ValueError):
@@ -84,7 +84,7 @@ class InvalidEvent(ValueError):
 
     def __init__(self, detail: str, reason: str | None = None) -> None:
         super().__init__(detail)
-        self.reason = f"{detail}: {reason}" if reason else detail
+        self.reason: str = f"{detail}: {reason}" if reason else detail
 
 
 @routes.post("/api/v1/events")

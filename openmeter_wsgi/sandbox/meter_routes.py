@@ -9,7 +9,7 @@ import math
 import re
 import zoneinfo
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote
 
 from flask import Blueprint, Response, jsonify, request
@@ -78,7 +78,7 @@ QUERY = shape(
     groupBy=_LIST,
 )
 
-routes = Blueprint("meters", __name__, url_prefix="/api/v1/meters")
+routes: Final = Blueprint("meters", __name__, url_prefix="/api/v1/meters")
 
 
 @routes.post("")

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import unquote
 
 from werkzeug.exceptions import BadRequest
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.sandbox.context import Question
 
-logger = logging.getLogger("openmeter_wsgi.sandbox")
+logger: Final = logging.getLogger("openmeter_wsgi.sandbox")
 
 
 class _Slow(io.RawIOBase):
@@ -217,17 +217,17 @@ class Sandbox:
         visible_after: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.faults = Faults()
+        self.faults: Faults = Faults()
         self.faults.ingest.set(fail_rate=fail_rate, latency=latency)
         with listen(host, port) as listener:
-            self.store = Store(
+            self.store: Store = Store(
                 database, dedupe=dedupe, visible_after=visible_after, clock=clock
             )
             self._context = create_context(self.store, self.faults)
             app = create_app(self._context, host=host)
             self._server = Server(listener, host, app)
         self.host = host
-        self.port = self._server.port
+        self.port: int = self._server.port
         self._closed = False
         self._thread = threading.Thread(
             target=self._server.serve_forever,

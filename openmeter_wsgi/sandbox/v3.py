@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flask import Blueprint, Response, jsonify, request
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.usage import Meter, Row
     from openmeter_wsgi.sandbox.validation import Document
 
-routes = Blueprint("v3", __name__, url_prefix="/api/v3/openmeter")
+routes: Final = Blueprint("v3", __name__, url_prefix="/api/v3/openmeter")
 
 #: The limits of a filter.
 MOST_VALUES, MOST_BYTES = 50, 1_024

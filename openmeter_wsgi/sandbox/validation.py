@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Arguments = MultiDict[str, str]
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 #: OpenMeter's ids are ``<host>/<random>-<number>``.
 _RUN = f"sandbox/{secrets.token_urlsafe(7)}"

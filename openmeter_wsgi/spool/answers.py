@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,7 +20,7 @@ from openmeter_wsgi.spool.files import read_document, write_document
 if TYPE_CHECKING:
     from pathlib import Path
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 LAST_ANSWER_NAME = "last_answer.json"
 VERDICT_NAME = "deduplication.json"

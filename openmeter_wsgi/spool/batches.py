@@ -128,9 +128,9 @@ class SpoolBatch(Array):
     """Events, and the parts of segments that they are."""
 
     def __init__(self, parts: Iterable[Slice]) -> None:
-        self.parts = list(parts)
+        self.parts: list[Slice] = list(parts)
         #: The same without the text, as few as may be.
-        self.runs = _merged(self.parts)
+        self.runs: list[ByteRange] = _merged(self.parts)
         self._events = sum(part.events for part in self.parts)
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.errors import DeliveryError
     from openmeter_wsgi.stats import Counts
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 DEAD_LETTERS = "dead-letters.jsonl"
 UNREADABLE = "unreadable.jsonl"

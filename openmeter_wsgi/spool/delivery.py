@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 from time import monotonic as now
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from openmeter_wsgi import log
 from openmeter_wsgi.deadline import MAX_STUCK
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 _JOIN_INTERVAL = 0.02
 #: Closing waits at least so many seconds for the thread that writes to the disk.
@@ -86,7 +86,7 @@ class SpoolDelivery:
         elected: Callable[[], None] = lambda: None,
         listener: DeliveryListener | None = None,
     ) -> None:
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self.counts = counts
         self._policy = policy
         self._new_client = new_client
@@ -122,7 +122,7 @@ class SpoolDelivery:
         )
         #: Take an event. Any thread; never raises, never waits for delivery. Past
         #: this layer: a put is one call less.
-        self.put = self._writer.put
+        self.put: Callable[[bytes], None] = self._writer.put
 
     # -- Starting and ending
 

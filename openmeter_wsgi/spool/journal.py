@@ -18,7 +18,7 @@ import mmap
 import os
 import stat
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import SpoolError, SpoolFull
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.spool.files import Line
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: After a failure the disk is left alone for so many seconds.
@@ -413,7 +413,7 @@ class MmapWriter:
         self._path = path
         self.file: SegmentFile | None = None
         self.links: dict[str, SegmentWriter] = {}
-        self.quiet = False
+        self.quiet: bool = False
         try:
             os.posix_fallocate(fd, 0, size)
             self._map = mmap.mmap(fd, size)
@@ -453,7 +453,7 @@ class MmapWriter:
 class AppendWriter:
     """A file that grows by one system call a line."""
 
-    flags = os.O_APPEND
+    flags: int = os.O_APPEND
 
     def __init__(self, fd: int, path: Path, key: str, size: int) -> None:
         self._path = path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import SpoolError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: By making this file a process asks the sender to deliver now.
 FLUSH = "flush"
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: Seconds between two looks while events come.
 _LOOK_INTERVAL = 1.0

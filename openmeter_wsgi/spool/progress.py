@@ -13,7 +13,7 @@ import contextlib
 import os
 import time
 import zlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.delivery.sender import Client
     from openmeter_wsgi.spool.batches import ByteRange, SpoolBatch
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 PROGRESS_NAME = "progress.jsonl"
 #: Of so many batches in flight it is remembered how old they are.

@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from time import monotonic as now
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery import intervals
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.lock import Election
     from openmeter_wsgi.spool.dead_letters import DeadLetters
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: While enough is known to be sent, the directory is not looked at more often.
 _SCAN_INTERVAL = 0.1
@@ -380,16 +380,16 @@ class SegmentReader:
     )
 
     def __init__(self, directory: Path, name: SegmentName, done: Ranges) -> None:
-        self.name = name
-        self.key = name.key
-        self.done = done
+        self.name: SegmentName = name
+        self.key: str = name.key
+        self.done: Ranges = done
         #: Nobody owns it any more, and a crash may have damaged it.
-        self.adopted = False
+        self.adopted: bool = False
         #: All that will ever be in it was read.
-        self.at_end = False
+        self.at_end: bool = False
         self._directory = directory
         #: The end of the part that was read, in bytes.
-        self.offset = 0
+        self.offset: int = 0
         #: Lines that are not handed out again: done, or loaded as in flight.
         self._taken: Ranges = list(done)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.sender import Sender
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.threads import ExitHook
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 #: The sender looks at least this often for what others put.
 _MAX_POLL = 1.0
@@ -59,7 +59,7 @@ class SpoolSender:
     ) -> None:
         self._policy = policy
         self._began = began
-        self.source = SpoolSource(
+        self.source: SpoolSource = SpoolSource(
             directory,
             policy,
             counts,
@@ -67,7 +67,7 @@ class SpoolSender:
             began=self._begin_turn,
             ended=lambda: ended(self),
         )
-        self.sender = Sender(
+        self.sender: Sender[SpoolBatch] = Sender(
             RecordingClient(client, self.source, resend_window=policy.resend_window),
             counts,
             self.source.done,
@@ -77,7 +77,7 @@ class SpoolSender:
             clock_ahead=lambda: client.clock_ahead,
             accepted=accepted,
         )
-        self.worker = Worker(
+        self.worker: Worker[SpoolBatch] = Worker(
             self.source, self.sender, policy, exit_hook=exit_hook, idle=client.close
         )
 
@@ -203,10 +203,10 @@ class SpoolSource(Source[SpoolBatch]):
         ended: Callable[[], None],
     ) -> None:
         #: Seconds between two looks into the directory.
-        self.interval = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
-        self.poll = self.interval
+        self.interval: float = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
+        self.poll: float | None = self.interval
         #: The files for events that are not sent again.
-        self.letters = DeadLetters(directory, counts)
+        self.letters: DeadLetters = DeadLetters(directory, counts)
         self._directory = directory
         self._policy = policy
         self._max_events = max_events

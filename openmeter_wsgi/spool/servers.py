@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.options import ApiKey
     from openmeter_wsgi.policy import Policy
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 SERVER_NAME = "server.json"
 #: Between the name of a server and that of the directory that was assigned to it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.intervals import overlap
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.spool.journal import SegmentFile, SegmentWriter
     from openmeter_wsgi.stats import Counts
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 #: Seconds between two times at which a lock is said to be in use.
@@ -90,7 +90,7 @@ class SpoolWriter:
         #: Held by the thread that looks at them and puts back what is gone.
         self._looking = threading.Lock()
         #: The number of looks that found segments gone.
-        self.losses = 0
+        self.losses: int = 0
         self._position: object = None
         self._touched_at = time.monotonic()
 

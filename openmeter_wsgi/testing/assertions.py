@@ -34,7 +34,7 @@ _NO_REQUEST = (
 def report(
     expected: str, collected: Collected, findings: Iterable[tuple[Event, str]]
 ) -> str:
-    """Say what was *expected*, and of each event why it is not that."""
+    """Return the text of a failure: the expectation, and why each event differs."""
     lines = [expected]
     lines += _section("metered", [_metered(*finding) for finding in findings])
     lines += _section("not metered", [_unmetered(each) for each in collected.unmetered])
@@ -117,7 +117,7 @@ class Expectation(NamedTuple):
         return ""
 
     def shortfall(self, found: Sequence[Event]) -> str:
-        """Say what is wrong with all that were found, nothing if they are it."""
+        """Return the mismatch of all found events, None if they match."""
         if self.times is not None and len(found) != self.times:
             return f"but {len(found)} were"
         if self.times is None and not found:
@@ -248,7 +248,7 @@ class OpenMeter:
         raise AssertionError(report(text, self._collected, findings))
 
     def clear(self) -> None:
-        """Forget what was metered so far; grants stay."""
+        """Forget the events so far; grants stay."""
         self._collected.responses.finish()
         self._collected.events.clear()
         self._collected.unmetered.clear()

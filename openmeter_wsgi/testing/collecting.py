@@ -56,7 +56,7 @@ class OpenResponses:
         )
 
     def watch(self, settled: Iterable[bytes]) -> Response:
-        """Return what a test client gets in place of a response that settles."""
+        """Return the response that a test client gets in place of *settled*."""
         kind = _SizedResponse if hasattr(settled, "__len__") else Response
         response = kind(settled)
         self._open[next(self._numbers)] = response
@@ -77,7 +77,7 @@ class Response:
     """
 
     def __init__(self, settled: Any) -> None:
-        self.thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
         self._settled = settled
         self._chunks: Iterator[bytes] | None = None
         self._read_ahead: deque[bytes] = deque()
@@ -101,7 +101,7 @@ class Response:
         self._settled.close()
 
     def finish(self) -> None:
-        """Read what is left of it for a later reader, and close it."""
+        """Read the rest of it for a later reader, and close it."""
         if self._closed:
             return
         try:
@@ -146,7 +146,7 @@ _DENIALS: dict[Reason, Answer] = {
 
 
 class Grants:
-    """Who has access to what. Nobody has, unless it is said."""
+    """The access of customers to features, as a test has granted it."""
 
     def __init__(self) -> None:
         self.is_away = False
@@ -181,7 +181,7 @@ class Grants:
         self._said[feature, subject] = _DENIALS[reason]
 
     def answer(self, customer: str, feature: str) -> Answer:
-        """Return what OpenMeter would say."""
+        """Return the answer that OpenMeter would give."""
         for key in ((feature, customer), (feature, None)):
             if (said := self._said.get(key)) is not None:
                 return said
@@ -192,13 +192,13 @@ class Grants:
 class GrantsClient:
     """Answers as a `QuestionClient` does, without a network."""
 
-    clock_ahead = 0.0
+    clock_ahead: float = 0.0
 
     def __init__(self, grants: Grants) -> None:
         self._grants = grants
 
     def answers(self, customer: str, features: Sequence[str]) -> dict[str, Answer]:
-        """Return what was said of *features*.
+        """Return the granted access to *features*.
 
         :raises Unavailable: in an outage.
         """
@@ -230,7 +230,7 @@ class DirectLookup:
     """Asks in the thread of the request, as often as it is told to."""
 
     def __init__(self, client: GrantsClient, answering: Answering) -> None:
-        self.breaker = Breaker()
+        self.breaker: Breaker = Breaker()
         self._client = client
         self._answering = answering
 
@@ -291,11 +291,11 @@ class Unmetered(msgspec.Struct, frozen=True):
 
 
 class Collected:
-    """What all middlewares of a test have settled. Any thread."""
+    """The settled requests of all middlewares of a test. Any thread."""
 
     def __init__(self) -> None:
-        self.grants = Grants()
-        self.responses = OpenResponses()
+        self.grants: Grants = Grants()
+        self.responses: OpenResponses = OpenResponses()
         self.events: list[Event] = []
         self.unmetered: list[Unmetered] = []
         self._counts: list[Counts] = []
@@ -304,7 +304,7 @@ class Collected:
         self._ids = RequestIds("request")
 
     def process(self, policy: Policy) -> Process:
-        """Return what bills the requests of one middleware."""
+        """Return the `Process` that bills the requests of one middleware."""
         counts = Counts()
         self._counts.append(counts)
         # Also of a dry run: a test wants to see the events.
@@ -319,7 +319,7 @@ class Collected:
         )
 
     def end(self) -> None:
-        """Finish what is open, and leave nothing behind."""
+        """Finish open responses, and release everything."""
         self.responses.finish()
         for store in self._stores:
             store.close()
@@ -357,7 +357,8 @@ class Collector:
 
     started = is_sender = True
     directory = None
-    in_spool = in_memory = Backlog()
+    in_spool: Backlog = Backlog()
+    in_memory: Backlog = Backlog()
     problems: tuple[Problem, ...] = ()
 
     def __init__(self, events: list[Event], counts: Counts) -> None:
@@ -392,7 +393,7 @@ class Collector:
 
 
 def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Policy:
-    """Return *policy* without disk and network, telling also *tell* what is audited."""
+    """Return *policy* without disk and network, with *tell* as a further audit."""
     routes = policy.routes and {
         rule: {**own, "audit": _both(own["audit"], tell)}
         if own and "audit" in own

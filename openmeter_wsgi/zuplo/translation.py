@@ -12,7 +12,7 @@ import json
 import os
 import re
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError, MeterValueError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
 
-logger = log.get_logger(__name__)
+logger: Final = log.get_logger(__name__)
 
 
 Options = dict[str, Any] | None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.events import RequestIds
 from tests.benchmarks import paths, report, waiting
 from tests.benchmarks.calls import Calls
+from tests.benchmarks.paths import written_process
 from tests.benchmarks.sink import running_sink
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ _THREAD = "openmeter_wsgi.delivery"
 
 def delivering(url: str, place: str, directory: str) -> OpenMeterMiddleware:
     spool = {"spool_dir": f"{directory}/{time.monotonic_ns()}"}
-    written = {**spool, "journal": "write"}
-    options = {"memory": {}, "spool": spool, _PARSED: written}
-    return waiting.middleware(url, **options[place])
+    middleware = waiting.middleware(url, **({} if place == "memory" else spool))
+    if place == _PARSED:
+        middleware.replace_process(written_process)
+    return middleware
 
 
 def percent_of_core(middleware: OpenMeterMiddleware, seconds: float) -> float:

@@ -9,7 +9,11 @@ from wsgiref.util import setup_testing_defaults
 from flask import Flask
 
 from openmeter_wsgi import OpenMeterMiddleware, Policy
+from openmeter_wsgi.process import Process, client_factory
 from openmeter_wsgi.sandbox import Sandbox
+from openmeter_wsgi.spool.delivery import SpoolDelivery
+from openmeter_wsgi.spool.files import WRITTEN
+from openmeter_wsgi.stats import Counts
 from tests.benchmarks.naive import NaiveMetering
 
 if TYPE_CHECKING:
@@ -60,13 +64,18 @@ def policies(spool_dir: str, delivery: str) -> dict[str, dict[str, Any]]:
         FILTERED: {"meter": _ONE, "meter_on_status_codes": "201"},
         MEMORY: {"meter": _ONE},
         SPOOL: {**spool, "spool_dir": f"{spool_dir}/mapped"},
-        WRITTEN_SPOOL: {
-            **spool, "spool_dir": f"{spool_dir}/written", "journal": "write"
-        },
+        WRITTEN_SPOOL: {**spool, "spool_dir": f"{spool_dir}/written"},
         THREE: {"meter": _THREE},
         ROUTED: {"routes": {**_ROUTES, "/": {}}},
         UNMETERED_ROUTE: {"routes": {**_ROUTES, "/": None}},
     }  # fmt: skip
+
+
+def written_process(policy: Policy) -> Process:
+    """Return a process whose spool is written, wherever it could be mapped."""
+    counts = Counts()
+    transport = SpoolDelivery(policy, client_factory(policy), counts, form=WRITTEN)
+    return Process(policy, counts=counts, transport=transport)
 
 
 def applications(
@@ -84,6 +93,7 @@ def applications(
         name: OpenMeterMiddleware(app, Policy(**{**common, **own}))
         for name, own in policies(spool_dir, delivery).items()
     }
+    metered[WRITTEN_SPOOL].replace_process(written_process)
     return {BARE: app, NAIVE: NaiveMetering(app), **metered}
 
 

@@ -53,7 +53,7 @@ taken = time.process_time()
 open_now = [fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}")]
 options = json.loads(sys.argv[1])
 making = time.process_time()
-openmeter_wsgi.OpenMeterMiddleware(None, **options)
+openmeter_wsgi.OpenMeterMiddleware(print, **options)
 made = time.process_time()
 print((base - began) * 1e3, (taken - base) * 1e3, (made - making) * 1e3,
       threading.active_count() - 1, len(open_now), flush=True)

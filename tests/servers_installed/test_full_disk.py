@@ -57,7 +57,7 @@ def read_only(tmp_path):
 
 def test_a_read_only_directory_is_refused_at_construction(read_only):
     with pytest.raises(ConfigError, match=r"spool_dir: .* cannot be written"):
-        OpenMeterMiddleware(None, api_key="x", spool_dir=str(read_only))
+        OpenMeterMiddleware(print, api_key="x", spool_dir=str(read_only))
 
 
 def test_a_disk_that_becomes_read_only_hurts_nobody(openmeter, tmp_path):

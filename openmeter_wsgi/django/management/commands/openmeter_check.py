@@ -23,7 +23,7 @@ class Command(BaseCommand):
 
     help = "Validate the configuration against the server; each problem has a remedy."
     #: Its own are part of what it reports.
-    requires_system_checks = ()
+    requires_system_checks: list[str] | tuple[str, ...] = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Add the options of ``openmeter-wsgi check``."""
