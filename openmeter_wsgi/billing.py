@@ -406,6 +406,7 @@ class FastPath:
         self._not_metered = billing.not_metered
         self._reason_counts = billing.not_metered.counts
         self._is_audited = billing.policy.audit is not None
+        self._is_logged = audit_logger.isEnabledFor
         self._counts = billing.process.counts
         self._ids = billing.process.ids
         self._subjects = billing.subjects
@@ -445,7 +446,7 @@ class FastPath:
             return None
         if reason is not None:
             self._reason_counts[reason] += 1
-            if self._is_audited or audit_logger.isEnabledFor(DEBUG):
+            if self._is_audited or self._is_logged(DEBUG):
                 self._not_metered.tell(reason, environ, status)
             return ()
         if not subject:
