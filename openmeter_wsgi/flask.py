@@ -20,8 +20,8 @@ from openmeter_wsgi.subject import path_reader
 
 try:
     import flask
-except ModuleNotFoundError as missing:
-    raise missing_extra(missing, "flask") from None
+except ModuleNotFoundError as _missing:
+    raise missing_extra(_missing, "flask") from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -30,8 +30,8 @@ try:
         HistogramMetricFamily,
     )
     from prometheus_client.registry import Collector
-except ModuleNotFoundError as missing:
-    raise missing_extra(missing, "prometheus") from None
+except ModuleNotFoundError as _missing:
+    raise missing_extra(_missing, "prometheus") from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

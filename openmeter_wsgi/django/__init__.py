@@ -4,8 +4,8 @@ from openmeter_wsgi.errors import missing_extra
 
 try:
     import django  # noqa: F401
-except ModuleNotFoundError as missing:
-    raise missing_extra(missing, "django") from None
+except ModuleNotFoundError as _missing:
+    raise missing_extra(_missing, "django") from None
 
 from openmeter_wsgi.django.settings import get_wsgi_application as get_wsgi_application
 from openmeter_wsgi.django.view_middleware import ViewMiddleware as ViewMiddleware
