@@ -10,6 +10,8 @@
 #   make test-django   the Django edge under Django 4.2, 5.2 and the newest
 #   make jobs          Celery and RQ on a real Redis, and the SDKs of language models
 #   make jobs LONG=1   the same, and the long form of the test of recorded usage
+#   make test-pythons  the core under the newest Python, and with the lowest versions: as
+#                      root, on Debian
 #   make test-page     the sandbox's page in Chromium: as root, on Debian
 #   make screenshot    the picture of it in the documentation
 #   make chaos         kill -9 under load, and ten million events through small segments:
@@ -34,7 +36,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXTRAS := cli,django,flask,jobs,jsonpath,prometheus,redis,sandbox
 
-.PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django jobs test-page screenshot chaos overshoot bench guard dist release-check clean
+.PHONY: demo test lint types contract structure docs unit test-load test-tools test-servers test-django test-pythons jobs test-page screenshot chaos overshoot bench guard dist release-check clean
 
 # What the demo needs, unless everything is there already.
 DEMO_INSTALLED := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.installed-demo)
@@ -93,6 +95,10 @@ jobs: $(INSTALLED)
 ifdef LONG
 	$(BIN)/python -X dev -m pytest --hypothesis-profile long tests/test_usage_machine.py
 endif
+
+# Needs root and Debian, unless NEWEST_PYTHON names a newer one.
+test-pythons:
+	tests/pythons.sh $(PYTHON) $(NEWEST_PYTHON)
 
 # Needs root and Debian: it installs Chromium first.
 test-page: $(INSTALLED)

@@ -26,6 +26,26 @@ settings.register_profile("long", deadline=None, max_examples=3_000)
 settings.load_profile("tests")
 
 
+#: The modules that `make test-pythons` runs: another interpreter, or another version of
+#: a dependency, would show there.
+CORE = {
+    f"test_{name}"
+    for name in (
+        "command_line", "decorators", "django", "entitlements", "flask", "fork",
+        "forms", "journal", "ledger", "lock", "meters", "policy", "progress",
+        "response", "routes", "sender", "spool_files", "stats", "status_codes",
+        "subject", "zuplo",
+    )
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of these modules with ``core``."""
+    for item in items:
+        if getattr(item, "module", None) and item.module.__name__ in CORE:
+            item.add_marker(pytest.mark.core)
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch, tmp_path_factory):
     """No key, proxy, CA bundle or .netrc of the developer's reaches a test."""

@@ -359,8 +359,9 @@ def test_the_types_in_the_decorators_of_views_are_looked_for(sandbox, applicatio
 
 def test_a_decorator_whose_options_contradict_the_policy(sandbox, application):
     name = application(
-        "from flask import Flask\nfrom openmeter_wsgi import *\nweb = Flask('web')\n"
-        "@web.get('/')\n@meter(trusted_request_id_header='X-Request-Id')\n"
+        "from flask import Flask\nweb = Flask('web')\n"
+        "from openmeter_wsgi import OpenMeterMiddleware, meter\n"
+        "@web.get('/')\n@meter(reserve={'tokens': 1})\n"
         "def view(): return 'x'\n"
         f"app = OpenMeterMiddleware(web.wsgi_app, api_url={sandbox.url!r})\n"
     )
@@ -368,9 +369,7 @@ def test_a_decorator_whose_options_contradict_the_policy(sandbox, application):
     code, wrong = check("--no-dedupe-check", "--app", name)
 
     assert (code, [*wrong]) == (3, ["view 'view'"])
-    assert (
-        "event_source: expected a name of this service's own" in wrong["view 'view'"][1]
-    )
+    assert "reserve: 'tokens' is not in entitlement_meters" in wrong["view 'view'"][1]
 
 
 VIEWS = """
@@ -816,7 +815,7 @@ def test_an_event_source_that_is_the_default(sandbox):
         command, arguments, env=environ | {"OPENMETER_EVENT_SOURCE": "shop"}
     )
 
-    assert "event source: 'api-gateway', the default" in default.output
+    assert "event source: 'openmeter_wsgi', the default" in default.output
     assert "event source" not in own.output
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Subcommand(NamedTuple):
-    """Where a subcommand is written: imported only when it is called for."""
+    """A subcommand and its module, which is imported when the command is called."""
 
     #: The module that holds it as ``command``.
     module: str
@@ -39,7 +39,7 @@ COMMANDS = {
     "usage": Subcommand(
         "openmeter_wsgi.cli.usage",
         "cli",
-        "Print what the meters of the server have counted.",
+        "Print the usage of the server's meters.",
     ),
     "ship": Subcommand(
         "openmeter_wsgi.cli.ship",
@@ -152,7 +152,7 @@ def _load(known: Subcommand) -> click.Command:
 
 
 def _refuse(missing: ModuleNotFoundError, extra: str) -> NoReturn:
-    """End with one line that says what to install."""
+    """End with one line that names the extra to install."""
     package = (missing.name or "").partition(".")[0]
     if package == "openmeter_wsgi":
         # Not an extra but a fault of our own, which deserves its traceback.

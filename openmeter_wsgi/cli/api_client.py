@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def error_text(error: BaseException) -> str:
-    """Return what is at the bottom of *error*, else what it says itself."""
+    """Return the text of the innermost cause of *error*, or else its own."""
     chain = list(_chain(error))
     for said in map(_text_of, reversed(chain)):
         if said is not None:
@@ -30,12 +30,12 @@ def error_text(error: BaseException) -> str:
 
 
 def is_untrusted(error: BaseException) -> bool:
-    """Say whether the server spoke TLS, with a certificate that is not trusted."""
+    """True if the server spoke TLS with a certificate that is not trusted."""
     return any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield *error* and what it came from, the outermost first, each once."""
+    """Yield *error* and its causes, the outermost first, each once."""
     waiting = [error]
     seen: set[int] = set()
     while waiting:
@@ -49,7 +49,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _text_of(error: BaseException) -> str | None:
-    """Return what one link says, None where it only wraps another one."""
+    """Return the text of one cause, None if it only wraps another one."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -79,7 +79,7 @@ Parameters = dict[str, str | int | list[str]]
 
 
 class NoAnswer(Exception):
-    """OpenMeter did not say what it was asked."""
+    """OpenMeter gave no answer, or one that cannot be used."""
 
     def __init__(self, said: str, status: int | None = None) -> None:
         super().__init__(said)
@@ -88,7 +88,7 @@ class NoAnswer(Exception):
 
 
 class UsageQuery(NamedTuple):
-    """What is asked of a meter. Times are RFC 3339."""
+    """A query of a meter's usage. Times are RFC 3339."""
 
     since: str | None = None
     until: str | None = None
@@ -118,13 +118,13 @@ class Listing(ABC):
 
     @abstractmethod
     def entries(self, event_id: str, source: str | None) -> list[Document]:
-        """Return what is listed of an event: one entry for each time it was stored.
+        """Return the listed entries of an event: one for each time it was stored.
 
         :raises NoAnswer: if the answer is none.
         """
 
     def arrived(self, events: Sequence[Document]) -> Iterator[bool]:
-        """Say of each of *events* whether it is there, by its id and source.
+        """Yield True for each of *events* that is stored, by its id and source.
 
         :raises NoAnswer: if the answer is none.
         """
@@ -154,7 +154,7 @@ class Listing(ABC):
 
     @abstractmethod
     def date(self) -> str | None:
-        """Return when the server says it is, whatever else it answers.
+        """Return the Date header of the server's answer.
 
         :raises NoAnswer: if it does not answer at all.
         """
@@ -216,7 +216,7 @@ class ListingV1(Listing):
         super().__init__(f"{url}/api/v1/", key, timeout)
 
     def entries(self, event_id: str, source: str | None) -> list[Document]:
-        """Return what is listed of an event: one entry for each time it was stored."""
+        """Return the listed entries of an event: one for each time it was stored."""
         # The server looks for ids that contain this one.
         listed = self._list("events", id=event_id, limit=_LIMIT)
         try:
@@ -252,7 +252,7 @@ class ListingV1(Listing):
         return self._documents(path, rows)
 
     def date(self) -> str | None:
-        """Return when the server says it is, whatever else it answers."""
+        """Return the Date header of the server's answer."""
         return self._get("events", {"limit": 1}).headers.get("Date")
 
     def _list(self, what: str, **parameters: str | int) -> list[Document]:

@@ -23,7 +23,7 @@ _GRANULARITY = {"MINUTE": "PT1M", "HOUR": "PT1H", "DAY": "P1D", "MONTH": "P1M"}
 
 
 class ListingV3(Listing):
-    """The lists of version 3, where what has a key is found by a filter."""
+    """The lists of version 3, which finds things by filters on their keys."""
 
     def __init__(self, url: str, key: ApiKey, timeout: float) -> None:
         super().__init__(f"{v3_url(url)}/", key, timeout)
@@ -31,7 +31,7 @@ class ListingV3(Listing):
         self._meter_ids: dict[str, str] = {}
 
     def entries(self, event_id: str, source: str | None) -> list[Document]:
-        """Return what is listed of an event: one entry for each time it was stored."""
+        """Return the listed entries of an event: one for each time it was stored."""
         operator, value = "eq", event_id
         if _size(event_id) > _MAX_BYTES:
             # Of a longer id the server looks for the beginning.
@@ -40,7 +40,7 @@ class ListingV3(Listing):
         return [_entry(one) for one in found if is_same(one["event"], event_id, source)]
 
     def arrived(self, events: Sequence[Document]) -> Iterator[bool]:
-        """Say of each of *events* whether it is there, many by one question."""
+        """Yield True for each of *events* that is stored; one request asks for many."""
         for chunk in _chunks(events):
             if len(chunk) == 1:
                 yield from super().arrived(chunk)
@@ -75,7 +75,7 @@ class ListingV3(Listing):
             raise self._wrong(path, error) from error
 
     def date(self) -> str | None:
-        """Return when the server says it is, whatever else it answers."""
+        """Return the Date header of the server's answer."""
         return self._get("events", {"page[size]": 1}).headers.get("Date")
 
     def _meter_id(self, meter: str) -> str:
@@ -110,7 +110,7 @@ class ListingV3(Listing):
         return events
 
     def _all(self, what: str) -> list[Document]:
-        """Return what is on all pages of a list."""
+        """Return the entries of all pages of a list."""
         found: list[Document] = []
         for number in range(1, MAX_PAGES + 1):
             answer = self._get(what, {"page[size]": _PAGE, "page[number]": number})

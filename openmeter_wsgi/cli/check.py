@@ -139,7 +139,7 @@ def look(
     repeat: bool = False,
     views: Iterable[tuple[str, Policy]] = (),
 ) -> Iterator[Finding]:
-    """Yield what is found under *policy*, and under those of *views*, as it is found.
+    """Run the checks of *policy* and of those of *views*; yield each finding at once.
 
     With *repeat* an event is sent twice, which takes some seconds.
     """
@@ -161,7 +161,7 @@ def look(
 
 
 def _found(check: Check, situation: Situation) -> list[Finding]:
-    """Return what one check finds; meanwhile a terminal shows what it looks at."""
+    """Run one check, and show its name on a terminal meanwhile."""
     if reason := _obstacle(check, situation):
         return [unknown(check.name, reason)]
     with busy(f"Looking at: {check.name}") as say:
@@ -178,7 +178,7 @@ def _waiting(say: Callable[[str], None]) -> Callable[[float, str], None]:
 
 
 def _obstacle(check: Check, situation: Situation) -> str | None:
-    """Say why a check cannot look, None if it can."""
+    """Return the reason for which a check cannot run, None if it can."""
     if (check.needs_answer or check.needs_event) and not situation.answers:
         return "not looked at: the server does not answer"
     if check.needs_event and situation.sent is None:
@@ -198,7 +198,7 @@ class FrameworkProject(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """A policy to check, and what was found on the way to it."""
+    """A policy to check, with the findings of loading it."""
 
     policy: Policy | None
     findings: list[Finding]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.cli.check_configuration import policy_of_route
 from openmeter_wsgi.cli.findings import warning
+from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import SAYS, served_routes
 from openmeter_wsgi.policy import in_place_of
 
@@ -64,7 +65,10 @@ def _policy_of(route: ServedRoute, policy: Policy) -> Policy | None:
     options = getattr(route.view, SAYS, {})
     if found is None or options is None:
         return None
-    return dataclasses.replace(found, routes=None, **in_place_of(options))
+    try:
+        return dataclasses.replace(found, routes=None, **in_place_of(options))
+    except ConfigError:
+        return found  # as when a request is billed; `decorated_views` reports it
 
 
 def _answers_202(view: Any) -> bool:

@@ -62,7 +62,7 @@ def problems_of(error: ConfigError) -> list[Finding]:
 
 @contextlib.contextmanager
 def warnings_told() -> Iterator[list[Finding]]:
-    """Collect what reading a configuration would write into the log."""
+    """Collect the warnings that are logged while a configuration is read."""
     found: list[Finding] = []
     package = logging.getLogger("openmeter_wsgi")
     handler = _Collector(found)
@@ -103,7 +103,7 @@ _STATUS_CODES = "billed status codes"
 
 
 def look_at_status_codes(situation: Situation) -> Iterator[Finding]:
-    """Say whether responses are billed that are errors, under any policy."""
+    """Check that no policy bills errors."""
     told = set()
     for route, policy in situation.policies():
         finding = _look_at_status_codes(_STATUS_CODES, policy)
@@ -127,7 +127,7 @@ def _look_at_status_codes(name: str, policy: Policy) -> Finding:
 
 
 def look_at_dry_run(situation: Situation) -> Iterator[Finding]:
-    """Say whether anything is sent at all."""
+    """Check that events are sent."""
     if situation.policy.dry_run:
         yield warning(
             "dry run",
@@ -137,7 +137,7 @@ def look_at_dry_run(situation: Situation) -> Iterator[Finding]:
 
 
 def look_at_event_source(situation: Situation) -> Iterator[Finding]:
-    """Tell that several services may have the same source of events."""
+    """Report an event source that is the default."""
     source = situation.policy.event_source
     if source == DEFAULT_SOURCE:
         yield ok(
@@ -152,7 +152,7 @@ _QUOTAS = "quotas"
 
 
 def look_at_quotas(situation: Situation) -> Iterator[Finding]:
-    """Say whether the processes of the application count quotas down together."""
+    """Check that the processes of the application count quotas down together."""
     policy = situation.policy
     if not policy.entitlement_meters:
         return
@@ -263,7 +263,7 @@ def _django_remedy(app: Any) -> str | None:
 
 
 def look_at_views(app: Any) -> Iterator[Finding]:
-    """Say which views are metered otherwise than their decorator says."""
+    """Report decorators of views that have no effect."""
     for template, name in misplaced_decorators(app):
         yield failure(
             f"view {name}",
@@ -312,7 +312,7 @@ _METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
 
 
 def _decorated(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what `meter` says of a view, and of the methods of its class."""
+    """Yield the options of `meter` on a view, and on the methods of its class."""
     of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
     functions = [getattr(of_class, method, None) for method in _METHODS]
     for function in (view, *functions):
@@ -331,7 +331,7 @@ _REMEDY = (
 
 
 def look_at_spool(situation: Situation) -> Iterator[Finding]:
-    """Say whether the spool can be where it shall be, and whether it stays there."""
+    """Check the directory of the spool, its volume and its disk."""
     path = situation.policy.spool_dir
     if path is None:
         yield ok(_SPOOL, "none: usage waits in memory and a killed process loses it")
@@ -464,7 +464,7 @@ def _look_beneath(directory: Path) -> Iterator[Finding]:
 
 
 def is_on_layer(directory: Path, root: Path) -> bool:
-    """Say whether *directory* is on the writable layer of a container.
+    """True if *directory* is on the writable layer of a container.
 
     Of an overlay *root* it is, unless something is mounted in between.
     """
@@ -483,7 +483,7 @@ _ONE, _MANY = "\0", "\1"
 
 
 def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
-    """Say where a path that no rule matches evades a question of entitlements."""
+    """Report paths that no rule matches and that need no entitlement."""
     policy = situation.policy
     asking = [
         rule.text for rule, own in policy.of_routes if own and own.required_entitlements
@@ -539,7 +539,7 @@ def _part(text: str) -> str:
 
 
 def _overlap(left: list[str], right: list[str]) -> bool:
-    """Say whether some path may match both."""
+    """True if a path can match both."""
     if not left or not right:
         return left == right
     if _MANY in {left[0], right[0]}:

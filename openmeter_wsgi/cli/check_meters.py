@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
 
 def samples(situation: Situation) -> list[Sample]:
-    """Return what the policies state, each once."""
+    """Return the events that the policies name, each once."""
     found = list(_samples(situation))
     return [one for n, one in enumerate(found) if one not in found[:n]]
 
@@ -59,7 +59,7 @@ def _samples(situation: Situation) -> Iterator[Sample]:
 
 
 def types_stated(situation: Situation) -> set[str]:
-    """Return every event type that a policy names, whoever says how much of it."""
+    """Return every event type that a policy names."""
     counted = situation.policy.entitlement_meters.values()
     return {
         *(sample.type for sample in samples(situation)),
@@ -85,7 +85,7 @@ _MAX_ASKED = 50
 
 
 def look_at_meters(situation: Situation) -> Iterator[Finding]:
-    """Say which meters of the policies OpenMeter counts, and which it has besides."""
+    """Compare the meters of the policies with those of the server."""
     try:
         there = situation.listing.meters()
     except NoAnswer as error:
@@ -222,7 +222,7 @@ def _is_number(value: object) -> bool:
 
 
 def _unfed(situation: Situation, others: list[Document]) -> Iterator[Finding]:
-    """Say of the meters that no policy feeds whether handlers or others feed them."""
+    """Tell meters that no policy feeds apart by their usage of the last days."""
     fed: list[Document] = []
     unfed: list[Document] = []
     try:
@@ -262,7 +262,7 @@ _VISIBILITY = "visibility of usage"
 
 
 def look_at_features(situation: Situation) -> Iterator[Finding]:
-    """Say of each feature whether OpenMeter can be asked for it, and the reverse."""
+    """Compare the features of the policies with those of the server."""
     needed = _needed(situation)
     policy = situation.policy
     if needed:
@@ -299,7 +299,7 @@ def _needed(situation: Situation) -> list[str]:
 
 
 def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
-    """Ask for a customer who does not exist, as a request would ask."""
+    """Ask about a customer who does not exist, as a request would."""
     url = policy.entitlements_url or policy.api_url
     client = question_client(policy, policy.request_timeout)
     try:
@@ -389,7 +389,7 @@ _COUNTED_DOWN = ("SUM", "COUNT")
 
 
 def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Finding:
-    """Say whether what the policies send uses the quota up."""
+    """Check that the events of the policies use the quota of a feature."""
     counted = situation.policy.entitlement_meters.get(feature)
     kind = event_type(meter)
     counts_down = getattr(counted, "type", kind)

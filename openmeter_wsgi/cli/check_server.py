@@ -33,7 +33,7 @@ _PATIENCE = 5.0
 
 
 def explain(error: DeliveryError, policy: Policy) -> Iterator[Finding]:
-    """Say what a refusal means, from the outside in: server, key, answer."""
+    """Explain a refusal, from the outside in: server, key, answer."""
     status = error.status
     if status is None:
         yield _no_answer(error, policy)
@@ -69,7 +69,7 @@ def _no_answer(error: DeliveryError, policy: Policy) -> Finding:
 
 
 def _reach(error: DeliveryError, policy: Policy) -> str:
-    """Return what to do about a server that cannot be reached."""
+    """Return the remedy for a server that cannot be reached."""
     if is_untrusted(error):
         return (
             "let this machine trust the certificate: REQUESTS_CA_BUNDLE names a file "
@@ -87,7 +87,7 @@ def _other_scheme(url: str) -> str | None:
 
 
 def _speaks(url: str, timeout: float) -> bool:
-    """Say whether *url* answers in its scheme. The key stays here."""
+    """True if *url* answers in its scheme. The key is not sent."""
     keyless = ApiKey.from_options(None, None)
     connection = Connection(key=keyless, timeout=min(timeout, _PATIENCE))
     try:
@@ -112,7 +112,7 @@ def _key_remedy(policy: Policy) -> str:
 
 
 def _answer(error: DeliveryError, status: int, policy: Policy) -> tuple[str, str]:
-    """Return what an answer means that speaks of the address or the event."""
+    """Explain an answer about the address or the event: finding and remedy."""
     said = f"{status}: {error.reason}"
     url = policy.api_url
     if urlsplit(url).scheme == "http" and status in {*_REDIRECTS, 400}:
@@ -228,7 +228,7 @@ POLL_INTERVAL = 0.5
 
 
 def look_at_event(situation: Situation) -> Iterator[Finding]:
-    """Find the marked event in OpenMeter's list, and read what is wrong with it."""
+    """Find the marked event in OpenMeter's list, and read its validation errors."""
     assert situation.sent is not None  # noqa: S101 - the table says so
     try:
         entries = listed(situation, situation.sent.id, EVENT_PATIENCE)
@@ -260,11 +260,11 @@ def listed(situation: Situation, event_id: str, patience: float) -> list[Any]:
 
 
 def _explain(entry: dict[str, Any]) -> Iterator[Finding]:
-    """Say what is wrong beyond what must be: nobody counts it, nobody pays for it."""
+    """Report the validation errors, but for the expected: no meter, no customer."""
     said = str(entry.get("validationError") or "")
     others = [line for line in said.splitlines() if not _is_expected(line)]
     if not others:
-        yield ok(_EVENT, "it arrives; no meter counts it, as it should be")
+        yield ok(_EVENT, "it was stored; no meter counts it, as intended")
         return
     yield warning(
         _EVENT,

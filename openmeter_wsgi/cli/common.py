@@ -1,4 +1,4 @@
-"""What commands share: their arguments, their output and how they end."""
+"""Arguments, output and exit codes that commands share."""
 
 from __future__ import annotations
 
@@ -300,6 +300,6 @@ def size(amount: float) -> str:
 
 
 def name_of(event: Any, attribute: str) -> str | None:
-    """Return an attribute of what may or may not be an event."""
+    """Return an attribute of an event; None if it is no event or lacks it."""
     value = event.get(attribute) if isinstance(event, dict) else None
     return value if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Findings of ``check``: their severity, how they are printed, what is checked."""
+"""Findings of ``check``: severity, printing, and the situation that is checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NOT_ALLOWED = (401, 403)
 
 
 class Severity(enum.StrEnum):
-    """How bad it is. UNKNOWN: it could not be found out, which is no failure."""
+    """The severity of a finding. UNKNOWN is no failure: the check could not run."""
 
     OK = "ok"
     WARNING = "warning"
@@ -55,27 +55,27 @@ class Finding(NamedTuple):
 
 
 def ok(name: str, found: str, remedy: str | None = None) -> Finding:
-    """Say that a thing is as it should be, and what still has to be made sure."""
+    """Return a finding without a problem; *remedy* is advice."""
     return Finding(name, Severity.OK, found, remedy)
 
 
 def warning(name: str, found: str, remedy: str) -> Finding:
-    """Say that a thing costs usage, or bills twice, under circumstances."""
+    """Return a finding that can lose usage, or bill it twice, in some situations."""
     return Finding(name, Severity.WARNING, found, remedy)
 
 
 def failure(name: str, found: str, remedy: str) -> Finding:
-    """Say that a thing bills wrongly, or not at all."""
+    """Return a finding for which usage is billed wrongly, or not at all."""
     return Finding(name, Severity.FAILURE, found, remedy)
 
 
 def unknown(name: str, found: str, remedy: str | None = None) -> Finding:
-    """Say that a thing could not be found out, and why."""
+    """Return a finding that could not be made, with the reason."""
     return Finding(name, Severity.UNKNOWN, found, remedy)
 
 
 def unanswered(name: str, error: NoAnswer, may: str) -> Finding:
-    """Say that OpenMeter did not tell; a key that *may* is no remedy for all of it."""
+    """Return a finding for an answer that is missing; *may* is a permission."""
     remedy = f"use a key that may {may}" if error.status in _NOT_ALLOWED else None
     return unknown(name, str(error), remedy)
 
@@ -139,7 +139,7 @@ def _show(findings: Iterable[Finding], url: str | None) -> list[Finding]:
 
 
 def _show_alike(unknowns: list[Finding], console: Console) -> None:
-    """Show what could not be found out for one reason as one finding."""
+    """Show findings that are unknown for one reason as one."""
     if unknowns:
         names = ", ".join(finding.name for finding in unknowns)
         _show_one(unknowns[0]._replace(name=names), console)
@@ -188,7 +188,7 @@ class Sent:
 
 @dataclasses.dataclass
 class Situation:
-    """What the checks look at; each may use what those before it have found out."""
+    """The object of the checks; each may use the results of those before it."""
 
     policy: Policy
     client: OpenMeterClient

@@ -17,12 +17,12 @@ REMEDY = (
 
 
 def is_old(event: bytes) -> bool:
-    """Say whether an encoded event is older than Kafka's default retention."""
+    """True if an encoded event is older than Kafka's default retention."""
     return age_of(event) > RETENTION_DAYS * _DAY
 
 
 def oldest(moment: float | None) -> str | None:
-    """Say that the oldest event is too old, by its time; None if it is not."""
+    """Return a warning if the oldest event, by its time, is too old; else None."""
     days = 0.0 if moment is None else (time.time() - moment) / _DAY
     if days <= RETENTION_DAYS:
         return None
@@ -30,7 +30,7 @@ def oldest(moment: float | None) -> str | None:
 
 
 def several(events: int) -> str:
-    """Say that so many events are too old."""
+    """Return a warning that so many events are too old."""
     return f"{events} events are older than {RETENTION_DAYS} days; {_DANGER}"
 
 

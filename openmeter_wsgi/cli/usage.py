@@ -1,4 +1,4 @@
-"""``openmeter-wsgi usage``: print what the meters of the server have counted."""
+"""``openmeter-wsgi usage``: print the usage of the server's meters."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def command(
     as_json: bool,
     **what: Any,
 ) -> None:
-    """Print what METERs have counted, all of them if none is named.
+    """Print the usage of METERs, of all of them if none is named.
 
     Times are widened to whole windows, without --window to whole minutes. OpenMeter
     counts an event some seconds after it took it.

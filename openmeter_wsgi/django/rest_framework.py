@@ -18,7 +18,7 @@ else:
 
 
 class HasEntitlements(BasePermission):
-    """Lets in whose customer has what the policy, or the view, requires.
+    """Permits requests whose customer has the entitlements that are required.
 
     A view names features of its own as ``required_entitlements``. To be named after
     the permissions that authenticate; who is denied gets the same problem document as

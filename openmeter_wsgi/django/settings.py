@@ -53,7 +53,7 @@ def policy_of_settings(**options: Unpack[Options]) -> Policy:
 
 
 def view_middleware_problem() -> str | None:
-    """Say that our middleware is missing, None if it is there."""
+    """Return the problem that our middleware is missing, None if it is there."""
     if any(_is_class(name, ViewMiddleware) for name in settings.MIDDLEWARE):
         return None
     return (

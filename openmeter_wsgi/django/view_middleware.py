@@ -53,7 +53,7 @@ def remember_request(request: HttpRequest, environ: dict[str, Any]) -> None:
 
 
 def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
-    """Return what finds the subject of a request while Django serves it.
+    """Return a function that finds the subject of a request in Django.
 
     *source* is a path that begins with ``request``, such as ``"request.user.pk"`` or
     ``"request.auth.sub"``; or a callable on the environ. It is read when the response
@@ -94,7 +94,7 @@ authenticated_user: FindSubject = LastingSubject(_read_authenticated_user)
 
 
 class ViewMiddleware:
-    """Tells the metering around Django what happens inside of it.
+    """Passes route, user and view of a request to the metering around Django.
 
     To be named in ``MIDDLEWARE`` after what authenticates. Entitlements that the
     policy requires are asked for before the view is called; a view of the REST
@@ -168,7 +168,7 @@ def refused(request: HttpRequest, denied: EntitlementDenied) -> HttpResponse:
 
 
 def _has_permission_that_asks(view: Any) -> bool:
-    """Say whether a view of the REST framework asks after it has authenticated."""
+    """True if a view of the REST framework has a permission for entitlements."""
     of_class = getattr(getattr(view, "cls", None), "permission_classes", ())
     own = getattr(view, "initkwargs", {}).get("permission_classes", of_class)
     return any(map(_asks, own))

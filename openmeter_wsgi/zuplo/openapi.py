@@ -45,7 +45,7 @@ _CHOICE = re.compile(r"[\w.-]+(?:\|[\w.-]+)+")
 
 
 def rules(path: str, mode: str = OPEN_API) -> list[str]:
-    """Return the rules that together match what *path* does.
+    """Return the rules that together match the requests of *path*.
 
     Two, where something in it may be absent.
 

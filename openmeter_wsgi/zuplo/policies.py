@@ -79,7 +79,7 @@ def _read(path: Path) -> str:
 
 
 def inside(place: str, key: str) -> str:
-    """Return the place of *key* in what stands at *place*."""
+    """Return the place of *key* in the object at *place*."""
     if not re.fullmatch(r"[\w$-]+", key):
         return f"{place}[{key!r}]"
     return f"{place}.{key}" if place else key
@@ -163,7 +163,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 class Option(NamedTuple):
-    """What an option of Zuplo's becomes."""
+    """The counterpart of an option of Zuplo's."""
 
     #: The name of ours; None where there is nothing to say here.
     name: str | None
@@ -379,7 +379,7 @@ def _read_entry(place: str, document: Mapping[str, Any], problems: list[str]) ->
 
 
 def _kind(place: str, document: Mapping[str, Any], problems: list[str]) -> str:
-    """Return what Zuplo would run: by its export, or else by its type."""
+    """Return the kind of a policy, by its export or else by its type."""
     said = _text(document.get("policyType", document.get("type")))
     handler = document.get("handler")
     if isinstance(handler, str):
@@ -447,7 +447,7 @@ class ZuploPolicy:
 
     @property
     def metered(self) -> bool:
-        """Whether it is one that meters."""
+        """True if the policy meters."""
         return self.kind in ZUPLO_OPTIONS
 
     def __str__(self) -> str:
@@ -486,7 +486,7 @@ def read_policies(
 
 
 class _Reader:
-    """Reads the options of entries, and collects what is wrong with them."""
+    """Reads the options of entries, and collects their problems."""
 
     def __init__(
         self, environ: Mapping[str, str], problems: list[str], *, resolves: bool
@@ -571,7 +571,7 @@ def _note_renamed_features(
 
 
 def _note_what_zuplo_checks(policy: ZuploPolicy, place: str) -> None:
-    """Note what ``monetization-inbound`` does beside metering."""
+    """Note the checks of ``monetization-inbound``, which are not taken over."""
     asked = policy.options.get("required_entitlements", [])
     meters = policy.options.get("meters", {})
     if unasked := [m for m in meters if (feature_like(m) or m) not in asked]:

@@ -42,7 +42,7 @@ Options = dict[str, Any] | None
 def overlapping(
     routes: Mapping[str, Options],
 ) -> tuple[dict[str, Options], list[str]]:
-    """Return the routes that are needed, and what matches otherwise than in Zuplo.
+    """Return the routes that are needed, and notes where Zuplo matches otherwise.
 
     A route that is not metered is needed where the rule of another one, which is
     metered, would match it as well.
@@ -62,12 +62,12 @@ def overlapping(
 
 
 def exactness(rule: str) -> tuple[bool, ...]:
-    """Return what sorts the more exact of two overlapping rules behind."""
+    """Return a sort key: the more exact of two overlapping rules has the greater."""
     return tuple("<" not in part for part in rule.split("/"))
 
 
 def _overlap(left: str, right: str) -> bool:
-    """Say whether a request may match both rules; in doubt it may."""
+    """True if a request can match both rules, or that is not certain."""
     lefts, rights = left.split("/"), right.split("/")
     for one, other in zip(lefts, rights, strict=False):
         if "<path:" in one or "<path:" in other:
@@ -103,7 +103,7 @@ def combined(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
 
 
 def _effect(policy: ZuploPolicy, name: str, options: dict[str, Any]) -> object:
-    """Return what *policy* says of *name*, be it by default."""
+    """Return the value of the option *name* in *policy*, or its default."""
     value = policy.options.get(name, DEFAULTS.get(name, options[name]))
     if name == "meter_on_status_codes" and not variables_in(value):
         return StatusCodes(value)
@@ -135,7 +135,7 @@ DELIVERY = ("api_key", "api_url")
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
-    """What a configuration of Zuplo's says, in our options."""
+    """A configuration of Zuplo's, in our options."""
 
     #: Of requests that no route governs; None: they are not metered.
     default_options: dict[str, Any] | None = dataclasses.field(repr=False)
@@ -281,7 +281,7 @@ class _Named:
         return self._expanded[name]
 
     def _unknown(self, name: str, place: str) -> None:
-        """Refuse what may be one of ours, misspelt; warn of anything else."""
+        """Refuse a name like that of a policy that meters; warn of any other."""
         ours = [key for key, policy in self._policies.items() if policy.metered]
         text = (
             f"{place}: no policy is named {name!r}{did_you_mean(name, self._policies)}"
@@ -426,7 +426,7 @@ def options_of(
     routes: str | os.PathLike[str] | None,
     environ: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the options that the files say; warn of what they say in vain.
+    """Return the options in the files; warn of those without a counterpart.
 
     :raises ConfigError: with every problem, each with its place.
     """

@@ -60,7 +60,7 @@ class Command(BaseCommand):
 
 
 def _findings() -> Iterator[Finding]:
-    """Yield what Django's system check finds in the settings."""
+    """Yield the findings of Django's system check."""
     from openmeter_wsgi.cli.findings import failure, warning
 
     for message in check_configuration():
