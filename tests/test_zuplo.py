@@ -931,3 +931,12 @@ def test_groups_that_are_nested_too_deep_are_a_problem_with_their_place():
     assert "GET /a: inbound[0] (g0)" in said
     assert "expected at most 100 levels of groups" in said
     assert len(said) < 2_000
+
+
+@pytest.mark.parametrize("name", ["openmeter-one-meter", "monetization"])
+def test_without_an_event_source_it_is_the_default_of_zuplo(name, monkeypatch) -> None:
+    monkeypatch.setenv("OPENMETER_API_KEY", "key")
+
+    policy = Policy.from_zuplo(FIXTURES / f"{name}.json")
+
+    assert policy.event_source == "api-gateway"

@@ -16,6 +16,9 @@ from openmeter_wsgi.zuplo import Translation, read_policies, to_toml, translate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "zuplo"
 
+#: The default of Zuplo, where a file names no source.
+SOURCE = {"event_source": "api-gateway"}
+
 
 def toml(name: str, **environ: str) -> str:
     return to_toml(translate(read_policies(FIXTURES / name, environ)))
@@ -44,7 +47,9 @@ def test_the_file_makes_the_policy_that_zuplo_says(
     said = translate(read_policies(FIXTURES / name, {})).default_options or {}
     monkeypatch.setenv("OPENMETER_API_KEY", "key-in-the-file")
 
-    assert Policy.from_file(file) == Policy(**{"api_key": "key-in-the-file", **said})
+    assert Policy.from_file(file) == Policy(
+        **{"api_key": "key-in-the-file", **SOURCE, **said}
+    )
 
 
 def test_the_key_is_never_written() -> None:
@@ -73,6 +78,7 @@ def test_a_variable_of_another_name_is_told() -> None:
 
     assert (
         text == "# Set the variable OPENMETER_API_KEY to what A and B held for Zuplo.\n"
+        'event_source = "api-gateway"\n'
     )
 
 
@@ -84,7 +90,7 @@ def test_routes_are_tables_and_false_where_nothing_is_metered() -> None:
     )
 
     assert result.exit_code == 0
-    assert result.stderr == "no policies that meter: mock, keys\n"
+    assert result.stderr == "left out, as they do not meter: mock, keys\n"
     options = {
         "subject_path": ".data.openmeter.subjectId",
         "event_source": "$env(OPENMETER_SOURCE)",
@@ -93,6 +99,7 @@ def test_routes_are_tables_and_false_where_nothing_is_metered() -> None:
     }
     assert tomllib.loads(result.stdout) == {
         "api_url": "$env(OPENMETER_URL)",
+        **SOURCE,
         "routes": {
             "PUT /maps/public": False,
             "GET /maps": options,
@@ -192,9 +199,9 @@ def test_nothing_in_a_file_steers_the_terminal_or_leaves_its_comment() -> None:
     name = "\x1b[31m\napi_url = 1\x85\u2028"
     text = to_toml(Translation({}, {}, [name]))
 
-    assert tomllib.loads(text) == {}
+    assert tomllib.loads(text) == SOURCE
     assert "\x1b" not in text
-    assert len(text.splitlines()) == 1
+    assert len(text.splitlines()) == 2
 
 
 def test_null_is_refused_with_its_place() -> None:
@@ -224,7 +231,7 @@ OPTIONS = st.dictionaries(TEXT.map("x".__add__), VALUES, max_size=4)
 
 @given(OPTIONS)
 def test_whatever_it_says_is_read_back(options: dict[str, Any]) -> None:
-    assert tomllib.loads(to_toml(Translation(options, {}, []))) == options
+    assert tomllib.loads(to_toml(Translation(options, {}, []))) == {**SOURCE, **options}
 
 
 @given(st.dictionaries(TEXT, st.none() | OPTIONS, max_size=4))

@@ -65,7 +65,7 @@ def _zuplo(
         _write(output, text)
     if others := [policy for policy in read if not policy.metered]:
         names = ", ".join(policy.name or policy.kind for policy in others)
-        click.echo(printable(f"no policies that meter: {names}"), err=True)
+        click.echo(printable(f"left out, as they do not meter: {names}"), err=True)
 
 
 def _write(file: Path, text: str) -> None:

@@ -330,7 +330,7 @@ def to_toml(translation: Translation) -> str:
     lines = [_comment(f"Not taken over: {text}") for text in translation.warnings]
     lines += _key_comment(translation)
     lines += _reference_comment(translation)
-    lines += _options(translation.delivery if top is None else top)
+    lines += _options({**_SOURCE, **(translation.delivery if top is None else top)})
     if top is None:
         lines += ["", _comment("Requests that match none of these are not metered.")]
         lines += _routes(translation.routes)
@@ -421,6 +421,10 @@ def _text(text: str) -> str:
 _LIFETIME = "allow_ttl"
 
 
+#: Zuplo's default differs from ours, and event ids and queries depend on the source.
+_SOURCE = {"event_source": DEFAULTS["event_source"]}
+
+
 def options_of(
     policies: str | os.PathLike[str],
     routes: str | os.PathLike[str] | None,
@@ -436,8 +440,8 @@ def options_of(
     for warning in translation.warnings:
         logger.warning("Zuplo's configuration: %s", warning)
     if translation.default_options is not None:
-        return translation.default_options
-    return _with_lifetime(translation)
+        return {**_SOURCE, **translation.default_options}
+    return {**_SOURCE, **_with_lifetime(translation)}
 
 
 def _with_lifetime(translation: Translation) -> dict[str, Any]:
