@@ -15,7 +15,7 @@ from openmeter_wsgi.delivery.sender import (
     MAX_SERVER_ERRORS,
     Sender,
 )
-from openmeter_wsgi.errors import Misconfigured, Rejected, Unavailable
+from openmeter_wsgi.errors import Deposed, Misconfigured, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.stats import Counts
 
@@ -606,3 +606,33 @@ def test_a_status_of_success_that_is_no_success_is_held(openmeter):
 
     assert openmeter.ids == ["a"]
     assert case.counts.retries == 1
+
+
+class DeposedClient(ScriptedClient):
+    """Accepts events, then learns that another sender has taken the place."""
+
+    def ingest(self, events):
+        super().ingest(events)
+        raise Deposed("the place of the sender was given up")
+
+
+def deposed(_):
+    raise Deposed("the place of the sender was given up")
+
+
+@pytest.mark.parametrize(
+    ("client", "done"),
+    [(DeposedClient(), lambda events: None), (ScriptedClient(), deposed)],
+    ids=["by the client", "by the source"],
+)
+def test_a_sender_that_lost_its_place_says_nothing_false_of_the_server(
+    client, done, caplog
+):
+    sender = Sender(client, Counts(), done, jitter=lambda _, most: most)
+    sender.load(ListedBatch(named("a")))
+
+    assert sender.attempt() > 0
+
+    assert "another process" in caplog.text
+    assert "did not answer" not in caplog.text
+    assert sender.outage.problem is None

@@ -29,6 +29,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.delivery.batch import MAX_AHEAD, Batch, shortened, split_by_date
 from openmeter_wsgi.errors import (
     DeliveryError,
+    Deposed,
     Expired,
     Misconfigured,
     Rejected,
@@ -190,6 +191,8 @@ class Sender(Generic[_B]):
         self._attempt_began = time.monotonic()
         try:
             self._client.ingest(batch.events)
+        except Deposed:
+            return self._deposed()
         except Expired as error:
             return self._expired(error)
         except Rejected as error:
@@ -199,12 +202,26 @@ class Sender(Generic[_B]):
         finally:
             self._attempt_began = None
             self._counts.attempt_seconds.add(time.perf_counter() - began)
-        self._delivered()
+        try:
+            self._delivered()
+        except Deposed:
+            return self._deposed()
         return 0.0
 
+    def _deposed(self) -> float:
+        """Return the wait of a sender whose place another one has taken."""
+        logger.warning(
+            "%s: another process or thread has become the sender during an attempt; "
+            "it sends these events again under the same ids",
+            "delivery",
+        )
+        return FIRST_DELAY
+
     def give_up_attempt(self, error: Exception) -> float:
-        """Return the wait after an attempt that broke off in a way nobody foresaw."""
+        """Return the wait after an attempt that ended in an unexpected exception."""
         self.outage.note(Unavailable(f"an attempt broke off, {error!r}"))
+        if not self._pending:
+            return FIRST_DELAY
         batch = self._pending[0]
         batch.failures += 1
         return self._backoff(batch.failures)
