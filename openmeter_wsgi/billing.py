@@ -108,8 +108,9 @@ class Billing:
         #: needed.
         self.bodies: frozenset[str] | None = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
-        #: True if it bills the requests that no rule of a route matches.
-        self._is_default = policy.routes is not None or name == EVERY_OTHER
+        #: The policy that holds the routes, or the rule `*`: it bills the requests that
+        #: no other rule matches.
+        self._bills_unmatched = policy.routes is not None or name == EVERY_OTHER
         #: None if this policy has no common case.
         self.fast_path: FastPath | None = (
             FastPath(self) if self._is_known_beforehand else None
@@ -121,7 +122,7 @@ class Billing:
         """True if the status and the subject alone decide the events of a response."""
         return (
             self.bodies is None
-            and not self._is_default
+            and not self._bills_unmatched
             and not self._counts_down
             and self.identity.is_ours
             and all(meter.plain for meter in self.policy.static_meters)
@@ -193,7 +194,7 @@ class Billing:
         try:
             if stated is not None and stated.denied:
                 return self.not_metered.note("denied", environ, status)
-            if self._is_default and (other := self._of_route(environ)) is not None:
+            if self._bills_unmatched and (other := self._of_route(environ)) is not None:
                 return other.events(environ, request, outcome, exchange)
             if reason := self._status_reason(environ, stated, status):
                 return self.not_metered.note(reason, environ, status)
@@ -208,7 +209,8 @@ class Billing:
             return made
         finally:
             if request.reserved:
-                self.gate.settle(request, (), None)  # nothing is billed
+                # `_stated_events` did not settle it, so nothing is billed.
+                self.gate.settle(request, (), None)
 
     def _of_route(self, environ: Environ) -> Billing | None:
         """Return the billing of the route by which the framework served a request.
@@ -454,6 +456,7 @@ class FastPath:
         request_id = self._ids.new()
         if self._template is not None:
             head, middle = self._template
+            # `timestamp()`, inlined.
             time = clock.text if clock.monotonic() < clock.until else clock.renew()
             text = f'{head}{request_id}{middle}{time}","subject":{quoted(subject)}}}'
             events: Sequence[bytes] = (text.encode(),)

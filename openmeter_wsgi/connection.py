@@ -40,7 +40,7 @@ class Reply(NamedTuple):
     """An answer of the server."""
 
     status: int
-    #: Whatever the case of a name.
+    #: Header names, in any case.
     headers: Mapping[str, str]
     #: The start of the body, without our key should the server repeat it.
     body: bytes
@@ -125,9 +125,9 @@ def _moment(date: str) -> float | None:
         return None
 
 
-#: Of an answer no more is read than what a log line can use.
+#: The most bytes read of an answer: enough for a log line.
 MAX_ANSWER_BYTES = 65_536
-#: The body of an answer whose status says all is waited for so many seconds.
+#: Seconds to wait for the body of a 2xx answer, where only its status matters.
 _BODY_GRACE = 0.2
 
 
@@ -186,7 +186,7 @@ class Connection:
         """Send one request; after a 401 once more, if the key is another one now.
 
         :raises Unavailable: if there is no answer.
-        :raises Held: if the configuration makes every attempt vain.
+        :raises Misconfigured: if no attempt can succeed with this configuration.
         """
         reply = self._attempt(method, url, data, headers)
         if reply.status == 401 and self._renew_key():
@@ -248,7 +248,7 @@ class Connection:
         except (OSError, ValueError) as error:
             self.close()  # what is wrong may be in the environment, and set right there
             if deadline.is_over:
-                error = _late(error, self._timeout)
+                error = _timeout_error(error, self._timeout)
             raise self._no_answer(error, url) from error
         finally:
             deadline.end()
@@ -280,27 +280,28 @@ class Connection:
 
     def _no_answer(self, error: OSError | ValueError, url: str) -> DeliveryError:
         """Return the error of an attempt without an answer, which may have arrived."""
-        reason = self._text_without_key(_said(error))
+        reason = self._text_without_key(_innermost_message(error))
         if isinstance(error, requests.exceptions.InvalidURL) or (
             isinstance(error, ValueError) and not isinstance(error, OSError)
         ):
-            # Ours was read before. What cannot be parsed would show its password.
+            # OpenMeter's URL was parsed earlier, so this is the proxy's. It is not
+            # logged: it may hold a password.
             return Misconfigured(
                 "the URL of the proxy cannot be parsed (see http_proxy, ...)"
             )
         if not isinstance(error, requests.RequestException) or isinstance(
             error, requests.exceptions.SSLError | ValueError
         ):
-            # Any other OSError is about a CA bundle that is not there.
+            # requests raises a plain OSError if the CA bundle is missing.
             return Misconfigured(f"cannot talk to {url}: {reason}")
         cause = error.args[0] if error.args else None
         cause = getattr(cause, "reason", cause)
         where = urlsplit(url).netloc.rpartition("@")[2]
         if isinstance(cause, urllib3.exceptions.ProxyError):
-            # A connection lost after the request was sent is called one, too.
+            # urllib3 raises it also if the connection breaks after the request.
             cause, where = cause.original_error, f"{where} through a proxy"
         never_connected = isinstance(cause, _UNCONNECTED)
-        # A tunnel that a proxy refuses is an OSError and none of its subclasses.
+        # A refused tunnel raises exactly OSError, so nothing was sent.
         return Unavailable(
             f"{where}: {reason}",
             ambiguous=not never_connected and type(cause) is not OSError,
@@ -461,7 +462,7 @@ def _new_session(url: str, deadline: Deadline) -> requests.Session:
     return session
 
 
-def _late(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
+def _timeout_error(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
     """Return the error of an attempt that was ended by its deadline."""
     never_connected = isinstance(error, requests.exceptions.ConnectTimeout) or (
         isinstance(getattr(error.args and error.args[0], "reason", None), _UNCONNECTED)
@@ -471,7 +472,7 @@ def _late(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
     return requests.ReadTimeout(f"no whole answer within {timeout:g} s")
 
 
-def _said(error: BaseException) -> str:
+def _innermost_message(error: BaseException) -> str:
     """Return the error of the operating system, without the wrapping of each layer."""
     while inner := error.__cause__ or error.__context__:
         error = inner

@@ -58,8 +58,8 @@ class OpenMeterMiddleware:
     :raises ConfigError: with every problem of the configuration.
     """
 
-    #: True if entitlements are checked before the application is called. Frameworks
-    #: check them later, when the caller is known.
+    #: True if entitlements are checked before the application is called. Subclasses
+    #: for frameworks set False and check them later, when the caller is known.
     _asks_first = True
 
     def __init__(
@@ -112,6 +112,7 @@ class OpenMeterMiddleware:
                 self._say_that_it_is_nested()
                 return self.app(environ, start_response)
         else:
+            # `new_record`, inlined: a call would cost each request.
             request = environ[REQUEST] = RequestRecord()
             request.billing = billing
             request.state = OPEN
@@ -145,6 +146,7 @@ class OpenMeterMiddleware:
         elif is_iterable(iterable):
             response = Response()
         else:
+            # Such as gunicorn's ALREADY_HANDLED: the application took the socket.
             billing.hand_over(environ, request)
             return iterable
         response.environ = environ
@@ -261,7 +263,7 @@ def _prepare_spool(policy: Policy) -> None:
 
 def _warn_of_unknown_subject() -> None:
     logger.warning(
-        "openmeter_wsgi: a request was answered 401 before it reached the application, "
+        "a request was answered 401 before it reached the application, "
         "as no subject was known; where the application calls set_user or set_subject, "
         "use openmeter_wsgi.flask.OpenMeter, openmeter_wsgi.django, or "
         "require_entitlements in the view, which ask after authentication"
@@ -272,6 +274,7 @@ def _refusal(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
 ) -> DeniedResponse | None:
     """Return the response to a denied request, None if it is allowed."""
+    # The cache answers most requests, so it is asked first.
     if not billing.gate.passes(environ, request) and billing.must_ask(environ):
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:

@@ -46,7 +46,7 @@ class Response:
     request: RequestRecord
     #: The iterable of the application, None once it is closed.
     iterable: Any
-    #: The events of the request, from the state FIXED on.
+    #: The events of the request, set with the state FIXED: settling again puts these.
     events: Sequence[bytes]
 
     def __iter__(self) -> Iterator[bytes]:
@@ -114,6 +114,7 @@ class Response:
         events = None
         if state == FINISHED and billing.fast_path is not None:
             events = billing.fast_path.events(self.environ, request)
+        # None: the fast path declined. (): not billed, so there is nothing left to do.
         if events is None or events or not process.is_begun:
             # A process forked during the request has a copy; the parent settles it.
             if not process.guard.is_current():
@@ -143,7 +144,7 @@ class Response:
 
     def _capture(self, bodies: Iterable[str]) -> ResponseCapture:
         capture = self.request.capture
-        if capture is None:  # a view wants the size of chunks that are gone
+        if capture is None:  # a view's own options came after the response had begun
             capture = ResponseCapture(self.environ, bodies)
             capture.hand_over()
         return capture

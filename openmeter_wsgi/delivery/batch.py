@@ -1,4 +1,4 @@
-"""Batches: the events of one request, and which of them are not to be sent yet.
+"""Batches: the events of one POST to OpenMeter, and which of them wait for their date.
 
 An event that is dated ahead of OpenMeter's clock waits until it is due. Kafka refuses
 one that is more than an hour ahead after OpenMeter has taken it, and with it all events

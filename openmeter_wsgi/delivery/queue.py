@@ -92,9 +92,9 @@ class MemoryQueue(Source[NumberedBatch]):
         #: While fewer events than this wait, `put` appends a small event without
         #: checking the bounds. In a list, which the taking thread replaces, so that
         #: a put that is late changes only a list that nobody reads any more.
-        self._easy = [0]
-        #: Since when events are dropped, and how many had been before.
-        self._full: tuple[float, int] | None = None
+        self._unchecked_below = [0]
+        #: When the queue became full, and the number of drops before.
+        self._full_since: tuple[float, int] | None = None
         self._put_bytes = 0
         # Written by the taking thread alone.
         self._taken = 0
@@ -111,19 +111,20 @@ class MemoryQueue(Source[NumberedBatch]):
     def put(self, event: bytes) -> bool:
         """Append *event*, and say whether there was room for it.
 
-        Never blocks, never raises. The newest is dropped: what is older was
-        promised first.
+        Never blocks, never raises. If there is no room, the new event is dropped.
         """
         events = self._events
         size = len(event)
-        if len(events) >= self._easy[0] or size > _LARGE_EVENT:
+        if len(events) >= self._unchecked_below[0] or size > _LARGE_EVENT:
             return self._put_with_care(event, size)
         events.append(event)
         self._put_bytes += size
         return True
 
     def _put_with_care(self, event: bytes, size: int) -> bool:
-        easy = self._easy  # before all that is looked at: see there
+        # Read first: if the taking thread replaces the list meanwhile, the write below
+        # changes only the old list.
+        unchecked_below = self._unchecked_below
         waiting = len(self._events)
         if self.size + size > self._max_bytes:
             return self._refuse()
@@ -132,19 +133,19 @@ class MemoryQueue(Source[NumberedBatch]):
         if waiting + 1 >= self._wake_at:
             self._wake()
         else:
-            easy[0] = self._easily()
+            unchecked_below[0] = self._safe_count()
         return True
 
     def wake_from(self, waiting: int) -> None:
         """Have a put call *wake* from so many waiting events on. One thread."""
         self._wake_at = waiting
-        self._ease()
+        self._renew_unchecked_below()
 
-    def _ease(self) -> None:
-        """Say up to where a put has nothing to look at. One thread."""
-        self._easy = [self._easily()]
+    def _renew_unchecked_below(self) -> None:
+        """Set the count up to which `put` checks no bounds. One thread."""
+        self._unchecked_below = [self._safe_count()]
 
-    def _easily(self) -> int:
+    def _safe_count(self) -> int:
         return min(
             self._wake_at - 1,
             len(self._events) + (self._max_bytes - self.size) // _LARGE_EVENT,
@@ -152,9 +153,9 @@ class MemoryQueue(Source[NumberedBatch]):
 
     def _refuse(self) -> bool:
         self._counts.dropped[self._when_full] += 1
-        if self._full is None:
+        if self._full_since is None:
             dropped = self._counts.dropped[self._when_full] - 1
-            self._full = (time.monotonic(), dropped)
+            self._full_since = (time.monotonic(), dropped)
         logger.error(
             "%s: the queue is full, %d events wait in memory; new ones are lost "
             "and counted as %s until some are delivered",
@@ -214,7 +215,7 @@ class MemoryQueue(Source[NumberedBatch]):
             batch = NumberedBatch(taken, first=self._ever_taken, size=size)
             self._ever_taken += len(batch)
             self._taken += len(batch)
-            self._ease()
+            self._renew_unchecked_below()
         return batch
 
     def delay(self, batch: NumberedBatch, seconds: float) -> None:
@@ -232,11 +233,11 @@ class MemoryQueue(Source[NumberedBatch]):
             self._taken -= len(batch)
             self._done += len(batch)
             self._done_bytes += batch.size
-            self._ease()
+            self._renew_unchecked_below()
             intervals.add(self._done_numbers, batch.first, batch.first + len(batch))
             self._moved.notify_all()
-        if self._full is not None and not self.has_no_room:
-            (since, dropped), self._full = self._full, None
+        if self._full_since is not None and not self.has_no_room:
+            (since, dropped), self._full_since = self._full_since, None
             logger.warning(
                 "%s: there is room again after %.0f s, in which %d events were lost",
                 _BOUND, time.monotonic() - since,
@@ -304,8 +305,8 @@ class MemoryDelivery:
             exit_hook=self._exit_hook,
             idle=client.close,
         )
-        #: Take an event. Any thread; never raises, never waits for delivery. Past
-        #: this layer: a put is one call less.
+        #: Take an event. Any thread; never raises, never waits for delivery. It is the
+        #: queue's own method, which saves a call.
         self.put: Callable[[bytes], bool] = self._queue.put
 
     # -- Starting and ending
@@ -329,8 +330,8 @@ class MemoryDelivery:
         self._hooks.make()
         if environ and ends_without_hooks(environ):
             logger.error(
-                "%s: this server ends its processes without exit hooks: what waits in "
-                "their memory is lost; set spool_dir, or use another server",
+                "%s: this server ends its processes without exit hooks: events in "
+                "their memory are lost; set spool_dir, or use another server",
                 "shutdown",
             )
 
@@ -339,7 +340,7 @@ class MemoryDelivery:
         self._worker.wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Send what waits until *timeout*, then stop and say what is left.
+        """Send the waiting events until *timeout*, then stop and log the rest.
 
         May be called twice, and after a fork in the child, where it does nothing.
         """
@@ -430,7 +431,7 @@ class MemoryDelivery:
         return self._queue.delivered_until()
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send what waits now, and say whether all of it is done within *timeout*."""
+        """Send the waiting events; return True if all are done within *timeout*."""
         if not self.waiting:
             return True
         self._worker.hurry()

@@ -5,15 +5,15 @@ this way* (a wrong key or address) concern every event alike: the batch stays at
 the head and nothing behind it is tried. *Not these* (400, 413) concerns at least
 one event in the batch: it is split until that one stands alone.
 
-An event refused alone is not yet guilty: a proxy may be refusing everything. It
-is buried if the server refused it, accepted another event, and refused it again;
-until then it steps aside as a suspect and is tried again after each acceptance.
-Being refused as part of a larger batch counts as the first refusal.
+One refusal of an event proves nothing: a proxy may refuse everything. The event waits
+as a suspect. If the server accepts another batch and then refuses the event again, it
+is buried. A refusal of a batch that held the event counts as its first.
 
 A 500 may mean either: Kafka is away, or it does not take one of these events. So one
 event of the batch is tried alone, and if the server accepts it while the others still
-get a 500, they are split without a wait. What gets a 500 alone is no longer waited for,
-and buried after ten of them, each with an acceptance since the one before.
+get a 500, they are split without a wait. An event that gets a 500 alone steps aside, so
+that others can be sent. It is buried after ten such answers, if the server accepted
+another batch before each.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class _Trial(Generic[_B]):
         self.events = events
         self.failures = 0
         self.server_errors = 0
-        #: Of the first refusal: its status, and how many batches the server had
-        #: accepted before it.
+        #: The first refusal: its status, and the number of batches accepted before
+        #: it.
         self.refusal = refusal
         #: The number of batches accepted before the server first answered 500 to this
         #: one, or to one of which it was a part. None: it has not.
@@ -379,8 +379,7 @@ class Sender(Generic[_B]):
         )  # fmt: skip
 
 
-#: The end of what lasted as many seconds is told; a single attempt in vain was told
-#: to be repeated at once.
+#: The end of an outage is logged only if it lasted this many seconds.
 WORTH_TELLING = 5.0
 
 

@@ -33,8 +33,8 @@ logger: Final = log.get_logger(__name__)
 CLOSING_DELAY = 0.5
 #: Seconds between two looks of a close whether the worker still delivers.
 _JOIN_INTERVAL = 0.02
-#: So much processor time is left to all other threads for each second of the worker's:
-#: it takes a twentieth of a process that could use a whole core.
+#: Seconds of processor time that other threads get for each second of the worker: it
+#: takes a twentieth of a process that could use a whole core.
 _SHARE = 20
 _NEVER = sys.maxsize
 _B = TypeVar("_B", bound=Batch)
@@ -75,7 +75,7 @@ class Source(Generic[_B]):
         """Look for new events; with *last* for every one."""
 
     def tell(self, answer: str | None, *, next_in: float) -> None:
-        """Tell others why events wait: the *answer* to an attempt, None if it is taken.
+        """Tell others why events wait: the *answer*, None if OpenMeter took the batch.
 
         The next attempt is *next_in* seconds away.
         """
@@ -107,8 +107,9 @@ class Source(Generic[_B]):
 class Worker(Generic[_B]):
     """Brings batches from a source to a sender until it is closed.
 
-    Belongs to one process. Nothing runs before `start` or the first `wake`. *end* is
-    called when the process ends; *idle* when the worker stops delivering.
+    Belongs to one process. Nothing runs before `start` or the first `wake`.
+    *exit_hook* closes the delivery when the process ends. *idle* is called when the
+    worker stops delivering.
     """
 
     def __init__(
@@ -127,9 +128,9 @@ class Worker(Generic[_B]):
         self._batch_size = policy.batch_size
         self._flush_interval = policy.flush_interval
         self._wakeup = Wakeup()
-        #: Whether what waits now goes without waiting for more.
+        #: True: send the waiting events without waiting for more.
         self._hurried = False
-        #: Whether the next wait after a failure is left out.
+        #: True: skip the next wait after a failure.
         self._retry_now = False
         self._closing = False
         self._stopping = False
@@ -308,7 +309,7 @@ class Worker(Generic[_B]):
         if self._until is not None and time.monotonic() > self._until:
             return True
         self._source.look(last=True)
-        # Hurried by close() itself, so that suspects are tried once more.
+        # `finish` sets _hurried, so suspects get one more attempt.
         return not (len(self._source) or self._sender.busy or self._hurried)
 
     def _has_work(self) -> bool:
@@ -421,11 +422,11 @@ class Worker(Generic[_B]):
 
 
 class Pace:
-    """Says how long the worker rests after a batch. Belongs to its thread.
+    """The rest of the worker after a batch. Belongs to its thread.
 
-    It measures how much processor time the process has used besides. Where that is
-    next to nothing nobody is to be spared, and there is no rest; nor where the others
-    had their share while the worker waited for the network or the disk.
+    It measures the processor time of the other threads. If they need almost none, or
+    had their share while the worker waited for the network or the disk, it does not
+    rest.
     """
 
     def __init__(

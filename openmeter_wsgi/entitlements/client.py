@@ -140,7 +140,7 @@ class EntitlementClient(ABC):
     Each method but `lookup` and `probe` sends one request per question.
 
     :raises Unavailable: from each question, if there is no answer now.
-    :raises Held: if the question cannot be answered as it is configured.
+    :raises Misconfigured: if this configuration cannot get an answer.
     """
 
     #: True if a feature can be asked for without all others of the customer.
@@ -291,7 +291,7 @@ def decoded(reply: Reply, kind: type[Any]) -> Any:
 def parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
     """Return the JSON in *body* as *kind*.
 
-    :raises Held: if it is something else.
+    :raises Misconfigured: if it is something else.
     """
     try:
         return msgspec.json.decode(body, type=kind)

@@ -263,7 +263,7 @@ class Recorder(Protocol):
     """Keeps the in-flight record of a spool."""
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
-        """Return when the first attempt was that may have arrived, None if none."""
+        """Return the time of the first attempt that may have arrived, or None."""
 
     def record(self, batch: SpoolBatch, since: float) -> None:
         """Write down that *batch* is about to be sent."""
@@ -306,7 +306,7 @@ class RecordingClient:
     def ingest(self, batch: SpoolBatch, /) -> None:
         """Send *batch* as the client does.
 
-        :raises Expired: if it is in batch for too long.
+        :raises Expired: if it has been in flight for too long.
         """
         self._spool.check()
         now = self._clock()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections import deque
-from time import monotonic as now
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
@@ -120,8 +119,8 @@ class SpoolReader:
     def refresh(self, *, last: bool = False) -> None:
         """Look for new segments, lines and deaths; with *last* for every one."""
         if last:
-            self._liveness.due()
-        due = last or now() >= self._scan_at
+            self._liveness.look_now_next()
+        due = last or monotonic() >= self._scan_at
         if due:
             self._scan()
         self._fill()
@@ -163,8 +162,8 @@ class SpoolReader:
         for key, start, end in batch.runs:
             if key in touched:
                 intervals.add(touched[key].done, start, end)
-        # The in-flight record of the next batch brings it on the disk. Until then this
-        # one is still in flight there, and no other is.
+        # Not synced here: the next `record` syncs it. After a crash before that, the
+        # disk shows this batch alone as in flight.
         self._save(lasting=False)
         self._forget_done(touched.values())
 
@@ -201,7 +200,7 @@ class SpoolReader:
     # -- In flight
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
-        """Return when the first attempt was that may have arrived, None if none."""
+        """Return the time of the first attempt that may have arrived, or None."""
         return self._in_flight.since(batch.runs)
 
     def record(self, batch: SpoolBatch, since: float) -> None:
@@ -252,8 +251,8 @@ class SpoolReader:
             # Sending on is what makes room on a full disk.
             self._unsaved = True
             logger.error(
-                "%s: progress cannot be written; after a crash more than one batch "
-                "would be sent twice",
+                "%s: progress cannot be written; after a crash several batches may be "
+                "sent twice under the same ids",
                 error,
             )
 
@@ -274,8 +273,8 @@ class SpoolReader:
     # -- Segments
 
     def _scan(self) -> None:
-        """Look what segments there are, and who of their owners lives."""
-        self._scan_at = now() + _SCAN_INTERVAL
+        """Find the segments, and the owners that have died."""
+        self._scan_at = monotonic() + _SCAN_INTERVAL
         entries = sorted(os.listdir(self._directory))
         names = {e: n for e in entries if (n := self._names.get(e) or read_name(e))}
         self._names = names
@@ -293,7 +292,7 @@ class SpoolReader:
             reading.name = name
             adopted = self._liveness.is_dead(name.owner, reading)
             if adopted and not reading.adopted and self._liveness.has_died(name.owner):
-                self._give_back(name)
+                self._truncate_unused(name)
             reading.adopted = adopted
         self._heads, self._exhausted = [], set()
 
@@ -327,8 +326,8 @@ class SpoolReader:
             self._waiting_bytes += part.size
         return reading.at_end or reading.offset > before
 
-    def _give_back(self, name: SegmentName) -> None:
-        """Truncate a dead owner's segment behind its lines: nobody has it mapped."""
+    def _truncate_unused(self, name: SegmentName) -> None:
+        """Cut the unused end off a dead owner's segment, which no process maps."""
         path = self._directory / str(name)
         with contextlib.suppress(OSError), self._in_office():
             fd = open_file(path, os.O_RDWR)
@@ -353,7 +352,7 @@ class SpoolReader:
     def _delete(self, reading: SegmentReader) -> None:
         path = self._directory / str(reading.name)
         with contextlib.suppress(FileNotFoundError):
-            # Read-only says to its owner that it was delivered, and not lost.
+            # The mode tells an owner that has it open: delivered, not lost.
             path.chmod(DELIVERED)
             path.unlink()
 
@@ -390,7 +389,7 @@ class SegmentReader:
         self._directory = directory
         #: The end of the part that was read, in bytes.
         self.offset: int = 0
-        #: Lines that are not handed out again: done, or loaded as in flight.
+        #: Ranges that `read` skips: done, or loaded as in flight.
         self._taken: Ranges = list(done)
 
     @property
@@ -400,7 +399,7 @@ class SegmentReader:
 
     @property
     def is_done(self) -> bool:
-        """True if it can be deleted."""
+        """True if all that was read of it is delivered or set aside."""
         if not self.at_end:
             return False
         return not self.offset or self.done == [(0, self.offset)]
@@ -417,7 +416,7 @@ class SegmentReader:
             start, text = self._read_on(fd)
         finally:
             os.close(fd)
-        return self._sorted(text, start)
+        return self._classified(text, start)
 
     def read_range(self, start: int, end: int) -> tuple[list[Slice], list[Line]]:
         """Return what is in a range that was handed out before a crash, as `read`."""
@@ -427,7 +426,7 @@ class SegmentReader:
         fd = open_file(self._directory / str(self.name))
         try:
             while start < end and (text := final_text(fd, start, end)):
-                good, bad = self._sorted(text, start)
+                good, bad = self._classified(text, start)
                 parts += good
                 damaged += bad
                 start += len(text)
@@ -437,13 +436,13 @@ class SegmentReader:
             intervals.add(self.done, start, end)  # zeros
         return parts, damaged
 
-    def _sorted(self, text: bytes, start: int) -> tuple[list[Slice], list[Line]]:
+    def _classified(self, text: bytes, start: int) -> tuple[list[Slice], list[Line]]:
         parts: list[Slice] = []
         damaged: list[Line] = []
         for block in _blocks(text):
             part = self._part(block, start)
             if part is None:
-                self._sort(split_lines(block, start), parts, damaged)
+                self._classify_lines(split_lines(block, start), parts, damaged)
             elif part.events:
                 parts.append(part)
             else:
@@ -467,10 +466,10 @@ class SegmentReader:
             events = len(text) - len(text.replace(b"\n", b""))
         return Slice(self.key, text, start, events, sparse) if good else None
 
-    def _sort(
+    def _classify_lines(
         self, found: Iterator[Line], parts: list[Slice], damaged: list[Line]
     ) -> None:
-        """Look at each line."""
+        """Add each line to the events or to the damaged lines."""
         for text, start, end in found:
             whole = end - start > len(text)
             if whole and not text:
@@ -537,15 +536,15 @@ def _blocks(text: bytes) -> Iterator[bytes]:
 
 #: A segment without a lock is taken for a dead owner's after so many seconds.
 LOCKLESS_TIME = 3_600.0
-#: Seconds between two calls.
+#: Seconds between two looks at the owners' locks.
 LIVENESS_INTERVAL = 0.5
 
 
 class Liveness:
-    """Knows who has died, and tidies up after those who left nothing.
+    """Knows which owners have died, and deletes their unfinished segments and locks.
 
-    Belongs to the elected sender: two that try each other's locks at a time would
-    see the dead alive.
+    Only the elected sender uses it: of two processes that test one lock at a time,
+    each would think that its owner is alive.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -557,18 +556,18 @@ class Liveness:
         #: The end of the part of their segments that was read, and since when.
         self._still: dict[str, tuple[int, float]] = {}
 
-    def due(self) -> None:
-        """Have the next call made in any case."""
+    def look_now_next(self) -> None:
+        """Make the next `look` run without waiting for its time."""
         self._due_at = 0.0
 
     def look(self, entries: Iterable[str], names: Iterable[SegmentName]) -> None:
         """Find out who has died; *entries* is all that is in the directory."""
-        now = time.monotonic()
+        now = monotonic()
         if now < self._due_at:
             return
         self._due_at = now + LIVENESS_INTERVAL
         owners = {name.owner for name in names}
-        # A lock that is there and free is a death; one that is not there says nothing.
+        # A free lock means that its owner is dead. A missing one proves nothing.
         self._lockless = {o for o in owners if not is_there(self._directory, o)}
         unknown = owners - self.dead - self._lockless
         alive = {owner for owner in unknown if self._is_alive(owner)}
@@ -584,13 +583,13 @@ class Liveness:
     def is_dead(self, owner: str, reading: SegmentReader) -> bool:
         """Return True if nobody writes into a segment any more.
 
-        Whose lock file was deleted may live. It is taken for dead when the segment has
-        not grown for an hour.
+        An owner without a lock file may be alive. It is taken for dead if the segment
+        has not grown for an hour.
         """
         if owner not in self._lockless:
             self._still.pop(reading.key, None)
             return owner in self.dead
-        now = time.monotonic()
+        now = monotonic()
         offset, since = self._still.get(reading.key, (-1, now))
         if offset != reading.offset:
             since = now

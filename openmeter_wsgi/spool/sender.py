@@ -349,7 +349,7 @@ class SpoolSource(Source[SpoolBatch]):
         self.reader.done(batch)
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
-        """Return when the first attempt was that may have arrived, None if none."""
+        """Return the time of the first attempt that may have arrived, or None."""
         return self.reader.in_flight_since(batch)
 
     def record(self, batch: SpoolBatch, since: float) -> None:
