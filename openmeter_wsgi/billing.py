@@ -265,8 +265,6 @@ class Billing:
                 return "no_subject"
             without = len(all_meters) - len(meters)
             self._counts.dropped["no_subject"] += without
-        if self._counts_down:
-            self.gate.settle(request, meters, subject)
         if stated is not None and stated.idempotency_key and outcome is COMPLETED:
             meters = with_own_ids(environ, meters, stated.idempotency_key)
         events = encode_events(
@@ -275,7 +273,11 @@ class Billing:
             subject=subject,
             source=self.policy.event_source,
         )
-        return self._storable(events) or "message_too_large"
+        kept = self._storable(events)
+        if self._counts_down:
+            pairs = zip(meters, events, strict=True)
+            self.gate.settle(request, [m for m, e in pairs if e in kept], subject)
+        return kept or "message_too_large"
 
     def _say_why_nobody(self, environ: Environ) -> None:
         if (missing := self.subjects.missing_path(environ)) is None:

@@ -62,6 +62,22 @@ def test_the_balance_of_one_answer_is_not_overshot(make, entitled):
     assert entitled.asked["acme", "api_requests"] == 1
 
 
+def test_an_event_that_is_too_large_to_be_sent_takes_nothing_of_the_quota(
+    make, entitled
+):
+    def large(environ, start_response):
+        data = {"total": 1, "text": "x" * 999_440}
+        add_meters(environ, {"type": "api_requests", "data": data})
+        return ok(environ, start_response)
+
+    subject = "s" * 60  # with it, the message is larger than OpenMeter takes
+    entitled.values[subject] = {"api_requests": metered(2)}
+    app = make(large, meters={"others": 1})
+
+    assert served(app, 5, subject) == 5
+    assert app.stats().dropped == {"message_too_large": 5}
+
+
 def is_denied_now(entitlements):
     """Ask behind the request's back, and say whether the answer is a no."""
     entitlements.refresh("acme", "api_requests")

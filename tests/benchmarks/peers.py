@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -169,5 +170,6 @@ class Running:
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the last line with words: pip may end with an arrow below an error."""
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return lines[-1] if lines else ""
