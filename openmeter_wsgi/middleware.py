@@ -255,10 +255,10 @@ def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
 
 def _prepare_spool(policy: Policy) -> None:
     if policy.spool_dir is not None and not policy.dry_run:
-        from openmeter_wsgi.spool import servers
+        from openmeter_wsgi.spool import server_directories
 
-        server = servers.server_of_policy(policy)
-        servers.prepare_server_directory(policy.spool_dir, server)
+        server = server_directories.server_of_policy(policy)
+        server_directories.prepare_server_directory(policy.spool_dir, server)
 
 
 def _warn_of_unknown_subject() -> None:

@@ -15,7 +15,7 @@ from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.spool.delivery import SpoolDelivery
-from openmeter_wsgi.spool.servers import Server, prepare_server_directory
+from openmeter_wsgi.spool.server_directories import Server, prepare_server_directory
 from openmeter_wsgi.stats import Counts
 
 #: Longer than anything takes here.

@@ -25,7 +25,7 @@ import werkzeug.serving
 
 from apps import listed, metered
 from openmeter_wsgi import delivery
-from openmeter_wsgi.spool.servers import Server, assign
+from openmeter_wsgi.spool.server_directories import Server, assign
 from servers import TIMEOUT, Consumer, Sink, environment, make_environ
 from spooling import segments, server_dir
 

@@ -15,7 +15,7 @@ from openmeter_server import HANG, Answer, problem
 from openmeter_wsgi.cli.spool import command
 from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool.files import MAPPED, WRITTEN
-from openmeter_wsgi.spool.servers import Server, assign
+from openmeter_wsgi.spool.server_directories import Server, assign
 from spool_support import (
     COMMAND,
     days_ago,

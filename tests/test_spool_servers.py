@@ -7,8 +7,8 @@ import pytest
 
 from openmeter_server import HANG, OpenMeterServer
 from openmeter_wsgi.errors import SpoolError
-from openmeter_wsgi.spool import servers
-from openmeter_wsgi.spool.servers import Server, server_directory
+from openmeter_wsgi.spool import server_directories
+from openmeter_wsgi.spool.server_directories import Server, server_directory
 from spool_support import run, said
 from spooling import PATIENCE, Process, event, segments, spool_queue, until
 from test_check import found
@@ -193,7 +193,9 @@ def test_nothing_that_a_running_process_uses_is_assigned(spool, queue, openmeter
     assert result.exit_code == 1
     assert "no events wait for an address" in result.output
     with pytest.raises(SpoolError, match="a running process uses it"):
-        servers.assign(server_directory(spool, Server(openmeter.url)), Server(NOWHERE))
+        server_directories.assign(
+            server_directory(spool, Server(openmeter.url)), Server(NOWHERE)
+        )
 
 
 def test_of_several_addresses_one_must_be_named(spool):
@@ -234,11 +236,12 @@ def test_a_kill_while_events_are_assigned_loses_and_doubles_none(spool):
 ASSIGNING = """
 import itertools, sys
 from pathlib import Path
-from openmeter_wsgi.spool import servers
+from openmeter_wsgi.spool import server_directories
 root = Path(sys.argv[1])
 for n in itertools.count():
-    (orphan,) = servers.orphans(root)
-    servers.assign(orphan.directory, servers.Server(f"http://127.0.0.1:{n % 2 + 1}"))
+    (orphan,) = server_directories.orphans(root)
+    target = server_directories.Server(f"http://127.0.0.1:{n % 2 + 1}")
+    server_directories.assign(orphan.directory, target)
     print("assigned", flush=True)
 """
 

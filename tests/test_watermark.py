@@ -6,7 +6,7 @@ import time
 import pytest
 
 from openmeter_server import Answer
-from openmeter_wsgi.delivery.intervals import Marks
+from openmeter_wsgi.delivery.number_ranges import Marks
 from openmeter_wsgi.delivery.queue import MemoryDelivery, MemoryQueue
 from openmeter_wsgi.policy import Policy
 from openmeter_wsgi.spool import watermark

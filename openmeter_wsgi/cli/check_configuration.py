@@ -29,7 +29,7 @@ from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
-from openmeter_wsgi.spool import servers
+from openmeter_wsgi.spool import server_directories
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
 from openmeter_wsgi.status_codes import StatusCodes
@@ -340,8 +340,8 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
     finding = _directory(directory)
     yield finding
     if finding.severity == "ok":
-        server = servers.server_of_policy(situation.policy)
-        own = servers.server_directory(directory, server)
+        server = server_directories.server_of_policy(situation.policy)
+        own = server_directories.server_directory(directory, server)
         situation.spool = own
         yield from _look_for_room(situation.policy, own)
         yield from _look_for_sender(situation, own)
@@ -367,8 +367,10 @@ def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]
         yield ok(name, "there is one")
 
 
-def _look_for_orphans(root: Path, server: servers.Server) -> Iterator[Finding]:
-    for orphan in servers.orphans(root, but=server):
+def _look_for_orphans(
+    root: Path, server: server_directories.Server
+) -> Iterator[Finding]:
+    for orphan in server_directories.orphans(root, but=server):
         yield warning(
             "events of other servers",
             f"{orphan.events} events wait for {orphan.address}, and no running process "

@@ -14,7 +14,10 @@ from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import ConfigError, DeliveryError, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey, is_konnect
 from openmeter_wsgi.spool import answers
-from openmeter_wsgi.spool.servers import prepare_server_directory, server_of_policy
+from openmeter_wsgi.spool.server_directories import (
+    prepare_server_directory,
+    server_of_policy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -44,7 +44,7 @@ from openmeter_wsgi.events import (
     size_problem,
 )
 from openmeter_wsgi.spool.dead_letters import DEAD_LETTERS
-from openmeter_wsgi.spool.servers import server_directory, server_of_policy
+from openmeter_wsgi.spool.server_directories import server_directory, server_of_policy
 from openmeter_wsgi.usage import Usage
 
 if TYPE_CHECKING:

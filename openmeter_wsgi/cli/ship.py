@@ -26,7 +26,7 @@ from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.entitlements.service import follow_delivery, visibility_of
 from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.spool.delivery import SpoolDelivery
-from openmeter_wsgi.spool.servers import (
+from openmeter_wsgi.spool.server_directories import (
     server_directory,
     server_of_policy,
     spool_directories,

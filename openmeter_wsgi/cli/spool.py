@@ -37,7 +37,7 @@ from openmeter_wsgi.cli.spool_follow import EventFilter
 from openmeter_wsgi.cli.spool_status import print_status
 from openmeter_wsgi.errors import SpoolError
 from openmeter_wsgi.options import url as read_url
-from openmeter_wsgi.spool import servers
+from openmeter_wsgi.spool import server_directories
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +105,7 @@ def export(root: Path, file: str, *, as_json: bool) -> None:
 
 def _documents(root: Path) -> Iterator[dict[str, Any]]:
     yield from _dead(root)
-    for directory in servers.spool_directories(root):
+    for directory in server_directories.spool_directories(root):
         census = SpoolContents(directory)
         segments = progress(census.segments, "Reading segments", len(census.segments))
         for segment in segments:
@@ -125,7 +125,7 @@ def _dead(root: Path) -> Iterator[dict[str, Any]]:
 
 
 def _letters(root: Path) -> Iterator[Letter]:
-    for directory in servers.spool_directories(root):
+    for directory in server_directories.spool_directories(root):
         yield from DeadLetterFile(directory).read()
 
 
@@ -224,7 +224,9 @@ def purge_letters(root: Path, choice: Choice, *, as_json: bool) -> None:
 @contextlib.contextmanager
 def _changing(root: Path) -> Iterator[list[DeadLetterFile]]:
     """Keep other commands from changing dead letters meanwhile; yield all files."""
-    files = [DeadLetterFile(each) for each in servers.spool_directories(root)]
+    files = [
+        DeadLetterFile(each) for each in server_directories.spool_directories(root)
+    ]
     try:
         with contextlib.ExitStack() as changing:
             there = []
@@ -247,7 +249,7 @@ def _id(letter: Letter) -> str | None:
 
 def print_arrived(root: Path, policy: Policy, *, as_json: bool) -> bool:
     """Print of every event in question if it arrived; return whether all did."""
-    questions = _questions(root, servers.server_of_policy(policy))
+    questions = _questions(root, server_directories.server_of_policy(policy))
     events = [event for _, event in questions]
     try:
         with open_listing(policy) as listing:
@@ -285,13 +287,15 @@ def _print(found: list[dict[str, Any]]) -> None:
         click.echo("no event was sent without an answer", err=True)
 
 
-def _questions(root: Path, server: servers.Server) -> list[tuple[str, dict[str, Any]]]:
+def _questions(
+    root: Path, server: server_directories.Server
+) -> list[tuple[str, dict[str, Any]]]:
     """Return the events of which nobody knows if they arrived, each once."""
     asked: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {}
     found = chain.from_iterable(
         _unanswered(each)
-        for each in servers.spool_directories(root)
-        if servers.server_of(each) in {None, server}
+        for each in server_directories.spool_directories(root)
+        if server_directories.server_of(each) in {None, server}
     )
     for state, event in found:
         asked.setdefault((event["id"], name_of(event, "source")), (state, event))
@@ -384,10 +388,10 @@ def assign_orphan(
 ) -> None:
     """Give the events of one address to the server at another."""
     try:
-        server = servers.Server(read_url(to), flavor)
+        server = server_directories.Server(read_url(to), flavor)
     except ValueError as error:
         raise click.UsageError(f"--to: {printable(str(error))}") from None
-    found = [one for one in servers.orphans(root) if one.server != server]
+    found = [one for one in server_directories.orphans(root) if one.server != server]
     if from_ is not None:
         found = [one for one in found if one.address == from_.rstrip("/")]
     addresses = sorted({one.address for one in found})
@@ -401,7 +405,7 @@ def assign_orphan(
         raise click.UsageError(f"Events wait for {shown}: say which with --from.")
     try:
         for one in found:
-            servers.assign(one.directory, server)
+            server_directories.assign(one.directory, server)
     except (SpoolError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
     events = sum(one.events for one in found)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.intervals import Ranges
+    from openmeter_wsgi.delivery.number_ranges import Ranges
     from openmeter_wsgi.spool.progress import Progress
 
 

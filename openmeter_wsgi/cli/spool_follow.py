@@ -27,7 +27,7 @@ from openmeter_wsgi.spool.files import (
     read_name,
     whole_end,
 )
-from openmeter_wsgi.spool.servers import spool_directories
+from openmeter_wsgi.spool.server_directories import spool_directories
 
 if TYPE_CHECKING:
     import threading

@@ -21,7 +21,7 @@ from openmeter_wsgi.cli.common import (
     size,
 )
 from openmeter_wsgi.cli.spool_files import DeadLetterFile, Letter, SpoolContents
-from openmeter_wsgi.spool import answers, servers
+from openmeter_wsgi.spool import answers, server_directories
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ _LATE = 120
 
 def print_status(root: Path, *, as_json: bool) -> None:
     """Print the state of a spool: of each server's directory, and the sums."""
-    unused = {orphan.directory for orphan in servers.orphans(root)}
+    unused = {orphan.directory for orphan in server_directories.orphans(root)}
     found = [
         _status_of(root, directory, is_orphan=directory in unused)
-        for directory in servers.spool_directories(root)
+        for directory in server_directories.spool_directories(root)
     ]
     summed = ("waiting", "in_doubt", "bytes", "dead_letters", "unreadable")
     if as_json:
@@ -68,7 +68,7 @@ def _status_of(root: Path, directory: Path, *, is_orphan: bool) -> dict[str, Any
     letters = DeadLetterFile(directory).read()
     ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
     last = answers.load_answer(directory)
-    server = servers.server_of(directory)
+    server = server_directories.server_of(directory)
     return {
         "directory": str(directory),
         "api_url": server and server.api_url,

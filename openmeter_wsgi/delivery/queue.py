@@ -11,9 +11,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import intervals
+from openmeter_wsgi.delivery import number_ranges
 from openmeter_wsgi.delivery.batch import Delayed, ListedBatch
-from openmeter_wsgi.delivery.intervals import Marks
+from openmeter_wsgi.delivery.number_ranges import Marks
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker
 from openmeter_wsgi.health import Problem
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.delivery.batch import Batch
     from openmeter_wsgi.delivery.client import OpenMeterClient
-    from openmeter_wsgi.delivery.intervals import Ranges
+    from openmeter_wsgi.delivery.number_ranges import Ranges
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Counts
 
@@ -234,7 +234,7 @@ class MemoryQueue(Source[NumberedBatch]):
             self._done += len(batch)
             self._done_bytes += batch.size
             self._renew_unchecked_below()
-            intervals.add(self._done_numbers, batch.first, batch.first + len(batch))
+            number_ranges.add(self._done_numbers, batch.first, batch.first + len(batch))
             self._moved.notify_all()
         if self._full_since is not None and not self.has_no_room:
             (since, dropped), self._full_since = self._full_since, None
@@ -250,7 +250,7 @@ class MemoryQueue(Source[NumberedBatch]):
         with self._moved:
             moment = time.time()  # before the count: what comes later belongs to it
             self._marks.add(moment, self._ever_taken + len(self._events))
-            done = intervals.first_gap(self._done_numbers)
+            done = number_ranges.first_gap(self._done_numbers)
             return self._marks.reached(lambda put: put <= done)
 
     def wait_until_done(self, timeout: float | None) -> bool:

@@ -33,7 +33,7 @@ from openmeter_wsgi.entitlements.lookup import (
     Recalled,
     questions_about,
 )
-from openmeter_wsgi.entitlements.shared import SharedAnswers
+from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.options import question_rate
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.cache import AllowFromCache
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
     from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
-    from openmeter_wsgi.entitlements.shared import SharedAnswer
+    from openmeter_wsgi.entitlements.shared_answers import SharedAnswer
     from openmeter_wsgi.entitlements.visibility import Sending, Visibility
     from openmeter_wsgi.policy import FailMode, Policy
     from openmeter_wsgi.quota.store import Store

@@ -25,7 +25,7 @@ from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.maintenance import FLUSH, SegmentMaintenance
 from openmeter_wsgi.spool.sender import InheritedSenders, SpoolSender
-from openmeter_wsgi.spool.servers import (
+from openmeter_wsgi.spool.server_directories import (
     KeyWatch,
     forget_sender_key,
     name_server,

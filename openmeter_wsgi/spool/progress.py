@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import intervals
-from openmeter_wsgi.delivery.intervals import Ranges  # noqa: TC001 - of a Struct
+from openmeter_wsgi.delivery import number_ranges
+from openmeter_wsgi.delivery.number_ranges import Ranges  # noqa: TC001 - of a Struct
 from openmeter_wsgi.errors import DeliveryError, Expired
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class InFlight:
             batch.since
             for run in runs
             for batch in self._by_moment.values()
-            if intervals.overlap(batch.lines.get(run.key, []), run.start, run.end)
+            if number_ranges.overlap(batch.lines.get(run.key, []), run.start, run.end)
         )
         return min(moments, default=None)
 
@@ -246,7 +246,7 @@ class InFlight:
         batch = self._by_moment.setdefault(since, InFlightBatch(since, {}))
         for run in runs:
             places = batch.lines.setdefault(run.key, [])
-            intervals.add(places, run.start, run.end)
+            number_ranges.add(places, run.start, run.end)
 
     def forget(self, runs: Iterable[ByteRange]) -> None:
         """Note that *runs* have arrived, or have not."""
@@ -254,7 +254,7 @@ class InFlight:
             key = run.key
             for batch in self._by_moment.values():
                 if places := batch.lines.pop(key, None):
-                    left = intervals.subtract(places, run.start, run.end)
+                    left = number_ranges.subtract(places, run.start, run.end)
                     batch.lines.update({key: left} if left else {})
         self._by_moment = {k: v for k, v in self._by_moment.items() if v.lines}
 

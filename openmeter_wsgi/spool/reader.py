@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery import intervals
+from openmeter_wsgi.delivery import number_ranges
 from openmeter_wsgi.delivery.batch import Delayed
 from openmeter_wsgi.errors import Deposed
 from openmeter_wsgi.events import MAX_BATCH_BYTES
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.intervals import Ranges
+    from openmeter_wsgi.delivery.number_ranges import Ranges
     from openmeter_wsgi.lock import Election
     from openmeter_wsgi.spool.dead_letters import DeadLetters
 
@@ -161,7 +161,7 @@ class SpoolReader:
         touched = {reading.key: reading for reading in found if reading}
         for key, start, end in batch.runs:
             if key in touched:
-                intervals.add(touched[key].done, start, end)
+                number_ranges.add(touched[key].done, start, end)
         # Not synced here: the next `record` syncs it. After a crash before that, the
         # disk shows this batch alone as in flight.
         self._save(lasting=False)
@@ -238,7 +238,7 @@ class SpoolReader:
     def _set_aside(self, reading: SegmentReader, damaged: list[Line]) -> None:
         for line in damaged:
             self._letters.set_aside(line.text, reading.name.key, line.start)
-            intervals.add(reading.done, line.start, line.end)
+            number_ranges.add(reading.done, line.start, line.end)
 
     def _save(self, *, lasting: bool) -> None:
         done = {key: r.done for key, r in self._readings.items() if r.done}
@@ -420,7 +420,7 @@ class SegmentReader:
 
     def read_range(self, start: int, end: int) -> tuple[list[Slice], list[Line]]:
         """Return what is in a range that was handed out before a crash, as `read`."""
-        intervals.add(self._taken, start, end)
+        number_ranges.add(self._taken, start, end)
         parts: list[Slice] = []
         damaged: list[Line] = []
         fd = open_file(self._directory / str(self.name))
@@ -433,7 +433,7 @@ class SegmentReader:
         finally:
             os.close(fd)
         if start < end:
-            intervals.add(self.done, start, end)  # zeros
+            number_ranges.add(self.done, start, end)  # zeros
         return parts, damaged
 
     def _classified(self, text: bytes, start: int) -> tuple[list[Slice], list[Line]]:
@@ -446,7 +446,7 @@ class SegmentReader:
             elif part.events:
                 parts.append(part)
             else:
-                intervals.add(self.done, part.start, part.end)  # empty lines
+                number_ranges.add(self.done, part.start, part.end)  # empty lines
             start += len(block)
         return parts, damaged
 
@@ -473,7 +473,7 @@ class SegmentReader:
         for text, start, end in found:
             whole = end - start > len(text)
             if whole and not text:
-                intervals.add(self.done, start, end)
+                number_ranges.add(self.done, start, end)
             elif whole and is_event(text):
                 parts.append(Slice(self.key, text + b"\n", start, 1, sparse=False))
             else:
@@ -491,7 +491,7 @@ class SegmentReader:
             self.at_end = True
         elif not text and final and limit is not None:
             # A hole before what was done: there is nothing in it.
-            intervals.add(self.done, start, limit)
+            number_ranges.add(self.done, start, limit)
             self.offset = limit
         return start, text
 

@@ -15,7 +15,10 @@ from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
 from openmeter_wsgi.spool.progress import RecordingClient
 from openmeter_wsgi.spool.reader import SpoolReader
-from openmeter_wsgi.spool.servers import inherited_directories, remove_if_drained
+from openmeter_wsgi.spool.server_directories import (
+    inherited_directories,
+    remove_if_drained,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.delivery.client import OpenMeterClient
     from openmeter_wsgi.policy import Policy
-    from openmeter_wsgi.spool.servers import Server
+    from openmeter_wsgi.spool.server_directories import Server
     from openmeter_wsgi.stats import Counts
     from openmeter_wsgi.threads import ExitHook
 

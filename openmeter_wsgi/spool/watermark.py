@@ -12,8 +12,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from openmeter_wsgi.delivery import intervals
-from openmeter_wsgi.delivery.intervals import Marks
+from openmeter_wsgi.delivery import number_ranges
+from openmeter_wsgi.delivery.number_ranges import Marks
 from openmeter_wsgi.delivery.queue import Backlog
 from openmeter_wsgi.lock import UNFINISHED
 from openmeter_wsgi.spool import progress
@@ -28,7 +28,7 @@ from openmeter_wsgi.values import moment_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.intervals import Ranges
+    from openmeter_wsgi.delivery.number_ranges import Ranges
 
 #: Its time of modification is the watermark: it is set, and read, in one call.
 WATERMARK_NAME = "delivered_until"
@@ -72,7 +72,7 @@ class Watermark:
 
         def is_done(ends: dict[str, int]) -> bool:
             return all(
-                key not in there or intervals.first_gap(done.get(key, [])) >= end
+                key not in there or number_ranges.first_gap(done.get(key, [])) >= end
                 for key, end in ends.items()
             )
 
@@ -129,7 +129,7 @@ def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
     done = _done(directory)
     for name in _names(directory):
         if owner in {None, name.owner}:
-            start = intervals.first_gap(done.get(name.key, []))
+            start = number_ranges.first_gap(done.get(name.key, []))
             if (fd := _opened(directory, name)) is not None:
                 with open(fd, "rb", buffering=0):
                     found[name.key] = whole_end(fd, start)
@@ -144,7 +144,7 @@ def all_done(directory: Path, ends: dict[str, int]) -> bool:
     there = {name.key for name in _names(directory)}
     done = _done(directory)
     return all(
-        key not in there or intervals.first_gap(done.get(key, [])) >= end
+        key not in there or number_ranges.first_gap(done.get(key, [])) >= end
         for key, end in ends.items()
     )
 
@@ -172,7 +172,7 @@ def backlog(directory: Path) -> Backlog:
             continue
         with open(fd, "rb", buffering=0):
             size = os.fstat(fd).st_size
-            first = intervals.first_gap(places)
+            first = number_ranges.first_gap(places)
             moments += _moments(os.pread(fd, _FIRST_LINE, first))
             if counted > _COUNTED_BYTES:
                 rest += size - first

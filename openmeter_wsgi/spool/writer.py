@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from openmeter_wsgi import log
-from openmeter_wsgi.delivery.intervals import overlap
+from openmeter_wsgi.delivery.number_ranges import overlap
 from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
 from openmeter_wsgi.health import Problem
 from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form
@@ -21,7 +21,10 @@ from openmeter_wsgi.spool.journal import (
     RecordTooLarge,
 )
 from openmeter_wsgi.spool.progress import Progress, load_progress
-from openmeter_wsgi.spool.servers import prepare_server_directory, server_of_policy
+from openmeter_wsgi.spool.server_directories import (
+    prepare_server_directory,
+    server_of_policy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
