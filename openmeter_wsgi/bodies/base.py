@@ -45,7 +45,7 @@ class BodyReader(Protocol[T_co]):
         """Read the next chunk. Never raises."""
 
     def result(self) -> T_co | Unknown:
-        """Return what is known now; more chunks may follow. Never raises."""
+        """Return the result so far; more chunks may follow. Never raises."""
 
 
 class Reader(Generic[T_co]):
@@ -71,7 +71,7 @@ class Reader(Generic[T_co]):
             self._fail(error)
 
     def result(self) -> T_co | Unknown:
-        """Return what is known now; more chunks may follow. Never raises."""
+        """Return the result so far; more chunks may follow. Never raises."""
         if not self._failed:
             try:
                 return self._result()
@@ -113,6 +113,6 @@ def media_type(content_type: str | None) -> str:
 
 
 def is_compressed(content_encoding: str | None) -> bool:
-    """Return whether a ``Content-Encoding`` compresses the bytes."""
+    """Return True if a ``Content-Encoding`` compresses the bytes."""
     codings = (coding.strip().lower() for coding in (content_encoding or "").split(","))
     return any(coding not in ("", "identity") for coding in codings)

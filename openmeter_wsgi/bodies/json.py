@@ -224,7 +224,7 @@ class _Level:
         self.members: dict[bytes, bytes] = {}
 
     def value(self) -> bytes:
-        """Return what is kept, as JSON."""
+        """Return the kept members as JSON."""
         if self.is_kept:
             return b"[%b]" % self.members.get(_LAST, b"")
         found = (b'"%b":%b' % member for member in self.members.items())
@@ -275,7 +275,7 @@ class JSONScanner:
             position = self._step(self, text, position)
 
     def unfinished(self) -> bytes:
-        """Return what was found so far of the document that has not ended."""
+        """Return the members found in a document that has not ended."""
         document, name = b"{}", b""
         for level in reversed(self._levels):
             if level.is_list and not level.is_kept:
@@ -410,7 +410,7 @@ class JSONScanner:
         return end
 
     def _end_of_string(self, text: bytes, position: int) -> int:
-        """Return where the closing quote is, or the end of *text*."""
+        """Return the place of the closing quote, or the end of *text*."""
         start = position + self._after_backslash
         end = _STRING.match(text, start).end()  # type: ignore[union-attr]
         # Only the last byte can be a backslash that escapes nothing yet.

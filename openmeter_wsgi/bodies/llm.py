@@ -110,7 +110,7 @@ def llm_reader(
 
 
 class LLMReader(Reader[LLMUsage]):
-    """Gathers what the documents of a body report of tokens.
+    """Gathers the token reports of the documents of a body.
 
     Unknown are: ``no_usage`` (read, and none was reported), ``not_json``,
     ``cut_off`` (ended within a document), ``too_large`` (see :attr:`skipped`).
@@ -251,7 +251,7 @@ class LLMReports:
         return copy
 
     def is_relevant(self, text: bytes) -> bool:
-        """Return whether *text* can hold a report, or the name of the model.
+        """Return True if *text* can hold a report, or the name of the model.
 
         All figures are called ``…_tokens``, ``…Tokens``, ``…TokenCount`` or
         ``…eval_count``.

@@ -387,7 +387,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """Return how the command ends."""
+        """Return the exit code of the command."""
         if self._error is not None:
             return 1
         return ANSWER_IS_NO if self._events.flaws or self._refused else 0

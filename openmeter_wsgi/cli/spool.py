@@ -68,7 +68,7 @@ def print_list(
 
 
 def print_event(root: Path, id_: str, *, as_json: bool) -> None:
-    """Print what there is of one event."""
+    """Print all files that hold one event."""
     found = [one for one in _documents(root) if name_of(one["event"], "id") == id_]
     if not found:
         raise click.ClickException(f"no event {printable(id_)!r} is here")
@@ -343,7 +343,7 @@ def _opened(context: click.Context, *, may_be_empty: bool = False) -> Path:
 @_as_json
 @click.pass_context
 def _status(context: click.Context, as_json: bool) -> None:
-    """Say what waits, since when, who delivers it, and what will never arrive."""
+    """Print the waiting events, their age, their sender, and the lost events."""
     print_status(_opened(context), as_json=as_json)
 
 
@@ -470,7 +470,7 @@ def _list(
 @_as_json
 @click.pass_context
 def _show(context: click.Context, id_: str, as_json: bool) -> None:
-    """Show everything that is there of the event ID, dead or waiting."""
+    """Show all that the spool holds of the event ID, dead or waiting."""
     print_event(_opened(context), id_, as_json=as_json)
 
 

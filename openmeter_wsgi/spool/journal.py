@@ -324,7 +324,7 @@ class SegmentFile:
         self._fd = os.dup(fd)
 
     def fate(self) -> Fate:
-        """Return what has become of it."""
+        """Return its fate."""
         status = os.fstat(self._fd)
         for path in (self._path, self._path.with_name(self._path.name + SEALED)):
             with contextlib.suppress(OSError):

@@ -66,7 +66,7 @@ class _Line(msgspec.Struct):
 
 
 def load_progress(directory: Path) -> Progress | None:
-    """Return what the file says, None if it cannot be read.
+    """Return the content of the file, None if it cannot be read.
 
     :raises OSError: if there is one that cannot be opened.
     """
@@ -78,7 +78,7 @@ def load_progress(directory: Path) -> Progress | None:
 
 
 def recover(directory: Path) -> Progress:
-    """Return what the file says; what cannot be read is put under another name.
+    """Return the content of the file; an unreadable file gets another name.
 
     :raises OSError: as `load_progress` does.
     """

@@ -100,7 +100,7 @@ class SpoolReader:
         self._load_in_flight()
 
     def __len__(self) -> int:
-        """Return how many events are read and not taken."""
+        """Return the number of events that are read and not taken."""
         return self._waiting_events + sum(map(len, self._again))
 
     @property
@@ -187,7 +187,7 @@ class SpoolReader:
         return SpoolBatch(parts) if parts else None
 
     def _read_place(self, place: ByteRange) -> list[Slice]:
-        """Return what is in a place that was read before.
+        """Return the content of a place that was read before.
 
         :raises OSError: if the segment cannot be read.
         """
@@ -561,7 +561,7 @@ class Liveness:
         self._due_at = 0.0
 
     def look(self, entries: Iterable[str], names: Iterable[SegmentName]) -> None:
-        """Find out who has died; *entries* is all that is in the directory."""
+        """Find the owners that have died; *entries* is the content of the directory."""
         now = monotonic()
         if now < self._due_at:
             return

@@ -301,7 +301,7 @@ class SpoolSource(Source[SpoolBatch]):
     # -- For the worker
 
     def __len__(self) -> int:
-        """Return how many events are read and not taken."""
+        """Return the number of events that are read and not taken."""
         return len(self._reader) if self._reader is not None else 0
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:

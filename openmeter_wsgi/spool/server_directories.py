@@ -94,7 +94,7 @@ def prepare_server_directory(root: str | Path, server: Server) -> Path:
 
 
 def name_server(directory: Path, server: Server) -> None:
-    """Write down whose directory it is, unless the file is there."""
+    """Record the server of a directory, unless the file is there."""
     if not (directory / SERVER_NAME).exists():
         with contextlib.suppress(OSError):  # the name of the directory says it, too
             write_document(directory / SERVER_NAME, server)

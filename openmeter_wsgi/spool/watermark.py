@@ -55,7 +55,7 @@ class Watermark:
         return time.time()
 
     def publish(self, moment: float, ends: dict[str, int]) -> None:
-        """Publish how far all is delivered.
+        """Publish the moment up to which all is delivered.
 
         *ends* says where the lines of each segment end, by its key, and was found
         out after *moment*.
@@ -124,7 +124,7 @@ _INTERVAL = 0.02
 
 
 def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
-    """Return where the whole lines of each segment end; of one owner, or of all."""
+    """Return the end of the whole lines in each segment, of one owner or of all."""
     found: dict[str, int] = {}
     done = _done(directory)
     for name in _names(directory):
@@ -162,7 +162,7 @@ def wait_until_done(
 
 
 def backlog(directory: Path) -> Backlog:
-    """Return what is not delivered; an estimate where that is much."""
+    """Return the undelivered events; an estimate if there are many."""
     done = _done(directory)
     events = counted = rest = 0
     moments: list[float] = []
