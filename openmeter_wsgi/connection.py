@@ -5,6 +5,7 @@ from __future__ import annotations
 # getaddrinfo() imports this codec on its first call; an import in a thread at the
 # moment of a fork leaves the child with a lock that nobody will release.
 import encodings.idna  # noqa: F401
+import re
 import socket
 import time
 from email.utils import parsedate_to_datetime
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 
 _TRY_LATER = {408, 429}
+_IS_HTML = re.compile(r"\s*<(!doctype +)?html", re.IGNORECASE)
+_TITLE = re.compile(r"<title[^<>]*>([^<]*)</title", re.IGNORECASE)
 #: A wait longer than this is taken for a mistake of the server.
 MAX_RETRY_AFTER = 3_600.0
 
@@ -87,6 +90,11 @@ def reason(body: bytes) -> str:
     if isinstance(problem, dict):
         said = problem.get("detail") or _validation(problem) or problem.get("title")
         text = str(said or text)
+    elif _IS_HTML.match(text):
+        title = _TITLE.search(text)
+        words = title[1].split() if title else []
+        titled = f" titled {' '.join(words)!r}" if words else ""
+        text = f"an HTML page{titled}: is this OpenMeter?"
     return clean(text, MAX_REASON)
 
 

@@ -411,7 +411,6 @@ def _by_type(shape: str, provider: str) -> Measure:
 
 #: Stands for a measure where the rest of a document is checked.
 _ANY_NUMBER = 1
-_EXAMPLE_OF_SPLIT = {"tokens": 1, "type": "input", "provider": "a", "model": "b"}
 
 
 class _NoValue(Exception):
@@ -434,14 +433,11 @@ class MeasuredMeter(NamedTuple):
         """True if it measures an amount, and not only a kind."""
         return any(measure.is_quantity for measure in self.measures)
 
-    def example(self) -> Any:
-        """Return its data with 1 for each measure; None where all of it is one."""
+    def data(self) -> Any:
+        """Return its data, with the measures in it; one measure if it gives it all."""
         if isinstance(self.content, Measure):
-            return {VALUE_PROPERTY: _ANY_NUMBER}
-        data = self.content.get("data", {})
-        if isinstance(data, Measure):
-            return _EXAMPLE_OF_SPLIT if data.is_split else None
-        return _replaced(data)
+            return {VALUE_PROPERTY: self.content}
+        return self.content.get("data", {})
 
 
 class Evaluated(NamedTuple):

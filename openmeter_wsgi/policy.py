@@ -542,7 +542,8 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         if key.required_by(self.api_url) and not self.dry_run:
             return [
                 f"api_key: expected a key, which {self.api_url} requires, got none "
-                "(or set OPENMETER_API_KEY)"
+                "(or set OPENMETER_API_KEY); for a server of your own or the sandbox, "
+                "set OPENMETER_API_URL"
             ]
         return []
 

@@ -72,6 +72,17 @@ def test_nothing_fails_where_all_is_right(sandbox, api, tmp_path):
 
     volume = findings.pop("spool volume")
     assert volume["severity"] in {"ok", "warning"}  # wherever these tests run
+    assert findings.pop("handlers") == {
+        "name": "handlers", "severity": "note", "remedy": None, "command": None,
+        "found": "types that handlers state with set_meters or add_meters are not "
+        "checked",
+    }  # fmt: skip
+    assert findings["event"]["found"] == (
+        f"test event {MARK}: stored, and deliberately counted by no meter"
+    )
+    assert findings["meter 'call'"]["found"] == (
+        "the meter 'calls' reads $.total, which the policy sets to 1"
+    )
     assert severities(findings) == dict.fromkeys(
         [
             "billed status codes", "spool directory", "server", "key", "answer",
@@ -132,7 +143,7 @@ def test_on_a_terminal_it_is_coloured_and_wrapped(sandbox):
     lines = said.decode().splitlines()
     assert lines[0] == f"\x1b[1mChecking {sandbox.url}\x1b[0m"
     assert any(line.startswith("\x1b[32m✓\x1b[0m  server ") for line in lines)
-    assert "\x1b[32m9 ok\x1b[0m" in lines[-1]
+    assert "\x1b[34m2 notes\x1b[0m · \x1b[32m8 ok\x1b[0m" in lines[-1]
 
 
 # -- The configuration
@@ -206,7 +217,7 @@ def test_a_server_that_is_not_there_fails_and_the_rest_is_unknown(openmeter):
     assert severities(findings) == {
         "billed status codes": "ok",
         "event source": "ok",
-        "spool directory": "ok",
+        "spool directory": "note",
         "server": "failure",
         "clock": "unknown",
         "event": "unknown",
@@ -344,7 +355,9 @@ def test_over_v3_everything_is_found_out_that_is_over_v1(sandbox, api):
     assert "unknown" not in severities(by_v3).values()
     for findings in (by_v1, by_v3):
         del findings["server"]  # says how long it took
-        findings["meter 'word'"].pop("command")  # each version has its own words
+        # Each version has its own words.
+        findings["meter 'word'"].pop("command")
+        findings["feature 'unheard_of'"].pop("command")
     assert by_v3 == by_v1
     assert {"event", "clock", "deduplication", "meter 'call'", "feature 'calls'",
             "meters without usage", "entitlements"} <= {*by_v3}  # fmt: skip
@@ -427,7 +440,7 @@ def test_meters_that_something_else_feeds_are_told(sandbox, api):
     others = found(api_url=sandbox.url, meters='{"call": 1}')["other meters"]
 
     assert others["severity"] == "ok"
-    assert "'tokens' ('llm')" in others["found"]
+    assert "'tokens' (event type 'llm')" in others["found"]
     assert "calls" not in others["found"]
 
 
@@ -539,6 +552,13 @@ def _verdict(tmp_path):
 
 
 # -- The spool
+
+
+def test_without_a_spool_a_note_names_its_variable(sandbox):
+    spool = found(api_url=sandbox.url)["spool directory"]
+
+    assert spool["severity"] == "note"
+    assert "set OPENMETER_SPOOL_DIR" in spool["remedy"]
 
 
 def test_a_spool_that_others_could_write_fails(sandbox, tmp_path):

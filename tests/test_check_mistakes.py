@@ -269,9 +269,31 @@ def test_the_command_that_creates_a_missing_meter_is_told(sandbox, meters):
             {"type": "call", "data": {"model": "m", "in": 3, "out": 4}},
             "SUM",
             "$.in",
-            {"model": "$.model"},
+            ["model"],
         ),
         ({"type": "call", "data": {"tokens used": 3}}, "SUM", "$['tokens used']", None),
+        ({"type": "llm", "data": "$llm"}, "SUM", "$.total_tokens", ["model"]),
+        ({"type": "llm", "data": "$llm:openai"}, "SUM", "$.total_tokens", ["model"]),
+        (
+            {"type": "llm", "data": "$llm:openai/type:groq"},
+            "SUM",
+            "$.tokens",
+            ["type", "model", "provider"],
+        ),
+        (
+            {
+                "type": "call",
+                "data": {
+                    "version": 2,
+                    "route": "$request.route",
+                    "model": "$llm.model",
+                    "usage": {"in": "$llm.input_tokens"},
+                },
+            },
+            "SUM",
+            "$.usage.in",
+            ["route", "model"],
+        ),
     ],
 )
 def test_the_command_fits_the_data_of_the_event(
@@ -282,7 +304,50 @@ def test_the_command_fits_the_data_of_the_event(
     created = json.loads(command[command.index("-d") + 1])
     assert created.pop("aggregation") == aggregation
     assert created.pop("valueProperty", None) == path
-    assert created.pop("groupBy", None) == group_by
+    dimensions = group_by and {name: f"$.{name}" for name in group_by}
+    assert created.pop("groupBy", None) == dimensions
+
+
+def test_without_knowing_the_data_no_command_is_told(sandbox, application):
+    name = application(
+        "from openmeter_wsgi import OpenMeterMiddleware, computed\n"
+        "def bare(environ, start_response): ...\n"
+        f"app = OpenMeterMiddleware(bare, api_url={sandbox.url!r},\n"
+        "    meter={'type': 'call', 'data': computed(lambda exchange: {})})"
+    )
+
+    findings = commands("--app", name)
+
+    assert findings == {}
+    assert "for what is in its data" in check("--app", name)[1]["meter 'call'"][2]
+
+
+@pytest.mark.parametrize(
+    ("path", "severity", "said"),
+    [
+        (
+            "$.total_tokens",
+            "ok",
+            "reads $.total_tokens, which the policy measures: $llm",
+        ),
+        ("$.model", "failure", "no number"),
+        ("$.tokens", "failure", "which is not in"),
+    ],
+)
+def test_a_meter_of_the_tokens_of_a_model_reads_what_is_sent(
+    sandbox, api, path, severity, said
+):
+    api.meter("llm", "SUM", path, eventType="llm")
+    variables = {
+        "OPENMETER_API_URL": sandbox.url,
+        "OPENMETER_METER": '{"type": "llm", "data": "$llm"}',
+    }
+
+    result = CliRunner().invoke(command, ["--json"], env=variables)
+
+    findings = {one["name"]: one for one in json.loads(result.stdout)["findings"]}
+    assert findings["meter 'llm'"]["severity"] == severity
+    assert said in findings["meter 'llm'"]["found"]
 
 
 def test_the_command_creates_a_meter_that_check_accepts(sandbox, api):
@@ -335,11 +400,19 @@ def answer_v3(request):
 
 def missing_meter(**variables):
     """Return the words of the command that creates the meter that is missing."""
+    (told,) = commands(**variables).values()
+    return told
+
+
+def commands(*arguments, **variables):
+    """Return the words of the commands that are told, by the names of the findings."""
     environ = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
-    result = CliRunner().invoke(command, ["--json", "--no-dedupe-check"], env=environ)
+    arguments = ["--json", "--no-dedupe-check", *arguments]
+    result = CliRunner().invoke(command, arguments, env=environ)
     findings = json.loads(result.stdout)["findings"]
-    (told,) = [one["command"] for one in findings if one["command"]]
-    return shlex.split(told)
+    return {
+        one["name"]: shlex.split(one["command"]) for one in findings if one["command"]
+    }
 
 
 def test_the_types_in_the_decorators_of_views_are_looked_for(sandbox, application):
@@ -421,7 +494,9 @@ def test_a_meter_that_no_policy_feeds(sandbox, api):
     assert (code, [*wrong]) == (0, ["meters without usage"])
     severity, found, remedy = wrong["meters without usage"]
     assert severity == "warning"
-    assert found.startswith("no policy feeds 'tokens' ('llm'), and nothing else has")
+    assert found.startswith(
+        "no policy feeds 'tokens' (event type 'llm'), and nothing else has"
+    )
     assert "set_meters" in remedy
 
 
@@ -486,6 +561,65 @@ def test_a_feature_that_openmeter_does_not_know(sandbox):
     assert code == 3
     assert "it denies every customer" in wrong["feature 'search'"][1]
     assert "create the feature 'search'" in wrong["feature 'search'"][2]
+    assert "each customer also needs an entitlement" in wrong["feature 'search'"][2]
+
+
+def test_the_commands_create_a_meter_and_its_feature(sandbox, api):
+    variables = {
+        "api_url": sandbox.url,
+        "meters": '{"Search": 1}',
+        "entitlement_meters": '{"searches": "Search"}',
+        "required_entitlements": "exports",
+    }
+
+    told = commands(**variables)
+
+    assert [*told] == ["meter 'Search'", "feature 'exports'", "feature 'searches'"]
+    for words in told.values():
+        subprocess.run(words, capture_output=True, check=True, timeout=40)
+    assert check("--no-dedupe-check", **variables)[0] == 0
+    made = {one["key"]: one for one in api.get("/api/v1/features").json()}
+    assert made["searches"]["meterSlug"] == "search"
+    assert "meterSlug" not in made["exports"]
+
+
+def test_the_command_for_a_feature_names_the_meter_as_the_version_does(sandbox, api):
+    api.meter("searches", "COUNT", eventType="search")
+    (listed,) = api.get("/api/v1/meters").json()
+    variables = {
+        "api_url": sandbox.url,
+        "entitlements_api_key": "secret",
+        "required_entitlements": "searches",
+    }
+
+    for flavor, path, meter in (
+        ("v1", "/api/v1/features", {"meterSlug": "searches"}),
+        ("v3", "/api/v3/openmeter/features", {"meter": {"id": listed["id"]}}),
+    ):
+        words = missing_meter(**variables, api_flavor=flavor)
+        sent = json.loads(words[words.index("-d") + 1])
+        assert sent == {"key": "searches", "name": "searches", **meter}
+        assert f"{sandbox.url}{path}" in words
+        assert "Authorization: Bearer $OPENMETER_ENTITLEMENTS_API_KEY" in words
+
+
+def test_no_feature_is_created_of_a_meter_that_nothing_creates(sandbox):
+    variables = {"api_url": sandbox.url, "entitlement_meters": '{"searches": "find"}'}
+
+    assert commands(**variables) == {}
+    (_, _, remedy) = check(**variables)[1]["feature 'searches'"]
+    assert "create the feature 'searches' after its meter, or name" in remedy
+
+
+def test_over_v3_a_feature_is_created_after_its_meter(sandbox):
+    told = commands(
+        api_url=sandbox.url,
+        api_flavor="v3",
+        meters='{"searches": 1}',
+        required_entitlements="searches",
+    )
+
+    assert [*told] == ["meter 'searches'"]
 
 
 @pytest.mark.parametrize(

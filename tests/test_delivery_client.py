@@ -295,6 +295,23 @@ def test_the_reason_is_the_detail_of_the_problem(openmeter, connect):
     assert failure(connect()).reason == "Error at “/3/data”: value"
 
 
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (
+            b"<!DOCTYPE html>\n<html><head>\n<title>404 Not\nFound</title>",
+            "an HTML page titled '404 Not Found': is this OpenMeter?",
+        ),
+        (b"<html><body>Bad gateway</body></html>", "an HTML page: is this OpenMeter?"),
+        (b"<title>no page", "<title>no page"),
+    ],
+)
+def test_the_reason_of_a_web_page_is_its_title(openmeter, connect, page, reason):
+    openmeter.rule = lambda _: Answer(404, page, takes=False)
+
+    assert failure(connect()).reason == reason
+
+
 def test_the_reason_is_its_title_where_there_is_no_detail(openmeter, connect):
     openmeter.rule = lambda _: problem(500)
 

@@ -470,6 +470,7 @@ def test_a_missing_key_is_a_warning_of_the_check():
 
     assert message.id == "openmeter.W002"
     assert message.msg.startswith("api_key: expected a key, which https://openmeter")
+    assert "own or the sandbox, set OPENMETER_API_URL" in message.msg
     assert not message.is_serious()
 
 

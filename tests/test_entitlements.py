@@ -200,6 +200,17 @@ def test_the_log_says_once_who_was_denied_what(make, entitled, caplog):
     ]
 
 
+def test_the_log_leaves_out_figures_that_are_not_known(make, entitled, caplog):
+    caplog.set_level(logging.INFO, "openmeter_wsgi")
+    entitled.values["acme"] = {"searches": NO}
+
+    ask(make())
+
+    messages = [r.getMessage().removeprefix(PREFIX) for r in caplog.records]
+    lines = [message for message in messages if "denied" in message]
+    assert lines == ["subject 'acme', feature 'searches': no_access, denied"]
+
+
 def test_the_handler_sees_the_decision(make, entitled):
     entitled.values["acme"] = {"searches": metered(40)}
     seen = []

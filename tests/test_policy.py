@@ -126,9 +126,13 @@ def test_a_problem_names_the_option_the_expected_and_the_given(
     ],
 )
 def test_a_hosted_openmeter_wants_a_key(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="api_key: expected a key"):
+    with pytest.raises(ConfigError, match="api_key: expected a key") as caught:
         Policy(**options)
 
+    assert str(caught.value).endswith(
+        "got none (or set OPENMETER_API_KEY); for a server of your own or the sandbox, "
+        "set OPENMETER_API_URL"
+    )
     Policy(**options, api_key=KEY)
     Policy(**options, dry_run=True)
 

@@ -124,6 +124,11 @@ def test_the_list_holds_waiting_events_where_they_are_wanted(spool):
 
     assert said(spool, "list") == []
     assert ids(said(spool, "list", "--waiting")) == ["1"]
+    assert f"no dead letters in {spool}; 1 event waits (--waiting)\n" == (
+        run(spool, "list").stderr
+    )
+    put(spool, event("2"))
+    assert "; 2 events wait (--waiting)\n" in run(spool, "list").stderr
 
 
 def test_what_is_requeued_is_delivered_under_its_id_once(spool, openmeter):

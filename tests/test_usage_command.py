@@ -123,7 +123,7 @@ def test_over_v3_the_meter_that_is_not_there_is_named(sandbox):
     result = usage(sandbox, "words", api_flavor="v3")
 
     assert result.exit_code == 1
-    assert "no meter with the key 'words'" in result.stderr
+    assert "no meter 'words' is on the server" in result.stderr
 
 
 def test_a_meter_that_has_counted_nothing_is_shown_too(sandbox):
@@ -247,8 +247,22 @@ def test_a_meter_that_is_not_there_is_named(sandbox):
     result = usage(sandbox, "no_such_meter")
 
     assert result.exit_code == 1
-    assert "no_such_meter" in result.stderr
-    assert "404" in result.stderr
+    assert result.stderr == (
+        "Error: no meter 'no_such_meter' is on the server: its meters are calls, "
+        "tokens\n"
+    )
+
+
+@pytest.mark.parametrize(("named", "code"), [([], 0), (["calls"], 1)])
+def test_a_server_without_meters_is_told(openmeter, named, code):
+    openmeter.rule = lambda request: (
+        problem(404) if "/query" in request.target else Answer(200, b"[]")
+    )
+
+    result = usage(openmeter, *named)
+
+    assert result.exit_code == code
+    assert "the server has no meters (see openmeter-wsgi check)\n" in result.stderr
 
 
 def test_what_the_server_refuses_is_one_line_with_its_reason(openmeter):

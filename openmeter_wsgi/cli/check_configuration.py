@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.common import size
-from openmeter_wsgi.cli.findings import failure, ok, unknown, warning
+from openmeter_wsgi.cli.findings import failure, note, ok, unknown, warning
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import (
     SAYS,
@@ -334,7 +334,12 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
     """Check the directory of the spool, its volume and its disk."""
     path = situation.policy.spool_dir
     if path is None:
-        yield ok(_SPOOL, "none: usage waits in memory and a killed process loses it")
+        yield note(
+            _SPOOL,
+            "none: usage waits in memory, and a killed process loses it",
+            "set OPENMETER_SPOOL_DIR to a directory of the application's own, to keep "
+            "usage on disk",
+        )
         return
     directory = Path(os.path.abspath(path))
     finding = _directory(directory)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import shlex
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
 from openmeter_wsgi.cli.common import open_listing
+from openmeter_wsgi.cli.creation import (
+    data_of_measure,
+    feature_creation,
+    meter_creation,
+)
 from openmeter_wsgi.cli.findings import (
     MARK,
     Finding,
     Severity,
     failure,
+    note,
     ok,
     unanswered,
     unknown,
@@ -25,7 +30,7 @@ from openmeter_wsgi.cli.findings import (
 from openmeter_wsgi.entitlements.service import question_client
 from openmeter_wsgi.entitlements.visibility import event_list
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options import v3_url
+from openmeter_wsgi.measures import Measure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,14 +45,19 @@ class Sample(NamedTuple):
     """An event that a policy states."""
 
     type: str
-    #: With 1 for what is known only at the end; None where nothing is known of it.
+    #: With the measures that are in it; None if nothing is known of it.
     data: Any
+
+    @property
+    def shown(self) -> str:
+        """Its data as JSON, with measures as they are written in a file."""
+        return json.dumps(self.data, default=lambda measure: measure.text)
 
 
 def samples(situation: Situation) -> list[Sample]:
     """Return the events that the policies name, each once."""
-    found = list(_samples(situation))
-    return [one for n, one in enumerate(found) if one not in found[:n]]
+    found = {(one.type, one.shown): one for one in _samples(situation)}
+    return list(found.values())
 
 
 def _samples(situation: Situation) -> Iterator[Sample]:
@@ -55,7 +65,10 @@ def _samples(situation: Situation) -> Iterator[Sample]:
         for meter in policy.static_meters:
             yield Sample(meter.type, msgspec.json.decode(meter.data))
         for measured in policy.measured:
-            yield Sample(measured.type, measured.example())
+            data = measured.data()
+            if isinstance(data, Measure):
+                data = data_of_measure(data)
+            yield Sample(measured.type, data)
 
 
 def types_stated(situation: Situation) -> set[str]:
@@ -75,8 +88,6 @@ def event_type(meter: Document) -> str | None:
 
 _PATH = re.compile(r"\$(?:\.[\w-]+|\['[^'\\]+'\]|\[\d+\])+")
 _STEP = re.compile(r"\.([\w-]+)|\['([^'\\]+)'\]|\[(\d+)\]")
-#: A name that a path holds without quotes.
-_IS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NOWHERE = object()
 #: Of a meter that no policy feeds is asked whether anybody has, for so many days.
 DAYS = 7
@@ -93,81 +104,42 @@ def look_at_meters(situation: Situation) -> Iterator[Finding]:
         return
     sent = samples(situation)
     if not sent:
-        yield ok("meters", "the policy states none; what handlers state is not known")
+        yield ok("meters", "the policy states none")
     for sample in sent:
         counting = [one for one in there if event_type(one) == sample.type]
         if counting:
             yield from (_value(sample, one) for one in counting)
         else:
             yield _missing(sample, there, situation.policy)
+    yield _of_handlers()
     stated = types_stated(situation)
     yield from _unfed(
         situation, [one for one in there if event_type(one) not in stated]
     )
 
 
+def _of_handlers() -> Finding:
+    return note(
+        "handlers",
+        "types that handlers state with set_meters or add_meters are not checked",
+    )
+
+
 def _missing(sample: Sample, there: list[Document], policy: Policy) -> Finding:
     types = sorted({repr(event_type(one)) for one in there})
     has = f"its meters count {', '.join(types)}" if types else "it has no meters"
+    taken = {str(one.get("slug")) for one in there}
+    command = meter_creation(sample.type, sample.data, taken, policy)
+    how = "as this command does" if command else "for what is in its data"
     return Finding(
         _meter_name(sample),
         Severity.FAILURE,
         "no meter on the server counts events of this type, so they are stored and "
         f"never billed; {has}",
-        f"create a meter with eventType {sample.type!r}, as this command does, or name "
-        "the type here as it is called there",
-        _creation(sample, {str(one.get("slug")) for one in there}, policy),
+        f"create a meter with eventType {sample.type!r}, {how}, or name the type here "
+        "as it is called there",
+        command,
     )
-
-
-def _creation(sample: Sample, slugs: set[str], policy: Policy) -> str:
-    """Return the command for the shell that creates the meter of *sample*."""
-    slug = _free_slug(sample.type, slugs)
-    path, group_by = _properties(sample.data)
-    how = "SUM" if path else "COUNT"
-    if policy.api_flavor == "v3":
-        url = f"{v3_url(policy.api_url)}/meters"
-        document = {
-            "key": slug, "name": slug, "event_type": sample.type,
-            "aggregation": how.lower(), "value_property": path, "dimensions": group_by,
-        }  # fmt: skip
-    else:
-        url = f"{policy.api_url}/api/v1/meters"
-        document = {
-            "slug": slug, "eventType": sample.type, "aggregation": how,
-            "valueProperty": path, "groupBy": group_by,
-        }  # fmt: skip
-    text = json.dumps({key: value for key, value in document.items() if value})
-    # In double quotes, for the shell to put in the key.
-    key = ' -H "Authorization: Bearer $OPENMETER_API_KEY"' if policy.key.known else ""
-    return (
-        f"curl --fail-with-body {shlex.quote(url)}{key} "
-        f"-H 'Content-Type: application/json' -d {shlex.quote(text)}"
-    )
-
-
-def _free_slug(event_type: str, taken: set[str]) -> str:
-    """Return a slug like *event_type* that no meter has."""
-    slug = re.sub(r"[^a-z0-9]+", "_", event_type.lower()).strip("_") or "meter"
-    n, free = 1, slug
-    while free in taken:
-        n += 1
-        free = f"{slug}_{n}"
-    return free
-
-
-def _properties(data: Any) -> tuple[str | None, dict[str, str]]:
-    """Return the path of the first number in *data*, and those of its texts."""
-    if not isinstance(data, dict):
-        return None, {}
-    numbers = [key for key, value in data.items() if type(value) in {int, float}]
-    texts = [key for key, value in data.items() if isinstance(value, str)]
-    path = _path(numbers[0]) if numbers else None
-    return path, {key: _path(key) for key in texts if _IS_NAME.fullmatch(key)}
-
-
-def _path(key: str) -> str:
-    return f"$.{key}" if _IS_NAME.fullmatch(key) else f"$['{key}']"
 
 
 def _meter_name(sample: Sample) -> str:
@@ -189,17 +161,19 @@ def _value(sample: Sample, counting: Document) -> Finding:
     if value is _NOWHERE:
         return failure(
             name,
-            f"{reads}, which is not in {json.dumps(sample.data)}: it counts nothing",
+            f"{reads}, which is not in {sample.shown}: it counts nothing",
             "send the property that the meter reads (by meter={'type': ..., 'data': "
             "...} in place of meters), or have the meter read what is sent",
         )
+    if isinstance(value, Measure):
+        return ok(name, f"{reads}, which the policy measures: {value.text}")
     if how != "UNIQUE_COUNT" and not _is_number(value):
         return failure(
             name,
             f"{reads}, where {value!r} is no number: it counts nothing",
             "send a number there, or have the meter read another property",
         )
-    return ok(name, f"{reads}: {value!r}")
+    return ok(name, f"{reads}, which the policy sets to {value!r}")
 
 
 def _find(data: Any, path: str) -> Any:
@@ -254,7 +228,9 @@ def _has_usage(situation: Situation, meter: Document) -> bool:
 
 
 def _named(meters: list[Document]) -> str:
-    return ", ".join(f"{one.get('slug')!r} ({event_type(one)!r})" for one in meters)
+    return ", ".join(
+        f"{one.get('slug')!r} (event type {event_type(one)!r})" for one in meters
+    )
 
 
 _QUESTIONS = "entitlements"
@@ -373,15 +349,35 @@ def _look_at_feature(
 ) -> Finding:
     name = _name(feature)
     if found is None:
-        return failure(
-            name,
-            "OpenMeter has no feature of this key: it denies every customer",
-            f"create the feature {feature!r}, or name here what it is called there",
-        )
+        return _missing_feature(name, feature, meters, situation)
     meter = meters.get(str(found.get("meterSlug")))
     if meter is None:
         return ok(name, "there, and not measured by a meter")
     return _quota(name, feature, meter, situation)
+
+
+def _missing_feature(
+    name: str, feature: str, meters: dict[str, Document], situation: Situation
+) -> Finding:
+    policy = situation.policy
+    counted = policy.entitlement_meters.get(feature)
+    kind = getattr(counted, "type", None)
+    if kind is None and feature in types_stated(situation) and feature not in meters:
+        kind = feature
+    there = list(meters.values())
+    is_told = all(event_type(one) != kind for one in there) and any(
+        one.type == kind and one.data is not None for one in samples(situation)
+    )
+    command = feature_creation(feature, kind, there, policy, is_told=is_told)
+    how = ", as this command does," if command else " after its meter,"
+    return Finding(
+        name,
+        Severity.FAILURE,
+        "OpenMeter has no feature of this key: it denies every customer",
+        f"create the feature {feature!r}{how} or name here what it is called there; "
+        "each customer also needs an entitlement to it",
+        command,
+    )
 
 
 #: A meter of these grows by each event alone, whatever others say.

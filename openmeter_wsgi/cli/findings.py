@@ -34,9 +34,14 @@ _NOT_ALLOWED = (401, 403)
 
 
 class Severity(enum.StrEnum):
-    """The severity of a finding. UNKNOWN is no failure: the check could not run."""
+    """The severity of a finding.
+
+    NOTE is no problem, but worth knowing. UNKNOWN is no failure: the check could not
+    run.
+    """
 
     OK = "ok"
+    NOTE = "note"
     WARNING = "warning"
     FAILURE = "failure"
     UNKNOWN = "unknown"
@@ -57,6 +62,11 @@ class Finding(NamedTuple):
 def ok(name: str, found: str, remedy: str | None = None) -> Finding:
     """Return a finding without a problem; *remedy* is advice."""
     return Finding(name, Severity.OK, found, remedy)
+
+
+def note(name: str, found: str, remedy: str | None = None) -> Finding:
+    """Return a finding that is no problem, but worth knowing."""
+    return Finding(name, Severity.NOTE, found, remedy)
 
 
 def warning(name: str, found: str, remedy: str) -> Finding:
@@ -82,10 +92,16 @@ def unanswered(name: str, error: NoAnswer, may: str) -> Finding:
 
 _SYMBOLS = {
     Severity.OK: ("✓", "green"),
+    Severity.NOTE: ("i", "blue"),
     Severity.WARNING: ("!", "bold yellow"),
     Severity.FAILURE: ("✗", "bold red"),
     Severity.UNKNOWN: ("?", "cyan"),
 }
+_IN_SUMMARY = (
+    Severity.FAILURE, Severity.WARNING, Severity.UNKNOWN, Severity.NOTE, Severity.OK,
+)  # fmt: skip
+#: Their words have a plural.
+_COUNTED = {Severity.FAILURE, Severity.WARNING, Severity.NOTE}
 _WIDTH = max(map(len, Severity))
 _NAME_WIDTH = 20
 #: Wider lines are hard to read.
@@ -165,10 +181,10 @@ def _show_one(finding: Finding, console: Console) -> None:
 def _summary(told: list[Finding], seconds: float) -> Text:
     counts = Counter(finding.severity for finding in told)
     summary = Text()
-    for severity in (Severity.FAILURE, Severity.WARNING, Severity.UNKNOWN, Severity.OK):
+    for severity in _IN_SUMMARY:
         if number := counts[severity]:
             word = severity.value
-            if severity in {Severity.FAILURE, Severity.WARNING} and number > 1:
+            if severity in _COUNTED and number > 1:
                 word += "s"
             summary.append(" · " if summary else "")
             summary.append(f"{number} {word}", _SYMBOLS[severity][1])

@@ -61,10 +61,15 @@ def print_list(
     rows = [_row(one) for one in documents]
     print_table(_COLUMNS, rows)
     if not rows:
-        others = (
-            "no dead letters and no waiting events" if waiting else "no dead letters"
-        )
-        click.echo(f"{others} in {printable(str(root))}", err=True)
+        where = f"in {printable(str(root))}"
+        if waiting:
+            said = f"no dead letters and no waiting events {where}"
+        elif count := sum(one["state"] == "waiting" for one in _documents(root)):
+            events = "event waits" if count == 1 else "events wait"
+            said = f"no dead letters {where}; {count} {events} (--waiting)"
+        else:
+            said = f"no dead letters {where}"
+        click.echo(said, err=True)
 
 
 def print_event(root: Path, id_: str, *, as_json: bool) -> None:

@@ -26,7 +26,7 @@ from openmeter_wsgi.cli.common import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from openmeter_wsgi.cli.api_client import Document
+    from openmeter_wsgi.cli.api_client import Document, Listing
 
 
 _AGE = re.compile(r"(\d{1,6})(min|h|d|w)")
@@ -85,6 +85,8 @@ def time_text(moment: datetime) -> str:
 
 WINDOWS = ("MINUTE", "HOUR", "DAY", "MONTH")
 _SUBJECT = "subject"
+_NOT_FOUND = 404
+_NO_METERS = "the server has no meters (see openmeter-wsgi check)"
 
 
 def _zone(name: str) -> tzinfo:
@@ -155,14 +157,17 @@ def command(
     policy = read_policy(policy_file, **options_given(api_url=api_url))
     try:
         with open_listing(policy) as listing:
-            names = meters or _meters_with(listing.meters(), what)
+            there = [] if meters else listing.meters()
+            names = meters or _meters_with(there, what)
             rows = [
                 _row(name, row)
                 for name in progress(names, "Asking", len(names))
-                for row in listing.usage(name, query)
+                for row in _usage(listing, name, query)
             ]
     except NoAnswer as error:
         raise click.ClickException(printable(str(error))) from None
+    if not meters and not there:
+        click.echo(_NO_METERS, err=True)
     if as_json:
         print_json(rows)
     else:
@@ -170,6 +175,21 @@ def command(
         # Nothing is an answer, too.
         rows += [_row(name, {}) for name in names if name not in counted]
         _print(rows, what)
+
+
+def _usage(listing: Listing, meter: str, query: UsageQuery) -> list[Document]:
+    """Return the rows of a meter; if there is none, the error names those there are."""
+    try:
+        return listing.usage(meter, query)
+    except NoAnswer as error:
+        there = listing.meters() if error.status == _NOT_FOUND else []
+        slugs = sorted(str(one.get("slug")) for one in there)
+        if error.status != _NOT_FOUND or meter in slugs:
+            raise
+        has = f"its meters are {', '.join(slugs)}" if slugs else _NO_METERS
+        raise NoAnswer(
+            f"no meter {meter!r} is on the server: {has}", _NOT_FOUND
+        ) from error
 
 
 def _query(

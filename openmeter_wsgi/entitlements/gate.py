@@ -379,16 +379,19 @@ def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
     # A denial is what was asked for; what nobody was entitled to is not.
     logger.log(
         logging.WARNING if passes else logging.INFO,
-        "%s: %s, %s (balance %s, usage %s, overage %s)",
+        "%s: %s, %s%s",
         f"subject {subject!r}, feature {denial.feature!r}",
         denial.reason,
         "let through" if passes else "denied",
-        _figure(denial.balance), _figure(denial.usage), _figure(denial.overage),
-    )  # fmt: skip
+        _figures(denial),
+    )
 
 
-def _figure(number: float | None) -> str:
-    return "unknown" if number is None else f"{number:g}"
+def _figures(denial: Denial) -> str:
+    """Return the figures of a denial that are known, in parentheses."""
+    figures = {name: getattr(denial, name) for name in ("balance", "usage", "overage")}
+    known = [f"{name} {n:g}" for name, n in figures.items() if n is not None]
+    return f" ({', '.join(known)})" if known else ""
 
 
 def customer_finder(policy: Policy) -> Callable[[str], str | None]:
