@@ -354,7 +354,7 @@ def test_a_narrow_window_shows_each_event_whole(browser, sandbox, api):
 
 def test_the_time_span_fits_the_data_until_one_is_chosen(browser, sandbox, api):
     api.meter("calls", "COUNT")
-    api.ingest(event(1))
+    api.ingest(event(1, time=rfc3339(time.time() - 120)))
     browser.open(sandbox.url)
     legend = "document.querySelector('.meter .groups').textContent"
     last = f"return {legend}.includes(arguments[0])"
