@@ -15,7 +15,7 @@ KONNECT = "`POST /v3/openmeter/events`"
 HISTORY = "`GET …/entitlements/{feature}/history`"
 VERSION_3 = "`POST /api/v3/openmeter/entitlement-access/query`"
 METERS = "`GET /api/v3/openmeter/meters`"
-OTHERS = "What this page does not name"
+OTHERS = "Other calls of OpenMeter's API"
 WORDS = "A feature with unknown filters"
 #: All calls that are answered otherwise, and the row of the page that says why.
 DIFFERENT = {
