@@ -99,7 +99,7 @@ class Billing:
             subjects=self.subjects,
             counts=self._counts,
         )
-        #: What makes the ids of its requests.
+        #: The generator of its request ids.
         self.identity: Identity = Identity(policy, process.ids)
         self._counts_down = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)

@@ -125,7 +125,7 @@ class Transport(Protocol):
 
     @property
     def is_sender(self) -> bool:
-        """Whether this process sends what is put."""
+        """True if this process sends its events itself."""
 
     @property
     def in_spool(self) -> Backlog:

@@ -62,7 +62,7 @@ COMMANDS = {
         "Serve OpenMeter's API on this machine, with a page that shows the usage.",
     ),
 }
-#: What to write in place of a command of an earlier version.
+#: The replacement of each command of an earlier version.
 REMOVED = {
     "completion": "_OPENMETER_WSGI_COMPLETE=bash_source openmeter-wsgi",
     "tail": "openmeter-wsgi spool list --follow",

@@ -483,7 +483,7 @@ _NAME = "routes"
 #: A variable in a template of any framework, and one that takes slashes, too.
 _VARIABLE = re.compile(r"<[^<>]*>|\{[^{}]*\}")
 _TAKES_SLASHES = re.compile(r"path|:re:|:filter|\*")
-#: What stands in a regular expression and in no path.
+#: Characters of a regular expression that no path contains.
 _REGULAR = re.compile(r"[()\\^$]")
 #: A part of a template that takes any text, and one that takes several parts.
 _ONE, _MANY = "\0", "\1"

@@ -198,7 +198,7 @@ def _user(number: int) -> str:
 
 Item = TypeVar("Item")
 
-#: What takes no longer than so many seconds would only flicker.
+#: Seconds before the name of a running check is shown: a shorter one would flicker.
 _UNNOTICED = 0.4
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.cli.spool_files import SegmentState
 
-#: Of so many segments the table tells.
+#: The most segments in the table.
 _SHOWN_SEGMENTS = 20
 #: An event that is older than so many seconds waits for something.
 _LATE = 120

@@ -374,7 +374,7 @@ class MemoryDelivery:
 
     @property
     def is_sender(self) -> bool:
-        """Whether this process sends what is put."""
+        """True if this process sends its events itself."""
         return True
 
     # -- Waiting for delivery

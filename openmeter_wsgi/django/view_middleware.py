@@ -210,7 +210,7 @@ def template_of(route: str | None) -> str:
     return "/" + text.lstrip("/")
 
 
-#: What `django.urls.path` takes, and what nobody would mean as a regular expression.
+#: Templates of `django.urls.path` that nobody would mean as a regular expression.
 _IS_PLAIN = re.compile(r"(?:[^^$()\\<>]|<[^()<>]*>)*")
 
 

@@ -317,7 +317,7 @@ class Gate:
         newest = time.monotonic() - policy.deny_ttl
         if known.asked_at < newest:
             self._entitlements.refresh(customer, feature, since=newest)
-        # Of a new period the answer is on its way.
+        # The answer for the new period is being fetched.
         is_over = known.terms is not None and known.terms.is_over(time.time())
         wait = _SOON if held_back or is_over else self._until_visible()
         denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
