@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from entitling import Entitled, close_all
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi.log import RepeatFilter
 from openmeter_wsgi.sandbox import Sandbox
@@ -82,6 +83,23 @@ def _fresh_log():
             for old in [f for f in logger.filters if isinstance(f, RepeatFilter)]:
                 logger.removeFilter(old)
                 logger.addFilter(RepeatFilter())
+
+
+@pytest.fixture
+def entitled(openmeter):
+    """The answers of the server about entitlements, which a test changes."""
+    return Entitled(openmeter)
+
+
+@pytest.fixture
+def middlewares(openmeter):
+    """A list of middlewares that are closed after the test, by a healthy server."""
+    made = []
+    yield made
+    openmeter.heal()
+    for each in made:
+        each.process().entitlements.close_connections()
+    close_all(made)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -9,13 +10,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import requests
+
 from openmeter_server import Answer, OpenMeterServer, problem
 from openmeter_wsgi import OpenMeterMiddleware
+from openmeter_wsgi.sandbox import Sandbox
 from servers import Consumer, make_environ
 from spooling import threads, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from openmeter_server import Request
 
@@ -29,6 +33,19 @@ def close_all(middlewares: list[OpenMeterMiddleware]) -> None:
     until(lambda: not threads(QUESTION))
     for each in middlewares:
         each.close(40)
+
+
+@contextlib.contextmanager
+def sandbox_with_meter(feature: str) -> Iterator[Sandbox]:
+    """Yield a sandbox with a meter that sums the ``total`` of its events."""
+    meter = {
+        "slug": feature, "eventType": feature, "aggregation": "SUM",
+        "valueProperty": "$.total",
+    }  # fmt: skip
+    with Sandbox() as sandbox:
+        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
+        made.raise_for_status()
+        yield sandbox
 
 
 def metered(balance: float, *, granted: float = 100, soft: bool = False) -> Any:

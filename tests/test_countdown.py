@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from entitling import Entitled, ask, close_all, metered, middleware
+from entitling import ask, metered, middleware
 from openmeter_wsgi import add_meters, check_entitlements, set_meters, set_subject
 from openmeter_wsgi.request import REQUEST
 from test_entitlements import body, header, ok, wait_for
@@ -19,21 +19,12 @@ REQUESTS = {
 
 
 @pytest.fixture
-def entitled(openmeter):
-    return Entitled(openmeter)
-
-
-@pytest.fixture
-def make(openmeter, entitled):
-    made = []
-
+def make(openmeter, entitled, middlewares):
     def make(app=ok, **options):
-        made.append(middleware(openmeter, app, **{**REQUESTS, **options}))
-        return made[-1]
+        middlewares.append(middleware(openmeter, app, **{**REQUESTS, **options}))
+        return middlewares[-1]
 
-    yield make
-    openmeter.heal()
-    close_all(made)
+    return make
 
 
 def served(app, requests, subject="acme"):

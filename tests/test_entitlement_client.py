@@ -1,6 +1,6 @@
 import pytest
 
-from entitling import NO, YES, Entitled, document, metered
+from entitling import NO, YES, document, metered
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
 from openmeter_wsgi.entitlements.client import (
     NO_ACCESS,
@@ -13,11 +13,6 @@ from openmeter_wsgi.options import ApiKey
 from recorded import customer
 
 KEY = ApiKey.from_options("secret-key", None)
-
-
-@pytest.fixture
-def entitled(openmeter):
-    return Entitled(openmeter)
 
 
 @pytest.fixture

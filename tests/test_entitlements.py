@@ -12,7 +12,6 @@ from entitling import (
     YES,
     Entitled,
     ask,
-    close_all,
     metered,
     middleware,
     wait_for,
@@ -40,21 +39,12 @@ def ok(environ, start_response):
 
 
 @pytest.fixture
-def entitled(openmeter):
-    return Entitled(openmeter)
-
-
-@pytest.fixture
-def make(openmeter, entitled):
-    made = []
-
+def make(openmeter, entitled, middlewares):
     def make(app=ok, **options):
-        made.append(middleware(openmeter, app, **options))
-        return made[-1]
+        middlewares.append(middleware(openmeter, app, **options))
+        return middlewares[-1]
 
-    yield make
-    openmeter.heal()
-    close_all(made)
+    return make
 
 
 def body(response):

@@ -3,9 +3,8 @@
 import pytest
 import requests
 
-from entitling import ask, close_all
+from entitling import ask, close_all, sandbox_with_meter
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.sandbox import Sandbox
 from test_entitlements import body, ok, wait_for
 
 pytestmark = pytest.mark.usefixtures("patient_ledger")
@@ -15,11 +14,7 @@ FEATURE = "api_requests"
 
 @pytest.fixture
 def sandbox():
-    meter = {"slug": FEATURE, "eventType": FEATURE, "aggregation": "SUM",
-             "valueProperty": "$.total"}  # fmt: skip
-    with Sandbox() as sandbox:
-        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
-        made.raise_for_status()
+    with sandbox_with_meter(FEATURE) as sandbox:
         yield sandbox
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from entitling import Entitled, ask, close_all, metered, middleware, wait_for
+from entitling import ask, metered, middleware, wait_for
 from openmeter_wsgi.entitlements.client import Terms
 from test_entitlements import body, header, ok
 
@@ -14,23 +14,14 @@ FEATURE = "api_requests"
 
 
 @pytest.fixture
-def entitled(openmeter):
-    return Entitled(openmeter)
-
-
-@pytest.fixture
-def make(openmeter, entitled):
-    made = []
-
+def make(openmeter, entitled, middlewares):
     def make(**options):
         usual = {"required_entitlements": [FEATURE], "entitlement_meters": [FEATURE],
                  "meters": {FEATURE: 1}, "question_rate": 1_000}  # fmt: skip
-        made.append(middleware(openmeter, ok, **{**usual, **options}))
-        return made[-1]
+        middlewares.append(middleware(openmeter, ok, **{**usual, **options}))
+        return middlewares[-1]
 
-    yield make
-    openmeter.heal()
-    close_all(made)
+    return make
 
 
 def period(seconds):

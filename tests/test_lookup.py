@@ -10,7 +10,7 @@ from collections import deque
 
 import pytest
 
-from entitling import YES, Entitled, ask, close_all, metered, middleware, wait_for
+from entitling import YES, ask, metered, middleware, wait_for
 from openmeter_wsgi.entitlements.cache import (
     CACHE_SIZE,
     AnswerCache,
@@ -242,23 +242,12 @@ def test_what_another_process_has_asked_is_not_asked(make_lookup, answering):
 
 
 @pytest.fixture
-def entitled(openmeter):
-    return Entitled(openmeter)
-
-
-@pytest.fixture
-def make(openmeter, entitled):
-    made = []
-
+def make(openmeter, entitled, middlewares):
     def make(**options):
-        made.append(middleware(openmeter, ok, **options))
-        return made[-1]
+        middlewares.append(middleware(openmeter, ok, **options))
+        return middlewares[-1]
 
-    yield make
-    openmeter.heal()
-    for app in made:
-        app.process().entitlements.close_connections()
-    close_all(made)
+    return make
 
 
 @pytest.mark.parametrize(

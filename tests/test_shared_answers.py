@@ -7,7 +7,6 @@ import pytest
 from entitling import (
     NO,
     YES,
-    Entitled,
     ask,
     close_all,
     document,
@@ -19,11 +18,6 @@ from openmeter_server import problem
 from test_entitlements import body, header, in_an_hour, ok
 
 pytestmark = pytest.mark.usefixtures("patient_ledger")
-
-
-@pytest.fixture
-def entitled(openmeter):
-    return Entitled(openmeter)
 
 
 @pytest.fixture

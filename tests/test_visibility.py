@@ -8,16 +8,23 @@ from urllib.parse import quote
 
 import msgspec
 import pytest
-import requests
 
-from entitling import Entitled, ask, close_all, document, metered, middleware, wait_for
+from entitling import (
+    Entitled,
+    ask,
+    close_all,
+    document,
+    metered,
+    middleware,
+    sandbox_with_meter,
+    wait_for,
+)
 from ledger_contract import START, Clock
 from openmeter_server import Answer, problem
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.entitlements import service, visibility
 from openmeter_wsgi.quota.visibility import PROBES, FixedLag, Probes, spread
-from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
 from test_entitlements import ok
@@ -153,11 +160,7 @@ def hurried(monkeypatch):
 
 @pytest.fixture
 def sandbox():
-    meter = {"slug": FEATURE, "eventType": FEATURE, "aggregation": "SUM",
-             "valueProperty": "$.total"}  # fmt: skip
-    with Sandbox() as sandbox:
-        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
-        made.raise_for_status()
+    with sandbox_with_meter(FEATURE) as sandbox:
         yield sandbox
 
 
