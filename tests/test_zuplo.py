@@ -934,9 +934,11 @@ def test_groups_that_are_nested_too_deep_are_a_problem_with_their_place():
 
 
 @pytest.mark.parametrize("name", ["openmeter-one-meter", "monetization"])
-def test_without_an_event_source_it_is_the_default_of_zuplo(name, monkeypatch) -> None:
+def test_what_a_file_does_not_name_has_the_default_of_zuplo(name, monkeypatch) -> None:
     monkeypatch.setenv("OPENMETER_API_KEY", "key")
 
     policy = Policy.from_zuplo(FIXTURES / f"{name}.json")
 
     assert policy.event_source == "api-gateway"
+    assert policy.subject_path == ".sub"
+    assert policy.meter_on_status_codes.text == "200-299"
