@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openmeter_wsgi.entitlements.service import EntitlementService
-    from openmeter_wsgi.entitlements.visibility import Visibility
+    from openmeter_wsgi.entitlements.visibility_probes import Visibility
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.routes import Routes
     from openmeter_wsgi.status_codes import StatusCodes

@@ -23,7 +23,7 @@ from ledger_contract import START, Clock
 from openmeter_server import Answer, problem
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.delivery.client import OpenMeterClient
-from openmeter_wsgi.entitlements import service, visibility
+from openmeter_wsgi.entitlements import service, visibility_probes
 from openmeter_wsgi.quota.visibility import PROBES, FixedLag, Probes, spread
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
@@ -154,7 +154,7 @@ FEATURE = "api_requests"
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(visibility, "INTERVAL", 0.05)
+    monkeypatch.setattr(visibility_probes, "INTERVAL", 0.05)
     monkeypatch.setattr("openmeter_wsgi.quota.ledger._TEND_INTERVAL", 0.05)
 
 

@@ -28,7 +28,7 @@ from openmeter_wsgi.cli.findings import (
     warning,
 )
 from openmeter_wsgi.entitlements.service import question_client
-from openmeter_wsgi.entitlements.visibility import event_list
+from openmeter_wsgi.entitlements.visibility_probes import event_list
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.measures import Measure
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
     from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
     from openmeter_wsgi.entitlements.shared_answers import SharedAnswer
-    from openmeter_wsgi.entitlements.visibility import Sending, Visibility
+    from openmeter_wsgi.entitlements.visibility_probes import Sending, Visibility
     from openmeter_wsgi.policy import FailMode, Policy
     from openmeter_wsgi.quota.store import Store
     from openmeter_wsgi.stats import Counts
@@ -527,7 +527,7 @@ def visibility_of(policy: Policy) -> Visibility | None:
     if not policy.entitlement_meters or policy.dry_run:
         return None
     # Here, as only some applications count quotas down.
-    from openmeter_wsgi.entitlements.visibility import Visibility
+    from openmeter_wsgi.entitlements.visibility_probes import Visibility
 
     return Visibility(policy)
 

@@ -1,4 +1,4 @@
-"""The process that sends asks OpenMeter's list of events how far usage is visible.
+"""Probes of visibility: the ids of accepted events that OpenMeter lists by now.
 
 The sender tells of every accepted batch. A thread looks for a few of their ids in the
 list, which shows what balances count, and moves the mark (see `quota.visibility`). With
