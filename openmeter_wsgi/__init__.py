@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from openmeter_wsgi.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.bodies.sdk import usage_of
+    from openmeter_wsgi.bodies.sdk_responses import usage_of
     from openmeter_wsgi.decorators import meter, no_meter
     from openmeter_wsgi.entitlements.decision import Decision, Denial
     from openmeter_wsgi.entitlements.handlers import (
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         TicketError,
     )
     from openmeter_wsgi.exchange import Exchange
-    from openmeter_wsgi.health import Health, HealthEndpoint, Problem
     from openmeter_wsgi.measures import (
         Measure,
         bytes_received,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
         set_subject,
         set_user,
     )
-    from openmeter_wsgi.stats import Stats
+    from openmeter_wsgi.stats import Health, HealthEndpoint, Problem, Stats
     from openmeter_wsgi.status_codes import StatusCodes
     from openmeter_wsgi.tickets import defer
     from openmeter_wsgi.usage import Usage
@@ -114,17 +113,17 @@ _TOGETHER = {
         "ConfigError", "MeterValueError", "OpenMeterWSGIError", "TicketError",
     ),
     "exchange": ("Exchange",),
-    "health": ("Health", "HealthEndpoint", "Problem"),
     "middleware": ("OpenMeterMiddleware",),
     "request": (
         "add_meters", "get_meters", "set_idempotency_key", "set_meters", "set_route",
         "set_subject", "set_user",
     ),
+    "stats": ("Health", "HealthEndpoint", "Problem", "Stats"),
 }  # fmt: skip
 # These come one by one: options and measures with a policy or a middleware,
 # decorators with a view.
 _LATE = {
-    "bodies.sdk": ("usage_of",),
+    "bodies.sdk_responses": ("usage_of",),
     "decorators": ("meter", "no_meter"),
     "measures": (
         "Measure", "bytes_received", "bytes_sent", "computed", "duration", "llm_usage",
@@ -134,7 +133,6 @@ _LATE = {
     "option_types": ("Options", "RouteOptions"),
     "policy": ("Policy",),
     "status_codes": ("StatusCodes",),
-    "stats": ("Stats",),
     "tickets": ("defer",),
     "usage": ("Usage",),
 }  # fmt: skip

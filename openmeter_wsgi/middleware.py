@@ -14,7 +14,6 @@ from openmeter_wsgi.entitlements.handlers import (
 )
 from openmeter_wsgi.errors import NOT_ON_WINDOWS, ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
-from openmeter_wsgi.health import MAX_AGE, Health
 from openmeter_wsgi.request import (
     OPEN,
     REQUEST,
@@ -31,6 +30,7 @@ from openmeter_wsgi.response import (
     is_iterable,
     remember_files,
 )
+from openmeter_wsgi.stats import MAX_AGE, Health
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

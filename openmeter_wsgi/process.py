@@ -19,8 +19,7 @@ from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
 from openmeter_wsgi.entitlements.service import entitlement_service, visibility_of
 from openmeter_wsgi.events import RequestIds
-from openmeter_wsgi.health import Health, Problem
-from openmeter_wsgi.stats import Counts, Stats
+from openmeter_wsgi.stats import Counts, Health, Problem, Stats
 from openmeter_wsgi.threads import threads_are_greenlets
 
 if TYPE_CHECKING:

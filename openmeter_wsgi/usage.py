@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from openmeter_wsgi.events import Meter, Meters
-    from openmeter_wsgi.health import Health
     from openmeter_wsgi.option_types import Options
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
-    from openmeter_wsgi.stats import Stats
+    from openmeter_wsgi.stats import Health, Stats
 
 logger: Final = log.get_logger(__name__)
 

@@ -8,7 +8,7 @@ import pytest
 
 from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.visibility import FixedLag
+from openmeter_wsgi.quota.visibility_mark import FixedLag
 
 LAG = 5.0
 START = 1_000_000.0

@@ -22,7 +22,7 @@ from ledger_contract import START, Clock
 from openmeter_wsgi.quota.account import Reservation
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.sqlite import SqliteStore
-from openmeter_wsgi.quota.visibility import Probes
+from openmeter_wsgi.quota.visibility_mark import Probes
 
 #: An event that is not listed after so many seconds counts as visible.
 MAX_LAG = 40.0

@@ -13,8 +13,8 @@ import pytest
 
 from ledger_contract import end
 from openmeter_wsgi.quota.account import NotReserved, Reservation
+from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.sqlite import SqliteStore, database_name
 from openmeter_wsgi.quota.store import PATIENCE
 from spooling import Process, until
@@ -33,8 +33,8 @@ import json, random, sys, threading, time
 from urllib.request import urlopen
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.account import NotReserved
-from openmeter_wsgi.quota.open_store import open_store
-from openmeter_wsgi.quota.visibility import FixedLag
+from openmeter_wsgi.quota.fallback_store import open_store
+from openmeter_wsgi.quota.visibility_mark import FixedLag
 
 directory, url, threads, lag = sys.argv[1:]
 lock = threading.Lock()
@@ -104,7 +104,7 @@ ledger.close()
 HOLDING = """
 import sys, time
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.open_store import open_store
+from openmeter_wsgi.quota.fallback_store import open_store
 
 ledger = Ledger(open_store(sys.argv[1]), visible_until=time.time)
 account = ledger.account("acme")
@@ -117,7 +117,7 @@ sys.stdin.read()
 OPENING = """
 import logging, sys, time
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.open_store import open_store
+from openmeter_wsgi.quota.fallback_store import open_store
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 store = open_store(sys.argv[1])

@@ -12,9 +12,9 @@ from werkzeug.test import Client
 from apps import listed
 from openmeter_server import Answer, problem
 from openmeter_wsgi import ConfigError, OpenMeterMiddleware
-from openmeter_wsgi.health import HealthEndpoint
 from openmeter_wsgi.log import clean
 from openmeter_wsgi.policy import Policy
+from openmeter_wsgi.stats import HealthEndpoint
 from spooling import until
 
 FORGED = "\nERROR shutdown: 9 events are lost\x1b[2K\x85\u202e\u2028\u2066end"

@@ -7,7 +7,7 @@ import pytest
 
 from openmeter_wsgi import log
 from openmeter_wsgi.log import PREFIX
-from openmeter_wsgi.spool import answers
+from openmeter_wsgi.spool import server_answers
 from spooling import event, server_dir, spool_queue
 
 
@@ -23,7 +23,7 @@ def lines(caplog):
     return [
         (record.levelname, record.getMessage().removeprefix(PREFIX))
         for record in caplog.records
-        if record.name == answers.__name__
+        if record.name == server_answers.__name__
     ]
 
 
@@ -57,8 +57,10 @@ def test_what_a_check_has_found_is_said(
     spool, openmeter, caplog, deduplicates, level, said
 ):
     caplog.set_level(logging.INFO)
-    answers.save_verdict(spool, "http://127.0.0.1:9", deduplicates=not deduplicates)
-    answers.save_verdict(
+    server_answers.save_verdict(
+        spool, "http://127.0.0.1:9", deduplicates=not deduplicates
+    )
+    server_answers.save_verdict(
         server_dir(spool, openmeter.url), openmeter.url, deduplicates=deduplicates
     )
     deliver(spool, openmeter)
@@ -67,7 +69,9 @@ def test_what_a_check_has_found_is_said(
     assert found == level
     assert said in text
     assert (
-        answers.load_verdict(server_dir(spool, openmeter.url), openmeter.url).time
+        server_answers.load_verdict(
+            server_dir(spool, openmeter.url), openmeter.url
+        ).time
         in text
     )
 
@@ -85,18 +89,20 @@ def test_what_a_check_has_found_is_said(
     ],
 )
 def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, content):
-    (spool / answers.VERDICT_NAME).write_bytes(content)
-    answers.log_verdict(spool, "http://here")
+    (spool / server_answers.VERDICT_NAME).write_bytes(content)
+    server_answers.log_verdict(spool, "http://here")
 
     ((level, text),) = lines(caplog)
     assert (level, "is not known" in text) == ("WARNING", True)
 
 
 def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
-    answers.save_verdict(tmp_path, "http://here", deduplicates=True)
-    (spool / answers.VERDICT_NAME).symlink_to(tmp_path / answers.VERDICT_NAME)
+    server_answers.save_verdict(tmp_path, "http://here", deduplicates=True)
+    (spool / server_answers.VERDICT_NAME).symlink_to(
+        tmp_path / server_answers.VERDICT_NAME
+    )
 
-    assert answers.load_verdict(spool, "http://here") is None
+    assert server_answers.load_verdict(spool, "http://here") is None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
 )
 def test_openmeter_cloud_deduplicates(spool, caplog, url, known):
     caplog.set_level(logging.INFO)
-    answers.log_verdict(spool, url)
+    server_answers.log_verdict(spool, url)
 
     ((level, text),) = lines(caplog)
     assert level == ("INFO" if known else "WARNING")

@@ -24,7 +24,7 @@ from openmeter_server import Answer, problem
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.entitlements import service, visibility_probes
-from openmeter_wsgi.quota.visibility import PROBES, FixedLag, Probes, spread
+from openmeter_wsgi.quota.visibility_mark import PROBES, FixedLag, Probes, spread
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
 from test_entitlements import ok

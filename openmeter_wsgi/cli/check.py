@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from openmeter_wsgi.cli.check_accepted_work import (
-    look_at_accepted,
-    look_at_accepting_views,
-)
 from openmeter_wsgi.cli.check_configuration import (
     NoApplication,
     decorated_views,
@@ -35,6 +31,10 @@ from openmeter_wsgi.cli.check_server import (
     look_at_event,
     look_at_repetition,
     look_at_server,
+)
+from openmeter_wsgi.cli.check_status_202 import (
+    look_at_accepted,
+    look_at_accepting_views,
 )
 from openmeter_wsgi.cli.common import (
     ANSWER_IS_NO,

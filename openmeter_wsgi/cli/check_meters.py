@@ -11,7 +11,7 @@ import msgspec
 
 from openmeter_wsgi.cli.api_client import NoAnswer, UsageQuery
 from openmeter_wsgi.cli.common import open_listing
-from openmeter_wsgi.cli.creation import (
+from openmeter_wsgi.cli.creation_commands import (
     data_of_measure,
     feature_creation,
     meter_creation,

@@ -13,7 +13,7 @@ from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, 
 from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import ConfigError, DeliveryError, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey, is_konnect
-from openmeter_wsgi.spool import answers
+from openmeter_wsgi.spool import server_answers
 from openmeter_wsgi.spool.server_directories import (
     prepare_server_directory,
     server_of_policy,
@@ -307,13 +307,13 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
             "an event that was sent twice is stored twice: what is sent again "
             "because its answer was lost is billed twice, and so is a request that is "
             "repeated under its idempotency key, and a ticket that is settled again",
-            answers.VERDICT_REMEDY,
+            server_answers.VERDICT_REMEDY,
         )
     else:
         yield ok(
             _DEDUPLICATION,
             f"of an event sent twice, {PAUSE:g} s apart, one is stored",
-            answers.IN_THE_SINK,
+            server_answers.IN_THE_SINK,
         )
     yield from _keep(situation, deduplicates=times == 1)
 
@@ -350,6 +350,8 @@ def _keep(situation: Situation, *, deduplicates: bool) -> Iterator[Finding]:
         directory = prepare_server_directory(
             situation.spool.parent, server_of_policy(policy)
         )
-        answers.save_verdict(directory, policy.api_url, deduplicates=deduplicates)
+        server_answers.save_verdict(
+            directory, policy.api_url, deduplicates=deduplicates
+        )
     except (ConfigError, OSError) as error:
         yield unknown("deduplication verdict", f"cannot be kept: {error}")

@@ -21,7 +21,7 @@ from openmeter_wsgi.cli.common import (
     size,
 )
 from openmeter_wsgi.cli.spool_files import DeadLetterFile, Letter, SpoolContents
-from openmeter_wsgi.spool import answers, server_directories
+from openmeter_wsgi.spool import server_answers, server_directories
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _status_of(root: Path, directory: Path, *, is_orphan: bool) -> dict[str, Any
     told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
     letters = DeadLetterFile(directory).read()
     ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
-    last = answers.load_answer(directory)
+    last = server_answers.load_answer(directory)
     server = server_directories.server_of(directory)
     return {
         "directory": str(directory),

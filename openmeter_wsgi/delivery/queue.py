@@ -16,7 +16,7 @@ from openmeter_wsgi.delivery.batch import Delayed, ListedBatch
 from openmeter_wsgi.delivery.number_ranges import Marks
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker
-from openmeter_wsgi.health import Problem
+from openmeter_wsgi.stats import Problem
 from openmeter_wsgi.threads import ExitHook, ends_without_hooks
 from openmeter_wsgi.values import moment_of
 

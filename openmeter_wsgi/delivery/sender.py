@@ -35,7 +35,7 @@ from openmeter_wsgi.errors import (
     Rejected,
     Unavailable,
 )
-from openmeter_wsgi.health import Problem
+from openmeter_wsgi.stats import Problem
 from openmeter_wsgi.values import age_of
 
 if TYPE_CHECKING:

@@ -35,12 +35,12 @@ from openmeter_wsgi.entitlements.lookup import (
 )
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.health import Problem
 from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
-from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.store import StoreAway
-from openmeter_wsgi.quota.visibility import FixedLag
+from openmeter_wsgi.quota.visibility_mark import FixedLag
+from openmeter_wsgi.stats import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

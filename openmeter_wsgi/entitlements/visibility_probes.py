@@ -22,7 +22,7 @@ from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.entitlements.client import decoded
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.lock import UNFINISHED
-from openmeter_wsgi.quota.visibility import PROBES, FixedLag, Probes, State
+from openmeter_wsgi.quota.visibility_mark import PROBES, FixedLag, Probes, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

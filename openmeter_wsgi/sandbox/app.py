@@ -14,7 +14,7 @@ from openmeter_wsgi.sandbox import (
     dashboard,
     entitlement_routes,
     event_history,
-    events,
+    event_routes,
     ingest,
     meter_routes,
     v3,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 ROUTES = (
     ingest.routes,
-    events.routes,
+    event_routes.routes,
     meter_routes.routes,
     customer_routes.customers,
     customer_routes.features,

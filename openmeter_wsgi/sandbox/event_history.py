@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
-from openmeter_wsgi.sandbox.events import Judge
+from openmeter_wsgi.sandbox.event_routes import Judge
 from openmeter_wsgi.sandbox.meter_routes import flaw_of
 from openmeter_wsgi.sandbox.store import Outcome, subjects_of
 from openmeter_wsgi.sandbox.usage import NUMBER, Edge, JsonPath, Query, usage

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import context
-from openmeter_wsgi.sandbox.events import cursor_of, list_events, one_of, read_cursor
+from openmeter_wsgi.sandbox.event_routes import (
+    cursor_of,
+    list_events,
+    one_of,
+    read_cursor,
+)
 from openmeter_wsgi.sandbox.meter_routes import rows_of
 from openmeter_wsgi.sandbox.store import subject_keys
 from openmeter_wsgi.sandbox.usage import Query
@@ -32,7 +37,7 @@ from openmeter_wsgi.sandbox.validation import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from openmeter_wsgi.sandbox.events import Term
+    from openmeter_wsgi.sandbox.event_routes import Term
     from openmeter_wsgi.sandbox.usage import Meter, Row
     from openmeter_wsgi.sandbox.validation import Document
 

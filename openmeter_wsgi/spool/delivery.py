@@ -19,7 +19,6 @@ from openmeter_wsgi.deadline import MAX_STUCK
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
 from openmeter_wsgi.delivery.worker import FirstRequestHooks
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.health import Problem
 from openmeter_wsgi.lock import sender_seen_at
 from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
@@ -35,6 +34,7 @@ from openmeter_wsgi.spool.server_directories import (
     server_of_policy,
 )
 from openmeter_wsgi.spool.writer import SpoolWriter
+from openmeter_wsgi.stats import Problem
 from openmeter_wsgi.threads import ExitHook, threads_starve
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.lock import Election, election
-from openmeter_wsgi.spool import answers
+from openmeter_wsgi.spool import server_answers
 from openmeter_wsgi.spool.batches import SpoolBatch
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
@@ -266,7 +266,7 @@ class SpoolSource(Source[SpoolBatch]):
         )
         if not self._said:
             self._said = True
-            answers.log_verdict(self._directory, self._policy.api_url)
+            server_answers.log_verdict(self._directory, self._policy.api_url)
         self._reader, self._election = reader, won
         try:
             self._began()
@@ -320,10 +320,10 @@ class SpoolSource(Source[SpoolBatch]):
         if answer is not None:
             self._has_told = True
             with contextlib.suppress(OSError):  # of a full disk the log tells
-                answers.save_answer(self._directory, answer, next_in=next_in)
+                server_answers.save_answer(self._directory, answer, next_in=next_in)
         elif self._has_told:
             self._has_told = False
-            answers.forget_answer(self._directory)
+            server_answers.forget_answer(self._directory)
 
     @property
     def is_full(self) -> bool:

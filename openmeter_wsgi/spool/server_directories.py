@@ -22,7 +22,6 @@ import msgspec
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import SpoolError
-from openmeter_wsgi.health import Problem
 from openmeter_wsgi.lock import (
     election,
     has_live_owner,
@@ -39,6 +38,7 @@ from openmeter_wsgi.spool.files import (
     write_document,
 )
 from openmeter_wsgi.spool.progress import sync_directory
+from openmeter_wsgi.stats import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from openmeter_wsgi import log
 from openmeter_wsgi.delivery.number_ranges import overlap
 from openmeter_wsgi.errors import ConfigError, SpoolError, SpoolFull
-from openmeter_wsgi.health import Problem
 from openmeter_wsgi.spool.files import SEGMENT_BYTES, journal_form
 from openmeter_wsgi.spool.journal import (
     CLOSED,
@@ -25,6 +24,7 @@ from openmeter_wsgi.spool.server_directories import (
     prepare_server_directory,
     server_of_policy,
 )
+from openmeter_wsgi.stats import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable

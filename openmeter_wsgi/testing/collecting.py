@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.decision import Reason
     from openmeter_wsgi.entitlements.lookup import Answering, Question
-    from openmeter_wsgi.health import Problem
     from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.stats import Problem
 
 
 #: A stream that has so many chunks may have no end: it is closed in the middle.

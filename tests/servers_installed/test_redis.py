@@ -15,11 +15,11 @@ from ledger_contract import START, LedgerContract, end
 from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.quota.account import NotReserved, Reservation
+from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.open_store import open_store
 from openmeter_wsgi.quota.redis import LIFETIME, SILENCE, RedisStore
 from openmeter_wsgi.quota.store import PATIENCE
-from openmeter_wsgi.quota.visibility import FixedLag
+from openmeter_wsgi.quota.visibility_mark import FixedLag
 from spooling import until
 
 #: No step takes so long, on whatever machine; a Redis that hangs, for ever.
