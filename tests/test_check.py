@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from openmeter_server import HANG, PAGE, Answer, problem, redirect
 from openmeter_wsgi.cli import check_configuration, check_server
-from openmeter_wsgi.cli.check import FrameworkProject, command, look
+from openmeter_wsgi.cli.check import FrameworkProject, command, run_checks
 from openmeter_wsgi.cli.check_configuration import is_on_layer
 from openmeter_wsgi.cli.findings import MARK
 from openmeter_wsgi.policy import Policy
@@ -167,7 +167,7 @@ def test_a_command_of_a_framework_brings_the_policy_of_its_settings(sandbox):
     assert ["billed status codes", "201"] in [
         [one["name"], one["found"]] for one in findings
     ]
-    names = [finding.name for finding in look(made[0])]
+    names = [finding.name for finding in run_checks(made[0])]
     assert [one["name"] for one in findings] == names
 
 

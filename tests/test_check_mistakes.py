@@ -711,7 +711,9 @@ def measured(): return {}, 202
 
 app.wsgi_app = OpenMeterMiddleware(
     app.wsgi_app, meters={"videos": 1}, api_url=os.environ["OPENMETER_API_URL"],
-    routes={"/free": None, "/only-200": {"meter_on_status_codes": "200"}},
+    routes={
+        "/<path:rest>": {}, "/free": None, "/only-200": {"meter_on_status_codes": "200"}
+    },
 )
 """
 
@@ -726,6 +728,47 @@ def test_views_that_answer_202_and_bill_a_flat_price(sandbox, application):
     assert severity == "warning"
     assert "a flat price ('videos'), also if the work" in found
     assert "usage.settle(ticket, meters)" in remedy
+
+
+ACCEPTING_ONCE = """
+import os
+from flask import Flask
+from openmeter_wsgi import OpenMeterMiddleware, meter
+app = Flask(__name__)
+
+@app.post("/policy")
+def policy(): return {}, 202
+
+@app.post("/route")
+def route(): return {}, 202
+
+@app.post("/view")
+@meter(meters={"views": 1})
+def view(): return {}, 202
+
+@app.get("/other")
+def other(): return {}
+
+app.wsgi_app = OpenMeterMiddleware(
+    app.wsgi_app, meters={"policies": 1}, meter_on_status_codes="200, 202",
+    api_url=os.environ["OPENMETER_API_URL"],
+    routes={"/route": {"meters": {"r": 1}}, "/other": {"meters": {"others": 1}}},
+)
+"""
+
+
+def test_a_view_that_answers_202_is_warned_of_once(sandbox, application):
+    name = application(ACCEPTING_ONCE)
+    environ = {"OPENMETER_API_URL": sandbox.url}
+
+    result = CliRunner().invoke(command, ["--json", "--app", name], env=environ)
+
+    findings = json.loads(result.stdout)["findings"]
+    assert [one["name"] for one in findings if "accepted" in one["name"]] == [
+        "accepted work of '/policy'",
+        "accepted work of '/route'",
+        "accepted work of '/view'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -773,6 +816,25 @@ def test_a_variable_that_is_misspelt(sandbox):
 
     assert (code, [*wrong]) == (0, ["configuration"])
     assert "did you mean OPENMETER_BATCH_SIZE?" in wrong["configuration"][1]
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("no_such_thing", "look the name up in the list of options, docs/options.md"),
+        ("billable_statuses", "write meter_on_status_codes"),
+        ("status_codes", "write meter_on_status_codes"),
+    ],
+)
+def test_an_option_that_is_unknown(sandbox, tmp_path, option, remedy):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({option: "2xx"}))
+
+    code, wrong = check("--policy", str(file), api_url=sandbox.url)
+
+    assert (code, [*wrong]) == (2, ["configuration"])
+    assert f"unknown option '{option}'" in wrong["configuration"][1]
+    assert remedy in wrong["configuration"][2]
 
 
 # -- The spool
@@ -1056,6 +1118,80 @@ def test_rules_of_an_application_of_which_nothing_is_known(sandbox, application)
         assert "routes" not in wrong
 
 
+UNMETERED = """
+import os
+from flask import Flask
+from openmeter_wsgi import OpenMeterMiddleware, no_meter
+app = Flask(__name__, static_folder=None)
+rules = {
+    "/v1/search": ["GET"], "/v1/suggest": ["GET"], "/v1/both": ["GET", "POST"],
+    "/healthz": ["GET"],
+}
+for rule, methods in rules.items():
+    app.add_url_rule(rule, rule, lambda: "x", methods=methods)
+
+@app.get("/free")
+@no_meter
+def free(): return "x"
+
+app.wsgi_app = OpenMeterMiddleware(
+    app.wsgi_app, api_url=os.environ["OPENMETER_API_URL"], meters=METERS, routes=ROUTES
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("meters", "routes", "unmetered"),
+    [
+        (
+            {"calls": 1},
+            {"/v1/search": {}, "POST /v1/both": {}, "/healthz": None, "*": None},
+            "GET /v1/suggest, GET /v1/both",
+        ),
+        ({"calls": 1}, {"/v1/<path:rest>": {}, "*": None}, "GET /healthz"),
+        ({"calls": 1}, {"/v1/search": {}}, None),
+        ({"calls": 1}, {"*": None}, None),
+        ({"calls": 1}, None, None),
+        (
+            None,
+            {"/v1/search": {"meters": {"searches": 1}}},
+            "GET /v1/suggest, GET,POST /v1/both, GET /healthz",
+        ),
+    ],
+)
+def test_routes_that_no_rule_meters_are_noted(
+    sandbox, application, meters, routes, unmetered
+):
+    text = UNMETERED.replace("METERS", repr(meters)).replace("ROUTES", repr(routes))
+    name = application(text)
+    environ = {"OPENMETER_API_URL": sandbox.url}
+
+    result = CliRunner().invoke(command, ["--json", "--app", name], env=environ)
+
+    notes = [
+        one["found"]
+        for one in json.loads(result.stdout)["findings"]
+        if (one["name"], one["severity"]) == ("routes", "note")
+    ]
+    assert notes == ([f"not metered by any rule: {unmetered}"] if unmetered else [])
+
+
+def test_the_list_of_unmetered_routes_is_bounded(sandbox, application):
+    name = application(
+        "from flask import Flask\nfrom openmeter_wsgi import OpenMeterMiddleware\n"
+        "app = Flask('web', static_folder=None)\n"
+        "for n in range(30): app.add_url_rule(f'/r{n}', str(n), lambda: 'x')\n"
+        f"app.wsgi_app = OpenMeterMiddleware(app.wsgi_app, api_url={sandbox.url!r}, "
+        "routes={'/r0': {}, '*': None})\n"
+    )
+
+    result = CliRunner().invoke(command, ["--no-dedupe-check", "--app", name])
+
+    assert "GET /r1, " in result.stdout
+    assert "GET /r20 and 9 more" in result.stdout
+    assert "/r21" not in result.stdout
+
+
 @pytest.mark.parametrize("every_other", [{"*": None}, {"*": {}}, {}])
 def test_entitlements_by_routes_beside_unmetered_ones(sandbox, tmp_path, every_other):
     file = tmp_path / "policy.json"
@@ -1068,6 +1204,8 @@ def test_entitlements_by_routes_beside_unmetered_ones(sandbox, tmp_path, every_o
     assert ("routes" in wrong) is (every_other == {"*": None})
     if every_other == {"*": None}:
         assert "'/a' requires entitlements" in wrong["routes"][1]
+        assert "Policy.from_zuplo adds this rule" in wrong["routes"][1]
+        assert "Flask and Django" in wrong["routes"][1]
         assert "@meter(required_entitlements=" in wrong["routes"][2]
 
 
@@ -1098,20 +1236,63 @@ def test_an_application_is_checked_under_its_own_policy(sandbox, application):
     assert (code, [*wrong]) == (3, ["meter 'no_such_type'"])
 
 
+OWN_CODE_FAILS = "MODULE:APP was found, and its own code fails"
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "said", "remedy"),
     [
-        ("import no_such_package", "No module named 'no_such_package'"),
-        ("other = 1", "has no attribute 'app'"),
-        ("app = 1", "expected a WSGI application, got 1"),
-        ("raise SystemExit('no database')", "SystemExit: no database"),
+        (
+            "import no_such_package",
+            "No module named 'no_such_package' ({file}, line 1)",
+            OWN_CODE_FAILS,
+        ),
+        (
+            "\nfrom openmeter_wsgi import no_such_name",
+            "cannot import name 'no_such_name'",
+            OWN_CODE_FAILS,
+        ),
+        ("raise SystemExit('no database')", "SystemExit: no database", OWN_CODE_FAILS),
+        ("app = (", "SyntaxError: '(' was never closed", OWN_CODE_FAILS),
+        ("other = 1", "has no 'app'", "write the name that the application has in"),
+        (
+            "app = 1",
+            "expected a WSGI application, got 1",
+            "a function that returns the application needs () at the end",
+        ),
     ],
 )
-def test_an_application_that_cannot_be_loaded(application, text, said):
-    code, wrong = check("--app", application(text))
+def test_an_application_that_cannot_be_loaded(application, text, said, remedy):
+    name = application(text)
+    file = f"{name.partition(':')[0]}.py"
+
+    code, wrong = check("--app", name)
 
     assert (code, [*wrong]) == (2, ["application"])
-    assert said in wrong["application"][1]
+    assert said.format(file=file) in wrong["application"][1]
+    assert remedy in wrong["application"][2]
+
+
+def test_a_function_that_makes_the_application_and_fails(application):
+    name = application("def make():\n    return {}['url']", "make()")
+
+    _, wrong = check("--app", name)
+
+    assert "KeyError: 'url'" in wrong["application"][1]
+    assert "line 2)" in wrong["application"][1]
+    assert OWN_CODE_FAILS in wrong["application"][2]
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module:app", "json.no_such_module:app", "json.py:app", ":app"]
+)
+def test_an_application_whose_module_is_not_found(application, name):
+    code, wrong = check("--app", name)
+
+    assert (code, [*wrong]) == (2, ["application"])
+    _, found, remedy = wrong["application"]
+    assert "no module" in found
+    assert "run check in the directory from which the server imports it" in remedy
 
 
 def test_an_application_whose_options_are_wrong(application):
@@ -1127,4 +1308,4 @@ def test_an_application_brings_its_own_configuration():
     result = CliRunner().invoke(command, ["--app", "a:b", "--api-url", "http://x"])
 
     assert result.exit_code == 2
-    assert "--app has its own policy" in result.output
+    assert "--app has a policy of its own" in result.output

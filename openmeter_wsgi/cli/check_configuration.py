@@ -1,4 +1,4 @@
-"""Checks of the configuration, the application, its routes and the spool directory."""
+"""Checks of the configuration, the application and the spool directory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,11 @@ from openmeter_wsgi.cli import kafka_retention
 from openmeter_wsgi.cli.common import size
 from openmeter_wsgi.cli.findings import failure, note, ok, unknown, warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import (
-    SAYS,
-    layers_of,
-    misplaced_decorators,
-    served_routes,
-)
+from openmeter_wsgi.framework_routes import layers_of, misplaced_decorators
 from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
+from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy
 from openmeter_wsgi.spool import server_directories
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
@@ -38,14 +34,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from openmeter_wsgi.cli.findings import Finding, Situation
-    from openmeter_wsgi.framework_routes import ServedRoute
-    from openmeter_wsgi.routes import RouteRule
 
 _REMEDIES = {
     "api_url": "write scheme, host and port alone, such as http://127.0.0.1:8888",
     "api_key": "set OPENMETER_API_KEY to a key that may ingest events",
     "api_key_file": "name one file that holds the key and nothing else",
     "spool_dir": "name a directory of the application's own, mode 0700",
+}
+
+#: Options by the names that similar products, and newcomers, give to them.
+_OPTIONS_BY_OTHER_NAMES = {
+    "billable_statuses": "meter_on_status_codes",
+    "billable_status_codes": "meter_on_status_codes",
+    "status_codes": "meter_on_status_codes",
+    "customer": "subject",
+    "url": "api_url",
+    "token": "api_key",
 }
 
 #: The loggers that warn of a configuration which nothing else here looks at.
@@ -61,7 +65,7 @@ def problems_of(error: ConfigError) -> list[Finding]:
 
 
 @contextlib.contextmanager
-def warnings_told() -> Iterator[list[Finding]]:
+def logged_warnings() -> Iterator[list[Finding]]:
     """Collect the warnings that are logged while a configuration is read."""
     found: list[Finding] = []
     package = logging.getLogger("openmeter_wsgi")
@@ -94,26 +98,30 @@ def _remedy(problem: str) -> str:
         return f"mend {option} where it is set: in the code, in the file or in " + (
             f"OPENMETER_{option.upper()}"
         )
-    if problem.startswith("unknown option"):
-        return "write an option as it is called; the fields of Policy are all there are"
+    if unknown_option := re.match("unknown option '([^']*)'", problem):
+        if ours := _OPTIONS_BY_OTHER_NAMES.get(unknown_option[1]):
+            return f"write {ours}"
+        return (
+            "look the name up in the list of options, docs/options.md, or leave it out"
+        )
     return "mend it where it is set"
 
 
 _STATUS_CODES = "billed status codes"
 
 
-def look_at_status_codes(situation: Situation) -> Iterator[Finding]:
+def check_status_codes(situation: Situation) -> Iterator[Finding]:
     """Check that no policy bills errors."""
     told = set()
     for route, policy in situation.policies():
-        finding = _look_at_status_codes(_STATUS_CODES, policy)
+        finding = _check_codes_of(_STATUS_CODES, policy)
         if (finding.found, finding.severity) not in told:
             told.add((finding.found, finding.severity))
             named = _STATUS_CODES if route is None else f"{_STATUS_CODES} of {route}"
             yield finding._replace(name=named)
 
 
-def _look_at_status_codes(name: str, policy: Policy) -> Finding:
+def _check_codes_of(name: str, policy: Policy) -> Finding:
     codes = StatusCodes(policy.meter_on_status_codes)
     errors = [code for code in codes.codes if code[0] in "45"]
     if not errors:
@@ -126,7 +134,7 @@ def _look_at_status_codes(name: str, policy: Policy) -> Finding:
     )
 
 
-def look_at_dry_run(situation: Situation) -> Iterator[Finding]:
+def check_dry_run(situation: Situation) -> Iterator[Finding]:
     """Check that events are sent."""
     if situation.policy.dry_run:
         yield warning(
@@ -136,7 +144,7 @@ def look_at_dry_run(situation: Situation) -> Iterator[Finding]:
         )
 
 
-def look_at_event_source(situation: Situation) -> Iterator[Finding]:
+def check_event_source(situation: Situation) -> Iterator[Finding]:
     """Report an event source that is the default."""
     source = situation.policy.event_source
     if source == DEFAULT_SOURCE:
@@ -151,7 +159,7 @@ def look_at_event_source(situation: Situation) -> Iterator[Finding]:
 _QUOTAS = "quotas"
 
 
-def look_at_quotas(situation: Situation) -> Iterator[Finding]:
+def check_quotas(situation: Situation) -> Iterator[Finding]:
     """Check that the processes of the application count quotas down together."""
     policy = situation.policy
     if not policy.entitlement_meters:
@@ -175,35 +183,84 @@ _APPLICATION = "application"
 
 
 class NoApplication(Exception):
-    """There is no WSGI application where one was named."""
+    """There is no WSGI application where one was named; with a remedy."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem)
+        self.remedy = remedy
 
 
 def load_application(name: str) -> Any:
-    """Return the application that *name* says, as ``module:app`` or ``module:make()``.
+    """Return the application at ``module:app``, or that ``module:make()`` returns.
 
-    A module is looked for in the working directory, too, as servers do.
+    Modules in the working directory are found as well, as servers do it.
 
-    :raises NoApplication: saying why there is none.
+    :raises NoApplication: if there is none.
     """
     module_name, _, path = name.partition(":")
-    made = path.endswith("()")
+    is_called = path.endswith("()")
     path = path.removesuffix("()") or "application"
     sys.path.insert(0, os.getcwd())
     try:
-        # What it prints must not be taken for what is found.
+        # JSON is written to stdout: the application's own output must not mix with it.
         with contextlib.redirect_stdout(sys.stderr):
-            found: Any = importlib.import_module(module_name)
-            for attribute in path.split("."):
-                found = getattr(found, attribute)
-            found = found() if made else found
+            app = _member(_imported(module_name), path)
+            app = app() if is_called else app
+    except NoApplication:
+        raise
     except (Exception, SystemExit) as error:
-        # The application's own code may fail in any way.
-        raise NoApplication(f"{name!r}: {type(error).__name__}: {error}") from error
+        raise NoApplication(
+            f"{name!r}: {type(error).__name__}: {error}{_place(error)}",
+            "MODULE:APP was found, and its own code fails: correct that, or run check "
+            "where it works: with the packages, variables and directory of the server",
+        ) from error
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise NoApplication(f"{name!r}: expected a WSGI application, got {found!r}")
+    if not callable(app):
+        raise NoApplication(
+            f"{name!r}: expected a WSGI application, got {app!r}",
+            "name the object that the server serves; a function that returns the "
+            "application needs () at the end",
+        )
+    return app
+
+
+def _imported(name: str) -> Any:
+    try:
+        if all(part.isidentifier() for part in name.split(".")):
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Of another name: one that the module itself imports.
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+    raise NoApplication(
+        f"there is no module {name!r}",
+        "write MODULE:APP as for the server, where MODULE is a name such as shop.wsgi, "
+        "and run check in the directory from which the server imports it",
+    )
+
+
+def _member(module: Any, path: str) -> Any:
+    found = module
+    for attribute in path.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            raise NoApplication(
+                f"module {module.__name__!r} has no {path!r}",
+                "write the name that the application has in the module behind the "
+                "colon, MODULE:APP; without one it is 'application'",
+            ) from None
     return found
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of *error* in the working directory's own files."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.is_relative_to(Path.cwd()) and "site-packages" not in file.parts:
+            return f" ({file.relative_to(Path.cwd())}, line {frame.lineno})"
+    return ""
 
 
 def middlewares(app: Any) -> list[OpenMeterMiddleware]:
@@ -211,7 +268,7 @@ def middlewares(app: Any) -> list[OpenMeterMiddleware]:
     return [one for one in layers_of(app) if isinstance(one, OpenMeterMiddleware)]
 
 
-def look_at_layers(
+def check_layers(
     name: str, app: Any, found: list[OpenMeterMiddleware]
 ) -> Iterator[Finding]:
     """Check that an application is metered, and once."""
@@ -262,7 +319,7 @@ def _django_remedy(app: Any) -> str | None:
     )
 
 
-def look_at_views(app: Any) -> Iterator[Finding]:
+def check_decorators(app: Any) -> Iterator[Finding]:
     """Report decorators of views that have no effect."""
     for template, name in misplaced_decorators(app):
         yield failure(
@@ -271,54 +328,6 @@ def look_at_views(app: Any) -> Iterator[Finding]:
             f"{template}, and has no effect",
             "put it below, next to the function",
         )
-
-
-def decorated_views(
-    middleware: OpenMeterMiddleware,
-) -> tuple[list[tuple[str, Policy]], list[Finding]]:
-    """Return the policies of views with `meter`, and the decorators that fail."""
-    policies: list[tuple[str, Policy]] = []
-    problems: list[Finding] = []
-    for route in served_routes(middleware.app):
-        governing = policy_of_route(middleware.policy, route)
-        for name, options in _decorated(route.view):
-            if governing is None:
-                continue
-            try:
-                own = in_place_of(options)
-                policy = dataclasses.replace(governing, routes=None, **own)
-            except ConfigError as error:
-                remedy = (
-                    "mend its @meter: its requests are billed as those of its route"
-                )
-                problems.append(failure(f"view {name!r}", str(error), remedy))
-            else:
-                policies.append((name, policy))
-    return policies, problems
-
-
-def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
-    """Return the policy of a route, None if its requests are not metered."""
-    governing: Policy | None = policy
-    for rule, own in policy.of_routes:
-        if rule.is_every_other:
-            governing = own
-        elif _may_match(rule, route):
-            return own
-    return governing
-
-
-_METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
-
-
-def _decorated(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the options of `meter` on a view, and on the methods of its class."""
-    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
-    functions = [getattr(of_class, method, None) for method in _METHODS]
-    for function in (view, *functions):
-        if options := getattr(function, SAYS, None):
-            named = of_class if function is view and of_class else function
-            yield getattr(named, "__qualname__", repr(named)), options
 
 
 _SPOOL = "spool directory"
@@ -330,7 +339,7 @@ _REMEDY = (
 )
 
 
-def look_at_spool(situation: Situation) -> Iterator[Finding]:
+def check_spool(situation: Situation) -> Iterator[Finding]:
     """Check the directory of the spool, its volume and its disk."""
     path = situation.policy.spool_dir
     if path is None:
@@ -348,16 +357,16 @@ def look_at_spool(situation: Situation) -> Iterator[Finding]:
         server = server_directories.server_of_policy(situation.policy)
         own = server_directories.server_directory(directory, server)
         situation.spool = own
-        yield from _look_for_room(situation.policy, own)
-        yield from _look_for_sender(situation, own)
-        yield from _look_for_old_events(own)
-        yield from _look_for_orphans(directory, server)
+        yield from _check_room(situation.policy, own)
+        yield from _check_sender(situation, own)
+        yield from _check_oldest_event(own)
+        yield from _check_orphans(directory, server)
     existing = directory if directory.exists() else directory.parent
     if existing.exists():
-        yield from _look_beneath(existing)
+        yield from _check_volume(existing)
 
 
-def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]:
+def _check_sender(situation: Situation, directory: Path) -> Iterator[Finding]:
     if situation.policy.delivery != "ship":
         return
     name = "sender of the spool"
@@ -372,9 +381,7 @@ def _look_for_sender(situation: Situation, directory: Path) -> Iterator[Finding]
         yield ok(name, "there is one")
 
 
-def _look_for_orphans(
-    root: Path, server: server_directories.Server
-) -> Iterator[Finding]:
+def _check_orphans(root: Path, server: server_directories.Server) -> Iterator[Finding]:
     for orphan in server_directories.orphans(root, but=server):
         yield warning(
             "events of other servers",
@@ -385,12 +392,12 @@ def _look_for_orphans(
         )
 
 
-def _look_for_old_events(directory: Path) -> Iterator[Finding]:
+def _check_oldest_event(directory: Path) -> Iterator[Finding]:
     if problem := kafka_retention.oldest(backlog(directory).oldest_at):
         yield warning("age of the spool", problem, kafka_retention.REMEDY)
 
 
-def _look_for_room(policy: Policy, directory: Path) -> Iterator[Finding]:
+def _check_room(policy: Policy, directory: Path) -> Iterator[Finding]:
     may_take = max(policy.max_spool_bytes - backlog(directory).bytes, 0)
     free = shutil.disk_usage(directory.parent).free
     if free < may_take:
@@ -451,7 +458,7 @@ def _try_to_write(directory: Path) -> None:
         path.unlink()
 
 
-def _look_beneath(directory: Path) -> Iterator[Finding]:
+def _check_volume(directory: Path) -> Iterator[Finding]:
     name, kind = "spool volume", file_system(directory)
     if is_on_layer(directory, _ROOT):
         yield warning(
@@ -477,81 +484,3 @@ def is_on_layer(directory: Path, root: Path) -> bool:
     """
     same = directory.stat().st_dev == root.stat().st_dev
     return same and file_system(root) == "overlay"
-
-
-_NAME = "routes"
-#: A variable in a template of any framework, and one that takes slashes, too.
-_VARIABLE = re.compile(r"<[^<>]*>|\{[^{}]*\}")
-_TAKES_SLASHES = re.compile(r"path|:re:|:filter|\*")
-#: Characters of a regular expression that no path contains.
-_REGULAR = re.compile(r"[()\\^$]")
-#: A part of a template that takes any text, and one that takes several parts.
-_ONE, _MANY = "\0", "\1"
-
-
-def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
-    """Report paths that no rule matches and that need no entitlement."""
-    policy = situation.policy
-    asking = [
-        rule.text for rule, own in policy.of_routes if own and own.required_entitlements
-    ]
-    unmetered = any(
-        rule.is_every_other and own is None for rule, own in policy.of_routes
-    )
-    if unmetered and asking:
-        yield warning(
-            _NAME,
-            f"{asking[0]!r} requires entitlements, and '*': None lets requests pass "
-            "that no other rule matches: also a path that the framework serves by the "
-            "same view and reads in another way than the rule",
-            "let the view itself ask: @meter(required_entitlements=[…])",
-        )
-
-
-def look_at_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
-    """Name each rule that no request of the application can match."""
-    layers = layers_of(middleware.app, closures=False)
-    if any(hasattr(layer, "mounts") for layer in layers):
-        return  # of one application among several
-    routes = served_routes(middleware.app, closures=False)
-    for rule, _ in middleware.policy.of_routes if routes else ():
-        if not (rule.is_every_other or any(_may_match(rule, each) for each in routes)):
-            yield warning(
-                _NAME,
-                f"{rule.text!r} matches no route of the application, so it never "
-                "governs a request",
-                "write it as the application's route, or leave it out",
-            )
-
-
-def _may_match(rule: RouteRule, route: ServedRoute) -> bool:
-    methods = {"GET" if method == "HEAD" else method for method in rule.methods}
-    if methods and route.methods is not None and methods.isdisjoint(route.methods):
-        return False
-    return _overlap(_parts(rule.path), _parts(route.template))
-
-
-def _parts(template: str) -> list[str]:
-    """Return a template part by part: a text, `_ONE` or `_MANY`."""
-    marked = _VARIABLE.sub(
-        lambda found: _MANY if _TAKES_SLASHES.search(found[0]) else _ONE, template
-    )
-    return [_part(part) for part in marked.strip("/").split("/")]
-
-
-def _part(text: str) -> str:
-    if _MANY in text or text.startswith("*") or _REGULAR.search(text):
-        return _MANY
-    return _ONE if _ONE in text else text
-
-
-def _overlap(left: list[str], right: list[str]) -> bool:
-    """True if a path can match both."""
-    if not left or not right:
-        return left == right
-    if _MANY in {left[0], right[0]}:
-        several, other = (left, right) if left[0] == _MANY else (right, left)
-        return any(_overlap(several[1:], other[n:]) for n in range(1, len(other) + 1))
-    if left[0] != right[0] and _ONE not in {left[0], right[0]}:
-        return False
-    return _overlap(left[1:], right[1:])

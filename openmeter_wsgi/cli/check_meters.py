@@ -95,7 +95,7 @@ DAYS = 7
 _MAX_ASKED = 50
 
 
-def look_at_meters(situation: Situation) -> Iterator[Finding]:
+def check_meters(situation: Situation) -> Iterator[Finding]:
     """Compare the meters of the policies with those of the server."""
     try:
         there = situation.listing.meters()
@@ -237,14 +237,14 @@ _QUESTIONS = "entitlements"
 _VISIBILITY = "visibility of usage"
 
 
-def look_at_features(situation: Situation) -> Iterator[Finding]:
+def check_features(situation: Situation) -> Iterator[Finding]:
     """Compare the features of the policies with those of the server."""
     needed = _needed(situation)
     policy = situation.policy
     if needed:
-        yield from _look_at_questions(policy, needed)
+        yield from _check_access(policy, needed)
     if policy.entitlement_meters:
-        yield from _look_at_visibility(policy)
+        yield from _check_visibility(policy)
     try:
         with open_listing(
             policy, policy.entitlements_url, policy.questions_key
@@ -261,7 +261,7 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
         if feature not in there and (key := keys.get(feature)):
             yield _an_id(feature, key)
         else:
-            yield _look_at_feature(feature, there.get(feature), meters, situation)
+            yield _check_feature(feature, there.get(feature), meters, situation)
     yield from _others(there, needed)
 
 
@@ -274,7 +274,7 @@ def _needed(situation: Situation) -> list[str]:
     return list(dict.fromkeys(required))
 
 
-def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
+def _check_access(policy: Policy, features: list[str]) -> Iterator[Finding]:
     """Ask about a customer who does not exist, as a request would."""
     url = policy.entitlements_url or policy.api_url
     client = question_client(policy, policy.request_timeout)
@@ -288,12 +288,12 @@ def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]
             "address of a server that answers",
         )
     else:
-        yield from _look_at_lookups(client, url)
+        yield from _check_lookups(client, url)
     finally:
         client.close()
 
 
-def _look_at_visibility(policy: Policy) -> Iterator[Finding]:
+def _check_visibility(policy: Policy) -> Iterator[Finding]:
     """Ask for an event that is not there, as is done while a quota is counted down."""
     events = event_list(policy, policy.request_timeout)
     try:
@@ -312,7 +312,7 @@ def _look_at_visibility(policy: Policy) -> Iterator[Finding]:
         events.close()
 
 
-def _look_at_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
+def _check_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
     """Look for the customer of a subject, as is done where no key is like it."""
     try:
         if client.can_look_up(MARK):
@@ -341,7 +341,7 @@ def _an_id(feature: str, key: str) -> Finding:
     )
 
 
-def _look_at_feature(
+def _check_feature(
     feature: str,
     found: Document | None,
     meters: dict[str, Document],

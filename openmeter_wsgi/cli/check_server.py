@@ -153,7 +153,7 @@ _CLOCK = "clock"
 MAX_CLOCK_DIFFERENCE = 60.0
 
 
-def look_at_server(situation: Situation) -> Iterator[Finding]:
+def check_ingest(situation: Situation) -> Iterator[Finding]:
     """Send a marked event, as the middleware sends its events."""
     policy = situation.policy
     try:
@@ -165,10 +165,10 @@ def look_at_server(situation: Situation) -> Iterator[Finding]:
     try:
         situation.sent = situation.send()
     except DeliveryError as error:
-        situation.answers = error.status is not None
+        situation.server_answers = error.status is not None
         yield from explain(error, policy)
         return
-    situation.answers = True
+    situation.server_answers = True
     took = situation.sent.at - began
     yield ok(SERVER, f"{policy.api_url} answered within {took:.2f} s")
     yield _accepted(policy)
@@ -196,7 +196,7 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def look_at_clock(situation: Situation) -> Iterator[Finding]:
+def check_clock(situation: Situation) -> Iterator[Finding]:
     """Compare the clock of this machine with the server's."""
     try:
         before = time.time()
@@ -230,7 +230,7 @@ EVENT_PATIENCE = 30.0
 POLL_INTERVAL = 0.5
 
 
-def look_at_event(situation: Situation) -> Iterator[Finding]:
+def check_event(situation: Situation) -> Iterator[Finding]:
     """Find the marked event in OpenMeter's list, and read its validation errors."""
     assert situation.sent is not None  # noqa: S101 - the table says so
     try:
@@ -289,7 +289,7 @@ PAUSE = 5.0
 GRACE = 2.5
 
 
-def look_at_repetition(situation: Situation) -> Iterator[Finding]:
+def check_deduplication(situation: Situation) -> Iterator[Finding]:
     """Send the marked event again, and see whether it is stored again."""
     sent = situation.sent
     assert sent is not None  # noqa: S101 - the table says so

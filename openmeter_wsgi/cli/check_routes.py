@@ -1,0 +1,219 @@
+"""Checks of the rules in ``routes`` and of the views that the application serves.
+
+A rule and a route are two templates in the syntax of two libraries. Both are split at
+the slashes into parts; they overlap if some path may match both. This is an estimate:
+the pattern of a variable is not compared, and a regular expression matches everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from openmeter_wsgi.cli.findings import failure, note, warning
+from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.framework_routes import SAYS, layers_of, served_routes
+from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.routes import EVERY_OTHER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openmeter_wsgi.cli.findings import Finding, Situation
+    from openmeter_wsgi.framework_routes import ServedRoute
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
+    from openmeter_wsgi.policy import Policy
+    from openmeter_wsgi.routes import RouteRule
+
+_ROUTES = "routes"
+#: Maximum number of unmetered routes that a finding lists.
+_MAX_LISTED = 20
+#: The methods that frameworks add to a route by themselves.
+_ADDED_METHODS = {"HEAD", "OPTIONS"}
+
+
+def check_unmatched_paths(situation: Situation) -> Iterator[Finding]:
+    """Report entitlements that some spelling of a path may avoid."""
+    policy = situation.policy
+    with_entitlements = [
+        rule.text for rule, own in policy.of_routes if own and own.required_entitlements
+    ]
+    others_unmetered = any(
+        rule.is_every_other and own is None for rule, own in policy.of_routes
+    )
+    if others_unmetered and with_entitlements:
+        yield warning(
+            _ROUTES,
+            f"{with_entitlements[0]!r} requires entitlements, and '*': None lets all "
+            "requests pass that no other rule matches (Policy.from_zuplo adds this "
+            "rule, for paths that the routes file does not name). Bottle, Falcon and "
+            "Pyramid serve some of these requests by the same view, such as "
+            "/users/-5 beside the rule /users/<int:id>. Flask and Django's path() "
+            "read paths as the rules do",
+            "check entitlements in the view: @meter(required_entitlements=[…]). Flask, "
+            "and Django without re_path, do not need this",
+        )
+
+
+def check_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
+    """Report rules that match no route, and routes that match no rule."""
+    routes = _routes_of(middleware)
+    rules = [rule for rule, _ in middleware.policy.of_routes if not rule.is_every_other]
+    if not routes or not rules:
+        return
+    for rule in rules:
+        if not any(_may_match(rule, route) for route in routes):
+            yield warning(
+                _ROUTES,
+                f"{rule.text!r} matches no route of the application, so it never "
+                "governs a request",
+                "write it as the application's route, or leave it out",
+            )
+    if unmetered := list(_unmetered(middleware.policy, rules, routes)):
+        listed = ", ".join(unmetered[:_MAX_LISTED])
+        if (others := len(unmetered) - _MAX_LISTED) > 0:
+            listed += f" and {others} more"
+        yield note(
+            _ROUTES,
+            f"not metered by any rule: {listed}",
+            "add a rule to routes for each of them that customers shall pay for",
+        )
+
+
+def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
+    """Return the policy of a route, None if its requests are not metered."""
+    governing: Policy | None = policy
+    matching = []
+    for rule, own in policy.of_routes:
+        if rule.is_every_other:
+            governing = own
+        elif _may_match(rule, route):
+            matching.append((rule, own))
+    if matching:
+        _, governing = min(matching, key=lambda each: _looseness(each[0]))
+    return governing
+
+
+def _routes_of(middleware: OpenMeterMiddleware) -> list[ServedRoute]:
+    """Return the routes of the application, none if there are several applications."""
+    layers = layers_of(middleware.app, closures=False)
+    if any(hasattr(layer, "mounts") for layer in layers):
+        return []
+    return served_routes(middleware.app, closures=False)
+
+
+def _unmetered(
+    policy: Policy, rules: list[RouteRule], routes: list[ServedRoute]
+) -> Iterator[str]:
+    """Yield each unmetered route that no rule matches, in the form of a rule."""
+    others = {rule.text: own for rule, own in policy.of_routes}.get(EVERY_OTHER, policy)
+    if others is not None and (others.static_meters or others.measured):
+        return
+    for route in routes:
+        is_excluded = getattr(route.view, SAYS, {}) is None  # by @no_meter
+        # @meter has no effect where nothing is metered.
+        if is_excluded or (others is not None and any(_meter_options(route.view))):
+            continue
+        methods = [
+            method
+            for method in sorted((route.methods or {""}) - _ADDED_METHODS)
+            if not any(_may_match(rule, _with_method(route, method)) for rule in rules)
+        ]
+        if methods:
+            yield f"{','.join(methods)} {route.template}".strip()
+
+
+def _with_method(route: ServedRoute, method: str) -> ServedRoute:
+    return route._replace(methods=frozenset({method}) if method else None)
+
+
+def decorated_views(
+    middleware: OpenMeterMiddleware,
+) -> tuple[list[tuple[str, Policy]], list[Finding]]:
+    """Return the policies of views with `meter`, and the decorators that fail."""
+    policies: list[tuple[str, Policy]] = []
+    problems: list[Finding] = []
+    for route in served_routes(middleware.app):
+        governing = policy_of_route(middleware.policy, route)
+        for name, options in _meter_options(route.view):
+            if governing is None:
+                continue
+            try:
+                own = in_place_of(options)
+                policy = dataclasses.replace(governing, routes=None, **own)
+            except ConfigError as error:
+                remedy = (
+                    "correct its @meter: until then its requests are billed as those "
+                    "of its route"
+                )
+                problems.append(failure(f"view {name!r}", str(error), remedy))
+            else:
+                policies.append((name, policy))
+    return policies, problems
+
+
+_METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
+
+
+def _meter_options(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the options of `meter` on a view, and on the methods of its class."""
+    view_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
+    functions = [getattr(view_class, method, None) for method in _METHODS]
+    for function in (view, *functions):
+        if options := getattr(function, SAYS, None):
+            named = view_class if function is view and view_class else function
+            yield getattr(named, "__qualname__", repr(named)), options
+
+
+#: A variable in a template of any framework.
+_VARIABLE = re.compile(r"<[^<>]*>|\{[^{}]*\}")
+#: The mark of a variable that also matches slashes.
+_TAKES_SLASHES = re.compile(r"path|:re:|:filter|\*")
+#: Characters of a regular expression that no path contains.
+_REGULAR = re.compile(r"[()\\^$]")
+#: A part of a template that matches any text, and one that matches several parts.
+_ANY_PART, _ANY_PARTS = "\0", "\1"
+
+
+def _may_match(rule: RouteRule, route: ServedRoute) -> bool:
+    """Return True if some request may match both *rule* and *route*."""
+    methods = {"GET" if method == "HEAD" else method for method in rule.methods}
+    if methods and route.methods is not None and methods.isdisjoint(route.methods):
+        return False
+    return _overlap(_parts(rule.path), _parts(route.template))
+
+
+def _looseness(rule: RouteRule) -> tuple[int, int, bool]:
+    """Return a sort key of *rule*; the most specific rule is the smallest."""
+    parts = _parts(rule.path)
+    return parts.count(_ANY_PARTS), parts.count(_ANY_PART), not rule.methods
+
+
+def _parts(template: str) -> list[str]:
+    """Return the parts of a template: texts, `_ANY_PART` and `_ANY_PARTS`."""
+    marked = _VARIABLE.sub(
+        lambda variable: (
+            _ANY_PARTS if _TAKES_SLASHES.search(variable[0]) else _ANY_PART
+        ),
+        template,
+    )
+    return [_part(part) for part in marked.strip("/").split("/")]
+
+
+def _part(text: str) -> str:
+    if _ANY_PARTS in text or text.startswith("*") or _REGULAR.search(text):
+        return _ANY_PARTS
+    return _ANY_PART if _ANY_PART in text else text
+
+
+def _overlap(left: list[str], right: list[str]) -> bool:
+    """Return True if a path can match both."""
+    if not left or not right:
+        return left == right
+    if _ANY_PARTS in {left[0], right[0]}:
+        several, other = (left, right) if left[0] == _ANY_PARTS else (right, left)
+        return any(_overlap(several[1:], other[n:]) for n in range(1, len(other) + 1))
+    if left[0] != right[0] and _ANY_PART not in {left[0], right[0]}:
+        return False
+    return _overlap(left[1:], right[1:])
