@@ -136,7 +136,7 @@ def test_a_directory_that_is_none_is_one_line(tmp_path):
     assert [result.returncode for result in results] == [1, 1, 1]
     said = [result.stderr for result in results]
     assert said[0] == f"Error: '{tmp_path}/none': No such file or directory\n"
-    assert said[1] == f"Error: '{plain}' is no spool: it has no file 'format'\n"
+    assert said[1] == f"Error: '{plain}' is not a spool: it has no file 'format'\n"
     assert said[2].startswith("Error: spool_dir: expected 'openmeter_wsgi spool 1'")
     assert [text.count("\n") for text in said] == [1, 1, 1]
     assert not (tmp_path / "none").exists()
