@@ -48,7 +48,7 @@ def test_it_warns_of_events_that_kafka_may_delete(tmp_path, openmeter, days, war
 
         _, log = ship.end(signal.SIGTERM)
 
-    assert ("the oldest event that waits is 9 days old; Kafka" in log) is warned
+    assert ("the oldest waiting event is 9 days old; Kafka" in log) is warned
     assert ("retention.ms" in log) is warned
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.cli.findings import Finding, Situation
 
+#: Remedies for a wrong value, by option.
 _REMEDIES = {
     "api_url": "write scheme, host and port alone, such as http://127.0.0.1:8888",
     "api_key": "set OPENMETER_API_KEY to a key that may ingest events",
@@ -42,7 +43,7 @@ _REMEDIES = {
     "spool_dir": "name a directory of the application's own, mode 0700",
 }
 
-#: Options by the names that similar products, and newcomers, give to them.
+#: Our options by the names that they have in other products.
 _OPTIONS_BY_OTHER_NAMES = {
     "billable_statuses": "meter_on_status_codes",
     "billable_status_codes": "meter_on_status_codes",
@@ -52,8 +53,8 @@ _OPTIONS_BY_OTHER_NAMES = {
     "token": "api_key",
 }
 
-#: The loggers that warn of a configuration which nothing else here looks at.
-_WARNS = {
+#: Remedies for logged warnings, by logger. Other loggers warn of what a check reports.
+_REMEDIES_OF_WARNINGS = {
     "openmeter_wsgi.options": "write it as the option is called",
     "openmeter_wsgi.measures": "name the whole path, such as $.usage.total_tokens",
 }
@@ -61,33 +62,36 @@ _WARNS = {
 
 def problems_of(error: ConfigError) -> list[Finding]:
     """Return a failure for each problem of a configuration."""
-    return [failure("configuration", said, _remedy(said)) for said in error.problems]
+    return [
+        failure("configuration", problem, _remedy(problem))
+        for problem in error.problems
+    ]
 
 
 @contextlib.contextmanager
 def logged_warnings() -> Iterator[list[Finding]]:
-    """Collect the warnings that are logged while a configuration is read."""
-    found: list[Finding] = []
+    """Yield a list that collects the warnings logged within the block."""
+    findings: list[Finding] = []
     package = logging.getLogger("openmeter_wsgi")
-    handler = _Collector(found)
+    handler = _Collector(findings)
     package.addHandler(handler)
     try:
-        yield found
+        yield findings
     finally:
         package.removeHandler(handler)
 
 
 class _Collector(logging.Handler):
-    def __init__(self, found: list[Finding]) -> None:
-        super().__init__()
-        self._found = found
+    """A log handler that turns warnings into findings."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__(logging.WARNING)
+        self._findings = findings
 
     def emit(self, record: logging.LogRecord) -> None:
-        # What the others say has a check of its own.
-        for name, remedy in _WARNS.items():
-            if record.name == name and record.levelno >= logging.WARNING:
-                said = record.getMessage().removeprefix(PREFIX)
-                self._found.append(warning("configuration", said, remedy))
+        if remedy := _REMEDIES_OF_WARNINGS.get(record.name):
+            text = record.getMessage().removeprefix(PREFIX)
+            self._findings.append(warning("configuration", text, remedy))
 
 
 def _remedy(problem: str) -> str:
@@ -95,16 +99,17 @@ def _remedy(problem: str) -> str:
     if option in _REMEDIES:
         return _REMEDIES[option]
     if option in {field.name for field in dataclasses.fields(Policy)}:
-        return f"mend {option} where it is set: in the code, in the file or in " + (
+        return (
+            f"correct {option} where it is set: in the code, in the file or in "
             f"OPENMETER_{option.upper()}"
         )
     if unknown_option := re.match("unknown option '([^']*)'", problem):
-        if ours := _OPTIONS_BY_OTHER_NAMES.get(unknown_option[1]):
-            return f"write {ours}"
+        if option := _OPTIONS_BY_OTHER_NAMES.get(unknown_option[1], ""):
+            return f"write {option}"
         return (
             "look the name up in the list of options, docs/options.md, or leave it out"
         )
-    return "mend it where it is set"
+    return "correct it where it is set"
 
 
 _STATUS_CODES = "billed status codes"
@@ -112,25 +117,24 @@ _STATUS_CODES = "billed status codes"
 
 def check_status_codes(situation: Situation) -> Iterator[Finding]:
     """Check that no policy bills errors."""
-    told = set()
+    reported = set()
     for route, policy in situation.policies():
-        finding = _check_codes_of(_STATUS_CODES, policy)
-        if (finding.found, finding.severity) not in told:
-            told.add((finding.found, finding.severity))
-            named = _STATUS_CODES if route is None else f"{_STATUS_CODES} of {route}"
-            yield finding._replace(name=named)
+        codes = StatusCodes(policy.meter_on_status_codes)
+        if codes not in reported:
+            reported.add(codes)
+            name = _STATUS_CODES if route is None else f"{_STATUS_CODES} of {route}"
+            yield _check_codes(name, codes)
 
 
-def _check_codes_of(name: str, policy: Policy) -> Finding:
-    codes = StatusCodes(policy.meter_on_status_codes)
+def _check_codes(name: str, codes: StatusCodes) -> Finding:
     errors = [code for code in codes.codes if code[0] in "45"]
     if not errors:
         return ok(name, codes.text)
     return warning(
         name,
         f"{codes.text} bills errors too, {StatusCodes(errors).text}",
-        "set meter_on_status_codes to the codes that customers shall pay for, such as "
-        "'200-299', unless they shall pay for these errors",
+        "set meter_on_status_codes to the codes that customers are to pay for, such as "
+        "'200-299', unless they are to pay for these errors",
     )
 
 
@@ -139,20 +143,20 @@ def check_dry_run(situation: Situation) -> Iterator[Finding]:
     if situation.policy.dry_run:
         yield warning(
             "dry run",
-            "dry_run is set: usage is counted and logged, and none is sent",
-            "leave dry_run out where customers shall be billed",
+            "dry_run is set: usage is counted and logged, but not sent",
+            "leave dry_run out if customers are to be billed",
         )
 
 
 def check_event_source(situation: Situation) -> Iterator[Finding]:
-    """Report an event source that is the default."""
+    """Report the default event source."""
     source = situation.policy.event_source
     if source == DEFAULT_SOURCE:
         yield ok(
             "event source",
             f"{source!r}, the default",
             "set event_source to the name of this service, so that OpenMeter's list of "
-            "events tells it from others",
+            "events shows which service sent an event",
         )
 
 
@@ -160,19 +164,19 @@ _QUOTAS = "quotas"
 
 
 def check_quotas(situation: Situation) -> Iterator[Finding]:
-    """Check that the processes of the application count quotas down together."""
+    """Check that the processes of the application share the balances of quotas."""
     policy = situation.policy
     if not policy.entitlement_meters:
         return
     counted = ", ".join(map(repr, policy.entitlement_meters))
     if policy.redis_url is not None:
-        yield ok(_QUOTAS, f"{counted}: counted by all processes that use the Redis")
+        yield ok(_QUOTAS, f"{counted}: counted by all processes that use this Redis")
     elif policy.spool_dir is not None:
-        yield ok(_QUOTAS, f"{counted}: counted by all processes that use the spool")
+        yield ok(_QUOTAS, f"{counted}: counted by all processes that use this spool")
     else:
         yield warning(
             _QUOTAS,
-            f"{counted}: each process counts for itself, so two workers may serve a "
+            f"{counted}: each process counts for itself, so two workers may grant a "
             "quota twice",
             "set spool_dir, or redis_url where the processes are on several hosts; "
             "leave it if there is one process",
@@ -183,7 +187,7 @@ _APPLICATION = "application"
 
 
 class NoApplication(Exception):
-    """There is no WSGI application where one was named; with a remedy."""
+    """There is no WSGI application of the given name; with a remedy."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem)
@@ -264,21 +268,21 @@ def _place(error: BaseException) -> str:
 
 
 def middlewares(app: Any) -> list[OpenMeterMiddleware]:
-    """Return every middleware of ours around *app*, the outermost first."""
+    """Return every `OpenMeterMiddleware` around *app*, the outermost first."""
     return [one for one in layers_of(app) if isinstance(one, OpenMeterMiddleware)]
 
 
 def check_layers(
     name: str, app: Any, found: list[OpenMeterMiddleware]
 ) -> Iterator[Finding]:
-    """Check that an application is metered, and once."""
+    """Check that an application is metered exactly once."""
     if _is_asgi(app):
         yield failure(
             _APPLICATION,
-            f"{name} is an ASGI application, and this is WSGI middleware: what it "
-            "serves is not metered",
-            "serve the WSGI application; where only ASGI will do, send events from the "
-            "handler with OpenMeter's SDK",
+            f"{name} is an ASGI application, and this is WSGI middleware: its requests "
+            "are not metered",
+            "serve the WSGI application; with ASGI alone, send events from "
+            "handlers with OpenMeter's SDK",
         )
         return
     if not found:
@@ -286,28 +290,28 @@ def check_layers(
             _APPLICATION,
             f"{name} is not wrapped in OpenMeterMiddleware: nothing is billed",
             _django_remedy(app)
-            or "wrap it, and name what the server serves: the outermost application",
+            or "wrap it, and name the outermost application, which the server serves",
         )
         return
     if len(found) == 1:
-        yield ok(_APPLICATION, f"{name} is metered, once")
+        yield ok(_APPLICATION, f"{name} is metered once")
         return
     outer, *inner = found
-    said = f"{name} is wrapped {len(found)} times; the outermost alone bills"
+    problem = f"{name} is wrapped {len(found)} times; only the outermost bills"
     remedy = "remove the others; the options of single routes belong into routes"
-    if all(each.policy == outer.policy for each in inner):
-        yield warning(_APPLICATION, said, remedy)
+    if all(layer.policy == outer.policy for layer in inner):
+        yield warning(_APPLICATION, problem, remedy)
     else:
         yield failure(
             _APPLICATION,
-            f"{said}, and what the inner policy says is never billed",
+            f"{problem}, and the meters of the inner policy are never billed",
             remedy,
         )
 
 
 def _is_asgi(app: Any) -> bool:
-    called = getattr(app, "__call__", None)  # noqa: B004 - it may be a coroutine
-    return any(map(inspect.iscoroutinefunction, (app, called)))
+    method = getattr(app, "__call__", None)  # noqa: B004 - it may be a coroutine
+    return any(map(inspect.iscoroutinefunction, (app, method)))
 
 
 def _django_remedy(app: Any) -> str | None:
@@ -320,7 +324,7 @@ def _django_remedy(app: Any) -> str | None:
 
 
 def check_decorators(app: Any) -> Iterator[Finding]:
-    """Report decorators of views that have no effect."""
+    """Report decorators of views without effect."""
     for template, name in misplaced_decorators(app):
         yield failure(
             f"view {name}",
@@ -332,6 +336,7 @@ def check_decorators(app: Any) -> Iterator[Finding]:
 
 _SPOOL = "spool directory"
 _ROOT = Path("/")
+#: File systems in memory.
 _MEMORY = ("tmpfs", "ramfs")
 _REMEDY = (
     "set spool_dir to a directory of the application's own, mode 0700, on a local file "
@@ -351,15 +356,15 @@ def check_spool(situation: Situation) -> Iterator[Finding]:
         )
         return
     directory = Path(os.path.abspath(path))
-    finding = _directory(directory)
+    finding = _check_directory(directory)
     yield finding
     if finding.severity == "ok":
         server = server_directories.server_of_policy(situation.policy)
-        own = server_directories.server_directory(directory, server)
-        situation.spool = own
-        yield from _check_room(situation.policy, own)
-        yield from _check_sender(situation, own)
-        yield from _check_oldest_event(own)
+        of_server = server_directories.server_directory(directory, server)
+        situation.spool = of_server
+        yield from _check_room(situation.policy, of_server)
+        yield from _check_sender(situation, of_server)
+        yield from _check_oldest_event(of_server)
         yield from _check_orphans(directory, server)
     existing = directory if directory.exists() else directory.parent
     if existing.exists():
@@ -373,12 +378,12 @@ def _check_sender(situation: Situation, directory: Path) -> Iterator[Finding]:
     if holder(directory / ELECTION) is None:
         yield warning(
             name,
-            "delivery='ship' leaves it to another process, and none is there: usage "
+            "with delivery='ship' another process delivers, and none is running: usage "
             "waits in the spool",
             f"run openmeter-wsgi ship --spool-dir {directory.parent}",
         )
     else:
-        yield ok(name, "there is one")
+        yield ok(name, "it is running")
 
 
 def _check_orphans(root: Path, server: server_directories.Server) -> Iterator[Finding]:
@@ -398,27 +403,28 @@ def _check_oldest_event(directory: Path) -> Iterator[Finding]:
 
 
 def _check_room(policy: Policy, directory: Path) -> Iterator[Finding]:
-    may_take = max(policy.max_spool_bytes - backlog(directory).bytes, 0)
+    growth = max(policy.max_spool_bytes - backlog(directory).bytes, 0)
     free = shutil.disk_usage(directory.parent).free
-    if free < may_take:
+    if free < growth:
         yield warning(
             "spool disk",
-            f"{size(free)} are free, and the spool may take {size(may_take)} more: in "
-            "an outage the disk is full first, and usage then waits in memory",
-            "make room on the disk, or set max_spool_bytes to what it has",
+            f"{size(free)} are free, and the spool may take {size(growth)} more: in "
+            "an outage the disk gets full first, and usage then waits in memory",
+            "free space on the disk, or lower max_spool_bytes",
         )
 
 
-def _directory(directory: Path) -> Finding:
+def _check_directory(directory: Path) -> Finding:
     if not os.path.lexists(directory):
-        # Not made here: it would belong to whoever runs this.
+        # Not created here: its owner must be the application's user.
         return _absent(directory)
     owner = directory.lstat().st_uid
     if owner != os.geteuid():
         return failure(
             _SPOOL,
-            f"{directory} belongs to user {owner}, this runs as {os.geteuid()}",
-            "run this and the application as one user, who owns the directory",
+            f"{directory} belongs to user {owner}, and this command runs as user "
+            f"{os.geteuid()}",
+            "run this command and the application as the owner of the directory",
         )
     try:
         prepare_directory(str(directory))
@@ -428,8 +434,8 @@ def _directory(directory: Path) -> Finding:
     except OSError as error:
         return failure(
             _SPOOL,
-            f"{directory} takes no file: {error.strerror}",
-            "let the application's user write there, and see that the disk has room",
+            f"no file can be written in {directory}: {error.strerror}",
+            "let the application's user write there, and check the space on the disk",
         )
     return ok(_SPOOL, f"{directory} on {file_system(directory) or 'a file system'}")
 
@@ -438,13 +444,13 @@ def _absent(directory: Path) -> Finding:
     if directory.parent.is_dir():
         return unknown(
             _SPOOL,
-            f"{directory} is not there yet; the application makes it at its start",
-            "check again when the application has run",
+            f"{directory} does not exist yet; the application creates it",
+            "start the application, then check again",
         )
     return failure(
         _SPOOL,
-        f"{directory} cannot be made, {directory.parent} is no directory",
-        f"make {directory.parent}, writable for the application's user",
+        f"{directory} cannot be created: {directory.parent} is not a directory",
+        f"create {directory.parent}, writable for the application's user",
     )
 
 
@@ -464,23 +470,23 @@ def _check_volume(directory: Path) -> Iterator[Finding]:
         yield warning(
             name,
             f"{directory} is in the container itself: the next deployment deletes it, "
-            "with all that is not delivered",
+            "and the undelivered events in it",
             "mount a volume there that outlives the container",
         )
     elif kind in _MEMORY:
         yield warning(
             name,
-            f"{directory} is in memory ({kind}) and gone when the machine restarts",
+            f"{directory} is in memory ({kind}): a restart of the machine deletes it",
             "set spool_dir to a directory on a disk",
         )
     else:
-        yield ok(name, f"{directory} is not on a container's own layer")
+        yield ok(name, f"{directory} is not on the writable layer of a container")
 
 
 def is_on_layer(directory: Path, root: Path) -> bool:
-    """True if *directory* is on the writable layer of a container.
+    """Return True if *directory* is on the writable layer of a container.
 
-    Of an overlay *root* it is, unless something is mounted in between.
+    The root of a container is an overlay; a mounted volume is another device.
     """
-    same = directory.stat().st_dev == root.stat().st_dev
-    return same and file_system(root) == "overlay"
+    is_same_device = directory.stat().st_dev == root.stat().st_dev
+    return is_same_device and file_system(root) == "overlay"

@@ -130,9 +130,8 @@ def open_spool(
     if path is None:
         # An option that click requires would be required for a subcommand's help, too.
         raise click.UsageError("Missing option '--spool-dir'.")
-    directory = Path(
-        os.path.abspath(path)
-    )  # not resolved, so that a symlink is refused
+    # Not resolved, so that a symlink is refused.
+    directory = Path(os.path.abspath(path))
     try:
         owner = directory.lstat().st_uid
         if owner != os.geteuid():
