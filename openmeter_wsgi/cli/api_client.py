@@ -1,7 +1,7 @@
 """HTTP client of OpenMeter's lists: events, meters, features and usage.
 
 `Listing` is the interface; `ListingV1` and `ListingV3` implement it for the versions of
-the API, with documents in the form of version 1. `error_text` explains a failed request.
+the API, with documents in the form of version 1. `error_text` explains an error.
 """
 
 from __future__ import annotations
