@@ -289,7 +289,7 @@ def test_only_one_command_changes_dead_letters_at_a_time(spool, openmeter):
 
         holder.kill()
     assert result.exit_code == 1
-    assert "another requeue or purge is at work" in result.output
+    assert "another requeue or purge is running" in result.output
     assert ids(said(spool, "list")) == ["a"]
 
 
