@@ -162,11 +162,7 @@ def _print_status(status: dict[str, Any]) -> None:
 
 
 def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    yield (
-        "server",
-        status["api_url"]
-        or "not known; the next process to find the events delivers them",
-    )
+    yield "server", status["api_url"] or "not known; the next sender decides"
     yield "sender", _sender(status["sender_pid"])
     yield "events waiting", status["waiting"]
     yield "oldest of them", age(status["oldest_age"])
