@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _ROUTES = "routes"
 #: Maximum number of unmetered routes that a finding lists.
 _MAX_LISTED = 20
-#: The methods that frameworks add to a route by themselves.
+#: Methods that frameworks add to a route by themselves.
 _ADDED_METHODS = {"HEAD", "OPTIONS"}
 
 
@@ -77,7 +77,7 @@ def check_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
         yield note(
             _ROUTES,
             f"not metered by any rule: {listed}",
-            "add a rule to routes for each of them that customers shall pay for",
+            "add a rule to routes for each of them that customers are to pay for",
         )
 
 
@@ -91,14 +91,14 @@ def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
         elif _may_match(rule, route):
             matching.append((rule, own))
     if matching:
-        _, governing = min(matching, key=lambda each: _looseness(each[0]))
+        _, governing = min(matching, key=lambda each: _generality(each[0]))
     return governing
 
 
 def _routes_of(middleware: OpenMeterMiddleware) -> list[ServedRoute]:
     """Return the routes of the application, none if there are several applications."""
     layers = layers_of(middleware.app, closures=False)
-    if any(hasattr(layer, "mounts") for layer in layers):
+    if any(hasattr(layer, "mounts") for layer in layers):  # DispatcherMiddleware
         return []
     return served_routes(middleware.app, closures=False)
 
@@ -184,7 +184,7 @@ def _may_match(rule: RouteRule, route: ServedRoute) -> bool:
     return _overlap(_parts(rule.path), _parts(route.template))
 
 
-def _looseness(rule: RouteRule) -> tuple[int, int, bool]:
+def _generality(rule: RouteRule) -> tuple[int, int, bool]:
     """Return a sort key of *rule*; the most specific rule is the smallest."""
     parts = _parts(rule.path)
     return parts.count(_ANY_PARTS), parts.count(_ANY_PART), not rule.methods
