@@ -230,11 +230,12 @@ def load_application(name: str) -> Any:
 
 
 def _imported(name: str) -> Any:
+    """Import the module *name*."""
     try:
         if all(part.isidentifier() for part in name.split(".")):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # Of another name: one that the module itself imports.
+        # Raised again for another name: a module that this one imports.
         if not f"{name}.".startswith(f"{error.name}."):
             raise
     raise NoApplication(
@@ -245,6 +246,7 @@ def _imported(name: str) -> Any:
 
 
 def _member(module: Any, path: str) -> Any:
+    """Return the attribute of *module* at a dotted path."""
     found = module
     for attribute in path.split("."):
         try:

@@ -207,13 +207,13 @@ def _other_meters(situation: Situation, meters: list[Document]) -> Iterator[Find
     if without_usage:
         yield warning(
             "meters without usage",
-            f"no policy feeds {_names(without_usage)}, and nothing else has for "
+            f"no policy feeds {_listed(without_usage)}, and nothing else has for "
             f"{DAYS} days: they bill nothing",
             "name the type in meters, or state it in a handler with set_meters; delete "
             "the meter if it is not needed",
         )
     if with_usage:
-        names = _names(with_usage)
+        names = _listed(with_usage)
         yield ok("other meters", f"fed by handlers or other services: {names}")
 
 
@@ -227,7 +227,7 @@ def _has_usage(situation: Situation, meter: Document) -> bool:
     )
 
 
-def _names(meters: list[Document]) -> str:
+def _listed(meters: list[Document]) -> str:
     return ", ".join(
         f"{meter.get('slug')!r} (event type {event_type(meter)!r})" for meter in meters
     )
@@ -314,7 +314,7 @@ def _check_visibility(policy: Policy) -> Iterator[Finding]:
 
 
 def _check_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
-    """Ask for the customer of a subject, as if it were no customer key."""
+    """Ask for the customer of a subject that is not the key of a customer."""
     try:
         if client.can_look_up(MARK):
             client.lookup(MARK, 1)
@@ -336,7 +336,7 @@ def _answer(error: DeliveryError) -> str:
 
 def _id_for_key(feature: str, key: str) -> Finding:
     return failure(
-        _name(feature),
+        _feature_name(feature),
         "this is the id of a feature, not its key: OpenMeter denies every customer",
         f"write {key!r}",
     )
@@ -348,7 +348,7 @@ def _check_feature(
     meters: dict[str, Document],
     situation: Situation,
 ) -> Finding:
-    name = _name(feature)
+    name = _feature_name(feature)
     if found is None:
         return _missing_feature(name, feature, meters, situation)
     meter = meters.get(str(found.get("meterSlug")))
@@ -418,5 +418,5 @@ def _check_quota(
     return ok(name, f"it exists; {kind!r} uses up its quota")
 
 
-def _name(feature: str) -> str:
+def _feature_name(feature: str) -> str:
     return f"feature {feature!r}"

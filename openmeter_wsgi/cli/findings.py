@@ -112,7 +112,7 @@ _MAX_WIDTH = 110
 def print_findings(
     findings: Iterable[Finding], url: str | None, *, as_json: bool
 ) -> list[Finding]:
-    """Print findings and return them; text is printed at once, JSON at the end."""
+    """Print findings and return them: text one by one, JSON at the end."""
     if as_json:
         printed = list(findings)
         print_json(

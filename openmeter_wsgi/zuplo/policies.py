@@ -128,11 +128,11 @@ def _variables_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield from _VARIABLE.findall(value)
     elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _variables_in(each)
+        for member in value.values():
+            yield from _variables_in(member)
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _variables_in(each)
+        for member in value:
+            yield from _variables_in(member)
 
 
 def hide_values(message: str, names: Iterable[str], environ: Mapping[str, str]) -> str:

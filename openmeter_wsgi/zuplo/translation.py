@@ -194,7 +194,7 @@ def _by_route(
     warnings: list[str] = []
     by_name = _PoliciesByName(policies, problems, warnings)
     governing = {rule: by_name.metering(rule, names) for rule, names in routes.items()}
-    used = [p for p in metering if any(p in those for those in governing.values())]
+    used = [p for p in metering if any(p in named for named in governing.values())]
     if not used and not problems:
         problems.append("routes: expected one that names a policy that meters")
     delivery, key_variables = _delivery(used, problems)
