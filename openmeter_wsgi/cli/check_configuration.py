@@ -53,7 +53,7 @@ _OPTIONS_BY_OTHER_NAMES = {
     "token": "api_key",
 }
 
-#: Remedies for logged warnings, by logger. Other loggers warn of what a check reports.
+#: Remedies for logged warnings, by logger. Checks report the warnings of other loggers.
 _REMEDIES_OF_WARNINGS = {
     "openmeter_wsgi.options": "write it as the option is called",
     "openmeter_wsgi.measures": "name the whole path, such as $.usage.total_tokens",
@@ -247,17 +247,17 @@ def _imported(name: str) -> Any:
 
 def _member(module: Any, path: str) -> Any:
     """Return the attribute of *module* at a dotted path."""
-    found = module
+    value = module
     for attribute in path.split("."):
         try:
-            found = getattr(found, attribute)
+            value = getattr(value, attribute)
         except AttributeError:
             raise NoApplication(
                 f"module {module.__name__!r} has no {path!r}",
                 "write the name that the application has in the module behind the "
                 "colon, MODULE:APP; without one it is 'application'",
             ) from None
-    return found
+    return value
 
 
 def _place(error: BaseException) -> str:
@@ -271,7 +271,7 @@ def _place(error: BaseException) -> str:
 
 def middlewares(app: Any) -> list[OpenMeterMiddleware]:
     """Return every `OpenMeterMiddleware` around *app*, the outermost first."""
-    return [one for one in layers_of(app) if isinstance(one, OpenMeterMiddleware)]
+    return [layer for layer in layers_of(app) if isinstance(layer, OpenMeterMiddleware)]
 
 
 def check_layers(
@@ -317,7 +317,8 @@ def _is_asgi(app: Any) -> bool:
 
 
 def _django_remedy(app: Any) -> str | None:
-    if not any(type(one).__module__.startswith("django.") for one in layers_of(app)):
+    modules = [type(layer).__module__ for layer in layers_of(app)]
+    if not any(module.startswith("django.") for module in modules):
         return None
     return (
         "in wsgi.py, write 'from openmeter_wsgi.django import get_wsgi_application' in "

@@ -113,14 +113,18 @@ def _may_measure(meter: Document, feature: str, counted_type: str | None) -> boo
 
 
 def _post(
-    what: str, document: dict[str, Any], url: str, variable: str | None, policy: Policy
+    collection: str,
+    document: dict[str, Any],
+    url: str,
+    variable: str | None,
+    policy: Policy,
 ) -> str:
     base = v3_url(url) if policy.api_flavor == "v3" else f"{url}/api/v1"
     text = json.dumps({key: value for key, value in document.items() if value})
     # In double quotes, so that the shell inserts the key.
     key = f' -H "Authorization: Bearer ${variable}"' if variable else ""
     return (
-        f"curl --fail-with-body {shlex.quote(f'{base}/{what}')}{key} "
+        f"curl --fail-with-body {shlex.quote(f'{base}/{collection}')}{key} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(text)}"
     )
 

@@ -16,7 +16,7 @@ _DAY = 86_400.0
 
 REMEDY = (
     "raise retention.ms of OpenMeter's topic (om_default_events) before they are sent, "
-    "and compare 'openmeter-wsgi usage' with what was sent"
+    "and compare 'openmeter-wsgi usage' with the sent events"
 )
 
 

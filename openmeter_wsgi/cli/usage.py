@@ -197,7 +197,7 @@ def command(
 def _usage(listing: Listing, meter: str, query: UsageQuery) -> list[Document]:
     """Return the rows of a meter.
 
-    :raises NoAnswer: if there is none; it names the meters of the server.
+    :raises NoAnswer: if the server does not have it, with the names of its meters.
     """
     try:
         return listing.usage(meter, query)
