@@ -113,7 +113,7 @@ def _may_measure(meter: Document, feature: str, counted_type: str | None) -> boo
 
 
 def _post(
-    collection: str,
+    path: str,
     document: dict[str, Any],
     url: str,
     variable: str | None,
@@ -124,7 +124,7 @@ def _post(
     # In double quotes, so that the shell inserts the key.
     key = f' -H "Authorization: Bearer ${variable}"' if variable else ""
     return (
-        f"curl --fail-with-body {shlex.quote(f'{base}/{collection}')}{key} "
+        f"curl --fail-with-body {shlex.quote(f'{base}/{path}')}{key} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(text)}"
     )
 
