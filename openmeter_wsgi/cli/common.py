@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import queue
 import signal
 import sys
 import threading
@@ -61,10 +62,37 @@ class BadConfiguration(click.ClickException):
     exit_code = 2
 
 
+class StopEvent:
+    """An event that a signal handler may set while the same thread waits for it.
+
+    `threading.Event` would deadlock: its `wait` and its `set` take one lock. `put` of a
+    SimpleQueue takes no lock that the handler could find held.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def is_set(self) -> bool:
+        """Return True once `set` was called."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Set the event, and wake up the waiting thread."""
+        self._is_set = True
+        self._wakeups.put(None)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the event is set, at most *timeout* seconds."""
+        if not self._is_set:
+            with contextlib.suppress(queue.Empty):
+                self._wakeups.get(timeout=timeout)
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[StopEvent]:
     """Yield an event that SIGTERM and SIGINT set instead of ending the process."""
-    stopped = threading.Event()
+    stopped = StopEvent()
     previous = {
         number: signal.signal(number, lambda *_: stopped.set())
         for number in (signal.SIGTERM, signal.SIGINT)

@@ -34,9 +34,9 @@ from openmeter_wsgi.spool.server_directories import (
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:
-    import threading
     from pathlib import Path
 
+    from openmeter_wsgi.cli.common import StopEvent
     from openmeter_wsgi.policy import Policy
 
 logger: Final = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> No
         _ship(policy, directory, stopped)
 
 
-def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
+def _ship(policy: Policy, directory: Path, stopped: StopEvent) -> None:
     new_client = partial(
         OpenMeterClient,
         url=policy.api_url,

@@ -30,9 +30,10 @@ from openmeter_wsgi.spool.files import (
 from openmeter_wsgi.spool.server_directories import spool_directories
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from openmeter_wsgi.cli.common import StopEvent
 
 
 class _Reader:
@@ -180,7 +181,7 @@ def follow(
             show(event)
 
 
-def _events(following: Following, stopped: threading.Event) -> Iterator[Any]:
+def _events(following: Following, stopped: StopEvent) -> Iterator[Any]:
     while not stopped.is_set():
         yield from map(msgspec.json.decode, following.poll())
         stopped.wait(_INTERVAL)
