@@ -1,7 +1,7 @@
-"""Who may: a denial, a quota, and OpenMeter that is away, over real HTTP.
+"""Entitlement checks over real HTTP: a denial, a quota and an outage of OpenMeter.
 
-A sandbox and an application of their own, in this process, so that what OpenMeter
-grants and when it is away can be changed while the application serves.
+The sandbox and the application run in this process, so that grants and outages can be
+changed while the application serves.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse
 
 QUOTA = 20
-ASKED = 25
+REQUESTS = 25
 FEATURE = "api_requests"
 STATIC = "exports"
 TIMEOUT = 30.0
-#: Seconds for which an answer holds; after twice as many it has to be asked again.
+#: Seconds for which an answer is cached. After twice this time a request waits for a
+#: new answer.
 LIFETIME = 0.2
 
 
 class Scene(NamedTuple):
-    """What was tried, what must come of it, and what came."""
+    """One check: its label, the expected result and the actual result."""
 
     label: str
     expected: str
@@ -47,9 +48,11 @@ class Scene(NamedTuple):
 
 
 def play() -> list[Scene]:
-    """Try all of it. It takes some two seconds."""
+    """Return the results of all checks. They take about two seconds."""
     logger = logging.getLogger("openmeter_wsgi")
-    silence = logging.NullHandler()  # denials are logged, and here they are printed
+    silence = (
+        logging.NullHandler()
+    )  # the report prints the denials, so the log need not
     logger.addHandler(silence)
     try:
         with Sandbox() as sandbox:
@@ -57,30 +60,30 @@ def play() -> list[Scene]:
                 openmeter.define([])
             sandbox.grant("acme", FEATURE, QUOTA)
             sandbox.grant("hooli", STATIC, config={"formats": ["csv"]})
-            return [*_granted(sandbox), *_static(sandbox), *_away(sandbox)]
+            return [*_quota(sandbox), *_static(sandbox), *_outage(sandbox)]
     finally:
         logger.removeHandler(silence)
 
 
-def _granted(sandbox: Sandbox) -> Iterator[Scene]:
+def _quota(sandbox: Sandbox) -> Iterator[Scene]:
     with _application(sandbox) as (url, app):
         denial = _ask(url, "hooli")
-        yield Scene("hooli, who has no access", "403 no_access", _problem(denial))
-        answers = [_ask(url, "acme") for _ in range(ASKED)]
+        yield Scene("hooli, no entitlement", "403 no_access", _problem(denial))
+        answers = [_ask(url, "acme") for _ in range(REQUESTS)]
         yield Scene(
-            f"acme, {ASKED} times, quota of {QUOTA}",
-            f"{QUOTA}x 200, {ASKED - QUOTA}x 429, Retry-After",
+            f"acme, {REQUESTS} requests, quota of {QUOTA}",
+            f"{QUOTA}x 200, {REQUESTS - QUOTA}x 429, Retry-After",
             _counted(answers),
         )
         asked = sandbox.asked(customer="acme", kind="value_v2")
         yield Scene(
-            "  questions for that to OpenMeter",
-            "1, counted down from there",
-            f"{asked}, counted down from there",
+            "  checks sent to OpenMeter",
+            "1, then counted down locally",
+            f"{asked}, then counted down locally",
         )
         app.flush(TIMEOUT)
         usage = sandbox.value("acme", FEATURE)["usage"]
-        yield Scene("  requests that were billed", f"{QUOTA}", f"{usage:g}")
+        yield Scene("  requests billed", f"{QUOTA}", f"{usage:g}")
 
 
 def _static(sandbox: Sandbox) -> Iterator[Scene]:
@@ -92,11 +95,11 @@ def _static(sandbox: Sandbox) -> Iterator[Scene]:
         ):
             answer = _ask(url, subject)
             got = f"200, {answer.text}" if answer.ok else _problem(answer)
-            label = f"{subject}, {STATIC}: what the handler gets"
+            label = f"{subject}, static entitlement {STATIC}"
             yield Scene(label, expected, got)
 
 
-def _away(sandbox: Sandbox) -> Iterator[Scene]:
+def _outage(sandbox: Sandbox) -> Iterator[Scene]:
     sandbox.grant("acme", FEATURE, 1_000)
     short: Any = {"allow_ttl": LIFETIME, "deny_ttl": LIFETIME, "max_stale": 0.0}
     with contextlib.ExitStack() as stack:
@@ -105,9 +108,9 @@ def _away(sandbox: Sandbox) -> Iterator[Scene]:
             application = _application(sandbox, fail_mode=mode, **short)
             urls[mode], _ = stack.enter_context(application)
             for subject in ("acme", "hooli"):
-                _ask(urls[mode], subject)  # from now on both are known
+                _ask(urls[mode], subject)  # caches the answers of both
         sandbox.faults.entitlements.set(outage=True)
-        time.sleep(3 * LIFETIME)  # and now what is known has outlived its time
+        time.sleep(3 * LIFETIME)  # lets the cached answers expire
         for mode, expected in (
             ("open", "acme 200, hooli 200"),
             ("closed", "acme 503, hooli 503, Retry-After"),
@@ -115,19 +118,19 @@ def _away(sandbox: Sandbox) -> Iterator[Scene]:
         ):
             answers = {name: _ask(urls[mode], name) for name in ("acme", "hooli")}
             got = ", ".join(f"{who} {a.status_code}" for who, a in answers.items())
-            label = f"OpenMeter is away, fail_mode={mode}"
+            label = f"outage, max_stale=0, fail_mode={mode}"
             yield Scene(label, expected, got + _wait(answers.values()))
 
 
 def _problem(answer: requests.Response) -> str:
-    """Say what a problem document (RFC 9457) says, the reason in a word."""
+    """Return the status and the reason of a problem document (RFC 9457)."""
     is_problem = answer.headers["Content-Type"] == "application/problem+json"
     reason = answer.json()["reason"] if is_problem else "without a problem"
     return f"{answer.status_code} {reason}"
 
 
 def _counted(answers: Sequence[requests.Response]) -> str:
-    """Say what came how often one after the other."""
+    """Return the statuses of consecutive answers, with their number."""
     runs = [
         (status, list(run))
         for status, run in itertools.groupby(answers, lambda a: a.status_code)
@@ -136,7 +139,7 @@ def _counted(answers: Sequence[requests.Response]) -> str:
 
 
 def _wait(answers: Iterable[requests.Response]) -> str:
-    """Say whether all of them say when to come back."""
+    """Return a note if all answers have the header Retry-After."""
     waits = [answer.headers.get("Retry-After", "") for answer in answers]
     return ", Retry-After" if all(map(str.isdecimal, waits)) else ""
 
@@ -148,7 +151,7 @@ def _ask(url: str, subject: str) -> requests.Response:
 
 
 def _show_config(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
-    """Answer with the value of the static entitlement, null where there is none."""
+    """Answer with the value of the static entitlement, or null."""
     config = check_entitlements(environ).config
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(config).encode()]
@@ -156,14 +159,14 @@ def _show_config(environ: dict[str, Any], start_response: StartResponse) -> list
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Write no access log."""
 
 
 @contextlib.contextmanager
 def _application(
     sandbox: Sandbox, **options: Any
 ) -> Iterator[tuple[str, OpenMeterMiddleware]]:
-    """Serve an application that needs the feature, and counts it down."""
+    """Serve an application that requires the feature and counts its quota down."""
     usual: Any = {
         "required_entitlements": [FEATURE],
         "entitlement_meters": {FEATURE: "api-request"},
