@@ -71,6 +71,13 @@ def _expected(value: str) -> str:
     return f"{value!r}: expected {where}:{listed}, such as both:outage"
 
 
+def _refuse_latency(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Name the replacement of an option of version 0.1.0."""
+    if value is not None:
+        written = f"--fault ingest:latency={value}"
+        raise click.BadParameter(f"is no longer an option: write {written}", ctx, param)
+
+
 _EXIT_CODES = """\b
 Exit codes:
   0  ended by SIGTERM or SIGINT
@@ -117,6 +124,7 @@ Exit codes:
     " byte-delay=0.01, outage, retry-after=5, denied=401; of ingest also forget, claim,"
     " refused-type=T, refused-subject=S. May be repeated: --fault ingest:outage.",
 )
+@click.option("--latency", hidden=True, expose_value=False, callback=_refuse_latency)
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
 def command(
     host: str, port: int, faults: tuple[Any, ...], as_json: bool, **options: Any
