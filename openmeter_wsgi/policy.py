@@ -117,8 +117,7 @@ class BillingOptions:
 
     # -- To whom
     #: The subject to bill: a callable on the environ, or ``"header:Name"``. Clients who
-    #: can set that header can bill each other. The packages for Flask and Django also
-    #: take a path, such as ``"g.customer"`` and ``"request.user.pk"``.
+    #: can set that header can bill each other.
     subject: str | SubjectCallable | None = dataclasses.field(
         default=None, metadata={"read": read.subject}
     )
@@ -183,8 +182,8 @@ class DeliveryOptions:
     spool_dir: str | None = dataclasses.field(
         default=None, metadata={"read": read.path}
     )
-    #: The largest size of a server's directory in the spool. Each process may exceed it
-    #: by one segment.
+    #: Of this size the directory of a server takes no more; a segment per process
+    #: more or less.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
     #: Seconds within which a batch without an answer is sent again. If OpenMeter
     #: forgets ids sooner, events may be billed twice.
@@ -212,14 +211,14 @@ class EntitlementOptions:
     required_entitlements: tuple[str, ...] = dataclasses.field(
         default=(), metadata={"read": read.features}
     )
-    #: A callable or a mapping from a subject to the key of its customer. Default: the
-    #: customer whose key, or one of whose subject keys, is the subject.
+    #: The key of the customer of a subject: a callable or a mapping. Default: the
+    #: subject itself.
     customer: Callable[[str], str | None] | Mapping[str, str] | None = (
         dataclasses.field(default=None, metadata={"read": read.customer})
     )
-    #: The decision while OpenMeter does not answer and no cached answer is usable (see
-    #: ``max_stale``): ``"open"`` allows the request, ``"closed"`` answers 503,
-    #: ``"stale"`` uses the last answer, however old, and allows if there is none.
+    #: The decision while OpenMeter does not answer and no answer is cached: ``"open"``
+    #: allows the request, ``"closed"`` answers 503, ``"stale"`` uses the last answer,
+    #: however old it is.
     fail_mode: FailMode = "open"
     #: False allows all requests, and counts and logs the denials.
     enforce: bool = True
@@ -255,13 +254,12 @@ class EntitlementOptions:
     deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
     #: Further seconds for which a cached answer is used while OpenMeter is away.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
-    #: The most checks a second that are sent to OpenMeter: by all processes together
-    #: that share a spool or a Redis, otherwise by each process. Default: 25 for
-    #: OpenMeter Cloud, which allows 30, and for Kong Konnect; 200 for a server of your
-    #: own.
+    #: Questions a second that all who share a spool or a Redis ask at most, and each
+    #: process where there is neither. Default: 25 for OpenMeter Cloud, which allows 30,
+    #: and for Kong Konnect; 200 for a server of your own.
     question_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    #: Seconds after which delivered usage is taken as counted by OpenMeter. Used only
-    #: if OpenMeter's list of events cannot be read.
+    #: Seconds after which OpenMeter has counted what was delivered to it, where its
+    #: list of events cannot be asked, which knows better.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     #: Seconds after which an event that OpenMeter accepted and does not list is lost:
     #: quotas no longer wait for it.
