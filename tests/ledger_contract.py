@@ -378,21 +378,21 @@ class LedgerContract:
     def test_questions_are_asked_at_a_rate_by_all_together(self, new_store, clock):
         one, other = new_store(), new_store()
         for _ in range(5):
-            assert one.take_question(10.0) == 0.0
-            assert other.take_question(10.0) == 0.0
-        assert one.take_question(10.0) == pytest.approx(0.1)
+            assert one.take_token(10.0) == 0.0
+            assert other.take_token(10.0) == 0.0
+        assert one.take_token(10.0) == pytest.approx(0.1)
         clock.now += 0.1
-        assert other.take_question(10.0) == 0.0
-        assert one.take_question(10.0) > 0
+        assert other.take_token(10.0) == 0.0
+        assert one.take_token(10.0) > 0
 
     def test_a_first_question_leaves_some_for_others(self, new_store):
         store = new_store()
-        first = [store.take_question(10.0, reserve=5.0) for _ in range(6)]
+        first = [store.take_token(10.0, reserve=5.0) for _ in range(6)]
         assert first == [0.0] * 5 + [pytest.approx(0.1)]
-        assert [store.take_question(10.0) for _ in range(5)] == [0.0] * 5
-        assert store.take_question(10.0) > 0
+        assert [store.take_token(10.0) for _ in range(5)] == [0.0] * 5
+        assert store.take_token(10.0) > 0
 
     def test_a_slow_rate_allows_one_question_all_the_same(self, new_store):
         store = new_store()
-        assert store.take_question(0.5, reserve=3.0) == 0.0
-        assert store.take_question(0.5) == pytest.approx(2.0)
+        assert store.take_token(0.5, reserve=3.0) == 0.0
+        assert store.take_token(0.5) == pytest.approx(2.0)

@@ -582,7 +582,7 @@ def test_of_too_many_customers_the_one_used_least_recently_is_forgotten():
         )  # fmt: skip
         answers.put(customer, "searches", answer)
 
-    allowed = answers.fresh("searches")
+    allowed = answers.fresh_decisions("searches")
     learn("a")
     learn("b")
     assert allowed("a")
@@ -718,7 +718,7 @@ def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
     entitled.instead = None
     names = [f"x/{n}" for n in range(1_000)]
     entitled.refused = dict.fromkeys(names, problem(404))
-    asker = app.process().entitlements._asker
+    asker = app.process().entitlements._lookup
 
     wait_for(lambda: ask(app, names.pop()) and not asker.breaker.is_open)
 
@@ -789,7 +789,7 @@ def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
         assert ask(app).status == "403 Forbidden"
 
     assert entitled.questions == 2
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(

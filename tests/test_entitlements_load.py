@@ -342,7 +342,7 @@ def _exchange(store: SqliteStore, token: str) -> None:
     request = Request("acme\0api_requests", 0.0, 1.0, {int(now): 1.0})
     try:
         store.exchange(Lessee(token, "host"), [request], now)
-        store.take_question(25.0)
+        store.take_token(25.0)
     except StoreAway:
         pass  # busy: it is many at once
 

@@ -211,7 +211,7 @@ def test_where_access_fails_each_feature_is_asked_for_by_itself(
 
     check(ask(app), called, status)
 
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_a_key_of_a_feature_that_is_refused_for_all_is_remembered_for_all(
     assert ask(app).status == UNAVAILABLE
 
     assert len(recorded.asked) == asked
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_an_entitlement_that_was_not_asked_for_may_be_wrong(make, called, recorded):
@@ -548,7 +548,7 @@ def test_without_an_answer_to_the_lookup_the_fail_mode_decides(
 
     check(ask(app), called, status)
 
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_a_lookup_ends_after_some_pages(make, called, recorded):

@@ -248,13 +248,13 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
 
 def test_a_store_is_used_by_a_child_as_by_another_process(tmp_path):
     store = SqliteStore(tmp_path, clock=lambda: 1_000.0)  # that refills nothing
-    assert store.take_question(10.0) == 0.0
+    assert store.take_token(10.0) == 0.0
     pid = os.fork()
     if not pid:
-        took = [store.take_question(10.0, reserve=0.0) for _ in range(9)]
+        took = [store.take_token(10.0, reserve=0.0) for _ in range(9)]
         os._exit(0 if took == [0.0] * 9 else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    assert store.take_question(10.0) > 0
+    assert store.take_token(10.0) > 0
     store.close()
 
 

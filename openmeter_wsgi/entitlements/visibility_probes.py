@@ -144,10 +144,10 @@ class Visibility:
         self._starting = threading.RLock()
         self._pid = os.getpid()
 
-    def follow(self, sending: Sending, take_question: Callable[[], float]) -> None:
-        """Watch what *sending* delivers; *take_question* takes a token."""
+    def follow(self, sending: Sending, take_token: Callable[[], float]) -> None:
+        """Watch what *sending* delivers; *take_token* takes a token."""
         self._sending = sending
-        self._take_question = take_question
+        self._take_question = take_token
         self._fixed = FixedLag(sending.delivered_until, self._policy.visibility_lag)
 
     # -- From the ledger

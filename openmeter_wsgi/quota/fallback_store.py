@@ -65,9 +65,9 @@ class FallbackStore:
         """See :class:`Store`."""
         return self._ask(lambda store: store.look(lessee, now), lessee, late=0.0)
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
         """See :class:`Store`."""
-        return self._ask(lambda store: store.take_question(rate, reserve=reserve))
+        return self._ask(lambda store: store.take_token(rate, reserve=reserve))
 
     def share(self, key: str, document: bytes, asked_at: float) -> None:
         """See :class:`Store`."""

@@ -438,7 +438,7 @@ class RedisStore:
         """Give up what the lessee has; a lease it still holds counts as spent."""
         self._bury(lessee, lessee.token)
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
         """Take a token of the bucket."""
         return float(self._run(QUESTION, rate, reserve))
 

@@ -427,11 +427,11 @@ class SqliteStore:
         finally:
             self._present.leave(lessee.token)
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
         """Take a token of the bucket."""
         now = self._clock()
         return self._database.within(
-            lambda db: sqlite_tables.take_question(db, rate, reserve, now)
+            lambda db: sqlite_tables.take_token(db, rate, reserve, now)
         )
 
     def share(self, key: str, document: bytes, asked_at: float) -> None:

@@ -164,10 +164,10 @@ def prune(db: sqlite3.Connection, now: float) -> None:
     )
 
 
-def take_question(
+def take_token(
     db: sqlite3.Connection, rate: float, reserve: float, now: float
 ) -> float:
-    """Take a token: see :meth:`Store.take_question`."""
+    """Take a token: see :meth:`Store.take_token`."""
     row = db.execute("SELECT tokens, at FROM questions").fetchone()
     tokens = refilled(row, rate, now)
     wait = wait_for_question(tokens, rate, reserve)

@@ -112,7 +112,7 @@ class Store(Protocol):
     def leave(self, lessee: Lessee, now: float) -> None:
         """Give up what the lessee has; a lease it still holds counts as spent."""
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
         """Take leave to ask OpenMeter; return 0.0, or the seconds until there is one.
 
         There are *rate* a second and at most as many at once; this caller leaves

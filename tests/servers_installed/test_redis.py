@@ -297,7 +297,7 @@ def test_an_option_that_cannot_work_is_refused_at_start(url, said):
 )
 def test_an_option_that_works_is_taken(server, options):
     store = RedisStore(server.url.removesuffix("/0") + options)
-    assert store.take_question(10.0) == 0.0
+    assert store.take_token(10.0) == 0.0
     store.close()
 
 
@@ -381,8 +381,8 @@ def test_two_servers_on_one_redis_do_not_see_each_others_leases(server):
     assert isinstance(test.account("acme").reserve(10.0), Reservation)
     assert isinstance(live.account("acme").reserve(10.0), Reservation)
     assert isinstance(live.account("acme").reserve(1.0), NotReserved)
-    while stores[0].take_question(1.0) == 0.0:
+    while stores[0].take_token(1.0) == 0.0:
         pass
-    assert stores[1].take_question(1.0) == 0.0
+    assert stores[1].take_token(1.0) == 0.0
     for ledger in (live, test):
         end(ledger)
