@@ -115,7 +115,7 @@ class LedgerContract:
         account.reserve(1.0).settle(8.0)
         for _ in range(2):
             clock.now += 1
-            ours.tend()
+            ours.maintain()
         assert others.account("acme").reserve(3.0).available == 2.0
 
     def test_what_was_never_reserved_is_spent_too(self, new_ledger, clock):
@@ -124,7 +124,7 @@ class LedgerContract:
         account.answered(10.0, START)
         account.spend(4.0)
         clock.now += 1
-        ours.tend()
+        ours.maintain()
         assert others.account("acme").reserve(10.0).available == 6.0
 
     def test_reserving_nothing_takes_nothing_and_needs_something(self, new_ledger):
@@ -155,7 +155,7 @@ class LedgerContract:
         for _ in range(10):
             account.reserve(0.1).settle(0.1)
             clock.now += 1
-            ledger.tend()
+            ledger.maintain()
         assert account.reserve(0.1) == NotReserved(held_back=False, available=0.0)
 
     # -- Answers
@@ -185,7 +185,7 @@ class LedgerContract:
         account.reserve(10.0).settle(10.0)
         for _ in range(8):
             clock.now += 1
-            ledger.tend()
+            ledger.maintain()
         account.answered(3.0, clock.now)
         assert isinstance(account.reserve(3.0), Reservation)
 
@@ -195,7 +195,7 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(4.0).settle(4.0)
         clock.now += LAG - 1
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)
         assert account.reserve(7.0) == NotReserved(held_back=False, available=6.0)
 
@@ -207,14 +207,14 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 60
-        ledger.tend()
+        ledger.maintain()
         delivered_until = clock.now
         clock.now += 1
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)  # delivered a second ago: not seen yet
         assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += LAG
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), Reservation)
 
@@ -227,11 +227,11 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 30
-        ledger.tend()
+        ledger.maintain()
         asked_at = clock.now  # and on its way while the usage becomes visible
         clock.now += 1
         visible_until = clock.now
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, asked_at)
         assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += 1
@@ -249,7 +249,7 @@ class LedgerContract:
         period_start = clock.now
         account.spend(3.0)
         clock.now += 1
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), NotReserved)
         account.answered(10.0, clock.now + 1, since=period_start)
@@ -263,9 +263,9 @@ class LedgerContract:
         account.answered(1_000.0, START)
         account.reserve(1.0).settle(1.0)
         assert others.account("acme").reserve(999.0).held_back
-        ours.tend()
+        ours.maintain()
         clock.now += 0.5
-        ours.tend()
+        ours.maintain()
         assert isinstance(others.account("acme").reserve(999.0), Reservation)
 
     def test_near_the_limit_nobody_holds_more_than_the_request(self, new_ledger):
@@ -318,13 +318,13 @@ class LedgerContract:
         other = others.account("acme")
         assert other.reserve(1.0).held_back
         crash(ours)
-        others.tend()
+        others.maintain()
         clock.now += 1
         assert not other.reserve(1.0).held_back
 
         for _ in range(8):
             clock.now += 1
-            others.tend()
+            others.maintain()
         other.answered(10.0, clock.now)
         assert isinstance(other.reserve(10.0), Reservation)
 
@@ -338,13 +338,13 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 1
-        ours.tend()
+        ours.maintain()
         other = others.account("acme")
         assert other.reserve(1.0) == NotReserved(held_back=False, available=0.0)
         crash(ours)
-        others.tend()
+        others.maintain()
         clock.now += LAG + 1
-        others.tend()
+        others.maintain()
         other.answered(10.0, clock.now)
         assert isinstance(other.reserve(10.0), Reservation)
 
@@ -354,7 +354,7 @@ class LedgerContract:
             account = ours.account(name)
             account.answered(100.0, START)
             account.reserve(1.0).settle(1.0)
-        ours.tend()
+        ours.maintain()
         assert isinstance(others.account("a").reserve(99.0), Reservation)
         assert isinstance(others.account("d").reserve(99.0), NotReserved)
         assert ours.account("a") is not None

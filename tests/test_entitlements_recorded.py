@@ -417,8 +417,8 @@ def test_the_customer_of_a_subject_is_looked_up_once(make, called, recorded):
     subjects_of_multi(recorded)
     app = make("g-m-1", "g_f_eu")
     ask(app)
-    app.process().entitlements.known("g-m-1", "g_f_eu").fresh_until = 0.0
-    app.process().entitlements.known("g-m-1", "g_f_eu").graceful_until = 0.0
+    app.process().entitlements.cached_answer("g-m-1", "g_f_eu").fresh_until = 0.0
+    app.process().entitlements.cached_answer("g-m-1", "g_f_eu").graceful_until = 0.0
 
     ask(app)
 
@@ -505,7 +505,7 @@ def test_a_subject_whose_customer_is_gone_is_looked_up_again(make, called, recor
     subjects_of_multi(recorded)
     app = make("g-m-1", "g_f_eu")
     ask(app)
-    known = app.process().entitlements.known("g-m-1", "g_f_eu")
+    known = app.process().entitlements.cached_answer("g-m-1", "g_f_eu")
     known.fresh_until = known.graceful_until = 0.0
     gone = RECORDINGS["value2.multi_grants"].path
     recorded.answers[gone] = unknown_customer("g-multi")

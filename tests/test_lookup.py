@@ -386,7 +386,7 @@ def test_a_flood_of_made_up_names_does_not_fill_the_line_of_known_customers(
     for n in range(3_000):
         assert not entitlements.decide(f"name-{n}", ("searches",), "closed").allowed
     assert len(entitlements._lookup._pending) <= MAX_QUEUE + 8
-    entitlements.known("acme", "searches").fresh_until = 0.0
+    entitlements.cached_answer("acme", "searches").fresh_until = 0.0
     asked = entitled.asked["acme", "searches"]
 
     assert ask(app, "acme").status == "200 OK"

@@ -70,12 +70,12 @@ def test_an_answer_ages_from_the_moment_it_was_asked(make, entitled):
     first = make()
     ask(first)
     wait_until_shared(first, entitled)
-    known = first.process().entitlements.known("acme", "searches")
+    known = first.process().entitlements.cached_answer("acme", "searches")
 
     second = make()
     ask(second)
 
-    taken_over = second.process().entitlements.known("acme", "searches")
+    taken_over = second.process().entitlements.cached_answer("acme", "searches")
     assert taken_over.asked_at == pytest.approx(known.asked_at, abs=0.1)
 
 

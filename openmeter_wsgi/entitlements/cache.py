@@ -160,22 +160,22 @@ class AnswerCache:
         clock = self.clock
 
         def fresh(customer: str) -> Decision | None:
-            known = find(customer)
-            if known is None or clock() >= known.fresh_until:
+            cached = find(customer)
+            if cached is None or clock() >= cached.fresh_until:
                 return None
-            known.used = True
-            return known.decision
+            cached.used = True
+            return cached.decision
 
         return fresh
 
-    def put(self, customer: str, feature: str, known: CachedAnswer) -> None:
-        """Cache *known*, unless a newer answer is cached."""
+    def put(self, customer: str, feature: str, new: CachedAnswer) -> None:
+        """Cache *new*, unless a newer answer is cached."""
         table = self._table(feature)
         with self._lock:
             before = table.get(customer)
-            if before is not None and before.asked_at > known.asked_at:
+            if before is not None and before.asked_at > new.asked_at:
                 return
-            if known.asked_at <= self._forgotten.get(customer, -math.inf):
+            if new.asked_at <= self._forgotten.get(customer, -math.inf):
                 return
             while before is None and len(table) >= self._size:
                 oldest = next(iter(table))
@@ -183,7 +183,7 @@ class AnswerCache:
                 if entry.used:
                     entry.used = False
                     table[oldest] = entry
-            table[customer] = known
+            table[customer] = new
 
     def forget(self, customer: str, feature: str | None = None) -> None:
         """Remove the answer about *customer* and one feature, or all features."""
@@ -239,7 +239,7 @@ def allow_nothing(_: dict[str, Any], __: RequestRecord) -> bool:
 
 
 def allow_from_cache(
-    known_of: Callable[[str], CachedAnswer | None],
+    get_cached: Callable[[str], CachedAnswer | None],
     clock: Callable[[], float],
     *,
     find_subject: FindSubject,
@@ -261,13 +261,13 @@ def allow_from_cache(
             subject = find_subject(environ)
         else:
             subject = anonymous
-        known = known_of(subject)  # type: ignore[arg-type] # None is never cached
-        if known is None or clock() >= known.fresh_until:
+        cached = get_cached(subject)  # type: ignore[arg-type] # None is never cached
+        if cached is None or clock() >= cached.fresh_until:
             return False
-        decision = known.decision
+        decision = cached.decision
         if not decision.allowed:
             return False
-        known.used = True
+        cached.used = True
         request.decision = decision
         counts.passed += 1
         return True

@@ -223,9 +223,9 @@ class ClientV1(EntitlementClient):
         case; so each listed customer is checked.
         """
         url = _CUSTOMERS.format(quote(subject, safe=""), step, _PAGE_SIZE)
-        listed = decoded(self._get(url), _CustomerPage)
-        is_last = not listed.items or step * listed.page_size >= listed.total_count
-        for customer in listed.items:
+        page = decoded(self._get(url), _CustomerPage)
+        is_last = not page.items or step * page.page_size >= page.total_count
+        for customer in page.items:
             if customer.has_subject(subject):
                 key = customer.key
                 name = key if key and is_key(key) else customer.id
@@ -258,8 +258,8 @@ class ClientV1(EntitlementClient):
         reply = self._get(_path(_ACCESS, customer))
         if reply.status in _NOT_FOUND and detail_of(reply):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-        found = decoded(reply, _Access).entitlements
-        return {feature: _entry(found.get(feature)) for feature in features}
+        entries = decoded(reply, _Access).entitlements
+        return {feature: _entry(entries.get(feature)) for feature in features}
 
 
 def is_key(customer: str) -> bool:

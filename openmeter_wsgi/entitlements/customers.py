@@ -111,7 +111,7 @@ class CustomerCache:
 
 
 class _Tokens:
-    """The tokens of one question. Its first HTTP request has a token already."""
+    """The tokens of one question, whose first HTTP request has a token already."""
 
     def __init__(self, wait_for_token: WaitForToken) -> None:
         self._wait_for_token = wait_for_token
@@ -138,20 +138,20 @@ def answers_about(
     """
     subject, features = question
     take_token = _Tokens(wait_for_token)
-    known = cache.fresh(subject)
-    if known is not None and known.customer is not None:
-        answers = _answers(client, known.customer, features, take_token)
+    lookup = cache.fresh(subject)
+    if lookup is not None and lookup.customer is not None:
+        answers = _answers(client, lookup.customer, features, take_token)
         if not _is_unknown(answers):
             return answers
         cache.drop(subject)  # the customer was deleted
-        known = None
+        lookup = None
     if client.is_addressable(subject):
         answers = _answers(client, subject, features, take_token)
         if not _is_unknown(answers):
             if answers:
                 cache.drop(subject)
             return answers
-    if known is not None or not client.can_look_up(subject):
+    if lookup is not None or not client.can_look_up(subject):
         return dict.fromkeys(features, UNKNOWN_CUSTOMER)
     return _answers_by_lookup(client, question, cache, take_token)
 

@@ -265,12 +265,16 @@ class Gate:
     def _reserve_default(self, environ: Environ, customer: str) -> bool:
         """Reserve the default amount of the one feature; return True if that works."""
         (feature,) = self.required
-        known = self._entitlements.known(customer, feature)
+        cached = self._entitlements.cached_answer(customer, feature)
         # The cached answer may have changed since `admit` read it: check it again.
         request = record_of(environ)
-        if known is None or not known.decision.allowed or request.reserved is not None:
+        if (
+            cached is None
+            or not cached.decision.allowed
+            or request.reserved is not None
+        ):
             return False
-        if known.counts_down:
+        if cached.counts_down:
             amount = self._amounts.default.get(feature, 0.0)
             account = self._entitlements.account(customer)
             outcome = self._countdown.reserve(account, feature, amount)
@@ -302,12 +306,12 @@ class Gate:
         taken: dict[str, Reservation] = {}
         account = self._entitlements.account(customer)
         for feature in features:
-            known = self._entitlements.known(customer, feature)
-            if known is not None and _denies(known):
+            cached = self._entitlements.cached_answer(customer, feature)
+            if cached is not None and _denies(cached):
                 # This answer came after *decision*.
                 _release(taken)
-                return known.decision
-            if known is None or not known.counts_down:
+                return cached.decision
+            if cached is None or not cached.counts_down:
                 continue
             if feature in held and feature not in amounts:
                 continue
@@ -317,7 +321,7 @@ class Gate:
             if isinstance(outcome, NotReserved):
                 _release(taken)
                 return self._limit_reached(
-                    customer, feature, known, held_back=outcome.held_back
+                    customer, feature, cached, held_back=outcome.held_back
                 )
             taken[feature] = outcome
         for feature, reservation in taken.items():
@@ -327,7 +331,7 @@ class Gate:
         return self._with_remaining(account, decision)
 
     def _limit_reached(
-        self, customer: str, feature: str, known: CachedAnswer, *, held_back: bool
+        self, customer: str, feature: str, cached: CachedAnswer, *, held_back: bool
     ) -> Decision:
         """Return the denial of a quota that is used up by the local count.
 
@@ -335,18 +339,18 @@ class Gate:
         """
         policy = self.policy
         newest = time.monotonic() - policy.deny_ttl
-        if known.asked_at < newest:
+        if cached.asked_at < newest:
             self._entitlements.refresh(customer, feature, since=newest)
         # In a new period the lookup that runs now brings a new balance.
-        is_over = known.terms is not None and known.terms.is_over(time.time())
+        is_over = cached.terms is not None and cached.terms.is_over(time.time())
         wait = _MIN_RETRY if held_back or is_over else self._until_visible()
-        denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
-        quota = known.decision.quota and replace(known.decision.quota, remaining=0.0)
+        denial = denial_of(feature, cached.answer, "limit_reached", time.time() + wait)
+        quota = cached.decision.quota and replace(cached.decision.quota, remaining=0.0)
         return Decision(
             False,
             (denial,),
             source="countdown",
-            answered_at=known.asked_at,
+            answered_at=cached.asked_at,
             quota=quota,
         )
 
@@ -361,6 +365,7 @@ class Gate:
         return min(max(lag, self.policy.deny_ttl, _MIN_RETRY), _MAX_RETRY)
 
     def _with_remaining(self, account: str, decision: Decision) -> Decision:
+        """Return *decision* with the locally counted amount left, for the headers."""
         quota = decision.quota
         if not self.policy.usage_headers or quota is None:
             return decision
@@ -372,6 +377,7 @@ class Gate:
     # -- Counts and log
 
     def _count(self, decision: Decision, subject: str | None) -> None:
+        """Count a decision, and log its denials."""
         counts = self._counts
         if decision.allowed and not decision.denied:
             counts.allowed[decision.source] += 1
@@ -385,9 +391,9 @@ class Gate:
             _log_denial(denial, subject, passes=passes)
 
 
-def _denies(known: CachedAnswer) -> bool:
-    """Return True if *known* denies and is not too old to be used."""
-    return not known.decision.allowed and time.monotonic() < known.usable_until
+def _denies(cached: CachedAnswer) -> bool:
+    """Return True if *cached* denies and is not too old to be used."""
+    return not cached.decision.allowed and time.monotonic() < cached.usable_until
 
 
 def _release(taken: Mapping[str, Reservation]) -> None:

@@ -116,7 +116,7 @@ def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
     return headers
 
 
-def telling_quota(
+def with_quota(
     decision: Decision | None, start_response: StartResponse
 ) -> StartResponse:
     """Return a start_response that adds the quota headers, if there is a quota."""

@@ -4,7 +4,6 @@
 for a missing or expired answer it asks the `Lookup` and waits. The lookup calls
 `_ask_openmeter` in a worker thread, which asks over HTTP, caches the answer, hands its
 balance to the local quota (`countdown`) and shares it with other processes.
-`entitlement_service` puts all these parts together from a policy.
 """
 
 from __future__ import annotations
@@ -77,10 +76,7 @@ _LOW_SHARE = 0.2
 
 
 class EntitlementService:
-    """The entitlements of one process: known answers, lookups and local quotas.
-
-    Any thread.
-    """
+    """The cached answers, lookups and local quotas of one process. Any thread."""
 
     def __init__(
         self,
@@ -129,12 +125,9 @@ class EntitlementService:
     ) -> Decision:
         """Return the decision on the use of all *features* by *customer*. Never raises.
 
-        Waits only if an answer is missing or long expired, and at most
-        ``entitlement_timeout``.
+        Waits, at most ``entitlement_timeout``, if an answer is missing or long expired.
         """
-        fresh = [
-            self._answers.fresh_decisions(feature)(customer) for feature in features
-        ]
+        fresh = [self._answers.fresh_decisions(f)(customer) for f in features]
         if None not in fresh:
             return combined(fresh)  # type: ignore[arg-type]
         if not is_key(customer):  # no valid key: OpenMeter need not be asked
@@ -145,9 +138,9 @@ class EntitlementService:
         return combined(
             [
                 no_answer_decision((feature,), fail_mode, busy_for)
-                if known is None
-                else _decision(known, now)
-                for feature, known in zip(features, answers, strict=True)
+                if cached is None
+                else _decision(cached, now)
+                for feature, cached in zip(features, answers, strict=True)
             ]
         )
 
@@ -172,7 +165,7 @@ class EntitlementService:
             counts=counts,
         )
 
-    def known(self, customer: str, feature: str) -> CachedAnswer | None:
+    def cached_answer(self, customer: str, feature: str) -> CachedAnswer | None:
         """Return the cached answer of any age, or None."""
         return self._answers.get(customer, feature)
 
@@ -237,7 +230,7 @@ class EntitlementService:
         cached = [self._answers.get(customer, feature) for feature in features]
         pairs = list(zip(features, cached, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            is_known = any(known is not None for known in cached)
+            is_known = any(one is not None for one in cached)
             waits = [
                 self._lookup.ask(question, is_known=is_known)
                 for question in questions_about(customer, missing)
@@ -264,26 +257,26 @@ class EntitlementService:
             if shared is not None:
                 self._adopt_shared(customer, feature, shared)
         now = time.monotonic()
-        known = [self._answers.get(customer, feature) for feature in features]
+        cached = [self._answers.get(customer, feature) for feature in features]
         return SharedResult(
-            all(k and k.asked_at >= since and now < k.fresh_until for k in known),
-            any(known),
+            all(k and k.asked_at >= since and now < k.fresh_until for k in cached),
+            any(cached),
         )
 
     def _adopt_shared(self, customer: str, feature: str, shared: SharedAnswer) -> None:
         """Cache an answer of another process, unless the cached one is newer."""
-        known = self._answers.get(customer, feature)
-        if known is not None and known.asked_at >= shared.asked_at:
+        cached = self._answers.get(customer, feature)
+        if cached is not None and cached.asked_at >= shared.asked_at:
             return
         if shared.customer is not None:
             self._customers.put(
                 customer, shared.customer, shared.asked_at, shared.names
             )
-        received = _Received(
+        new = _NewAnswer(
             customer, self.account(customer), feature, shared.answer, shared.asked_at,
             shared.asked_wall, shared.asked_wall,
         )  # fmt: skip
-        self._accept(received, known, shared.terms, shared.terms_at)
+        self._accept(new, cached, shared.terms, shared.terms_at)
 
     # -- In a worker thread of the lookup
 
@@ -302,43 +295,39 @@ class EntitlementService:
         answers = answers_about(client, question, self._customers, wait_for_token)
         account = self.account(customer)
         server_time = asked_wall - client.clock_ahead
-        all_received = [
-            _Received(
+        all_new = [
+            _NewAnswer(
                 customer, account, feature, answer, asked_at, asked_wall, server_time
             )
             for feature, answer in answers.items()
             if not isinstance(answer, DeliveryError)
         ]
-        later = [
-            received
-            for received in all_received
-            if self._store_answer(client, received)
-        ]
+        later = [new for new in all_new if self._store_answer(client, new)]
         answered()
-        for received in later:
+        for new in later:
             # Queued questions have priority.
             if not self._lookup.is_busy:
-                self._fetch_terms(client, received)
+                self._fetch_terms(client, new)
         self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
             raise errors[0]
 
-    def _store_answer(self, client: EntitlementClient, received: _Received) -> bool:
+    def _store_answer(self, client: EntitlementClient, new: _NewAnswer) -> bool:
         """Cache an answer; return True if its terms must be fetched later."""
-        before = self._answers.get(received.customer, received.feature)
-        terms, terms_at = _terms_for(received.answer, before)
-        if not self._accept(received, before, terms, terms_at):
+        before = self._answers.get(new.customer, new.feature)
+        terms, terms_at = _terms_for(new.answer, before)
+        if not self._accept(new, before, terms, terms_at):
             return False
-        if not self._needs_terms(received, terms, terms_at):
+        if not self._needs_terms(new, terms, terms_at):
             return False
-        if self._lookup.is_busy or not self._waits_for_terms(received, terms):
+        if self._lookup.is_busy or not self._waits_for_terms(new, terms):
             return True
-        self._fetch_terms(client, received)
+        self._fetch_terms(client, new)
         return False
 
     def _accept(
         self,
-        received: _Received,
+        new: _NewAnswer,
         before: CachedAnswer | None,
         terms: Terms | None,
         terms_at: float,
@@ -349,17 +338,17 @@ class EntitlementService:
         previous answer then remains valid until the period ends, and the local quota
         is counted down from there.
         """
-        if before is not None and _is_of_next_period(received, before):
-            end = (before.terms and before.terms.period_end) or received.server_time
-            previous = received._replace(answer=before.answer)
-            left = end + 1 - received.server_time
+        if before is not None and _is_of_next_period(new, before):
+            end = (before.terms and before.terms.period_end) or new.server_time
+            previous = new._replace(answer=before.answer)
+            left = end + 1 - new.server_time
             self._cache(previous, before.terms, before.terms_at, at_least=left)
             return False
-        balance, since = received.answer.balance, _period_start(received, before, terms)
+        balance, since = new.answer.balance, _period_start(new, before, terms)
         self.countdown.answered(
-            received.account, received.feature, balance, received.asked_wall, since
+            new.account, new.feature, balance, new.asked_wall, since
         )
-        self._cache(received, terms, terms_at)
+        self._cache(new, terms, terms_at)
         return True
 
     def _share(self, customer: str, features: Iterable[str]) -> None:
@@ -368,81 +357,76 @@ class EntitlementService:
             return
         customer_lookup = self._customers.fresh(customer)
         for feature in features:
-            if (known := self._answers.get(customer, feature)) is not None:
-                self._shared.put(customer, feature, known, customer_lookup)
+            if (cached := self._answers.get(customer, feature)) is not None:
+                self._shared.put(customer, feature, cached, customer_lookup)
 
     def _cache(
         self,
-        received: _Received,
+        new: _NewAnswer,
         terms: Terms | None,
         terms_at: float,
         at_least: float = 0.0,
     ) -> None:
-        """Cache an answer until it expires or its usage period ends.
-
-        *at_least*: minimum lifetime in seconds.
-        """
+        """Cache an answer until it expires or its usage period ends."""
         at_most = math.inf
         if terms is not None and terms.period_end is not None:
-            left = terms.period_end + 1 - received.server_time
+            left = terms.period_end + 1 - new.server_time
             at_most = left if left > 0 else at_most
-        known = CachedAnswer(
-            received.feature,
-            received.answer,
+        cached = CachedAnswer(
+            new.feature,
+            new.answer,
             terms,
-            asked_at=received.asked_at,
+            asked_at=new.asked_at,
             terms_at=terms_at,
             lifetimes=self._lifetimes,
             at_least=at_least,
             at_most=at_most,
         )
-        self._answers.put(received.customer, received.feature, known)
+        self._answers.put(new.customer, new.feature, cached)
 
-    def _needs_terms(
-        self, received: _Received, terms: Terms | None, terms_at: float
-    ) -> bool:
+    def _needs_terms(self, new: _NewAnswer, terms: Terms | None, at: float) -> bool:
         """Return True if new terms are needed for an answer."""
-        answer = received.answer
+        answer = new.answer
         if answer.balance is None:
             return False
         if not answer.has_access:
             return True
-        is_counted = received.feature in self.countdown.meters
+        is_counted = new.feature in self.countdown.meters
         if not is_counted and not self._shows_periods:
             return False
-        if terms is None or received.asked_at - terms_at > _TERMS_TTL:
+        if terms is None or new.asked_at - at > _TERMS_TTL:
             return True
         granted = answer.total_available_grant_amount or 0.0
         is_low = is_counted and answer.balance <= granted * _LOW_SHARE
         return is_low or terms.is_over(time.time())
 
-    def _waits_for_terms(self, received: _Received, terms: Terms | None) -> bool:
+    def _waits_for_terms(self, new: _NewAnswer, terms: Terms | None) -> bool:
         """Return True if the waiting request needs the terms.
 
         A denial tells the end of the period, and a quota is counted down only if it
         has no soft limit. Both are in the terms.
         """
-        if not received.answer.has_access:
+        if not new.answer.has_access:
             return True
-        return terms is None and received.feature in self.countdown.meters
+        return terms is None and new.feature in self.countdown.meters
 
-    def _fetch_terms(self, client: EntitlementClient, received: _Received) -> None:
+    def _fetch_terms(self, client: EntitlementClient, new: _NewAnswer) -> None:
         """Ask for the terms, and cache the answer with them."""
         if not self._lookup.wait_for_token():
             return
         try:
-            terms = client.terms(received.account, received.feature)
+            terms = client.terms(new.account, new.feature)
         except DeliveryError as error:
             logger.warning(
                 "%s: OpenMeter does not state the usage period of feature %r (status "
                 "%s: %s); the answer is used without it",
-                "entitlements", received.feature, error.status or "none", error.reason,
+                "entitlements", new.feature, error.status or "none", error.reason,
             )  # fmt: skip
             return
-        self._cache(received, terms, time.monotonic())
+        self._cache(new, terms, time.monotonic())
 
 
-class _Received(NamedTuple):
+class _NewAnswer(NamedTuple):
     """An answer about one feature, with its question."""
 
     customer: str
@@ -458,30 +442,22 @@ class _Received(NamedTuple):
     server_time: float
 
 
-def _is_of_next_period(received: _Received, before: CachedAnswer) -> bool:
-    """Return True if *received* is about the period that follows *before*'s.
+def _is_of_next_period(new: _NewAnswer, before: CachedAnswer) -> bool:
+    """Return True if *new* is about the period that follows *before*'s.
 
     Before that period begins, its usage is lower than that of the current period.
     """
-    answer, terms = received.answer, before.terms
-    if (
-        terms is None
-        or answer.balance is None
-        or not terms.is_ending(received.server_time)
-    ):
+    answer, terms = new.answer, before.terms
+    if terms is None or answer.balance is None or not terms.is_ending(new.server_time):
         return False
     return not answer.usage or answer.usage < (before.answer.usage or 0.0)
 
 
 def _period_start(
-    received: _Received, before: CachedAnswer | None, terms: Terms | None
+    new: _NewAnswer, before: CachedAnswer | None, terms: Terms | None
 ) -> float:
-    """Return the start of the usage period of *received*, or -inf if unknown."""
-    if (
-        before is not None
-        and before.terms
-        and before.terms.is_over(received.server_time)
-    ):
+    """Return the start of the usage period of *new*, or -inf if unknown."""
+    if before is not None and before.terms and before.terms.is_over(new.server_time):
         return before.terms.period_end or -math.inf
     if terms is not None and terms.period_start is not None:
         return terms.period_start
@@ -500,23 +476,21 @@ def _terms_for(
     return before.terms, before.terms_at
 
 
-def _decision(known: CachedAnswer, now: float) -> Decision:
+def _decision(cached: CachedAnswer, now: float) -> Decision:
     """Return the decision of a cached answer, with its source."""
     source: DecisionSource = "cache"
-    if known.asked_at >= now:
+    if cached.asked_at >= now:
         source = "openmeter"
     else:
-        known.used = True
-    if now >= known.fresh_until:
+        cached.used = True
+    if now >= cached.fresh_until:
         source = "stale"
-    decision = known.decision
+    decision = cached.decision
     return replace(decision, source=source)
 
 
 #: Share of the tokens that is reserved for known customers.
 _RESERVED_SHARE = 0.5
-
-
 #: Minimum seconds for which a customer's id for version 3 of the API is cached. If the
 #: customer is deleted meanwhile, OpenMeter's answer says so.
 _ID_TTL = 600.0

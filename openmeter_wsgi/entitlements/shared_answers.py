@@ -58,23 +58,23 @@ class SharedAnswers:
         self,
         customer: str,
         feature: str,
-        known: CachedAnswer,
+        cached: CachedAnswer,
         lookup: CustomerLookup | None,
     ) -> None:
-        """Share the answer *known*, with the *lookup* of its customer, if any.
+        """Share the answer *cached*, with the *lookup* of its customer, if any.
 
         Answers about unknown customers are not shared: made-up names would fill the
         store.
         """
-        if not known.answer.known_customer:
+        if not cached.answer.known_customer:
             return
-        document = _Document(known.answer)
-        if known.terms is not None:
-            document.terms = known.terms
-            document.terms_age = known.asked_at - known.terms_at
+        document = _Document(cached.answer)
+        if cached.terms is not None:
+            document.terms = cached.terms
+            document.terms_age = cached.asked_at - cached.terms_at
         if lookup is not None and lookup.customer is not None:
             document.customer, document.names = lookup.customer, lookup.names
-        asked_wall = time.time() - (time.monotonic() - known.asked_at)
+        asked_wall = time.time() - (time.monotonic() - cached.asked_at)
         self._store.share(
             _key(customer, feature), msgspec.json.encode(document), asked_wall
         )

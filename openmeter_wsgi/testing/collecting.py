@@ -335,7 +335,7 @@ class Collected:
         ledger = Ledger(store, visible_until=transport.delivered_until)
         return EntitlementService(
             new_lookup=lambda ask_openmeter, _: DirectLookup(client, ask_openmeter),
-            countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
+            countdown=LocalQuota(ledger, policy.entitlement_meters, with_thread=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             close_store=store.close,
             shows_periods=False,
