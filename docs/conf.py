@@ -16,7 +16,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "inline_diagrams",
     "option_links",
-    "options_page",
 ]
 exclude_patterns = ["extensions"]
 

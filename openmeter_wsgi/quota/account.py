@@ -108,13 +108,23 @@ class ProcessLease:
     """
 
     __slots__ = (
-        "_left_in_store", "acquire", "clock", "free", "in_flight", "key", "lock",
-        "release", "usage", "was_used",
+        "_left_in_store", "acquire", "clock", "free", "in_flight", "is_scarce", "key",
+        "lock", "on_unused", "release", "usage", "was_used",
     )  # fmt: skip
 
-    def __init__(self, key: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        key: str,
+        clock: Callable[[], float],
+        on_unused: Callable[[str], object],
+    ) -> None:
         self.key: str = key
         self.clock: Callable[[], float] = clock
+        #: Called with the key when a request leaves part of a scarce lease unused.
+        self.on_unused: Callable[[str], object] = on_unused
+        #: True if the last grant sufficed for one request only: so little is left that
+        #: an unused amount here may cause a refusal in another process.
+        self.is_scarce: bool = False
         self.lock: threading.RLock = threading.RLock()
         #: For the fast path: a with statement would double its cost.
         self.acquire: Callable[..., bool] = self.lock.acquire
@@ -237,8 +247,11 @@ class Reservation:
                     usage.amount += amount
                 else:
                     usage.add(int(now), amount)
+            is_needed_elsewhere = lease.is_scarce and lease.free > 0
         finally:
             lease.release()
+        if is_needed_elsewhere:
+            lease.on_unused(lease.key)
 
 
 #: Seconds without a reservation after which a lease is returned.
@@ -267,11 +280,12 @@ class Account:
         *,
         visible_until: Callable[[], float],
         clock: Callable[[], float],
+        on_unused: Callable[[str], object] = str,
     ) -> None:
         self.key: str = key
         # A subject may contain lone surrogates, which no database accepts as text.
         self._stored_key = key.encode(errors="backslashreplace").decode()
-        self.lease: ProcessLease = ProcessLease(key, clock)
+        self.lease: ProcessLease = ProcessLease(key, clock, on_unused)
         self._clock = clock
         self._exchange = exchange
         self._visible_until = visible_until
@@ -413,11 +427,14 @@ class Account:
             (reply,) = self._exchange([request._replace(spent=recent)])
         self._store_name = reply.store
         granted = reply.granted or 0.0
+        self.lease.is_scarce = 0 < granted <= (request.wanted or 0.0)
         self.lease.add_granted(
             granted,
             reserved=0.0 if reply.granted is None else take,
             left_in_store=reply.available - granted,
         )
+        if self.lease.is_scarce and self.lease.free > 0:
+            self.lease.on_unused(self.key)  # no request waits for the amount
         self._handed_in_at = self._clock()
         return reply
 

@@ -6,7 +6,8 @@
 - Threads that receive an answer of OpenMeter call `answered` with its balance.
 - The thread ``openmeter_wsgi.ledger`` calls `Ledger.maintain` twice a second. That
   hands usage in, returns idle leases, removes dead lessees from the store and publishes
-  the visibility mark there.
+  the visibility mark there. Near the limit of a quota, leases are *scarce*: the thread
+  is woken to return unused amounts at once, because other processes may need them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.lock import new_token
 from openmeter_wsgi.quota.account import Account
 from openmeter_wsgi.quota.store import Lessee
+from openmeter_wsgi.threads import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +46,8 @@ _BATCH = 100
 #: Maximum seconds between two publications of the visibility mark: a new store that
 #: replaces a lost one has no mark.
 _HEARTBEAT = 10.0
+#: Maximum number of accounts that wait for `return_scarce_leases`.
+_MAX_SCARCE = 1_000
 
 
 class Ledger:
@@ -83,6 +87,10 @@ class Ledger:
         self._published_at = 0.0
         #: The last known value of `Store.returns`.
         self._returns = 0
+        #: Set when a scarce lease must be returned at once.
+        self.wakeup: Wakeup = Wakeup()
+        #: The keys of such leases. `maintain` returns those that the deque drops.
+        self._scarce: deque[str] = deque(maxlen=_MAX_SCARCE)
 
     def account(self, key: str) -> Account:
         """Return the account of *key*: one customer's balance of one feature.
@@ -121,6 +129,21 @@ class Ledger:
             logger.exception("%s: its maintenance failed; usage is kept and handed in "
                              "at the next try", "ledger")  # fmt: skip
 
+    def _note_unused(self, key: str) -> None:
+        """Wake the thread to return a scarce lease. Also called in finalizers."""
+        self._scarce.append(key)
+        self.wakeup.set()
+
+    def return_scarce_leases(self) -> None:
+        """Return the unused amounts of scarce leases to the store. Never raises."""
+        keys = {self._scarce.popleft() for _ in range(len(self._scarce))}
+        try:
+            accounts = [self._accounts[key] for key in keys if key in self._accounts]
+            self._exchange_leases(accounts, giving_up=True)
+        except Exception:
+            logger.exception("%s: unused amounts could not be returned to the store; "
+                             "the next try is soon", "ledger")  # fmt: skip
+
     def close(self) -> None:
         """Hand all usage in and leave the store; amounts in flight count as usage."""
         if os.getpid() != self._pid or self._lessee is None:
@@ -141,6 +164,7 @@ class Ledger:
             self._exchange,
             visible_until=lambda: self._published,
             clock=self._clock,
+            on_unused=self._note_unused,
         )
         with self._lock:
             return self._accounts.setdefault(key, account)
@@ -298,6 +322,7 @@ class LocalQuota:
             if thread is None:
                 return
             self._closed.set()
+            self._ledger.wakeup.set()
             self._closed = threading.Event()
         atexit.unregister(self.close)
         self._ledger.close()
@@ -321,8 +346,14 @@ class LocalQuota:
 
     def _maintain(self, closed: threading.Event) -> None:
         """Maintain the ledger until *closed* is set. The body of the thread."""
-        while not closed.wait(_MAINTENANCE_INTERVAL):
-            self._ledger.maintain()
+        ledger = self._ledger
+        next_round = time.monotonic() + _MAINTENANCE_INTERVAL
+        while not closed.is_set():
+            ledger.wakeup.wait(max(next_round - time.monotonic(), 0.0))
+            ledger.return_scarce_leases()
+            if time.monotonic() >= next_round and not closed.is_set():
+                ledger.maintain()
+                next_round = time.monotonic() + _MAINTENANCE_INTERVAL
 
 
 def _key(customer: str, feature: str) -> str:
