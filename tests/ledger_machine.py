@@ -193,7 +193,7 @@ class Machine(RuleBasedStateMachine):
         self.lost = self.served = 0.0
 
     @rule(who=st.integers(0, WORKERS - 1))
-    def tend(self, who):
+    def maintain(self, who):
         self.workers[who].ledger.maintain()
 
     @rule(
@@ -215,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         self.end(self.workers[who])
         self.workers[who] = self.new_worker()
         if in_the_middle:
-            self.tend((who + 1) % WORKERS)
+            self.maintain((who + 1) % WORKERS)
 
     @precondition(lambda self: hasattr(self, "served"))
     @invariant()
@@ -236,7 +236,7 @@ class Machine(RuleBasedStateMachine):
             self.spool.probes.add([event_id for event_id, _ in events])
         self.spool.waiting = []
         account = self.workers[-1].account
-        account.reserve(0.0)  # somebody is there: else nobody tends
+        account.reserve(0.0)  # somebody is there: else nobody maintains
         for _ in range(45):
             self.clock.now += max(self.step, 2.0)
             self.spool.look(self.openmeter)

@@ -63,7 +63,7 @@ def ask():
     asked_at = time.time()
     account.answered(json.load(urlopen(url)), asked_at)
 
-def tend():
+def maintain():
     while True:
         time.sleep(0.1)
         ledger.maintain()
@@ -87,7 +87,7 @@ def work():
         outcome.settle(1.0)
 
 ask()
-for background in (deliver, tend, refresh):
+for background in (deliver, maintain, refresh):
     threading.Thread(target=background, daemon=True).start()
 workers = [threading.Thread(target=work) for _ in range(int(threads))]
 for worker in workers:

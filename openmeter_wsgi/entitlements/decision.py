@@ -60,7 +60,7 @@ class Decision(msgspec.Struct, frozen=True):
 
     #: True if the request may begin.
     allowed: bool
-    #: The denied features. Not empty although allowed: ``fail_mode`` allowed it.
+    #: The denied features. Not empty if ``fail_mode`` allowed the request.
     denied: tuple[Denial, ...] = ()
     #: The source of the decision.
     source: DecisionSource = "openmeter"
@@ -73,7 +73,7 @@ class Decision(msgspec.Struct, frozen=True):
 
     @property
     def config(self) -> Any:
-        """The value of the static entitlement; None unless exactly one is there."""
+        """The value of the static entitlement, None unless there is exactly one."""
         configs = self.configs
         return next(iter(configs.values())) if len(configs) == 1 else None
 

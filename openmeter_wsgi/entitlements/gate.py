@@ -190,7 +190,7 @@ class Gate:
             self._fresh_decision = entitlements.fresh_decisions(feature)
 
     def admit(self, environ: Environ) -> Decision:
-        """Decide whether a request may begin. Never raises."""
+        """Return the decision on a request that is about to begin. Never raises."""
         if (
             self._fresh_decision is not None
             and (subject := self._find_subject(environ))

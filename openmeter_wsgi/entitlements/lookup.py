@@ -584,11 +584,13 @@ class BackgroundLookup:
         return True
 
     def _finish(self, pending: _Pending) -> None:
+        """Remove a question that is answered or dropped, and wake its requests."""
         with self._lock:
             self._pending.pop(pending.question, None)
         pending.finish()
 
     def _send(self, pending: _Pending) -> None:
+        """Ask OpenMeter with an idle client or a new one, and handle errors."""
         clients = self._clients
         try:
             client = clients.pop()

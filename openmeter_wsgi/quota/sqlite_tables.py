@@ -172,7 +172,7 @@ def prune(db: sqlite3.Connection, now: float) -> None:
     old = "SELECT key FROM accounts WHERE used_at < ? AND leased <= 0"
     for table in ("spent", "leases", "accounts"):
         db.execute(
-            f"DELETE FROM {table} WHERE key IN ({old})",  # noqa: S608 - names of ours
+            f"DELETE FROM {table} WHERE key IN ({old})",  # noqa: S608 - constants
             (now - ACCOUNT_TTL,),
         )
     db.execute("DELETE FROM answers WHERE asked_at < ?", (now - ACCOUNT_TTL,))

@@ -108,7 +108,7 @@ class Store(Protocol):
     def returns(self) -> int:
         """The number of times that a store was away and came back.
 
-        Its leases may be outdated then.
+        After each return the leases in it may be outdated.
         """
 
     @property
@@ -160,7 +160,7 @@ def lease_amount(available: float, wanted: float | None, lessees: int) -> float 
     """Return the amount to grant, or None if less than *wanted* is available.
 
     A lessee gets a small share of a large balance, and only *wanted* near the limit, so
-    that no process holds an amount which another process needs.
+    that no process holds an amount that another process needs.
     """
     if wanted is None:
         return 0.0
