@@ -9,7 +9,6 @@ has ended, `Gate.settle` replaces the reservation with the amount that is billed
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import defaultdict
@@ -402,15 +401,20 @@ def _release(taken: Mapping[str, Reservation]) -> None:
 
 
 def _log_denial(denial: Denial, subject: str | None, *, passes: bool) -> None:
-    # A denial is normal; a request that passes although it is denied is not.
-    logger.log(
-        logging.WARNING if passes else logging.INFO,
-        "%s: %s, %s%s",
-        f"subject {subject!r}, feature {denial.feature!r}",
-        denial.reason,
-        "let through" if passes else "denied",
-        _figures(denial),
-    )
+    # A denial is normal. A request that passes without access is not: its warning is
+    # written once a minute for all subjects.
+    if passes:
+        logger.warning(
+            "%s: subject %r is let through%s",
+            f"feature {denial.feature!r}, {denial.reason}",
+            subject, _figures(denial),
+        )  # fmt: skip
+    else:
+        logger.info(
+            "%s: %s, denied%s",
+            f"subject {subject!r}, feature {denial.feature!r}",
+            denial.reason, _figures(denial),
+        )  # fmt: skip
 
 
 def _figures(denial: Denial) -> str:
