@@ -103,6 +103,7 @@ Exit codes:
     default=True,
     help="Drop events whose source and id were seen before.",
 )
+@click.option("--latency", hidden=True, expose_value=False, callback=_refuse_latency)
 @click.option(
     "--fail-rate",
     default=0.0,
@@ -124,7 +125,6 @@ Exit codes:
     " byte-delay=0.01, outage, retry-after=5, denied=401; of ingest also forget, claim,"
     " refused-type=T, refused-subject=S. May be repeated: --fault ingest:outage.",
 )
-@click.option("--latency", hidden=True, expose_value=False, callback=_refuse_latency)
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
 def command(
     host: str, port: int, faults: tuple[Any, ...], as_json: bool, **options: Any
