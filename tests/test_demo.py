@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from examples.demo import access
-from examples.demo.access import Scene
+from examples.demo.access import Check
 from examples.demo.comparison import Billed, differences
 from examples.demo.expectation import Account, expect
 from examples.demo.load import Answer, Kind, Request, plan
@@ -126,12 +126,12 @@ def test_entitlements_are_checked_and_right():
 
 
 def test_wrong_access_is_named(capsys):
-    scenes = [
-        Scene("acme", "200", "200"),
-        Scene("  hooli", "403 no_access", "200"),
+    checks = [
+        Check("acme", "200", "200"),
+        Check("  hooli", "403 no_access", "200"),
     ]
 
-    wrong = conclude_access(make_console(), scenes)
+    wrong = conclude_access(make_console(), checks)
 
     assert wrong == ["hooli: expected 403 no_access, got 200"]
     assert "Access is wrong" in capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_an_option_that_is_ignored_is_found(monkeypatch, name):
 
     monkeypatch.setattr(access, "Policy", without_option)
 
-    assert not all(scene.is_right for scene in access.play())
+    assert not all(check.is_right for check in access.run_checks())
 
 
 def test_a_log_file_gets_no_animation_and_no_long_lines():

@@ -47,10 +47,10 @@ def _run(console: Console, options: Options, logs: Path) -> int:
             differences = demo.run()
         except (ProcessFailed, OSError, requests.RequestException) as error:
             console.print(f"[bold red]The demo failed:[/] {error}", soft_wrap=True)
-            demo.say_logs()
+            demo.print_logs()
             return 1
         if differences:
-            demo.say_logs()
+            demo.print_logs()
         return 1 if differences else 0
 
 

@@ -35,7 +35,7 @@ TIMEOUT = 30.0
 LIFETIME = 0.2
 
 
-class Scene(NamedTuple):
+class Check(NamedTuple):
     """One check: its label, the expected result and the actual result."""
 
     label: str
@@ -47,7 +47,7 @@ class Scene(NamedTuple):
         return self.expected == self.got
 
 
-def play() -> list[Scene]:
+def run_checks() -> list[Check]:
     """Return the results of all checks. They take about two seconds."""
     logger = logging.getLogger("openmeter_wsgi")
     silence = (
@@ -65,41 +65,41 @@ def play() -> list[Scene]:
         logger.removeHandler(silence)
 
 
-def _quota(sandbox: Sandbox) -> Iterator[Scene]:
+def _quota(sandbox: Sandbox) -> Iterator[Check]:
     with _application(sandbox) as (url, app):
-        denial = _ask(url, "hooli")
-        yield Scene("hooli, no entitlement", "403 no_access", _problem(denial))
-        answers = [_ask(url, "acme") for _ in range(REQUESTS)]
-        yield Scene(
+        denial = _get(url, "hooli")
+        yield Check("hooli, no entitlement", "403 no_access", _problem(denial))
+        answers = [_get(url, "acme") for _ in range(REQUESTS)]
+        yield Check(
             f"acme, {REQUESTS} requests, quota of {QUOTA}",
             f"{QUOTA}x 200, {REQUESTS - QUOTA}x 429, Retry-After",
             _counted(answers),
         )
         asked = sandbox.asked(customer="acme", kind="value_v2")
-        yield Scene(
+        yield Check(
             "  checks sent to OpenMeter",
             "1, then counted down locally",
             f"{asked}, then counted down locally",
         )
         app.flush(TIMEOUT)
         usage = sandbox.value("acme", FEATURE)["usage"]
-        yield Scene("  requests billed", f"{QUOTA}", f"{usage:g}")
+        yield Check("  requests billed", f"{QUOTA}", f"{usage:g}")
 
 
-def _static(sandbox: Sandbox) -> Iterator[Scene]:
+def _static(sandbox: Sandbox) -> Iterator[Check]:
     options: Any = {"required_entitlements": [STATIC], "entitlement_meters": {}}
     with _application(sandbox, **options) as (url, _):
         for subject, expected in (
             ("hooli", '200, {"formats": ["csv"]}'),
             ("acme", "403 no_access"),
         ):
-            answer = _ask(url, subject)
+            answer = _get(url, subject)
             got = f"200, {answer.text}" if answer.ok else _problem(answer)
             label = f"{subject}, static entitlement {STATIC}"
-            yield Scene(label, expected, got)
+            yield Check(label, expected, got)
 
 
-def _outage(sandbox: Sandbox) -> Iterator[Scene]:
+def _outage(sandbox: Sandbox) -> Iterator[Check]:
     sandbox.grant("acme", FEATURE, 1_000)
     short: Any = {"allow_ttl": LIFETIME, "deny_ttl": LIFETIME, "max_stale": 0.0}
     with contextlib.ExitStack() as stack:
@@ -108,7 +108,7 @@ def _outage(sandbox: Sandbox) -> Iterator[Scene]:
             application = _application(sandbox, fail_mode=mode, **short)
             urls[mode], _ = stack.enter_context(application)
             for subject in ("acme", "hooli"):
-                _ask(urls[mode], subject)  # caches the answers of both
+                _get(urls[mode], subject)  # caches the answers of both
         sandbox.faults.entitlements.set(outage=True)
         time.sleep(3 * LIFETIME)  # lets the cached answers expire
         for mode, expected in (
@@ -116,10 +116,10 @@ def _outage(sandbox: Sandbox) -> Iterator[Scene]:
             ("closed", "acme 503, hooli 503, Retry-After"),
             ("stale", "acme 200, hooli 403"),
         ):
-            answers = {name: _ask(urls[mode], name) for name in ("acme", "hooli")}
+            answers = {name: _get(urls[mode], name) for name in ("acme", "hooli")}
             got = ", ".join(f"{who} {a.status_code}" for who, a in answers.items())
             label = f"outage, max_stale=0, fail_mode={mode}"
-            yield Scene(label, expected, got + _wait(answers.values()))
+            yield Check(label, expected, got + _retry_after(answers.values()))
 
 
 def _problem(answer: requests.Response) -> str:
@@ -135,16 +135,16 @@ def _counted(answers: Sequence[requests.Response]) -> str:
         (status, list(run))
         for status, run in itertools.groupby(answers, lambda a: a.status_code)
     ]
-    return ", ".join(f"{len(run)}x {status}{_wait(run)}" for status, run in runs)
+    return ", ".join(f"{len(run)}x {status}{_retry_after(run)}" for status, run in runs)
 
 
-def _wait(answers: Iterable[requests.Response]) -> str:
+def _retry_after(answers: Iterable[requests.Response]) -> str:
     """Return a note if all answers have the header Retry-After."""
     waits = [answer.headers.get("Retry-After", "") for answer in answers]
     return ", Retry-After" if all(map(str.isdecimal, waits)) else ""
 
 
-def _ask(url: str, subject: str) -> requests.Response:
+def _get(url: str, subject: str) -> requests.Response:
     with requests.Session() as session:
         session.trust_env = False
         return session.get(url, headers={"X-Subject": subject}, timeout=TIMEOUT)

@@ -54,8 +54,8 @@ class OpenMeter:
 
     def grant(self, subject: str, feature: str, amount: float | None) -> None:
         """Grant a customer a feature, and *amount* of it (the sandbox's own API)."""
-        asked = {"customer": subject, "feature": feature, "amount": amount}
-        self._call("POST", "/sandbox/api/grant", json=asked)
+        document = {"customer": subject, "feature": feature, "amount": amount}
+        self._call("POST", "/sandbox/api/grant", json=document)
 
     def fail(self, share: float) -> None:
         """Let *share* of ingest requests fail (the sandbox's own API)."""
@@ -80,8 +80,8 @@ class OpenMeter:
         listed: list[dict[str, Any]] = []
         page: dict[str, Any] = {"nextCursor": None}
         while "nextCursor" in page:
-            asked = {"limit": 100, "cursor": page["nextCursor"]}
-            page = self._call("GET", "/api/v2/events", params=asked)
+            params = {"limit": 100, "cursor": page["nextCursor"]}
+            page = self._call("GET", "/api/v2/events", params=params)
             listed += page["items"]
         return listed
 

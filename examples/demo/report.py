@@ -16,7 +16,7 @@ from examples.demo.load import KEYS, Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from examples.demo.access import Scene
+    from examples.demo.access import Check
     from examples.demo.comparison import Billed
     from examples.demo.expectation import Account, Expectation
 
@@ -123,13 +123,13 @@ def delivery_table(billed: Billed, *, before_stop: int | None) -> Table:
 
 
 #: Texts for the reasons why requests are not billed.
-_BY = defaultdict(lambda: "another reason", status="their status code")
+_REASON_TEXTS = defaultdict(lambda: "another reason", status="their status code")
 
 
 def _worker_rows(billed: Billed) -> list[tuple[str, int, str]]:
     reasons = billed.reasons("not_metered")
     named = ", ".join(
-        f"{count:,} by {_BY[reason]}" for reason, count in reasons.items()
+        f"{count:,} by {_REASON_TEXTS[reason]}" for reason, count in reasons.items()
     )
     lost = billed.reasons("dropped").total() + billed.total("dead_lettered")
     return [
@@ -158,22 +158,22 @@ def conclude(console: Console, expected: Expectation, found: Sequence[str]) -> N
     )
 
 
-def access_table(scenes: Sequence[Scene]) -> Table:
+def access_table(checks: Sequence[Check]) -> Table:
     """Return a table of the entitlement checks and their results."""
     table = _table("request", "answer", "")
-    for scene in scenes:
+    for check in checks:
         table.add_row(
-            escape(scene.label), escape(scene.got), YES if scene.is_right else NO
+            escape(check.label), escape(check.got), YES if check.is_right else NO
         )
     return table
 
 
-def conclude_access(console: Console, scenes: Sequence[Scene]) -> list[str]:
+def conclude_access(console: Console, checks: Sequence[Check]) -> list[str]:
     """Print that all checks gave the expected result; return the differences."""
     wrong = [
-        f"{scene.label.strip()}: expected {scene.expected}, got {scene.got}"
-        for scene in scenes
-        if not scene.is_right
+        f"{check.label.strip()}: expected {check.expected}, got {check.got}"
+        for check in checks
+        if not check.is_right
     ]
     if wrong:
         console.print("[bold red]Access is wrong:[/]")
@@ -188,7 +188,7 @@ def conclude_access(console: Console, scenes: Sequence[Scene]) -> list[str]:
     return wrong
 
 
-def say_addresses(console: Console, openmeter: str, app: str) -> None:
+def print_addresses(console: Console, openmeter: str, app: str) -> None:
     """Print the addresses of both servers, and commands to try."""
     curl = f"curl -H 'X-API-Key: {KEYS['acme']}' {app}/products"
     console.print("\n[bold]Both are left running.[/] Ctrl-C stops them.")
@@ -204,7 +204,7 @@ def say_addresses(console: Console, openmeter: str, app: str) -> None:
         console.print(f"    {text}", markup=False, soft_wrap=True)
 
 
-def say_tail(console: Console, name: str, text: str, lines: int = 15) -> None:
+def print_end_of_log(console: Console, name: str, text: str, lines: int = 15) -> None:
     """Print the last lines of a log."""
     console.rule(f"the end of the log of {name}", align="left", style="dim")
     last = text.splitlines()[-lines:] or ["(it is empty)"]

@@ -80,9 +80,9 @@ class Demo:
         for subject in KEYS:
             openmeter.grant(subject, "api_requests", QUOTA)
         openmeter.grant("acme", "exports", None)
-        self._say(f"OpenMeter sandbox  {openmeter.url}  (open it in a browser)")
+        self._print(f"OpenMeter sandbox  {openmeter.url}  (open it in a browser)")
         gunicorn, address = self._start_gunicorn(openmeter.url)
-        self._say(f"Flask on gunicorn  {_url(address)}  2 workers")
+        self._print(f"Flask on gunicorn  {_url(address)}  2 workers")
         if self._options.fail_rate:
             self._stack.enter_context(_first_fails(openmeter.url, self._options))
         expected = expect(self._send(address))
@@ -93,19 +93,19 @@ class Demo:
             billed = self._stop_and_read(gunicorn, openmeter)
         found = differences(expected, billed)
         self._print_tables(expected, billed, before)
-        scenes = self._try_access()
-        wrong = report.conclude_access(self._console, scenes)
+        checks = self._try_access()
+        wrong = report.conclude_access(self._console, checks)
         report.conclude(self._console, expected, found)
         if self._options.keep:
             self._keep_running(openmeter.url, _url(address))
         return found + wrong
 
-    def say_logs(self) -> None:
+    def print_logs(self) -> None:
         """Print the last lines of the logs of the processes."""
         for process in self.processes:
-            report.say_tail(self._console, process.name, process.output())
+            report.print_end_of_log(self._console, process.name, process.output())
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def _start(self, name: str, command: Sequence[str], **environ: str) -> Process:
@@ -141,13 +141,13 @@ class Demo:
             task = progress.add_task("sending requests", total=len(planned))
             answers = send_all(address, planned, lambda: progress.advance(task))
         seconds = time.monotonic() - started
-        self._say(f"{len(answers):,} requests answered in {seconds:.1f} s")
+        self._print(f"{len(answers):,} requests answered in {seconds:.1f} s")
         return answers
 
     def _stop_and_read(self, gunicorn: Process, openmeter: OpenMeter) -> Billed:
         """Stop the workers, which send their waiting events, and read the usage."""
         gunicorn.stop()
-        self._say("gunicorn stopped (SIGTERM); its workers sent the waiting events")
+        self._print("gunicorn stopped (SIGTERM); its workers sent the waiting events")
         counts = re.findall(r"usage (\{.*\})", gunicorn.output())
         return _read(openmeter, [json.loads(worker) for worker in counts])
 
@@ -177,20 +177,20 @@ class Demo:
             self._console.print(f"[bold]{title}[/]")
             self._console.print(table)
 
-    def _try_access(self) -> list[access.Scene]:
+    def _try_access(self) -> list[access.Check]:
         with self._console.status("checking access"):
-            scenes = access.play()
+            checks = access.run_checks()
         self._console.print("[bold]Access[/]")
-        self._console.print(report.access_table(scenes))
-        return scenes
+        self._console.print(report.access_table(checks))
+        return checks
 
     def _keep_running(self, openmeter: str, app: str) -> None:
         """Print the addresses and wait for Ctrl-C."""
         with contextlib.suppress(KeyboardInterrupt):
-            report.say_addresses(self._console, openmeter, app)
+            report.print_addresses(self._console, openmeter, app)
             while True:
                 signal.pause()
-        self._say("\nstopping both")
+        self._print("\nstopping both")
 
 
 @contextlib.contextmanager
