@@ -30,11 +30,12 @@ from openmeter_wsgi.bodies.json import JSONScanner, Selection
 from openmeter_wsgi.bodies.llm_shapes import (
     PLACES,
     PROVIDERS,
-    Figures,
     LLMUsage,
     Place,
     Provider,
     costliest,
+    figures_in,
+    left_out,
     tokens,
     usage_from,
 )
@@ -44,13 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _BOM = b"\xef\xbb\xbf"
-#: Maximum count. Larger counts are not exact as a float, which OpenMeter uses.
-_MAX_COUNT = 2**53
 #: All exceptions of decoding bytes; UnicodeDecodeError is a ValueError.
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
-#: The figures in each of Anthropic's ``usage.iterations``.
-_MAIN = ("input_tokens", "output_tokens")
-_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 # -- The members that are decoded, computed from the table of places. A *wrapper* is a
 # -- member that holds an object with the report; the *inner* members are that object's.
@@ -136,16 +132,13 @@ class LLMReader(Reader[LLMUsage]):
         self._reports = LLMReports(FINDERS[provider])
         #: Reads the documents that are too large to be kept.
         self._scanner = _scanner(self._reports)
-
-    @property
-    def skipped(self) -> int:
-        """The number of values that were too large to read, in too large documents."""
-        return self._scanner.skipped
+        #: True if a value in a smaller document was too large to read.
+        self._has_skipped = False
 
     def read_whole(self, frames: bytes) -> None:
         """Read one or more whole frames. Most hold a bit of text and no report."""
         if self._reports.is_relevant(frames):
-            self._add_documents(self._reports, frames)
+            self._has_skipped |= self._add_documents(self._reports, frames)
 
     def read_piece(self, piece: bytes) -> None:
         """Read the next piece of a document that is too large to be kept."""
@@ -186,13 +179,15 @@ class LLMReader(Reader[LLMUsage]):
         # An event stream begins with `data`, `event`, `id`, `retry` or a colon.
         return EventStream() if first in b":deir" else None
 
-    def _add_documents(self, reports: LLMReports, frames: bytes) -> None:
-        """Add the documents in *frames* to *reports*."""
+    def _add_documents(self, reports: LLMReports, frames: bytes) -> bool:
+        """Add the documents in *frames*; return True if a value was too large."""
+        has_skipped = False
         if self._frames is None:
-            return
+            return has_skipped
         for document in self._frames.documents(frames):
             if reports.is_relevant(document) and not reports.add(document):
-                _scan(reports, document)
+                has_skipped |= _scan(reports, document) == "too_large"
+        return has_skipped
 
     def _result(self) -> LLMUsage | Unknown:
         frames = self._frames
@@ -200,7 +195,9 @@ class LLMReader(Reader[LLMUsage]):
             return Unknown("not_json" if self._is_foreign else "no_usage")
         reports = self._reports.copy()
         reason = self._add_rest(reports, frames)
-        return reports.usage() or Unknown("too_large" if self.skipped else reason)
+        if self._has_skipped or self._scanner.skipped:
+            reason = "too_large"
+        return reports.usage() or Unknown(reason)
 
     def _add_rest(self, reports: LLMReports, frames: Frames) -> str:
         """Add the incomplete frame; return the reason in case no usage was found."""
@@ -209,7 +206,8 @@ class LLMReader(Reader[LLMUsage]):
             return "cut_off" if self._scanner.is_inside else "no_usage"
         rest = frames.rest
         if frames.separator:
-            self._add_documents(reports, bytes(rest))
+            if self._add_documents(reports, bytes(rest)):
+                return "too_large"
             return "cut_off" if rest.strip() else "no_usage"
         # Without a separator the whole body is in the rest.
         return "no_usage" if reports.add(rest) else _scan(reports, rest)
@@ -537,14 +535,14 @@ def _add_report(
     Add none if no place has any of the figures. *naming* is the object with the members
     that name the model and the call.
     """
-    figures = _figures(usage)
+    figures = figures_in(usage)
     for place in places:
         if not place.figures.isdisjoint(figures):
             break
     else:
         return
     if place.provider == "anthropic" and "iterations" in usage:
-        figures |= _left_out(usage["iterations"], figures)
+        figures |= left_out(usage["iterations"], figures)
     model, call = _text(naming.get(place.model)), _text(naming.get(place.call))
     member, kind = place.continues
     if member and naming.get(member) == kind:
@@ -552,51 +550,6 @@ def _add_report(
     reports.append(
         _Report(_key(place), place.provider, figures, model, call, place.begins)
     )
-
-
-def _figures(usage: dict[str, Any]) -> dict[str, int]:
-    """Return the counts in *usage*, and those nested one level as ``outer.inner``."""
-    figures: dict[str, int] = {}
-    for name, value in usage.items():
-        if isinstance(value, dict):
-            for inner, inner_value in value.items():
-                if (count := _count(inner_value)) is not None:
-                    figures[f"{name}.{inner}"] = count
-        elif (count := _count(value)) is not None:
-            figures[name] = count
-    return figures
-
-
-def _left_out(iterations: object, figures: Figures) -> dict[str, int]:
-    """Return the tokens of *iterations* that Anthropic's own *figures* leave out.
-
-    Anthropic's figures include the iterations of type ``message``. They leave out the
-    iterations of other types: compactions and the calls of an advisor.
-    """
-    listed = iterations if isinstance(iterations, list) else []
-    listed = [each for each in listed if isinstance(each, dict)]
-    totals = _sums(listed)
-    if all(figures.get(name, 0) >= totals[name] for name in _MAIN):
-        return {}
-    others = _sums(each for each in listed if each.get("type") != "message")
-    return {f"left_out.{name}": count for name, count in others.items() if count}
-
-
-def _sums(iterations: Iterable[dict[str, Any]]) -> dict[str, int]:
-    sums = dict.fromkeys((*_MAIN, *_CACHED), 0)
-    for iteration in iterations:
-        for name in sums:
-            sums[name] += _count(iteration.get(name)) or 0
-    return sums
-
-
-def _count(value: object) -> int | None:
-    """Return *value* if it is a count, else None. Cohere writes counts as floats."""
-    if type(value) is int:
-        return value if 0 <= value <= _MAX_COUNT else None
-    if isinstance(value, float) and 0 <= value <= _MAX_COUNT and value.is_integer():
-        return int(value)
-    return None
 
 
 def _text(value: object) -> str | None:

@@ -140,7 +140,7 @@ PLACES = (
 
 #: The alternative figures for each field of `LLMUsage`. The first that is reported is
 #: used, plus those of the figures after ``+`` that are reported. ``left_out.…`` are the
-#: iterations that Anthropic's own figures leave out (computed by `bodies.llm`).
+#: iterations that Anthropic's own figures leave out, see `left_out`.
 COUNTS: dict[Provider, dict[str, tuple[str, ...]]] = {
     "openai": {
         "input_tokens": ("prompt_tokens", "input_tokens"),
@@ -219,6 +219,12 @@ COUNTS: dict[Provider, dict[str, tuple[str, ...]]] = {
 #: Providers whose output excludes reasoning, unless the total proves the opposite.
 REASONING_EXCLUDED = frozenset({"gemini"})
 
+#: Maximum count. Larger counts are not exact as a float, which OpenMeter uses.
+_MAX_COUNT = 2**53
+#: The figures in each of Anthropic's ``usage.iterations``.
+_MAIN = ("input_tokens", "output_tokens")
+_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
+
 _TERMS = {
     provider: [
         (field, [alternative.split(" + ") for alternative in alternatives])
@@ -228,10 +234,55 @@ _TERMS = {
 }
 
 
+def figures_in(usage: dict[str, Any]) -> dict[str, int]:
+    """Return the counts in *usage*, and those nested one level as ``outer.inner``."""
+    figures: dict[str, int] = {}
+    for name, value in usage.items():
+        if isinstance(value, dict):
+            for inner, inner_value in value.items():
+                if (count := _count(inner_value)) is not None:
+                    figures[f"{name}.{inner}"] = count
+        elif (count := _count(value)) is not None:
+            figures[name] = count
+    return figures
+
+
+def left_out(iterations: object, figures: Figures) -> dict[str, int]:
+    """Return the tokens of *iterations* that Anthropic's own *figures* leave out.
+
+    Anthropic's figures include the iterations of type ``message``. They leave out the
+    iterations of other types: compactions and the calls of an advisor.
+    """
+    listed = iterations if isinstance(iterations, list) else []
+    listed = [each for each in listed if isinstance(each, dict)]
+    totals = _sums(listed)
+    if all(figures.get(name, 0) >= totals[name] for name in _MAIN):
+        return {}
+    others = _sums(each for each in listed if each.get("type") != "message")
+    return {f"left_out.{name}": count for name, count in others.items() if count}
+
+
+def _sums(iterations: Iterable[dict[str, Any]]) -> dict[str, int]:
+    sums = dict.fromkeys((*_MAIN, *_CACHED), 0)
+    for iteration in iterations:
+        for name in sums:
+            sums[name] += _count(iteration.get(name)) or 0
+    return sums
+
+
+def _count(value: object) -> int | None:
+    """Return *value* if it is a count, else None. Cohere writes counts as floats."""
+    if type(value) is int:
+        return value if 0 <= value <= _MAX_COUNT else None
+    if isinstance(value, float) and 0 <= value <= _MAX_COUNT and value.is_integer():
+        return int(value)
+    return None
+
+
 def usage_from(provider: Provider, model: str | None, figures: Figures) -> LLMUsage:
     """Convert the figures of *provider* to an `LLMUsage`."""
     counts: dict[str, Any] = {
-        field: _count(figures, terms) for field, terms in _TERMS[provider]
+        field: _first_reported(figures, terms) for field, terms in _TERMS[provider]
     }
     input_, total = counts["input_tokens"], counts.get("total_tokens")
     output = counts["output_tokens"] = _with_reasoning(
@@ -246,7 +297,7 @@ def usage_from(provider: Provider, model: str | None, figures: Figures) -> LLMUs
     return LLMUsage(provider=provider, model=model, **counts)
 
 
-def _count(figures: Figures, alternatives: list[list[str]]) -> int | None:
+def _first_reported(figures: Figures, alternatives: list[list[str]]) -> int | None:
     for first, *others in alternatives:
         if first in figures:
             return figures[first] + sum(figures.get(other, 0) for other in others)
