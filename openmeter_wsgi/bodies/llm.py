@@ -241,7 +241,8 @@ class LLMReports:
     Reports with the same key (see `_key`: their provider, and their place in the
     document) belong to the same sequence of calls, of which the last call counts. The
     reports of one call are cumulative: a later figure replaces an earlier one, unless
-    the later one is 0. Of several sequences the one with the most tokens counts.
+    the later one is 0. Of several sequences the one with the most tokens counts, and
+    each of its figures is raised to the `costliest` one.
     """
 
     def __init__(self, finder: _Finder) -> None:
