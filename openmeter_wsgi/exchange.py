@@ -211,9 +211,11 @@ class ResponseCapture:
     ) -> None:
         self._environ = environ
         self._started_at = time.perf_counter()
+        #: The readers by their kind; None until `begin`.
         self._bodies: dict[Any, BodyReader[Any] | None] = dict.fromkeys(bodies)
         self._headers: list[tuple[str, str]] = []
         self._route: str | None = None
+        #: Counts the request's body, if it has no Content-Length.
         self._received = _counted_input(environ, is_late=is_late)
         self._is_skipped = False
         #: The number of bytes that the server has taken.

@@ -22,7 +22,7 @@ In a file, a measure is written as text:
 ``$response.header.NAME`` a header of the response
 ``$response.json.PATH``   number at a JSONPath: ``$response.json.usage.total_tokens``
 ``$response.records``     number of JSON lines
-``$response.succeeded``   number of such parts of a multi-status response; ``.failed``
+``$response.succeeded``   parts of a multi-status response; also ``.failed``
 ``$llm``                  all usage of a language model, in place of the whole ``data``
 ``$llm.FIELD``            one figure of that usage: ``$llm.total_tokens``
 ``$llm:SHAPE``            the same, only from reports of this shape: ``$llm:openai``
@@ -65,7 +65,7 @@ _COMPUTED = "computed("
 _BY_TYPE = "/type:"
 #: The quoted names in a JSONPath.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-#: Maximum number of digits before the decimal point. Larger numbers are no floats.
+#: Maximum number of digits before the decimal point. No float has more.
 _MAX_DIGITS = 310
 #: A number in the syntax of HTTP and JSON. Python's `float` and `Decimal` also accept
 #: ``1_000``, Arabic digits and all kinds of white space.
@@ -343,7 +343,7 @@ def _property(text: str, find: Callable[[Exchange], object]) -> Measure:
     return Measure(text, find, is_quantity=False)
 
 
-def _plain(number: Decimal) -> int | Decimal:
+def _int_if_whole(number: Decimal) -> int | Decimal:
     """Return a whole number as an int, unless it is larger than any float.
 
     A client may send ``1e999999``, whose conversion to an int takes minutes.
@@ -358,17 +358,17 @@ def as_number(value: object) -> int | float | Decimal | Unknown:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
-        text = value.strip(" \t")  # HTTP allows them around the value of a header
+        text = value.strip(" \t")  # HTTP allows blanks around the value of a header
         try:
             number = Decimal(text) if _NUMBER.fullmatch(text) else None
         except InvalidOperation:  # an exponent with dozens of digits
             number = None
         if number is not None:
-            return _plain(number)
+            return _int_if_whole(number)
     return Unknown("not_a_number")
 
 
-_PLAIN: dict[str, Callable[[], Measure]] = {
+_WITHOUT_NAME: dict[str, Callable[[], Measure]] = {
     "$request.method": method,
     "$request.route": route,
     "$request.bytes": bytes_received,
@@ -409,7 +409,7 @@ def read_measure(text: str) -> Measure | str:
 
 
 def _named(name: str) -> Measure:
-    if make := _PLAIN.get(name):
+    if make := _WITHOUT_NAME.get(name):
         return make()
     if name.startswith(_JSON) and name[len(_JSON) :][:1] in {".", "["}:
         return response_json("$" + name.removeprefix(_JSON))
@@ -419,20 +419,20 @@ def _named(name: str) -> Measure:
         if (rest := name.removeprefix(prefix)) != name and rest:
             return make_named(rest)
     names = [*_WITH_NAME, f"$llm{_BY_TYPE}"]
-    known = ", ".join([*_PLAIN, *(f"{prefix}NAME" for prefix in names)])
+    known = ", ".join([*_WITHOUT_NAME, *(f"{prefix}NAME" for prefix in names)])
     raise ValueError(
         f"{name!r} is no measure; expected one of {known}, {_JSON}.PATH "
         "(or two dollar signs for text that begins with one)"
     )
 
 
-def _llm_usage_of(provider: str, field: str | None = None) -> Measure:
-    return llm_usage(field, provider=provider)
+def _llm_usage_of(shape: str, field: str | None = None) -> Measure:
+    return llm_usage(field, provider=shape)
 
 
-def _by_type(shape: str, provider: str) -> Measure:
-    form: Any = shape.removeprefix(":") or None
-    return llm_usage(split="type", provider=provider, shape=form)
+def _by_type(suffix: str, provider: str) -> Measure:
+    shape: Any = suffix.removeprefix(":") or None
+    return llm_usage(split="type", provider=provider, shape=shape)
 
 
 #: The number put in place of a measure while the rest of a document is checked.

@@ -69,11 +69,11 @@ class View:
     subject: str | None = None
 
 
-def meter_over_time(division: _Division, times: range) -> Document:
+def meter_over_time(grouped: _GroupedUsage, times: range) -> Document:
     """Return a meter with its usage in total, and in each column of *times*."""
-    meter, view = division.meter, division.view
-    groups = division.totals()
-    whole = division.whole()
+    meter, view = grouped.meter, grouped.view
+    groups = grouped.totals()
+    whole = grouped.whole()
     shown = [group["group"] for group in groups[:CURVES]]
     return {
         "slug": meter["slug"],
@@ -87,13 +87,13 @@ def meter_over_time(division: _Division, times: range) -> Document:
         "value": whole[0]["value"] if whole else None,
         "events": sum(group["events"] for group in groups),
         "unusable": sum(group["unusable"] for group in groups),
-        "groups": division.with_recent(groups[:GROUPS], times),
+        "groups": grouped.with_recent(groups[:GROUPS], times),
         "moreGroups": max(0, len(groups) - GROUPS),
-        "curves": division.curves(shown, times),
+        "curves": grouped.curves(shown, times),
     }
 
 
-class _Division:
+class _GroupedUsage:
     """The queries of one meter, grouped by the dimension of *view*."""
 
     def __init__(
@@ -184,7 +184,7 @@ PROBE = "openmeter_wsgi.check"
 
 
 def uncounted(connection: sqlite3.Connection, meters: list[Document]) -> list[Document]:
-    """Return the event types that no meter counts, with the data of a newest event."""
+    """Return the event types that no meter counts, each with its newest data."""
     counted = list({meter["eventType"] for meter in meters} | {PROBE})
     marks = ", ".join("?" * len(counted))
     rows = connection.execute(
@@ -240,7 +240,9 @@ def dashboard(
         "oldest": oldest,
         "meters": [
             meter_over_time(
-                _Division(connection, meter, views.get(meter["slug"], View()), horizon),
+                _GroupedUsage(
+                    connection, meter, views.get(meter["slug"], View()), horizon
+                ),
                 times,
             )
             for meter in meters
@@ -259,9 +261,9 @@ def entitlement_table(context: Context) -> Document:
     """Return the rows of the table, and the customers and features for a new grant."""
     customers = {customer["id"]: customer for customer in context.customers.all()}
     entitlements = context.entitlements.all()
-    asked = _asked(context)
+    checks = _check_counts(context)
     rows = [
-        _row(context, customers[entitlement["customerId"]], entitlement, asked)
+        _row(context, customers[entitlement["customerId"]], entitlement, checks)
         for entitlement in entitlements[-ROWS:]
         if entitlement["customerId"] in customers
     ]
@@ -271,24 +273,25 @@ def entitlement_table(context: Context) -> Document:
     return {
         "rows": rows,
         "moreRows": max(0, len(entitlements) - ROWS),
-        "questions": sum(asked.values()),
+        "questions": sum(checks.values()),
         "customers": sorted(names)[:NAMES],
         "features": sorted({*meters, *features})[:NAMES],
     }
 
 
-def _asked(context: Context) -> Counter[tuple[str, str | None]]:
-    asked: Counter[tuple[str, str | None]] = Counter()
+def _check_counts(context: Context) -> Counter[tuple[str, str | None]]:
+    """Return the number of entitlement requests by customer and feature."""
+    counts: Counter[tuple[str, str | None]] = Counter()
     for question, count in context.questions.counts().items():
-        asked[question.customer, question.feature] += count
-    return asked
+        counts[question.customer, question.feature] += count
+    return counts
 
 
 def _row(
     context: Context,
     customer: Document,
     entitlement: Document,
-    asked: Counter[tuple[str, str | None]],
+    checks: Counter[tuple[str, str | None]],
 ) -> Document:
     feature = entitlement["featureKey"]
     names = {customer["id"], customer.get("key", customer["id"])}
@@ -301,7 +304,7 @@ def _row(
         "kind": entitlement["type"],
         "soft": entitlement.get("isSoftLimit", False),
         "periodEnd": shown.get("currentUsagePeriod", {}).get("to"),
-        "asked": sum(asked[name, part] for name in names for part in (feature, None)),
+        "asked": sum(checks[name, part] for name in names for part in (feature, None)),
         **_value(context, customer, entitlement),
     }
 

@@ -56,19 +56,19 @@ class Search:
     terms: list[str] = field(default_factory=lambda: ["1"])
     parameters: Document = field(default_factory=dict)
 
-    def where(self, term: str, **parameters: Any) -> None:
+    def add_term(self, term: str, **parameters: Any) -> None:
         """Add *term* to the condition, with its *parameters*."""
         self.terms.append(term)
         self.parameters |= parameters
 
-    def containing(self, text: str) -> None:
+    def add_words(self, text: str) -> None:
         """Require each word of *text* in the id, type, subject, source or data."""
         for number, word in enumerate(text.split()):
             name = f"word{number}"
             columns = ("id", "type", "subject", "source", "data")
             matches = " OR ".join(f"{c} LIKE :{name} ESCAPE '\\'" for c in columns)
             escaped = word.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-            self.where(f"({matches})", **{name: f"%{escaped}%"})
+            self.add_term(f"({matches})", **{name: f"%{escaped}%"})
 
     def statement(self) -> str:
         """Return the SELECT statement of all matches."""
@@ -141,7 +141,7 @@ def trace(
     """Return the trace of arrival number *seq*, or None if it is unknown."""
     meters = context.meters.within(connection)
     one = Search(meters=meters)
-    one.where("seq = :seq", seq=seq)
+    one.add_term("seq = :seq", seq=seq)
     found = newest(connection, one, 1)
     if not found:
         return None
@@ -172,7 +172,7 @@ def _arrivals(connection: sqlite3.Connection, event: Document) -> list[Document]
         return [event]
     same = Search(meters=[])
     key = f"{event['source']}-{event['id']}"
-    same.where("source || '-' || id = :key", key=key)
+    same.add_term("source || '-' || id = :key", key=key)
     return newest(connection, same, ARRIVALS)[::-1]
 
 
@@ -244,11 +244,11 @@ def _search(meters: list[Document]) -> Search:
     if outcome is not None and outcome not in OUTCOMES:
         raise refuse("outcome", f"value is not one of {', '.join(OUTCOMES)}")
     search = Search(meters=meters, outcome=outcome)
-    search.where("seq > :after", after=integer(arguments, "after", 0, 0, _LAST))
+    search.add_term("seq > :after", after=integer(arguments, "after", 0, 0, _LAST))
     for name in ("type", "subject"):
         if arguments.get(name):
-            search.where(f"{name} = :{name}", **{name: arguments[name]})
-    search.containing(arguments.get("search", "")[:200])
+            search.add_term(f"{name} = :{name}", **{name: arguments[name]})
+    search.add_words(arguments.get("search", "")[:200])
     return search
 
 
