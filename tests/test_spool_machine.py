@@ -128,7 +128,11 @@ class SpoolMachine(RuleBasedStateMachine):
         self.spool = SpoolReader(self.directory, letters, max_events=5)
         client = RecordingClient(self.server, self.spool, resend_window=86_400)
         self.sender = Sender(
-            client, self.counts, self.spool.done, lambda a, b: 0.0, bury=letters.bury
+            client,
+            self.counts,
+            self.spool.done,
+            lambda a, b: 0.0,
+            keep_dead_letter=letters.bury,
         )
 
     def teardown(self):
@@ -227,7 +231,7 @@ class SpoolMachine(RuleBasedStateMachine):
         self.server.answer = "takes"
         self.spool.refresh(last=True)
         if self.sender.busy:
-            batch = self.sender._pending[0].events
+            batch = self.sender._pending[0].batch
         elif not (batch := self.spool.take(max_events=5, max_bytes=1_000_000)):
             return
         if self.spool.in_flight_since(batch) is None:

@@ -317,7 +317,7 @@ class Worker(Generic[_B]):
         sender = self._sender
         self._source.look(last=True)
         delays = self._source.due_in is not None
-        return bool(len(self._source) or sender.busy or sender.doubtful or delays)
+        return bool(len(self._source) or sender.busy or sender.has_suspects or delays)
 
     def _step(self) -> None:
         if not self._sender.busy:
@@ -341,7 +341,7 @@ class Worker(Generic[_B]):
             logger.exception(
                 "%s: an attempt broke off; its events are kept", "delivery"
             )
-            return self._sender.give_up_attempt(error)
+            return self._sender.note_broken_attempt(error)
 
     # -- Waiting
 
@@ -363,7 +363,7 @@ class Worker(Generic[_B]):
 
     def _until_others(self) -> float | None:
         """Return the seconds until there is something else to try, None for never."""
-        waits = [MAX_DELAY] if self._sender.doubtful else []
+        waits = [MAX_DELAY] if self._sender.has_suspects else []
         if (due_in := self._source.due_in) is not None:
             waits.append(due_in)
         return min(waits, default=None)

@@ -74,7 +74,7 @@ class SpoolSender:
             RecordingClient(client, self.source, resend_window=policy.resend_window),
             counts,
             self.source.done,
-            bury=self.source.letters.bury,
+            keep_dead_letter=self.source.letters.bury,
             waiting=waiting,
             delay=self.source.delay,
             clock_ahead=lambda: client.clock_ahead,
