@@ -15,7 +15,7 @@ from openmeter_wsgi.delivery import number_ranges
 from openmeter_wsgi.delivery.batch import Delayed, ListedBatch
 from openmeter_wsgi.delivery.number_ranges import Marks
 from openmeter_wsgi.delivery.sender import Sender
-from openmeter_wsgi.delivery.worker import FirstRequestHooks, Source, Worker
+from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.stats import Problem
 from openmeter_wsgi.threads import ExitHook, ends_without_hooks
 from openmeter_wsgi.values import moment_of
@@ -282,7 +282,6 @@ class MemoryDelivery:
         self._shutdown_timeout = policy.shutdown_timeout
         self._is_begun = False
         self._exit_hook = ExitHook(self.close_at_exit)
-        self._hooks = FirstRequestHooks()
         self._queue = MemoryQueue(
             max_bytes=policy.max_queue_bytes,
             counts=counts,
@@ -311,10 +310,6 @@ class MemoryDelivery:
 
     # -- Starting and ending
 
-    def announce(self, begin: Callable[[], None]) -> None:
-        """Have *begin* called once, when the first request is settled."""
-        self._hooks.add(begin)
-
     def at_exit(self, call: Callable[[], None]) -> None:
         """Have *call* made when the process ends, after the delivery was closed."""
         self._exit_hook.add(call)
@@ -322,12 +317,11 @@ class MemoryDelivery:
     @property
     def started(self) -> bool:
         """True if all was done that the first settled request brings about."""
-        return self._is_begun and self._hooks.made
+        return self._is_begun
 
     def start(self, environ: Mapping[str, Any] | None = None) -> None:
         """Do what is done with the first request. The first put starts the thread."""
         self._is_begun = True
-        self._hooks.make()
         if environ and ends_without_hooks(environ):
             logger.error(
                 "%s: this server ends its processes without exit hooks: events in "

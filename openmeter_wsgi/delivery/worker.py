@@ -11,7 +11,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from openmeter_wsgi import log
@@ -451,32 +450,3 @@ class Pace:
         others = max(process - own, 0.0)
         owed = max(_SHARE * own - others, 0.0)
         return owed * min(others / passed, 1.0) if passed > 0 else 0.0
-
-
-class FirstRequestHooks:
-    """Calls that are made once in a process, when its first request is settled."""
-
-    def __init__(self) -> None:
-        self._calls: deque[Callable[[], None]] = deque()
-        #: Whether all calls have been made.
-        self.made: bool = True
-
-    def add(self, call: Callable[[], None]) -> None:
-        """Have *call* made, too."""
-        self._calls.append(call)
-        self.made = False
-
-    def make(self) -> None:
-        """Make the calls that were not made yet. Never raises an Exception."""
-        self.made = True
-        while True:
-            try:
-                call = self._calls.popleft()
-            except IndexError:
-                return
-            try:
-                call()
-            except Exception:
-                logger.exception(
-                    "%s: a hook failed; the request goes on without it", "first request"
-                )

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from openmeter_wsgi import log
 from openmeter_wsgi.deadline import MAX_STUCK
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
-from openmeter_wsgi.delivery.worker import FirstRequestHooks
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.lock import sender_seen_at
 from openmeter_wsgi.spool import watermark
@@ -95,7 +94,6 @@ class SpoolDelivery:
         server = server_of_policy(policy)
         root = Path(os.path.abspath(policy.spool_dir or ""))
         self._directory = server_directory(root, server)
-        self._hooks = FirstRequestHooks()
         self._exit_hook = ExitHook(self.close_at_exit)
         self._does_without_threads = False
         self._writer = SpoolWriter(
@@ -126,10 +124,6 @@ class SpoolDelivery:
 
     # -- Starting and ending
 
-    def announce(self, begin: Callable[[], None]) -> None:
-        """Have *begin* called once, when the first request is settled."""
-        self._hooks.add(begin)
-
     def at_exit(self, call: Callable[[], None]) -> None:
         """Have *call* made when the process ends, after the delivery was closed."""
         self._exit_hook.add(call)
@@ -137,7 +131,7 @@ class SpoolDelivery:
     @property
     def started(self) -> bool:
         """True if all was done that the first settled request brings about."""
-        return self._hooks.made and (
+        return (
             self._sending.worker.is_running
             or self._does_without_threads
             or self._policy.delivery == "ship"
@@ -145,7 +139,6 @@ class SpoolDelivery:
 
     def start(self, _: Mapping[str, Any] | None = None) -> None:
         """Start the threads, if this process has any: see to what others left."""
-        self._hooks.make()
         if self._policy.delivery == "ship":
             return
         if threads_starve():
