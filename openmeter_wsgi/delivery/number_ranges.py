@@ -1,8 +1,8 @@
-"""Progress through a numbered sequence: sets of ranges, and marks of moments.
+"""Progress through a numbered sequence: sets of ranges, and marks of times.
 
-A mark is a moment, and how much had been put by then. Once all of that is delivered,
-or set aside for good, everything that was put before that moment is. So no event
-needs to be looked into, and none can mislead by a time of its own.
+A mark is a time together with the amount of events put by then. Once this amount is
+done, every event put before that time is done. So the time until which all events are
+delivered (the watermark) needs no look into the events, whose own times may be wrong.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: From where to where, the end excluded; sorted, apart.
+#: Half-open ranges (start, end): sorted and disjoint.
 Ranges: TypeAlias = list[tuple[int, int]]
 
 
 def add(ranges: Ranges, start: int, end: int) -> None:
-    """Add a range to sorted ones, joining those that touch."""
-    at = len(ranges)
-    while at and ranges[at - 1][1] >= start:
-        at -= 1
-    after = at
+    """Add a range to *ranges*, and join the ranges that touch it."""
+    first = len(ranges)
+    while first and ranges[first - 1][1] >= start:
+        first -= 1
+    after = first
     while after < len(ranges) and ranges[after][0] <= end:
         start = min(start, ranges[after][0])
         end = max(end, ranges[after][1])
         after += 1
-    ranges[at:after] = [(start, end)]
+    ranges[first:after] = [(start, end)]
 
 
 def first_gap(ranges: Ranges) -> int:
-    """Return up to where all is there, from the beginning."""
+    """Return the end of the range that begins at 0, or 0."""
     return ranges[0][1] if ranges and ranges[0][0] == 0 else 0
 
 
 def subtract(ranges: Ranges, start: int, end: int) -> Ranges:
-    """Return *ranges* without what is from *start* to *end*."""
+    """Return *ranges* without the numbers from *start* to *end*."""
     left: Ranges = []
     for low, high in ranges:
         if low < start:
@@ -47,11 +47,11 @@ def subtract(ranges: Ranges, start: int, end: int) -> Ranges:
 
 
 def overlap(ranges: Ranges, start: int, end: int) -> bool:
-    """Return True if anything from *start* to *end* is in *ranges*."""
+    """Return True if *ranges* contain a number from *start* to *end*."""
     return any(low < end and start < high for low, high in ranges)
 
 
-#: More marks than this are thinned out; the watermark then moves in larger steps.
+#: Maximum number of marks. More are joined: the watermark then moves in larger steps.
 _MAX_MARKS = 512
 
 _Put = TypeVar("_Put")
@@ -60,7 +60,8 @@ _Put = TypeVar("_Put")
 class Marks(Generic[_Put]):
     """The marks that are not reached yet, the oldest first. One thread at a time.
 
-    Each stands on the one before it: *join* makes one of two that follow each other.
+    The amount in a mark may be relative to the mark before. *join* returns the amount
+    of a mark that replaces two neighbours, an older and a newer one.
     """
 
     def __init__(
@@ -69,14 +70,17 @@ class Marks(Generic[_Put]):
         self._join = join
         self._marks: deque[tuple[float, _Put]] = deque()
         self._reached = 0.0
-        #: Seconds between two of them at least: longer, the longer none is reached.
+        #: Minimum number of seconds between two marks. It grows while none is reached.
         self._spacing = 0.0
 
     def add(self, moment: float, put: _Put) -> bool:
-        """Remember how much was *put* by *moment* (wall clock); say if it is."""
+        """Add a mark of *moment* (wall clock), or return False if it is too early.
+
+        *put* is the amount of events put by then.
+        """
         marks = self._marks
         if marks and marks[-1][1] == put:
-            marks.pop()  # nothing came since
+            marks.pop()  # no event came since
         elif marks and 0 <= moment - marks[-1][0] < self._spacing:
             return False
         marks.append((moment, put))
@@ -84,8 +88,8 @@ class Marks(Generic[_Put]):
             self._thin_out()
         return True
 
-    def renew(self, moment: float, nothing: _Put) -> None:
-        """Remember that nothing was put since the last mark, or since all were."""
+    def move_last(self, moment: float, nothing: _Put) -> None:
+        """Move the last mark to *moment*, as no event came; or add one of *nothing*."""
         put = self._marks.pop()[1] if self._marks else nothing
         self._marks.append((moment, put))
 
@@ -97,7 +101,7 @@ class Marks(Generic[_Put]):
         self._spacing = 2 * abs(self._marks[-1][0] - first[0]) / _MAX_MARKS
 
     def reached(self, is_done: Callable[[_Put], bool]) -> float:
-        """Return the newest moment by which all that was put is done."""
+        """Return the time of the newest mark that is done, and forget such marks."""
         while self._marks and is_done(self._marks[0][1]):
             self._reached = self._marks.popleft()[0]
         if not self._marks:

@@ -193,9 +193,9 @@ class SpoolDelivery:
             ended=lambda _: None,
         )
 
-    def _new_overflow(self, when_full: str) -> MemoryDelivery:
+    def _new_overflow(self, drop_reason: str) -> MemoryDelivery:
         return MemoryDelivery(
-            self._policy, self._new_client(), self.counts, when_full=when_full
+            self._policy, self._new_client(), self.counts, drop_reason=drop_reason
         )
 
     def _moved_on(self) -> None:
@@ -322,7 +322,7 @@ class SpoolDelivery:
             self._writer.close()
             self._maintenance.close()
             self._inherited.stop()
-            self._sending.worker.release()
+            self._sending.worker.end_when_empty()
 
     def forget_exit(self) -> None:
         """Do nothing at the exit of the process: it was closed before."""
@@ -331,7 +331,7 @@ class SpoolDelivery:
     def close_at_exit(self) -> None:
         """Close, and deliver nothing any more: the exit hook of the process."""
         self.close()
-        self._sending.worker.end()
+        self._sending.worker.forbid_start()
 
     def _say_what_stays(self, *, unfinished: bool) -> None:
         """Say it where nobody may be there to deliver it, or could."""
@@ -349,8 +349,8 @@ class SpoolDelivery:
         while not watermark.all_done(self._directory, ends):
             if (left := deadline - now()) <= 0:
                 break
-            self._sending.worker.deliver_here(left)
-            self._inherited.deliver_here(max(deadline - now(), 0))
+            self._sending.worker.deliver_in_this_thread(left)
+            self._inherited.deliver_in_this_thread(max(deadline - now(), 0))
             time.sleep(_JOIN_INTERVAL)
 
     # -- Waiting for delivery
@@ -445,8 +445,8 @@ class SpoolDelivery:
             self.start()
         if not self._sending.worker.is_running and self._policy.delivery != "ship":
             limit = self._policy.shutdown_timeout if timeout is None else timeout
-            self._sending.worker.deliver_here(limit)
-            self._inherited.deliver_here(limit)
+            self._sending.worker.deliver_in_this_thread(limit)
+            self._inherited.deliver_in_this_thread(limit)
         deadline = None if timeout is None else now() + timeout
         return all(
             watermark.wait_until_done(one, ends[one], _left(deadline))

@@ -109,22 +109,22 @@ class SpoolReader:
         return len(self._readings)
 
     @property
-    def is_full(self) -> bool:
+    def has_full_batch(self) -> bool:
         """True if a batch can be filled with what was read."""
         return (
             self._waiting_events >= self._max_events
             or self._waiting_bytes >= MAX_BATCH_BYTES
         )
 
-    def refresh(self, *, last: bool = False) -> None:
-        """Look for new segments, lines and deaths; with *last* for every one."""
-        if last:
+    def refresh(self, *, everything: bool = False) -> None:
+        """Look for new segments, lines and deaths; with *everything* for every one."""
+        if everything:
             self._liveness.look_now_next()
-        due = last or monotonic() >= self._scan_at
+        due = everything or monotonic() >= self._scan_at
         if due:
             self._scan()
         self._fill()
-        if not due and not self.is_full:
+        if not due and not self.has_full_batch:
             due = True
             self._scan()
             self._fill()
@@ -298,7 +298,7 @@ class SpoolReader:
 
     def _fill(self) -> None:
         """Read ahead. An owner's next segment is read when its last is at its end."""
-        while not self.is_full:
+        while not self.has_full_batch:
             if not self._heads or self._heads[0].at_end:
                 self._heads = first_of_each(self._readings, but=self._exhausted)
             if not self._heads:

@@ -152,7 +152,7 @@ class InheritedSenders:
         found = self.directories
         for path in self._senders.keys() - set(found):
             sender = self._drained[path] = self._senders.pop(path)
-            sender.worker.release()
+            sender.worker.end_when_empty()
         for path in found:
             if path not in self._senders:
                 self._senders[path] = self._new_sender(path)
@@ -161,10 +161,10 @@ class InheritedSenders:
                 )
         return found
 
-    def deliver_here(self, timeout: float) -> None:
+    def deliver_in_this_thread(self, timeout: float) -> None:
         """Deliver in the calling thread, where no other can be had."""
         for path in self._find():
-            self._senders[path].worker.deliver_here(timeout)
+            self._senders[path].worker.deliver_in_this_thread(timeout)
         self._find()
         self._clean()
 
@@ -184,7 +184,7 @@ class InheritedSenders:
         """End without delivering any more."""
         for sender in self.senders:
             sender.worker.stop()
-            sender.worker.end()
+            sender.worker.forbid_start()
         self._senders.clear()
 
 
@@ -308,12 +308,12 @@ class SpoolSource(Source[SpoolBatch]):
         """Return the oldest events, as many as one batch may hold."""
         return self.reader.take(max_events=max_events, max_bytes=max_bytes)
 
-    def look(self, *, last: bool) -> None:
+    def refresh(self, *, everything: bool) -> None:
         """Look for new segments, lines and deaths; with *last* for every one."""
         if self.is_ours:
-            self.reader.refresh(last=last)
+            self.reader.refresh(everything=everything)
 
-    def tell(self, answer: str | None, *, next_in: float) -> None:
+    def share_answer(self, answer: str | None, *, next_in: float) -> None:
         """Tell others why events wait: the *answer*, None if events were taken."""
         if not self.is_ours:
             return
@@ -326,12 +326,12 @@ class SpoolSource(Source[SpoolBatch]):
             server_answers.forget_answer(self._directory)
 
     @property
-    def is_full(self) -> bool:
+    def has_full_batch(self) -> bool:
         """True if a batch can be filled with what was read."""
-        return self.reader.is_full
+        return self.reader.has_full_batch
 
     @property
-    def is_pressed(self) -> bool:
+    def is_half_full(self) -> bool:
         """True if the segments take half of the room or more."""
         used = self.reader.segments * SEGMENT_BYTES
         return 2 * used >= self._policy.max_spool_bytes

@@ -86,7 +86,7 @@ class Watermark:
         known = self._marked
         new = {key: end for key, end in ends.items() if known.get(key) != end}
         if not new:
-            self._marks.renew(moment, {})
+            self._marks.move_last(moment, {})
         elif self._marks.add(moment, new):
             self._marked = ends
 

@@ -52,7 +52,7 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
     guard.confirm()
     ids = RequestIds()
     queue = MemoryQueue(max_bytes=4 * 10**9, counts=Counts())
-    queue.wake_from(10**6)
+    queue.set_wake_threshold(10**6)
     put = queue.put
 
     def function(environ: object, start_response: object) -> None:
