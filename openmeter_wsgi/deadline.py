@@ -39,8 +39,7 @@ class Deadline:
         #: The end of the attempt (monotonic clock), None between attempts.
         self._ends_at: float | None = None
         self._socket: weakref.ref[socket.socket] | None = None
-        #: A duplicate of the socket during the TLS handshake, which detaches the socket
-        #: object.
+        #: A duplicate of the socket during a TLS handshake, which replaces the object.
         self._copy: socket.socket | None = None
         #: Whether the deadline has ended the last attempt.
         self.is_over: bool = False
@@ -75,7 +74,10 @@ class Deadline:
         return 0.0 if ends_at is None else max(ends_at - time.monotonic(), 0.0)
 
     def watch(self, connected: socket.socket, *, copy: bool = False) -> None:
-        """Shut *connected* down at the deadline; *copy*: until the next call a copy."""
+        """Shut the socket *connected* down at the deadline.
+
+        With *copy* a duplicate of it is shut down, until the next call.
+        """
         duplicate = connected.dup() if copy else None
         with self._guard:
             before, self._copy = self._copy, duplicate

@@ -129,6 +129,7 @@ class MemoryQueue(Source[NumberedBatch]):
         return True
 
     def _put_checked(self, event: bytes, size: int) -> bool:
+        """Append *event* if there is room, and wake the worker if it is due."""
         # Read before the events are counted: if the taking thread replaces the list
         # meanwhile, the write below changes only the old list.
         unchecked_below = self._unchecked_below
@@ -164,8 +165,8 @@ class MemoryQueue(Source[NumberedBatch]):
             dropped = self._counts.dropped[self._drop_reason] - 1
             self._full_since = (time.monotonic(), dropped)
         logger.error(
-            "%s: the queue is full, %d events wait in memory; new ones are lost "
-            "and counted as %s until some are delivered",
+            "%s: the queue is full, %d events wait in memory; new events are lost and "
+            "counted as %s until some are delivered",
             _OPTION, len(self._events) + self._taken, self._drop_reason,
         )  # fmt: skip
         return False
@@ -204,9 +205,10 @@ class MemoryQueue(Source[NumberedBatch]):
             return []
 
     def take(self, *, max_events: int, max_bytes: int) -> NumberedBatch:
-        """Remove and return the oldest events, at least one and at most one batch.
+        """Remove and return the oldest events, at most those of one batch.
 
-        A delayed batch that is due comes first, unchanged.
+        A single event may exceed *max_bytes*. A delayed batch that is due comes first,
+        unchanged.
         """
         if (due := self._delayed.take_due()) is not None:
             return due
@@ -226,7 +228,7 @@ class MemoryQueue(Source[NumberedBatch]):
         return batch
 
     def delay(self, batch: NumberedBatch, seconds: float) -> None:
-        """Return *batch*, which was taken, from `take` again after some *seconds*."""
+        """Make `take` return *batch*, which was taken, again after some *seconds*."""
         self._delayed.add(batch, seconds)
 
     @property

@@ -90,10 +90,11 @@ class _PendingBatch(Generic[_B]):
         self.failures = 0
         #: Number of 5xx in a row.
         self.server_errors = 0
-        #: Status of the first refusal, and the number of batches accepted before it.
+        #: Status of the first refusal (or of the last 500 in `lone_500s`), and the
+        #: number of batches accepted before it.
         self.first_refusal = first_refusal
-        #: Number of batches accepted before the first 500 to this batch, or to the
-        #: batch that it was split from. None: there was no 500.
+        #: Number of batches accepted before the first 500 to this batch or to the batch
+        #: that it was split from. None without a 500.
         self.accepted_before_500: int | None = None
         #: Number of 500s to a single event, with an accepted batch before each.
         self.lone_500s = 0
@@ -135,7 +136,9 @@ class Sender(Generic[_B]):
         self._on_accepted = accepted
         self._pending: deque[_PendingBatch[_B]] = deque()
         self._suspects: deque[_PendingBatch[_B]] = deque()
+        #: Number of batches accepted so far.
         self._accepted = 0
+        #: Number of single events refused in a row.
         self._refused_in_a_row = 0
         self.outage: Outage = Outage(waiting)
         self._attempt_began: float | None = None
@@ -196,23 +199,23 @@ class Sender(Generic[_B]):
         try:
             self._client.ingest(head.batch)
         except Deposed:
-            return self._deposed()
+            return self._handle_deposition()
         except Expired as error:
-            return self._expired(error)
+            return self._handle_expiry(error)
         except Rejected as error:
-            return self._refused(error)
+            return self._handle_refusal(error)
         except DeliveryError as error:
-            return self._failed(head, error)
+            return self._handle_failure(head, error)
         finally:
             self._attempt_began = None
             self._counts.attempt_seconds.add(time.perf_counter() - began)
         try:
-            self._delivered()
+            self._handle_delivery()
         except Deposed:
-            return self._deposed()
+            return self._handle_deposition()
         return 0.0
 
-    def _deposed(self) -> float:
+    def _handle_deposition(self) -> float:
         """Log that another sender has taken over, and return the wait."""
         logger.warning(
             "%s: another process or thread has become the sender during an attempt; "
@@ -230,7 +233,7 @@ class Sender(Generic[_B]):
         head.failures += 1
         return self._backoff(head.failures)
 
-    def _delivered(self) -> None:
+    def _handle_delivery(self) -> None:
         batch = self._pending.popleft().batch
         self._accepted += 1
         self._refused_in_a_row = 0
@@ -242,14 +245,15 @@ class Sender(Generic[_B]):
         self._done(batch)
         self.retry_suspects()
 
-    def _failed(self, head: _PendingBatch[_B], error: DeliveryError) -> float:
+    def _handle_failure(self, head: _PendingBatch[_B], error: DeliveryError) -> float:
+        """Keep the batch at the head, or treat it as refused; return the wait."""
         head.failures += 1
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
         head.server_errors = head.server_errors + 1 if is_server_error else 0
         is_cause = error.status == _KAFKA_ERROR and self._is_cause(head)
         if is_cause or head.server_errors >= MAX_SERVER_ERRORS:
-            return self._refused(error)
+            return self._handle_refusal(error)
         delay = self._backoff(head.failures)
         if error.retry_after is not None:
             delay = max(delay, error.retry_after)  # never less than the backoff
@@ -260,13 +264,13 @@ class Sender(Generic[_B]):
         return delay
 
     def _is_cause(self, head: _PendingBatch[_B]) -> bool:
-        """Return True if this batch is the cause of a 500: other batches pass."""
+        """Return True if this batch causes a 500: another batch was accepted since."""
         if head.accepted_before_500 is None:
             head.accepted_before_500 = self._accepted
         return head.was_suspect or self._accepted > head.accepted_before_500
 
     def _try_another_part(self, head: _PendingBatch[_B]) -> None:
-        """Send one event of the batch next; after that event, the other events."""
+        """Make the next attempt with one event of the batch, or with the others."""
         pending = self._pending
         is_split = (
             len(pending) > 1
@@ -283,7 +287,8 @@ class Sender(Generic[_B]):
                 part.accepted_before_500 = head.accepted_before_500
                 pending.appendleft(part)
 
-    def _refused(self, error: DeliveryError) -> float:
+    def _handle_refusal(self, error: DeliveryError) -> float:
+        """Split the batch, or make its event a suspect or a dead letter."""
         head = self._pending.popleft()
         if head.first_refusal is None or head.first_refusal[0] != error.status:
             head.first_refusal = (error.status, self._accepted)
@@ -331,7 +336,7 @@ class Sender(Generic[_B]):
             part.accepted_before_500 = head.accepted_before_500
             self._pending.appendleft(part)
 
-    def _expired(self, error: DeliveryError) -> float:
+    def _handle_expiry(self, error: DeliveryError) -> float:
         """Make the batch dead letters: sent again, it might be billed twice."""
         batch = self._pending.popleft().batch
         logger.error(

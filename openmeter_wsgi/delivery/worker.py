@@ -106,11 +106,11 @@ class Source(Generic[_B]):
 
 
 class Worker(Generic[_B]):
-    """Moves batches from a source to a sender until it is closed.
+    """The delivery loop between a source and a sender, and the thread that runs it.
 
-    Belongs to one process. Its thread starts with `start` or the first `wake`.
+    Belongs to one process. The thread starts with `start` or the first `wake`.
     *exit_hook* closes the delivery at the end of the process. *idle* is called whenever
-    the delivery loop ends.
+    the loop ends.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class Worker(Generic[_B]):
         #: The deadline of a calling thread that delivers, None in the worker's thread.
         self._caller_deadline: float | None = None
         self._thread: threading.Thread | None = None
+        #: Held while a thread is started, and while a thread runs the loop.
         self._starting = threading.Lock()
         self._delivering = threading.Lock()
         self._pace = Pace()
@@ -309,14 +310,13 @@ class Worker(Generic[_B]):
         return self._closing or self._caller_deadline is not None
 
     def _is_finished(self) -> bool:
+        """Return True if the loop must end."""
+        deadline = self._caller_deadline
         if not self._source.is_ours:
             return True
-        if self._caller_deadline is None and (self._stopping or not self._closing):
+        if deadline is None and (self._stopping or not self._closing):
             return self._stopping or (self._ends_when_empty and not self._has_work())
-        if (
-            self._caller_deadline is not None
-            and time.monotonic() > self._caller_deadline
-        ):
+        if deadline is not None and time.monotonic() > deadline:
             return True
         self._source.refresh(everything=True)
         # `finish` sets _hurried: one more `_gather` makes a last attempt with suspects.
@@ -357,20 +357,23 @@ class Worker(Generic[_B]):
     # -- Waiting
 
     def _gather(self) -> None:
-        """Load a batch once it is full or its first event waited the flush interval."""
+        """Load a batch when it is full or its first event has waited long enough.
+
+        Without an event for a long time, load the suspects again.
+        """
         self._wait_for(1, self._next_retry_in())
         if len(self._source):
             self._wait_for(self._batch_size, self._flush_interval)
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
-        if events := self._source.take(
+        if batch := self._source.take(
             max_events=self._batch_size, max_bytes=MAX_BATCH_BYTES
         ):
-            self._sender.load(events)
+            self._sender.load(batch)
         else:
             self._sender.retry_suspects()
-        if hurried and (len(events) >= self._batch_size or len(self._source)):
-            self._hurried = True  # a flush takes all events that it found
+        if hurried and (len(batch) >= self._batch_size or len(self._source)):
+            self._hurried = True  # a flush continues until no event waits
 
     def _next_retry_in(self) -> float | None:
         """Return the seconds until suspects or delayed events are sent, or None."""
@@ -403,16 +406,13 @@ class Worker(Generic[_B]):
         return min(limits, default=None)
 
     def _is_ready(self, events: int) -> bool:
-        hasty = self._is_ending
-        self._source.refresh(everything=hasty)
-        released = self._ends_when_empty and self._source.due_in is None
-        ends = hasty or self._stopping or released or not self._source.is_ours
-        return (
-            len(self._source) >= events
-            or self._hurried
-            or ends
-            or self._source.has_full_batch
-        )
+        """Return True if the wait for a number of *events* is over."""
+        source, is_ending = self._source, self._is_ending
+        source.refresh(everything=is_ending)
+        may_end = self._ends_when_empty and source.due_in is None
+        must_end = is_ending or self._stopping or may_end or not source.is_ours
+        has_enough = len(source) >= events or self._hurried
+        return has_enough or must_end or source.has_full_batch
 
     def _pause(self, delay: float) -> None:
         """Wait before the next attempt; a flush or a close ends the wait."""
@@ -437,7 +437,7 @@ class Worker(Generic[_B]):
 
 
 class Pace:
-    """The rest of the worker after a batch. Belongs to the worker's thread.
+    """A timer of the worker's rest after each batch. Belongs to the worker's thread.
 
     It measures the processor time of the other threads. There is no rest if they need
     almost none, or had their share while the worker waited for the network or the disk.
