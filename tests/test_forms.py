@@ -21,7 +21,7 @@ def test_a_sealed_segment_takes_nothing_and_says_so_in_its_name(tmp_path, form):
     segment.seal()
     segment.seal()
 
-    assert segment.quiet
+    assert segment.is_quiet
     with pytest.raises(ValueError, match=r"full|out of range"):
         segment.write(b"2\n")
     assert [p.name for p in tmp_path.iterdir()] == [path.name + ".sealed"]
@@ -61,7 +61,7 @@ def test_a_segment_is_not_declared_sealed_while_somebody_writes(tmp_path):
     first = os.read(reader, 1)  # it is in
 
     segment.seal()
-    assert not segment.quiet
+    assert not segment.is_quiet
     assert path.exists()
     with pytest.raises(ValueError, match="full"):
         segment.write(b"late\n")
@@ -69,7 +69,7 @@ def test_a_segment_is_not_declared_sealed_while_somebody_writes(tmp_path):
     with open(reader, "rb") as pipe:
         assert first + pipe.read() == b"\n" + line  # ends: the descriptor is closed
     thread.join()
-    assert segment.quiet
+    assert segment.is_quiet
     assert not path.exists()
 
 

@@ -161,7 +161,7 @@ def test_a_full_queue_is_told_when_it_begins_and_when_it_is_over(make, caplog):
 
 
 @pytest.mark.parametrize(
-    ("delivery", "fate"), [("thread", "left to memory"), ("ship", "lost")]
+    ("delivery", "fate"), [("thread", "put into memory"), ("ship", "lost")]
 )
 def test_a_failing_spool_is_told_when_it_begins_and_when_it_is_over(
     make, openmeter, caplog, tmp_path, delivery, fate
@@ -182,7 +182,7 @@ def test_a_failing_spool_is_told_when_it_begins_and_when_it_is_over(
     assert len(told) == 2
     assert told[0].startswith("ERROR ")
     assert "no event" in told[0]
-    assert re.search(rf"again after \d+ s, in which \d+ were {fate}$", told[1])
+    assert re.search(rf"again after \d+ s, in which \d+ events were {fate}$", told[1])
 
 
 def test_what_stays_in_a_spool_at_the_end_is_told(make, openmeter, caplog, tmp_path):
@@ -196,7 +196,9 @@ def test_what_stays_in_a_spool_at_the_end_is_told(make, openmeter, caplog, tmp_p
 
     told = [line for line in lines(caplog) if "shutdown" in line]
     assert len(told) == 1
-    assert re.match(r"WARNING shutdown: 3 events stay in .*/spool/.* and are", told[0])
+    assert re.match(
+        r"WARNING shutdown: 3 events are kept in .*/spool/.* and are", told[0]
+    )
 
 
 # -- Who may

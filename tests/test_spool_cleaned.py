@@ -249,7 +249,7 @@ def stuck(queue):
     """Let the attempts of a delivery hang in a way that no deadline ends."""
     released = threading.Event()
     entered = threading.Event()
-    client = queue._sending.sender._client._client
+    client = queue._own_sender.sender._client._client
     ingest = client.ingest
 
     def hang(events):
@@ -316,7 +316,7 @@ def test_a_frozen_sender_is_reported_by_the_others(
     openmeter, tmp_path, monkeypatch, caplog
 ):
     spool = tmp_path / "spool"
-    monkeypatch.setattr(deliveries, "SILENT_TOO_LONG", 0.5)
+    monkeypatch.setattr(deliveries, "FROZEN_AFTER", 0.5)
     with Process(SENDER, str(spool), openmeter.url) as sender:
         assert sender.line() == "sending"
         queue = spool_queue(spool, openmeter.url)

@@ -132,7 +132,7 @@ class SpoolMachine(RuleBasedStateMachine):
             self.counts,
             self.spool.done,
             lambda a, b: 0.0,
-            keep_dead_letter=letters.bury,
+            keep_dead_letter=letters.add_event,
         )
 
     def teardown(self):

@@ -167,7 +167,7 @@ def test_dead_letters_take_no_more_than_their_bound_and_say_what_is_lost(
     counts = Counts()
     letters = DeadLetters(tmp_path, counts, max_bytes=1_000)
     for n in range(20):
-        letters.bury(event(str(n)), Rejected("refused", status=400))
+        letters.add_event(event(str(n)), Rejected("refused", status=400))
 
     lines = (tmp_path / DEAD_LETTERS).read_bytes().splitlines(keepends=True)
     kept = [json.loads(line)["event"]["id"] for line in lines]
