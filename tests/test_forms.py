@@ -1,5 +1,7 @@
+import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +83,22 @@ def test_no_file_is_overwritten_and_no_link_followed(tmp_path, form):
     with pytest.raises(FileExistsError):
         make_segment(tmp_path, name, 4_096)
     assert not (tmp_path / "elsewhere").exists()
+
+
+@FORMS
+@pytest.mark.parametrize("fails", ["dup", "rename"])
+def test_a_segment_that_cannot_be_made_leaves_no_open_file(
+    tmp_path, monkeypatch, form, fails
+):
+    def fail(*_):
+        raise OSError(errno.EMFILE, "no more files")
+
+    monkeypatch.setattr(*{"dup": (os, "dup"), "rename": (Path, "rename")}[fails], fail)
+    before = os.listdir("/proc/self/fd")
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="no more files"):
+            made(tmp_path, form)
+
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert list(tmp_path.iterdir()) == []

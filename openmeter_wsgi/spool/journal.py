@@ -322,6 +322,8 @@ class Fate(enum.Enum):
 class SegmentFile:
     """The file of a segment. It stays open, so it can be read after a removal."""
 
+    _fd: int = -1
+
     def __init__(self, path: Path, key: str, fd: int) -> None:
         self.key = key
         self._path = path
@@ -350,7 +352,8 @@ class SegmentFile:
         os.ftruncate(self._fd, size)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class KeptSegments:
@@ -461,12 +464,11 @@ class AppendWriter:
     flags: int = os.O_APPEND
 
     def __init__(self, fd: int, path: Path, key: str, size: int) -> None:
-        self._path = path
-        self.file: SegmentFile | None = None
-        self.links: dict[str, SegmentWriter] = {}
         #: The file descriptor. The thread that closes it takes it out of the list.
         self._fds = [fd]
-        self.file = SegmentFile(path, key, fd)
+        self._path = path
+        self.file: SegmentFile | None = SegmentFile(path, key, fd)
+        self.links: dict[str, SegmentWriter] = {}
         self._room = size
         self._sealed = False
         #: One token for each call of `write` that has not returned.
@@ -517,8 +519,13 @@ class AppendWriter:
         """Rename and close the sealed segment, once no thread is writing."""
         if self.is_quiet:
             _rename_sealed(self._path)
-            with contextlib.suppress(IndexError):
-                os.close(self._fds.pop())
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(IndexError):
+            os.close(self._fds.pop())
+
+    __del__ = _close  # a segment that could not be made is never sealed
 
 
 def _rename_sealed(path: Path) -> None:
