@@ -453,11 +453,11 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         """
         file = read_file(Path(path))
         if found := dict.fromkeys(_REFERENCE.findall(repr(file))):
-            several = " and ".join(map(repr, found))
+            references = " and ".join(map(repr, found))
             raise ConfigError(
                 [
-                    f"{str(path)!r}: expected values, got the references {several} of "
-                    "Zuplo's file: replace them by their values"
+                    f"{str(path)!r}: expected values, got {references} of Zuplo's "
+                    "file: replace each reference by its value"
                 ]
             )
         said = {**file, **read_variables(os.environ, _hints())}
@@ -473,8 +473,9 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     ) -> Self:
         """Return the policy in Zuplo's ``policies.json`` and ``routes.oas.json``.
 
-        A variable wins over the files, and *options* win over both. With *routes*,
-        requests that match none of them are not metered.
+        A variable wins over the files, and *options* win over both: the files' key
+        and address are then not read. With *routes*, requests that match none of them
+        are not metered.
 
         :raises ConfigError: with every problem and its place in the file. It quotes
             references to variables (``$env(NAME)``), and never their values.
@@ -482,10 +483,10 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         # Here, as it takes a tenth of the whole import and few applications need it.
         from openmeter_wsgi import zuplo
 
-        said = zuplo.options_of(policies, routes, os.environ)
-        given: dict[str, Any] = {**said, **read_variables(os.environ, _hints())}
+        given = {**read_variables(os.environ, _hints()), **options}
+        read = zuplo.options_of(policies, routes, os.environ, replaced=given.keys())
         try:
-            return cls(**{**given, **options})
+            return cls(**{**read, **given})
         except ConfigError as error:
             names = zuplo.variables_in(zuplo.load_document(policies))
             raise ConfigError(
