@@ -62,7 +62,7 @@ class ListedBatch(list[bytes]):
 
 
 def shortened(event: bytes) -> bytes:
-    """Return *event*, if it is long without its middle: subject and id are last."""
+    """Return *event* without the middle of a long one; subject and id are last."""
     if len(event) <= _MAX_LOGGED:
         return event
     return event[: _MAX_LOGGED // 2] + b" [...] " + event[-_MAX_LOGGED // 2 :]

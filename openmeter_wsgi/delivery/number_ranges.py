@@ -1,8 +1,8 @@
 """Progress through a numbered sequence: sets of ranges, and marks of times.
 
-A mark is a time together with the amount of events put by then. Once this amount is
-done, every event put before that time is done. So the time until which all events are
-delivered (the watermark) needs no look into the events, whose own times may be wrong.
+A mark is a time and the amount of events put by then: their number, or the ends of the
+segments that hold them. Once this amount is done, each event put before that time is
+done. So this time (the watermark) does not depend on the times in the events.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def overlap(ranges: Ranges, start: int, end: int) -> bool:
 #: Maximum number of marks. More are joined: the watermark then moves in larger steps.
 _MAX_MARKS = 512
 
-_Put = TypeVar("_Put")
+_Amount = TypeVar("_Amount")
 
 
-class Marks(Generic[_Put]):
+class Marks(Generic[_Amount]):
     """The marks that are not reached yet, the oldest first. One thread at a time.
 
     The amount in a mark may be relative to the mark before. *join* returns the amount
@@ -65,42 +65,43 @@ class Marks(Generic[_Put]):
     """
 
     def __init__(
-        self, join: Callable[[_Put, _Put], _Put] = lambda _, newer: newer
+        self, join: Callable[[_Amount, _Amount], _Amount] = lambda _, newer: newer
     ) -> None:
         self._join = join
-        self._marks: deque[tuple[float, _Put]] = deque()
+        self._marks: deque[tuple[float, _Amount]] = deque()
         self._reached = 0.0
         #: Minimum number of seconds between two marks. It grows while none is reached.
         self._spacing = 0.0
 
-    def add(self, moment: float, put: _Put) -> bool:
+    def add(self, moment: float, amount: _Amount) -> bool:
         """Add a mark of *moment* (wall clock), or return False if it is too early.
 
-        *put* is the amount of events put by then.
+        *amount* is the amount of events put by then.
         """
         marks = self._marks
-        if marks and marks[-1][1] == put:
+        if marks and marks[-1][1] == amount:
             marks.pop()  # no event came since
         elif marks and 0 <= moment - marks[-1][0] < self._spacing:
             return False
-        marks.append((moment, put))
+        marks.append((moment, amount))
         if len(marks) > _MAX_MARKS:
             self._thin_out()
         return True
 
-    def move_last(self, moment: float, nothing: _Put) -> None:
-        """Move the last mark to *moment*, as no event came; or add one of *nothing*."""
-        put = self._marks.pop()[1] if self._marks else nothing
-        self._marks.append((moment, put))
+    def move_last(self, moment: float, zero: _Amount) -> None:
+        """Move the last mark to *moment*, as no event came; or add a mark of *zero*."""
+        amount = self._marks.pop()[1] if self._marks else zero
+        self._marks.append((moment, amount))
 
     def _thin_out(self) -> None:
+        """Join the marks in pairs, except the first one, which is reached next."""
         first, *others = self._marks
         pairs = zip(others[::2], others[1::2], strict=False)
         joined = [(b[0], self._join(a[1], b[1])) for a, b in pairs]
         self._marks = deque([first, *joined, *others[len(joined) * 2 :]])
         self._spacing = 2 * abs(self._marks[-1][0] - first[0]) / _MAX_MARKS
 
-    def reached(self, is_done: Callable[[_Put], bool]) -> float:
+    def reached(self, is_done: Callable[[_Amount], bool]) -> float:
         """Return the time of the newest mark that is done, and forget such marks."""
         while self._marks and is_done(self._marks[0][1]):
             self._reached = self._marks.popleft()[0]

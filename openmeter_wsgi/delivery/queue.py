@@ -260,7 +260,7 @@ class MemoryQueue(Source[NumberedBatch]):
             moment = time.time()  # before the count, which includes all earlier events
             self._marks.add(moment, self._total_taken + len(self._events))
             done = number_ranges.first_gap(self._done_numbers)
-            return self._marks.reached(lambda put: put <= done)
+            return self._marks.reached(lambda amount: amount <= done)
 
     def wait_until_done(self, timeout: float | None) -> bool:
         """Wait for the events that wait now; return True if all of them are done."""

@@ -62,7 +62,7 @@ class DeliveryListener(Protocol):
     """A listener to the sender of a spool. Its methods must not raise."""
 
     def elected(self) -> None:
-        """Handle the begin of this process's turn as the sender."""
+        """Handle the start of this process's turn as the sender."""
 
     def accepted(self, batch: Batch) -> None:
         """Handle a *batch* that OpenMeter accepted, before it counts as delivered."""

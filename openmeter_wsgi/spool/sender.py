@@ -42,14 +42,14 @@ _MAX_POLL = 1.0
 _MIN_POLL = 0.02
 
 
-#: Number of request timeouts after which a sender whose attempt goes on is stuck.
+#: Number of request timeouts after which an attempt counts as stuck.
 _STUCK_AFTER = 3
 
 
 class SpoolSender:
     """The worker of a directory, with its source and its sender.
 
-    *began* and *ended* are called at the begin and the end of each turn.
+    *began* and *ended* are called at the start and the end of each turn.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class InheritedSenders:
 class SpoolSource(Source[SpoolBatch]):
     """The events of a directory, during the turns of this process as its sender.
 
-    *began* and *ended* are called at the begin and the end of each turn. Each turn
+    *began* and *ended* are called at the start and the end of each turn. Each turn
     reads the directory anew.
     """
 
