@@ -360,7 +360,7 @@ class SpoolDelivery:
             if (left := deadline - now()) <= 0:
                 break
             self._own_sender.worker.deliver_in_this_thread(left)
-            self._inherited.deliver_in_this_thread(max(deadline - now(), 0))
+            self._inherited.deliver_in_this_thread(deadline)
             time.sleep(_CHECK_INTERVAL)
 
     # -- Waiting for delivery
@@ -438,14 +438,14 @@ class SpoolDelivery:
             if not self._writer.check_files_within(_left(deadline)):
                 return False
             losses = self._writer.losses
-            if not self._flush_directory(_left(deadline)):
+            if not self._flush_directory(deadline):
                 return False
             if not self._writer.check_files_within(_left(deadline)):
                 return False
         overflow = self._writer.overflow
         return not overflow or overflow.flush(_left(deadline))
 
-    def _flush_directory(self, timeout: float | None) -> bool:
+    def _flush_directory(self, deadline: float | None) -> bool:
         owner = None if self._own_sender.source.is_elected else self._writer.owner
         directories = [self._directory] if owner else self._all_directories
         ends = {path: watermark.ends(path, owner) for path in directories}
@@ -455,10 +455,9 @@ class SpoolDelivery:
         if not self.started:
             self.start()
         if not self._own_sender.worker.is_running and self._policy.delivery != "ship":
-            limit = self._policy.shutdown_timeout if timeout is None else timeout
-            self._own_sender.worker.deliver_in_this_thread(limit)
-            self._inherited.deliver_in_this_thread(limit)
-        deadline = None if timeout is None else now() + timeout
+            ends_at = deadline or now() + self._policy.shutdown_timeout
+            self._own_sender.worker.deliver_in_this_thread(max(ends_at - now(), 0))
+            self._inherited.deliver_in_this_thread(ends_at)
         return all(
             watermark.wait_until_done(path, ends[path], _left(deadline))
             for path in directories

@@ -8,6 +8,7 @@ directory and sends their events. When it ends, the next process is elected.
 from __future__ import annotations
 
 import contextlib
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
@@ -163,10 +164,11 @@ class InheritedSenders:
                 if path != self._root:
                     remove_if_drained(path)
 
-    def deliver_in_this_thread(self, timeout: float) -> None:
+    def deliver_in_this_thread(self, deadline: float) -> None:
         """Deliver in the calling thread: the senders have no threads of their own."""
         for path in self._match_directories():
-            self._senders[path].worker.deliver_in_this_thread(timeout)
+            left = max(deadline - monotonic(), 0)
+            self._senders[path].worker.deliver_in_this_thread(left)
         self._match_directories()
         self._remove_drained()
 
