@@ -396,7 +396,7 @@ class SegmentReader:
         self.name: SegmentName = name
         self.key: str = name.key
         self.done: Ranges = done
-        #: Whether its owner has died. The crash may have damaged the segment.
+        #: Whether its owner has died, or seems so. A crash may have damaged its lines.
         self.adopted: bool = False
         #: Whether all lines were read and no more can come.
         self.at_end: bool = False
@@ -484,7 +484,7 @@ class SegmentReader:
     ) -> None:
         """Add each line to the events or to the damaged lines."""
         for text, start, end in lines:
-            whole = end - start > len(text)
+            whole = end - start > len(text)  # it ends with a newline
             if whole and not text:
                 number_ranges.add(self.done, start, end)
             elif whole and is_event(text):

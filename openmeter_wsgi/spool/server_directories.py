@@ -98,7 +98,7 @@ def prepare_server_directory(root: str | Path, server: Server) -> Path:
 def name_server(directory: Path, server: Server) -> None:
     """Write the server of a directory into a file, unless the file exists."""
     if not (directory / SERVER_NAME).exists():
-        with contextlib.suppress(OSError):  # the file is only for people
+        with contextlib.suppress(OSError):  # the directory's name identifies it, too
             write_document(directory / SERVER_NAME, server)
 
 
@@ -239,7 +239,7 @@ class KeyWatch:
         self._changed_at = 0.0
         self._sender_mark: str | None = None
         self._due_at = 0.0
-        #: The current problem, None without one.
+        #: The current problem, or None.
         self.problem: Problem | None = None
 
     def compare(
@@ -259,16 +259,16 @@ class KeyWatch:
         if time.monotonic() < self._due_at:
             return
         self._due_at = time.monotonic() + _KEY_INTERVAL
-        differs = self._differs(token, is_waiting=is_waiting)
+        differs = self._key_differs(token, is_waiting=is_waiting)
         if differs and not is_sender:
             with contextlib.suppress(ValueError):
                 self._key.renew()
-            differs = self._differs(token, is_waiting=is_waiting)
+            differs = self._key_differs(token, is_waiting=is_waiting)
         write(self._mark)
         self._write_as_sender(is_sender=is_sender)
-        self._note(differs)
+        self._update_problem(differs)
 
-    def _differs(self, token: str | None, *, is_waiting: bool) -> bool:
+    def _key_differs(self, token: str | None, *, is_waiting: bool) -> bool:
         try:
             text = self._key.current()
         except ValueError:  # the sender reports it
@@ -280,7 +280,7 @@ class KeyWatch:
         if not text:
             return False
         others = self._marks_of_others(token, is_waiting=is_waiting)
-        return any(_differs(mark, text) for mark in others)
+        return any(_is_of_another_key(mark, text) for mark in others)
 
     def _write_as_sender(self, *, is_sender: bool) -> None:
         path = self._directory / SENDER_KEY
@@ -305,7 +305,7 @@ class KeyWatch:
                 marks.append(key_mark(self._directory, owner, since=since))
         return marks
 
-    def _note(self, differs: bool) -> None:
+    def _update_problem(self, differs: bool) -> None:
         if differs == (self.problem is not None):
             return
         if not differs:
@@ -341,7 +341,7 @@ def _hash(key: str, salt: str) -> str:
     return digest.hexdigest()
 
 
-def _differs(mark: str, key: str) -> bool:
+def _is_of_another_key(mark: str, key: str) -> bool:
     """Return True if a mark is of another key, False also for an invalid mark."""
     salt, _, digest = mark.strip().partition(" ")
     return len(salt) == 16 and bool(digest) and digest != _hash(key, salt)

@@ -69,7 +69,7 @@ class Watermark:
         keys = {name.key for e in os.listdir(self._directory) if (name := read_name(e))}
         loaded = progress.load_progress(self._directory)
         done = loaded.done if loaded else {}
-        until = self._marks.reached(lambda ends: _are_done(ends, keys, done))
+        until = self._marks.reached(lambda marked: _are_done(marked, keys, done))
         published = read(self._directory)
         # A watermark in the future: the clock was set back.
         if until and (until > published or published > moment):
