@@ -96,6 +96,7 @@ class Slice(NamedTuple):
 def _line_after(events: int, lines: list[bytes]) -> int:
     """Return the number of the line that follows the first *events*."""
     line = events
+    # Each empty line before it moves it by one.
     while missing := events - line + lines[:line].count(b""):
         line += missing
     return line
