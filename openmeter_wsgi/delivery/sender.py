@@ -330,10 +330,12 @@ class Sender(Generic[_B]):
 
     def _split(self, head: _PendingBatch[_B], error: DeliveryError) -> None:
         # A 5xx to a batch does not count as a refusal of each of its events.
-        refusal = head.first_refusal if isinstance(error, Rejected) else None
+        is_refusal = isinstance(error, Rejected)
         for events in reversed(head.batch.split_at(len(head.batch) // 2)):
-            part = _PendingBatch(events, refusal)
+            part = _PendingBatch(events, head.first_refusal if is_refusal else None)
             part.accepted_before_500 = head.accepted_before_500
+            # In an outage the pauses do not become short again.
+            part.failures = 0 if is_refusal else head.failures
             self._pending.appendleft(part)
 
     def _handle_expiry(self, error: DeliveryError) -> float:
