@@ -41,7 +41,7 @@ class Deadline:
         self._socket: weakref.ref[socket.socket] | None = None
         #: A duplicate of the socket during a TLS handshake, which replaces the object.
         self._copy: socket.socket | None = None
-        #: Whether the deadline has ended the last attempt.
+        #: True if the deadline has ended the last attempt.
         self.is_over: bool = False
 
     def begin(self, seconds: float) -> None:

@@ -269,7 +269,7 @@ class Problem(msgspec.Struct, frozen=True):
     code: str
     #: One line: the events lost or delayed, and the next step.
     text: str
-    #: Whether the problem loses usage.
+    #: True if the problem loses usage.
     loses: bool = False
 
 

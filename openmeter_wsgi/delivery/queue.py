@@ -361,7 +361,7 @@ class MemoryDelivery:
             )  # fmt: skip
 
     def release(self) -> None:
-        """Deliver the waiting events, and end: nobody uses the delivery any more."""
+        """Deliver the waiting events, and end: the delivery is no longer used."""
         if os.getpid() == self.pid:
             self._worker.end_when_empty()
 

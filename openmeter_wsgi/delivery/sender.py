@@ -1,4 +1,4 @@
-"""The sender: delivers batches in order and decides what a failed attempt means.
+"""The sender: delivers batches in order and handles failed attempts.
 
 A failed attempt means one of two things:
 
@@ -98,7 +98,7 @@ class _PendingBatch(Generic[_B]):
         self.accepted_before_500: int | None = None
         #: Number of 500s to a single event, with an accepted batch before each.
         self.lone_500s = 0
-        #: Whether the batch has been a suspect.
+        #: True if the batch has been a suspect.
         self.was_suspect = False
 
 

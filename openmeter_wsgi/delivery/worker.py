@@ -232,7 +232,7 @@ class Worker(Generic[_B]):
         self._wakeup.set()
 
     def end_when_empty(self) -> None:
-        """End once no event waits: nobody uses the delivery any more."""
+        """End once no event waits: the delivery is no longer used."""
         self._ends_when_empty = True
         self._wakeup.set()
 

@@ -38,7 +38,7 @@ class Slice(NamedTuple):
     start: int
     #: The number of lines that are not empty.
     events: int
-    #: Whether some lines are empty: one form writes a newline before each line, too.
+    #: True if some lines are empty: one form writes a newline before each line, too.
     sparse: bool
 
     @property

@@ -327,7 +327,7 @@ class SpoolDelivery:
             overflow.close(max(deadline - now(), 0))
 
     def release(self) -> None:
-        """Seal the segments, and end: nobody uses the delivery any more."""
+        """Seal the segments, and end: the delivery is no longer used."""
         if os.getpid() == self.pid:
             self._writer.close()
             self._maintenance.close()

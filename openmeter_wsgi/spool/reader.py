@@ -97,7 +97,7 @@ class SpoolReader:
         #: again when they are due, or by the next sender.
         self._delayed: Delayed[list[ByteRange]] = Delayed()
         self._in_flight = InFlight()
-        #: Whether the last write of the progress failed.
+        #: True if the last write of the progress failed.
         self._is_unsaved = False
         self._liveness = Liveness(directory)
         #: The progress of the previous sender.
@@ -382,23 +382,16 @@ class SegmentReader:
     """
 
     __slots__ = (
-        "_directory",
-        "_skipped",
-        "adopted",
-        "at_end",
-        "done",
-        "key",
-        "name",
-        "offset",
-    )
+        "_directory", "_skipped", "adopted", "at_end", "done", "key", "name", "offset",
+    )  # fmt: skip
 
     def __init__(self, directory: Path, name: SegmentName, done: Ranges) -> None:
         self.name: SegmentName = name
         self.key: str = name.key
         self.done: Ranges = done
-        #: Whether its owner has died, or seems so. A crash may have damaged its lines.
+        #: True if its owner has died, or seems so. A crash may have damaged its lines.
         self.adopted: bool = False
-        #: Whether all lines were read and no more can come.
+        #: True if all lines were read and no more can come.
         self.at_end: bool = False
         self._directory = directory
         #: The number of bytes read.

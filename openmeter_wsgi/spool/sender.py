@@ -222,9 +222,9 @@ class SpoolSource(Source[SpoolBatch]):
         self._reader: SpoolReader | None = None
         self._election: Election | None = None
         self._is_waiting = False
-        #: Whether the directory may hold an answer: also one of an earlier sender.
+        #: True if the directory may hold an answer: also one of an earlier sender.
         self._may_hold_answer = True
-        #: Whether the verdict on the server's deduplication was logged.
+        #: True if the verdict on the server's deduplication was logged.
         self._verdict_is_logged = False
 
     @property
