@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
-from openmeter_wsgi.request import interrupted, method_of
+from openmeter_wsgi.request import method_of, raise_after_settling
 from openmeter_wsgi.values import timestamp
 
 if TYPE_CHECKING:
@@ -30,16 +30,18 @@ class NotMetered:
         self.audit: Final = audit
         self._policy_name = policy_name
 
-    def note(
+    def count(
         self, reason: str, environ: Mapping[str, Any], status: str | None
     ) -> Sequence[bytes]:
         """Count a request, and return its events: none."""
         self.counts[reason] += 1
         if self.audit or logger.isEnabledFor(logging.DEBUG):
-            self.tell(reason, environ, status)
+            self.report(reason, environ, status)
         return ()
 
-    def tell(self, reason: str, environ: Mapping[str, Any], status: str | None) -> None:
+    def report(
+        self, reason: str, environ: Mapping[str, Any], status: str | None
+    ) -> None:
         """Report one request to the callable of the policy and to the log."""
         record = {
             "time": timestamp(),
@@ -56,12 +58,14 @@ class NotMetered:
         )
         if self.audit is not None:
             try:
-                tell(self.audit, record)
+                call_audit(self.audit, record)
             except BaseException as error:  # noqa: BLE001 - no Exception comes here
-                interrupted(environ, error)
+                raise_after_settling(environ, error)
 
 
-def tell(audit: Callable[[dict[str, Any]], object], record: dict[str, Any]) -> None:
+def call_audit(
+    audit: Callable[[dict[str, Any]], object], record: dict[str, Any]
+) -> None:
     """Hand *record* to *audit*, whose Exceptions are logged and hurt no request."""
     try:
         audit(record)

@@ -19,18 +19,18 @@ from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import (
-    StatedUsage,
+    CheckedUsage,
     are_small,
     derived_id,
     encode_events,
-    numbered,
     quoted,
     size_problem,
     static_templates,
+    with_id_suffixes,
 )
 from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measures import Measure, computed, evaluate
-from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.policy import overriding_options
 from openmeter_wsgi.request import (
     COMPLETED,
     FAILED,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.exchange import Exchange
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
-    from openmeter_wsgi.request import RequestRecord, RunTimeMeters
+    from openmeter_wsgi.request import RequestRecord, RunTimeUsage
 
 logger: Final = log.get_logger(__name__)
 
@@ -87,9 +87,11 @@ class Billing:
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
         #: True if requests, except OPTIONS, need a decision on entitlements first.
-        self.asks: bool = bool(policy.required_entitlements)
+        self.requires_entitlements: bool = bool(policy.required_entitlements)
         #: True if responses get RateLimit headers from that decision.
-        self.tells_quota: bool = self.asks and policy.usage_headers
+        self.adds_quota_headers: bool = (
+            self.requires_entitlements and policy.usage_headers
+        )
         #: The billings of views with options of their own, by the id of the options.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
         self.subjects: SubjectFinder = SubjectFinder(policy)
@@ -100,8 +102,8 @@ class Billing:
             counts=self._counts,
         )
         #: The generator of its request ids.
-        self.identity: Identity = Identity(policy, process.ids)
-        self._counts_down = bool(policy.entitlement_meters)
+        self.id_source: RequestIdSource = RequestIdSource(policy, process.ids)
+        self._has_countdown = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         self._has_meters = bool(policy.static_meters or policy.measured)
         #: The readers of bodies that a response needs; None if not even its length is
@@ -113,19 +115,19 @@ class Billing:
         self._bills_unmatched = policy.routes is not None or name == EVERY_OTHER
         #: None if this policy has no common case.
         self.fast_path: FastPath | None = (
-            FastPath(self) if self._is_known_beforehand else None
+            FastPath(self) if self._has_fast_path else None
         )
         self._warned: set[str | None] = set()
 
     @property
-    def _is_known_beforehand(self) -> bool:
+    def _has_fast_path(self) -> bool:
         """True if the status and the subject alone decide the events of a response."""
         return (
             self.bodies is None
             and not self._bills_unmatched
-            and not self._counts_down
-            and self.identity.is_ours
-            and all(meter.plain for meter in self.policy.static_meters)
+            and not self._has_countdown
+            and self.id_source.generates_all
+            and all(meter.has_no_overrides for meter in self.policy.static_meters)
             and are_small(self.policy.static_meters, self.policy.event_source)
         )
 
@@ -138,7 +140,7 @@ class Billing:
         found = self._variants.get(id(options))
         if found is None:
             try:
-                own = in_place_of(options)
+                own = overriding_options(options)
                 policy = dataclasses.replace(self.policy, routes=None, **own)
             except ConfigError as error:
                 logger.error(
@@ -161,22 +163,24 @@ class Billing:
         """Return True if responses with this status line are billed."""
         return status[:3] in self._codes
 
-    def must_ask(self, environ: Environ) -> bool:
+    def needs_decision(self, environ: Environ) -> bool:
         """Return True if the request needs a decision on entitlements first."""
-        return self.asks and (self._meter_options or not is_options(environ))
+        return self.requires_entitlements and (
+            self._meter_options or not is_options(environ)
+        )
 
-    def refuse(self, environ: Environ) -> None:
+    def count_denied(self, environ: Environ) -> None:
         """Count a denied request, which is never billed."""
-        self.not_metered.note("denied", environ, None)
+        self.not_metered.count("denied", environ, None)
 
-    def hand_over(self, environ: Environ, request: RequestRecord) -> None:
+    def count_handed_over(self, environ: Environ, request: RequestRecord) -> None:
         """Count a request whose socket the application took over; it is not billed."""
-        if not self.process.is_begun:
-            self.process.begin(environ)
-        self.not_metered.note("handed_over", environ, request.status)
+        if not self.process.is_started:
+            self.process.start(environ)
+        self.not_metered.count("handed_over", environ, request.status)
         if request.reserved:
             self.gate.settle(request, (), None)
-        request.end()
+        request.mark_settled()
 
     def events(
         self,
@@ -193,26 +197,29 @@ class Billing:
         stated, status = request.usage, request.status
         try:
             if stated is not None and stated.denied:
-                return self.not_metered.note("denied", environ, status)
-            if self._bills_unmatched and (other := self._of_route(environ)) is not None:
+                return self.not_metered.count("denied", environ, status)
+            if (
+                self._bills_unmatched
+                and (other := self._stricter_route_billing(environ)) is not None
+            ):
                 return other.events(environ, request, outcome, exchange)
             if reason := self._status_reason(environ, stated, status):
-                return self.not_metered.note(reason, environ, status)
-            made = self._stated_events(environ, request, outcome, exchange)
+                return self.not_metered.count(reason, environ, status)
+            made = self._encode_events(environ, request, outcome, exchange)
             if isinstance(made, str):
-                return self.not_metered.note(made, environ, status)
+                return self.not_metered.count(made, environ, status)
         except Exception:
             logger.exception(_LOST, "events")
-            return self.not_metered.note("error", environ, status)
+            return self.not_metered.count("error", environ, status)
         else:
             self._counts.metered += 1
             return made
         finally:
             if request.reserved:
-                # `_stated_events` did not settle it, so nothing is billed.
+                # `_encode_events` did not settle it, so nothing is billed.
                 self.gate.settle(request, (), None)
 
-    def _of_route(self, environ: Environ) -> Billing | None:
+    def _stricter_route_billing(self, environ: Environ) -> Billing | None:
         """Return the billing of the route by which the framework served a request.
 
         None if that route is unknown, or not stricter. No rule matched the path because
@@ -232,7 +239,7 @@ class Billing:
         return other
 
     def _status_reason(
-        self, environ: Environ, stated: RunTimeMeters | None, status: str | None
+        self, environ: Environ, stated: RunTimeUsage | None, status: str | None
     ) -> str | None:
         """Return the reason for not billing this status, None if it is billed."""
         if not status:
@@ -243,7 +250,7 @@ class Billing:
             return "options" if stated or self._has_meters else "no_meters"
         return None
 
-    def _stated_events(
+    def _encode_events(
         self,
         environ: Environ,
         request: RequestRecord,
@@ -252,7 +259,7 @@ class Billing:
     ) -> Sequence[bytes] | str:
         """Return the events, or the reason for having none."""
         stated = request.usage
-        if reason := self._reason_for_nothing(stated, outcome, exchange):
+        if reason := self._outcome_reason(stated, outcome, exchange):
             return reason
         meters = self._meters(stated, outcome, exchange)
         if isinstance(meters, str):
@@ -261,25 +268,25 @@ class Billing:
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
-                self._say_why_nobody(environ)
+                self._warn_of_missing_subject(environ)
                 return "no_subject"
             without = len(all_meters) - len(meters)
             self._counts.dropped["no_subject"] += without
         if stated is not None and stated.idempotency_key and outcome is COMPLETED:
-            meters = with_own_ids(environ, meters, stated.idempotency_key)
+            meters = with_ids_per_subject(environ, meters, stated.idempotency_key)
         events = encode_events(
             meters,
-            request_id=self.identity.of(environ, stated, subject, outcome),
+            request_id=self.id_source.id_of(environ, stated, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
         kept = self._storable(events)
-        if self._counts_down:
+        if self._has_countdown:
             pairs = zip(meters, events, strict=True)
             self.gate.settle(request, [m for m, e in pairs if e in kept], subject)
         return kept or "message_too_large"
 
-    def _say_why_nobody(self, environ: Environ) -> None:
+    def _warn_of_missing_subject(self, environ: Environ) -> None:
         if (missing := self.subjects.missing_path(environ)) is None:
             logger.warning(
                 "%s: a request without subject is not billed (see subject, "
@@ -306,8 +313,8 @@ class Billing:
             self._counts.dropped["message_too_large"] += len(problems)
         return kept
 
-    def _reason_for_nothing(
-        self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
+    def _outcome_reason(
+        self, stated: RunTimeUsage | None, outcome: str, exchange: Exchange | None
     ) -> str | None:
         """Return the reason for billing nothing, None if something may be billed."""
         if self._part_billed(outcome) == "none":
@@ -330,25 +337,25 @@ class Billing:
         return policy.on_failure if outcome is FAILED else policy.on_abort
 
     def _meters(
-        self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
+        self, stated: RunTimeUsage | None, outcome: str, exchange: Exchange | None
     ) -> Sequence[Meter] | str:
         """Return the meters of the policy and of the handler together."""
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
-        usage = policy.static if with_flat else StatedUsage({}, ())
+        usage = policy.static if with_flat else CheckedUsage({}, ())
         missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
             found = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
             )
-            usage = StatedUsage(
+            usage = CheckedUsage(
                 {**usage.numbers, **found.usage.numbers},
                 (*usage.documents, *found.usage.documents),
             )
             missing = found.missing
             for each in found.missing:
                 self._warn_of_missing(exchange, *each)
-            self._tell_remarks(exchange)
+            self._report_remarks(exchange)
         if stated is not None:
             usage = stated.merged(usage, with_flat=with_flat)
             if stated.deferred and not usage.types:
@@ -361,7 +368,7 @@ class Billing:
             return f"no_value_{missing[0][2]}"
         return "no_meters" if with_flat else outcome
 
-    def _tell_remarks(self, exchange: Exchange) -> None:
+    def _report_remarks(self, exchange: Exchange) -> None:
         for remark in sorted(exchange.remarks):
             self._counts.remarks[remark] += 1
             logger.warning(_REMARKS[remark], self._where(exchange), remark)
@@ -438,7 +445,7 @@ class FastPath:
             try:
                 reason = self._reasons[status]
             except KeyError:
-                reason = self._learn(status)
+                reason = self._classify(status)
             subject = self._anonymous
             if reason is None and (
                 not subject or request.caller or "REMOTE_USER" in environ
@@ -451,7 +458,7 @@ class FastPath:
         if reason is not None:
             self._reason_counts[reason] += 1
             if self._is_audited or self._is_logged(DEBUG):
-                self._not_metered.tell(reason, environ, status)
+                self._not_metered.report(reason, environ, status)
             return ()
         if not subject:
             return None
@@ -471,7 +478,7 @@ class FastPath:
         self._counts.metered += 1
         return events
 
-    def _learn(self, status: str | None) -> str | None:
+    def _classify(self, status: str | None) -> str | None:
         """Remember and return the reason for not billing a status line."""
         if len(self._reasons) >= _MAX_STATUS_LINES:
             self._reasons = {}
@@ -485,7 +492,7 @@ class FastPath:
         return reason
 
 
-class Identity:
+class RequestIdSource:
     """Makes the request ids of one policy. One process, any thread."""
 
     def __init__(self, policy: Policy, ids: RequestIds) -> None:
@@ -494,14 +501,14 @@ class Identity:
         self._key = header and "HTTP_" + header.upper().replace("-", "_")
 
     @property
-    def is_ours(self) -> bool:
+    def generates_all(self) -> bool:
         """True if every id is generated here."""
         return not self._key
 
-    def of(
+    def id_of(
         self,
         environ: Mapping[str, Any],
-        stated: RunTimeMeters | None,
+        stated: RunTimeUsage | None,
         subject: str | None,
         outcome: str,
     ) -> str:
@@ -519,7 +526,7 @@ class Identity:
         return self._ids.new()
 
 
-def with_own_ids(
+def with_ids_per_subject(
     environ: Mapping[str, Any], meters: Sequence[Meter], key: str
 ) -> list[Meter]:
     """Return *meters*, with an id for each that has a subject of its own.
@@ -532,7 +539,7 @@ def with_own_ids(
         )
         if meter.subject and not meter.id
         else meter
-        for meter, suffix in numbered(meters)
+        for meter, suffix in with_id_suffixes(meters)
     ]
 
 

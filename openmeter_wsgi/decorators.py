@@ -18,15 +18,15 @@ from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
-from openmeter_wsgi.framework_routes import SAYS, note_decorated
+from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, note_decorated
 from openmeter_wsgi.measures import Measure
 from openmeter_wsgi.policy import view_problems
 from openmeter_wsgi.request import (
     SETTLED,
     environ_of,
-    leave_unmetered,
+    mark_unmetered,
     metered_request,
-    open_record,
+    unsettled_record,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ logger: Final = log.get_logger(__name__)
 
 
 #: The most sets of options that are remembered of one view.
-MAX_KNOWN = 1_000
+MAX_OPTION_SETS = 1_000
 #: No option is nested deeper, but a function may refer to itself.
 _MAX_DEPTH = 12
 
@@ -46,16 +46,16 @@ _MAX_DEPTH = 12
 _known: defaultdict[str, dict[Hashable, dict[str, Any]]] = defaultdict(dict)
 
 
-def known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def intern_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the first options of the view *name* with the same content.
 
-    Any thread. Beyond `MAX_KNOWN` it returns *options* themselves, with a warning.
+    Any thread. Beyond `MAX_OPTION_SETS` sets it returns *options* and logs a warning.
     """
     of_view = _known[name]
     content = _content(options, 0)
     if (found := of_view.get(content)) is not None:
         return found
-    if len(of_view) >= MAX_KNOWN:
+    if len(of_view) >= MAX_OPTION_SETS:
         logger.warning(
             "%s: @meter is applied again and again with other options; each time takes "
             "memory that is never freed: apply it once",
@@ -135,7 +135,7 @@ def meter(
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
         # The billing of the view is made once for these options, and kept.
-        own_options = known_options(name, given)
+        own_options = intern_options(name, given)
 
         def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
@@ -159,7 +159,7 @@ def _bill_as_view(
     environ: dict[str, Any], name: str, options: Mapping[str, Any]
 ) -> None:
     """Bill a request by its view's *options*, on top of those of its route."""
-    record = open_record(environ, "meter")
+    record = unsettled_record(environ, "meter")
     if record is None or record.billing is None:
         return
     billing = record.billing = record.billing.variant(name, options)
@@ -178,7 +178,7 @@ def no_meter(view: Callable[P, R]) -> Callable[P, R]:
 
     def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
-            leave_unmetered(environ)
+            mark_unmetered(environ)
 
     return _beginning(view, begin, None)
 
@@ -205,7 +205,7 @@ def _beginning(
     # Pyramid reads the parameters of a view.
     with contextlib.suppress(ValueError, TypeError):
         begun.__signature__ = inspect.signature(view)
-    setattr(begun, SAYS, says)
+    setattr(begun, OPTIONS_ATTRIBUTE, says)
     note_decorated(view)
     wrapped: Callable[P, R] = begun
     return wrapped
@@ -220,12 +220,12 @@ def _is_awaited(view: object) -> bool:
     return is_coroutine_function(view)
 
 
-def asks_itself(view: object) -> bool:
+def checks_own_entitlements(view: object) -> bool:
     """Return True if a view checks its own entitlements, or is not metered.
 
     Then the entitlements of its policy are not checked before it is called.
     """
-    options = getattr(view, SAYS, {})
+    options = getattr(view, OPTIONS_ATTRIBUTE, {})
     return options is None or "required_entitlements" in options
 
 

@@ -34,7 +34,7 @@ NOT_ON_WINDOWS = (
 MAX_REASON = 500
 
 
-def shown(value: object) -> str:
+def safe_repr(value: object) -> str:
     """Return the repr of *value* for the text of an error. Never raises."""
     try:
         return repr(value)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.errors import MeterValueError, shown
+from openmeter_wsgi.errors import MeterValueError, safe_repr
 from openmeter_wsgi.values import (
     MAX_GROWTH,
     MAX_MESSAGE_BYTES,
@@ -65,7 +65,7 @@ class Meter(msgspec.Struct, frozen=True):
     time: str | None = None
 
     @property
-    def plain(self) -> bool:
+    def has_no_overrides(self) -> bool:
         """True if it overrides no attribute."""
         return (self.id or self.subject or self.source or self.time) is None
 
@@ -78,7 +78,7 @@ class Meter(msgspec.Struct, frozen=True):
         return fields
 
 
-class StatedUsage(msgspec.Struct, frozen=True):
+class CheckedUsage(msgspec.Struct, frozen=True):
     """Numbers by type, which add up, and documents, one for each event."""
 
     numbers: dict[str, Number]
@@ -90,7 +90,7 @@ class StatedUsage(msgspec.Struct, frozen=True):
         return {*self.numbers, *(meter.type for meter in self.documents)}
 
 
-def read_usage(meters: object) -> StatedUsage:
+def read_usage(meters: object) -> CheckedUsage:
     """Return the usage in *meters*, with every value checked.
 
     :raises MeterValueError: naming a value that OpenMeter would refuse or not count, or
@@ -105,7 +105,7 @@ def read_usage(meters: object) -> StatedUsage:
         for name, value in entry.items():
             number = _read_number(_read_text("meter type", name), value)
             numbers[name] = add_numbers(name, numbers.get(name, 0), number)
-    return StatedUsage(numbers, tuple(documents))
+    return CheckedUsage(numbers, tuple(documents))
 
 
 def _entries(meters: object) -> list[Mapping[str, Any]]:
@@ -116,7 +116,7 @@ def _entries(meters: object) -> list[Mapping[str, Any]]:
             return entries
     raise MeterValueError(
         "expected {'type': …, 'data': {…}}, a mapping of type to number, "
-        f"or a list of them, got {shown(meters)}"
+        f"or a list of them, got {safe_repr(meters)}"
     )
 
 
@@ -125,11 +125,11 @@ def _read_document(entry: Mapping[str, Any]) -> Meter:
     if "value" in entry and "data" not in entry:
         raise MeterValueError(
             f"meter {name!r}: the value goes into data: "
-            f"{{'type': {name!r}, 'data': {{'value': {shown(entry['value'])}}}}}"
+            f"{{'type': {name!r}, 'data': {{'value': {safe_repr(entry['value'])}}}}}"
         )
     if unknown := [key for key in entry if key not in _DOCUMENT_KEYS]:
         raise MeterValueError(
-            f"meter {name!r}: unknown key {shown(unknown[0])}, "
+            f"meter {name!r}: unknown key {safe_repr(unknown[0])}, "
             f"expected one of {', '.join(_DOCUMENT_KEYS)}"
         )
     given = {
@@ -160,7 +160,7 @@ def _read_number(name: str, value: object) -> Number:
             return value
     raise MeterValueError(
         f"meter {name!r}: expected a number, finite and not negative, "
-        f"got {shown(value)}"
+        f"got {safe_repr(value)}"
     )
 
 
@@ -241,7 +241,7 @@ class RequestIds:
         """Begin a block of this thread's own, and return its first id."""
         prefix = self._prefixes.get("")
         if prefix is None:
-            prefix = self._prefixes.setdefault("", _drawn_prefix())
+            prefix = self._prefixes.setdefault("", _random_prefix())
         block = next(self._blocks)
         head = f"{prefix}{block or ''}"
         numbers = iter(_BLOCK if block else _FIRST_BLOCK)
@@ -250,7 +250,7 @@ class RequestIds:
         return made
 
 
-def _drawn_prefix() -> str:
+def _random_prefix() -> str:
     """Return a random prefix, also unique among copies of a virtual machine.
 
     A machine that is resumed twice from a snapshot may get the same random numbers
@@ -278,8 +278,11 @@ def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, st
     time; the subject follows the time.
     """
     return [
-        (f'{_head(meter, source)},"id":"', f'{_json(f":{suffix}")[1:-1]}","time":"')
-        for meter, suffix in numbered(meters)
+        (
+            f'{_event_head(meter, source)},"id":"',
+            f'{_json(f":{suffix}")[1:-1]}","time":"',
+        )
+        for meter, suffix in with_id_suffixes(meters)
     ]
 
 
@@ -287,7 +290,7 @@ def are_small(meters: Iterable[Meter], source: str) -> bool:
     """Return True if all events of these meters are small, given a short subject."""
     largest = _SMALL_EVENT - 12 * SHORT_SUBJECT - 1_000
     return all(
-        len(_head(meter, source)) + len(meter.type) < largest for meter in meters
+        len(_event_head(meter, source)) + len(meter.type) < largest for meter in meters
     )
 
 
@@ -302,7 +305,7 @@ def encode_events(
     """
     now = timestamp()
     events = []
-    for meter, suffix in numbered(meters):
+    for meter, suffix in with_id_suffixes(meters):
         name = _json(meter.subject or subject or "")
         event_id = _json(meter.id or f"{request_id}:{suffix}")
         time = meter.time or now
@@ -312,9 +315,8 @@ def encode_events(
                 "time", meter.type, time,
             )  # fmt: skip
             time = now
-        event = (
-            f'{_head(meter, source)},"id":{event_id},"time":"{time}","subject":{name}}}'
-        )
+        head = _event_head(meter, source)
+        event = f'{head},"id":{event_id},"time":"{time}","subject":{name}}}'
         events.append(event.encode())
     return events
 
@@ -327,7 +329,7 @@ def size_problem(event: bytes) -> str | None:
     return too_large(size) if size > MAX_MESSAGE_BYTES else None
 
 
-def _head(meter: Meter, source: str) -> str:
+def _event_head(meter: Meter, source: str) -> str:
     return (
         f'{{"specversion":"1.0","type":{_json(meter.type)},'
         f'"source":{_json(meter.source or source)},'
@@ -335,7 +337,7 @@ def _head(meter: Meter, source: str) -> str:
     )
 
 
-def numbered(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
+def with_id_suffixes(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
     """Pair each meter with the end of its event id: its type, numbered from 2 on."""
     seen: dict[str, int] = {}
     numbered = []

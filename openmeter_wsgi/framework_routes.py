@@ -16,7 +16,7 @@ logger: Final = log.get_logger(__name__)
 
 #: The attribute of a decorated view with its options; None if it is not metered. Other
 #: decorators copy it (``functools.wraps``).
-SAYS = "openmeter_wsgi_options"
+OPTIONS_ATTRIBUTE = "openmeter_wsgi_options"
 #: The decorated functions, and those that they wrap.
 _decorated: weakref.WeakSet[Any] = weakref.WeakSet()
 #: The attributes in which middleware and frameworks keep the wrapped application.
@@ -159,7 +159,9 @@ def misplaced_decorators(app: Any) -> list[tuple[str, str]]:
     Decorators above it are never called.
     """
     routes = served_routes(app)
-    effective = {id(_innermost(r.view)) for r in routes if hasattr(r.view, SAYS)}
+    effective = {
+        id(_innermost(r.view)) for r in routes if hasattr(r.view, OPTIONS_ATTRIBUTE)
+    }
     return [
         (route.template, getattr(route.view, "__qualname__", repr(route.view)))
         for route in routes
@@ -170,7 +172,7 @@ def misplaced_decorators(app: Any) -> list[tuple[str, str]]:
 
 def _is_decorated_elsewhere(view: Any) -> bool:
     try:
-        return not hasattr(view, SAYS) and view in _decorated
+        return not hasattr(view, OPTIONS_ATTRIBUTE) and view in _decorated
     except TypeError:  # what takes no weak reference
         return False
 

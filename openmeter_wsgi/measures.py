@@ -43,9 +43,9 @@ import msgspec
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import VALUE_PROPERTY, Number, StatedUsage, read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, CheckedUsage, Number, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
-from openmeter_wsgi.request import interrupted
+from openmeter_wsgi.request import raise_after_settling
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Measure:
             logger.error("%s: raised %r; it has no value", self, error)
             found = Unknown("failed")
             if not isinstance(error, Exception):
-                interrupted(exchange.environ, error)
+                raise_after_settling(exchange.environ, error)
         if found is None:
             found = Unknown("none")
         if isinstance(found, Unknown) and self._default is not _NONE:
@@ -443,12 +443,12 @@ class MeasuredMeter(NamedTuple):
 class Evaluated(NamedTuple):
     """The results of measured meters."""
 
-    usage: StatedUsage
+    usage: CheckedUsage
     #: The measures that had no value, and why, by the type of their meter.
     missing: list[tuple[str, Measure, str]]
 
 
-def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ...]]:
+def split(meter: Any, meters: Any) -> tuple[CheckedUsage, tuple[MeasuredMeter, ...]]:
     """Split the meters of a policy into the known ones and the measured ones.
 
     :raises ValueError: naming what is wrong. It may be called again with the same.
@@ -475,7 +475,7 @@ def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ..
             numbers[name] = number
     plain = read_usage(documents).documents if documents else ()
     counted = read_usage(numbers).numbers if numbers else {}
-    return StatedUsage(counted, plain), (*measured,)
+    return CheckedUsage(counted, plain), (*measured,)
 
 
 def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
@@ -498,7 +498,7 @@ def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
             logger.error("meter %r: not sent: %s", meter.type, error)
             missing.append((meter.type, meter.measures[0], "invalid"))
     plain = read_usage(documents).documents if documents else ()
-    return Evaluated(StatedUsage(numbers, plain), missing)
+    return Evaluated(CheckedUsage(numbers, plain), missing)
 
 
 def _documents(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -18,17 +18,17 @@ from openmeter_wsgi.request import (
     OPEN,
     REQUEST,
     RequestRecord,
-    begin_again,
+    adopt_record,
 )
 from openmeter_wsgi.response import (
     FILE_WRAPPER,
     Response,
     SizedResponse,
-    fail,
-    give_file,
-    is_file,
     is_iterable,
-    remember_files,
+    is_wrapped_file,
+    settle_failed,
+    settle_when_closed,
+    track_wrapped_files,
 )
 from openmeter_wsgi.stats import MAX_AGE, Health
 
@@ -60,7 +60,7 @@ class OpenMeterMiddleware:
 
     #: True if entitlements are checked before the application is called. Subclasses
     #: for frameworks set False and check them later, when the caller is known.
-    _asks_first = True
+    _checks_entitlements_first = True
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class OpenMeterMiddleware:
             _prepare_spool(policy)
         self._process = self._new_process(policy)
         if self._new_process is Process:
-            self._process.say_what_errors_are_billed()
-        self._look_at_views()
+            self._process.warn_of_billed_errors()
+        self._check_decorators_later()
 
     # One function: each call would slow down every request.
     def __call__(  # noqa: C901
@@ -107,9 +107,9 @@ class OpenMeterMiddleware:
         if billing is None:
             return self.app(environ, start_response)
         if REQUEST in environ:
-            request = begin_again(environ, billing, start_response)
+            request = adopt_record(environ, billing, start_response)
             if request is None:
-                self._say_that_it_is_nested()
+                self._warn_of_nesting()
                 return self.app(environ, start_response)
         else:
             # `new_record`, inlined: a call would cost each request.
@@ -120,13 +120,13 @@ class OpenMeterMiddleware:
             request.status = request.server_write = request.capture = None
             request.caller = request.usage = request.route = None
             request.decision = request.reserved = request.remembered = None
-        if billing.asks and self._asks_first:
-            refusal = _refusal(billing, environ, request)
-            if refusal is not None:
-                return refusal(environ, start_response)
+        if billing.requires_entitlements and self._checks_entitlements_first:
+            denied_response = _denied_response(billing, environ, request)
+            if denied_response is not None:
+                return denied_response(environ, start_response)
         if billing.bodies is not None:
             request.capture = ResponseCapture(environ, billing.bodies)
-        files = remember_files(environ) if FILE_WRAPPER in environ else None
+        files = track_wrapped_files(environ) if FILE_WRAPPER in environ else None
         try:
             iterable = self.app(environ, request.start_response)
         except EntitlementDenied as denied:
@@ -135,11 +135,13 @@ class OpenMeterMiddleware:
                 environ, request.start_response, is_started=request.status is not None
             )
         except BaseException:
-            fail(environ, request)
+            settle_failed(environ, request)
             raise
-        if files is not None and is_file(files, iterable):
-            file = give_file(environ, request, iterable)
-            return file if process.watch is None else process.watch(file)
+        if files is not None and is_wrapped_file(files, iterable):
+            file = settle_when_closed(environ, request, iterable)
+            return (
+                file if process.wrap_response is None else process.wrap_response(file)
+            )
         response: Response
         if type(iterable) is list or hasattr(iterable, "__len__"):
             response = SizedResponse()
@@ -147,14 +149,18 @@ class OpenMeterMiddleware:
             response = Response()
         else:
             # Such as gunicorn's ALREADY_HANDLED: the application took the socket.
-            billing.hand_over(environ, request)
+            billing.count_handed_over(environ, request)
             return iterable
         response.environ = environ
         response.request = request
         response.iterable = iterable
-        return response if process.watch is None else process.watch(response)
+        return (
+            response
+            if process.wrap_response is None
+            else process.wrap_response(response)
+        )
 
-    def _say_that_it_is_nested(self) -> None:
+    def _warn_of_nesting(self) -> None:
         logger.warning(
             "%s: the application is wrapped twice; the outer middleware meters",
             type(self).__name__,
@@ -167,7 +173,7 @@ class OpenMeterMiddleware:
         the parent queued stay with the parent.
         """
         process = self._process
-        if not process.guard.fits():
+        if not process.guard.is_valid():
             process = process.successor(self._new_process, self.policy)
             self._process = process
         return process
@@ -228,7 +234,7 @@ class OpenMeterMiddleware:
         before = self._process, self._new_process
         self._new_process = new_process
         self._process = new_process(self.policy)
-        self._look_at_views()
+        self._check_decorators_later()
 
         def restore() -> None:
             self._process, self._new_process = before
@@ -240,7 +246,7 @@ class OpenMeterMiddleware:
         if (process := getattr(self, "_process", None)) is not None:
             process.release()
 
-    def _look_at_views(self) -> None:
+    def _check_decorators_later(self) -> None:
         """Warn of misplaced decorators with the first request, when all views exist."""
         app = self.app
         self._process.on_first_request(lambda _: _warn_of_misplaced_decorators(app))
@@ -270,20 +276,20 @@ def _warn_of_unknown_subject() -> None:
     )
 
 
-def _refusal(
+def _denied_response(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
 ) -> DeniedResponse | None:
     """Return the response to a denied request, None if it is allowed."""
     # The cache answers most requests, so it is asked first.
-    if not billing.gate.passes(environ, request) and billing.must_ask(environ):
+    if not billing.gate.passes(environ, request) and billing.needs_decision(environ):
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:
-            billing.refuse(environ)
-            request.end()
+            billing.count_denied(environ)
+            request.mark_settled()
             (denial, *_) = decision.denied
             if denial.reason == "no_subject" and billing.policy.subject is None:
                 _warn_of_unknown_subject()
             return DeniedResponse(decision, billing.policy)
-    if billing.tells_quota and request.server_start is not None:
+    if billing.adds_quota_headers and request.server_start is not None:
         request.server_start = telling_quota(request.decision, request.server_start)
     return None

@@ -418,7 +418,7 @@ REMOVED = {
 }
 
 
-def unknown(name: str, names: Sequence[str]) -> str:
+def unknown_option(name: str, names: Sequence[str]) -> str:
     """Return the error for *name*, which is no option, and the one likely meant."""
     if name in REMOVED:
         return f"{name}: is no longer an option: {REMOVED[name]}"
@@ -461,9 +461,9 @@ def feature_problem(key: Any) -> str | None:
     """Return an error if OpenMeter cannot have the feature *key*, with a valid key."""
     if problem := text_problem(key):
         return problem
-    if not unaddressable([key]) or is_ulid(key):
+    if not invalid_feature_keys([key]) or is_ulid(key):
         return None
-    proposed = feature_like(key)
+    proposed = similar_feature_key(key)
     hint = f"; write {proposed!r} here and in OpenMeter" if proposed else ""
     return (
         f"OpenMeter takes no feature key like {key!r} (expected a-z and 0-9, words "
@@ -471,7 +471,7 @@ def feature_problem(key: Any) -> str | None:
     )
 
 
-def feature_like(key: str) -> str | None:
+def similar_feature_key(key: str) -> str | None:
     """Return a valid key similar to *key*, None if there is none."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     words = re.findall(r"[a-z0-9]+", snake, re.ASCII)
@@ -483,7 +483,7 @@ def is_ulid(key: str) -> bool:
     return _ULID.fullmatch(key) is not None
 
 
-def unaddressable(keys: Iterable[str]) -> list[str]:
+def invalid_feature_keys(keys: Iterable[str]) -> list[str]:
     """Return the *keys* that are not in the form of a feature's key."""
     return [
         key for key in keys if not _FEATURE.fullmatch(key) or len(key) > _MAX_FEATURE
@@ -508,7 +508,7 @@ def counted_meters(value: Any) -> dict[str, CountedMeter]:
     keys = list(value)
     for key in keys:
         if problem := feature_problem(key):
-            like = None if text_problem(key) else feature_like(key)
+            like = None if text_problem(key) else similar_feature_key(key)
             mapping = f", with its meter: { ({like: key})!r}" if like else ""
             raise ValueError(problem + mapping)
     return {key: CountedMeter(key) for key in keys}
@@ -589,7 +589,7 @@ def read_variables(
             continue
         name = variable.removeprefix(_PREFIX).lower()
         if name in REMOVED:
-            problems.append(f"{variable}: {unknown(name, ())}")
+            problems.append(f"{variable}: {unknown_option(name, ())}")
             continue
         if name not in hints:
             _warn_if_misspelt(variable, name, list(hints))

@@ -28,7 +28,7 @@ import msgspec
 
 from openmeter_wsgi import options as read
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import Meter, StatedUsage, number_meter
+from openmeter_wsgi.events import CheckedUsage, Meter, number_meter
 from openmeter_wsgi.measures import (
     Measure,
     MeasuredMeter,
@@ -37,10 +37,10 @@ from openmeter_wsgi.measures import (
 from openmeter_wsgi.options import (
     ApiKey,
     CountedMeter,
+    invalid_feature_keys,
     is_konnect,
     read_file,
     read_variables,
-    unaddressable,
 )
 from openmeter_wsgi.routes import RouteRule
 from openmeter_wsgi.status_codes import StatusCodes
@@ -341,7 +341,7 @@ def _ids(policy: Policy) -> list[str]:
     return [
         f"required_entitlements: {feature!r} is an id, which OpenMeter's version 3 "
         "does not take; write the key of the feature"
-        for feature in unaddressable(sorted(named))
+        for feature in invalid_feature_keys(sorted(named))
     ]
 
 
@@ -373,15 +373,15 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     #: The key of ``api_key`` or ``api_key_file``.
     key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
     #: The key for entitlements: an object of its own, because other threads use it.
-    questions_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
+    entitlements_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
     #: The constant part of ``meter`` and ``meters`` …
-    static: StatedUsage = dataclasses.field(init=False, repr=False, compare=False)
+    static: CheckedUsage = dataclasses.field(init=False, repr=False, compare=False)
     #: … and the part that is measured at the end of a response.
     measured: tuple[MeasuredMeter, ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
     #: The policies of single routes.
-    of_routes: tuple[tuple[RouteRule, Policy | None], ...] = dataclasses.field(
+    route_policies: tuple[tuple[RouteRule, Policy | None], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
 
@@ -396,7 +396,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         if unknown := [name for name in options if name not in _names()]:
             known = {k: v for k, v in options.items() if k not in unknown}
             _, problems = _read_options(known)
-            misspelt = [read.unknown(name, _names()) for name in unknown]
+            misspelt = [read.unknown_option(name, _names()) for name in unknown]
             raise ConfigError([*misspelt, *problems])
         return super().__new__(cls)
 
@@ -407,13 +407,13 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
             object.__setattr__(self, name, value)
         if not problems:
             problems = [*contradictions(self), *self._keys()]
-        of_routes, wrong = ((), []) if problems else self._of_routes()
+        route_policies, wrong = ((), []) if problems else self._read_routes()
         if problems or wrong:
             raise ConfigError([*problems, *wrong])
         static, measured = split(self.meter, self.meters)
         object.__setattr__(self, "static", static)
         object.__setattr__(self, "measured", measured)
-        object.__setattr__(self, "of_routes", of_routes)
+        object.__setattr__(self, "route_policies", route_policies)
 
     def __repr__(self) -> str:
         shown = (
@@ -497,12 +497,12 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         """The meters of a request without run-time usage."""
         return self.as_meters(self.static)
 
-    def as_meters(self, usage: StatedUsage) -> tuple[Meter, ...]:
+    def as_meters(self, usage: CheckedUsage) -> tuple[Meter, ...]:
         """Return *usage* as meters, numbers first, without zeros."""
         numbers = (number_meter(name, number) for name, number in usage.numbers.items())
         return (*filter(None, numbers), *usage.documents)
 
-    def _of_routes(
+    def _read_routes(
         self,
     ) -> tuple[tuple[tuple[RouteRule, Policy | None], ...], list[str]]:
         """Return the policies of the routes, and their problems."""
@@ -514,7 +514,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
                 made.append((rule, None))
                 continue
             problems += [f"routes[{text!r}]: {each}" for each in _misplaced(own)]
-            options = {**in_place_of(own), "routes": None}
+            options = {**overriding_options(own), "routes": None}
             if rule.names_options:
                 options.setdefault("meter_options", True)
             try:
@@ -530,7 +530,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         try:
             key = ApiKey.from_options(self.api_key, self.api_key_file)
             own = self.entitlements_api_key
-            questions_key = (
+            entitlements_key = (
                 ApiKey.from_options(self.api_key, self.api_key_file)
                 if own is None
                 else ApiKey.from_options(own, None)
@@ -538,7 +538,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         except ValueError as error:
             return [str(error)]
         object.__setattr__(self, "key", key)
-        object.__setattr__(self, "questions_key", questions_key)
+        object.__setattr__(self, "entitlements_key", entitlements_key)
         if key.required_by(self.api_url) and not self.dry_run:
             return [
                 f"api_key: expected a key, which {self.api_url} requires, got none "
@@ -548,7 +548,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return []
 
 
-def in_place_of(own: Mapping[str, Any]) -> dict[str, Any]:
+def overriding_options(own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a route or view; its ``meter`` or ``meters`` replaces both.
 
     If one of them is empty, there are no meters.
@@ -576,8 +576,8 @@ def view_problems(options: Mapping[str, Any]) -> list[str]:
     """Return the problems of the options of a single view."""
     unknown = [name for name in options if name not in _names()]
     known = {k: v for k, v in options.items() if k not in unknown}
-    misspelt = [read.unknown(name, sorted(PER_ROUTE)) for name in unknown]
-    return [*misspelt, *_misplaced(known), *_read_options(in_place_of(known))[1]]
+    misspelt = [read.unknown_option(name, sorted(PER_ROUTE)) for name in unknown]
+    return [*misspelt, *_misplaced(known), *_read_options(overriding_options(known))[1]]
 
 
 def _misplaced(options: Iterable[str]) -> list[str]:

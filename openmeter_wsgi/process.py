@@ -64,7 +64,7 @@ class ProcessGuard:
         page = self._page
         return os.getpid() == self._confirmed_pid if page is None else page[0] == 1
 
-    def fits(self) -> bool:
+    def is_valid(self) -> bool:
         """Return True if neither the process nor the kind of threads has changed."""
         return self.is_current() or (
             os.getpid() == self._pid and threads_are_greenlets() == self._greenlets
@@ -139,7 +139,7 @@ class Transport(Protocol):
         """The current problems of the delivery."""
 
 
-class DryRun:
+class DryRunTransport:
     """A transport that logs events and sends none. Any thread."""
 
     started = is_sender = True
@@ -186,7 +186,7 @@ class Process:
     :param transport: takes the events in place of the delivery to OpenMeter, and counts
         them in *counts*.
     :param entitlements: decides on access in place of OpenMeter.
-    :param watch: wraps each response, for tests.
+    :param wrap_response: wraps each response, for tests.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Process:
         transport: Transport | None = None,
         ids: RequestIds | None = None,
         entitlements: EntitlementService | None = None,
-        watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
+        wrap_response: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
     ) -> None:
         #: Tells whether this process is the one it belongs to.
         self.guard: ProcessGuard = ProcessGuard()
@@ -212,9 +212,9 @@ class Process:
         self.entitlements: EntitlementService = entitlements or entitlement_service(
             policy, self.transport, visibility
         )
-        self.watch = watch
+        self.wrap_response = wrap_response
         #: True once `begin` has done all its work.
-        self.is_begun: bool = False
+        self.is_started: bool = False
         self._hooks: list[FirstRequestHook] = []
         self._hooks_to_call: deque[FirstRequestHook] = deque()
         self._successors: dict[int, Process] = {}
@@ -226,7 +226,7 @@ class Process:
 
     # -- Requests
 
-    def begin(self, environ: Mapping[str, Any]) -> None:
+    def start(self, environ: Mapping[str, Any]) -> None:
         """Call the hooks and start the transport. Never raises an Exception."""
         while self._hooks_to_call:
             try:
@@ -239,13 +239,13 @@ class Process:
                 )
         self.entitlements.begin(environ)
         self.transport.start(environ)
-        self.is_begun = self.transport.started
+        self.is_started = self.transport.started
 
     def on_first_request(self, hook: FirstRequestHook) -> None:
         """Call *hook* with the first settled request, in this process and its forks."""
         self._hooks.append(hook)
         self._hooks_to_call.append(hook)
-        self.is_begun = False
+        self.is_started = False
 
     def billing_of(self, policy: Policy, name: str) -> Billing:
         """Make a billing of *policy*, whose counts become part of `stats`."""
@@ -256,13 +256,13 @@ class Process:
     def billing_of_view(self, policy: Policy, name: str) -> Billing:
         """Make the billing of a view with options of its own."""
         billing = self.billing_of(policy, name)
-        _say_what_errors_are_billed(billing)
+        _warn_of_billed_errors(billing)
         return billing
 
-    def say_what_errors_are_billed(self) -> None:
+    def warn_of_billed_errors(self) -> None:
         """Log each policy that bills responses that are errors."""
         for billing in self._billings:
-            _say_what_errors_are_billed(billing)
+            _warn_of_billed_errors(billing)
 
     def successor(self, new_process: NewProcess, policy: Policy) -> Process:
         """Return the `Process` of a process that was forked from this one.
@@ -283,7 +283,7 @@ class Process:
 
         rules = [
             (rule, None if own is None else self.billing_of(own, rule.text))
-            for rule, own in policy.of_routes
+            for rule, own in policy.route_policies
         ]
         return Routes(rules, self.billing, _strictness)
 
@@ -393,7 +393,7 @@ def _transport_of(
     policy: Policy, counts: Counts, visibility: Visibility | None
 ) -> Transport:
     if policy.dry_run:
-        return DryRun(counts)
+        return DryRunTransport(counts)
     new_client = client_factory(policy)
     if policy.spool_dir is None:
         if visibility is None:
@@ -409,10 +409,14 @@ def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:
     """Return the sort key by which `Routes` compares two policies."""
     if billing is None:
         return False, False, 0.0
-    return True, billing.asks, sum(map(float, billing.policy.static.numbers.values()))
+    return (
+        True,
+        billing.requires_entitlements,
+        sum(map(float, billing.policy.static.numbers.values())),
+    )
 
 
-def _say_what_errors_are_billed(billing: Billing) -> None:
+def _warn_of_billed_errors(billing: Billing) -> None:
     codes: StatusCodes = billing.policy.meter_on_status_codes  # type: ignore[assignment]
     if not any(code[0] in "45" for code in codes.codes):
         return

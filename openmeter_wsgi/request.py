@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.events import (
+    CheckedUsage,
     Meter,
     Meters,
     Number,
-    StatedUsage,
     add_numbers,
     read_usage,
 )
@@ -52,13 +52,13 @@ OPEN: Final = 1
 #: A part of the body that is not empty has been sent.
 STARTED: Final = 2
 #: The client hung up while the application was calling `write`.
-HUNG_UP: Final = 3
+DISCONNECTED: Final = 3
 #: The application raised.
-BROKEN: Final = 4
+RAISED: Final = 4
 #: The body has come to its end.
 FINISHED: Final = 5
 #: The events are made, and some of them may be in the queue.
-FIXED: Final = 6
+ENCODED: Final = 6
 #: All events are in the queue.
 SETTLED: Final = 7
 
@@ -96,7 +96,7 @@ class RequestRecord:
     #: The arguments of :func:`set_subject` and :func:`set_user`, None without a call.
     caller: dict[str, object] | None
     #: The usage that the handler stated, None if it stated none.
-    usage: RunTimeMeters | None
+    usage: RunTimeUsage | None
     #: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
     route: str | None
     #: The last decision about entitlements.
@@ -138,14 +138,14 @@ class RequestRecord:
         except (AssertionError, TypeError, ValueError):
             raise  # the application called it in a wrong way
         except Exception:
-            if self.state < FIXED:
-                self.state = HUNG_UP
+            if self.state < ENCODED:
+                self.state = DISCONNECTED
             raise
         if self.capture is not None:
             self.capture.passed(data)
         return written
 
-    def end(self) -> None:
+    def mark_settled(self) -> None:
         """Mark the request as settled, and let go of the server.
 
         The server's handler keeps the environ, and the environ this record.
@@ -153,15 +153,15 @@ class RequestRecord:
         self.state = SETTLED
         self.server_start = self.server_write = self.capture = None
 
-    def fail(self) -> None:
+    def mark_failed(self) -> None:
         """Note that the application raised, and the status that the client will see."""
-        if self.state == HUNG_UP:
+        if self.state == DISCONNECTED:
             return  # the server raised, not the application
         if self.state == OPEN:
             # Nothing has been sent, so the server answers with an error.
             self.status = _ERROR_STATUS
-        if self.state < FIXED:
-            self.state = BROKEN
+        if self.state < ENCODED:
+            self.state = RAISED
 
 
 def new_record() -> RequestRecord:
@@ -175,7 +175,7 @@ def new_record() -> RequestRecord:
     return record
 
 
-def begin_again(
+def adopt_record(
     environ: dict[str, Any], billing: Billing, start_response: StartResponse
 ) -> RequestRecord | None:
     """Return the record of a request whose environ has one; *billing* bills it now.
@@ -223,7 +223,7 @@ def record_of(environ: MutableMapping[str, Any]) -> RequestRecord:
     return request
 
 
-def interrupted(environ: Mapping[str, Any], error: BaseException) -> None:
+def raise_after_settling(environ: Mapping[str, Any], error: BaseException) -> None:
     """Keep *error*, which is no Exception, until the request is settled; then raise it.
 
     :raises BaseException: now, outside a metered request.
@@ -232,7 +232,7 @@ def interrupted(environ: Mapping[str, Any], error: BaseException) -> None:
     if record is None:
         raise error
     if record.usage is None:
-        record.usage = RunTimeMeters()
+        record.usage = RunTimeUsage()
     record.usage.interruption = error
 
 
@@ -269,7 +269,7 @@ def is_options(environ: Mapping[str, Any]) -> bool:
     return environ.get("REQUEST_METHOD") in OPTIONS
 
 
-class RunTimeMeters:
+class RunTimeUsage:
     """The usage that the handler of one request stated.
 
     Belongs to the thread that serves the request, so it takes no lock.
@@ -304,7 +304,7 @@ class RunTimeMeters:
         self._documents: list[tuple[Meter, bool]] = []
 
     def raise_interruption(self) -> None:
-        """Raise the error that interrupted a callable of the policy, after settling."""
+        """Raise the error that `raise_after_settling` kept, if any."""
         if self.interruption is not None:
             raise self.interruption
 
@@ -312,7 +312,7 @@ class RunTimeMeters:
         """Return True if a ticket holds the meters of that type."""
         return any(types is None or meter_type in types for types in self.deferred)
 
-    def set(self, usage: StatedUsage, *, flat: bool) -> None:
+    def set(self, usage: CheckedUsage, *, flat: bool) -> None:
         """Replace the stated usage, and static meters of the same types, by *usage*."""
         numbers = dict(usage.numbers)
         self._overridden = usage.types
@@ -320,7 +320,7 @@ class RunTimeMeters:
         self._measured = {} if flat else numbers
         self._documents = [(meter, flat) for meter in usage.documents]
 
-    def add(self, usage: StatedUsage) -> None:
+    def add(self, usage: CheckedUsage) -> None:
         """Add *usage*. Nothing changes if a sum is not possible."""
         sums = {
             name: add_numbers(name, self._measured.get(name, 0), number)
@@ -329,7 +329,7 @@ class RunTimeMeters:
         self._measured.update(sums)
         self._documents += [(meter, False) for meter in usage.documents]
 
-    def stated(self) -> list[dict[str, Any]]:
+    def as_meters(self) -> list[dict[str, Any]]:
         """Return the stated usage: the documents, then one mapping of numbers."""
         numbers = dict(self._flat)
         for name, number in self._measured.items():
@@ -337,7 +337,7 @@ class RunTimeMeters:
         documents = [meter.document() for meter, _ in self._documents]
         return [*documents, numbers] if numbers else documents
 
-    def merged(self, policys: StatedUsage, *, with_flat: bool) -> StatedUsage:
+    def merged(self, policys: CheckedUsage, *, with_flat: bool) -> CheckedUsage:
         """Return the usage of the policy and this usage together.
 
         Without *with_flat* the flat amounts are left out. Deferred meters always are.
@@ -361,7 +361,7 @@ class RunTimeMeters:
         if self.deferred:
             numbers = {k: v for k, v in numbers.items() if not self.is_deferred(k)}
             documents = [m for m in documents if not self.is_deferred(m.type)]
-        return StatedUsage(numbers, tuple(documents))
+        return CheckedUsage(numbers, tuple(documents))
 
 
 def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
@@ -374,7 +374,7 @@ def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
     :raises MeterValueError: naming the bad value; nothing is changed then.
     """
     usage = read_usage(meters)
-    if (stated := _run_time_meters(request, "set_meters")) is not None:
+    if (stated := _run_time_usage(request, "set_meters")) is not None:
         stated.set(usage, flat=flat)
 
 
@@ -388,14 +388,14 @@ def add_meters(request: object, meters: Meters) -> None:
     :raises MeterValueError: naming the bad value; nothing is changed then.
     """
     usage = read_usage(meters)
-    if (stated := _run_time_meters(request, "add_meters")) is not None:
+    if (stated := _run_time_usage(request, "add_meters")) is not None:
         stated.add(usage)
 
 
 def get_meters(request: object) -> list[dict[str, Any]]:
     """Return the run-time usage stated so far, in a form `set_meters` takes."""
-    stated = _run_time_meters(request, "get_meters")
-    return [] if stated is None else stated.stated()
+    stated = _run_time_usage(request, "get_meters")
+    return [] if stated is None else stated.as_meters()
 
 
 def set_idempotency_key(request: object, key: str) -> None:
@@ -410,19 +410,19 @@ def set_idempotency_key(request: object, key: str) -> None:
     """
     if problem := text_problem(key):
         raise ValueError(f"idempotency key: {problem}")
-    if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
+    if (stated := _run_time_usage(request, "set_idempotency_key")) is not None:
         stated.idempotency_key = key
 
 
-def leave_unmetered(request: object) -> None:
+def mark_unmetered(request: object) -> None:
     """Bill nothing for this request: its view is not metered."""
-    if (stated := _run_time_meters(request, "no_meter")) is not None:
+    if (stated := _run_time_usage(request, "no_meter")) is not None:
         stated.is_unmetered = True
 
 
-def bill_nothing(request: object) -> None:
+def mark_denied(request: object) -> None:
     """Bill nothing for this request: it was denied."""
-    if (stated := _run_time_meters(request, "require_entitlements")) is not None:
+    if (stated := _run_time_usage(request, "require_entitlements")) is not None:
         stated.denied = True
 
 
@@ -466,16 +466,16 @@ def _environ(request: object, helper: str) -> dict[str, Any] | None:
     return environ
 
 
-def _run_time_meters(request: object, helper: str) -> RunTimeMeters | None:
-    record = open_record(request, helper)
+def _run_time_usage(request: object, helper: str) -> RunTimeUsage | None:
+    record = unsettled_record(request, helper)
     if record is None:
         return None
     if record.usage is None:
-        record.usage = RunTimeMeters()
+        record.usage = RunTimeUsage()
     return record.usage
 
 
-def open_record(request: object, helper: str) -> RequestRecord | None:
+def unsettled_record(request: object, helper: str) -> RequestRecord | None:
     """Return the record of a metered request that is not billed yet."""
     record = metered_request(environ_of(request))
     if record is None or record.billing is None:
@@ -483,7 +483,7 @@ def open_record(request: object, helper: str) -> RequestRecord | None:
             "%s: called outside a metered request; nothing is counted", helper
         )
         return None
-    if record.state >= FIXED:
+    if record.state >= ENCODED:
         if helper != "get_meters":
             record.billing.count_late(helper)
         return None

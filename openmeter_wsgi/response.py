@@ -8,13 +8,13 @@ from openmeter_wsgi.entitlements.handlers import EntitlementDenied
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.request import (
     ABORTED,
-    BROKEN,
     COMPLETED,
+    DISCONNECTED,
+    ENCODED,
     FAILED,
     FINISHED,
-    FIXED,
-    HUNG_UP,
     OPEN,
+    RAISED,
     SETTLED,
     STARTED,
     method_of,
@@ -46,7 +46,7 @@ class Response:
     request: RequestRecord
     #: The iterable of the application, None once it is closed.
     iterable: Any
-    #: The events of the request, set with the state FIXED: settling again puts these.
+    #: The events of the request, set with the state ENCODED: settling again puts these.
     events: Sequence[bytes]
 
     def __iter__(self) -> Iterator[bytes]:
@@ -63,18 +63,18 @@ class Response:
         except GeneratorExit:
             raise
         except EntitlementDenied as denied:
-            yield from self._answered(denied)
+            yield from self._denied_answer(denied)
         except BaseException:
             # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
-            request.fail()
+            request.mark_failed()
             raise
-        if request.state < HUNG_UP:
+        if request.state < DISCONNECTED:
             request.state = FINISHED
 
-    def _answered(self, denied: EntitlementDenied) -> Iterator[bytes]:
+    def _denied_answer(self, denied: EntitlementDenied) -> Iterator[bytes]:
         """Answer for an application whose request is denied while it is iterated."""
         if self.request.state != OPEN:
-            self.request.fail()
+            self.request.mark_failed()
             raise denied  # too late: a part of the response has been sent
         yield from denied.answer(
             self.environ,
@@ -115,15 +115,15 @@ class Response:
         if state == FINISHED and billing.fast_path is not None:
             events = billing.fast_path.events(self.environ, request)
         # None: the fast path declined. (): not billed, so there is nothing left to do.
-        if events is None or events or not process.is_begun:
+        if events is None or events or not process.is_started:
             # A process forked during the request has a copy; the parent settles it.
             if not process.guard.is_current():
                 return
-            if not process.is_begun:
-                process.begin(self.environ)
-            if state != FIXED:
-                self.events = self._made(billing) if events is None else events
-                request.state = FIXED
+            if not process.is_started:
+                process.start(self.environ)
+            if state != ENCODED:
+                self.events = self._encode_events(billing) if events is None else events
+                request.state = ENCODED
             for event in self.events:
                 process.counts.events += 1
                 process.transport.put(event)
@@ -133,7 +133,7 @@ class Response:
         if request.usage is not None:
             request.usage.raise_interruption()
 
-    def _made(self, billing: Billing) -> Sequence[bytes]:
+    def _encode_events(self, billing: Billing) -> Sequence[bytes]:
         """Return the events of a response that the fast path does not bill."""
         outcome = self._outcome()
         exchange: Exchange | None = None
@@ -153,7 +153,7 @@ class Response:
         state, status = self.request.state, self.request.status
         if state == FINISHED:
             return COMPLETED
-        if state == BROKEN:
+        if state == RAISED:
             return FAILED
         if state == OPEN and status is not None:
             is_head = method_of(self.environ) == "HEAD"
@@ -183,7 +183,7 @@ class FileResponse(Response):
 
     __slots__ = ("_close_file",)
 
-    def give_away(self) -> Iterable[bytes]:
+    def attach_to_file(self) -> Iterable[bytes]:
         """Return the file; closing it closes this response."""
         file: Any = self.iterable
         self._close_file = getattr(file, "close", None)
@@ -206,7 +206,7 @@ class FileResponse(Response):
             self.settle()
 
 
-class FileWrapper:
+class TrackingFileWrapper:
     """The server's ``wsgi.file_wrapper``; it remembers the file that it wrapped last.
 
     uWSGI's wrapper is a function that returns the file itself, which could as well be
@@ -214,43 +214,43 @@ class FileWrapper:
     the request.
     """
 
-    __slots__ = ("_made", "_wrapper")
+    __slots__ = ("_last_file", "_wrapper")
 
     def __init__(self, wrapper: Callable[..., object]) -> None:
         self._wrapper = wrapper
-        self._made: object = None
+        self._last_file: object = None
 
     def __call__(self, file: object, *block_size: int) -> object:
         """Wrap a file as the server does."""
-        self._made = self._wrapper(file, *block_size)
-        return self._made
+        self._last_file = self._wrapper(file, *block_size)
+        return self._last_file
 
-    def has_made(self, iterable: object) -> bool:
+    def is_last_file(self, iterable: object) -> bool:
         """Return True if *iterable* is the last wrapped file."""
-        return iterable is not None and iterable is self._made
+        return iterable is not None and iterable is self._last_file
 
 
-def remember_files(environ: dict[str, Any]) -> type | FileWrapper:
-    """Return the server's file wrapper, in a `FileWrapper` unless it is a class."""
+def track_wrapped_files(environ: dict[str, Any]) -> type | TrackingFileWrapper:
+    """Return the file wrapper; wrap it first if it is a function."""
     files: Any = environ[FILE_WRAPPER]
     if not isinstance(files, type):
-        files = environ[FILE_WRAPPER] = FileWrapper(files)
-    found: type | FileWrapper = files
+        files = environ[FILE_WRAPPER] = TrackingFileWrapper(files)
+    found: type | TrackingFileWrapper = files
     return found
 
 
-def give_file(
+def settle_when_closed(
     environ: dict[str, Any], request: RequestRecord, file: Any
 ) -> Iterable[bytes]:
     """Return *file*, which settles the request when the server closes it."""
     response = FileResponse()
     response.environ, response.request, response.iterable = environ, request, file
-    return response.give_away()
+    return response.attach_to_file()
 
 
-def fail(environ: dict[str, Any], request: RequestRecord) -> None:
+def settle_failed(environ: dict[str, Any], request: RequestRecord) -> None:
     """Settle a request whose application raised and returned no response."""
-    request.fail()
+    request.mark_failed()
     response = Response()
     response.environ, response.request, response.iterable = environ, request, None
     response.settle()
@@ -264,8 +264,8 @@ def is_iterable(thing: object) -> bool:
     return hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
 
 
-def is_file(files: type | FileWrapper, iterable: object) -> bool:
+def is_wrapped_file(files: type | TrackingFileWrapper, iterable: object) -> bool:
     """Return True if *iterable* is a file that the server has wrapped."""
-    if isinstance(files, FileWrapper):
-        return files.has_made(iterable)
+    if isinstance(files, TrackingFileWrapper):
+        return files.is_last_file(iterable)
     return isinstance(iterable, files)

@@ -77,10 +77,10 @@ class RouteRule:
             raise ValueError(
                 f"{text!r}: expected methods such as GET, got {', '.join(unknown)}"
             )
-        if (path := _meant(self.path)) != self.path:
+        if (path := _as_werkzeug_rule(self.path)) != self.path:
             meant = f"{found[0][: -len(self.path)]}{path}"
             raise ValueError(f"{text!r}: no request matches it; write {meant!r}")
-        if (together := _matched_together(self.path)) > _MAX_TOGETHER:
+        if (together := _max_variables_together(self.path)) > _MAX_TOGETHER:
             raise ValueError(
                 f"{text!r}: expected at most two variables of any length that are "
                 f"matched together, got {together}: a long path would take a worker "
@@ -112,18 +112,18 @@ class RouteRule:
         return "OPTIONS" in self.methods
 
 
-def _meant(path: str) -> str:
+def _as_werkzeug_rule(path: str) -> str:
     """Return *path*, written as in another framework, as a rule of werkzeug."""
     path = _TYPE_BEHIND.sub(lambda found: _variable(found[1], found[2]), path)
     path = _TEXT.sub(lambda found: _variable(found[1], ""), path)
     meant, end = "", 0
     for variable in _VARIABLE.finditer(path):
-        meant += _literal_meant(path[end : variable.start()]) + variable[0]
+        meant += _literal_as_werkzeug_rule(path[end : variable.start()]) + variable[0]
         end = variable.end()
-    return meant + _literal_meant(path[end:])
+    return meant + _literal_as_werkzeug_rule(path[end:])
 
 
-def _literal_meant(text: str) -> str:
+def _literal_as_werkzeug_rule(text: str) -> str:
     """Return *text*, a part without variables of werkzeug, as a part of its rule."""
     text = _QUERY.sub("", text)
     text = _BRACES.sub(lambda found: _variable(found[1], found[2] or ""), text)
@@ -137,7 +137,7 @@ def _variable(name: str, kind: str) -> str:
     return f"<{kind}:{name}>" if kind in _SHARED else f"<{name}>"
 
 
-def _matched_together(path: str) -> int:
+def _max_variables_together(path: str) -> int:
     """Return the most variables of any length in one regular expression of werkzeug.
 
     werkzeug makes one expression for each part between slashes, and one for all parts
@@ -148,7 +148,7 @@ def _matched_together(path: str) -> int:
     most = together = 0
     for part in parts:
         has_path = _PATH_MARK in part
-        variables = part.count(_MARK) + part.count(_PATH_MARK)
+        variables = part.count(_VARIABLE_MARK) + part.count(_PATH_MARK)
         counted = variables if variables > 1 or has_path else 0
         together = together + counted if has_path or together else 0
         most = max(most, counted, together)
@@ -156,7 +156,7 @@ def _matched_together(path: str) -> int:
 
 
 #: These stand for a variable of any length; no rule has blanks.
-_MARK, _PATH_MARK = " ", "\n"
+_VARIABLE_MARK, _PATH_MARK = " ", "\n"
 
 
 def _mark(variable: re.Match[str]) -> str:
@@ -164,7 +164,7 @@ def _mark(variable: re.Match[str]) -> str:
     if converter == "path":
         return _PATH_MARK
     is_bounded = converter in _BOUNDED or "length" in arguments.replace("minlength", "")
-    return "" if is_bounded else _MARK
+    return "" if is_bounded else _VARIABLE_MARK
 
 
 T = TypeVar("T")
@@ -224,7 +224,7 @@ class Routes(Generic[T]):
         if not isinstance(found, _Table):
             return found
         own = self._match(table, path)
-        if _ODD.search(path) is None or (plain := _plain(path)) == path:
+        if _ODD.search(path) is None or (plain := _normalized_path(path)) == path:
             return own
         exact: Any = table.exact
         meant: T = exact[plain] if plain in exact else self._match(table, plain)
@@ -241,7 +241,7 @@ class Routes(Generic[T]):
         whose route the framework has told.
         """
         table = self._tables.get(method_of(environ)) or self._tables[_ANY]
-        found: Any = table.by_template.get(_shape(template), own)
+        found: Any = table.by_template.get(_normalized_template(template), own)
         strictness = self._strictness
         return found if strictness(found) > strictness(own) else None
 
@@ -250,7 +250,7 @@ class Routes(Generic[T]):
         if table.adapter is None:
             return self._unmatched
         try:
-            number, _ = table.adapter.match(_text(path))
+            number, _ = table.adapter.match(_decoded(path))
         except self._not_found:
             return self._unmatched
         own: T = table.variable[number]
@@ -274,7 +274,9 @@ class _Table(Generic[T]):
             self.exact.setdefault(path.removesuffix("/"), each)
             self.exact.setdefault(path.removesuffix("/") + "/", each)
         #: By the shape of the rule, which is the same in every framework.
-        self.by_template = {_shape(rule.path): each for rule, each in rules}
+        self.by_template = {
+            _normalized_template(rule.path): each for rule, each in rules
+        }
         variable = [(rule.path, each) for rule, each in rules if not rule.is_exact]
         #: By the number that is the endpoint of its rule.
         self.variable = [each for _, each in variable]
@@ -294,19 +296,19 @@ def _for_method(
     return list(by_path.values())
 
 
-def _shape(template: str) -> str:
+def _normalized_template(template: str) -> str:
     """Return a template with its variables alike, however a framework writes them."""
     return _ROUTES_VARIABLE.sub("<>", template).rstrip("/")
 
 
-def _text(path: str) -> str:
+def _decoded(path: str) -> str:
     """Return a path as text. In WSGI each byte is one character (PEP 3333)."""
     if path.isascii():
         return path
     return path.encode("latin-1", "replace").decode(errors="replace")
 
 
-def _plain(path: str) -> str:
+def _normalized_path(path: str) -> str:
     """Return *path* in its usual spelling, as some framework reads it.
 
     Bottle drops bytes that are not UTF-8, Falcon and werkzeug read several slashes in

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.request import REQUEST, SUBJECT, USER, interrupted
+from openmeter_wsgi.request import REQUEST, SUBJECT, USER, raise_after_settling
 from openmeter_wsgi.values import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
                 source, error,
             )  # fmt: skip
             if not isinstance(error, Exception):
-                interrupted(environ, error)
+                raise_after_settling(environ, error)
             return None
 
     return call

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from openmeter_wsgi.errors import ConfigError, MeterValueError, TicketError, shown
+from openmeter_wsgi.errors import ConfigError, MeterValueError, TicketError, safe_repr
 from openmeter_wsgi.request import (
     COMPLETED,
-    RunTimeMeters,
+    RunTimeUsage,
     environ_of,
-    open_record,
+    unsettled_record,
 )
 from openmeter_wsgi.values import clock, text_problem
 
@@ -65,16 +65,16 @@ def defer(request: object, meters: str | Iterable[str] | None = None) -> str:
     from itsdangerous.encoding import base64_encode
 
     types = None if meters is None else _types(meters)
-    environ, record = environ_of(request), open_record(request, "defer")
+    environ, record = environ_of(request), unsettled_record(request, "defer")
     if environ is None or record is None or record.billing is None:
         return ""
     billing = record.billing
     signer = _signers(billing.policy)[0]
     if record.usage is None:
-        record.usage = RunTimeMeters()
+        record.usage = RunTimeUsage()
     stated = record.usage
     subject = billing.subjects.find(environ)
-    request_id = billing.identity.of(environ, stated, subject, COMPLETED)
+    request_id = billing.id_source.id_of(environ, stated, subject, COMPLETED)
     if stated.deferred:
         # Each job of a request bills for itself.
         request_id += f"/{len(stated.deferred) + 1}"
@@ -99,7 +99,9 @@ def read_ticket(text: str, policy: Policy) -> Ticket:
 
     signers = _signers(policy)
     if text_problem(text):
-        raise TicketError(f"ticket: expected what defer() returned, got {shown(text)}")
+        raise TicketError(
+            f"ticket: expected what defer() returned, got {safe_repr(text)}"
+        )
     signed, payload = text.encode(), text.rpartition(".")[0].encode()
     # Not `unsign`: of base64 it also accepts other spellings of a signature.
     if not any(hmac.compare_digest(each.sign(payload), signed) for each in signers):
@@ -121,7 +123,8 @@ def _types(meters: str | Iterable[str]) -> tuple[str, ...]:
     found = tuple(types) if hasattr(types, "__iter__") else ()
     if not found or any(text_problem(each) for each in found):
         raise MeterValueError(
-            f"meters: expected types such as ['videos'], or None, got {shown(meters)}"
+            "meters: expected types such as ['videos'], or None, got "
+            f"{safe_repr(meters)}"
         )
     return found
 

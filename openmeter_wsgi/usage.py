@@ -97,8 +97,8 @@ class Usage:
     def put(self, events: Iterable[bytes]) -> None:
         """Queue encoded events. The command ``send`` has checked its own."""
         process = self._process()
-        if not process.is_begun:
-            process.begin({})
+        if not process.is_started:
+            process.start({})
         for event in events:
             process.counts.events += 1
             process.transport.put(event)

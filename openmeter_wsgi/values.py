@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from openmeter_wsgi.errors import MeterValueError, shown
+from openmeter_wsgi.errors import MeterValueError, safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def encode_data(data: object, what: str) -> bytes:
     :raises MeterValueError: if it is no JSON object, or OpenMeter could not read it.
     """
     if not isinstance(data, Mapping):
-        raise MeterValueError(f"{what}: expected a JSON object, got {shown(data)}")
+        raise MeterValueError(f"{what}: expected a JSON object, got {safe_repr(data)}")
     try:
         exact: Any = _exact(data, what)
         encoded = msgspec.json.encode(
@@ -118,14 +118,14 @@ def digits_problem(number: float | Decimal) -> str | None:
 def text_problem(value: object) -> str | None:
     """Return an error if *value* cannot be a type, id or subject, else None."""
     if not isinstance(value, str) or not value:
-        return f"expected text that is not empty, got {shown(value)}"
+        return f"expected text that is not empty, got {safe_repr(value)}"
     if "\0" in value:
         # OpenMeter would take it, and then fail to list its events.
-        return f"expected text without NUL, got {shown(value)}"
+        return f"expected text without NUL, got {safe_repr(value)}"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"expected text that can be encoded, got {shown(value)}"
+        return f"expected text that can be encoded, got {safe_repr(value)}"
     return None
 
 
@@ -157,7 +157,7 @@ def _exact(value: object, path: str) -> object:
     if isinstance(value, int | float | Decimal):
         if not is_finite(value):
             raise MeterValueError(
-                f"{path}: expected a finite number, got {shown(value)}"
+                f"{path}: expected a finite number, got {safe_repr(value)}"
             )
         if problem := digits_problem(value):
             raise MeterValueError(f"{path}: {problem}")
@@ -166,16 +166,16 @@ def _exact(value: object, path: str) -> object:
         return {_key(k, path): _exact(v, f"{path}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_exact(item, f"{path}[{n}]") for n, item in enumerate(value)]
-    return _exact(_builtin(value, path), path)
+    return _exact(_to_json_types(value, path), path)
 
 
 def _key(key: object, path: str) -> str:
     if not isinstance(key, str):
-        raise MeterValueError(f"{path}: expected text as keys, got {shown(key)}")
+        raise MeterValueError(f"{path}: expected text as keys, got {safe_repr(key)}")
     return key
 
 
-def _builtin(value: object, path: str) -> object:
+def _to_json_types(value: object, path: str) -> object:
     """Return a date, UUID, set, dataclass or Struct as JSON types."""
     try:
         return msgspec.to_builtins(value)
@@ -263,22 +263,22 @@ _ENDS = frozenset("/?#")
 
 def source_problem(source: object) -> str | None:
     """Return an error if OpenMeter's parser refuses *source*, else None."""
-    if not isinstance(source, str) or not _is_written_right(source):
-        return f"expected a URI reference such as 'my-api', got {shown(source)}"
+    if not isinstance(source, str) or not _has_valid_characters(source):
+        return f"expected a URI reference such as 'my-api', got {safe_repr(source)}"
     before, colon, _ = source.partition(":")
     if colon and _ENDS.isdisjoint(before) and not _is_scheme(before):
         return (
             "expected a URI reference, whose first part has no colon unless it is a "
-            f"scheme, got {shown(source)}"
+            f"scheme, got {safe_repr(source)}"
         )
     try:
         _ = urlsplit(source).port
     except ValueError as error:
-        return f"expected a URI reference, got {shown(source)}: {error}"
+        return f"expected a URI reference, got {safe_repr(source)}: {error}"
     return None
 
 
-def _is_written_right(source: str) -> bool:
+def _has_valid_characters(source: str) -> bool:
     escapes = source.split("%")[1:]
     return (
         source != ""
@@ -390,8 +390,10 @@ def read_time(value: object, what: str) -> str:
     if not isinstance(moment, datetime) or moment.tzinfo is None:
         raise MeterValueError(
             f"{what}: expected RFC 3339 text or a datetime with a time zone, "
-            f"got {shown(value)}"
+            f"got {safe_repr(value)}"
         )
     if moment.timestamp() < 1:
-        raise MeterValueError(f"{what}: expected a time after 1970, got {shown(value)}")
+        raise MeterValueError(
+            f"{what}: expected a time after 1970, got {safe_repr(value)}"
+        )
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

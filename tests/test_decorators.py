@@ -32,7 +32,7 @@ from openmeter_wsgi import (
     route,
     set_route,
 )
-from openmeter_wsgi.decorators import MAX_KNOWN
+from openmeter_wsgi.decorators import MAX_OPTION_SETS
 from openmeter_wsgi.flask import OpenMeter as FlaskExtension
 from openmeter_wsgi.request import billing_of
 from openmeter_wsgi.testing import OpenMeter
@@ -486,7 +486,7 @@ def test_options_that_differ_with_each_request_are_told_of(
 ) -> None:
     middleware = OpenMeterMiddleware(generated, dry_run=True)
 
-    for _ in range(MAX_KNOWN + 1):
+    for _ in range(MAX_OPTION_SETS + 1):
         options = {"meter_when": object().__eq__}
         governing(middleware, options, "telling_view")
 
