@@ -186,7 +186,7 @@ class Process:
     :param transport: takes the events in place of the delivery to OpenMeter, and counts
         them in *counts*.
     :param entitlements: decides on access in place of OpenMeter.
-    :param wrap_response: wraps each response, for tests.
+    :param wrap: wraps each response, for tests.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Process:
         transport: Transport | None = None,
         ids: RequestIds | None = None,
         entitlements: EntitlementService | None = None,
-        wrap_response: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
+        wrap: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
     ) -> None:
         #: Tells whether this process is the one it belongs to.
         self.guard: ProcessGuard = ProcessGuard()
@@ -212,7 +212,7 @@ class Process:
         self.entitlements: EntitlementService = entitlements or entitlement_service(
             policy, self.transport, visibility
         )
-        self.wrap_response = wrap_response
+        self.wrap = wrap
         #: True once `begin` has done all its work.
         self.is_started: bool = False
         self._hooks: list[FirstRequestHook] = []

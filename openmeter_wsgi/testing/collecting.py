@@ -315,7 +315,7 @@ class Collected:
             transport=transport,
             ids=self._ids,
             entitlements=self._entitlements(policy, transport),
-            wrap_response=self.responses.watch,
+            wrap=self.responses.watch,
         )
 
     def end(self) -> None:
