@@ -465,7 +465,7 @@ def test_what_has_no_value_is_counted_by_its_reason_and_the_rest_is_billed(
     ]
     assert warnings == [
         "GET /users/<id>: $llm.total_tokens has no value (not_json), so no 'tokens' "
-        "is billed; said once, then counted as no_value_not_json"
+        "is billed; logged once, then counted as no_value_not_json"
     ]
 
 
