@@ -23,7 +23,7 @@ class _PathConverter(BaseConverter):
     weight = 200  # as in werkzeug's: tried after all other converters
 
 
-def bound(paths: Iterable[str]) -> MapAdapter:
+def path_adapter(paths: Iterable[str]) -> MapAdapter:
     """Return an adapter that matches *paths*. The endpoint of a path is its index.
 
     :raises ValueError: or LookupError, TypeError, SyntaxError, if a path is not a valid

@@ -492,7 +492,7 @@ def test_options_that_differ_with_each_request_are_told_of(
 
     (said,) = [r for r in caplog.records if "telling_view" in r.getMessage()]
     assert said.levelname == "WARNING"
-    assert "again and again with other options" in said.getMessage()
+    assert "again and again with different options" in said.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -615,6 +615,10 @@ def test_a_decorator_above_the_one_that_registers_a_view_is_told_once(
         for path_info in ("/above", "/below", "/paid", "/above"):
             serve(middleware, make_environ(PATH_INFO=path_info))
 
-    said = [r.getMessage() for r in caplog.records if "stands above" in r.getMessage()]
+    said = [
+        r.getMessage()
+        for r in caplog.records
+        if "above the decorator" in r.getMessage()
+    ]
     assert len(said) == 2
     assert all("for /above" in each for each in said)
