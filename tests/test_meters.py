@@ -230,7 +230,7 @@ RECURSIVE["self"] = RECURSIVE
         ([{"a": 10**59}, {"a": decimal.Decimal("0.1")}], "at most 60 digits, got 61"),
         ({"type": "a", "data": {"n": [10**60]}}, "data.n[0]: expected a number of at"),
         ({"type": "a", "data": {"n": decimal.Decimal("1E+60")}}, "data.n: expected a"),
-        ({"type": "a", "value": 1}, "the value goes into data"),
+        ({"type": "a", "value": 1}, "write the value into data"),
         ({"type": "a", "unit": 1}, "unknown key 'unit'"),
         ({"type": "a", "id": ""}, "meter 'a': id: expected text"),
         ({"type": "a", "subject": 5}, "meter 'a': subject: expected text"),
