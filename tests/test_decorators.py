@@ -538,7 +538,7 @@ def test_options_that_contradict_those_of_the_route_hurt_no_request(
 
     assert events == [("requests", {"total": 1})]
     assert sum(stats.let_through.values()) == 1  # it was asked for all the same
-    assert "event_source: expected a name" in caplog.text
+    assert "event_source: expected the name" in caplog.text
     assert "its requests are billed as those of its route" in caplog.text
 
 
