@@ -70,5 +70,5 @@ def call_audit(
     """Call *audit* with *record*. An Exception is logged and not raised."""
     try:
         audit(record)
-    except Exception as error:  # noqa: BLE001 - the user's code, on our path
+    except Exception as error:  # noqa: BLE001 - code of the application
         logger.error("audit: %r raised %r; the record is lost", audit, error)

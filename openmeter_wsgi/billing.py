@@ -202,7 +202,7 @@ class Billing:
         """
         run_time, status = request.usage, request.status
         try:
-            if run_time is not None and run_time.denied:
+            if run_time is not None and run_time.is_denied:
                 return self.not_metered.count("denied", environ, status)
             if (
                 self._bills_unmatched

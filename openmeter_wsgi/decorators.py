@@ -48,9 +48,10 @@ _interned: defaultdict[str, dict[Hashable, dict[str, Any]]] = defaultdict(dict)
 
 
 def intern_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the first options of view *name* that were equal to *options*. Any thread.
+    """Return the first options of the view *name* that were equal to *options*.
 
     With more than `MAX_OPTION_SETS` sets per view, return *options* and log a warning.
+    Any thread.
     """
     of_view = _interned[name]
     content = _content_key(options, 0)
@@ -124,8 +125,8 @@ def meter(
 
     Options that are not given are inherited from the policy of the route. Works with
     Flask, Django, Bottle and Pyramid, and with any view that gets the request as an
-    argument. Required entitlements are checked when the view is called, and
-    :func:`duration` starts then.
+    argument. When the view is called, required entitlements are checked, and the time
+    of :func:`duration` starts.
 
     :raises ConfigError: if an option is invalid, or applies only to the whole
         middleware.
@@ -160,7 +161,7 @@ def meter(
 def _bill_as_view(
     environ: dict[str, Any], name: str, options: Mapping[str, Any]
 ) -> None:
-    """Bill a request by the *options* of its view. Others come from its route."""
+    """Bill a request by the *options* of its view, and else by those of its route."""
     record = unsettled_record(environ, "meter")
     if record is None or record.billing is None:
         return
@@ -176,7 +177,7 @@ def _bill_as_view(
 
 
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:
-    """Bill nothing for the requests of a view."""
+    """Exclude the requests of a view from metering: they are counted, not billed."""
 
     def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
@@ -232,7 +233,7 @@ def checks_own_entitlements(view: object) -> bool:
 
 
 def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
-    """Return the environ of the metered request that *args* of a view lead to."""
+    """Return the environ of the metered request, found by the *args* of a view."""
     for argument in _requests(args):
         # An argument may be a dictionary that is no environ, such as a user.
         environ = environ_of(argument)

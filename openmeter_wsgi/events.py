@@ -313,7 +313,7 @@ def encode_events(
     now = timestamp()
     events = []
     for meter, suffix in with_id_suffixes(meters):
-        name = _json(meter.subject or subject or "")
+        subject_json = _json(meter.subject or subject or "")
         event_id = _json(meter.id or f"{request_id}:{suffix}")
         time = meter.time or now
         if is_later(time, now):
@@ -323,7 +323,7 @@ def encode_events(
             )  # fmt: skip
             time = now
         head = _event_head(meter, source)
-        event = f'{head},"id":{event_id},"time":"{time}","subject":{name}}}'
+        event = f'{head},"id":{event_id},"time":"{time}","subject":{subject_json}}}'
         events.append(event.encode())
     return events
 

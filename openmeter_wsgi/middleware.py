@@ -216,7 +216,7 @@ class OpenMeterMiddleware:
         return self.process().stats()
 
     def health(self, *, max_age: float = MAX_AGE) -> Health:
-        """Return the current problems of this process. Never blocks.
+        """Return the current problems of this process, without waiting.
 
         :param max_age: seconds that the oldest queued event may wait. An older event is
             a problem.

@@ -185,7 +185,7 @@ class DeliveryOptions:
         default=None, metadata={"read": read.path}
     )
     #: Maximum size of the subdirectory of a server, in bytes. It may be exceeded by one
-    #: segment per process.
+    #: segment file per process.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
     #: Seconds within which a batch without an answer may be sent again. It must not be
     #: longer than OpenMeter deduplicates: otherwise events may be billed twice.
@@ -235,6 +235,7 @@ class EntitlementOptions:
     )
     #: True adds RateLimit headers with limit, remaining amount and reset time.
     usage_headers: bool = False
+
     # -- Quotas
     #: The meter type of each feature whose quota is counted down locally between two
     #: answers of OpenMeter. A list of features if the meter types have the same names.
@@ -246,6 +247,7 @@ class EntitlementOptions:
     reserve: Mapping[str, float] | Callable[[dict[str, Any]], Any] | None = (
         dataclasses.field(default=None, metadata={"read": read.reserved})
     )
+
     # -- Server and cache
     #: URL of the server for entitlements. Default: ``api_url``.
     entitlements_url: str | None = dataclasses.field(

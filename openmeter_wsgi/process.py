@@ -76,7 +76,7 @@ class ProcessGuard:
         )
 
     def confirm(self) -> None:
-        """Mark this process as the one that `is_current` is true for."""
+        """Make `is_current` return True in this process."""
         self._confirmed_pid = os.getpid()
         if self._page is not None:
             self._page[0] = 1
@@ -106,7 +106,7 @@ class Transport(Protocol):
         """Start delivery. Requests call this until `started` is true."""
 
     def put(self, event: bytes, /) -> object:
-        """Queue an encoded event. Any thread; never raises, never blocks."""
+        """Queue an encoded event. Any thread. Never raises or waits for delivery."""
 
     def flush(self, timeout: float | None = None) -> bool:
         """Send the queued events; return True if none is left after *timeout* s."""
@@ -121,7 +121,7 @@ class Transport(Protocol):
         """Stop once the queue is empty, because the middleware is no longer used."""
 
     def delivered_until(self) -> float:
-        """Return a time (Unix seconds) such that all earlier events are delivered."""
+        """Return the Unix time in seconds up to which all events are delivered."""
 
     @property
     def directory(self) -> Path | None:

@@ -46,7 +46,7 @@ USER: Final = "user"
 #: The key of the record in the environ.
 REQUEST: Final = "openmeter_wsgi.request"
 
-# States of a request, in order: a later state has a larger number.
+# States of a request. Comparisons rely on the order of the numbers.
 #: No middleware has started to meter the request.
 UNMETERED: Final = 0
 #: The application was called, and no part of the response has been sent.
@@ -156,7 +156,7 @@ class RequestRecord:
         self.server_start = self.server_write = self.capture = None
 
     def mark_failed(self) -> None:
-        """Store that the application raised, and the status that the client gets."""
+        """Set state and status of a request whose application raised."""
         if self.state == DISCONNECTED:
             return  # the server raised, not the application
         if self.state == OPEN:
@@ -180,9 +180,10 @@ def new_record() -> RequestRecord:
 def adopt_record(
     environ: dict[str, Any], billing: Billing, start_response: StartResponse
 ) -> RequestRecord | None:
-    """Start metering a request whose environ has a record; return the record.
+    """Start metering a request whose environ has a record already; return the record.
 
-    Return None if an outer middleware meters the request already.
+    A handler outside the middleware, such as `set_user`, may have created the record.
+    Return None if an outer middleware meters the request.
     """
     record: RequestRecord = environ[REQUEST]
     if record.state == SETTLED:  # the environ is used for a second request
@@ -284,9 +285,9 @@ class RunTimeUsage:
         "_measured",
         "_overridden",
         "deferred",
-        "denied",
         "idempotency_key",
         "interruption",
+        "is_denied",
         "is_unmetered",
     )
 
@@ -298,15 +299,15 @@ class RunTimeUsage:
         #: True if the view is decorated with `no_meter`.
         self.is_unmetered: bool = False
         #: True if the request was denied: nothing is billed.
-        self.denied: bool = False
+        self.is_denied: bool = False
         #: For each ticket that was issued its meter types, None for all types.
         self.deferred: tuple[tuple[str, ...] | None, ...] = ()
         #: Types of the policy's meters that `set` replaced.
         self._overridden: set[str] = set()
-        #: Flat amounts and measured amounts, by meter type.
+        #: Amounts by meter type: flat prices, and measured usage.
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
-        #: Documents, each with True if its amount is flat.
+        #: Documents, each with True if it is a flat price.
         self._documents: list[tuple[Meter, bool]] = []
 
     def raise_interruption(self) -> None:
@@ -435,7 +436,7 @@ def mark_unmetered(request: object) -> None:
 def mark_denied(request: object) -> None:
     """Bill nothing for this request, because it was denied."""
     if (run_time := _run_time_usage(request, "require_entitlements")) is not None:
-        run_time.denied = True
+        run_time.is_denied = True
 
 
 def set_subject(request: object, subject: str) -> None:

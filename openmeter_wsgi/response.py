@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import RequestRecord
 
 FILE_WRAPPER = "wsgi.file_wrapper"
+#: Status codes of responses that have no body (RFC 9110).
 _WITHOUT_BODY = ("204", "304")
 
 
@@ -217,9 +218,9 @@ class FileResponse(Response):
 class TrackingFileWrapper:
     """Calls the server's ``wsgi.file_wrapper`` and remembers the last wrapped file.
 
-    Needed if the file wrapper is a function: uWSGI's returns the file itself, which has
-    no type of its own to be recognized by. The environ refers to this object, so it
-    must not refer to the request.
+    Needed if the file wrapper is a function. uWSGI's returns the file itself, so that a
+    wrapped file cannot be recognized by its type. The environ refers to this object, so
+    this object must not refer to the request.
     """
 
     __slots__ = ("_last_file", "_wrapper")
@@ -239,7 +240,7 @@ class TrackingFileWrapper:
 
 
 def track_wrapped_files(environ: dict[str, Any]) -> type | TrackingFileWrapper:
-    """Return the file wrapper in *environ*, replaced by a tracking one if needed."""
+    """Return the server's file wrapper. Replace it in *environ* if it is a function."""
     wrapper: Any = environ[FILE_WRAPPER]
     if not isinstance(wrapper, type):
         wrapper = environ[FILE_WRAPPER] = TrackingFileWrapper(wrapper)

@@ -33,7 +33,7 @@ _VARIABLE = re.compile(
 # Variables in the syntax of other frameworks.
 #: ``<id:int>`` and ``<id:re:…>`` (Bottle).
 _NAME_AND_TYPE = re.compile(r"<(\w+):(int|float|path|re|str|uuid)\b[^<>]*>", re.ASCII)
-#: ``<str:name>`` (Django).
+#: ``<str:name>`` and ``<slug:name>`` (Django).
 _TEXT_VARIABLE = re.compile(r"<(?:str|slug):(\w+)>", re.ASCII)
 #: ``{id}`` and ``{id:int}``; ``/:id``; ``/*`` and ``/*rest`` at the end.
 _BRACES = re.compile(r"\{(\w+)(?::(\w*)[^{}]*)?\}", re.ASCII)

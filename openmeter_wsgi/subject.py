@@ -1,4 +1,4 @@
-"""Finds the subject to bill: the id of the customer, as OpenMeter knows it."""
+"""Finds the subject of a request, by which OpenMeter attributes usage to a customer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SubjectFinder:
         return self._fallback
 
     def missing_path(self, environ: dict[str, Any]) -> MissingPath | None:
-        """Return the missing step of the policy's path to the subject, or None."""
+        """Return the path of the policy if a step of it is missing, or None."""
         subject = None if self._from_policy is None else self._from_policy(environ)
         request: RequestRecord | None = environ.get(REQUEST)
         caller = None if request is None else request.caller
@@ -78,7 +78,7 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     def call(environ: dict[str, Any]) -> object:
         try:
             return source(environ)
-        except BaseException as error:  # noqa: BLE001 - the user's code, on our path
+        except BaseException as error:  # noqa: BLE001 - code of the application
             logger.error(
                 "subject: %s raised %r; the request counts as one without subject",
                 source, error,
@@ -131,11 +131,12 @@ def _header_text(value: object) -> str:
 
 
 class MissingPath(NamedTuple):
-    """A path to a subject, and its first step that is missing."""
+    """A path to a subject of which a step is missing."""
 
     path: str
-    #: Description of the object without that step: the root, or the object's type.
+    #: The object that lacks the step, for log lines: the root, or the object's type.
     owner: str
+    #: The missing step.
     name: str
 
 
@@ -157,7 +158,7 @@ def path_reader(path: str, root: str = "") -> Callable[[object], object]:
                     is_root = root != "" and owner is user
                     described = root if is_root else f"a {type(owner).__name__}"
                     return MissingPath(full_path, described, name)
-        except Exception as error:  # noqa: BLE001 - a property of the user's object
+        except Exception as error:  # noqa: BLE001 - code of the application
             logger.error("subject_path %r: reading it raised %r", full_path, error)
             return None
         return value

@@ -2,8 +2,8 @@
 
 The request calls :func:`defer` and passes the ticket to the job. The job calls
 :meth:`Usage.settle` with the ticket and the usage. A ticket is signed text that anybody
-can read. It does not authorize the bearer: settle only tickets that your application
-passed on itself, never one that a customer sent.
+can read. It does not authorize its bearer: settle only tickets that your application
+itself passed to the job, never one that a customer sent.
 """
 
 from __future__ import annotations

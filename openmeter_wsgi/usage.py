@@ -97,7 +97,7 @@ class Usage:
         self.put(_encoded(read_meters, content.id, content.subject, content.source))
 
     def put(self, events: Iterable[bytes]) -> None:
-        """Queue encoded events without checks. For `settle`, `record` and ``send``."""
+        """Queue encoded events without checks. For `record`, `settle` and the CLI."""
         process = self._process()
         if not process.is_started:
             process.start({})
@@ -132,7 +132,7 @@ class Usage:
         return self._middleware.stats()
 
     def health(self) -> Health:
-        """Return the current problems of this process. Never blocks."""
+        """Return the current problems of this process, without waiting."""
         return self._middleware.health()
 
 
