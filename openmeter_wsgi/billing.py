@@ -254,7 +254,7 @@ class Billing:
         if not self.bills(status):
             return "status"
         if is_options(environ) and not self._meter_options:
-            return "options" if run_time or self._has_meters else "no_meters"
+            return "options" if run_time or self._has_meters else "no_usage"
         return None
 
     def _encode_events(
@@ -373,7 +373,7 @@ class Billing:
             return meters
         if missing:
             return f"no_value_{missing[0][2]}"
-        return "no_meters" if with_flat else outcome
+        return "no_usage" if with_flat else outcome
 
     def _report_remarks(self, exchange: Exchange) -> None:
         for remark in sorted(exchange.remarks):
@@ -494,7 +494,7 @@ class FastPath:
         elif not self._billing.bills(status):
             reason = "status"
         else:
-            reason = None if self._templates else "no_meters"
+            reason = None if self._templates else "no_usage"
         self._reasons[status] = reason
         return reason
 

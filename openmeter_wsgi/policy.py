@@ -468,12 +468,12 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         :raises ConfigError: listing all problems.
         """
         in_file = read_file(Path(path))
-        if references := dict.fromkeys(_REFERENCE.findall(repr(in_file))):
-            listed = " and ".join(map(repr, references))
+        if found := dict.fromkeys(_REFERENCE.findall(repr(in_file))):
+            references = " and ".join(map(repr, found))
             raise ConfigError(
                 [
-                    f"{str(path)!r}: expected values, got the references {listed} of "
-                    "Zuplo's file: replace them by their values"
+                    f"{str(path)!r}: expected values, got {references} of Zuplo's "
+                    "file: replace each reference by its value"
                 ]
             )
         in_variables = read_variables(os.environ, _hints())
@@ -489,8 +489,9 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     ) -> Self:
         """Return the policy in Zuplo's ``policies.json`` and ``routes.oas.json``.
 
-        Environment variables override the files, and *options* override both. With
-        *routes*, requests that match none of them are not metered.
+        Environment variables override the files, and *options* override both: a key or
+        URL that is overridden is not read from the files. With *routes*, requests that
+        match none of them are not metered.
 
         :raises ConfigError: listing all problems and their places in the file. The
             message contains references to variables (``$env(NAME)``), not their values.
@@ -498,10 +499,10 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         # Imported here: slow to import, and few applications need it.
         from openmeter_wsgi import zuplo
 
-        in_files = zuplo.options_of(policies, routes, os.environ)
-        given: dict[str, Any] = {**in_files, **read_variables(os.environ, _hints())}
+        given = {**read_variables(os.environ, _hints()), **options}
+        in_files = zuplo.options_of(policies, routes, os.environ, replaced=given.keys())
         try:
-            return cls(**{**given, **options})
+            return cls(**{**in_files, **given})
         except ConfigError as error:
             names = zuplo.variables_in(zuplo.load_document(policies))
             raise ConfigError(

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
+from entitling import wait_for
 from openmeter_wsgi.quota.account import NotReserved, Reservation
-from openmeter_wsgi.quota.ledger import Ledger
+from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.visibility_mark import FixedLag
 
 LAG = 5.0
@@ -83,6 +84,39 @@ class LedgerContract:
         account.answered(1.0, START)
         account.reserve(1.0).settle(0.0)
         assert isinstance(account.reserve(1.0), Reservation)
+
+    def test_near_the_limit_others_have_at_once_what_a_request_did_not_use(
+        self, new_ledger
+    ):
+        ledgers = [new_ledger(), new_ledger()]
+        one, other = (LocalQuota(ledger, {"tokens": None}) for ledger in ledgers)
+        one.answered("acme", "tokens", 10.0, START)
+        used = one.reserve("acme", "tokens", 10.0)
+        used.settle(3.0)
+
+        # The clock stands still: nothing has lain idle for any time.
+        wait_for(lambda: not ledgers[0].account("acme\0tokens").chunk.free)
+
+        assert isinstance(other.reserve("acme", "tokens", 7.0), Reservation)
+        assert other.reserve("acme", "tokens", 1.0) == NotReserved(True, 0.0)
+        one.close()
+        other.close()
+
+    def test_near_the_limit_no_answer_leases_for_a_request_that_may_never_come(
+        self, new_ledger, clock
+    ):
+        ledgers = [new_ledger(), new_ledger()]
+        one, other = (LocalQuota(ledger, {"tokens": None}) for ledger in ledgers)
+        one.answered("acme", "tokens", 10.0, START)
+        one.reserve("acme", "tokens", 4.0).settle(4.0)  # so it is in use
+        clock.now += 0.1
+        one.answered("acme", "tokens", 10.0, clock.now)
+
+        wait_for(lambda: not ledgers[0].account("acme\0tokens").chunk.free)
+
+        assert isinstance(other.reserve("acme", "tokens", 6.0), Reservation)
+        one.close()
+        other.close()
 
     def test_a_reservation_is_settled_once(self, new_ledger):
         account = new_ledger().account("acme")

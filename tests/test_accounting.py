@@ -132,7 +132,7 @@ def assert_adds_up(total: Stats, clients: Clients) -> None:
     assert clients.answered > 360
     assert clients.answered <= total.settled <= clients.answered + clients.unknown
     assert total.settled == total.metered + sum(total.not_metered.values())
-    assert total.not_metered.keys() == {"status", "no_meters", "no_subject"}
+    assert total.not_metered.keys() == {"status", "no_usage", "no_subject"}
     assert (
         total.events
         == total.delivered + total.waiting + total.dead_lettered + total.lost

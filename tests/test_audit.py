@@ -66,7 +66,7 @@ REASONS: dict[str, tuple[WSGIApplication, dict[str, Any], Environ]] = {
     "status": (answering("404 Not Found"), {}, {}),
     "no_status": (never_starting, {}, {}),
     "options": (answering(), {}, {"REQUEST_METHOD": "OPTIONS"}),
-    "no_meters": (answering(), {"meters": None}, {}),
+    "no_usage": (answering(), {"meters": None}, {}),
     "no_subject": (answering(), {}, {"REMOTE_USER": ""}),
     "failed": (breaking, {}, {}),
     "aborted": (answering(), {"on_abort": "none"}, {}),

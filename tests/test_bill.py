@@ -432,7 +432,7 @@ def test_whatever_a_callable_raises_the_request_is_settled_first(
     reasons = {
         "meter_when": {"meter_when": 1},
         "subject": {"no_subject": 1},
-        "audit": {"no_meters": 1},
+        "audit": {"no_usage": 1},
         "computed": {},
     }
     assert stats.not_metered == reasons[where]

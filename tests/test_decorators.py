@@ -312,7 +312,7 @@ def test_without_meters_of_the_middleware_only_decorated_views_are_billed(
     events, stats = billed(openmeter, app, "/plain", "/priced/1", meters=None)
 
     assert events == [("credits", {"total": 5})]
-    assert stats.not_metered == {"no_meters": 1}
+    assert stats.not_metered == {"no_usage": 1}
 
 
 def test_a_view_on_a_route_that_is_not_metered_says_so(

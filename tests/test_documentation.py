@@ -10,6 +10,7 @@ import pytest
 import openmeter_wsgi
 from documented import OPTIONS, ROOT, problems_of
 from openmeter_wsgi.options import REMOVED
+from tests import options_page
 from tests.packaging.absolute_links import absolute
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,3 +158,11 @@ def test_a_command_that_does_not_exist_is_found(command: str, problem: str) -> N
 )
 def test_a_command_that_exists_is_none(command: str) -> None:
     assert list(problems_of(command)) == []
+
+
+def test_the_page_of_options_has_what_the_code_has() -> None:
+    written = options_page.PAGE.read_text().partition(options_page.MARKER)[2]
+
+    assert written == f"\n{options_page.reference()}", (
+        "write the page anew: python -m tests.options_page"
+    )

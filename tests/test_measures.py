@@ -509,7 +509,7 @@ def test_zero_is_a_value_and_no_event(openmeter: OpenMeterServer) -> None:
         openmeter, answering([b""]), meters={"bytes": bytes_sent()}
     )
 
-    assert (data, not_metered) == ([], {"no_meters": 1})
+    assert (data, not_metered) == ([], {"no_usage": 1})
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_a_failure_shows_what_was_metered_instead_and_what_was_not(openmeter):
         "  searches of 'acme': {\"total\":1}  <- no 'region' in its data",
         "  searches of 'beta': {\"total\":1}  <- subject 'beta'",
         "not metered:",
-        "  GET /idle (200 OK): no_meters",
+        "  GET /idle (200 OK): no_usage",
         "  GET /no/where (404 NOT FOUND): status",
     ]
 

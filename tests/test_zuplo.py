@@ -245,7 +245,8 @@ def test_a_variable_that_is_missing_or_empty_is_named_with_its_place() -> None:
 
     assert problems(openmeter(apiKey="$env(KEY)", meter=meter), STAGE="") == (
         "policies[0].handler.options.apiKey: the variable 'KEY' is not set, "
-        "or is empty",
+        "or is empty; set it, or replace the file's value: by OPENMETER_API_KEY or "
+        "api_key= (api_key=None if the server needs no key)",
         "policies[0].handler.options.meter.data.stage[0]: the variable 'STAGE' is not "
         "set, or is empty",
     )
@@ -851,6 +852,35 @@ def test_variables_outdo_the_file_and_options_outdo_both(monkeypatch):
 
     found = (policy.api_url, policy.event_source, policy.subject_path)
     assert found == ("http://a", "b", ".c")
+
+
+def test_a_variable_is_not_needed_where_its_option_is_replaced(monkeypatch):
+    file = json.dumps(openmeter(apiKey="$env(KEY)", apiUrl="$env(URL)"))
+    monkeypatch.setenv("OPENMETER_API_URL", "http://b")
+
+    policy = Policy.from_zuplo(file, api_key=None)
+
+    assert (policy.api_url, policy.api_key) == ("http://b", None)
+
+
+def test_a_file_with_the_key_replaces_the_key_of_zuplo(tmp_path):
+    secret = tmp_path / "key"
+    secret.write_text("om_secret")
+
+    policy = Policy.from_zuplo(
+        json.dumps(openmeter(apiKey="$env(KEY)")), api_key_file=secret
+    )
+
+    assert policy.key.known == "om_secret"
+
+
+def test_the_address_is_named_where_its_variable_is_missing():
+    (problem,) = problems(openmeter(apiUrl="$env(URL)"))
+
+    assert problem.endswith(
+        "the variable 'URL' is not set, or is empty; set it, or replace the file's "
+        "value: by OPENMETER_API_URL or api_url="
+    )
 
 
 def test_what_no_route_names_is_not_metered(tmp_path):

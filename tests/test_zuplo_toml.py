@@ -28,6 +28,10 @@ def imported(*arguments: object, **environ: str | None) -> Result:
     return CliRunner().invoke(command, ["zuplo", *map(str, arguments)], env=environ)
 
 
+def by_rule(policy: Policy) -> dict[str, Policy | None]:
+    return {rule.text: own for rule, own in policy.of_routes}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -98,10 +102,10 @@ def test_routes_are_tables_and_false_where_nothing_is_metered() -> None:
         "required_entitlements": ["requests"],
     }
     assert tomllib.loads(result.stdout) == {
-        "api_url": "$env(OPENMETER_URL)",
         **SOURCE,
         "routes": {
             "PUT /maps/public": False,
+            "*": False,
             "GET /maps": options,
             "PUT /maps/<map_id>": options,
         },
@@ -127,7 +131,23 @@ def test_several_files_of_routes_are_one(tmp_path: Path) -> None:
         "GET /all": {"meters": {"searches": 1}},
         "GET /b": {"meters": {"searches": 1, "tokens": 1}},
         "GET /c": {"meters": {"credits": 10}},
+        "*": False,
     }
+
+
+def test_the_file_has_the_routes_of_the_policy_in_code(tmp_path: Path) -> None:
+    routes = tmp_path / "routes.oas.json"
+    route = {"x-zuplo-route": {"policies": {"inbound": ["standard"]}}}
+    routes.write_text(json.dumps({"paths": {"/a": {"get": route}}}))
+    policies = FIXTURES / "monetization-three.json"
+    file = tmp_path / "openmeter.toml"
+
+    assert imported(policies, "--routes", routes, "--output", file).exit_code == 0
+
+    in_code = Policy.from_zuplo(policies, routes, api_url="http://a")
+    in_file = Policy.from_file(file, api_url="http://a")
+    assert by_rule(in_file) == by_rule(in_code)
+    assert by_rule(in_file).keys() == {"GET /a", "*"}
 
 
 def test_the_command_needs_no_variable_and_shows_none() -> None:
@@ -137,9 +157,14 @@ def test_the_command_needs_no_variable_and_shows_none() -> None:
     assert "s3cr3t" not in result.output
     assert 'event_source = "$env(OPENMETER_SOURCE)"' in result.stdout
     assert (
-        "# Replace each reference to a variable by its value: OPENMETER_SOURCE, "
-        "OPENMETER_URL." in result.stdout
+        "# Replace each reference to a variable by its value: OPENMETER_SOURCE.\n"
+        in result.stdout
     )
+    assert (
+        "# Set the variable OPENMETER_API_URL to what OPENMETER_URL held for Zuplo.\n"
+        in result.stdout
+    )
+    assert "$env(OPENMETER_URL)" not in result.stdout
 
 
 def test_a_file_with_a_reference_is_no_policy(tmp_path: Path) -> None:
@@ -149,9 +174,10 @@ def test_a_file_with_a_reference_is_no_policy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         Policy.from_file(file)
 
-    assert refused.value.problems == (
-        f"{str(file)!r}: expected values, got the references '$env(OPENMETER_SOURCE)' "
-        "and '$env(OPENMETER_URL)' of Zuplo's file: replace them by their values",
+    (problem,) = refused.value.problems
+    assert problem == (
+        f"{str(file)!r}: expected values, got '$env(OPENMETER_SOURCE)' of Zuplo's "
+        "file: replace each reference by its value"
     )
 
 
@@ -238,6 +264,7 @@ def test_whatever_it_says_is_read_back(options: dict[str, Any]) -> None:
 def test_whatever_its_routes_are_is_read_back(routes: dict[str, Any]) -> None:
     read = tomllib.loads(to_toml(Translation(None, routes, [])))
 
-    assert read.get("routes", {}) == {
-        rule: False if options is None else options for rule, options in routes.items()
+    assert read["routes"] == {
+        rule: False if options is None else options
+        for rule, options in {**routes, "*": None}.items()
     }

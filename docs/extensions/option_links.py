@@ -39,15 +39,16 @@ class OptionLinks(SphinxTransform):
             if name and not _is_within_a_link(literal):
                 reference = pending_xref(
                     "",
-                    refdomain="std",
-                    reftype="confval",
-                    reftarget=name,
+                    refdomain="doc",
+                    reftype="myst",
+                    reftarget="options",
+                    reftargetid=name,
                     refdoc=self.env.docname,
                     refexplicit=True,
                     refwarn=True,
                 )
                 literal.replace_self(reference)
-                reference += literal
+                reference += nodes.inline("", "", literal)  # its children are shown
 
 
 def _option(text: str) -> str | None:

@@ -93,13 +93,23 @@ class ProcessLease:
     """
 
     __slots__ = (
-        "_beside", "acquire", "clock", "free", "in_flight", "key", "lock", "release",
-        "spending", "was_used",
+        "_beside", "acquire", "clock", "free", "in_flight", "is_scarce", "key", "lock",
+        "on_unused", "release", "spending", "was_used",
     )  # fmt: skip
 
-    def __init__(self, key: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        key: str,
+        clock: Callable[[], float],
+        on_unused: Callable[[str], object],
+    ) -> None:
         self.key: str = key
         self.clock: Callable[[], float] = clock
+        #: Called with the key when a request leaves something of a scarce lease.
+        self.on_unused: Callable[[str], object] = on_unused
+        #: True if the last grant was for one request alone: so little is left that
+        #: other processes may be refused because of what this one does not use.
+        self.is_scarce: bool = False
         self.lock: threading.RLock = threading.RLock()
         #: On the fast path: a with statement costs as much as all of the rest.
         self.acquire: Callable[..., bool] = self.lock.acquire
@@ -220,8 +230,11 @@ class Reservation:
                     spending.amount += amount
                 else:
                     spending.add(int(now), amount)
+            is_missed = chunk.is_scarce and chunk.free > 0
         finally:
             chunk.release()
+        if is_missed:
+            chunk.on_unused(chunk.key)
 
 
 #: A lease that lies idle for so many seconds goes back.
@@ -249,11 +262,12 @@ class Account:
         *,
         visible_until: Callable[[], float],
         clock: Callable[[], float],
+        on_unused: Callable[[str], object] = str,
     ) -> None:
         self.key: str = key
         # A subject may hold what no database takes as text.
         self._name = key.encode(errors="backslashreplace").decode()
-        self.chunk: ProcessLease = ProcessLease(key, clock)
+        self.chunk: ProcessLease = ProcessLease(key, clock, on_unused)
         self._clock = clock
         self._exchange = exchange
         self._visible_until = visible_until
@@ -384,8 +398,11 @@ class Account:
             (lease,) = self._exchange([request._replace(spent=recent)])
         self._store = lease.store
         granted = lease.granted or 0.0
+        self.chunk.is_scarce = 0 < granted <= (request.wanted or 0.0)
         taken = 0.0 if lease.granted is None else take
         self.chunk.put_in(granted, taken=taken, beside=lease.available - granted)
+        if self.chunk.is_scarce and self.chunk.free > 0:
+            self.chunk.on_unused(self.key)  # no request waits for it
         self._handed_in_at = self._clock()
         return lease
 

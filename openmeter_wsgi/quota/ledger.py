@@ -15,6 +15,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.lock import new_token
 from openmeter_wsgi.quota.account import Account
 from openmeter_wsgi.quota.store import Lessee
+from openmeter_wsgi.threads import Wakeup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,10 @@ _BATCH = 100
 #: A mark is published this often even if nothing waits for it: a store that was
 #: lost knows none.
 _HEARTBEAT = 10.0
+
+
+#: Maximum number of accounts that are remembered to give back at once.
+_MAX_UNUSED = 1_000
 
 
 class Ledger:
@@ -66,6 +71,10 @@ class Ledger:
         self._published = 0.0
         self._published_at = 0.0
         self._returns = 0
+        #: Set when a lease is to be given back at once.
+        self.wakeup: Wakeup = Wakeup()
+        #: The keys of their accounts. What finds no room is given back by `tend`.
+        self._unused: deque[str] = deque(maxlen=_MAX_UNUSED)
 
     def account(self, key: str) -> Account:
         """Return the account of *key*: one customer's balance of one feature.
@@ -102,6 +111,20 @@ class Ledger:
         except Exception:
             logger.exception("%s: could not be tended and is soon again", "ledger")
 
+    def _note_unused(self, key: str) -> None:
+        """Have an account give back what it holds. Finalisers call this, too."""
+        self._unused.append(key)
+        self.wakeup.set()
+
+    def give_back_unused(self) -> None:
+        """Give back what requests left of scarce leases. Never raises."""
+        keys = {self._unused.popleft() for _ in range(len(self._unused))}
+        try:
+            accounts = [self._accounts[key] for key in keys if key in self._accounts]
+            self._settle(accounts, giving_up=True)
+        except Exception:
+            logger.exception("%s: an unused lease is given back later", "ledger")
+
     def close(self) -> None:
         """Hand everything in; what is still in flight counts as spent."""
         if os.getpid() != self._pid or self._known is None:
@@ -121,6 +144,7 @@ class Ledger:
             self._exchange,
             visible_until=lambda: self._published,
             clock=self._clock,
+            on_unused=self._note_unused,
         )
         with self._lock:
             return self._accounts.setdefault(key, account)
@@ -274,6 +298,7 @@ class LocalQuota:
             if thread is None:
                 return
             self._closed.set()
+            self._ledger.wakeup.set()
             self._closed = threading.Event()
         atexit.unregister(self.close)
         self._ledger.close()
@@ -294,8 +319,14 @@ class LocalQuota:
             )
 
     def _tend(self, closed: threading.Event) -> None:
-        while not closed.wait(_TEND_INTERVAL):
-            self._ledger.tend()
+        ledger = self._ledger
+        next_round = time.monotonic() + _TEND_INTERVAL
+        while not closed.is_set():
+            ledger.wakeup.wait(max(next_round - time.monotonic(), 0.0))
+            ledger.give_back_unused()
+            if time.monotonic() >= next_round and not closed.is_set():
+                ledger.tend()
+                next_round = time.monotonic() + _TEND_INTERVAL
 
 
 def _key(customer: str, feature: str) -> str:

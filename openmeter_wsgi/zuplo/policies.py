@@ -22,7 +22,7 @@ from openmeter_wsgi.options import feature_problem, similar_feature_key
 from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 
 #: A JSON text, or the path of a file that holds one.
@@ -459,17 +459,21 @@ def read_policies(
     environ: Mapping[str, str] = os.environ,
     *,
     resolves: bool = True,
+    leave_out: Collection[str] = (),
 ) -> list[ZuploPolicy]:
     """Return the policies in *source*: a whole ``policies.json``, a list, or one.
 
     If it *resolves* variables, the value of NAME in *environ* takes the place of
-    ``$env(NAME)``. If not, texts stay as they are, and the key is left out.
+    ``$env(NAME)``. If not, texts stay as they are, and the key is left out. Our
+    options in *leave_out* are not read.
 
     :raises ConfigError: with every problem and its place.
     """
     problems: list[str] = []
     entries = read_entries(load_document(source), problems)
-    reader = _Reader(environ, problems, resolves=resolves)
+    if not resolves:
+        leave_out = {*leave_out, "api_key"}
+    reader = _Reader(environ, problems, leave_out, resolves=resolves)
     policies = [
         reader.read(entry) if entry.kind in ZUPLO_OPTIONS else reader.leave_out(entry)
         for entry in entries
@@ -489,10 +493,16 @@ class _Reader:
     """Reads the options of entries, and collects their problems."""
 
     def __init__(
-        self, environ: Mapping[str, str], problems: list[str], *, resolves: bool
+        self,
+        environ: Mapping[str, str],
+        problems: list[str],
+        leave_out: Collection[str],
+        *,
+        resolves: bool,
     ) -> None:
         self._environ = environ
         self._problems = problems
+        self._leave_out = leave_out
         self._resolves = resolves
 
     def read(self, entry: Entry) -> ZuploPolicy:
@@ -510,7 +520,7 @@ class _Reader:
                 self._problems.append(f"{place}: unknown option{hint}")
             elif known[key].name is None:
                 policy.ignored.append((place, known[key].why))
-            elif key != _KEY or self._resolves:
+            elif known[key].name not in self._leave_out:
                 self._read_option(policy, known[key], place, value)
         if entry.kind == "monetization-inbound":
             _note_what_zuplo_checks(policy, entry.options_place)
@@ -523,7 +533,8 @@ class _Reader:
         if self._resolves:
             value = resolve(said, place, self._environ, unset)
         if unset:
-            self._problems += unset
+            remedy = _REPLACEMENTS.get(option.name or "", "")
+            self._problems += [problem + remedy for problem in unset]
             return
         try:
             read = option.read(value)
@@ -547,6 +558,15 @@ class _Reader:
             place = inside(entry.options_place, "policies")
             self._problems.append(f"{place}: {error}")
         return ZuploPolicy(entry.name, entry.kind, members=tuple(members or ()))
+
+
+_REPLACE = "; set it, or replace the file's value: by "
+#: What to do about a missing variable, by our option.
+_REPLACEMENTS = {
+    "api_key": f"{_REPLACE}OPENMETER_API_KEY or api_key= (api_key=None if the server "
+    "needs no key)",
+    "api_url": f"{_REPLACE}OPENMETER_API_URL or api_url=",
+}
 
 
 def _variables(entry: Entry) -> tuple[str, ...] | None:

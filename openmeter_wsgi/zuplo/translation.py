@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import ConfigError, MeterValueError
 from openmeter_wsgi.events import add_numbers
+from openmeter_wsgi.routes import EVERY_OTHER
 from openmeter_wsgi.status_codes import StatusCodes
 from openmeter_wsgi.zuplo.openapi import read_routes
 from openmeter_wsgi.zuplo.policies import (
@@ -29,7 +30,7 @@ from openmeter_wsgi.zuplo.policies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
 
@@ -316,6 +317,7 @@ def _stated(policy: ZuploPolicy, name: str) -> object:
 
 
 _VARIABLE = "OPENMETER_API_KEY"
+_ADDRESS, _ADDRESS_VARIABLE = "api_url", "OPENMETER_API_URL"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -329,11 +331,14 @@ def to_toml(translation: Translation) -> str:
     top = translation.default_options
     lines = [_comment(f"Not taken over: {text}") for text in translation.warnings]
     lines += _key_comment(translation)
+    lines += _address_comment(translation)
     lines += _reference_comment(translation)
-    lines += _options({**_SOURCE, **(translation.delivery if top is None else top)})
+    options = {**_SOURCE, **(translation.delivery if top is None else top)}
+    if variables_in(options.get(_ADDRESS)):
+        del options[_ADDRESS]
+    lines += _options(options)
     if top is None:
-        lines += ["", _comment("Requests that match none of these are not metered.")]
-        lines += _routes(translation.routes)
+        lines += ["", *_routes({**translation.routes, EVERY_OTHER: None})]
     return "\n".join(lines) + "\n"
 
 
@@ -367,13 +372,23 @@ def _key_comment(translation: Translation) -> Iterator[str]:
         )
 
 
+def _address_comment(translation: Translation) -> Iterator[str]:
+    variables = variables_in(translation.delivery.get(_ADDRESS))
+    if variables == (_ADDRESS_VARIABLE,):
+        yield _comment(f"The address is read from the variable {_ADDRESS_VARIABLE}.")
+    elif variables:
+        names = " and ".join(variables)
+        text = f"Set the variable {_ADDRESS_VARIABLE} to what {names} held for Zuplo."
+        yield _comment(text)
+
+
 def _reference_comment(translation: Translation) -> Iterator[str]:
     said = [translation.default_options, *translation.routes.values()]
     names = [
         name
         for options in filter(None, said)
         for option, value in options.items()
-        if option != "api_key"
+        if option not in DELIVERY
         for name in variables_in(value)
     ]
     if names:
@@ -429,12 +444,19 @@ def options_of(
     policies: str | os.PathLike[str],
     routes: str | os.PathLike[str] | None,
     environ: Mapping[str, str],
+    *,
+    replaced: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the options in the files; warn of those without a counterpart.
 
+    A key and an address that options in *replaced* replace are not read.
+
     :raises ConfigError: with every problem, each with its place.
     """
-    read = read_policies(os.fspath(policies), environ)
+    leave_out = {name for name in DELIVERY if name in replaced}
+    if "api_key_file" in replaced:
+        leave_out.add("api_key")
+    read = read_policies(os.fspath(policies), environ, leave_out=leave_out)
     rules = None if routes is None else read_routes(os.fspath(routes), read)
     translation = translate(read, rules)
     for warning in translation.warnings:
@@ -452,7 +474,7 @@ def _with_lifetime(translation: Translation) -> dict[str, Any]:
         lifetimes.add(said.pop(_LIFETIME, None))
         for name in DELIVERY:
             said.pop(name, None)
-    options = {**translation.delivery, "routes": {**own, "*": None}}
+    options = {**translation.delivery, "routes": {**own, EVERY_OTHER: None}}
     if known := [each for each in lifetimes if each is not None]:
         options[_LIFETIME] = min(known)
     return options

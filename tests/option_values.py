@@ -1,4 +1,4 @@
-"""What an option takes, as a reader understands it: from its type in the code."""
+"""The values of an option, described from its type in the code."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _NAMES = {
     Iterable: "list",
     tuple: "list",
     Measure: "measure",
-    StatusCodes: "``StatusCodes``",
+    StatusCodes: "`StatusCodes`",
 }
 _IN_FILES = (str, int, float, bool, Mapping, Iterable, tuple, Literal)
 
 
 def takes(hint: Any) -> str:
-    """Return what a value of type *hint* is, in reStructuredText."""
+    """Return the kinds of value that *hint* allows, in Markdown."""
     return " or ".join(dict.fromkeys(_phrases(hint)))
 
 
 def can_be_none(hint: Any) -> bool:
-    """Say whether None is a value of type *hint*."""
+    """Return True if None is a value of type *hint*."""
     return type(None) in _alternatives(hint)
 
 
 def can_be_written(hint: Any) -> bool:
-    """Say whether a variable or a file can hold a value: a callable has no text."""
+    """Return True if a variable or a file can hold a value: a callable has no text."""
     return any(
         part in _IN_FILES or get_origin(part) in _IN_FILES
         for part in map(_bare, _alternatives(hint))
@@ -51,9 +51,9 @@ def _phrases(hint: Any) -> Iterable[str]:
     for part in _alternatives(hint):
         bare, kind = _bare(part), get_origin(_bare(part))
         if kind is Literal:
-            yield from (f"``{value!r}``" for value in get_args(bare))
+            yield from (f"`{value!r}`" for value in get_args(bare))
         elif bare is not type(None):
-            name = _NAMES.get(kind or bare) or f"``{bare.__name__}``"
+            name = _NAMES.get(kind or bare) or f"`{bare.__name__}`"
             yield name + "".join(_bounds(part))
 
 
