@@ -72,7 +72,7 @@ class BillingOptions:
         default=None, metadata={"read": read.meters}
     )
     #: An additional condition for billing a response: a callable that takes the
-    #: :class:`Exchange`, ``computed(callable, "json")`` if it reads the body, or a
+    #: ``Exchange``, ``computed(callable, "json")`` if it reads the body, or a
     #: measure, also as text (``"$response.succeeded"``).
     meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
         default=None, metadata={"read": read.meter_when}
@@ -228,7 +228,7 @@ class EntitlementOptions:
     enforce: bool = True
     #: The status code of a denial if a quota is used up.
     limit_status: Literal[429, 402, 403] = 429
-    #: A callable that takes environ and :class:`Decision`, and returns the WSGI
+    #: A callable that takes environ and ``Decision``, and returns the WSGI
     #: application that answers a denied request. Default: problem details (RFC 9457).
     denied_response: Callable[[dict[str, Any], Any], Any] | None = dataclasses.field(
         default=None, metadata={"read": read.function}
