@@ -146,8 +146,8 @@ class Billing:
         variant = self._variants.get(id(options))
         if variant is None:
             try:
-                own = overriding_options(options)
-                policy = dataclasses.replace(self.policy, routes=None, **own)
+                changes = overriding_options(options)
+                policy = dataclasses.replace(self.policy, routes=None, **changes)
             except ConfigError as error:
                 logger.error(
                     "%s: %s; its requests are billed as those of its route", name, error

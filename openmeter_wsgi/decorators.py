@@ -110,8 +110,8 @@ def _function_key(function: FunctionType, depth: int) -> Hashable:
         closed_over = [cell.cell_contents for cell in cells]
     except ValueError:  # a variable of the closure is not assigned yet
         return _ByIdentity(function)
-    own = [function.__defaults__, function.__kwdefaults__, *closed_over]
-    return function.__code__, *(_content_key(item, depth) for item in own)
+    values = [function.__defaults__, function.__kwdefaults__, *closed_over]
+    return function.__code__, *(_content_key(item, depth) for item in values)
 
 
 P = ParamSpec("P")

@@ -71,9 +71,9 @@ def layers_of(app: Any, *, closures: bool = True) -> Iterator[Any]:
 
 
 def _attributes(layer: Any) -> Iterator[Any]:
-    own = getattr(layer, "__dict__", {})
+    attributes = getattr(layer, "__dict__", {})
     for name in _WRAPPED_ATTRIBUTES:
-        value = own.get(name) if name in own else _slot(layer, name)
+        value = attributes.get(name) if name in attributes else _slot(layer, name)
         if callable(value):
             yield value
 
@@ -123,8 +123,8 @@ def _of_falcon(app: Any) -> Iterator[ServedRoute]:
 
     for route in inspect.inspect_routes(app):
         # Falcon's internal responders answer 405 and OPTIONS.
-        own = (method.method for method in route.methods if not method.internal)
-        methods = frozenset((*own, "OPTIONS"))
+        names = (method.method for method in route.methods if not method.internal)
+        methods = frozenset((*names, "OPTIONS"))
         yield ServedRoute(route.path, methods, None)
 
 

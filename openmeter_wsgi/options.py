@@ -1,8 +1,8 @@
 """Checks and converts the value of each option, from code, variables or a file.
 
-A reader is a function named like its option. It returns the converted value; a value
-that is converted already it returns unchanged. For an invalid value or type it raises a
-ValueError with the expected and the given value. `Policy` adds the name of the option.
+A reader, such as `url` or `meters`, takes a value of any type and returns the converted
+value. It returns a converted value unchanged. For an invalid value it raises ValueError
+with the expected and the given value, to which `Policy` adds the name of the option.
 
 The module also defines which servers require an API key (`ApiKey`), and the URL of
 version 3 of OpenMeter's API.
@@ -343,10 +343,10 @@ def routes(value: Any) -> Any:
         return None
     if not isinstance(value, Mapping):
         raise ValueError(f"expected options by rule, got {value!r}")
-    for rule, own in value.items():
+    for rule, given in value.items():
         RouteRule(rule)
-        if own is not None and own is not False and not isinstance(own, Mapping):
-            raise ValueError(f"{rule!r}: expected options or None, got {own!r}")
+        if given is not None and given is not False and not isinstance(given, Mapping):
+            raise ValueError(f"{rule!r}: expected options or None, got {given!r}")
     return value
 
 
@@ -408,12 +408,12 @@ def _choices(hint: Any) -> list[Any]:
 
 #: Options of earlier versions, each with its replacement.
 REMOVED = {
-    "billing_errors": "leave it out; meter_on_status_codes alone says what is billed",
+    "billing_errors": "leave it out; only meter_on_status_codes decides",
     "idempotency_keys": "leave it out; set_idempotency_key works without it",
     "journal": "leave it out; the file system decides",
     "entitlement_cache_size": "leave it out; a process keeps 10,000 answers",
-    "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for another name "
-    "of the number than total",
+    "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for a property "
+    "other than total",
     "max_queue_events": "write max_queue_bytes; an event takes about 250 bytes",
     "entitlements_path": "leave it out; api_flavor decides",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",

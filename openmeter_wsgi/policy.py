@@ -525,13 +525,13 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         """Return the rules of ``routes`` with their policies, and all problems."""
         policies: list[tuple[RouteRule, Policy | None]] = []
         problems: list[str] = []
-        for text, own in (self.routes or {}).items():
+        for text, route_options in (self.routes or {}).items():
             rule = RouteRule(text)
-            if not isinstance(own, Mapping):
+            if not isinstance(route_options, Mapping):
                 policies.append((rule, None))
                 continue
-            problems += [f"routes[{text!r}]: {p}" for p in _misplaced(own)]
-            options = {**overriding_options(own), "routes": None}
+            problems += [f"routes[{text!r}]: {p}" for p in _misplaced(route_options)]
+            options = {**overriding_options(route_options), "routes": None}
             if rule.names_options:
                 options.setdefault("meter_options", True)
             try:
@@ -546,11 +546,11 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
             return ["api_key_file: expected api_key or a file, got both"]
         try:
             key = ApiKey.from_options(self.api_key, self.api_key_file)
-            own = self.entitlements_api_key
+            separate_key = self.entitlements_api_key
             entitlements_key = (
                 ApiKey.from_options(self.api_key, self.api_key_file)
-                if own is None
-                else ApiKey.from_options(own, None)
+                if separate_key is None
+                else ApiKey.from_options(separate_key, None)
             )
         except ValueError as error:
             return [str(error)]
@@ -565,16 +565,16 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return []
 
 
-def overriding_options(own: Mapping[str, Any]) -> dict[str, Any]:
+def overriding_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a route or view that replace those of the policy.
 
     Either of ``meter`` and ``meters`` replaces both. An empty one means no meters.
     """
-    if "meter" not in own and "meters" not in own:
-        return dict(own)
-    replaced = dict(own)
+    if "meter" not in options and "meters" not in options:
+        return dict(options)
+    replaced = dict(options)
     for name in ("meter", "meters"):
-        given = own.get(name)
+        given = options.get(name)
         if isinstance(given, list | tuple | Mapping) and not given:
             given = None
         replaced[name] = given

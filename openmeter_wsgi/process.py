@@ -288,8 +288,8 @@ class Process:
         from openmeter_wsgi.routes import Routes
 
         rules = [
-            (rule, None if own is None else self.billing_of(own, rule.text))
-            for rule, own in policy.route_policies
+            (rule, None if p is None else self.billing_of(p, rule.text))
+            for rule, p in policy.route_policies
         ]
         return Routes(rules, self.billing, _strictness)
 

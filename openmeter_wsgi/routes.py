@@ -244,16 +244,16 @@ class Routes(Generic[T]):
         return max(both, key=self._strictness)
 
     def by_template(
-        self, template: str, environ: Mapping[str, Any], own: T
+        self, template: str, environ: Mapping[str, Any], current: T
     ) -> T | None:
         """Return the entry of the rule that equals *template*, a framework's route.
 
-        Return None if there is no such rule, or if it is not stricter than *own*.
+        Return None if there is no such rule, or if it is not stricter than *current*.
         """
         table = self._tables.get(method_of(environ)) or self._tables[_ANY]
-        entry: Any = table.by_template.get(_normalized_template(template), own)
+        entry: Any = table.by_template.get(_normalized_template(template), current)
         strictness = self._strictness
-        return entry if strictness(entry) > strictness(own) else None
+        return entry if strictness(entry) > strictness(current) else None
 
     def _match(self, table: _Table[T], path: str) -> T:
         """Return the entry of the rule with variables that matches *path*."""
