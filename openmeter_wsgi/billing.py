@@ -58,8 +58,10 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 Environ: TypeAlias = dict[str, Any]
-#: Maximum number of routes for which a warning is remembered.
+#: Maximum number of remembered warnings.
 _MAX_WARNED = 1_000
+#: Helpers that add usage to a request.
+_USAGE_HELPERS = {"set_meters", "add_meters"}
 #: Maximum number of cached status lines: an application may send any reason phrase.
 _MAX_STATUS_LINES = 1_000
 #: Maximum number of characters of a request id from a header.
@@ -122,8 +124,8 @@ class Billing:
         self.fast_path: FastPath | None = (
             FastPath(self) if self._has_fast_path else None
         )
-        #: Routes for which a measure without a value was logged.
-        self._warned: set[str | None] = set()
+        #: Routes and meter types for which a missing value was logged.
+        self._warned: set[tuple[str, str]] = set()
 
     @property
     def _has_fast_path(self) -> bool:
@@ -160,9 +162,15 @@ class Billing:
         return variant[1]
 
     def count_late(self, helper: str) -> None:
-        """Count and log usage that *helper* was given after the request was settled."""
-        self._counts.dropped["late"] += 1
-        logger.error("%s: called after the response had ended; not billed", helper)
+        """Log a call of *helper* after the request was settled.
+
+        The usage of `set_meters` and `add_meters` is counted as lost.
+        """
+        if helper in _USAGE_HELPERS:
+            self._counts.dropped["late"] += 1
+        logger.error(
+            "%s: called after the response had ended; it has no effect", helper
+        )
 
     def bills(self, status: str) -> bool:
         """Return True if responses with this status line are billed."""
@@ -277,8 +285,13 @@ class Billing:
             if not meters:
                 self._warn_of_missing_subject(environ)
                 return "no_subject"
-            without = len(all_meters) - len(meters)
-            self._counts.dropped["no_subject"] += without
+            without = [meter.type for meter in all_meters if not meter.subject]
+            self._counts.dropped["no_subject"] += len(without)
+            logger.warning(
+                "%s: meters without a subject are not billed: %s; other meters of the "
+                "request have one",
+                "no_subject", ", ".join(map(repr, without)),
+            )  # fmt: skip
         if run_time is not None and run_time.idempotency_key and outcome is COMPLETED:
             meters = with_ids_per_subject(environ, meters, run_time.idempotency_key)
         events = encode_events(
@@ -387,13 +400,14 @@ class Billing:
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
         where = self._where(exchange)
-        if where in self._warned or len(self._warned) >= _MAX_WARNED:
+        warning = (where, meter_type)
+        if warning in self._warned or len(self._warned) >= _MAX_WARNED:
             return
-        self._warned.add(where)
+        self._warned.add(warning)
         logger.warning(
-            "%s: %r has no value (%s), so no %r is billed; logged once, then counted "
+            "%s: %r has no value (%s), so it is not billed; logged once, then counted "
             "as no_value_%s",
-            where, measure, reason, meter_type, reason,
+            f"{where}, meter {meter_type!r}", measure, reason, reason,
         )  # fmt: skip
 
 
