@@ -1,7 +1,6 @@
-"""Counts settled requests that became no event, and reports each with its reason.
+"""Counts settled requests that became no event, by reason.
 
-Reports go to the callable of the option ``audit``, and to the logger of this module at
-level DEBUG.
+Each is reported to the callable of the option ``audit``, and logged at level DEBUG.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Validates meters and encodes CloudEvents (CloudEvents 1.0, JSON format).
 
 An event has the attributes ``specversion``, ``id``, ``source``, ``type``, ``subject``,
-``time`` and ``data``. Extension attributes are not sent: OpenMeter rejects or drops
-them. OpenMeter deduplicates by ``source`` and ``id``. The id of an event is
-``<request id>:<meter type>``, so a request has one id for each of its meters.
+``time`` and ``data``; OpenMeter rejects or drops extension attributes. It deduplicates
+by ``source`` and ``id``. An id is ``<request id>:<meter type>``.
 """
 
 from __future__ import annotations
@@ -202,8 +201,7 @@ def number_meter(name: str, number: Number) -> Meter | None:
 
 #: Maximum number of bytes of events in one batch.
 MAX_BATCH_BYTES = 1_000_000
-#: Maximum number of bytes of an event whose Kafka message is small enough, whatever
-#: characters it contains.
+#: Maximum number of bytes of an event whose message cannot be too large.
 _SMALL_EVENT = MAX_MESSAGE_BYTES // MAX_GROWTH - 1_000
 
 #: Encodes text as JSON in one C call. msgspec would need two, via bytes.
@@ -223,9 +221,9 @@ _FIRST_BLOCK = tuple(map(str, range(1, 1_000)))
 class RequestIds:
     """Generates request ids that are unique among all processes and hosts. Any thread.
 
-    An id is ``<random prefix>-<number>``. The prefix is drawn at the first request of a
-    process. Numbers are handed out in blocks of 1,000, without a lock: each iterator of
-    a block yields the last three digits, formatted in advance.
+    An id is a random prefix, drawn at the first request of a process, and a number.
+    Numbers are handed out in blocks of 1,000, without a lock: the iterator of a block
+    yields the last three digits, formatted in advance.
     """
 
     __slots__ = ("_block", "_blocks", "_prefixes")

@@ -54,8 +54,7 @@ class ServedRoute(NamedTuple):
 def layers_of(app: Any, *, closures: bool = True) -> Iterator[Any]:
     """Yield *app* and the applications that it wraps, the outermost first.
 
-    With *closures*, also callables in closures of functions. These are not always
-    wrapped applications.
+    With *closures*, also all callables in the closures of functions.
     """
     to_visit = [app]
     seen: set[int] = set()

@@ -169,8 +169,7 @@ class OpenMeterMiddleware:
     def process(self) -> Process:
         """Return the `Process` of the calling process.
 
-        A new one is made after a fork, and after gevent has patched `threading`. Events
-        that the parent process queued stay with the parent.
+        A new one is made after a fork, and after gevent has patched `threading`.
         """
         process = self._process
         if not process.guard.is_valid():
@@ -194,8 +193,7 @@ class OpenMeterMiddleware:
     def close(self, timeout: float | None = None) -> None:
         """Send the queued events, stop delivery, and log the number of events left.
 
-        Called automatically when the process exits. It may be called again. A later
-        request restarts delivery.
+        Called when the process exits. A later request restarts delivery.
 
         :param timeout: maximum wait in seconds; default: ``shutdown_timeout``.
         """
@@ -218,8 +216,7 @@ class OpenMeterMiddleware:
     def health(self, *, max_age: float = MAX_AGE) -> Health:
         """Return the current problems of this process, without waiting.
 
-        :param max_age: seconds that the oldest queued event may wait. An older event is
-            a problem.
+        :param max_age: maximum age of the oldest queued event, in seconds.
         """
         return self.process().health(max_age)
 

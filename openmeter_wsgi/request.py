@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: "OPTIONS" in all combinations of upper and lower case: a set lookup is faster than
-#: `upper`.
+#: "OPTIONS" in any mixture of cases: a set lookup is faster than `upper`.
 OPTIONS: Final = frozenset(
     map("".join, itertools.product("Oo", "Pp", "Tt", "Ii", "Oo", "Nn", "Ss"))
 )
@@ -182,7 +181,6 @@ def adopt_record(
 ) -> RequestRecord | None:
     """Start metering a request whose environ has a record already; return the record.
 
-    A handler outside the middleware, such as `set_user`, may have created the record.
     Return None if an outer middleware meters the request.
     """
     record: RequestRecord = environ[REQUEST]
@@ -464,8 +462,7 @@ def _caller_of(environ: dict[str, Any]) -> dict[str, object]:
 def set_route(request: object, route: str) -> None:
     """Set the path template of this request, such as ``/users/<id>``.
 
-    Not needed with Flask, with Bottle, or with Django and its middleware of this
-    package.
+    Not needed with Flask, Bottle, or Django with this package's middleware.
     """
     if (environ := _environ(request, "set_route")) is not None:
         record_of(environ).route = route

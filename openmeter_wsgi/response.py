@@ -2,8 +2,8 @@
 
 The middleware returns a `Response` in place of the application's iterable. The request
 is settled once, on the thread of the request: when the server closes the response, or
-when a response that was never closed is garbage-collected. To settle a request is to
-decide what is billed and to put the events into the queue. `request` lists the states.
+when the response is garbage-collected. To settle a request is to put its events into
+the queue, if any. `request` lists the states.
 """
 
 from __future__ import annotations
@@ -218,9 +218,9 @@ class FileResponse(Response):
 class TrackingFileWrapper:
     """Calls the server's ``wsgi.file_wrapper`` and remembers the last wrapped file.
 
-    Needed if the file wrapper is a function. uWSGI's returns the file itself, so that a
-    wrapped file cannot be recognized by its type. The environ refers to this object, so
-    this object must not refer to the request.
+    Needed if the file wrapper is a function: uWSGI's returns the file itself, which is
+    not recognizable by its type. The environ refers to this object, so it must not
+    refer to the request.
     """
 
     __slots__ = ("_last_file", "_wrapper")
@@ -268,8 +268,7 @@ def settle_failed(environ: dict[str, Any], request: RequestRecord) -> None:
 def is_iterable(thing: object) -> bool:
     """Return True if *thing* can be iterated.
 
-    gunicorn's ALREADY_HANDLED cannot: gunicorn compares the object by identity, so the
-    middleware must return the object itself.
+    gunicorn's ALREADY_HANDLED cannot. It is compared by identity, so it is not wrapped.
     """
     return hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
 

@@ -30,8 +30,7 @@ _VARIABLE = re.compile(
     r"<(?:(?P<converter>[a-z_]\w*)(?:\((?P<arguments>.*?)\))?:)?[a-z_]\w*>",
     re.ASCII | re.IGNORECASE,
 )
-# Variables in the syntax of other frameworks.
-#: ``<id:int>`` and ``<id:re:…>`` (Bottle).
+#: Variables of other frameworks: ``<id:int>`` and ``<id:re:…>`` (Bottle).
 _NAME_AND_TYPE = re.compile(r"<(\w+):(int|float|path|re|str|uuid)\b[^<>]*>", re.ASCII)
 #: ``<str:name>`` and ``<slug:name>`` (Django).
 _TEXT_VARIABLE = re.compile(r"<(?:str|slug):(\w+)>", re.ASCII)
@@ -188,11 +187,10 @@ _UNUSUAL = re.compile(r"\A[^/]|//|/\.\.?(?:/|\Z)|[\x00-\x1f\x7f-\xff]")
 class Routes(Generic[T]):
     """Maps a request to the entry of its rule, by method and path.
 
-    Immutable; any thread. In this package the entries are billings. A rule with a
-    method takes precedence over a rule without, an exact path over variables. Among
-    rules with variables werkzeug's order decides: the most specific first. GET includes
-    HEAD unless a rule names HEAD. A trailing slash makes no difference unless rules
-    name both forms, because an application may serve both.
+    Entries are billings. Immutable; any thread. A rule with a method takes precedence
+    over a rule without, an exact path over variables, and a more specific rule over
+    others, in werkzeug's order. GET includes HEAD unless a rule names HEAD. A trailing
+    slash makes no difference unless rules name both forms.
 
     Some frameworks normalize paths: they serve ``/v1//search`` or ``/v1/sea%FFrch`` as
     ``/v1/search``. If the path as sent and the normalized path have different entries,
@@ -212,8 +210,7 @@ class Routes(Generic[T]):
         #: The entry of requests that no other rule matches.
         self._unmatched = every_other[0] if every_other else default
         rules = [pair for pair in rules if not pair[0].is_every_other]
-        #: Exceptions that mean "no match". Converters raise ValueError for an integer
-        #: with too many digits.
+        #: Raised if no rule matches; ValueError for an integer with too many digits.
         self._not_found = (HTTPException, RoutingException, ValueError)
         self._strictness = strictness
         self._tables = {

@@ -1,9 +1,8 @@
 """Tickets: a request leaves its usage to be billed by a job that it starts.
 
-The request calls :func:`defer` and passes the ticket to the job. The job calls
-:meth:`Usage.settle` with the ticket and the usage. A ticket is signed text that anybody
-can read. It does not authorize its bearer: settle only tickets that your application
-itself passed to the job, never one that a customer sent.
+The request passes the ticket of :func:`defer` to the job, which calls
+:meth:`Usage.settle`. A ticket is signed text that anybody can read. It does not
+authorize its bearer: never settle a ticket that a customer sent.
 """
 
 from __future__ import annotations

@@ -120,8 +120,7 @@ class Usage:
     def close(self, timeout: float | None = None) -> None:
         """Send the queued events, stop delivery, and log the number of events left.
 
-        Called automatically when the process exits. It may be called again, and more
-        usage may be recorded afterwards.
+        Called when the process exits. Usage may be recorded afterwards.
 
         :param timeout: maximum wait in seconds; default: ``shutdown_timeout``.
         """
