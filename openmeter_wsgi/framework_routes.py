@@ -33,7 +33,7 @@ _MAX_LAYERS = 100
 
 
 def note_decorated(view: Any) -> None:
-    """Store that *view* is decorated with `meter` or `no_meter`."""
+    """Remember *view* and the functions that it wraps as decorated."""
     while view is not None:
         with contextlib.suppress(TypeError):  # an object without weak references
             _decorated.add(view)

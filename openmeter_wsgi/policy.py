@@ -506,7 +506,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         except ConfigError as error:
             names = zuplo.variables_in(zuplo.load_document(policies))
             raise ConfigError(
-                [zuplo.hide_values(each, names, os.environ) for each in error.problems]
+                [zuplo.hide_values(p, names, os.environ) for p in error.problems]
             ) from None
 
     @property

@@ -167,10 +167,9 @@ def _mark(variable: re.Match[str]) -> str:
     converter, arguments = variable["converter"], variable["arguments"] or ""
     if converter == "path":
         return _PATH_MARK
-    is_bounded = converter in _BOUNDED_CONVERTERS or "length" in arguments.replace(
-        "minlength", ""
-    )
-    return "" if is_bounded else _VARIABLE_MARK
+    # The arguments `length` and `maxlength` limit the length, `minlength` does not.
+    is_limited = "length" in arguments.replace("minlength", "")
+    return "" if is_limited or converter in _BOUNDED_CONVERTERS else _VARIABLE_MARK
 
 
 T = TypeVar("T")
