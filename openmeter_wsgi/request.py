@@ -143,7 +143,7 @@ class RequestRecord:
                 self.state = DISCONNECTED
             raise
         if self.capture is not None:
-            self.capture.passed(data)
+            self.capture.read_chunk(data)
         return written
 
     def mark_settled(self) -> None:

@@ -66,7 +66,7 @@ class Response:
                 yield chunk
                 # The server asks for the next chunk, so it has taken this one.
                 if request.capture is not None:
-                    request.capture.passed(chunk)
+                    request.capture.read_chunk(chunk)
         except GeneratorExit:
             raise
         except EntitlementDenied as denied:
@@ -154,7 +154,7 @@ class Response:
         capture = self.request.capture
         if capture is None:  # @meter added measures after the response had started
             capture = ResponseCapture(self.environ, bodies)
-            capture.hand_over()
+            capture.skip_body()
         return capture
 
     def _outcome(self) -> str:
@@ -198,7 +198,7 @@ class FileResponse(Response):
         self._close_file = getattr(file, "close", None)
         self.request.state = FINISHED
         if self.request.capture is not None:
-            self.request.capture.hand_over()
+            self.request.capture.skip_body()
         try:
             file.close = self.close
         except (AttributeError, TypeError):
