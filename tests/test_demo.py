@@ -71,7 +71,7 @@ def started(*arguments):
 
 
 def read_until(process, text):
-    """Return the output up to the first line with *text*."""
+    """Return the output of *process* up to the line that contains *text*."""
     printed = []
     for line in process.stdout:
         printed.append(line)
