@@ -205,7 +205,7 @@ def _policy(
 
 
 def _requires_entitlements(policy: Policy) -> bool:
-    policies = [policy, *(own for _, own in policy.of_routes)]
+    policies = [policy, *(own for _, own in policy.route_policies)]
     return any(own and own.required_entitlements for own in policies)
 
 

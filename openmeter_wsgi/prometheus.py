@@ -221,7 +221,7 @@ class _Publisher:
 
     def publish(self) -> None:
         """Write the changes of the counts. Called on any thread."""
-        if not self._process.guard.fits():
+        if not self._process.guard.is_valid():
             return
         with self._writing:
             stats = self._process.stats()

@@ -145,7 +145,7 @@ def test_the_path_of_ingest_in_the_url(sandbox):
     code, wrong = check(api_url=f"{sandbox.url}/api/v1/events")
 
     assert (code, [*wrong]) == (2, ["configuration"])
-    assert "its path is added, got" in wrong["configuration"][1]
+    assert "without the path of the API, got" in wrong["configuration"][1]
     assert "write scheme, host and port alone" in wrong["configuration"][2]
 
 
@@ -1226,7 +1226,7 @@ def test_a_path_that_also_finds_what_customers_send(sandbox, application):
     assert len(warned) == 2
     for path, said in zip(("$..total", "$..tokens"), warned, strict=True):
         assert path in said
-        assert "what a customer sends" in said
+        assert "values that a customer sends" in said
 
 
 def test_an_application_is_checked_under_its_own_policy(sandbox, application):

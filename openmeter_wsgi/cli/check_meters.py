@@ -247,7 +247,7 @@ def check_features(situation: Situation) -> Iterator[Finding]:
         yield from _check_visibility(policy)
     try:
         with open_listing(
-            policy, policy.entitlements_url, policy.questions_key
+            policy, policy.entitlements_url, policy.entitlements_key
         ) as listing:
             features = listing.features()
             meters = {str(meter.get("slug")): meter for meter in listing.meters()}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.cli.findings import failure, note, warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import SAYS, layers_of, served_routes
-from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, layers_of, served_routes
+from openmeter_wsgi.policy import overriding_options
 from openmeter_wsgi.routes import EVERY_OTHER
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ def check_unmatched_paths(situation: Situation) -> Iterator[Finding]:
     """Report entitlements that some spelling of a path may avoid."""
     policy = situation.policy
     with_entitlements = [
-        rule.text for rule, own in policy.of_routes if own and own.required_entitlements
+        rule.text
+        for rule, own in policy.route_policies
+        if own and own.required_entitlements
     ]
     others_unmetered = any(
-        rule.is_every_other and own is None for rule, own in policy.of_routes
+        rule.is_every_other and own is None for rule, own in policy.route_policies
     )
     if others_unmetered and with_entitlements:
         yield warning(
@@ -59,7 +61,9 @@ def check_unmatched_paths(situation: Situation) -> Iterator[Finding]:
 def check_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
     """Report rules that match no route, and routes that match no rule."""
     routes = _routes_of(middleware)
-    rules = [rule for rule, _ in middleware.policy.of_routes if not rule.is_every_other]
+    rules = [
+        rule for rule, _ in middleware.policy.route_policies if not rule.is_every_other
+    ]
     if not routes or not rules:
         return
     for rule in rules:
@@ -85,7 +89,7 @@ def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
     """Return the policy of a route, None if its requests are not metered."""
     governing: Policy | None = policy
     matching = []
-    for rule, own in policy.of_routes:
+    for rule, own in policy.route_policies:
         if rule.is_every_other:
             governing = own
         elif _may_match(rule, route):
@@ -107,11 +111,13 @@ def _unmetered(
     policy: Policy, rules: list[RouteRule], routes: list[ServedRoute]
 ) -> Iterator[str]:
     """Yield each unmetered route that no rule matches, in the form of a rule."""
-    others = {rule.text: own for rule, own in policy.of_routes}.get(EVERY_OTHER, policy)
+    others = {rule.text: own for rule, own in policy.route_policies}.get(
+        EVERY_OTHER, policy
+    )
     if others is not None and (others.static_meters or others.measured):
         return
     for route in routes:
-        is_excluded = getattr(route.view, SAYS, {}) is None  # by @no_meter
+        is_excluded = getattr(route.view, OPTIONS_ATTRIBUTE, {}) is None  # by @no_meter
         # @meter has no effect where nothing is metered.
         if is_excluded or (others is not None and any(_meter_options(route.view))):
             continue
@@ -140,7 +146,7 @@ def decorated_views(
             if governing is None:
                 continue
             try:
-                own = in_place_of(options)
+                own = overriding_options(options)
                 policy = dataclasses.replace(governing, routes=None, **own)
             except ConfigError as error:
                 remedy = (
@@ -161,7 +167,7 @@ def _meter_options(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     view_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
     functions = [getattr(view_class, method, None) for method in _METHODS]
     for function in (view, *functions):
-        if options := getattr(function, SAYS, None):
+        if options := getattr(function, OPTIONS_ATTRIBUTE, None):
             named = view_class if function is view and view_class else function
             yield getattr(named, "__qualname__", repr(named)), options
 

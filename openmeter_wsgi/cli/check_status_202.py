@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from openmeter_wsgi.cli.check_routes import policy_of_route
 from openmeter_wsgi.cli.findings import warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import SAYS, served_routes
-from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, served_routes
+from openmeter_wsgi.policy import overriding_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,11 +78,13 @@ def _views_answering_202(
 def _policy_of_view(route: ServedRoute, policy: Policy) -> Policy | None:
     """Return the policy that bills *route*, None if its requests are not metered."""
     governing = policy_of_route(policy, route)
-    options = getattr(route.view, SAYS, {})
+    options = getattr(route.view, OPTIONS_ATTRIBUTE, {})
     if governing is None or options is None:
         return None
     try:
-        return dataclasses.replace(governing, routes=None, **in_place_of(options))
+        return dataclasses.replace(
+            governing, routes=None, **overriding_options(options)
+        )
     except ConfigError:
         # A request is then billed by its route; `decorated_views` reports the error.
         return governing

@@ -94,7 +94,7 @@ def feature_creation(
         taken = {str(meter.get("slug")) for meter in meters}
         document["meterSlug"] = _free_slug(counted_type, taken)
     variable = None
-    if policy.questions_key.known is not None:
+    if policy.entitlements_key.known is not None:
         has_own_key = policy.entitlements_api_key is not None
         variable = (
             "OPENMETER_ENTITLEMENTS_API_KEY" if has_own_key else "OPENMETER_API_KEY"

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.decision import Reason
-    from openmeter_wsgi.entitlements.lookup import Answering, Question
+    from openmeter_wsgi.entitlements.lookup import AskOpenMeter, Question
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Problem
 
@@ -210,7 +210,7 @@ class GrantsClient:
         self._raise_in_outage()
         return {feature: self._grants.answer(customer, feature) for feature in features}
 
-    def addresses(self, customer: str) -> bool:  # noqa: ARG002
+    def is_addressable(self, customer: str) -> bool:  # noqa: ARG002
         """Return True: in a test every text is the key of a customer."""
         return True
 
@@ -234,19 +234,19 @@ class GrantsClient:
 class DirectLookup:
     """Asks on the thread of the request, at once and without a limit."""
 
-    def __init__(self, client: GrantsClient, answering: Answering) -> None:
+    def __init__(self, client: GrantsClient, ask_openmeter: AskOpenMeter) -> None:
         self.breaker: Breaker = Breaker()
         self._client = client
-        self._answering = answering
+        self._ask_openmeter = ask_openmeter
 
     def ask(self, question: Question, *, is_known: bool = False) -> None:  # noqa: ARG002
         """Ask; in an outage the last known answer stays valid."""
         try:
-            self._answering(
+            self._ask_openmeter(
                 self._client,  # type: ignore[arg-type]
                 question,
                 _do_nothing,
-                self.has_token,
+                self.wait_for_token,
             )
         except Unavailable:
             return
@@ -260,7 +260,7 @@ class DirectLookup:
         """False: no request waits in line."""
         return False
 
-    def has_token(self) -> bool:
+    def wait_for_token(self) -> bool:
         """Return True: the number of questions is not limited."""
         return True
 
@@ -320,7 +320,7 @@ class Collected:
             transport=transport,
             ids=self._ids,
             entitlements=self._entitlements(policy, transport),
-            watch=self.responses.watch,
+            wrap=self.responses.watch,
         )
 
     def end(self) -> None:
@@ -339,11 +339,11 @@ class Collected:
         self._stores.append(store)
         ledger = Ledger(store, visible_until=transport.delivered_until)
         return EntitlementService(
-            new_asker=lambda answering, _: DirectLookup(client, answering),
-            countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
+            new_lookup=lambda ask_openmeter, _: DirectLookup(client, ask_openmeter),
+            countdown=LocalQuota(ledger, policy.entitlement_meters, with_thread=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             close_store=store.close,
-            tells_periods=False,
+            shows_periods=False,
         )
 
     @property
@@ -426,6 +426,6 @@ def _both(
 
     def call_both(record: dict[str, Any]) -> None:
         add_unmetered(record)
-        audit.tell(own, record)
+        audit.call_audit(own, record)
 
     return call_both

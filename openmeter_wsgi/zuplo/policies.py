@@ -22,7 +22,7 @@ import msgspec
 
 from openmeter_wsgi.errors import ConfigError, MeterValueError
 from openmeter_wsgi.events import read_usage
-from openmeter_wsgi.options import feature_like, feature_problem
+from openmeter_wsgi.options import feature_problem, similar_feature_key
 from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def feature_key(name: str) -> str:
     """Return *name* if OpenMeter accepts it as a key, else a similar key."""
     if variables_in(name) or (problem := feature_problem(name)) is None:
         return name
-    if (like := feature_like(name)) is None:
+    if (like := similar_feature_key(name)) is None:
         raise ValueError(problem)
     return like
 
@@ -601,7 +601,9 @@ def _note_other_checks(policy: ZuploPolicy, place: str) -> None:
     """Note the checks of ``monetization-inbound`` that have no counterpart."""
     required = policy.options.get("required_entitlements", [])
     meters = policy.options.get("meters", {})
-    if not_required := [m for m in meters if (feature_like(m) or m) not in required]:
+    if not_required := [
+        m for m in meters if (similar_feature_key(m) or m) not in required
+    ]:
         why = (
             "Zuplo refuses a caller without a balance of "
             f"{', '.join(map(repr, not_required))}; required_entitlements does so here"
