@@ -1,4 +1,4 @@
-"""What one event costs where there is so much of something else, in nanoseconds."""
+"""Measurements of `tests.benchmarks.growth`: nanoseconds of one event, by size."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi import OpenMeterMiddleware
 
-#: So many are timed at once, and so many times; the smallest is what it costs.
+#: Number of events timed together, and of repetitions. The fastest one is the result.
 _EVENTS = 1_000
 _REPEATS = 5
 
 
-def _nanoseconds(act: Callable[[bytes], object], on: Iterable[bytes]) -> float:
-    given = list(on)
+def _nanoseconds(put: Callable[[bytes], object], events: Iterable[bytes]) -> float:
+    made = list(events)
     began = time.thread_time_ns()
-    for each in given:
-        act(each)
-    return (time.thread_time_ns() - began) / len(given)
+    for event in made:
+        put(event)
+    return (time.thread_time_ns() - began) / len(made)
 
 
 def waiting_events(size: int, directory: str) -> dict[str, float]:
-    """Put and take where so many wait already."""
+    """Put and take events while *size* events wait."""
     events = waiting.events(RequestIds())
-    far = waiting.middleware(flush_interval=3_600.0, batch_size=100_000)
+    in_memory = waiting.middleware(flush_interval=3_600.0, batch_size=100_000)
     spooled = waiting.middleware(spool_dir=f"{directory}/spool", delivery="ship")
     found = {}
-    for name, middleware in (("memory", far), ("spool", spooled)):
+    for name, middleware in (("memory", in_memory), ("spool", spooled)):
         put = middleware.process().transport.put
         for event in itertools.islice(events, size):
             put(event)
@@ -71,12 +71,12 @@ def _taken(middleware: OpenMeterMiddleware, directory: str) -> float:
 
 
 def workers(size: int, directory: str) -> dict[str, float]:
-    """Append in so many processes at once; the median of what they took."""
+    """Append in *size* processes at once, and return the median of their times."""
     go_read, go = os.pipe()
     result, told = os.pipe()
     children = [_forked(directory, go_read, go, told) for _ in range(size)]
     for _ in children:
-        os.read(result, 1)  # its journal is open
+        os.read(result, 1)  # one byte per child, written when its journal is open
     os.close(go)
     os.close(go_read)
     for child in children:
@@ -110,7 +110,7 @@ def _forked(directory: str, go_read: int, go: int, told: int) -> int:
 
 
 def routes(size: int, directory: str) -> dict[str, float]:
-    """Serve the last of so many routes."""
+    """Serve a request to the last of *size* routes."""
     exact = {f"/v1/{n}": {"meters": {"calls": 1}} for n in range(size)}
     variable = {f"/v1/{n}/<id>": {"meters": {"calls": 1}} for n in range(size)}
     return {
@@ -143,7 +143,7 @@ def _start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
 
 
 def subjects(size: int, directory: str) -> dict[str, float]:
-    """Serve, and decide on, any of so many known subjects."""
+    """Serve and decide requests of random subjects, of *size* known ones."""
     app = waiting.middleware(flush_interval=3_600.0, batch_size=100_000)
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)

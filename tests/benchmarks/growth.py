@@ -1,10 +1,10 @@
-"""Whether an event costs the same however much there is of everything else.
+"""Cost of an event or request, by the number of events, workers, routes and subjects.
 
     python -m tests.benchmarks.growth [--rounds 5] [--plots build/bench]
 
-Processor time of one event: with so many waiting, so many workers on one directory of
-a spool, so many routes, so many known subjects. Rounds go through all sizes in turns;
-a figure is the median. One plot each is written to --plots.
+Measures the processor time of one event or request for growing numbers of waiting
+events, workers on one spool directory, routes, and known subjects. Each round measures
+all sizes in turn; a figure is the median. --plots is the directory for the plots.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from tests.benchmarks.plot import plot
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: What still passes for flat: caches of the processor are smaller than a million.
+#: Maximum growth that counts as constant: a table of a million entries is larger than
+#: the caches of the processor.
 FLAT = 1.5
 
 
 class Dimension(NamedTuple):
-    """What there may be much of, and what is measured of each size."""
+    """A number that may grow, its sizes, and the measurement at each size."""
 
     name: str
     sizes: Sequence[int]
-    #: Returns the nanoseconds of one event by what is done with it.
+    #: Takes the size and a directory; returns the nanoseconds of each operation.
     measure: Callable[[int, str], dict[str, float]]
 
 
@@ -47,7 +48,7 @@ DIMENSIONS = (
 
 
 def measure(dimension: Dimension, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """Return the figures of each round, by what is done and by size."""
+    """Return the figures of each round, by operation and by size."""
     found: defaultdict[str, defaultdict[int, list[float]]]
     found = defaultdict(lambda: defaultdict(list))
     for _, size in itertools.product(range(rounds), dimension.sizes):
@@ -61,7 +62,7 @@ def measure(dimension: Dimension, rounds: int) -> dict[str, dict[int, list[float
 def rows(
     dimension: Dimension, found: dict[str, dict[int, list[float]]]
 ) -> list[report.Row]:
-    """Return the cost of an event among the fewest, and how it grows to the most."""
+    """Return the cost at the smallest size, and its growth up to the largest size."""
     least, most = dimension.sizes[0], dimension.sizes[-1]
     made = []
     for what, by_size in found.items():

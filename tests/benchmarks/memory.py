@@ -1,9 +1,10 @@
-"""What an event costs in memory while it waits.
+"""Memory used by waiting events.
 
     python -m tests.benchmarks.memory [--events 1000000] [--in-memory 200000]
 
-Each figure is that of a process of its own: anonymous memory (RssAnon) with the
-events, less that before the first. OpenMeter is away meanwhile, the thread tries.
+Each figure is measured in a process of its own: its anonymous memory (RssAnon) with the
+events, minus that before the first event. OpenMeter is down, and the delivery thread
+retries.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from openmeter_wsgi.events import RequestIds
 from tests.benchmarks import report, waiting
 
 MOST_BYTES = 340.0
-#: Beside which the spool may cost no more.
+#: Number of events in a spool whose memory is the reference for larger numbers.
 FEW = 1_000
-#: More than the sender reads ahead: from here on nothing may grow.
+#: More events than the sender reads ahead: memory must not grow beyond this number.
 MORE = 10_000
-#: What two equal processes differ by, in KiB: pages of the allocator.
+#: Difference in KiB between two equal processes, caused by pages of the allocator.
 NOISE_KIB = 1_024.0
 _RUNS = 3
 
@@ -43,13 +44,13 @@ def anonymous_bytes() -> int:
 
 
 def hold(count: int, spool_dir: str | None) -> int:
-    """Return the bytes that so many waiting events take in this process."""
+    """Return the bytes that *count* waiting events take in this process."""
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
     middleware = waiting.middleware(spool_dir=spool_dir, flush_interval=0.5)
     put = middleware.process().transport.put
     events = waiting.events(RequestIds())
     put(next(events))
-    middleware.flush(1.0)  # everything has been there once: thread, connection, disk
+    middleware.flush(1.0)  # warms up: starts the thread, connects, writes to the disk
     before = anonymous_bytes()
     for event in itertools.islice(events, count):
         put(event)
@@ -58,7 +59,7 @@ def hold(count: int, spool_dir: str | None) -> int:
 
 
 def held(count: int, directory: str | None = None) -> int:
-    """Return the same of a process of its own."""
+    """Return the result of hold() in a new process."""
     command = [sys.executable, "-m", "tests.benchmarks.memory", "--hold", str(count)]
     if directory is not None:
         command += ["--spool", f"{directory}/{count}-{os.urandom(4).hex()}"]
@@ -94,7 +95,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.hold is not None:
         print(hold(given.hold, given.spool), flush=True)
-        os._exit(0)  # what is left is not to be delivered
+        os._exit(0)  # without delivering the events
     rows = measure(given.in_memory, given.events)
     report.show("Memory", rows, given.json)
 

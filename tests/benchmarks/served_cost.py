@@ -1,10 +1,10 @@
-"""The wall time that metering adds to a Flask "hello" under gunicorn, beside amberflo.
+"""Time that metering adds to a Flask "hello" under gunicorn, compared with amberflo.
 
     python -m tests.benchmarks.served_cost [--rounds 5] [--seconds 4]
 
-Two sync workers, eight connections of wrk, the three ways in turn in every round. The
-peer is the fastest one that sends an event for each request. Needs wrk; installs the
-peer from PyPI.
+gunicorn has two sync workers, wrk eight connections. Every round measures the bare
+application, this package and amberflo in turn. amberflo is the fastest other package
+that sends an event for each request. Needs wrk; installs amberflo from PyPI.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AMBERFLO = Peer(
 )
 THIS_PACKAGE = Peer("this package", ())
 WORKERS, CONNECTIONS = 2, 8
-#: Metered is at most so much of the peer's added wall time.
+#: Maximum of this package's added wall time, divided by that of the peer.
 MOST = 1 / 6
 
 
@@ -70,7 +70,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def requests_per_second(url: str, seconds: int) -> float:
-    """Return what wrk reports."""
+    """Return the request rate that wrk reports."""
     done = subprocess.run(
         ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", url],
         capture_output=True, text=True, check=True,
@@ -82,7 +82,7 @@ def requests_per_second(url: str, seconds: int) -> float:
 
 
 def measure(rounds: int, seconds: int) -> dict[str, list[float]]:
-    """Return the requests a second of each way, by round."""
+    """Return the requests per second of each application, by round."""
     pythons = {
         "bare": interpreter(THIS_PACKAGE),
         "metered": interpreter(THIS_PACKAGE),
@@ -104,7 +104,7 @@ def measure(rounds: int, seconds: int) -> dict[str, list[float]]:
 
 
 def rows(found: dict[str, list[float]]) -> list[Row]:
-    """Return the figures: the ratios are of one round each."""
+    """Return the rows; differences and ratios are taken within each round."""
     added = {
         way: [
             (1 / rate - 1 / bare) * 1e6
@@ -118,9 +118,9 @@ def rows(found: dict[str, list[float]]) -> list[Row]:
     ]
     return [
         *[Row(f"{way}", "requests/s", found[way]) for way in found],
-        Row("wall time added, this package", "µs", added["metered"]),
-        Row("wall time added, amberflo 3.3.1", "µs", added["amberflo"]),
-        Row("this package beside amberflo", "x", ratios, target=MOST),
+        Row("time added to a request, this package", "µs", added["metered"]),
+        Row("time added to a request, amberflo 3.3.1", "µs", added["amberflo"]),
+        Row("time added, this package ÷ amberflo", "x", ratios, target=MOST),
     ]
 
 
