@@ -1,6 +1,6 @@
-"""A site of Django's, for tests: users are made up, so it needs no database.
+"""Django site for tests; its users are made up, so it needs no database.
 
-It is named in settings, and imported once there are some.
+The settings name it, and Django imports it after they are configured.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ class User:
 
 
 class Authenticate:
-    """What an authenticating middleware does: an attribute of the request."""
+    """Django middleware that sets the user that the header X-User names."""
 
     def __init__(self, get_response):
         self.get_response = get_response
@@ -77,7 +77,7 @@ class NeedsSearches(Api):
 
 
 class Forms(BaseRenderer):
-    """Asks, as the browsable API does, which forms the user may see."""
+    """Renderer that checks permissions for its forms, as the browsable API does."""
 
     media_type, format, charset = "text/html", "html", "utf-8"
 

@@ -95,9 +95,9 @@ def chaos(openmeter, server: Server, clients: Clients, chance: random.Random) ->
 
 
 def is_one_buried(requests: list[Request]) -> bool:
-    """Say whether an event was refused, another taken, and it was refused again alone.
+    """Return True if an event was refused in a batch and, after others, again alone.
 
-    Each connection is of one sender.
+    Each connection belongs to one sender.
     """
     taken: Counter[int] = Counter()
     refused_at: dict[tuple[int, str], int] = {}

@@ -1,4 +1,4 @@
-"""Whether the benchmarks measure what they say, however busy the machine is."""
+"""Tests of the benchmarks, which do not depend on the speed of the machine."""
 
 import contextlib
 import sys
@@ -55,7 +55,7 @@ def test_a_waiting_event_costs_no_more_memory_than_it_may():
 
 
 def test_delivery_is_measured_from_memory_and_from_a_spool():
-    # Longer than the spool gathers: else nothing of it would be delivered meanwhile.
+    # Longer than the spool collects events, so that some are delivered in this time.
     rows = {row.what: row for row in delivery.measure(1, 2.0, 3_000)}
 
     assert len(rows) == 9

@@ -1,4 +1,4 @@
-"""What a response is billed: no way around a price, and no request without a count."""
+"""The bill of a response: no price can be evaded, and every request is counted."""
 
 from __future__ import annotations
 

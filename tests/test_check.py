@@ -1,4 +1,4 @@
-"""What ``openmeter-wsgi check`` finds, on servers that are right and wrong."""
+"""The findings of ``openmeter-wsgi check``, on working and on faulty servers."""
 
 import json
 import os

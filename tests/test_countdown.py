@@ -33,7 +33,7 @@ def served(app, requests, subject="acme"):
 
 
 def left(app, subject):
-    """Return what is left, and let it be asked for if the answer has aged."""
+    """Return the remaining balance; OpenMeter is asked if the answer is too old."""
     environ = {"REMOTE_USER": subject}
     gate = app.process().billing.gate
     gate.check(environ, ["api_requests"], {"api_requests": 0})

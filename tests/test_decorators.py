@@ -436,7 +436,7 @@ def anew(**made: Any) -> list[dict[str, Any]]:
 def governing(
     middleware: OpenMeterMiddleware, options: dict[str, Any], view: Any
 ) -> object:
-    """Return what bills a request whose view is decorated while it is served."""
+    """Return the billing of a request whose view is decorated during the request."""
     governs: list[object] = []
 
     def served(environ: Environ) -> None:

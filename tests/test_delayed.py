@@ -58,7 +58,7 @@ def kafka(openmeter):
 
 @pytest.fixture(params=["memory", "spool"])
 def queue(request, kafka, tmp_path):
-    """Return what takes encoded events and delivers them, from memory or a spool."""
+    """A queue in memory or a spool, whose events are delivered."""
     spool_dir = str(tmp_path / "spool") if request.param == "spool" else None
     middleware = OpenMeterMiddleware(
         handled(lambda environ: None), api_url=kafka.url, flush_interval=0.05,

@@ -71,7 +71,7 @@ def started(*arguments):
 
 
 def read_until(process, text):
-    """Return what it prints up to the line that has *text*."""
+    """Return the output of *process* up to the line that contains *text*."""
     printed = []
     for line in process.stdout:
         printed.append(line)

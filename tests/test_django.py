@@ -76,7 +76,7 @@ def by_token(name):
 
 
 def billed(app, openmeter):
-    """Return what was billed: subject and usage."""
+    """Return subject and type of the billed events."""
     assert app.flush(20)
     return [(event["subject"], event["type"]) for event in openmeter.taken]
 

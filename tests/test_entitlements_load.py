@@ -222,7 +222,7 @@ def test_a_request_after_close_works_as_before(
 
 
 def open_files(path: Path) -> list[str]:
-    """Return what this process has open of the file and what lies beside it."""
+    """Return the open files of this process whose paths start with *path*."""
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -270,7 +270,7 @@ def fork_after_use(url: str, spool_dir: str, fork: str, leave: str) -> None:
 
 
 def _is_soon(response: Any) -> bool:
-    """Say whether another try makes sense, after a moment."""
+    """Wait a moment, and return True if Retry-After is one second."""
     threading.Event().wait(0.05)
     return int(dict(response.headers)["Retry-After"]) == 1
 

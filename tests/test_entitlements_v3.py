@@ -47,7 +47,7 @@ def called():
 
 @pytest.fixture
 def make(openmeter, called):
-    """Return what makes a fresh middleware whose requests are all of one subject."""
+    """A function that makes a new middleware with one subject for all requests."""
     made = []
 
     def app(environ, start_response):

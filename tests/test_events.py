@@ -58,7 +58,7 @@ def written(value: Any) -> Any:
 def usual_encoder(
     meters: tuple[Meter, ...], ids: RequestIds
 ) -> Callable[[str], list[dict[str, Any]]]:
-    """Return what makes the events of a subject's usual request."""
+    """Return a function that makes the events of a usual request of a subject."""
     policy = Policy(
         meter=[written(meter.document()) for meter in meters],
         event_source="api",

@@ -63,7 +63,7 @@ def make(openmeter):
 
 
 def billed(app, openmeter):
-    """Return what was billed: subject and usage."""
+    """Return subject and type of the billed events."""
     assert app.extensions["openmeter"].flush(20)
     return [(event["subject"], event["type"]) for event in openmeter.taken]
 

@@ -1,4 +1,4 @@
-"""What is imported when: nothing with the package, all the rest before a request."""
+"""Times of imports: few modules with the package, all others before a request."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_a_directory_that_is_gone_is_a_spool_error(tmp_path):
 
 @FORMS
 def test_threads_lose_nothing_through_thousands_of_seals(make, tmp_path, form):
-    """What is said to be sealed is read and deleted at once, as the sender does."""
+    """Read and delete each sealed segment at once, as the sender does."""
     journal = make(form, segment_bytes=512)
     start = threading.Barrier(6)
     ended = threading.Event()

@@ -92,7 +92,7 @@ def test_what_was_acknowledged_before_a_kill_is_delivered(openmeter, tmp_path, f
 
 
 def again(openmeter: OpenMeterServer) -> int:
-    """How many requests brought what had been taken before."""
+    """Return the number of requests with events that were taken before."""
     seen: set[str] = set()
     count = 0
     for request in openmeter.requests:
@@ -102,7 +102,7 @@ def again(openmeter: OpenMeterServer) -> int:
 
 
 def in_order(openmeter: OpenMeterServer, subject: str) -> bool:
-    """Whether the events of one thread came in the order of their numbers."""
+    """Return True if the events of one thread came in the order of their numbers."""
     ids = dict.fromkeys(e["id"] for e in openmeter.taken if e["subject"] == subject)
     numbers = [int(id_.rpartition("-")[2]) for id_ in ids]
     return numbers == sorted(numbers)

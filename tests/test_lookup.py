@@ -50,7 +50,7 @@ class Tokens:
 
 
 class Answering:
-    """Remembers who was asked for, in the order of the answers."""
+    """Records the customers of the questions, in the order of the answers."""
 
     def __init__(self):
         self.order = []

@@ -285,7 +285,7 @@ def test_a_body_of_unstated_length_is_counted_as_it_is_read(
 
 
 class _Body:
-    """What PEP 3333 asks of a request's body, and no more."""
+    """A request body with only the methods that PEP 3333 requires."""
 
     def __init__(self, content: bytes) -> None:
         body = io.BytesIO(content)

@@ -1,4 +1,4 @@
-"""What the log says when something goes wrong, and when it is over."""
+"""Log lines at the beginning and at the end of an outage."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What the sender of a spool says at its start: does the server deduplicate?"""
+"""Log lines of a starting sender: a server may count repeated events twice."""
 
 import json
 import logging

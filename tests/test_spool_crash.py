@@ -66,7 +66,7 @@ class Taking:
 
 
 def deliver(directory: Path, taken: Note) -> None:
-    """Deliver what the directory holds, as the elected sender does."""
+    """Deliver the events of the directory, as the elected sender does."""
     counts = Counts()
     with election(directory):
         letters = DeadLetters(directory, counts)

@@ -194,7 +194,7 @@ class SpoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writers and len(self.children) < 2)
     @rule(data=st.data())
     def fork_and_kill_the_parent(self, data):
-        """What the child has open keeps nothing of its parent's from being adopted."""
+        """A child's open files do not keep the sender from adopting its parent's."""
         self.fork(MAPPED, 1)
         self.kill(data, 0)
         self.deliver_all()

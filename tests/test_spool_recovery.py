@@ -1,4 +1,4 @@
-"""What a crash can leave in the directory, and what comes out of it."""
+"""Recovery of every state in which a crash can leave the directory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which uWSGI leaves threads no time, and what a spool does there without any."""
+"""uWSGI without threads: its detection, and the delivery of a spool there."""
 
 import logging
 import sys

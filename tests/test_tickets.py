@@ -59,7 +59,7 @@ def deferred(
 
 
 def settled(openmeter: OpenMeterServer, *tickets: str, **options: Any) -> list[Any]:
-    """Return what OpenMeter gets when one video is settled with each ticket."""
+    """Settle one video with each ticket and return the events that OpenMeter gets."""
     usage = Usage(api_url=openmeter.url, ticket_secret=SECRET, **options)
     for ticket in tickets:
         usage.settle(ticket, {"videos": 1})

@@ -1,4 +1,4 @@
-"""The sandbox's page in a browser: what it shows, and that texts stay texts."""
+"""The sandbox's page in a browser: its contents, and the escaping of texts."""
 
 import time
 
@@ -14,7 +14,7 @@ ROWS = (
     ".map((row) => row.cells[arguments[0]].textContent)"
 )
 OUTCOME, ID = 1, 4
-# Which pixels of a swatch have the colour of its corner.
+# For each swatch, its pixels as 1 or 0: with the colour of its corner, or another.
 SHAPES = """
 return [...document.querySelector(".meter").querySelectorAll(".groups canvas")]
   .map((canvas) => {
@@ -72,7 +72,7 @@ def test_no_script_can_turn_a_text_into_markup(browser, sandbox):
     )
 
     assert error == "TypeError"
-    assert "TrustedHTML" in browser.complaints()[0]
+    assert "TrustedHTML" in browser.console()[0]
 
 
 @pytest.mark.parametrize("view", ["usage", "events", "access"])
@@ -248,7 +248,7 @@ def test_the_page_says_that_the_sandbox_is_gone(browser):
 
     assert browser.text("#status") == "The sandbox does not answer; trying again"
     browser.get("about:blank")
-    assert all("ERR_" in complaint for complaint in browser.complaints())
+    assert all("ERR_" in message for message in browser.console())
 
 
 def test_a_lag_is_set_and_what_waits_is_named(browser, sandbox, api):

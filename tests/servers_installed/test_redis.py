@@ -22,12 +22,12 @@ from openmeter_wsgi.quota.store import PATIENCE
 from openmeter_wsgi.quota.visibility_mark import FixedLag
 from spooling import until
 
-#: No step takes so long, on whatever machine; a Redis that hangs, for ever.
+#: Maximum number of seconds of a step, also on a slow machine.
 LONG = 30.0
 
 
 class Redis:
-    """A server of our own, on 127.0.0.1."""
+    """A Redis server for one test, on 127.0.0.1."""
 
     def __init__(self, directory):
         self._directory = directory
@@ -100,7 +100,7 @@ class TestRedisStore(LedgerContract):
     @pytest.fixture
     def crash(self, clock):
         def crash(ledger):
-            """Let its lease expire; the others renew theirs meanwhile."""
+            """Let the lease of a ledger expire, while the others renew theirs."""
             ledger._known = None
             clock.now += LIFETIME + 1
 
@@ -164,7 +164,7 @@ class TestRedisStore(LedgerContract):
 
 
 class RedisMachine(Machine):
-    """A host whose store is Redis; the dead are found out when their time is up."""
+    """Workers with a store in Redis: a dead one is noticed when its lease expires."""
 
     step = LIFETIME / 20
     url = ""
@@ -198,14 +198,14 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     outcome = account.reserve(50.0)
     assert time.monotonic() - began < LONG
     assert isinstance(outcome, Reservation)
-    assert isinstance(account.reserve(20.0), NotReserved)  # it knows of the 40
+    assert isinstance(account.reserve(20.0), NotReserved)  # the 40 still count
     assert "Redis at 127.0.0.1" in caplog.text
     outcome.settle(50.0)
 
-    server.start()  # and has forgotten everything
+    server.start()  # with empty memory
     ledger.tend()
     until(lambda: ledger.tend() or "counted here again" in caplog.text)
-    assert isinstance(account.reserve(20.0), NotReserved)  # it was told of the 90
+    assert isinstance(account.reserve(20.0), NotReserved)  # Redis has the 90
     assert isinstance(account.reserve(10.0), Reservation)
     end(ledger)
 
@@ -222,7 +222,7 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
         began = time.monotonic()
         for _ in range(100):
             ledger.account("other").reserve(1.0)
-        # Half of what it would be if each waited for the store.
+        # Half of the time that it would take if each request waited for the store.
         assert time.monotonic() - began < 50 * PATIENCE
     finally:
         server.resume()
@@ -305,14 +305,14 @@ def test_an_option_that_works_is_taken(server, options):
 
 
 class Host:
-    """A ledger on a host whose clock is *ahead* by so many seconds."""
+    """A ledger on a host whose clock is *ahead* seconds ahead."""
 
     def __init__(self, url, ahead, openmeter):
         self.clock = lambda: time.time() + ahead
         self.openmeter = openmeter
         self.ledger = Ledger(
             RedisStore(url, clock=self.clock),
-            # What is spent is delivered at once.
+            # Usage is delivered at once.
             visible_until=FixedLag(self.clock, 0.4, self.clock).until,
             clock=self.clock,
         )
@@ -323,7 +323,7 @@ class Host:
         self.account.answered(self.openmeter.balance(), asked_at)
 
     def serve(self):
-        """Serve one request, if that is allowed."""
+        """Serve one request if it is allowed."""
         outcome = self.account.reserve(1.0)
         if isinstance(outcome, NotReserved):
             return outcome
@@ -333,7 +333,7 @@ class Host:
 
 
 class Lagging:
-    """An OpenMeter that shows usage a moment after it has arrived."""
+    """Model of OpenMeter: usage is visible 0.2 seconds after its arrival."""
 
     def __init__(self, quota):
         self.quota = quota
