@@ -70,7 +70,7 @@ def test_an_event_that_is_too_large_to_be_sent_takes_nothing_of_the_quota(
 
 
 def is_denied_now(entitlements):
-    """Ask behind the request's back, and say whether the answer is a no."""
+    """Ask OpenMeter again, outside a request, and return True if it denies access."""
     entitlements.refresh("acme", "api_requests")
     return not entitlements.known("acme", "api_requests").answer.has_access
 

@@ -30,7 +30,7 @@ def text_of(moment):
 
 
 def dated(id_, ahead, **data):
-    """Encode an event that is so many seconds ahead of our clock."""
+    """Encode an event whose time is *ahead* seconds ahead of our clock."""
     document = {
         "specversion": "1.0", "type": "a", "source": "s", "data": data, "id": id_,
         "time": text_of(time.time() + ahead), "subject": "acme",
@@ -40,7 +40,7 @@ def dated(id_, ahead, **data):
 
 @pytest.fixture
 def kafka(openmeter):
-    """Make OpenMeter lose what Kafka loses, by a clock that may differ from ours."""
+    """An OpenMeter that loses events from the future, as Kafka does."""
     lost = []
 
     def rule(request):

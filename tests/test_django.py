@@ -88,7 +88,7 @@ def answer(response):
     return response.status[:3], headers["Content-Type"], body
 
 
-# -- Who is billed
+# -- Subjects
 
 
 def test_the_authenticated_user_is_the_subject(make, openmeter):
@@ -163,7 +163,7 @@ def test_nobody_is_looked_up_for_what_is_not_billed(make):
     assert app.stats().not_metered == {"status": 1}
 
 
-# -- What is billed
+# -- Usage
 
 
 def test_a_stream_is_billed_as_far_as_it_was_sent(make, openmeter):
@@ -241,7 +241,7 @@ def test_a_request_that_came_by_another_way_is_served_and_said(make, caplog):
     assert "a request did not come through openmeter_wsgi.django" in caplog.text
 
 
-# -- Who may
+# -- Entitlements
 
 
 def test_entitlements_are_asked_for_after_authentication(make, entitled):

@@ -68,7 +68,7 @@ def test_a_keyword_in_the_text_is_an_option_or_a_parameter(page: Path) -> None:
     keywords = re.compile(r"(?:\w+\(|@meter\()?([a-z][a-z_]*)=")
     named = {found[1] for text in literals(page) if (found := keywords.match(text))}
 
-    # The page on upgrading names what there was before.
+    # The page on upgrading names removed options.
     before = REMOVED.keys() if page.stem == "upgrading" else set()
     assert named <= OPTIONS | parameters() | FOREIGN | before
 

@@ -311,7 +311,7 @@ def test_of_several_spent_quotas_the_last_to_come_back_says_when(make, entitled)
     assert body(response)["feature"] == "exports"
 
 
-# -- Who is asked for
+# -- Customers
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_outside_a_metered_request_there_is_no_answer(caplog):
     assert "outside a metered request" in caplog.text
 
 
-# -- What is known
+# -- Cached answers
 
 
 def test_an_answer_is_asked_for_once(make, entitled):
@@ -620,7 +620,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 
 
 def wait_until_aged(app, *customers):
-    """Wait until what is known of them would be asked for anew."""
+    """Wait until the cached answers about *customers* are too old."""
     known = app.process().entitlements.known
     wait_for(
         lambda: all(

@@ -236,7 +236,7 @@ def test_an_application_is_not_metered_twice(make):
         OpenMeter().init_app(app)
 
 
-# -- Who is billed
+# -- Subjects
 
 
 def test_the_user_of_flask_login_is_the_subject(make, openmeter):
@@ -407,7 +407,7 @@ def test_a_login_that_fails_costs_the_event_and_not_the_response(make, caplog):
     assert app.extensions["openmeter"].stats().not_metered == {"no_subject": 1}
 
 
-# -- What is billed
+# -- Usage
 
 
 def test_a_blueprint_is_metered_by_its_route(openmeter):
@@ -529,7 +529,7 @@ def test_a_test_client_of_ones_own_keeps_what_it_can(openmeter):
     app.extensions["openmeter"].close(40)
 
 
-# -- Who may
+# -- Entitlements
 
 
 def test_entitlements_are_asked_for_after_authentication(make, entitled):

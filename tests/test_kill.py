@@ -1,4 +1,4 @@
-"""Processes that are killed with -9: what they acknowledged is delivered."""
+"""Processes that are killed with -9: their acknowledged events are delivered."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 #: How many processes are killed; a long form is OPENMETER_TEST_KILLS=200.
 KILLS = int(os.environ.get("OPENMETER_TEST_KILLS") or "20")
 
-#: Puts from several threads and says each id once `put` has returned.
+#: Puts events from several threads and prints each id once `put` has returned.
 PUTTING = """
 import os, sys, threading
 from pathlib import Path

@@ -199,7 +199,7 @@ def test_what_stays_in_a_spool_at_the_end_is_told(make, openmeter, caplog, tmp_p
     assert re.match(r"WARNING shutdown: 3 events stay in .*/spool/.* and are", told[0])
 
 
-# -- Who may
+# -- Entitlements
 
 
 def test_a_denial_is_no_alarm_and_what_is_let_through_is(make, openmeter, caplog):
@@ -211,6 +211,6 @@ def test_a_denial_is_no_alarm_and_what_is_let_through_is(make, openmeter, caplog
 
     assert [line.split(" (")[0] for line in lines(caplog)] == [
         "INFO subject 'acme', feature 'searches': unknown_customer, denied",
-        # One line a minute, whoever it is: a fail mode may let thousands through.
+        # One line a minute for all subjects: a fail mode may let thousands through.
         "WARNING feature 'searches', unknown_customer: subject 'acme' is let through",
     ]

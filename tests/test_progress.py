@@ -1,4 +1,4 @@
-"""Progress is on the disk when it is said to be, whatever a loss of power tears."""
+"""Lasting progress is on the disk, even if a power loss tears a later write."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Metrics: what Prometheus reads is what was counted, of one process or of many."""
+"""Metrics for Prometheus, which equal the counts of one or of many processes."""
 
 import http.client
 import os

@@ -254,7 +254,7 @@ def test_a_settlement_that_is_interrupted_is_repeated_with_the_same_event() -> N
         billed.events *= 2
 
 
-# -- Outcomes and what they bill
+# -- Outcomes and their bills
 
 
 @pytest.mark.parametrize(
@@ -713,7 +713,7 @@ def test_wrapped_twice_the_outer_meters_and_the_inner_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Inner(OpenMeterMiddleware):
-        """Has a name of its own, as repeated log lines are thinned by it."""
+        """An error with its own name, as repeated log lines are suppressed by name."""
 
     inner = Inner(using_50(), meters={"inner": 1}, dry_run=True)
     with recording(inner) as billed:
@@ -873,7 +873,7 @@ def test_a_wrapped_file_that_is_not_what_is_returned_is_an_ordinary_response() -
         assert billed.amounts == {"requests": 1}
 
 
-# -- Whatever an application does
+# -- Arbitrary applications
 
 
 class Plan(NamedTuple):

@@ -202,7 +202,7 @@ def test_no_request_raises(method: str, path: str) -> None:
     routes.find({})
 
 
-# -- What it is billed
+# -- Bills
 
 
 def test_a_route_inherits_what_it_does_not_name(openmeter: OpenMeterServer) -> None:
@@ -400,7 +400,7 @@ def test_all_problems_of_all_routes_are_told_at_once() -> None:
     ]  # fmt: skip
 
 
-# -- What it costs
+# -- Cost
 
 
 def calls(rules: Iterable[str], path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Entitlements over HTTP: what is created, and what each question is answered with."""
+"""Entitlements over HTTP: their creation, and the answers to questions."""
 
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta

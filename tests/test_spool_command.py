@@ -202,7 +202,7 @@ import resource, signal, sys
 from openmeter_wsgi.cli import main
 
 sys.dont_write_bytecode = True
-# The kernel kills whoever writes past the limit; Python would get an error.
+# The kernel kills a process that writes past the limit.
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -35,7 +35,7 @@ def written(tmp_path):
 
 @pytest.mark.parametrize("start", [b"", event("1") + b"\n", event("torn")[:9]])
 def test_the_free_room_of_a_live_segment_is_not_read(written, start):
-    """It is looked at many times a second, and what it takes stays with the process."""
+    """It is read many times a second, and its memory would stay with the process."""
     fd = written(start + b"\0" * 4_000_000)
 
     tracemalloc.start()

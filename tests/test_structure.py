@@ -1,4 +1,4 @@
-"""The figures of the package's structure, of a package made up for it."""
+"""The figures of `tests.structure`, for a sample package and for ours."""
 
 from tests import structure
 

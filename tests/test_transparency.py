@@ -1,4 +1,4 @@
-"""The application and its clients cannot tell whether it is metered."""
+"""The application and its clients see no difference with the middleware."""
 
 from __future__ import annotations
 
