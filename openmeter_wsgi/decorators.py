@@ -170,7 +170,7 @@ def _bill_as_view(
     if record.capture is None:
         record.capture = ResponseCapture(environ, billing.bodies, is_late=True)
     else:
-        record.capture.look_at(billing.bodies)
+        record.capture.add_readers(billing.bodies)
 
 
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:

@@ -142,7 +142,7 @@ class RequestRecord:
                 self.state = HUNG_UP
             raise
         if self.capture is not None:
-            self.capture.passed(data)
+            self.capture.read_chunk(data)
         return written
 
     def end(self) -> None:

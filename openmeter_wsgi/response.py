@@ -59,7 +59,7 @@ class Response:
                 yield chunk
                 # The server asks for more, so it has taken that chunk.
                 if request.capture is not None:
-                    request.capture.passed(chunk)
+                    request.capture.read_chunk(chunk)
         except GeneratorExit:
             raise
         except EntitlementDenied as denied:
@@ -146,7 +146,7 @@ class Response:
         capture = self.request.capture
         if capture is None:  # a view's own options came after the response had begun
             capture = ResponseCapture(self.environ, bodies)
-            capture.hand_over()
+            capture.skip_body()
         return capture
 
     def _outcome(self) -> str:
@@ -189,7 +189,7 @@ class FileResponse(Response):
         self._close_file = getattr(file, "close", None)
         self.request.state = FINISHED
         if self.request.capture is not None:
-            self.request.capture.hand_over()
+            self.request.capture.skip_body()
         try:
             file.close = self.close
         except (AttributeError, TypeError):

@@ -138,7 +138,7 @@ def start(
         list(pool.map(serve, range(len(customers))))
     stats = app.stats()
     # Pending questions are still asked, although their requests have ended.
-    pending = app.process().entitlements._asker._pending  # type: ignore[attr-defined]
+    pending = app.process().entitlements._lookup._pending  # type: ignore[attr-defined]
     while pending:
         time.sleep(0.05)
     app.close(10)
