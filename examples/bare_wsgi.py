@@ -1,4 +1,4 @@
-"""A WSGI application without a framework that bills each request it answers.
+"""A WSGI application without a framework that sends its usage to OpenMeter.
 
 ::
 

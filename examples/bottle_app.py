@@ -1,4 +1,4 @@
-"""A Bottle application that bills each request it answers.
+"""A Bottle application that sends its usage to OpenMeter.
 
 ::
 

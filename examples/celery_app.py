@@ -26,7 +26,7 @@ REDIS = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 policy = Policy.from_env(
     meters={"requests": 1},
     event_source="videos",
-    # Set by your authentication: with a header that clients can set, they bill others.
+    # Your authentication must set this header: clients that can set it can bill others.
     subject="header:X-Customer",
 )
 app = Flask(__name__)

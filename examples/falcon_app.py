@@ -1,4 +1,4 @@
-"""A Falcon application that bills each request it answers.
+"""A Falcon application that sends its usage to OpenMeter.
 
 ::
 

@@ -1,4 +1,4 @@
-"""A Flask application that bills each request it answers.
+"""A Flask application that sends its usage to OpenMeter.
 
 With a local sandbox instead of OpenMeter::
 

@@ -1,4 +1,4 @@
-"""A Pyramid application that bills each request it answers.
+"""A Pyramid application that sends its usage to OpenMeter.
 
 ::
 

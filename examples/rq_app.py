@@ -29,7 +29,7 @@ policy = Policy.from_env(
     # events of such a process; the web server, or `openmeter-wsgi ship`, sends them.
     spool_dir=os.environ["OPENMETER_SPOOL_DIR"],
     event_source="videos",
-    # Set by your authentication: with a header that clients can set, they bill others.
+    # Your authentication must set this header: clients that can set it can bill others.
     subject="header:X-Customer",
 )
 app = Flask(__name__)

@@ -483,7 +483,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
+    args = parser.parse_args()
     runs = list(itertools.product(SERVERS, VICTIMS, FORMS))
     print(
         "| server | struck | journal | times | acknowledged | lost "
@@ -496,23 +496,23 @@ def main() -> None:
             result = run(
                 server,
                 victim,
-                max(given.kills // len(runs) - 1, 1),
+                max(args.kills // len(runs) - 1, 1),
                 Path(directory),
                 form=form,
-                seed=given.seed,
+                seed=args.seed,
             )
         total += result
         _print_row(server, victim, form, result)
     for server, fault in itertools.product(SERVERS, FAULTS):
-        times = max(given.kills // 20, 1)
+        times = max(args.kills // 20, 1)
         with tempfile.TemporaryDirectory() as directory:
-            result = run_fault(server, fault, times, Path(directory), seed=given.seed)
+            result = run_fault(server, fault, times, Path(directory), seed=args.seed)
         total += result
         _print_row(server, fault, MAPPED, result)
     for server in SERVERS:
-        times = max(given.kills // 20, 1)
+        times = max(args.kills // 20, 1)
         with tempfile.TemporaryDirectory() as directory:
-            result = run_two_servers(server, times, Path(directory), seed=given.seed)
+            result = run_two_servers(server, times, Path(directory), seed=args.seed)
         total += result
         _print_row(server, "two servers", MAPPED, result)
     _print_row("all", "", "", total)

@@ -158,15 +158,15 @@ def _billed(sandbox: Sandbox, expected: int) -> float:
 
 def main(redis_url: str | None) -> None:
     """Print a row for each kind of limit."""
-    print("| limit | served of 1,000 | denied | billed | seconds |")
+    print("| during the run | served of 1,000 | denied | billed | seconds |")
     print("|---|---:|---:|---:|---:|")
     limits = [
-        ("counted down", 1, COUNTED),
-        ("a plain cache of 60 s, stopped after 8,000 requests", 1, LIMITED),
+        ("nothing else happens", 1, COUNTED),
+        ("instead of this package, a plain cache with a TTL of 60 s", 1, LIMITED),
     ]
     if redis_url is not None:
         shared = {**COUNTED, "OPENMETER_REDIS_URL": redis_url}
-        limits.insert(1, ("counted down by two gunicorns with Redis", 2, shared))
+        limits.insert(1, ("two gunicorns share a Redis, and no spool", 2, shared))
     for name, servers, options in limits:
         with contextlib.ExitStack() as stack:
             directories = [

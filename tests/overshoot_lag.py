@@ -179,7 +179,7 @@ class Found(NamedTuple):
 
 
 def plain(lag: float) -> Found:
-    """A quota of 1,000, until all usage is visible."""
+    """Nothing else happens."""
     with running(lag, granted) as run:
         run.wait(lag + 30)
     crowd = run.crowd
@@ -188,7 +188,7 @@ def plain(lag: float) -> Found:
 
 
 def visible_before(lag: float) -> Found:
-    """(a) 200 events of another writer are visible before the run."""
+    """Another writer has used 200 before the run."""
 
     def before(sandbox: Sandbox) -> None:
         granted(sandbox)
@@ -204,7 +204,7 @@ def visible_before(lag: float) -> Found:
 
 
 def visible_later(lag: float) -> Found:
-    """(b) 200 events of another writer become visible during the run."""
+    """Another writer's 200 become visible after two thirds of the lag."""
     later = lag * 2 / 3
 
     def before(sandbox: Sandbox) -> None:
@@ -225,7 +225,7 @@ def visible_later(lag: float) -> Found:
 
 
 def filtered(lag: float) -> Found:
-    """(c) A feature that filters half of the events."""
+    """The feature counts only half of the events."""
 
     def before(sandbox: Sandbox) -> None:
         filters = {"meterGroupByFilters": {"half": "a"}}
@@ -244,7 +244,7 @@ def filtered(lag: float) -> Found:
 
 
 def reset(lag: float) -> Found:
-    """(c) A reset during the run."""
+    """The usage is reset."""
     with running(lag, granted) as run:
         run.wait_until_served(QUOTA)
         run.sandbox.reset("acme", "api_requests")
@@ -255,7 +255,7 @@ def reset(lag: float) -> Found:
 
 
 def grant(lag: float) -> Found:
-    """(c) A grant of 500 during the run."""
+    """500 more are granted."""
     with running(lag, granted) as run:
         run.wait_until_served(QUOTA)
         run.sandbox.grant("acme", "api_requests", 500)
@@ -266,7 +266,7 @@ def grant(lag: float) -> Found:
 
 
 def changing(lag: float) -> Found:
-    """(c) The lag changes from 2 to 90 to 2 s."""
+    """The lag changes: 2 s, then 90 s, then 2 s."""
     with running(2.0, granted, think=1.0) as run:
         run.wait(8)
         run.sandbox.store.visible_after = lag
@@ -278,7 +278,7 @@ def changing(lag: float) -> Found:
 
 
 def period_end(lag: float) -> Found:
-    """(d) A period ends during the run, before its last events are visible."""
+    """The period ends, and a new one begins."""
     end = 0
 
     def before(sandbox: Sandbox) -> None:
@@ -304,7 +304,7 @@ def period_end(lag: float) -> Found:
 
 
 def lost(lag: float) -> Found:
-    """(e) OpenMeter loses every 100th event after its 204; maximum lag 20 s."""
+    """OpenMeter loses one event in a hundred after its 204; maximum lag 20 s."""
     bound, count = 20.0, 0
 
     def before(sandbox: Sandbox) -> None:
@@ -349,7 +349,7 @@ CASES = {
 
 def main(names: list[str], lag: float) -> None:
     """Run all cases at the same time and print a row for each."""
-    print("| case | served | denied | as expected |")
+    print("| during the run | served | denied | as expected |")
     print("|---|---|---:|---|", flush=True)
     fine = []
 
@@ -376,5 +376,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=CASES, action="append")
     parser.add_argument("--lag", type=float, default=90.0)
-    given = parser.parse_args()
-    main(given.only or [*CASES], given.lag)
+    args = parser.parse_args()
+    main(args.only or [*CASES], args.lag)

@@ -185,14 +185,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--events", type=int, default=10_000_000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     print("| form | seconds | events | seals | lost | twice | torn |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     failed = False
     for form, part in ((MAPPED, 1.0), (WRITTEN, 0.1)):
         with tempfile.TemporaryDirectory() as directory:
-            events = int(given.events * part)
-            result = run(form, events, given.seconds * part, Path(directory))
+            events = int(args.events * part)
+            result = run(form, events, args.seconds * part, Path(directory))
         print(
             f"| {form} | {result.seconds:.0f} | {result.events} | {result.seals} | "
             f"{result.lost} | {result.twice} | {result.torn} |",

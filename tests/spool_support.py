@@ -134,11 +134,11 @@ def run(directory, *arguments, **variables):
 
 def status_of(directory):
     """Return the output of ``status`` about the only server in a spool."""
-    (status,) = said(directory, "status")["servers"]
+    (status,) = json_output(directory, "status")["servers"]
     return status
 
 
-def said(directory, *arguments, **variables):
+def json_output(directory, *arguments, **variables):
     """Return the JSON output of a subcommand."""
     result = run(directory, *arguments, "--json", **variables)
     assert result.exit_code == 0, (result.output, result.exception)

@@ -33,7 +33,7 @@ def test_a_known_decision_is_timed_beside_a_ttl_cache():
         times = entitlements.measure(sandbox, rounds=2, calls=50)
 
     assert {entitlements.FRESH, entitlements.TTL_CACHE} < times.keys()
-    assert [len(of) for of in times.values()] == [2] * len(entitlements.WAYS)
+    assert [len(of) for of in times.values()] == [2] * len(entitlements.STATEMENTS)
 
 
 def test_requests_are_timed_while_openmeter_answers_and_while_it_hangs():

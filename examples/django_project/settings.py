@@ -1,4 +1,4 @@
-"""Settings of an API that bills each request it answers.
+"""Settings of an API that sends its usage to OpenMeter.
 
 With a local sandbox instead of OpenMeter::
 

@@ -1,4 +1,4 @@
-"""A Flask project that bills its requests: with a factory, blueprints, Flask-Login.
+"""A Flask project that sends its usage to OpenMeter, with blueprints and Flask-Login.
 
 With a local sandbox instead of OpenMeter::
 

@@ -49,7 +49,7 @@ def count(module: str, option: str, times: int) -> dict[str, float]:
 
 
 def _total(report: Path) -> int:
-    found = re.search(r"^summary: (\d+)$", report.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(r"^summary: (\d+)$", report.read_text(), re.MULTILINE)
+    if match is None:
         raise ValueError(f"{report}: expected a line 'summary: …', found none")
-    return int(found[1])
+    return int(match[1])

@@ -128,25 +128,25 @@ def measure(rounds: int, seconds: float, count: int) -> list[report.Row]:
     names: defaultdict[str, Counter[str]] = defaultdict(Counter)
     with running_sink() as url, tempfile.TemporaryDirectory() as directory:
         for _, place in itertools.product(range(rounds), PLACES):
-            for what, measured in _measures(seconds, count).items():
+            for label, measured in _measures(seconds, count).items():
                 gc.collect()
                 middleware = delivering(url, place, directory)
-                figures[what.format(place)].append(measured(middleware))
+                figures[label.format(place)].append(measured(middleware))
                 middleware.close(60)
         for _, place in itertools.product(range(rounds), (*PLACES, _PARSED)):
             name, longest = longest_call(url, place, directory, count)
             figures[LONGEST.format(place)].append(longest)
             names[LONGEST.format(place)][name] += 1
-    return [_row(what, names[what], taken) for what, taken in figures.items()]
+    return [_row(label, names[label], taken) for label, taken in figures.items()]
 
 
-def _row(what: str, names: Counter[str], taken: list[float]) -> report.Row:
+def _row(label: str, names: Counter[str], taken: list[float]) -> report.Row:
     unit, *limit = next(
         target
-        for label, target in _TARGETS.items()
-        if what.startswith(label.partition("{}")[0])
+        for template, target in _TARGETS.items()
+        if label.startswith(template.partition("{}")[0])
     )
-    named = f"{what}: `{names.most_common(1)[0][0]}`" if names else what
+    named = f"{label}: `{names.most_common(1)[0][0]}`" if names else label
     return report.Row(named, unit, taken, *limit)
 
 
@@ -162,10 +162,10 @@ def _measures(
 
 def main() -> None:
     parser = report.arguments(__doc__, rounds=5, seconds=3, events=100_000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
-    rows = measure(given.rounds, given.seconds, given.events)
-    report.show("Delivery", rows, given.json)
+    rows = measure(args.rounds, args.seconds, args.events)
+    report.show("Delivery", rows, args.json)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def middleware(sandbox: Sandbox, **options: Any) -> OpenMeterMiddleware:
 
 
 #: The timed statement of each row. The environ is empty, as it is not the subject.
-WAYS = {
+STATEMENTS = {
     TTL_CACHE: "with lock: cache.get('acme')",
     FRESH: "fresh('acme')",
     "find the subject and the answer, and count the decision": "admit({})",
@@ -106,8 +106,8 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
     setup = "; ".join(f"{name} = names['{name}']" for name in names)
     try:
         yield {
-            name: timeit.Timer(way, setup, globals={"names": names})
-            for name, way in WAYS.items()
+            name: timeit.Timer(statement, setup, globals={"names": names})
+            for name, statement in STATEMENTS.items()
         }
     finally:
         for app in apps:
@@ -116,12 +116,12 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
 
 def measure(sandbox: Sandbox, rounds: int, calls: int) -> dict[str, list[float]]:
     """Return the µs of one call for each row, by round."""
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    with timers(sandbox) as ways:
+    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
+    with timers(sandbox) as row_timers:
         for turn in range(rounds + 1):
             gc.collect()
-            for name, way in ways.items():
-                taken = way.timeit(calls) / calls * 1e6
+            for name, timer in row_timers.items():
+                taken = timer.timeit(calls) / calls * 1e6
                 if turn:  # the first round warms up
                     times[name].append(taken)
     return times
@@ -153,34 +153,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--calls", type=int, default=2_000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     # The log would say that OpenMeter hangs.
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
     with granting() as sandbox:
-        times = measure(sandbox, given.rounds, given.calls)
+        times = measure(sandbox, args.rounds, args.calls)
     ratios = {
-        name: [one / other for one, other in zip(of, times[TTL_CACHE], strict=True)]
-        for name, of in times.items()
+        name: [a / b for a, b in zip(values, times[TTL_CACHE], strict=True)]
+        for name, values in times.items()
     }
-    outage = measure_outage(given.rounds, given.calls)
+    outage = measure_outage(args.rounds, args.calls)
     print(f"{platform.python_implementation()} {platform.python_version()}, ", end="")
-    print(f"{given.rounds} rounds of {given.calls} calls\n")
+    print(f"{args.rounds} rounds of {args.calls} calls\n")
     print("| decision | median, µs | median, ÷ `TTLCache` |")
     print("|---|---|---|")
-    for name, of in times.items():
-        print(f"| {name} | {_spread(of)} | {_spread(ratios[name])} |")
-    for name, of in outage.items():
-        p99 = statistics.quantiles(of, n=100)[98]
-        print(f"| {name} | {statistics.median(of):.1f} (p99 {p99:.1f}) | |")
-    hit, ratio = (statistics.median(of[FRESH]) for of in (times, ratios))
+    for name, values in times.items():
+        print(f"| {name} | {_spread(values)} | {_spread(ratios[name])} |")
+    for name, values in outage.items():
+        p99 = statistics.quantiles(values, n=100)[98]
+        print(f"| {name} | {statistics.median(values):.1f} (p99 {p99:.1f}) | |")
+    hit, ratio = (statistics.median(values[FRESH]) for values in (times, ratios))
     most = f"{MOST_MICROSECONDS} µs, {MOST_RATIO} of a `TTLCache`"
     print(f"\n{FRESH}: {hit:.2f} µs, {ratio:.2f} of a `TTLCache` (at most {most})")
     if hit > MOST_MICROSECONDS or ratio > MOST_RATIO:
         sys.exit(1)
 
 
-def _spread(of: list[float]) -> str:
-    return f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -72,39 +72,43 @@ def _taken(middleware: OpenMeterMiddleware, directory: str) -> float:
 
 def workers(size: int, directory: str) -> dict[str, float]:
     """Append in *size* processes at once, and return the median of their times."""
-    go_read, go = os.pipe()
-    result, told = os.pipe()
-    children = [_forked(directory, go_read, go, told) for _ in range(size)]
+    start_read, start_write = os.pipe()
+    results_read, results_write = os.pipe()
+    children = [
+        _forked(directory, start_read, start_write, results_write) for _ in range(size)
+    ]
     for _ in children:
-        os.read(result, 1)  # one byte per child, written when its journal is open
-    os.close(go)
-    os.close(go_read)
+        os.read(results_read, 1)  # one byte per child, written when its journal is open
+    os.close(start_write)
+    os.close(start_read)
     for child in children:
         os.waitpid(child, 0)
-    os.close(told)
-    figures = os.read(result, 8 * size)
-    os.close(result)
+    os.close(results_write)
+    figures = os.read(results_read, 8 * size)
+    os.close(results_read)
     taken = [figure for (figure,) in struct.iter_unpack("d", figures)]
     return {"append, spool": statistics.median(taken)}
 
 
-def _forked(directory: str, go_read: int, go: int, told: int) -> int:
+def _forked(
+    directory: str, start_read: int, start_write: int, results_write: int
+) -> int:
     child = os.fork()
     if child:
         return child
     try:
-        os.close(go)
+        os.close(start_write)
         middleware = waiting.middleware(spool_dir=directory, delivery="ship")
         put = middleware.process().transport.put
         events = waiting.events(RequestIds())
         put(next(events))
-        os.write(told, b".")
-        os.read(go_read, 1)  # ends when the parent has closed the other end
+        os.write(results_write, b".")
+        os.read(start_read, 1)  # ends when the parent has closed the other end
         taken = [
             _nanoseconds(put, itertools.islice(events, _EVENTS))
             for _ in range(_REPEATS)
         ]
-        os.write(told, struct.pack("d", min(taken)))
+        os.write(results_write, struct.pack("d", min(taken)))
     finally:
         os._exit(0)
 

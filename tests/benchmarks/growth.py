@@ -49,51 +49,56 @@ DIMENSIONS = (
 
 def measure(dimension: Dimension, rounds: int) -> dict[str, dict[int, list[float]]]:
     """Return the figures of each round, by operation and by size."""
-    found: defaultdict[str, defaultdict[int, list[float]]]
-    found = defaultdict(lambda: defaultdict(list))
+    figures: defaultdict[str, defaultdict[int, list[float]]]
+    figures = defaultdict(lambda: defaultdict(list))
     for _, size in itertools.product(range(rounds), dimension.sizes):
         with tempfile.TemporaryDirectory() as directory:
             gc.collect()
-            for what, taken in dimension.measure(size, directory).items():
-                found[what][size].append(taken)
-    return {what: dict(by_size) for what, by_size in found.items()}
+            for operation, taken in dimension.measure(size, directory).items():
+                figures[operation][size].append(taken)
+    return {operation: dict(by_size) for operation, by_size in figures.items()}
 
 
 def rows(
-    dimension: Dimension, found: dict[str, dict[int, list[float]]]
+    dimension: Dimension, figures: dict[str, dict[int, list[float]]]
 ) -> list[report.Row]:
     """Return the cost at the smallest size, and its growth up to the largest size."""
     least, most = dimension.sizes[0], dimension.sizes[-1]
-    made = []
-    for what, by_size in found.items():
+    table = []
+    for operation, by_size in figures.items():
         ratios = [b / a for a, b in zip(by_size[least], by_size[most], strict=True)]
-        made += [
-            report.Row(f"{what}, {dimension.name}: {least}", "ns", by_size[least]),
+        table += [
+            report.Row(f"{operation}, {dimension.name}: {least}", "ns", by_size[least]),
             report.Row(
-                f"{what}, {dimension.name}: {most:,}, beside {least}", "x", ratios, FLAT
+                f"{operation}, {dimension.name}: {most:,}, beside {least}",
+                "x",
+                ratios,
+                FLAT,
             ),
         ]
-    return made
+    return table
 
 
 def main() -> None:
     parser = report.arguments(__doc__, rounds=5)
     parser.add_argument("--plots", type=Path, default=Path("build/bench"))
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
-    given.plots.mkdir(parents=True, exist_ok=True)
+    args.plots.mkdir(parents=True, exist_ok=True)
     table = []
     for dimension in DIMENSIONS:
-        found = measure(dimension, given.rounds)
-        table += rows(dimension, found)
+        figures = measure(dimension, args.rounds)
+        table += rows(dimension, figures)
         medians = {
-            what: {size: statistics.median(of) for size, of in by_size.items()}
-            for what, by_size in found.items()
+            operation: {
+                size: statistics.median(values) for size, values in by_size.items()
+            }
+            for operation, by_size in figures.items()
         }
         drawn = plot(medians, across=dimension.name, upwards="ns of one event")
         name = f"growth-{dimension.name.replace(' ', '-')}.svg"
-        (given.plots / name).write_text(drawn)
-    report.show("Growth", table, given.json)
+        (args.plots / name).write_text(drawn)
+    report.show("Growth", table, args.json)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ _WARM_UP = 300
 
 def run(requests: int, directory: str) -> None:
     """Serve *requests* requests to each application, and exit. Runs under valgrind."""
-    apps = ways(directory)
+    apps = counted_applications(directory)
     # Under valgrind requests are slow, so that the cached time would expire too often.
     clock.renew()
     clock.until = inf
@@ -58,7 +58,7 @@ def run(requests: int, directory: str) -> None:
     os._exit(0)
 
 
-def ways(directory: str) -> dict[str, WSGIApplication]:
+def counted_applications(directory: str) -> dict[str, WSGIApplication]:
     """Return all applications whose requests are counted, by label."""
     # delivery="ship": the thread of a spool would run while requests are counted.
     apps = paths.applications(
@@ -69,19 +69,19 @@ def ways(directory: str) -> dict[str, WSGIApplication]:
 
 def rows(counts: dict[str, float]) -> list[dict[str, object]]:
     """Return the rows of the table."""
-    made: list[dict[str, object]] = []
+    table_rows: list[dict[str, object]] = []
     for name, counted in counts.items():
         budget, base = BUDGETS.get(name, (None, paths.BARE))
-        made.append(
+        table_rows.append(
             {
-                "way": name,
+                "request": name,
                 "instructions": round(counted),
                 "added": round(counted - counts[base]),
                 "to": base,
                 "budget": budget,
             }
         )
-    return made
+    return table_rows
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -93,7 +93,7 @@ def table(rows: list[dict[str, object]]) -> str:
     for row in rows:
         budget = f"{row['budget']:,}" if row["budget"] else ""
         lines.append(
-            f"| {row['way']} | {row['instructions']:,} | {row['added']:,} "
+            f"| {row['request']} | {row['instructions']:,} | {row['added']:,} "
             f"| {row['to']} | {budget} |"
         )
     return "\n".join(lines)
@@ -102,7 +102,7 @@ def table(rows: list[dict[str, object]]) -> str:
 def over_budget(rows: list[dict[str, object]]) -> list[str]:
     """Return a sentence for each row that exceeds its budget."""
     return [
-        f"{row['way']}: expected at most {row['budget']:,} instructions more than "
+        f"{row['request']}: expected at most {row['budget']:,} instructions more than "
         f"{row['to']}, got {row['added']:,}"
         for row in rows
         if row["budget"] and row["added"] > row["budget"] * TOLERANCE  # type: ignore[operator]
@@ -115,16 +115,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--guard", action="store_true", help="fail above the budgets")
     parser.add_argument("--run", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        run(given.requests, given.run)
+    args = parser.parse_args()
+    if args.run:
+        run(args.requests, args.run)
     counted = rows(
-        counting.count("tests.benchmarks.instructions", "--requests", given.requests)
+        counting.count("tests.benchmarks.instructions", "--requests", args.requests)
     )
     print(table(counted))
-    if given.json:
-        given.json.write_text(json.dumps(counted, indent=1) + "\n")
-    if given.guard and (exceeded := over_budget(counted)):
+    if args.json:
+        args.json.write_text(json.dumps(counted, indent=1) + "\n")
+    if args.guard and (exceeded := over_budget(counted)):
         sys.exit("\n".join(exceeded))
 
 

@@ -104,19 +104,22 @@ def measure(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
     return seconds_of
 
 
-def rows(found: dict[str, list[list[float]]]) -> list[report.Row]:
-    made = []
+def rows(seconds_of: dict[str, list[list[float]]]) -> list[report.Row]:
+    table = []
     for percent, place in (("50", 499), ("99", 989), ("99.9", 998)):
-        for name, by_round in found.items():
-            cut = [statistics.quantiles(of, n=1_000)[place] * 1e3 for of in by_round]
-            made.append(report.Row(f"p{percent}, {name}", "ms", cut))
-    return made
+        for name, by_round in seconds_of.items():
+            cut = [
+                statistics.quantiles(seconds, n=1_000)[place] * 1e3
+                for seconds in by_round
+            ]
+            table.append(report.Row(f"p{percent}, {name}", "ms", cut))
+    return table
 
 
 def main() -> None:
-    given = report.arguments(__doc__, rounds=5, seconds=3).parse_args()
-    found = measure(given.rounds, given.seconds)
-    report.show("Latency", rows(found), given.json)
+    args = report.arguments(__doc__, rounds=5, seconds=3).parse_args()
+    seconds_of = measure(args.rounds, args.seconds)
+    report.show("Latency", rows(seconds_of), args.json)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ _RUNS = 3
 def anonymous_bytes() -> int:
     gc.collect()
     status = Path("/proc/self/status").read_text()
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    if found is None:
+    match = re.search(r"RssAnon:\s+(\d+) kB", status)
+    if match is None:
         raise RuntimeError("expected RssAnon in /proc/self/status")
-    return int(found[1]) * 1_024
+    return int(match[1]) * 1_024
 
 
 def hold(count: int, spool_dir: str | None) -> int:
@@ -68,7 +68,7 @@ def held(count: int, directory: str | None = None) -> int:
 
 
 def measure(in_memory: int, in_spool: int) -> list[report.Row]:
-    each = [held(in_memory) / in_memory for _ in range(_RUNS)]
+    per_event = [held(in_memory) / in_memory for _ in range(_RUNS)]
     with tempfile.TemporaryDirectory() as directory:
         few = [held(FEW, directory) / 1_024 for _ in range(_RUNS)]
         more = [held(MORE, directory) / 1_024 for _ in range(_RUNS)]
@@ -77,7 +77,7 @@ def measure(in_memory: int, in_spool: int) -> list[report.Row]:
     return [
         report.Row(
             f"{in_memory:,} events of {waiting.EVENT_BYTES} bytes in memory, each",
-            "bytes", each, MOST_BYTES,
+            "bytes", per_event, MOST_BYTES,
         ),
         report.Row(f"{FEW:,} events in the spool", "KiB", few),
         report.Row(f"{MORE:,} events in the spool", "KiB", more),
@@ -92,12 +92,12 @@ def main() -> None:
     parser.add_argument("--in-memory", type=int, default=200_000)
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--spool", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.hold is not None:
-        print(hold(given.hold, given.spool), flush=True)
+    args = parser.parse_args()
+    if args.hold is not None:
+        print(hold(args.hold, args.spool), flush=True)
         os._exit(0)  # without delivering the events
-    rows = measure(given.in_memory, given.events)
-    report.show("Memory", rows, given.json)
+    rows = measure(args.in_memory, args.events)
+    report.show("Memory", rows, args.json)
 
 
 if __name__ == "__main__":

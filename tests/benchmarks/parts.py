@@ -182,10 +182,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=500)
     parser.add_argument("--run", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        run(given.times, given.run)
-    counted = counting.count("tests.benchmarks.parts", "--times", given.times)
+    args = parser.parse_args()
+    if args.run:
+        run(args.times, args.run)
+    counted = counting.count("tests.benchmarks.parts", "--times", args.times)
     loop = counted.pop(_LOOP)
     print("| part | instructions |\n|---|---:|")
     for name, instructions in counted.items():

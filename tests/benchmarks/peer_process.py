@@ -126,8 +126,8 @@ def wrap(peer: str, application: str, url: str) -> tuple[WSGIApplication, Wrappe
     if application == "trivial":
         return paths.trivial_app, wrapper(paths.trivial_app, url)
     whole = paths.greeting()  # apitally changes it, so it cannot also be the bare one
-    given = whole if wrapper is apitally else whole.wsgi_app
-    return paths.flask_app(), wrapper(given, url)
+    instrumented = whole if wrapper is apitally else whole.wsgi_app
+    return paths.flask_app(), wrapper(instrumented, url)
 
 
 def serve(app: WSGIApplication, requests: int) -> float:

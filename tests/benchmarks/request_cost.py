@@ -145,10 +145,10 @@ def main() -> None:
     parser.add_argument(
         "--peers", action="store_true", help="compare other packages, from PyPI"
     )
-    given = parser.parse_args()
-    installed = peers.install() if given.peers else {}
+    args = parser.parse_args()
+    installed = peers.install() if args.peers else {}
     print(f"{platform.python_implementation()} {platform.python_version()}, ", end="")
-    print(f"{given.rounds} rounds of {given.requests} requests\n")
+    print(f"{args.rounds} rounds of {args.requests} requests\n")
     print("| application | metering | time ÷ bare ", end="")
     print("| added (smallest to largest) | ÷ naive wrapper |")
     print("|---|---|---|---:|---:|")
@@ -159,7 +159,7 @@ def main() -> None:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             compared = Compared(label, url, installed, stack) if installed else None
             figures = measure(
-                app, url, directory, rounds=given.rounds, requests=given.requests,
+                app, url, directory, rounds=args.rounds, requests=args.requests,
                 compared=compared,
             )  # fmt: skip
             for line in rows(label, figures, compared.missing if compared else {}):

@@ -35,17 +35,18 @@ def measure(rounds: int, calls: int) -> list[report.Row]:
     routes = Routes([(RouteRule(rule), rule) for rule in _RULES], None)
     adapter = Map([Rule(rule, endpoint=rule) for rule in _RULES]).bind("")
     paths = {VARIABLE: "/v1/thing37/5", EXACT: "/v1/exact37"}
-    found: dict[str, list[float]] = {what: [] for what in paths}
+    found_ratios: dict[str, list[float]] = {label: [] for label in paths}
     for turn in range(rounds + 1):
         gc.collect()
         matched = _seconds(adapter.match, paths[VARIABLE], calls)
-        for what, path in paths.items():
+        for label, path in paths.items():
             environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path}
             taken = _seconds(routes.find, environ, calls)
             if turn:  # the first round warms up
-                found[what].append(taken / matched)
+                found_ratios[label].append(taken / matched)
     return [
-        report.Row(what, "x", ratios, _TARGETS[what]) for what, ratios in found.items()
+        report.Row(label, "x", ratios, _TARGETS[label])
+        for label, ratios in found_ratios.items()
     ]
 
 
@@ -58,8 +59,8 @@ def _seconds(call: Callable[[Any], object], argument: object, calls: int) -> flo
 
 def main() -> None:
     parser = report.arguments(__doc__, rounds=15, calls=2_000)
-    given = parser.parse_args()
-    report.show("Routes", measure(given.rounds, given.calls), given.json)
+    args = parser.parse_args()
+    report.show("Routes", measure(args.rounds, args.calls), args.json)
 
 
 if __name__ == "__main__":

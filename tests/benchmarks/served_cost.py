@@ -37,7 +37,7 @@ MOST = 1 / 6
 
 
 @contextlib.contextmanager
-def serving(way: str, python: str, sink: str) -> Iterator[str]:
+def serving(name: str, python: str, sink: str) -> Iterator[str]:
     """Run gunicorn with the application and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def serving(way: str, python: str, sink: str) -> Iterator[str]:
             "--log-level", "error", "tests.benchmarks.served_app",
         ],
         cwd=CHECKOUT,
-        env=os.environ | {"SERVED_AS": way, "SERVED_SINK": sink},
+        env=os.environ | {"SERVED_AS": name, "SERVED_SINK": sink},
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}/"
     try:
@@ -88,36 +88,36 @@ def measure(rounds: int, seconds: int) -> dict[str, list[float]]:
         "metered": interpreter(THIS_PACKAGE),
         "amberflo": interpreter(AMBERFLO),
     }
-    found: dict[str, list[float]] = {way: [] for way in pythons}
+    rates: dict[str, list[float]] = {name: [] for name in pythons}
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(running_sink())
         urls = {
-            way: stack.enter_context(serving(way, python, sink))
-            for way, python in pythons.items()
+            name: stack.enter_context(serving(name, python, sink))
+            for name, python in pythons.items()
         }
         for turn in range(rounds + 1):
-            for way, url in urls.items():
+            for name, url in urls.items():
                 rate = requests_per_second(url, seconds)
                 if turn:  # the first round warms up
-                    found[way].append(rate)
-    return found
+                    rates[name].append(rate)
+    return rates
 
 
-def rows(found: dict[str, list[float]]) -> list[Row]:
+def rows(rates: dict[str, list[float]]) -> list[Row]:
     """Return the rows; differences and ratios are taken within each round."""
     added = {
-        way: [
+        name: [
             (1 / rate - 1 / bare) * 1e6
-            for rate, bare in zip(found[way], found["bare"], strict=True)
+            for rate, bare in zip(rates[name], rates["bare"], strict=True)
         ]
-        for way in ("metered", "amberflo")
+        for name in ("metered", "amberflo")
     }
     ratios = [
         ours / theirs
         for ours, theirs in zip(added["metered"], added["amberflo"], strict=True)
     ]
     return [
-        *[Row(f"{way}", "requests/s", found[way]) for way in found],
+        *[Row(f"{name}", "requests/s", rates[name]) for name in rates],
         Row("time added to a request, this package", "µs", added["metered"]),
         Row("time added to a request, amberflo 3.3.1", "µs", added["amberflo"]),
         Row("time added, this package ÷ amberflo", "x", ratios, target=MOST),
@@ -126,9 +126,9 @@ def rows(found: dict[str, list[float]]) -> list[Row]:
 
 def main() -> None:
     """Print the figures."""
-    given = report.arguments(__doc__, rounds=5, seconds=4).parse_args()
-    found = measure(given.rounds, given.seconds)
-    report.show("A Flask hello under gunicorn", rows(found), given.json)
+    args = report.arguments(__doc__, rounds=5, seconds=4).parse_args()
+    rates = measure(args.rounds, args.seconds)
+    report.show("A Flask hello under gunicorn", rows(rates), args.json)
 
 
 if __name__ == "__main__":

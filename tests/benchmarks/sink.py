@@ -48,11 +48,11 @@ def _serve(ready: Connection) -> None:
 def running_sink() -> Iterator[str]:
     """Run the sink in another process and yield its address."""
     spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there,), daemon=True)
+    receiver, sender = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(sender,), daemon=True)
     process.start()
     try:
-        yield f"http://127.0.0.1:{here.recv()}"
+        yield f"http://127.0.0.1:{receiver.recv()}"
     finally:
         process.terminate()
         process.join()

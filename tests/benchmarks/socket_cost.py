@@ -77,8 +77,8 @@ def measure(rounds: int, chunks: int) -> list[report.Row]:
 
 
 def main() -> None:
-    given = report.arguments(__doc__, rounds=15, chunks=2_000).parse_args()
-    report.show("Streams", measure(given.rounds, given.chunks), given.json)
+    args = report.arguments(__doc__, rounds=15, chunks=2_000).parse_args()
+    report.show("Streams", measure(args.rounds, args.chunks), args.json)
 
 
 if __name__ == "__main__":

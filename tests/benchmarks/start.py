@@ -130,30 +130,30 @@ def _with_bytecode(cache: str) -> dict[str, str]:
 
 def measure(rounds: int) -> list[report.Row]:
     with tempfile.TemporaryDirectory() as cache:
-        found = {}
+        runs = {}
         for name, options in MADE.items():
             imported(cache, options)  # compiles
-            found[name] = [imported(cache, options) for _ in range(rounds)]
-    imports = [each for of_kind in found.values() for each in of_kind]
+            runs[name] = [imported(cache, options) for _ in range(rounds)]
+    imports = [run for made in runs.values() for run in made]
     return [
         report.Row(
-            "`import werkzeug, requests`", "ms", [each.base for each in imports]
+            "`import werkzeug, requests`", "ms", [run.base for run in imports]
         ),
         report.Row(
             "added by `from openmeter_wsgi import OpenMeterMiddleware`", "ms",
-            [each.added for each in imports], MOST_ADDED,
+            [run.added for run in imports], MOST_ADDED,
         ),
         report.Row(
             "the same, ÷ werkzeug and requests", "x",
-            [each.added / each.base for each in imports],
+            [run.added / run.base for run in imports],
         ),
         *(
-            report.Row(f"making a middleware {name}", "ms", [each.made for each in of])
-            for name, of in found.items()
+            report.Row(f"making a middleware {name}", "ms", [run.made for run in made])
+            for name, made in runs.items()
         ),
-        report.Row("threads started", "", [each.threads for each in imports], 0.0),
+        report.Row("threads started", "", [run.threads for run in imports], 0.0),
         report.Row(
-            "files and sockets opened", "", [each.descriptors for each in imports], 0.0
+            "files and sockets opened", "", [run.descriptors for run in imports], 0.0
         ),
     ]  # fmt: skip
 
@@ -179,11 +179,11 @@ def main() -> None:
     parser.add_argument(
         "--guard", action="store_true", help="count instructions, fail above the share"
     )
-    given = parser.parse_args()
-    if given.guard:
+    args = parser.parse_args()
+    if args.guard:
         guard()
     else:
-        report.show("Start", measure(given.rounds), given.json)
+        report.show("Start", measure(args.rounds), args.json)
 
 
 if __name__ == "__main__":

@@ -119,12 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--chunks", type=int, default=20_000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     print("| policy | ns added to a chunk |\n|---|---:|")
-    for name, taken in of_chunks(given.rounds, given.chunks).items():
+    for name, taken in of_chunks(args.rounds, args.chunks).items():
         print(_row(name, taken))
     print("\n| among 100 routes | ns |\n|---|---:|")
-    for name, taken in of_routes(given.rounds).items():
+    for name, taken in of_routes(args.rounds).items():
         print(_row(name, taken))
 
 

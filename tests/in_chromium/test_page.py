@@ -132,9 +132,9 @@ def trace(browser, id_, outcome):
         browser.until(f"{ROWS}[0].includes(arguments[1])", OUTCOME, outcome)
     browser.find("#arrivals tbody button").click()
     browser.until("return document.querySelector('#trace').open")
-    told = browser.text("#trace")
+    text = browser.text("#trace")
     browser.find("#trace-close").click()
-    return told
+    return text
 
 
 def test_a_trace_tells_why_an_event_is_counted_or_not(browser, filled):
@@ -286,7 +286,7 @@ def set_field(browser, selector, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said", "status"),
+    ("field", "value", "message", "status"),
     [
         ("denied", "403", "ingest answered 403", 403),
         ("refusedType", "call", "400 for type call", 400),
@@ -299,12 +299,12 @@ def set_field(browser, selector, value):
     ],
 )
 def test_a_fault_is_set_named_and_stopped(
-    browser, sandbox, api, field, value, said, status
+    browser, sandbox, api, field, value, message, status
 ):
     browser.open(sandbox.url, "faults")
 
     set_field(browser, f"[data-group=ingest] [name={field}]", value)
-    browser.until("return wrong.textContent === arguments[0]", f"Simulated: {said}")
+    browser.until("return wrong.textContent === arguments[0]", f"Simulated: {message}")
     during = api.ingest(event(1)).status_code
     browser.find("#all-right").click()
     browser.until("return wrong.textContent === ''")
@@ -379,12 +379,12 @@ def test_counts_that_differ_say_why(browser, tmp_path, sandbox):
             if number == 2:
                 browser.open(kept.url)
                 browser.find(".meter .total")
-                said = browser.text("#counts")
+                counts = browser.text("#counts")
                 total = browser.text(".meter .total")
                 browser.open(sandbox.url)
 
-    assert "Received3since the start, in 1 request" in said
-    assert "Stored63 of them in earlier runs" in said
+    assert "Received3since the start, in 1 request" in counts
+    assert "Stored63 of them in earlier runs" in counts
     assert total == "6 from 6 events of all runs"
 
 

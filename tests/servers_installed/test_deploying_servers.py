@@ -100,19 +100,19 @@ def test_mod_wsgi_delivers_from_a_spool_of_its_user(
     host, port = free_address()
     owner = user()
     code = readable_copy(directory / "code", DEPLOY / "wsgi.py")
-    said = (DEPLOY / "apache.conf").read_text()
-    said = said.replace("python-home=/srv/app/.venv ", "").replace(
+    site = (DEPLOY / "apache.conf").read_text()
+    site = site.replace("python-home=/srv/app/.venv ", "").replace(
         "/srv/app", str(code)
     )
-    said = re.sub(
-        r"user=\S+ group=\S+", f"user={owner.pw_name} group=#{owner.pw_gid}", said
+    site = re.sub(
+        r"user=\S+ group=\S+", f"user={owner.pw_name} group=#{owner.pw_gid}", site
     )
     configuration = directory / "apache.conf"
     configuration.write_text(
         HOST.format(
             directory=directory, host=host, port=port,
             user=owner.pw_name, group=owner.pw_gid,
-        ) + said
+        ) + site
     )  # fmt: skip
     env = settings(openmeter, OPENMETER_SPOOL_DIR=str(directory / "spool"))
     command = ["/usr/sbin/apache2", "-f", str(configuration), "-DFOREGROUND"]

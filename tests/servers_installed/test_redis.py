@@ -272,7 +272,7 @@ def test_a_url_of_something_else_is_a_configuration_error():
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("redis://:hunter2@127.0.0.1/0?socket_timeout=60", "got 'socket_timeout'"),
         ("redis://:hunter2@127.0.0.1/0?decode_responses=no", "got 'decode_responses'"),
@@ -282,11 +282,11 @@ def test_a_url_of_something_else_is_a_configuration_error():
         ("redis://:hunter2@127.0.0.1/0?ssl_cert_reqs=none", "the URL cannot be used"),
     ],
 )
-def test_an_option_that_cannot_work_is_refused_at_start(url, said):
+def test_an_option_that_cannot_work_is_refused_at_start(url, message):
     with pytest.raises(ConfigError) as caught:
         open_store(redis_url=url)
 
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "redis_url" in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -363,8 +363,8 @@ def test_two_hosts_whose_clocks_differ_serve_the_whole_quota(server, ahead, capl
     until(is_used_up)
 
     assert len(openmeter.used_at) == 500
-    said = [r.getMessage() for r in caplog.records if "clock" in r.getMessage()]
-    assert len(said) == (ahead != 0.0)
+    lines = [r.getMessage() for r in caplog.records if "clock" in r.getMessage()]
+    assert len(lines) == (ahead != 0.0)
     for host in hosts:
         end(host.ledger)
 
