@@ -46,9 +46,9 @@ import msgspec
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import VALUE_PROPERTY, Number, StatedUsage, read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, CheckedUsage, Number, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
-from openmeter_wsgi.request import interrupted
+from openmeter_wsgi.request import raise_after_settling
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Measure:
             logger.error("%s: raised %r; the measure has no value", self, error)
             value = Unknown("failed")
             if not isinstance(error, Exception):
-                interrupted(exchange.environ, error)
+                raise_after_settling(exchange.environ, error)
         if value is None:
             value = Unknown("none")
         if isinstance(value, Unknown) and self._default is not _NO_DEFAULT:
@@ -471,13 +471,13 @@ class MeasuredMeter(NamedTuple):
 class Evaluated(NamedTuple):
     """The results of measured meters."""
 
-    usage: StatedUsage
+    usage: CheckedUsage
     #: For each meter without a result: its type, the measure without a value, and the
     #: reason.
     missing: list[tuple[str, Measure, str]]
 
 
-def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ...]]:
+def split(meter: Any, meters: Any) -> tuple[CheckedUsage, tuple[MeasuredMeter, ...]]:
     """Split the meters of a policy into those without and those with measures.
 
     *meter* and *meters* are the options of a policy, as given or as text from a file.
@@ -506,7 +506,7 @@ def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ..
             numbers[name] = number
     plain = read_usage(documents).documents if documents else ()
     counted = read_usage(numbers).numbers if numbers else {}
-    return StatedUsage(counted, plain), (*measured,)
+    return CheckedUsage(counted, plain), (*measured,)
 
 
 def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
@@ -529,7 +529,7 @@ def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
             logger.error("meter %r: no event is sent: %s", meter.type, error)
             missing.append((meter.type, meter.measures[0], "invalid"))
     plain = read_usage(documents).documents if documents else ()
-    return Evaluated(StatedUsage(numbers, plain), missing)
+    return Evaluated(CheckedUsage(numbers, plain), missing)
 
 
 def _documents(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
