@@ -49,6 +49,22 @@ def test_the_free_room_of_a_live_segment_is_not_read(written, start):
     assert peak < 600_000
 
 
+def test_the_end_of_the_whole_lines_is_found_without_copying_them(written):
+    """It is looked up often, and a copy's memory would stay with the process."""
+    text = (event("1") + b"\n") * 4_000
+    fd = written(text + b"\0" * 1_000_000)
+
+    tracemalloc.start()
+    try:
+        end = whole_end(fd, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert end == len(text)
+    assert peak < 560_000  # two texts of 256 KiB, while the second one is read
+
+
 def test_a_line_longer_than_what_is_read_at_once_is_read(written):
     line = event("long", padding="x" * 900_000)
     fd = written(line + b"\n" + line + b"\0" * 1_000_000)
