@@ -15,10 +15,12 @@ from rest_framework.decorators import (
     permission_classes,
 )
 from rest_framework.permissions import AllowAny, IsAuthenticated
-from rest_framework.renderers import BaseRenderer
+from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer, JSONRenderer
 from rest_framework.request import clone_request
 from rest_framework.response import Response
 from rest_framework.routers import SimpleRouter
+from rest_framework.schemas.generators import BaseSchemaGenerator
+from rest_framework.serializers import CharField, Serializer
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
@@ -105,6 +107,44 @@ class Products(ViewSet):
         return Response({})
 
 
+class BookSerializer(Serializer):
+    title = CharField(required=False)
+
+
+class Books(ViewSet):
+    """Whoever creates a book needs a feature; whoever lists them needs none."""
+
+    authentication_classes = (TokenAuthentication,)
+    renderer_classes = (BrowsableAPIRenderer, JSONRenderer)
+    required_entitlements = ("exports",)
+
+    def get_permissions(self):
+        creating = self.action == "create" or self.request.method in {"POST", "PUT"}
+        return [HasEntitlements()] if creating else [AllowAny()]
+
+    def get_serializer(self, *args, **kwargs):
+        return BookSerializer(*args, **kwargs)
+
+    def list(self, request):
+        return Response(["a book"])
+
+    def create(self, request):
+        return Response("a new book", status=201)
+
+    def update(self, request, pk):
+        self.check_permissions(clone_request(request, "POST"))  # it may create one
+        return Response("a book")
+
+
+class Schema(Api):
+    """Tells, as a schema does, which views the user may call."""
+
+    def get(self, request):
+        generator = BaseSchemaGenerator()
+        view = generator.create_view(Export.as_view(), "GET", request)
+        return Response(generator.has_view_permissions("api/export", "GET", view))
+
+
 def plain(request):
     return HttpResponse("ok")
 
@@ -156,6 +196,7 @@ def function(request):
 
 router = SimpleRouter()
 router.register("products", Products, basename="product")
+router.register("books", Books, basename="book")
 urlpatterns = [
     path("plain", plain),
     path("failing", failing),
@@ -172,6 +213,7 @@ urlpatterns = [
     path("api/entitled", NeedsSearches.as_view()),
     path("api/page", Page.as_view()),
     path("api/export", Export.as_view()),
+    path("api/schema", Schema.as_view()),
     path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),
     path("api/v1/", include(router.urls)),

@@ -20,6 +20,9 @@ from openmeter_wsgi.django.view_middleware import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
+TEMPLATES = [
+    {"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}
+]
 
 if not settings.configured:
     settings.configure(SECRET_KEY="example", ROOT_URLCONF=())
@@ -43,7 +46,10 @@ def make(openmeter):
                 "ALLOWED_HOSTS": ["*"],
                 "DEBUG_PROPAGATE_EXCEPTIONS": False,
                 "LOGGING_CONFIG": None,
+                "INSTALLED_APPS": ["rest_framework"],
                 "REST_FRAMEWORK": {"UNAUTHENTICATED_USER": None},
+                "TEMPLATES": TEMPLATES,
+                "STATIC_URL": "/static/",
                 "OPENMETER": {
                     "api_url": openmeter.url,
                     "meters": {"api_requests": 1},
@@ -308,6 +314,80 @@ def test_the_browsable_api_asks_once(make, entitled):
 
     assert b"".join(response.body) == b"a page with 2 forms"
     assert app.stats().allowed == {"openmeter": 1}
+
+
+HTML, JSON = {"accept": "text/html"}, {"accept": "application/json"}
+
+
+def test_a_form_that_the_browsable_api_asks_for_denies_nothing(
+    make, openmeter, entitled, caplog
+):
+    entitled.values["acme"] = {"exports": NO}
+    caplog.set_level("INFO", "openmeter_wsgi")
+    app = make()
+
+    page = get(app, "/api/v1/books/", **HTML, **by_token("acme"))
+
+    assert page.status == "200 OK"
+    assert b"a book" in b"".join(page.body)
+    assert entitled.questions == 0
+    assert app.stats().denied == {}
+    assert "denied" not in caplog.text
+    assert billed(app, openmeter) == [("acme", "api_requests")]
+
+
+@pytest.mark.parametrize("accept", [HTML, JSON])
+def test_an_action_that_is_denied_is_answered_by_a_problem(
+    make, openmeter, entitled, accept
+):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    denied = get(app, "/api/v1/books/", "POST", **accept, **by_token("acme"))
+
+    assert answer(denied)[:2] == ("403", "application/problem+json")
+    assert app.stats().denied == {"no_access": 1}
+    assert billed(app, openmeter) == []
+
+
+def test_the_form_is_shown_after_the_action_was_allowed(make, entitled):
+    entitled.values["acme"] = {"exports": YES}
+    app = make()
+
+    page = get(app, "/api/v1/books/", "POST", **HTML, **by_token("acme"))
+
+    assert page.status.startswith("201")
+    assert app.stats().allowed == {"openmeter": 1}
+
+
+def test_the_methods_that_options_tells_of_are_not_asked_for(make, entitled):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    told = get(app, "/api/v1/books/", "OPTIONS", **JSON, **by_token("acme"))
+
+    assert told.status == "200 OK"
+    assert b'"actions":{"POST"' in b"".join(told.body)
+    assert entitled.questions == 0
+
+
+def test_a_schema_that_names_a_view_asks_for_nothing(make, entitled):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    told = get(app, "/api/schema", **by_token("acme"))
+
+    assert told.body == [b"true"]
+    assert entitled.questions == 0
+
+
+def test_a_view_may_ask_for_the_permission_of_another_method(make, entitled):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    denied = get(app, "/api/v1/books/7/", "PUT", **JSON, **by_token("acme"))
+
+    assert answer(denied)[:2] == ("403", "application/problem+json")
 
 
 def test_a_view_decides_by_itself(make, entitled):
