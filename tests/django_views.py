@@ -7,9 +7,10 @@ from django.http import HttpResponse
 from django.urls import include, path
 from django.utils.decorators import method_decorator
 from django.views import View
+from rest_framework import status
 from rest_framework.decorators import action, api_view
 from rest_framework.response import Response
-from rest_framework.routers import DefaultRouter
+from rest_framework.routers import DefaultRouter, SimpleRouter
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
@@ -123,4 +124,32 @@ class Urls:
         path("api/", include(router.urls)),
         path("function", function), path("above", function_above), path("free", free),
         path("api", Api.as_view()), path("plain", Plain.as_view()),
+    )  # fmt: skip
+
+
+class Videos(ViewSet):
+    def create(self, request):
+        return Response({}, status=202)
+
+
+class Video(APIView):
+    @meter(on_failure="all")
+    def post(self, request):
+        return Response({}, status=202)
+
+
+@api_view(["POST"])
+@meter(on_failure="all")
+def accept(request):
+    return Response({}, status=status.HTTP_202_ACCEPTED)
+
+
+accepting = SimpleRouter()
+accepting.register("videos", Videos, basename="video")
+
+
+class Accepting:
+    urlpatterns = (
+        *accepting.urls, path("function", accept), path("class", Video.as_view()),
+        path("other", function),
     )  # fmt: skip

@@ -100,3 +100,12 @@ def test_a_decorator_of_an_action_that_contradicts_the_policy_is_a_failure(check
     found = check(urls(books=views.Misspelt))
 
     assert "reserve: 'tokens' is not in" in found["view 'Misspelt.list'"]["found"]
+
+
+def test_actions_that_answer_202_and_bill_a_flat_price_are_warned_of(check):
+    found = check(views.Accepting, {"meters": {"videos": 1}})
+
+    assert {name for name in found if name.startswith("accepted work")} == {
+        "accepted work of '/^videos/$'", "accepted work of '/function'",
+        "accepted work of '/class'",
+    }  # fmt: skip
