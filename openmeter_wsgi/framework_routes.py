@@ -161,10 +161,12 @@ def handlers_of(view: Any) -> list[Any]:
 
 
 def handler_of(view: Any, method: str) -> Any:
-    """Return the function of a view class that serves *method*, None if there is none.
+    """Return the function of a view class that serves *method*.
 
-    Views that are functions have no such function.
+    None if there is no such function, or *view* has no class.
     """
+    if view_class_of(view) is None:
+        return None
     name = method.lower()
     handler = _handler(view, _actions(view).get(name, name))
     return handler_of(view, "get") if handler is None and name == "head" else handler

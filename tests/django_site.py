@@ -186,6 +186,34 @@ class ClassBased(View):
     def get(self, request):
         return HttpResponse("ok")
 
+    @meter(required_entitlements=["exports"])
+    def post(self, request):
+        return HttpResponse("ok")
+
+    @no_meter
+    def delete(self, request):
+        return HttpResponse("ok")
+
+
+class Decorated(ViewSet):
+    authentication_classes = (TokenAuthentication,)
+    permission_classes = (AllowAny,)
+
+    @meter(required_entitlements=["exports"])
+    def create(self, request):
+        return Response({})
+
+    @no_meter
+    def list(self, request):
+        return Response([])
+
+
+class DecoratedWithPermission(Decorated):
+    permission_classes = (IsAuthenticated, HasEntitlements)
+
+    def retrieve(self, request, pk):
+        return Response({})
+
 
 @api_view()
 @authentication_classes([TokenAuthentication])
@@ -194,9 +222,26 @@ def function(request):
     return Response({})
 
 
+@api_view()
+@authentication_classes([TokenAuthentication])
+@permission_classes([AllowAny])
+@meter(required_entitlements=["exports"])
+def function_that_exports(request):
+    return Response({})
+
+
+@api_view()
+@permission_classes([AllowAny])
+@no_meter
+def free_function(request):
+    return Response({})
+
+
 router = SimpleRouter()
 router.register("products", Products, basename="product")
 router.register("books", Books, basename="book")
+router.register("decorated", Decorated, basename="decorated")
+router.register("permitted", DecoratedWithPermission, basename="permitted")
 urlpatterns = [
     path("plain", plain),
     path("failing", failing),
@@ -216,6 +261,8 @@ urlpatterns = [
     path("api/schema", Schema.as_view()),
     path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),
+    path("api/function/exports", function_that_exports),
+    path("api/function/free", free_function),
     path("api/v1/", include(router.urls)),
     re_path(
         r"^legacy/(?P<year>\d{4})/(\w+)/$", lambda request, *_, **__: plain(request)

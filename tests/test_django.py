@@ -422,6 +422,57 @@ def test_a_decorated_view_is_asked_for_its_own_features_alone(make, entitled):
     assert set(entitled.asked) == {("acme", "exports")}
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/report"), ("POST", "/api/v1/decorated/"),
+        ("POST", "/api/v1/permitted/"), ("GET", "/api/function/exports"),
+    ],
+)  # fmt: skip
+def test_a_decorated_method_is_asked_for_its_own_features_alone(
+    make, entitled, method, path
+):
+    entitled.values["acme"] = {"exports": YES}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, method, **by_user("acme"), **by_token("acme"))
+
+    assert response.status == "200 OK"
+    assert set(entitled.asked) == {("acme", "exports")}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/report"), ("GET", "/api/v1/decorated/"),
+        ("HEAD", "/api/v1/decorated/"), ("GET", "/api/v1/permitted/"),
+        ("GET", "/api/function/free"),
+    ],
+)  # fmt: skip
+def test_nothing_is_asked_for_a_method_that_is_not_metered(
+    make, openmeter, entitled, method, path
+):
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, method, **by_user("acme"), **by_token("acme"))
+
+    assert response.status == "200 OK"
+    assert entitled.questions == 0
+    assert billed(app, openmeter) == []
+
+
+@pytest.mark.parametrize("path", ["/report", "/api/v1/permitted/7/"])
+def test_the_other_methods_of_a_class_are_asked_for_the_features_of_the_settings(
+    make, entitled, path
+):
+    entitled.values["acme"] = {"searches": NO}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, **by_user("acme"), **by_token("acme"))
+
+    assert answer(response)[2]["feature"] == "searches"
+
+
 def test_the_application_answers_in_its_own_way(make, entitled):
     def denied_response(environ, decision):
         def app(environ, start_response):

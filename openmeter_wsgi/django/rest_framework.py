@@ -39,7 +39,10 @@ class HasEntitlements(BasePermission):
         features = tuple(getattr(view, "required_entitlements", None) or ())
         # One decision per request, though some views check their permissions twice.
         if getattr(view, "_entitled_to", None) != features:
-            if features or must_ask(environ_of(request), None):
+            # The function that the route names: its decorators may say what to check.
+            match = getattr(request, "resolver_match", None)
+            called = getattr(match, "func", None)
+            if features or must_ask(environ_of(request), called):
                 require_entitlements(request, *features)
             view._entitled_to = features
         return True
