@@ -99,6 +99,10 @@ class Export(Api):
     required_entitlements = ("exports",)
 
 
+class Misspelt(Export):
+    required_entitlements = ("Create-Books", "exports")
+
+
 class Products(ViewSet):
     authentication_classes = (TokenAuthentication,)
     permission_classes = (AllowAny,)
@@ -181,6 +185,11 @@ def deciding(request):
     return HttpResponse("all of it")
 
 
+def misspelt(request):
+    require_entitlements(request, "Create-Books")
+    return HttpResponse("a new book")
+
+
 class ClassBased(View):
     @meter(meters={"reports": 1}, subject=subject_from("request.user.company.customer"))
     def get(self, request):
@@ -250,6 +259,7 @@ urlpatterns = [
     path("asynchronous", asynchronous),
     path("partner", partner),
     path("deciding", deciding),
+    path("misspelt", misspelt),
     path("report", ClassBased.as_view()),
     path("things/<slug:name>/", lambda request, **_: plain(request)),
     path("free", no_meter(plain)),
@@ -258,6 +268,7 @@ urlpatterns = [
     path("api/entitled", NeedsSearches.as_view()),
     path("api/page", Page.as_view()),
     path("api/export", Export.as_view()),
+    path("api/misspelt", Misspelt.as_view()),
     path("api/schema", Schema.as_view()),
     path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),

@@ -13,6 +13,7 @@ from django.test import Client, override_settings
 
 from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
+from openmeter_server import problem as problem_of_server
 from openmeter_wsgi import ConfigError, Policy, route
 from openmeter_wsgi.django import get_wsgi_application
 from openmeter_wsgi.django.settings import check_configuration
@@ -471,6 +472,27 @@ def test_the_other_methods_of_a_class_are_asked_for_the_features_of_the_settings
     response = get(app, path, **by_user("acme"), **by_token("acme"))
 
     assert answer(response)[2]["feature"] == "searches"
+
+
+@pytest.mark.parametrize("path", ["/api/misspelt", "/misspelt"])
+@pytest.mark.parametrize("fail_mode", ["open", "closed"])
+def test_nobody_has_a_feature_that_openmeter_cannot_have(
+    make, openmeter, entitled, caplog, path, fail_mode
+):
+    entitled.values["acme"] = {"exports": YES}
+    entitled.refused["acme", "Create-Books"] = problem_of_server(400, "invalid key")
+    app = make({"fail_mode": fail_mode})
+
+    response = get(app, path, **by_user("acme"), **by_token("acme"))
+
+    status, media_type, problem = answer(response)
+    assert (status, media_type) == ("403", "application/problem+json")
+    assert (problem["feature"], problem["reason"]) == ("Create-Books", "no_access")
+    assert billed(app, openmeter) == []
+    assert entitled.questions == 0
+    (line,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "'Create-Books' (expected a-z and 0-9" in line.getMessage()
+    assert "write 'create_books' here and in OpenMeter" in line.getMessage()
 
 
 def test_the_application_answers_in_its_own_way(make, entitled):

@@ -35,7 +35,7 @@ from openmeter_wsgi.entitlements.lookup import (
 )
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.options import feature_problem, question_rate
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.store import StoreAway
@@ -125,6 +125,9 @@ class EntitlementService:
             return together(fresh)  # type: ignore[arg-type]
         if not is_key(customer):  # OpenMeter can have no such customer
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
+            return Decision(False, denied, source="request")
+        if refused := _impossible(features):
+            denied = tuple(Denial(feature, "no_access") for feature in refused)
             return Decision(False, denied, source="request")
         now = time.monotonic()
         found, busy_for = self._found(customer, features, now, fail_mode)
@@ -421,6 +424,22 @@ class _Heard(NamedTuple):
     asked_at: float
     asked_wall: float
     server_time: float
+
+
+def _impossible(features: Iterable[str]) -> list[str]:
+    """Return the *features* that OpenMeter cannot have, and log each of them.
+
+    Options with such a feature are refused at the start. A view may name one only when
+    a request comes.
+    """
+    problems = {feature: feature_problem(feature) for feature in features}
+    refused = [feature for feature, problem in problems.items() if problem]
+    for feature in refused:
+        logger.error(
+            "feature %r: every request that requires it is denied: %s",
+            feature, problems[feature],
+        )  # fmt: skip
+    return refused
 
 
 def _is_early(heard: _Heard, before: CachedAnswer) -> bool:
