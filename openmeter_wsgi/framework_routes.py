@@ -128,7 +128,8 @@ def _of_pyramid(app: Any) -> Iterator[ServedRoute]:
         yield ServedRoute("/" + route.pattern.lstrip("/"), None, None)
 
 
-def _of_django(_: Any) -> Iterator[ServedRoute]:
+def routes_of_django(_: Any = None) -> Iterator[ServedRoute]:
+    """Yield the routes of the Django project in this process."""
     from django.urls import get_resolver
 
     waiting: list[tuple[str, Any]] = [
@@ -191,7 +192,7 @@ _FRAMEWORKS: tuple[tuple[str, str, Callable[[Any], Iterable[ServedRoute]]], ...]
     ("bottle", "Bottle", _of_bottle),
     ("falcon", "App", _of_falcon),
     ("pyramid.router", "Router", _of_pyramid),
-    ("django.core.handlers.wsgi", "WSGIHandler", _of_django),
+    ("django.core.handlers.wsgi", "WSGIHandler", routes_of_django),
 )
 
 

@@ -99,6 +99,10 @@ class Export(Api):
     required_entitlements = ("exports",)
 
 
+class Text(Export):
+    required_entitlements = "exports"
+
+
 class Misspelt(Export):
     required_entitlements = ("Create-Books", "exports")
 
@@ -269,6 +273,7 @@ urlpatterns = [
     path("api/page", Page.as_view()),
     path("api/export", Export.as_view()),
     path("api/misspelt", Misspelt.as_view()),
+    path("api/text", Text.as_view()),
     path("api/schema", Schema.as_view()),
     path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),

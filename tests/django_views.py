@@ -9,6 +9,7 @@ from django.utils.decorators import method_decorator
 from django.views import View
 from rest_framework import status
 from rest_framework.decorators import action, api_view
+from rest_framework.permissions import AllowAny
 from rest_framework.response import Response
 from rest_framework.routers import DefaultRouter, SimpleRouter
 from rest_framework.views import APIView
@@ -153,3 +154,39 @@ class Accepting:
         *accepting.urls, path("function", accept), path("class", Video.as_view()),
         path("other", function),
     )  # fmt: skip
+
+
+class Unchecked(Reports):
+    permission_classes = (AllowAny,)
+
+
+class Varying(Unchecked):
+    def get_permissions(self):
+        return [HasEntitlements()]
+
+
+class Combined(Reports):
+    permission_classes = (AllowAny & HasEntitlements,)
+
+
+class OwnPermission(HasEntitlements):
+    pass
+
+
+class Own(Reports):
+    permission_classes = (OwnPermission,)
+
+
+class Computed(Reports):
+    permission_classes = (AllowAny,)
+
+    @property
+    def required_entitlements(self):
+        return ["reports"]
+
+
+class Useless(ViewSet):
+    permission_classes = (HasEntitlements,)
+
+    def list(self, request):
+        return Response([])

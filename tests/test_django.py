@@ -298,6 +298,59 @@ def test_a_permission_asks_for_the_features_of_its_view(make, entitled):
     assert answer(response)[2]["feature"] == "exports"
 
 
+def test_one_feature_of_a_view_may_be_written_as_text(make, entitled):
+    entitled.values["acme"] = {"exports": YES}
+    app = make()
+
+    response = get(app, "/api/text", **by_token("acme"))
+
+    assert response.status == "200 OK"
+    assert set(entitled.asked) == {("acme", "exports")}
+
+
+def test_a_permission_that_checks_nothing_is_told(make, entitled, caplog):
+    app = make()
+
+    for _ in range(2):
+        assert get(app, "/api/entitled", **by_token("acme")).status == "200 OK"
+    get(app, "/api/entitled", "OPTIONS", **by_token("acme"))
+
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "view NeedsSearches: HasEntitlements checks nothing" in line
+    assert "required_entitlements" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/api/export", {}),
+        ("/api/entitled", {"required_entitlements": ["searches"]}),
+        ("/api/entitled", {"routes": {"/api/entitled": None}}),
+        ("/api/v1/permitted/", {}),
+    ],
+)
+def test_a_permission_that_checks_something_or_needs_not_is_not_told(
+    make, entitled, caplog, path, options
+):
+    entitled.values["acme"] = {"exports": YES, "searches": YES}
+    app = make(options)
+
+    get(app, path, "POST" if "permitted" in path else "GET", **by_token("acme"))
+    get(app, path, "OPTIONS", **by_token("acme"))
+
+    assert "checks nothing" not in caplog.text
+
+
+def test_a_permission_of_all_views_may_check_nothing(make, caplog):
+    everywhere = ["openmeter_wsgi.django.rest_framework.HasEntitlements"]
+    app = make()
+
+    with override_settings(REST_FRAMEWORK={"DEFAULT_PERMISSION_CLASSES": everywhere}):
+        get(app, "/api/entitled", **by_token("acme"))
+
+    assert "checks nothing" not in caplog.text
+
+
 def test_a_permission_may_be_named_where_the_view_is_routed(make, entitled):
     entitled.values["acme"] = {"searches": YES}
     app = make({"required_entitlements": ["searches"]})

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from rest_framework.settings import api_settings  # type: ignore[import-untyped]
+
+from openmeter_wsgi import log
+from openmeter_wsgi.decorators import asks_itself
+from openmeter_wsgi.django.view_middleware import checks_entitlements
 from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.framework_routes import handler_of
 from openmeter_wsgi.frameworks import must_ask
-from openmeter_wsgi.request import environ_of
+from openmeter_wsgi.request import billing_of, environ_of, is_options, method_of
 
 if TYPE_CHECKING:
     from rest_framework.request import Request  # type: ignore[import-untyped]
@@ -15,6 +21,8 @@ if TYPE_CHECKING:
         """Stands in for the REST framework's class, which has no types."""
 else:
     from rest_framework.permissions import BasePermission
+
+logger: Final = log.get_logger(__name__)
 
 
 class HasEntitlements(BasePermission):
@@ -36,16 +44,41 @@ class HasEntitlements(BasePermission):
         """
         if _is_only_shown(request, view):
             return True
-        features = tuple(getattr(view, "required_entitlements", None) or ())
+        features = _features_of(view)
         # One decision per request, though some views check their permissions twice.
         if getattr(view, "_entitled_to", None) != features:
-            # The function that the route names: its decorators may say what to check.
+            # The decorators of the function that the route names may have features.
             match = getattr(request, "resolver_match", None)
-            called = getattr(match, "func", None)
-            if features or must_ask(environ_of(request), called):
+            function = getattr(match, "func", None)
+            if features or must_ask(environ_of(request), function):
                 require_entitlements(request, *features)
+            else:
+                _warn_if_nothing_is_checked(request, view, function)
             view._entitled_to = features
         return True
+
+
+def _features_of(view: Any) -> tuple[str, ...]:
+    named = getattr(view, "required_entitlements", None) or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _warn_if_nothing_is_checked(request: Request, view: Any, function: Any) -> None:
+    """Warn of a view that names the permission class, and no features."""
+    environ = environ_of(request)
+    billing = billing_of(environ)
+    if environ is None or billing is None or billing.asks or is_options(environ):
+        return
+    if asks_itself(handler_of(function, method_of(environ))):
+        return
+    # As a default the permission class is for the views that name features.
+    if not any(map(checks_entitlements, api_settings.DEFAULT_PERMISSION_CLASSES)):
+        logger.warning(
+            "%s: HasEntitlements checks nothing, since neither the view class nor the "
+            "policy names a feature: set required_entitlements in one of them, or "
+            "leave the permission class out",
+            f"view {type(view).__name__}",
+        )
 
 
 def _is_only_shown(request: Request, view: Any) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack
 
-from django.apps import apps
 from django.conf import settings
 from django.core import checks, wsgi
 from django.utils.module_loading import import_string
 
+from openmeter_wsgi.django.view_checks import check_subject, check_views
 from openmeter_wsgi.django.view_middleware import (
     ViewMiddleware,
     authenticated_user,
@@ -70,9 +70,6 @@ def _is_class(name: str, expected: type) -> bool:
     return isinstance(found, type) and issubclass(found, expected)
 
 
-_PERMISSION = "openmeter_wsgi.django.rest_framework.HasEntitlements"
-
-
 def check_configuration(**_: Any) -> list[checks.CheckMessage]:
     """Return a message for each problem of the configuration.
 
@@ -95,7 +92,8 @@ def _check_policy() -> Iterator[checks.CheckMessage]:
         if not all(map(_is_missing_key, error.problems)):
             return
         policy = policy_of_settings(dry_run=True)
-    yield from _check_rest_framework(policy)
+    yield from check_views(policy)
+    yield from check_subject(policy)
 
 
 def _is_missing_key(problem: str) -> bool:
@@ -128,23 +126,6 @@ def _check_asgi() -> Iterator[checks.CheckMessage]:
     else:
         hint = "Serve through ASGI only what is free, such as websockets."
         yield checks.Warning(problem, hint=hint, id="openmeter.W003")
-
-
-def _check_rest_framework(policy: Policy) -> list[checks.CheckMessage]:
-    if not policy.required_entitlements or not apps.is_installed("rest_framework"):
-        return []
-    named = getattr(settings, "REST_FRAMEWORK", {})
-    if _PERMISSION in named.get("DEFAULT_PERMISSION_CLASSES", ()):
-        return []
-    return [
-        checks.Warning(
-            "required_entitlements: views of the REST framework authenticate after "
-            "they would be asked for, so whoever has no session is answered 401",
-            hint=f"Add {_PERMISSION!r} to DEFAULT_PERMISSION_CLASSES, after the "
-            "permissions that authenticate.",
-            id="openmeter.W001",
-        )
-    ]
 
 
 def get_wsgi_application(**options: Any) -> OpenMeterMiddleware:

@@ -69,8 +69,19 @@ def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
             "expected 'header:Name', a callable on the environ, or a path such as "
             f"'request.user.pk', got {source!r}"
         )
-    read = path_reader(path, root)
-    return LastingSubject(lambda environ: read(_request_of(environ)))
+    return SubjectAtPath(root, path)
+
+
+class SubjectAtPath(LastingSubject):
+    """Reads the subject at a path that begins at the request."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, root: str, path: str) -> None:
+        read = path_reader(path, root)
+        super().__init__(lambda environ: read(_request_of(environ)))
+        #: The whole path, such as ``request.user.pk``.
+        self.path = f"{root}.{path}"
 
 
 def _request_of(environ: dict[str, Any]) -> HttpRequest | None:
@@ -138,7 +149,9 @@ class ViewMiddleware:
             return None
         if (name := route_name(request)) is not None:
             set_route(request, name)
-        if must_ask(environ, view) and not _has_permission_that_asks(view):
+        if must_ask(environ, view) and not any(
+            map(checks_entitlements, permissions_of(view) or ())
+        ):
             try:
                 require_entitlements(request)
             except EntitlementDenied as denied:
@@ -167,18 +180,18 @@ def refused(request: HttpRequest, denied: EntitlementDenied) -> HttpResponse:
     return response
 
 
-def _has_permission_that_asks(view: Any) -> bool:
-    """True if a view of the REST framework has a permission for entitlements."""
-    of_class = getattr(getattr(view, "cls", None), "permission_classes", ())
-    own = getattr(view, "initkwargs", {}).get("permission_classes", of_class)
-    return any(map(_asks, own))
+def permissions_of(view: Any) -> Any:
+    """Return the permission classes of a view, None outside the REST framework."""
+    of_class = getattr(getattr(view, "cls", None), "permission_classes", None)
+    return getattr(view, "initkwargs", {}).get("permission_classes", of_class)
 
 
-def _asks(permission: Any) -> bool:
+def checks_entitlements(permission: Any) -> bool:
+    """Return True for `HasEntitlements`, also combined by ``&`` or ``|``."""
     if getattr(permission, "asks_for_entitlements", False):
         return True
     parts = (getattr(permission, name, None) for name in ("op1_class", "op2_class"))
-    return any(part is not None and _asks(part) for part in parts)
+    return any(part is not None and checks_entitlements(part) for part in parts)
 
 
 def route_name(request: HttpRequest) -> str | None:
