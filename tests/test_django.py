@@ -170,6 +170,30 @@ def test_nobody_is_looked_up_for_what_is_not_billed(make):
     assert app.stats().not_metered == {"status": 1}
 
 
+def test_a_request_without_subject_is_named_by_method_and_path(make, caplog):
+    app = make()
+
+    for mount in ("/a\nb\x1b", ""):
+        environ = make_environ(SCRIPT_NAME=mount, PATH_INFO="/plain")
+        del environ["REMOTE_USER"]
+        Consumer().serve(app, environ)
+
+    (line,) = [one for one in caplog.messages if "without subject" in one]
+    assert "a request without subject is not billed: GET /a b /plain (see" in line
+
+
+def test_a_path_that_leads_to_nothing_is_named_with_the_request(make, caplog):
+    app = make({"subject": "request.user.organization.slug"})
+
+    get(app, "/plain", **by_user("acme"))
+
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "'request.user.organization.slug': a User has no 'organization'" in line
+    assert line.endswith(
+        "1 requests without subject are not billed; the last one: GET /plain"
+    )
+
+
 # -- What is billed
 
 
