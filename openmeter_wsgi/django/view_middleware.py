@@ -124,14 +124,14 @@ class ViewMiddleware:
         environ: Any = environ_of(request)
         if hasattr(request, "scope"):
             logger.error(
-                "openmeter_wsgi: a request came through ASGI; it is served, not "
+                "a request came through ASGI; it is served, not "
                 "metered and not checked for entitlements, since this is a WSGI "
                 "middleware: serve the project through wsgi.py"
             )
         elif environ is None or REQUEST not in environ:
             # From Django's test client, or with Django's own function in wsgi.py.
             logger.warning(
-                "openmeter_wsgi: a request did not come through openmeter_wsgi.django."
+                "a request did not come through openmeter_wsgi.django."
                 "get_wsgi_application; it is served and not metered: let wsgi.py call "
                 "that function"
             )
