@@ -8,7 +8,7 @@ from pathlib import Path
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.urls import include, path, re_path
 from django.views import View
-from rest_framework.authentication import BaseAuthentication
+from rest_framework.authentication import BaseAuthentication, SessionAuthentication
 from rest_framework.decorators import (
     api_view,
     authentication_classes,
@@ -97,6 +97,29 @@ class Page(NeedsSearches):
 class Export(Api):
     permission_classes = (IsAuthenticated, HasEntitlements)
     required_entitlements = ("exports",)
+
+
+class Sessions(Export):
+    authentication_classes = (SessionAuthentication,)
+    permission_classes = (HasEntitlements,)
+
+
+class ForMethods(TokenAuthentication):
+    def __init__(self, method):
+        self.method = method
+
+    def authenticate_header(self, request):
+        if self.method != "GET":
+            raise RuntimeError("nobody should see this")
+        return f"Token method={self.method}"
+
+
+class Choosing(Export):
+    def post(self, request):
+        return self.get(request)
+
+    def get_authenticators(self):
+        return [ForMethods(self.request.method)]
 
 
 class Text(Export):
@@ -274,6 +297,8 @@ urlpatterns = [
     path("api/export", Export.as_view()),
     path("api/misspelt", Misspelt.as_view()),
     path("api/text", Text.as_view()),
+    path("api/sessions", Sessions.as_view()),
+    path("api/choosing", Choosing.as_view()),
     path("api/schema", Schema.as_view()),
     path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),

@@ -21,6 +21,13 @@ from openmeter_wsgi.django.view_middleware import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
+NO_SUBJECT = {
+    "type": "about:blank",
+    "title": "Unauthorized",
+    "status": 401,
+    "detail": "The request does not say on whose behalf it comes.",
+    "reason": "no_subject",
+}
 TEMPLATES = [
     {"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}
 ]
@@ -467,6 +474,52 @@ def test_a_view_may_ask_for_the_permission_of_another_method(make, entitled):
     denied = get(app, "/api/v1/books/7/", "PUT", **JSON, **by_token("acme"))
 
     assert answer(denied)[:2] == ("403", "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "challenge"),
+    [
+        ("GET", "/api/export", "Token"),
+        ("POST", "/api/v1/decorated/", "Token"),
+        ("GET", "/api/function/exports", "Token"),
+        ("GET", "/api/choosing", "Token method=GET"),
+        ("POST", "/api/choosing", "Bearer"),  # the view cannot tell
+        ("GET", "/api/sessions", "Bearer"),  # sessions have no challenge
+        ("GET", "/deciding", "Bearer"),
+    ],
+)
+def test_who_has_no_subject_is_challenged_as_by_the_rest_framework(
+    make, openmeter, method, path, challenge
+):
+    app = make({"subject": lambda environ: None})
+
+    response = get(app, path, method, **by_user("acme"), **by_token("acme"))
+
+    assert answer(response)[::2] == ("401", NO_SUBJECT)
+    assert dict(response.headers)["WWW-Authenticate"] == challenge
+
+
+def test_a_view_that_is_asked_for_before_it_authenticates_has_its_challenge(make):
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, "/api/token", **by_token("acme"))
+
+    assert dict(response.headers)["WWW-Authenticate"] == "Token"
+
+
+def test_an_answer_of_the_applications_own_keeps_its_challenge(make):
+    def denied_response(environ, decision):
+        def app(environ, start_response):
+            start_response("401 Unauthorized", [("WWW-Authenticate", "Shop")])
+            return [b"log in"]
+
+        return app
+
+    app = make({"denied_response": denied_response, "subject": lambda environ: None})
+
+    response = get(app, "/api/export", **by_token("acme"))
+
+    assert dict(response.headers)["WWW-Authenticate"] == "Shop"
 
 
 def test_a_view_decides_by_itself(make, entitled):
