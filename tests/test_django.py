@@ -467,11 +467,16 @@ def test_a_schema_that_names_a_view_asks_for_nothing(make, entitled):
     assert entitled.questions == 0
 
 
-def test_a_view_may_ask_for_the_permission_of_another_method(make, entitled):
+@pytest.mark.parametrize(
+    ("method", "path"), [("PUT", "/api/v1/books/7/"), ("GET", "/api/facade")]
+)
+def test_a_view_may_ask_for_the_permission_of_another_method_or_view(
+    make, entitled, method, path
+):
     entitled.values["acme"] = {"exports": NO}
     app = make()
 
-    denied = get(app, "/api/v1/books/7/", "PUT", **JSON, **by_token("acme"))
+    denied = get(app, path, method, **JSON, **by_token("acme"))
 
     assert answer(denied)[:2] == ("403", "application/problem+json")
 
@@ -717,7 +722,7 @@ def test_without_the_view_middleware_there_is_no_application(make):
         ),
         (
             {"OPENMETER": {"api_key": "om_x"}, "MIDDLEWARE": []},
-            ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' among them"],
+            ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' in it"],
         ),
     ],
 )

@@ -24,6 +24,9 @@ else:
 
 logger: Final = log.get_logger(__name__)
 
+#: Attributes of views that generate schemas: of the REST framework and drf-yasg.
+_OF_SCHEMAS = ("schema_generator", "generator_class")
+
 
 class HasEntitlements(BasePermission):
     """Permission for requests whose customer has the required entitlements.
@@ -42,14 +45,13 @@ class HasEntitlements(BasePermission):
 
         :raises EntitlementDenied: unless the decision allows or is not enforced.
         """
-        if _is_only_shown(request, view):
+        if _is_preview(request, view):
             return True
         features = _features_of(view)
-        # One decision per request, though some views check their permissions twice.
+        # One decision per request: a view may check its permissions several times.
         if getattr(view, "_entitled_to", None) != features:
-            # The decorators of the function that the route names may have features.
             match = getattr(request, "resolver_match", None)
-            function = getattr(match, "func", None)
+            function = getattr(match, "func", None)  # of `as_view`
             if features or must_ask(environ_of(request), function):
                 require_entitlements(request, *features)
             else:
@@ -59,19 +61,20 @@ class HasEntitlements(BasePermission):
 
 
 def _features_of(view: Any) -> tuple[str, ...]:
+    """Return the features that a view names, an empty tuple for those of the policy."""
     named = getattr(view, "required_entitlements", None) or ()
     return (named,) if isinstance(named, str) else tuple(named)
 
 
 def _warn_if_nothing_is_checked(request: Request, view: Any, function: Any) -> None:
-    """Warn of a view that names the permission class, and no features."""
+    """Log a warning if neither the view nor its policy requires a feature."""
     environ = environ_of(request)
     billing = billing_of(environ)
     if environ is None or billing is None or billing.asks or is_options(environ):
         return
     if asks_itself(handler_of(function, method_of(environ))):
-        return
-    # As a default the permission class is for the views that name features.
+        return  # its @meter has features, or it has @no_meter
+    # As a default for all views, the permission class needs features in some of them.
     if not any(map(checks_entitlements, api_settings.DEFAULT_PERMISSION_CLASSES)):
         logger.warning(
             "%s: HasEntitlements checks nothing, since neither the view class nor the "
@@ -81,21 +84,23 @@ def _warn_if_nothing_is_checked(request: Request, view: Any, function: Any) -> N
         )
 
 
-def _is_only_shown(request: Request, view: Any) -> bool:
-    """Return True if the permission decides only what a response tells of *view*.
+def _is_preview(request: Request, view: Any) -> bool:
+    """Return True if the check decides only what a response shows of *view*.
 
-    The browsable API shows a form for each permitted method, the answer to OPTIONS
-    names the permitted methods, and a schema names the permitted views. Each of them
-    clones the request and checks the permissions of the clone; nothing that the
-    permission answers denies or serves a request. A view that is still being served
-    may also check a clone, such as a PUT that creates an object. That check counts.
+    The browsable API shows a form for each permitted method. The response to OPTIONS
+    lists the fields of each permitted method, and a schema lists the permitted views.
+    They clone the request with another method and check the permissions of the clone.
+    These checks deny and serve nothing, so they are no decisions on entitlements.
+
+    A view may also check a clone before it does the work of another method, such as a
+    PUT that creates an object. This is no preview.
     """
     http_request = getattr(request, "_request", None)
-    # Only `clone_request` sets the method; other requests hand on Django's.
+    # Only a clone stores the method itself.
     if http_request is None or "method" not in vars(request):
         return False
-    return (
-        hasattr(view, "response")
-        or http_request.method == "OPTIONS"
-        or request.parser_context.get("view") is not view
-    )
+    # Rendering begins when the view has its response.
+    if hasattr(view, "response") or http_request.method == "OPTIONS":
+        return True
+    served = request.parser_context.get("view")
+    return served is not view and any(hasattr(served, name) for name in _OF_SCHEMAS)
