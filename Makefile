@@ -12,7 +12,8 @@
 #   make jobs LONG=1   the same, and the long form of the test of recorded usage
 #   make test-pythons  the core under the newest Python, and with the lowest versions: as
 #                      root, on Debian
-#   make test-page     the sandbox's page in Chromium: as root, on Debian
+#   make test-page     the sandbox's page and the documentation in Chromium: as root, on
+#                      Debian
 #   make screenshot    the picture of it in the documentation
 #   make chaos         kill -9 under load, and ten million events through small segments:
 #                      what is lost, what comes twice
@@ -101,7 +102,7 @@ test-pythons:
 	tests/pythons.sh $(PYTHON) $(NEWEST_PYTHON)
 
 # Needs root and Debian: it installs Chromium first.
-test-page: $(INSTALLED)
+test-page: docs
 	tests/in_chromium/install $(VENV)
 	$(BIN)/python -X dev -m pytest tests/in_chromium
 

@@ -34,6 +34,7 @@ html_theme = "furo"
 html_title = "openmeter_wsgi"
 html_static_path = ["static"]
 html_css_files = ["diagrams.css", "columns.css"]
+html_js_files = ["access.js"]
 html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False

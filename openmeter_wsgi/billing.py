@@ -56,6 +56,8 @@ logger: Final = log.get_logger(__name__)
 Environ: TypeAlias = dict[str, Any]
 #: At most so many routes are remembered as warned of.
 _MAX_WARNED = 1_000
+#: The helpers by which a handler states usage.
+_STATING = {"set_meters", "add_meters"}
 #: At most so many status lines are remembered: an application may invent reasons.
 _MAX_STATUS_LINES = 1_000
 _MAX_ID_LENGTH = 128
@@ -115,7 +117,7 @@ class Billing:
         self.fast_path: FastPath | None = (
             FastPath(self) if self._is_known_beforehand else None
         )
-        self._warned: set[str | None] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     @property
     def _is_known_beforehand(self) -> bool:
@@ -153,9 +155,15 @@ class Billing:
         return found[1]
 
     def count_late(self, helper: str) -> None:
-        """Count usage that a handler stated after its request was settled."""
-        self._counts.dropped["late"] += 1
-        logger.error("%s: called after the response had ended; not billed", helper)
+        """Log a *helper* that was called after its request was settled.
+
+        Usage that it stated is counted as lost.
+        """
+        if helper in _STATING:
+            self._counts.dropped["late"] += 1
+        logger.error(
+            "%s: called after the response had ended; it has no effect", helper
+        )
 
     def bills(self, status: str) -> bool:
         """Return True if responses with this status line are billed."""
@@ -263,8 +271,13 @@ class Billing:
             if not meters:
                 self._say_why_nobody(environ)
                 return "no_subject"
-            without = len(all_meters) - len(meters)
-            self._counts.dropped["no_subject"] += without
+            without = [meter.type for meter in all_meters if not meter.subject]
+            self._counts.dropped["no_subject"] += len(without)
+            logger.warning(
+                "%s: meters without a subject are not billed: %s; other meters of the "
+                "request have one",
+                "no_subject", ", ".join(map(repr, without)),
+            )  # fmt: skip
         if stated is not None and stated.idempotency_key and outcome is COMPLETED:
             meters = with_own_ids(environ, meters, stated.idempotency_key)
         events = encode_events(
@@ -376,13 +389,14 @@ class Billing:
         self, exchange: Exchange, meter_type: str, measure: Measure, reason: str
     ) -> None:
         where = self._where(exchange)
-        if where in self._warned or len(self._warned) >= _MAX_WARNED:
+        warning = (where, meter_type)
+        if warning in self._warned or len(self._warned) >= _MAX_WARNED:
             return
-        self._warned.add(where)
+        self._warned.add(warning)
         logger.warning(
-            "%s: %r has no value (%s), so no %r is billed; said once, then counted as "
-            "no_value_%s",
-            where, measure, reason, meter_type, reason,
+            "%s: %r has no value (%s), so it is not billed; logged once, then counted "
+            "as no_value_%s",
+            f"{where}, meter {meter_type!r}", measure, reason, reason,
         )  # fmt: skip
 
 

@@ -102,6 +102,22 @@ class LedgerContract:
         one.close()
         other.close()
 
+    def test_near_the_limit_no_answer_leases_for_a_request_that_may_never_come(
+        self, new_ledger, clock
+    ):
+        ledgers = [new_ledger(), new_ledger()]
+        one, other = (LocalQuota(ledger, {"tokens": None}) for ledger in ledgers)
+        one.answered("acme", "tokens", 10.0, START)
+        one.reserve("acme", "tokens", 4.0).settle(4.0)  # so it is in use
+        clock.now += 0.1
+        one.answered("acme", "tokens", 10.0, clock.now)
+
+        wait_for(lambda: not ledgers[0].account("acme\0tokens").chunk.free)
+
+        assert isinstance(other.reserve("acme", "tokens", 6.0), Reservation)
+        one.close()
+        other.close()
+
     def test_a_reservation_is_settled_once(self, new_ledger):
         account = new_ledger().account("acme")
         account.answered(10.0, START)

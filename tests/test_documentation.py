@@ -107,7 +107,7 @@ def test_a_file_and_a_heading_that_are_linked_to_exist(page: Path) -> None:
         (
             "https://example.org/blob/v1/",
             "[Flask](https://example.org/blob/v1/docs/flask.md#a), [b](https://c) "
-            "![d](https://example.org/blob/v1/e.png)",
+            "![d](https://example.org/raw/v1/e.png)",
         ),
         ("", "Flask, [b](https://c) "),
     ],

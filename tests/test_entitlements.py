@@ -746,6 +746,25 @@ def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
     assert ask(app, "acme").status == "200 OK"
 
 
+def test_each_outage_of_entitlements_is_logged_at_its_begin_and_end(
+    make, entitled, caplog
+):
+    app = make()
+    breaker = app.process().entitlements._asker.breaker
+    names = [f"subject-{n}" for n in range(1_000)]
+
+    for _ in range(2):
+        entitled.instead = problem(503)
+        wait_for(lambda: ask(app, names.pop()) and breaker.is_open)
+        entitled.instead = None
+        wait_for(lambda: ask(app, names.pop()) and not breaker.is_open)
+
+    lines = [record.getMessage() for record in caplog.records]
+    begin = [line for line in lines if "(status 503" in line]
+    end = [line for line in lines if "OpenMeter answers again" in line]
+    assert (len(begin), len(end)) == (2, 2)
+
+
 def test_an_outage_costs_one_question_and_not_one_a_request(make, entitled):
     entitled.instead = HANG
     app = make(entitlement_timeout=0.5)

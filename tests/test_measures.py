@@ -464,9 +464,27 @@ def test_what_has_no_value_is_counted_by_its_reason_and_the_rest_is_billed(
         if "no value" in r.msg
     ]
     assert warnings == [
-        "GET /users/<id>: $llm.total_tokens has no value (not_json), so no 'tokens' "
-        "is billed; said once, then counted as no_value_not_json"
+        "GET /users/<id>, meter 'tokens': $llm.total_tokens has no value (not_json), "
+        "so it is not billed; logged once, then counted as no_value_not_json"
     ]
+
+
+def test_each_meter_of_a_route_is_warned_of(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    middleware = OpenMeterMiddleware(
+        answering([b"<html>"]),
+        api_url=openmeter.url,
+        meters={"in": llm_usage("input_tokens"), "out": llm_usage("output_tokens")},
+    )
+    for _ in range(2):
+        Consumer().serve(middleware, make_environ())
+    middleware.close(40)
+
+    warnings = [r.getMessage() for r in caplog.records if "no value" in r.msg]
+    assert [re.findall(r"meter '(\w+)'", line) for line in warnings] == [
+        ["in"], ["out"],
+    ]  # fmt: skip
 
 
 def test_each_route_is_warned_of_once_and_head_takes_no_warning_away(
@@ -483,7 +501,7 @@ def test_each_route_is_warned_of_once_and_head_takes_no_warning_away(
     for method_, path in [("HEAD", "/a"), ("GET", "/a"), ("GET", "/b"), ("GET", "/a")]:
         Consumer().serve(middleware, make_environ(method_, PATH_INFO=path))
 
-    warned = [r.getMessage().removeprefix(PREFIX).split(":")[0] for r in caplog.records]
+    warned = [r.getMessage().removeprefix(PREFIX).split(",")[0] for r in caplog.records]
     assert warned == ["HEAD /a", "GET /a", "GET /b"]
     assert middleware.stats().not_metered == {"no_value_no_usage": 4}
 

@@ -20,6 +20,7 @@ from openmeter_wsgi import (
     Policy,
     add_meters,
     get_meters,
+    set_idempotency_key,
     set_meters,
 )
 from openmeter_wsgi.events import read_usage
@@ -427,6 +428,37 @@ def test_usage_after_the_settlement_is_counted_as_late(
 
     assert middleware.stats().dropped == {"late": 2}
     assert "after the response had ended" in caplog.text
+
+
+def test_a_key_that_comes_too_late_is_no_lost_usage(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests: list[Any] = []
+    middleware = OpenMeterMiddleware(handled(requests.append), api_url=openmeter.url)
+    serve(middleware, environ())
+
+    set_idempotency_key(requests[0], "order-1")
+
+    assert middleware.stats().dropped == {}
+    assert "set_idempotency_key: called after the response had ended" in caplog.text
+
+
+def test_a_meter_without_a_subject_beside_one_with_a_subject_is_logged(
+    openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def state(request: Any) -> None:
+        add_meters(request, {"type": "a", "subject": "acme", "data": {"total": 1}})
+        add_meters(request, {"b": 1})
+
+    middleware = OpenMeterMiddleware(handled(state), api_url=openmeter.url)
+    record = environ()
+    record.pop("REMOTE_USER", None)
+    serve(middleware, record)
+    middleware.close(40)
+
+    assert [event["type"] for event in openmeter.taken] == ["a"]
+    assert middleware.stats().dropped == {"no_subject": 1}
+    assert "meters without a subject are not billed: 'b'" in caplog.text
 
 
 def test_dry_run_settles_counts_and_logs_but_sends_nothing(

@@ -342,6 +342,16 @@ def test_the_tenth_server_error_in_a_row_splits_the_batch():
     assert case.client.accepted == events[:3]
 
 
+def test_the_parts_of_a_batch_that_was_split_in_an_outage_wait_as_long_as_it_did():
+    case = Case(ScriptedClient([NO_GATEWAY] * 2 * MAX_SERVER_ERRORS))
+    case.load(numbered(4))
+
+    delays = case.run()
+
+    in_outage = delays[: 2 * MAX_SERVER_ERRORS]
+    assert [delay for delay in in_outage[6:] if delay] == [MAX_DELAY] * 12
+
+
 @pytest.mark.parametrize("other", [NO_ANSWER, TOO_MANY, WRONG_KEY])
 def test_any_other_answer_begins_the_count_anew(other):
     script = [NO_GATEWAY] * 9 + [other] + [NO_GATEWAY] * 9

@@ -48,7 +48,7 @@ class OptionLinks(SphinxTransform):
                     refwarn=True,
                 )
                 literal.replace_self(reference)
-                reference += literal
+                reference += nodes.inline("", "", literal)  # its children are shown
 
 
 def _option(text: str) -> str | None:

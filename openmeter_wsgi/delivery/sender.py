@@ -318,6 +318,8 @@ class Sender(Generic[_B]):
         for events in reversed(batch.events.split_at(len(batch.events) // 2)):
             part = _Trial(events, refusal)
             part.accepted_before = batch.accepted_before
+            # In an outage the pauses do not become short again.
+            part.failures = batch.failures if refusal is None else 0
             self._pending.appendleft(part)
 
     def _expired(self, error: DeliveryError) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import defaultdict
@@ -376,15 +375,20 @@ def _give_back(taken: Mapping[str, Reservation]) -> None:
 
 
 def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
-    # A denial is what was asked for; what nobody was entitled to is not.
-    logger.log(
-        logging.WARNING if passes else logging.INFO,
-        "%s: %s, %s%s",
-        f"subject {subject!r}, feature {denial.feature!r}",
-        denial.reason,
-        "let through" if passes else "denied",
-        _figures(denial),
-    )
+    # A denial is expected. A request that is let through without access is not; its
+    # line is repeated once a minute, whoever the subject is.
+    if passes:
+        logger.warning(
+            "%s: subject %r is let through%s",
+            f"feature {denial.feature!r}, {denial.reason}",
+            subject, _figures(denial),
+        )  # fmt: skip
+    else:
+        logger.info(
+            "%s: %s, denied%s",
+            f"subject {subject!r}, feature {denial.feature!r}",
+            denial.reason, _figures(denial),
+        )  # fmt: skip
 
 
 def _figures(denial: Denial) -> str:

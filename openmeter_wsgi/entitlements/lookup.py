@@ -597,7 +597,9 @@ class BackgroundLookup:
 
     def _note_answer(self) -> None:
         if self.breaker.is_open:
-            logger.warning("%s: OpenMeter answers again", "entitlements")
+            logger.warning(
+                "%s: OpenMeter answers again", "entitlements", extra=log.OVER
+            )
         self.breaker.succeeded()
 
     def _note_silence(self, pending: _Pending) -> bool:

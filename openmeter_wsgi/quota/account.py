@@ -401,6 +401,8 @@ class Account:
         self.chunk.is_scarce = 0 < granted <= (request.wanted or 0.0)
         taken = 0.0 if lease.granted is None else take
         self.chunk.put_in(granted, taken=taken, beside=lease.available - granted)
+        if self.chunk.is_scarce and self.chunk.free > 0:
+            self.chunk.on_unused(self.key)  # no request waits for it
         self._handed_in_at = self._clock()
         return lease
 

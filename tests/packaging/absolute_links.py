@@ -1,8 +1,9 @@
 """Make the links of a README work outside of its repository, as on PyPI.
 
 ``python -m tests.packaging.absolute_links README.md [ADDRESS]`` rewrites the file: its
-links to files of the repository lead to ADDRESS, at which these can be read. Without an
-address there is nothing to lead to: the text of a link stays, and a picture goes.
+links to files of the repository lead to ADDRESS, the page of a file without its path
+(https://…/blob/main). Pictures need the file itself, which the same sites have under
+/raw/. Without an address the text of a link stays, and a picture is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ def absolute(text: str, address: str) -> str:
     def replace(found: re.Match[str]) -> str:
         picture, words, target = found.groups()
         if address:
-            return f"{picture}[{words}]({address.rstrip('/')}/{target})"
+            site = address.rstrip("/")
+            if picture:
+                site = site.replace("/blob/", "/raw/")
+            return f"{picture}[{words}]({site}/{target})"
         return "" if picture else words
 
     return _LINK.sub(replace, text)
