@@ -171,6 +171,24 @@ def test_urls_that_cannot_be_imported_are_left_to_djangos_own_check():
     assert messages("no_such_module") == []
 
 
+def test_openmeter_check_leaves_out_what_the_project_silences(sandbox, capsys):
+    with (
+        override_settings(
+            MIDDLEWARE=[VIEW_MIDDLEWARE],
+            INSTALLED_APPS=["rest_framework", "openmeter_wsgi.django"],
+            ROOT_URLCONF=urls(books=views.Useless, reports=views.Unchecked),
+            OPENMETER={"api_url": sandbox.url},
+            SILENCED_SYSTEM_CHECKS=["openmeter.W004"],
+            WSGI_APPLICATION=None,
+        ),
+    ):
+        call_command("openmeter_check", "--json", "--no-dedupe-check")
+
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    (found,) = [one["found"] for one in findings if one["name"] == "settings"]
+    assert found.startswith("django_views.Useless: HasEntitlements checks nothing")
+
+
 @pytest.mark.parametrize("wsgi", ["django_views.application()", None])
 def test_openmeter_check_tells_wrong_features_once(sandbox, capsys, wsgi):
     with (
@@ -264,7 +282,7 @@ def test_a_path_of_subjects_that_users_lack_is_a_warning(subject_problems):
     expected["request.user.slug"] = "Person has no attribute 'slug'"
     assert {id_ for id_, _ in found} == {"openmeter.W006"}
     assert [text for _, text in found] == [
-        f"subject: {path!r}: the model {expected[path]}; a request whose user has none "
-        "has no subject and is not billed"
+        f"subject: {path!r}: the model {expected[path]}; unless something else sets "
+        "it, requests have no subject and are not billed"
         for path in sorted(expected)
     ]

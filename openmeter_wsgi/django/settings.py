@@ -13,7 +13,7 @@ from django.conf import settings
 from django.core import checks, wsgi
 from django.utils.module_loading import import_string
 
-from openmeter_wsgi.django.view_checks import check_subject, check_views
+from openmeter_wsgi.django.view_checks import SETTING, check_subject, check_views
 from openmeter_wsgi.django.view_middleware import (
     ViewMiddleware,
     authenticated_user,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.middleware import OpenMeterMiddleware
     from openmeter_wsgi.option_types import Options
 
-SETTING = "OPENMETER"
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
 
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.policy import Policy
 
+SETTING = "OPENMETER"
 PERMISSION = "openmeter_wsgi.django.rest_framework.HasEntitlements"
-#: The id of the error about features that OpenMeter cannot have.
+#: Id of the error for features that OpenMeter cannot have.
 WRONG_FEATURES = "openmeter.E004"
 
 
@@ -53,14 +54,14 @@ def check_subject(policy: Policy) -> Iterator[checks.CheckMessage]:
         model = get_user_model()
     except ImproperlyConfigured:  # Django's own check reports it
         return
-    sources = {own.subject for own in _policies(policy)}
+    sources = [own.subject for own in _policies(policy)]
     for path in sorted({s.path for s in sources if isinstance(s, SubjectAtPath)}):
         root, _, names = path.partition(".user.")
         missing = _missing_attribute(model, names.split("."))
         if root == "request" and names and missing is not None:
             yield checks.Warning(
-                f"subject: {path!r}: {missing}; a request whose user has none has no "
-                "subject and is not billed",
+                f"subject: {path!r}: {missing}; unless something else sets it, "
+                "requests have no subject and are not billed",
                 hint="Correct the path. If a middleware or an authentication class "
                 "sets the attribute, silence this warning.",
                 id="openmeter.W006",
@@ -68,16 +69,17 @@ def check_subject(policy: Policy) -> Iterator[checks.CheckMessage]:
 
 
 def _policies(policy: Policy) -> list[Policy]:
+    """Return the policy and the policies of its routes."""
     return [policy, *(own for _, own in policy.of_routes if own is not None)]
 
 
 def _missing_attribute(model: Any, names: list[str]) -> str | None:
-    """Return the first attribute on a path through models that a model lacks.
+    """Return an error if an object on the path *names*, from *model* on, lacks a name.
 
-    The path ends where the type of the next object is unknown.
+    Only models are checked: None if the path leads to an object of unknown type.
     """
     for name in names:
-        if hasattr(model, "__getattr__"):
+        if hasattr(model, "__getattr__"):  # it may have any attribute
             return None
         if not hasattr(model, name):
             return f"the model {model.__name__} has no attribute {name!r}"
@@ -126,7 +128,7 @@ def _check_features(view: Any) -> Iterator[checks.CheckMessage]:
     cls = view_class_of(view)
     named = getattr(cls, "required_entitlements", None)
     if not named or not isinstance(named, str | list | tuple | set | frozenset):
-        return  # a property has its value at run time
+        return  # such as a property, whose value is known only in a request
     try:
         options.features(named)
     except ValueError as error:
@@ -135,10 +137,8 @@ def _check_features(view: Any) -> Iterator[checks.CheckMessage]:
             hint="Name the features by their keys in OpenMeter, in a list.",
             id=WRONG_FEATURES,
         )
-    has_fixed_permissions = cls.get_permissions is APIView.get_permissions
-    if has_fixed_permissions and not any(
-        map(checks_entitlements, permissions_of(view))
-    ):
+    may_vary = getattr(cls, "get_permissions", None) is not APIView.get_permissions
+    if not may_vary and not any(map(checks_entitlements, permissions_of(view))):
         yield checks.Warning(
             f"{_name(cls)}: required_entitlements: HasEntitlements is none of its "
             "permissions, so nothing checks these features",
@@ -149,29 +149,33 @@ def _check_features(view: Any) -> Iterator[checks.CheckMessage]:
 
 
 def _check_permissions(views: list[Any]) -> Iterator[checks.CheckMessage]:
-    """Check that `HasEntitlements` has features to check, if the settings name none."""
+    """Check that `HasEntitlements` has features to check, where the settings have none.
+
+    A view class without features may have it as a default for all views, if another
+    view class has features.
+    """
     from rest_framework.views import APIView
 
-    usual = APIView.permission_classes
-    without = [
+    defaults = APIView.permission_classes
+    featureless = [
         view
         for view in views
         if not getattr(view_class_of(view), "required_entitlements", None)
     ]
-    for view in without:
+    for view in featureless:
         own = permissions_of(view)
-        if own is not usual and any(map(checks_entitlements, own)):
-            yield _nothing_to_check(_name(view_class_of(view)))
-    if len(without) == len(views) and any(map(checks_entitlements, usual)):
-        yield _nothing_to_check("DEFAULT_PERMISSION_CLASSES")
+        if own is not defaults and any(map(checks_entitlements, own)):
+            yield _nothing_to_check(_name(view_class_of(view)), "the view class")
+    if len(featureless) == len(views) and any(map(checks_entitlements, defaults)):
+        yield _nothing_to_check("DEFAULT_PERMISSION_CLASSES", "any view class")
 
 
-def _nothing_to_check(where: str) -> checks.CheckMessage:
+def _nothing_to_check(where: str, view_class: str) -> checks.CheckMessage:
     return checks.Warning(
-        f"{where}: HasEntitlements checks nothing, since neither the settings nor the "
-        "view class name a feature",
-        hint="Name the features in required_entitlements of the view class or of "
-        "OPENMETER. @meter(required_entitlements=[…]) needs no permission class.",
+        f"{where}: HasEntitlements checks nothing, as there are no "
+        f"required_entitlements in {SETTING} or in {view_class}",
+        hint="Name the features in one of them, or leave the permission class out. "
+        "@meter(required_entitlements=[…]) works without it.",
         id="openmeter.W005",
     )
 

@@ -65,6 +65,8 @@ def _findings() -> Iterator[Finding]:
     from openmeter_wsgi.cli.findings import failure, warning
 
     for message in check_configuration():
+        if message.is_silenced():
+            continue
         if message.id == WRONG_FEATURES and settings.WSGI_APPLICATION:
             continue  # the check of the application's views has the same finding
         finding = failure if message.is_serious() else warning
