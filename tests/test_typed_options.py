@@ -50,16 +50,20 @@ def test_all_public_names_are_there() -> None:
     assert all(getattr(openmeter_wsgi, name) for name in openmeter_wsgi.__all__)
 
 
-def run_checker(*command: str) -> str:
+def environment() -> dict[str, str]:
     # pyright asks the first python of PATH what is installed.
-    environ = {
+    return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def run_checker(*command: str) -> str:
     return subprocess.run(
         [sys.executable, "-m", *command],
-        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+        check=False,
     ).stdout  # fmt: skip
 
 
