@@ -10,7 +10,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import (
     DeniedResponse,
     EntitlementDenied,
-    telling_quota,
+    with_quota,
 )
 from openmeter_wsgi.errors import NOT_ON_WINDOWS, ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
@@ -285,5 +285,5 @@ def _refusal(
                 _warn_of_unknown_subject()
             return DeniedResponse(decision, billing.policy)
     if billing.tells_quota and request.server_start is not None:
-        request.server_start = telling_quota(request.decision, request.server_start)
+        request.server_start = with_quota(request.decision, request.server_start)
     return None

@@ -105,8 +105,8 @@ def middlewares(openmeter):
 @pytest.fixture
 def patient_ledger(monkeypatch):
     """No request passes only because a busy machine gives it no turn in time."""
-    monkeypatch.setattr("openmeter_wsgi.quota.sqlite.PATIENCE", PATIENCE)
-    monkeypatch.setattr("openmeter_wsgi.quota.account._PATIENCE", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.quota.sqlite.STORE_TIMEOUT", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.quota.account._LOCK_TIMEOUT", PATIENCE)
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ class LedgerContract:
         used.settle(3.0)
 
         # The clock stands still: nothing has lain idle for any time.
-        wait_for(lambda: not ledgers[0].account("acme\0tokens").chunk.free)
+        wait_for(lambda: not ledgers[0].account("acme\0tokens").lease.free)
 
         assert isinstance(other.reserve("acme", "tokens", 7.0), Reservation)
         assert other.reserve("acme", "tokens", 1.0) == NotReserved(True, 0.0)
@@ -112,7 +112,7 @@ class LedgerContract:
         clock.now += 0.1
         one.answered("acme", "tokens", 10.0, clock.now)
 
-        wait_for(lambda: not ledgers[0].account("acme\0tokens").chunk.free)
+        wait_for(lambda: not ledgers[0].account("acme\0tokens").lease.free)
 
         assert isinstance(other.reserve("acme", "tokens", 6.0), Reservation)
         one.close()
@@ -149,7 +149,7 @@ class LedgerContract:
         account.reserve(1.0).settle(8.0)
         for _ in range(2):
             clock.now += 1
-            ours.tend()
+            ours.maintain()
         assert others.account("acme").reserve(3.0).available == 2.0
 
     def test_what_was_never_reserved_is_spent_too(self, new_ledger, clock):
@@ -158,7 +158,7 @@ class LedgerContract:
         account.answered(10.0, START)
         account.spend(4.0)
         clock.now += 1
-        ours.tend()
+        ours.maintain()
         assert others.account("acme").reserve(10.0).available == 6.0
 
     def test_reserving_nothing_takes_nothing_and_needs_something(self, new_ledger):
@@ -189,7 +189,7 @@ class LedgerContract:
         for _ in range(10):
             account.reserve(0.1).settle(0.1)
             clock.now += 1
-            ledger.tend()
+            ledger.maintain()
         assert account.reserve(0.1) == NotReserved(held_back=False, available=0.0)
 
     # -- Answers
@@ -219,7 +219,7 @@ class LedgerContract:
         account.reserve(10.0).settle(10.0)
         for _ in range(8):
             clock.now += 1
-            ledger.tend()
+            ledger.maintain()
         account.answered(3.0, clock.now)
         assert isinstance(account.reserve(3.0), Reservation)
 
@@ -229,7 +229,7 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(4.0).settle(4.0)
         clock.now += LAG - 1
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)
         assert account.reserve(7.0) == NotReserved(held_back=False, available=6.0)
 
@@ -241,14 +241,14 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 60
-        ledger.tend()
+        ledger.maintain()
         delivered_until = clock.now
         clock.now += 1
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)  # delivered a second ago: not seen yet
         assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += LAG
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), Reservation)
 
@@ -261,11 +261,11 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 30
-        ledger.tend()
+        ledger.maintain()
         asked_at = clock.now  # and on its way while the usage becomes visible
         clock.now += 1
         visible_until = clock.now
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, asked_at)
         assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += 1
@@ -283,7 +283,7 @@ class LedgerContract:
         period_start = clock.now
         account.spend(3.0)
         clock.now += 1
-        ledger.tend()
+        ledger.maintain()
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), NotReserved)
         account.answered(10.0, clock.now + 1, since=period_start)
@@ -297,9 +297,9 @@ class LedgerContract:
         account.answered(1_000.0, START)
         account.reserve(1.0).settle(1.0)
         assert others.account("acme").reserve(999.0).held_back
-        ours.tend()
+        ours.maintain()
         clock.now += 0.5
-        ours.tend()
+        ours.maintain()
         assert isinstance(others.account("acme").reserve(999.0), Reservation)
 
     def test_near_the_limit_nobody_holds_more_than_the_request(self, new_ledger):
@@ -352,13 +352,13 @@ class LedgerContract:
         other = others.account("acme")
         assert other.reserve(1.0).held_back
         crash(ours)
-        others.tend()
+        others.maintain()
         clock.now += 1
         assert not other.reserve(1.0).held_back
 
         for _ in range(8):
             clock.now += 1
-            others.tend()
+            others.maintain()
         other.answered(10.0, clock.now)
         assert isinstance(other.reserve(10.0), Reservation)
 
@@ -372,13 +372,13 @@ class LedgerContract:
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 1
-        ours.tend()
+        ours.maintain()
         other = others.account("acme")
         assert other.reserve(1.0) == NotReserved(held_back=False, available=0.0)
         crash(ours)
-        others.tend()
+        others.maintain()
         clock.now += LAG + 1
-        others.tend()
+        others.maintain()
         other.answered(10.0, clock.now)
         assert isinstance(other.reserve(10.0), Reservation)
 
@@ -388,7 +388,7 @@ class LedgerContract:
             account = ours.account(name)
             account.answered(100.0, START)
             account.reserve(1.0).settle(1.0)
-        ours.tend()
+        ours.maintain()
         assert isinstance(others.account("a").reserve(99.0), Reservation)
         assert isinstance(others.account("d").reserve(99.0), NotReserved)
         assert ours.account("a") is not None
@@ -412,21 +412,21 @@ class LedgerContract:
     def test_questions_are_asked_at_a_rate_by_all_together(self, new_store, clock):
         one, other = new_store(), new_store()
         for _ in range(5):
-            assert one.take_question(10.0) == 0.0
-            assert other.take_question(10.0) == 0.0
-        assert one.take_question(10.0) == pytest.approx(0.1)
+            assert one.take_token(10.0) == 0.0
+            assert other.take_token(10.0) == 0.0
+        assert one.take_token(10.0) == pytest.approx(0.1)
         clock.now += 0.1
-        assert other.take_question(10.0) == 0.0
-        assert one.take_question(10.0) > 0
+        assert other.take_token(10.0) == 0.0
+        assert one.take_token(10.0) > 0
 
     def test_a_first_question_leaves_some_for_others(self, new_store):
         store = new_store()
-        first = [store.take_question(10.0, reserve=5.0) for _ in range(6)]
+        first = [store.take_token(10.0, reserve=5.0) for _ in range(6)]
         assert first == [0.0] * 5 + [pytest.approx(0.1)]
-        assert [store.take_question(10.0) for _ in range(5)] == [0.0] * 5
-        assert store.take_question(10.0) > 0
+        assert [store.take_token(10.0) for _ in range(5)] == [0.0] * 5
+        assert store.take_token(10.0) > 0
 
     def test_a_slow_rate_allows_one_question_all_the_same(self, new_store):
         store = new_store()
-        assert store.take_question(0.5, reserve=3.0) == 0.0
-        assert store.take_question(0.5) == pytest.approx(2.0)
+        assert store.take_token(0.5, reserve=3.0) == 0.0
+        assert store.take_token(0.5) == pytest.approx(2.0)

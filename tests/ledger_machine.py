@@ -66,9 +66,9 @@ class Spool:
 
     def look(self, openmeter):
         """Ask for the oldest probes, as the thread of the sender does."""
-        self.probes.mark(self.delivered_until())
-        ids = self.probes.due(10)
-        self.probes.seen(openmeter.listed(self._clock.now, ids))
+        self.probes.close_group(self.delivered_until())
+        ids = self.probes.oldest_unlisted(10)
+        self.probes.note_listed(openmeter.listed(self._clock.now, ids))
 
     def new_sender(self):
         """Let another process go on."""
@@ -109,7 +109,7 @@ class Machine(RuleBasedStateMachine):
 
     def end(self, worker):
         """End a worker as kill -9 does."""
-        worker.store._present.leave(worker.ledger._token)
+        worker.store._liveness.leave(worker.ledger._token)
         worker.store.close()
 
     def new_worker(self):
@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
         self.openmeter.accept(self.clock.now, events, lost=lost)
         self.lost += sum(amount for event_id, amount in events if event_id in lost)
         if events:
-            self.spool.probes.accepted([event_id for event_id, _ in events])
+            self.spool.probes.add([event_id for event_id, _ in events])
         self.spool.waiting = rest
 
     @rule(lag=st.sampled_from([0.0, 2.0, 5.0, 30.0]))
@@ -193,8 +193,8 @@ class Machine(RuleBasedStateMachine):
         self.lost = self.served = 0.0
 
     @rule(who=st.integers(0, WORKERS - 1))
-    def tend(self, who):
-        self.workers[who].ledger.tend()
+    def maintain(self, who):
+        self.workers[who].ledger.maintain()
 
     @rule(
         who=st.integers(0, WORKERS - 1),
@@ -215,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         self.end(self.workers[who])
         self.workers[who] = self.new_worker()
         if in_the_middle:
-            self.tend((who + 1) % WORKERS)
+            self.maintain((who + 1) % WORKERS)
 
     @precondition(lambda self: hasattr(self, "served"))
     @invariant()
@@ -233,15 +233,15 @@ class Machine(RuleBasedStateMachine):
         events = [(event_id, amount) for _, event_id, amount in self.spool.waiting]
         self.openmeter.accept(self.clock.now, events)
         if events:
-            self.spool.probes.accepted([event_id for event_id, _ in events])
+            self.spool.probes.add([event_id for event_id, _ in events])
         self.spool.waiting = []
         account = self.workers[-1].account
-        account.reserve(0.0)  # somebody is there: else nobody tends
+        account.reserve(0.0)  # somebody is there: else nobody maintains
         for _ in range(45):
             self.clock.now += max(self.step, 2.0)
             self.spool.look(self.openmeter)
             for worker in self.workers:
-                worker.ledger.tend()
+                worker.ledger.maintain()
         account.answered(self.openmeter.balance(self.clock.now), self.clock.now)
         left = self.openmeter.balance(self.clock.now)
         if left > NOTHING:

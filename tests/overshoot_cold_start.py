@@ -135,7 +135,7 @@ def start(
         list(pool.map(serve, range(len(customers))))
     stats = app.stats()
     # What waits in line is asked for, although nobody waits any longer.
-    pending = app.process().entitlements._asker._pending  # type: ignore[attr-defined]
+    pending = app.process().entitlements._lookup._pending  # type: ignore[attr-defined]
     while pending:
         time.sleep(0.05)
     app.close(10)

@@ -72,7 +72,7 @@ def test_an_event_that_is_too_large_to_be_sent_takes_nothing_of_the_quota(
 def is_denied_now(entitlements):
     """Ask behind the request's back, and say whether the answer is a no."""
     entitlements.refresh("acme", "api_requests")
-    return not entitlements.known("acme", "api_requests").answer.has_access
+    return not entitlements.cached_answer("acme", "api_requests").answer.has_access
 
 
 def test_an_answer_that_comes_between_decision_and_reservation_denies(make, entitled):
@@ -262,7 +262,7 @@ def test_a_soft_limit_is_never_counted_down(make, entitled):
     entitled.terms["acme", "api_requests"] = {"isSoftLimit": True}
     app = make()
     ask(app)
-    known = app.process().entitlements.known
+    known = app.process().entitlements.cached_answer
     wait_for(lambda: known("acme", "api_requests").terms is not None)
 
     assert served(app, 20) == 20
@@ -272,7 +272,7 @@ def test_a_soft_limit_in_place_of_a_hard_one_shows_with_the_next_answer(make, en
     entitled.values["acme"] = {"api_requests": metered(900, granted=900)}
     entitled.terms["acme", "api_requests"] = {"isSoftLimit": False}
     app = make(allow_ttl=0.1)
-    known = app.process().entitlements.known
+    known = app.process().entitlements.cached_answer
     wait_for(lambda: ask(app) and known("acme", "api_requests").terms is not None)
 
     entitled.values["acme"] = {"api_requests": metered(800, granted=800, soft=True)}
@@ -364,7 +364,7 @@ def test_several_processes_that_count_alone_are_warned_of_once(
     for _ in range(3):
         ask(app, **{"wsgi.multiprocess": several})
 
-    said = [r for r in caplog.records if "each counts for itself" in r.getMessage()]
+    said = [r for r in caplog.records if "without a shared store" in r.getMessage()]
     assert len(said) == (several and not options)
     if said:
         assert said[0].levelname == "WARNING"
@@ -376,7 +376,7 @@ def test_who_counts_nothing_down_is_not_warned(make, entitled, caplog):
 
     ask(make(entitlement_meters=[]), **{"wsgi.multiprocess": True})
 
-    assert "each counts for itself" not in caplog.text
+    assert "without a shared store" not in caplog.text
 
 
 def test_two_keys_or_servers_on_one_spool_have_accounts_of_their_own(

@@ -21,13 +21,6 @@ from openmeter_wsgi.django.view_middleware import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
-NO_SUBJECT = {
-    "type": "about:blank",
-    "title": "Unauthorized",
-    "status": 401,
-    "detail": "The request does not say on whose behalf it comes.",
-    "reason": "no_subject",
-}
 TEMPLATES = [
     {"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}
 ]
@@ -500,7 +493,9 @@ def test_who_has_no_subject_is_challenged_as_by_the_rest_framework(
 
     response = get(app, path, method, **by_user("acme"), **by_token("acme"))
 
-    assert answer(response)[::2] == ("401", NO_SUBJECT)
+    status, media_type, problem = answer(response)
+    assert (status, media_type) == ("401", "application/problem+json")
+    assert problem["reason"] == "no_subject"
     assert dict(response.headers)["WWW-Authenticate"] == challenge
 
 

@@ -497,7 +497,7 @@ def test_a_denial_holds_for_a_shorter_time(make, entitled, openmeter):
     assert ask(app).status == "403 Forbidden"
     entitled.values["acme"] = {"searches": YES}
 
-    known = app.process().entitlements.known("acme", "searches")
+    known = app.process().entitlements.cached_answer("acme", "searches")
     wait_for(lambda: time.monotonic() > known.fresh_until)
 
     assert ask(app).status == "200 OK"  # never once more on suspicion
@@ -509,7 +509,7 @@ def test_an_aged_allowance_is_renewed_behind_the_requests_back(
     entitled.values["acme"] = {"searches": YES}
     app = make(allow_ttl=3_600)
     ask(app)
-    app.process().entitlements.known("acme", "searches").fresh_until = 0.0
+    app.process().entitlements.cached_answer("acme", "searches").fresh_until = 0.0
     entitled.instead = HANG
 
     started = time.monotonic()
@@ -586,7 +586,7 @@ def test_of_too_many_customers_the_one_used_least_recently_is_forgotten():
         )  # fmt: skip
         answers.put(customer, "searches", answer)
 
-    allowed = answers.fresh("searches")
+    allowed = answers.fresh_decisions("searches")
     learn("a")
     learn("b")
     assert allowed("a")
@@ -625,7 +625,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 
 def wait_until_aged(app, *customers):
     """Wait until what is known of them would be asked for anew."""
-    known = app.process().entitlements.known
+    known = app.process().entitlements.cached_answer
     wait_for(
         lambda: all(
             time.monotonic() > known(name, "searches").graceful_until
@@ -739,7 +739,7 @@ def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
     entitled.instead = None
     names = [f"x/{n}" for n in range(1_000)]
     entitled.refused = dict.fromkeys(names, problem(404))
-    asker = app.process().entitlements._asker
+    asker = app.process().entitlements._lookup
 
     wait_for(lambda: ask(app, names.pop()) and not asker.breaker.is_open)
 
@@ -750,7 +750,7 @@ def test_each_outage_of_entitlements_is_logged_at_its_begin_and_end(
     make, entitled, caplog
 ):
     app = make()
-    breaker = app.process().entitlements._asker.breaker
+    breaker = app.process().entitlements._lookup.breaker
     names = [f"subject-{n}" for n in range(1_000)]
 
     for _ in range(2):
@@ -829,7 +829,7 @@ def test_a_429_keeps_what_is_known_and_opens_no_breaker(make, entitled):
         assert ask(app).status == "403 Forbidden"
 
     assert entitled.questions == 2
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
@@ -852,7 +852,7 @@ def test_made_up_names_occupy_few_threads_and_leave_questions_for_others(
 
     started = time.monotonic()
     entitlements = app.process().entitlements
-    entitlements.known("known", "searches").fresh_until = 0.0
+    entitlements.cached_answer("known", "searches").fresh_until = 0.0
     assert ask(app, "known").status == "200 OK"
     assert time.monotonic() - started < 10  # half of what waiting would cost
     openmeter.wait_until(lambda: entitled.asked["known", "searches"] == 2)
@@ -867,7 +867,7 @@ def test_new_names_leave_questions_to_customers_that_are_known(make, entitled):
     entitled.values["acme"] = {"searches": YES}
     app = make(question_rate=4, entitlement_timeout=0.05)
     wait_for(lambda: ask(app) and app.stats().allowed)
-    app.process().entitlements.known("acme", "searches").fresh_until = 0.0
+    app.process().entitlements.cached_answer("acme", "searches").fresh_until = 0.0
 
     for n in range(100):
         ask(app, f"new-{n}")

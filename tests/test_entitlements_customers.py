@@ -1,14 +1,14 @@
 """The cache of the customers that subjects belong to."""
 
 from openmeter_wsgi.entitlements.cache import Lifetimes
-from openmeter_wsgi.entitlements.customers import FoundCustomers
+from openmeter_wsgi.entitlements.customers import CustomerCache
 
 LIFETIMES = Lifetimes(allow=60.0, deny=5.0, max_stale=600.0)
 
 
 def cache(size=10, now=None):
     now = [100.0] if now is None else now
-    return FoundCustomers(LIFETIMES, size=size, clock=lambda: now[0])
+    return CustomerCache(LIFETIMES, size=size, clock=lambda: now[0])
 
 
 def test_a_lookup_holds_as_long_as_an_answer_of_its_kind():

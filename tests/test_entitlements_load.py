@@ -23,7 +23,7 @@ import overshoot
 from entitling import ask
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.quota.sqlite import DATABASE_NAME, SqliteStore
-from openmeter_wsgi.quota.store import Lessee, Request, StoreAway
+from openmeter_wsgi.quota.store import LeaseRequest, Lessee, StoreAway
 from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
 from spooling import threads, until
@@ -160,7 +160,7 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     timeout = 10
     app = limited(sandbox.url, allow_ttl=3_600, entitlement_timeout=timeout)
     assert ask(app).status == "200 OK"
-    known = app.process().entitlements.known
+    known = app.process().entitlements.cached_answer
     until(lambda: known("acme", "api_requests").terms)  # they come behind the back
     sandbox.faults.entitlements.set(hang=60)
 
@@ -339,10 +339,10 @@ def fork_while_tended(directory: str) -> None:
 
 def _exchange(store: SqliteStore, token: str) -> None:
     now = time.time()
-    request = Request("acme\0api_requests", 0.0, 1.0, {int(now): 1.0})
+    request = LeaseRequest("acme\0api_requests", 0.0, 1.0, {int(now): 1.0})
     try:
         store.exchange(Lessee(token, "host"), [request], now)
-        store.take_question(25.0)
+        store.take_token(25.0)
     except StoreAway:
         pass  # busy: it is many at once
 

@@ -211,7 +211,7 @@ def test_where_access_fails_each_feature_is_asked_for_by_itself(
 
     check(ask(app), called, status)
 
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_a_key_of_a_feature_that_is_refused_for_all_is_remembered_for_all(
     assert ask(app).status == UNAVAILABLE
 
     assert len(recorded.asked) == asked
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_an_entitlement_that_was_not_asked_for_may_be_wrong(make, called, recorded):
@@ -417,8 +417,8 @@ def test_the_customer_of_a_subject_is_looked_up_once(make, called, recorded):
     subjects_of_multi(recorded)
     app = make("g-m-1", "g_f_eu")
     ask(app)
-    app.process().entitlements.known("g-m-1", "g_f_eu").fresh_until = 0.0
-    app.process().entitlements.known("g-m-1", "g_f_eu").graceful_until = 0.0
+    app.process().entitlements.cached_answer("g-m-1", "g_f_eu").fresh_until = 0.0
+    app.process().entitlements.cached_answer("g-m-1", "g_f_eu").graceful_until = 0.0
 
     ask(app)
 
@@ -505,7 +505,7 @@ def test_a_subject_whose_customer_is_gone_is_looked_up_again(make, called, recor
     subjects_of_multi(recorded)
     app = make("g-m-1", "g_f_eu")
     ask(app)
-    known = app.process().entitlements.known("g-m-1", "g_f_eu")
+    known = app.process().entitlements.cached_answer("g-m-1", "g_f_eu")
     known.fresh_until = known.graceful_until = 0.0
     gone = RECORDINGS["value2.multi_grants"].path
     recorded.answers[gone] = unknown_customer("g-multi")
@@ -548,7 +548,7 @@ def test_without_an_answer_to_the_lookup_the_fail_mode_decides(
 
     check(ask(app), called, status)
 
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_a_lookup_ends_after_some_pages(make, called, recorded):

@@ -8,7 +8,7 @@ from entitling import ask, middleware, wait_for
 from openmeter_server import CLOSE, PAGE, RESET, Answer, problem
 from openmeter_wsgi.entitlements.cache import Lifetimes
 from openmeter_wsgi.entitlements.client_v3 import ClientV3
-from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
+from openmeter_wsgi.entitlements.customers import CustomerCache, answers_about
 from openmeter_wsgi.entitlements.lookup import Question
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.request import REQUEST
@@ -293,7 +293,7 @@ def test_each_request_takes_a_token(openmeter, recorded, tokens):
     """The question has its own already, for the first of its requests."""
     left = [True] * tokens
     client = ClientV3(url=openmeter.url, key=NO_KEY, timeout=40)
-    found = FoundCustomers(Lifetimes(60, 5, 600))
+    found = CustomerCache(Lifetimes(60, 5, 600))
 
     answers = answers_about(
         client,
@@ -378,7 +378,7 @@ def test_a_bad_answer_about_one_customer_leaves_the_others_alone(
 
     check(ask(app), called, OK)
 
-    assert not app.process().entitlements._asker.breaker.is_open
+    assert not app.process().entitlements._lookup.breaker.is_open
 
 
 def test_a_server_that_answers_nobody_is_not_asked_for_each(make, called, openmeter):
@@ -387,7 +387,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_each(make, called, openme
     who = ["h-bool"]
     app = make("", "h_flag", subject=lambda environ: who[0], fail_mode="closed")
     assert ask(app).status == UNAVAILABLE
-    wait_for(lambda: app.process().entitlements._asker.breaker.is_open)
+    wait_for(lambda: app.process().entitlements._lookup.breaker.is_open)
     count = len(asked)
     who[0] = "h-rich"
 
@@ -407,7 +407,7 @@ def test_either_kind_of_question_that_fails_for_all_stops_them(
 
     check(ask(app), called, UNAVAILABLE)
 
-    wait_for(lambda: app.process().entitlements._asker.breaker.is_open)
+    wait_for(lambda: app.process().entitlements._lookup.breaker.is_open)
 
 
 # -- What the application gets

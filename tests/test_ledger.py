@@ -15,8 +15,8 @@ from openmeter_wsgi.quota.store import Lessee
 
 def _crash(ledger):
     """End a ledger as kill -9 ends its process: nothing is handed in."""
-    ledger._store._present.leave(ledger._token)
-    ledger._known = None
+    ledger._store._liveness.leave(ledger._token)
+    ledger._lessee = None
 
 
 class TestProcessStore(LedgerContract):

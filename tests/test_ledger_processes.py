@@ -16,7 +16,7 @@ from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.sqlite import SqliteStore, database_name
-from openmeter_wsgi.quota.store import PATIENCE
+from openmeter_wsgi.quota.store import STORE_TIMEOUT
 from spooling import Process, until
 
 DATABASE_NAME = database_name("")
@@ -63,10 +63,10 @@ def ask():
     asked_at = time.time()
     account.answered(json.load(urlopen(url)), asked_at)
 
-def tend():
+def maintain():
     while True:
         time.sleep(0.1)
-        ledger.tend()
+        ledger.maintain()
 
 def refresh():
     while True:
@@ -87,7 +87,7 @@ def work():
         outcome.settle(1.0)
 
 ask()
-for background in (deliver, tend, refresh):
+for background in (deliver, maintain, refresh):
     threading.Thread(target=background, daemon=True).start()
 workers = [threading.Thread(target=work) for _ in range(int(threads))]
 for worker in workers:
@@ -216,7 +216,7 @@ def test_what_a_killed_process_held_comes_back(tmp_path):
         process.kill()
 
     def comes_back():
-        ledger.tend()
+        ledger.maintain()
         account.answered(100.0, time.time())
         return isinstance(account.reserve(100.0), Reservation)
 
@@ -232,7 +232,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
     account.reserve(60.0)
     pid = os.fork()
     if not pid:
-        ledger.tend()
+        ledger.maintain()
         end(ledger)
         mine = new_ledger(tmp_path)
         refused = isinstance(mine.account("acme").reserve(50.0), NotReserved)
@@ -240,7 +240,7 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
         mine.close()
         os._exit(0 if refused and granted else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    ledger.tend()
+    ledger.maintain()
     assert isinstance(account.reserve(31.0), NotReserved)
     assert isinstance(account.reserve(30.0), Reservation)
     end(ledger)
@@ -248,13 +248,13 @@ def test_a_forked_child_leaves_its_parents_ledger_alone(tmp_path):
 
 def test_a_store_is_used_by_a_child_as_by_another_process(tmp_path):
     store = SqliteStore(tmp_path, clock=lambda: 1_000.0)  # that refills nothing
-    assert store.take_question(10.0) == 0.0
+    assert store.take_token(10.0) == 0.0
     pid = os.fork()
     if not pid:
-        took = [store.take_question(10.0, reserve=0.0) for _ in range(9)]
+        took = [store.take_token(10.0, reserve=0.0) for _ in range(9)]
         os._exit(0 if took == [0.0] * 9 else 1)
     assert os.waitpid(pid, 0)[1] == 0
-    assert store.take_question(10.0) > 0
+    assert store.take_token(10.0) > 0
     store.close()
 
 
@@ -281,7 +281,7 @@ def served(directory, times=3):
     for _ in range(times):
         began = time.monotonic()
         assert isinstance(account.reserve(1.0), Reservation)
-        ledger.tend()
+        ledger.maintain()
         slowest = max(slowest, time.monotonic() - began)
     assert isinstance(account.reserve(11.0 - times), NotReserved)
     end(ledger)
@@ -301,7 +301,7 @@ def test_a_file_that_cannot_be_read_is_set_aside(tmp_path, content, caplog):
     (tmp_path / DATABASE_NAME).write_bytes(content)
     served(tmp_path)
     assert (tmp_path / f"{DATABASE_NAME}.unreadable").read_bytes()[:16] == content[:16]
-    assert "a new one is made" in caplog.text
+    assert "a new one is created" in caplog.text
     with sqlite3.connect(tmp_path / DATABASE_NAME) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
@@ -329,7 +329,7 @@ def test_a_file_that_is_damaged_while_it_is_used_is_replaced(tmp_path, caplog):
     # What was spent here is told to the new one.
     assert isinstance(account.reserve(31.0), NotReserved)
     assert isinstance(account.reserve(30.0), Reservation)
-    assert "a new one is made" in caplog.text
+    assert "a new one is created" in caplog.text
     end(ledger)
 
 
@@ -341,7 +341,7 @@ def test_a_deleted_file_is_made_anew_and_all_meet_there(tmp_path):
     for path in tmp_path.glob(f"{DATABASE_NAME}*"):
         path.unlink()
     for ledger in (ours, others):
-        ledger.tend()
+        ledger.maintain()
     ours.account("acme").reserve(20.0).settle(20.0)
     assert isinstance(others.account("acme").reserve(31.0), NotReserved)
     for ledger in (ours, others):
@@ -361,9 +361,9 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
         for _ in range(400):
             ledger.account("other").reserve(1.0)
         # Half of what it would be if each waited for the store.
-        assert time.monotonic() - began < 200 * PATIENCE
+        assert time.monotonic() - began < 200 * STORE_TIMEOUT
         assert "may be overshot" in caplog.text
-    until(lambda: ledger.tend() or "counted here again" in caplog.text)
+    until(lambda: ledger.maintain() or "counted here again" in caplog.text)
     # What was spent meanwhile is told.
     assert account.reserve(10.0).available == 9.0
     end(ledger)
@@ -407,11 +407,11 @@ def test_long_gone_accounts_are_forgotten(tmp_path):
     for n in range(3):
         ledger.account(f"old-{n}").answered(10.0, now)
         ledger.account(f"old-{n}").spend(1.0)
-    ledger.tend()
+    ledger.maintain()
     for name in ("new", "newer"):
         now += 2 * 3_600
         ledger.account(name).answered(10.0, now)
-        ledger.tend()
+        ledger.maintain()
     with sqlite3.connect(tmp_path / DATABASE_NAME) as db:
         keys = {key for (key,) in db.execute("SELECT key FROM accounts")}
         assert keys == {"new", "newer"}

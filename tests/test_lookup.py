@@ -18,12 +18,12 @@ from openmeter_wsgi.entitlements.cache import (
     Lifetimes,
 )
 from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
-from openmeter_wsgi.entitlements.customers import FoundCustomers
+from openmeter_wsgi.entitlements.customers import CustomerCache
 from openmeter_wsgi.entitlements.lookup import (
-    MAX_LINE,
+    MAX_QUEUE,
     BackgroundLookup,
     Question,
-    Recalled,
+    SharedResult,
 )
 from openmeter_wsgi.options import question_rate
 from servers import TIMEOUT
@@ -55,7 +55,7 @@ class Answering:
     def __init__(self):
         self.order = []
 
-    def __call__(self, client, question, answered, has_token):
+    def __call__(self, client, question, answered, wait_for_token):
         self.order.append(question.customer)
 
 
@@ -80,8 +80,8 @@ def make_lookup(tokens, answering):
 
     def make(**options):
         usual = {
-            "new_client": NoConnection, "answering": answering,
-            "take_question": tokens.take, "timeout": TIMEOUT, "rate": 1_000.0,
+            "new_client": NoConnection, "ask_openmeter": answering,
+            "take_token": tokens.take, "timeout": TIMEOUT, "rate": 1_000.0,
             "reserve": 0.0,
         }  # fmt: skip
         made.append(BackgroundLookup(**usual | options))
@@ -108,7 +108,7 @@ def enlist(lookup, names, *, is_known=False):
 
 def is_in_line(lookup, question):
     pending = lookup._pending.get(question)
-    return pending is not None and pending.line is not None
+    return pending is not None and pending.queue is not None
 
 
 def test_the_first_in_line_is_asked_for_first(make_lookup, tokens, answering):
@@ -188,10 +188,10 @@ def test_nobody_waits_whose_turn_is_further_than_the_timeout(make_lookup):
 
 def test_the_line_has_an_end(make_lookup, tokens):
     lookup = make_lookup(rate=1.0, timeout=0.001)
-    for n in range(MAX_LINE + 100):
+    for n in range(MAX_QUEUE + 100):
         lookup.ask(question(f"customer-{n}"))
 
-    assert len(lookup._pending) <= MAX_LINE + 1
+    assert len(lookup._pending) <= MAX_QUEUE + 1
     assert lookup.ask(question("one-more")) > 100
     tokens.left = 10
     assert (lookup.ask(question("known"), is_known=True) or 0) <= 1
@@ -229,8 +229,8 @@ def test_a_question_that_nobody_waits_for_goes_behind(make_lookup, tokens, answe
 
 
 def test_what_another_process_has_asked_is_not_asked(make_lookup, answering):
-    shared = deque([Recalled(is_answered=True, is_known=True)])
-    lookup = make_lookup(recall=lambda question, since: shared.popleft())
+    shared = deque([SharedResult(is_answered=True, is_known=True)])
+    lookup = make_lookup(load_shared=lambda question, since: shared.popleft())
 
     assert lookup.ask(question("acme")) is None
 
@@ -257,7 +257,7 @@ def make(openmeter, entitled, middlewares):
 def test_a_line_that_is_too_long_is_told_as_busy(make, entitled, mode, statuses):
     app = make(question_rate=0.02, fail_mode=mode)
     ask(app, "takes-the-only-token")
-    app.process().entitlements._asker._timeout = 0.05  # of the wait alone
+    app.process().entitlements._lookup._timeout = 0.05  # of the wait alone
     names = [f"customer-{n}" for n in range(5)]
 
     responses = [ask(app, name) for name in names]
@@ -338,9 +338,9 @@ def test_a_flood_of_made_up_names_takes_no_more_than_some_mebibytes():
     lifetimes = Lifetimes(60.0, 5.0, 600.0)
     share = 10  # of the bound of the caches, as it takes less time
     answers = AnswerCache(CACHE_SIZE // share)
-    found = FoundCustomers(lifetimes, size=CACHE_SIZE // share)
+    found = CustomerCache(lifetimes, size=CACHE_SIZE // share)
     lookup = BackgroundLookup(
-        new_client=NoConnection, answering=Answering(), take_question=lambda _: 100.0,
+        new_client=NoConnection, ask_openmeter=Answering(), take_token=lambda _: 100.0,
         timeout=0.0, rate=25.0, reserve=0.0,
     )  # fmt: skip
 
@@ -352,14 +352,14 @@ def test_a_flood_of_made_up_names_takes_no_more_than_some_mebibytes():
         answers.put(name, "searches", known)
         found.put(name, None, at)
 
-    names = [f"{n:036}" for n in range(MAX_LINE + 100)]
+    names = [f"{n:036}" for n in range(MAX_QUEUE + 100)]
     in_caches = memory_of(lambda: [remember(name, float(n))
                                    for n, name in enumerate(names)])  # fmt: skip
     in_line = memory_of(lambda: [lookup.ask(question(name)) for name in names])
     lookup.close()
 
     # The names themselves are in each once more.
-    of_names = (CACHE_SIZE + MAX_LINE) * sys.getsizeof(names[0])
+    of_names = (CACHE_SIZE + MAX_QUEUE) * sys.getsizeof(names[0])
     assert in_caches * share + in_line + of_names < 8 * 1024**2
 
 
@@ -382,11 +382,11 @@ def test_a_flood_of_made_up_names_does_not_fill_the_line_of_known_customers(
     app = make(fail_mode="closed", question_rate=20)
     assert ask(app, "acme").status == "200 OK"
     entitlements = app.process().entitlements
-    entitlements._asker._timeout = 0.0  # nobody waits for the answer about a name
+    entitlements._lookup._timeout = 0.0  # nobody waits for the answer about a name
     for n in range(3_000):
         assert not entitlements.decide(f"name-{n}", ("searches",), "closed").allowed
-    assert len(entitlements._asker._pending) <= MAX_LINE + 8
-    entitlements.known("acme", "searches").fresh_until = 0.0
+    assert len(entitlements._lookup._pending) <= MAX_QUEUE + 8
+    entitlements.cached_answer("acme", "searches").fresh_until = 0.0
     asked = entitled.asked["acme", "searches"]
 
     assert ask(app, "acme").status == "200 OK"

@@ -53,7 +53,7 @@ def test_a_second_process_asks_nothing(make, entitled, value, status):
     assert ask(first).status.startswith(status)
     wait_until_shared(first, entitled)
     wait_for(lambda: "balance" not in value or entitled.asked_terms)
-    wait_for(lambda: not first.process().entitlements._asker._pending)
+    wait_for(lambda: not first.process().entitlements._lookup._pending)
     asked, asked_terms = entitled.questions, entitled.asked_terms.copy()
 
     responses = [ask(make(usage_headers=True)) for _ in range(3)]
@@ -70,12 +70,12 @@ def test_an_answer_ages_from_the_moment_it_was_asked(make, entitled):
     first = make()
     ask(first)
     wait_until_shared(first, entitled)
-    known = first.process().entitlements.known("acme", "searches")
+    known = first.process().entitlements.cached_answer("acme", "searches")
 
     second = make()
     ask(second)
 
-    taken_over = second.process().entitlements.known("acme", "searches")
+    taken_over = second.process().entitlements.cached_answer("acme", "searches")
     assert taken_over.asked_at == pytest.approx(known.asked_at, abs=0.1)
 
 
@@ -122,7 +122,7 @@ def test_what_is_invalidated_is_forgotten_in_the_store_too(make, entitled):
 def test_who_is_no_customer_takes_no_room_in_the_store(make, entitled):
     first = make()
     assert body(ask(first, "nobody"))["reason"] == "unknown_customer"
-    wait_for(lambda: not first.process().entitlements._asker._pending)
+    wait_for(lambda: not first.process().entitlements._lookup._pending)
 
     assert first.process().entitlements._shared.get("nobody", ["searches"]) == [None]
 

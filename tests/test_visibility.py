@@ -24,7 +24,7 @@ from openmeter_server import Answer, problem
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.entitlements import service, visibility_probes
-from openmeter_wsgi.quota.visibility_mark import PROBES, FixedLag, Probes, spread
+from openmeter_wsgi.quota.visibility_mark import MAX_PROBES, FixedLag, Probes, sample
 from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.stats import Counts
 from test_entitlements import ok
@@ -43,73 +43,75 @@ def probes(clock):
 
 
 def test_without_any_batch_all_that_was_delivered_is_visible(probes):
-    probes.mark(START)
+    probes.close_group(START)
 
     assert probes.visible_until == START
 
 
 def test_the_mark_stands_still_until_every_probe_is_listed(probes):
-    probes.mark(START)
-    probes.accepted(["a", "b"])
-    probes.mark(START + 1)
-    probes.accepted(["c"])
-    probes.mark(START + 2)
+    probes.close_group(START)
+    probes.add(["a", "b"])
+    probes.close_group(START + 1)
+    probes.add(["c"])
+    probes.close_group(START + 2)
 
     assert probes.visible_until == START
-    probes.seen(["a", "c"])
+    probes.note_listed(["a", "c"])
     assert probes.visible_until == START
-    assert probes.due(10) == ["b"]
-    probes.seen(["b"])
+    assert probes.oldest_unlisted(10) == ["b"]
+    probes.note_listed(["b"])
     assert probes.visible_until == START + 2
-    assert probes.due(10) == []
+    assert probes.oldest_unlisted(10) == []
 
 
 def test_a_batch_is_covered_by_the_next_mark_and_not_by_the_last(probes):
-    probes.mark(START)
-    probes.accepted(["a"])
+    probes.close_group(START)
+    probes.add(["a"])
 
-    probes.seen(["a"])  # before its group has a mark
+    probes.note_listed(["a"])  # before its group has a mark
     assert probes.visible_until == START
 
-    probes.mark(START + 1)
-    probes.seen(["a"])
+    probes.close_group(START + 1)
+    probes.note_listed(["a"])
     assert probes.visible_until == START + 1
 
 
 def test_of_large_batches_a_few_ids_are_looked_for_spread_over_them(probes):
     ids = [f"id-{n}" for n in range(500)]
     for _ in range(20):
-        probes.accepted(ids)
-    probes.mark(START)
+        probes.add(ids)
+    probes.close_group(START)
 
-    due = probes.due(1_000)
-    assert len(due) == PROBES
-    assert {"id-0", "id-499"} <= {*spread(ids)}
-    assert len(spread(ids)) == PROBES
+    due = probes.oldest_unlisted(1_000)
+    assert len(due) == MAX_PROBES
+    assert {"id-0", "id-499"} <= {*sample(ids)}
+    assert len(sample(ids)) == MAX_PROBES
 
 
 def test_the_oldest_probes_are_looked_for_first(probes):
     for n in range(50):
-        probes.accepted([f"{n}-{m}" for m in range(PROBES)])
-        probes.mark(START + n)
+        probes.add([f"{n}-{m}" for m in range(MAX_PROBES)])
+        probes.close_group(START + n)
 
-    assert [one.partition("-")[0] for one in probes.due(16)] == ["0"] * 8 + ["1"] * 8
+    assert [one.partition("-")[0] for one in probes.oldest_unlisted(16)] == [
+        "0"
+    ] * 8 + ["1"] * 8
 
 
 def test_a_probe_that_is_never_listed_counts_as_visible_after_a_while(
     probes, clock, caplog
 ):
-    probes.mark(START)
-    probes.accepted(["lost"])
-    probes.mark(START + 1)
+    probes.close_group(START)
+    probes.add(["lost"])
+    probes.close_group(START + 1)
     clock.now += 300
-    probes.accepted(["late"])
-    probes.mark(START + 301)
+    probes.add(["late"])
+    probes.close_group(START + 301)
     clock.now += 299
-    assert probes.due(10) == ["lost", "late"]
+    assert probes.oldest_unlisted(10) == ["lost", "late"]
 
     clock.now += 2
-    assert probes.due(10) == ["late"]
+    assert probes.oldest_unlisted(10) == ["late"]
 
     assert probes.visible_until == START + 1
     assert "lost" in caplog.text
@@ -118,20 +120,20 @@ def test_a_probe_that_is_never_listed_counts_as_visible_after_a_while(
 
 
 def test_the_next_sender_goes_on_where_the_last_one_ended(probes, clock):
-    probes.accepted(["a"])
-    probes.mark(START)
-    probes.accepted(["b"])
+    probes.add(["a"])
+    probes.close_group(START)
+    probes.add(["b"])
     written = msgspec.json.encode(probes.state())
 
     other = Probes(600.0, clock)
     other.restore(msgspec.json.decode(written, type=type(probes.state())))
-    other.accepted(["c"])
-    other.mark(START + 5)
+    other.add(["c"])
+    other.close_group(START + 5)
 
-    assert other.due(10) == ["a", "b", "c"]
-    other.seen(["a", "c"])
+    assert other.oldest_unlisted(10) == ["a", "b", "c"]
+    other.note_listed(["a", "c"])
     assert other.visible_until == START
-    other.seen(["b"])
+    other.note_listed(["b"])
     assert other.visible_until == START + 5
 
 
@@ -155,7 +157,7 @@ FEATURE = "api_requests"
 @pytest.fixture
 def hurried(monkeypatch):
     monkeypatch.setattr(visibility_probes, "INTERVAL", 0.05)
-    monkeypatch.setattr("openmeter_wsgi.quota.ledger._TEND_INTERVAL", 0.05)
+    monkeypatch.setattr("openmeter_wsgi.quota.ledger._MAINTENANCE_INTERVAL", 0.05)
 
 
 @pytest.fixture

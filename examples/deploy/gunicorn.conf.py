@@ -10,5 +10,5 @@ threads = 4 if worker_class == "gthread" else 1
 # Time for the running requests and then for the waiting events, which takes up to
 # shutdown_timeout (5 s). After that workers are killed: without a spool, usage is lost.
 graceful_timeout = 30
-# The control socket would be in the home directory, which the user of a service may lack.
+# The control socket would be in the home directory, which a service's user may lack.
 control_socket_disable = True

@@ -1,1 +1,1 @@
-"""Entitlements: whether a request is allowed, with answers kept in a cache."""
+"""Entitlements: decisions on requests, from answers of OpenMeter and local quotas."""

@@ -1,4 +1,10 @@
-"""The cache of entitlement answers, and requests that it allows at once."""
+"""The cache of entitlement answers, and the fast path that allows requests from it.
+
+A cached answer is *fresh* for ``allow_ttl`` or ``deny_ttl`` seconds. An expired
+allowance is still used for as long again while a worker thread refreshes it. After
+that, requests wait for a new answer; if none comes, the answer remains usable until
+``max_stale`` seconds after its expiry.
+"""
 
 from __future__ import annotations
 
@@ -30,28 +36,27 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: An allowance that has outlived its time is still given for as long again, while it
-#: is asked for anew behind the request's back.
+#: Multiple of its lifetime for which an allowance is used while it is refreshed.
 _GRACE = 2.0
 
 
-#: Answers that a process keeps of each feature, and customers that it keeps of lookups.
+#: Maximum number of cached answers per feature, and of cached customer lookups.
 CACHE_SIZE = 10_000
 
 
 class Lifetimes(NamedTuple):
-    """Seconds for which an answer holds."""
+    """Seconds for which an answer is fresh: an allowance, and a denial."""
 
     allow: float
     deny: float
-    #: How much longer it holds when OpenMeter cannot be asked.
+    #: Seconds after expiry for which it is usable if OpenMeter gives no answer.
     max_stale: float
 
 
 class CachedAnswer:
-    """One answer, and what follows from it. Any thread; nothing but `used` changes.
+    """One answer with its decision and expiry times. Any thread; only `used` changes.
 
-    Times are monotonic, in seconds. Its lifetime is *at_least* and *at_most* so many.
+    Times are monotonic, in seconds. *at_least* and *at_most* limit the lifetime.
     """
 
     __slots__ = (
@@ -78,21 +83,21 @@ class CachedAnswer:
         lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
         lifetime = min(max(lifetime, at_least), at_most)
         self.fresh_until: float = asked_at + lifetime
-        # A denial is never given away on suspicion: its customer may have paid.
+        # An expired denial is never used: the customer may have paid since.
         self.graceful_until: float = asked_at + lifetime * (
             _GRACE if answer.has_access else 1
         )
         self.usable_until: float = self.fresh_until + lifetimes.max_stale
-        #: True if a request went by it since this was last cleared.
+        #: True if a request used the answer since the flag was last cleared.
         self.used: bool = False
-        #: True if there is a balance that can be used up. Access without one is a
-        #: soft limit, whether the terms are known or not.
+        #: True if the balance limits access. Access with a balance of 0 is a soft
+        #: limit, even if the terms are unknown.
         self.counts_down: bool = bool(
             answer.balance
             and answer.has_access
             and (terms is None or not terms.soft_limit)
         )
-        #: Made once: this is all that a request with a known answer needs.
+        #: Created once, for all requests.
         self.decision: Decision = Decision(
             answer.has_access,
             () if answer.has_access else (_denial(feature, answer, terms),),
@@ -104,11 +109,11 @@ class CachedAnswer:
 
 
 class AnswerCache:
-    """The known answers by feature and customer.
+    """The cached answers by feature and customer.
 
-    Belongs to one process; any thread. Of each feature so many are kept, and of too
-    many that one goes which was not used since it was last spared (a clock, as
-    operating systems do it): a hit then costs no more than setting a flag.
+    Belongs to one process; any thread. Each feature has a table of at most *size*
+    answers. The clock algorithm (second chance) evicts from a full table, so that a
+    cache hit only sets a flag.
     """
 
     def __init__(
@@ -117,60 +122,60 @@ class AnswerCache:
         self._size = size
         #: Monotonic, in seconds.
         self.clock = clock
-        #: Reading needs no lock; a dictionary never moves once it is here.
+        #: By feature and customer. Reads need no lock: a table is never replaced.
         self._tables: dict[str, dict[str, CachedAnswer]] = {}
-        self._finders: dict[str, Callable[[str], Decision | None]] = {}
-        #: When customers were forgotten: an answer to an older question is not kept.
+        self._fresh_functions: dict[str, Callable[[str], Decision | None]] = {}
+        #: When customers were removed: answers to older questions are not cached.
         self._forgotten: dict[str, float] = {}
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return sum(map(len, self._tables.values()))
 
     def get(self, customer: str, feature: str) -> CachedAnswer | None:
-        """Return what is known, however old it is."""
+        """Return the cached answer of any age, or None."""
         return self._table(feature).get(customer)
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that were asked for."""
+        """All features that were ever read or cached."""
         return tuple(self._tables)
 
-    def finder(self, feature: str) -> Callable[[str], CachedAnswer | None]:
-        """Return what finds what is known of a customer, however old it is."""
+    def getter(self, feature: str) -> Callable[[str], CachedAnswer | None]:
+        """Return a function from a customer to its answer of any age, or None."""
         return self._table(feature).get
 
-    def fresh(self, feature: str) -> Callable[[str], Decision | None]:
-        """Return what finds the decision on a customer, None where it must be asked.
+    def fresh_decisions(self, feature: str) -> Callable[[str], Decision | None]:
+        """Return a function from a customer to its fresh decision, or None.
 
-        This is all that most requests pay for, so it is one call.
+        Most requests need nothing else, so a cache hit costs one call.
         """
-        finder = self._finders.get(feature)
-        if finder is None:
-            finder = self._finders[feature] = self._finder(feature)
-        return finder
+        function = self._fresh_functions.get(feature)
+        if function is None:
+            function = self._fresh_functions[feature] = self._fresh_function(feature)
+        return function
 
-    def _finder(self, feature: str) -> Callable[[str], Decision | None]:
+    def _fresh_function(self, feature: str) -> Callable[[str], Decision | None]:
         find = self._table(feature).get
         clock = self.clock
 
         def fresh(customer: str) -> Decision | None:
-            known = find(customer)
-            if known is None or clock() >= known.fresh_until:
+            cached = find(customer)
+            if cached is None or clock() >= cached.fresh_until:
                 return None
-            known.used = True
-            return known.decision
+            cached.used = True
+            return cached.decision
 
         return fresh
 
-    def put(self, customer: str, feature: str, known: CachedAnswer) -> None:
-        """Remember *known*, unless something newer is there."""
+    def put(self, customer: str, feature: str, new: CachedAnswer) -> None:
+        """Cache *new*, unless a newer answer is cached."""
         table = self._table(feature)
-        with self._changing:
+        with self._lock:
             before = table.get(customer)
-            if before is not None and before.asked_at > known.asked_at:
+            if before is not None and before.asked_at > new.asked_at:
                 return
-            if known.asked_at <= self._forgotten.get(customer, -math.inf):
+            if new.asked_at <= self._forgotten.get(customer, -math.inf):
                 return
             while before is None and len(table) >= self._size:
                 oldest = next(iter(table))
@@ -178,11 +183,11 @@ class AnswerCache:
                 if entry.used:
                     entry.used = False
                     table[oldest] = entry
-            table[customer] = known
+            table[customer] = new
 
     def forget(self, customer: str, feature: str | None = None) -> None:
-        """Forget one feature of *customer*, or all of them."""
-        with self._changing:
+        """Remove the answer about *customer* and one feature, or all features."""
+        with self._lock:
             self._forgotten.pop(customer, None)
             self._forgotten[customer] = self.clock()
             if len(self._forgotten) > self._size:
@@ -218,52 +223,51 @@ def _static_values(feature: str, answer: Answer) -> tuple[tuple[str, str], ...]:
     try:
         msgspec.json.decode(answer.config)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        logger.error("feature %r: the value of a static entitlement is no JSON (%s); "
-                     "the handler gets none", feature, error)  # fmt: skip
+        logger.error("feature %r: the value of the static entitlement is not valid "
+                     "JSON (%s), the handler gets none", feature, error)  # fmt: skip
         return ()
     return ((feature, answer.config),)
 
 
-#: Says whether a request may pass, as far as that is known.
+#: Returns True if a request may begin by a cached answer.
 AllowFromCache: TypeAlias = "Callable[[dict[str, Any], RequestRecord], bool]"
 
 
 def allow_nothing(_: dict[str, Any], __: RequestRecord) -> bool:
-    """Let each request go the long way."""
+    """Return False: the gate decides all requests."""
     return False
 
 
 def allow_from_cache(
-    known_of: Callable[[str], CachedAnswer | None],
+    get_cached: Callable[[str], CachedAnswer | None],
     clock: Callable[[], float],
     *,
     find_subject: FindSubject,
     anonymous: str | None,
     counts: Counts,
 ) -> AllowFromCache:
-    """Return what lets a request pass whose customer is known to have access.
+    """Return a function that returns True for a request with a fresh allowance.
 
-    For one feature that is not counted down. *anonymous* is who has to have access
-    where a request does not say who is calling, None where *find_subject* has to be
-    asked all the same. Whoever does not pass is not denied: that is for the gate to
-    decide.
+    For one feature that is not counted down. *anonymous* is the subject of requests
+    without a caller, None if *find_subject* must be called for these, too. If the
+    function returns False, the request is not denied: the gate decides.
     """
 
     def passes(environ: dict[str, Any], request: RequestRecord) -> bool:
-        # In one piece: each call costs a request.
+        # One function without calls to helpers: it runs in every request.
         if environ.get("REQUEST_METHOD") in OPTIONS:
             return False
         if anonymous is None or request.caller or "REMOTE_USER" in environ:
             subject = find_subject(environ)
         else:
             subject = anonymous
-        known = known_of(subject)  # type: ignore[arg-type] # nobody knows None
-        if known is None or clock() >= known.fresh_until:
+        cached = get_cached(subject)  # type: ignore[arg-type] # None is never cached
+        if cached is None or clock() >= cached.fresh_until:
             return False
-        decision = known.decision
+        decision = cached.decision
         if not decision.allowed:
             return False
-        known.used = True
+        cached.used = True
         request.decision = decision
         counts.passed += 1
         return True

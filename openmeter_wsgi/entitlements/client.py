@@ -1,4 +1,9 @@
-"""Questions about entitlements by version 1 and 2 of OpenMeter's API, over HTTP."""
+"""The HTTP client for questions about entitlements: base class, and versions 1 and 2.
+
+An *answer* (`Answer`) states the access of one customer to one feature, with its
+balance. The *terms* (`Terms`) state the rest: soft limit and usage period. OpenMeter
+returns them from another endpoint, so they are asked for less often.
+"""
 
 from __future__ import annotations
 
@@ -24,60 +29,61 @@ _VALUE = "/api/v2/customers/{}/entitlements/{}/value"
 _ACCESS = "/api/v1/customers/{}/access"
 _TERMS = "/api/v2/customers/{}/entitlements/{}"
 _CUSTOMERS = "/api/v1/customers?subject={}&page={}&pageSize={}"
-#: A key that no customer has.
-NOBODY = "openmeter_wsgi.nobody"
-#: OpenMeter's own default.
+#: A customer key that does not exist, for probes.
+PROBE_CUSTOMER = "openmeter_wsgi.nobody"
+#: Number of customers per page: OpenMeter's default.
 _PAGE_SIZE = 100
-#: A customer with hundreds of features still fits.
+#: Maximum size of an answer: enough for a customer with hundreds of features.
 _MAX_ANSWER_BYTES = 1_048_576
-#: OpenMeter's own bound, in characters.
+#: Maximum number of characters in a key: OpenMeter's limit.
 _MAX_KEY = 256
-#: What a server or a proxy could resolve to the path of another customer, and NUL,
-#: for which OpenMeter's database has an error only.
-_NO_KEY = re.compile(r"(?:^|[/\\])\.{1,2}(?:[/\\]|$)|^/|//|/$|\0")
-#: 412: the customer was deleted.
-_UNKNOWN = {404, 412}
-#: OpenMeter rounds the time of a question up to the minute.
+#: Keys that a server or a proxy may resolve to another path, and keys with NUL, which
+#: OpenMeter's database rejects.
+_INVALID_KEY = re.compile(r"(?:^|[/\\])\.{1,2}(?:[/\\]|$)|^/|//|/$|\0")
+#: Statuses for an unknown customer; 412: the customer was deleted.
+_NOT_FOUND = {404, 412}
+#: Seconds before the end of a period in which OpenMeter answers for the next period,
+#: because OpenMeter rounds the time of a question up to the minute.
 _LAST_MINUTE = 60.0
 
 
 class Answer(msgspec.Struct, frozen=True, rename="camel"):
     """OpenMeter's answer about one customer and feature (``EntitlementValue``)."""
 
-    #: OpenMeter leaves this out where it is false.
+    #: OpenMeter omits this if it is false.
     has_access: bool = False
-    #: These three where the entitlement is metered.
+    #: Balance, usage and overage of a metered entitlement.
     balance: float | None = None
     usage: float | None = None
     overage: float | None = None
-    #: All that was granted in this period.
+    #: The sum of all grants in this period.
     total_available_grant_amount: float | None = None
-    #: The value of a static entitlement: JSON, as text.
+    #: The value of a static entitlement, as JSON text.
     config: str | None = None
-    #: True if OpenMeter knows the customer at all.
+    #: False if OpenMeter has no such customer.
     known_customer: bool = True
-    #: True if it is known to be metered, although nothing is said of a balance.
+    #: True if the entitlement is metered, but the answer contains no balance.
     is_metered: bool = False
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """The properties of an entitlement that its value does not tell."""
+    """The properties of an entitlement that an answer does not contain."""
 
-    #: True if access goes on when the balance is used up.
+    #: True if access continues after the balance is used up.
     soft_limit: bool = False
-    #: When the usage period ends, in seconds since 1970; None where it has none …
+    #: The end of the usage period in seconds since 1970, None without a period.
     period_end: float | None = None
-    #: … and when it began.
+    #: The start of the usage period, likewise.
     period_start: float | None = None
 
     def is_over(self, now: float) -> bool:
-        """Return True if that period has ended."""
+        """Return True if the usage period has ended."""
         return self.period_end is not None and self.period_end <= now
 
     def is_ending(self, now: float) -> bool:
-        """Return True in the last minute, when values already are the next period's.
+        """Return True in the last minute, when OpenMeter answers for the next period.
 
-        With a second more at both ends, as the server tells its time in seconds.
+        One second is added at both ends, because the server's time is in seconds.
         """
         end = self.period_end
         return end is not None and end - _LAST_MINUTE - 1 <= now < end + 1
@@ -94,7 +100,7 @@ class _Entitlement(msgspec.Struct, rename="camel"):
 
 
 class _Access(msgspec.Struct):
-    #: Each is decoded by itself, and only if it was asked for.
+    #: Decoded one by one, so that an invalid entry affects only its own feature.
     entitlements: dict[str, msgspec.Raw]
 
 
@@ -119,64 +125,64 @@ class _CustomerPage(msgspec.Struct, rename="camel"):
 
 
 class CustomerPage(NamedTuple):
-    """The result of one request of a lookup: the customer of a subject, or none."""
+    """The result of one HTTP request of a lookup of a subject's customer."""
 
-    #: The key or id by which that customer is asked for.
+    #: The customer's key or id for questions, None if this page does not contain it.
     customer: str | None
     is_last: bool
-    #: The key and the id of that customer, as far as they are known.
+    #: The customer's key and id, as far as they are known.
     names: tuple[str, ...] = ()
 
 
 NO_ACCESS = Answer()
 UNKNOWN_CUSTOMER = Answer(known_customer=False)
-#: By feature: the answer, or the error in its place.
+#: The answer or the error, by feature.
 Answers: TypeAlias = "dict[str, Answer | DeliveryError]"
 
 
 class EntitlementClient(ABC):
-    """Asks one OpenMeter server. Belongs to one thread at a time.
+    """A client of one OpenMeter server. Belongs to one thread at a time.
 
-    Each method but `lookup` and `probe` sends one request per question.
+    All methods that send a request raise the same errors.
 
-    :raises Unavailable: from each question, if there is no answer now.
-    :raises Misconfigured: if this configuration cannot get an answer.
+    :raises Unavailable: if no answer comes now.
+    :raises Misconfigured: if the configuration must be mended to get an answer.
     """
 
-    #: True if a feature can be asked for without all others of the customer.
-    asks_singly: ClassVar[bool]
+    #: True if the API can answer about one feature alone.
+    asks_single_features: ClassVar[bool]
 
     def __init__(self, *, url: str, key: ApiKey, timeout: float) -> None:
         self._url = url
         self._connection = Connection(
             key=key, timeout=timeout, max_answer_bytes=_MAX_ANSWER_BYTES
         )
-        #: By how many seconds our clock is ahead of the server's.
+        #: Seconds by which this host's clock is ahead of the server's.
         self.clock_ahead: float = 0.0
 
     @abstractmethod
-    def addresses(self, customer: str) -> bool:
-        """Return True if OpenMeter takes *customer* as it is, without a lookup."""
+    def is_addressable(self, customer: str) -> bool:
+        """Return True if the API accepts *customer* without a lookup."""
 
     @abstractmethod
     def answers(self, customer: str, features: Sequence[str]) -> Answers:
-        """Ask for *features* of *customer*."""
+        """Return the answers about *features* of *customer*."""
 
     @abstractmethod
     def can_look_up(self, subject: str) -> bool:
-        """Return True if *subject* may belong to a customer of another name."""
+        """Return True if *subject* may belong to a customer with another key."""
 
     @abstractmethod
     def lookup(self, subject: str, step: int) -> CustomerPage:
-        """Send the request number *step*, from 1, for the customer of *subject*."""
+        """Look for the customer of *subject*: send request number *step*, from 1."""
 
     @abstractmethod
     def terms(self, customer: str, feature: str) -> Terms:
-        """Ask for the entitlement itself."""
+        """Return the terms of the entitlement."""
 
     @abstractmethod
     def probe(self, features: Sequence[str]) -> None:
-        """Ask for a customer that does not exist, to see whether OpenMeter answers."""
+        """Ask about a customer that does not exist, to test if OpenMeter answers."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -190,16 +196,16 @@ class EntitlementClient(ABC):
 
 
 class ClientV1(EntitlementClient):
-    """Asks by version 1 and 2 of the API, which take the key of a customer."""
+    """A client of versions 1 and 2 of the API, which accept the key of a customer."""
 
-    asks_singly = True
+    asks_single_features = True
 
-    def addresses(self, customer: str) -> bool:
-        """Return True if *customer* can be a key."""
+    def is_addressable(self, customer: str) -> bool:
+        """Return True if *customer* is a valid key."""
         return is_key(customer)
 
     def answers(self, customer: str, features: Sequence[str]) -> Answers:
-        """Ask for *features* of *customer*; several of them cost one request."""
+        """Return the answers about *features*; several features cost one request."""
         if not is_key(customer):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
         if len(features) > 1:
@@ -207,19 +213,19 @@ class ClientV1(EntitlementClient):
         return {feature: self._answer(customer, feature) for feature in features}
 
     def can_look_up(self, subject: str) -> bool:
-        """Return True if *subject* may belong to a customer of another key."""
+        """Return True if *subject* is a valid key."""
         return is_key(subject)
 
     def lookup(self, subject: str, step: int) -> CustomerPage:
-        """Look for the customer that has *subject* on one page of the list.
+        """Look for the customer of *subject* on one page of the list.
 
-        OpenMeter lists all customers with a subject that contains this one, in
-        capitals or not.
+        OpenMeter lists all customers with a subject that contains this one, ignoring
+        case; so each listed customer is checked.
         """
         url = _CUSTOMERS.format(quote(subject, safe=""), step, _PAGE_SIZE)
-        listed = decoded(self._get(url), _CustomerPage)
-        is_last = not listed.items or step * listed.page_size >= listed.total_count
-        for customer in listed.items:
+        page = decoded(self._get(url), _CustomerPage)
+        is_last = not page.items or step * page.page_size >= page.total_count
+        for customer in page.items:
             if customer.has_subject(subject):
                 key = customer.key
                 name = key if key and is_key(key) else customer.id
@@ -227,48 +233,48 @@ class ClientV1(EntitlementClient):
         return CustomerPage(None, is_last)
 
     def terms(self, customer: str, feature: str) -> Terms:
-        """Ask for the entitlement itself."""
+        """Return the terms of the entitlement."""
         reply = self._get(_path(_TERMS, customer, feature))
         if reply.status == 404:
             return Terms()
-        said = decoded(reply, _Entitlement)
-        period = said.current_usage_period
+        entitlement = decoded(reply, _Entitlement)
+        period = entitlement.current_usage_period
         if period is None:
-            return Terms(said.is_soft_limit)
+            return Terms(entitlement.is_soft_limit)
         start = period.start and period.start.timestamp()
-        return Terms(said.is_soft_limit, period.to.timestamp(), start)
+        return Terms(entitlement.is_soft_limit, period.to.timestamp(), start)
 
     def probe(self, features: Sequence[str]) -> None:
-        """Ask for *features* of a customer that does not exist."""
-        self.answers(NOBODY, features)
+        """Ask about *features* of a customer that does not exist."""
+        self.answers(PROBE_CUSTOMER, features)
 
     def _answer(self, customer: str, feature: str) -> Answer:
         reply = self._get(_path(_VALUE, customer, feature))
-        if reply.status in _UNKNOWN and detail_of(reply):
+        if reply.status in _NOT_FOUND and detail_of(reply):
             return UNKNOWN_CUSTOMER
         return decoded(reply, Answer)  # type: ignore[no-any-return]
 
     def _access(self, customer: str, features: Sequence[str]) -> Answers:
         reply = self._get(_path(_ACCESS, customer))
-        if reply.status in _UNKNOWN and detail_of(reply):
+        if reply.status in _NOT_FOUND and detail_of(reply):
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-        found = decoded(reply, _Access).entitlements
-        return {feature: _entry(found.get(feature)) for feature in features}
+        entries = decoded(reply, _Access).entitlements
+        return {feature: _entry(entries.get(feature)) for feature in features}
 
 
 def is_key(customer: str) -> bool:
-    """Return True if OpenMeter can have a customer of this key.
+    """Return True if *customer* is a valid customer key for OpenMeter.
 
-    A caller that names itself could otherwise bring about an error, which speaks of
-    the configuration, or get the answer about another customer.
+    Without this check, a caller who chooses the key could cause errors that look like
+    a wrong configuration, or get the answer about another customer.
     """
-    if not customer or len(customer) > _MAX_KEY or _NO_KEY.search(customer):
+    if not customer or len(customer) > _MAX_KEY or _INVALID_KEY.search(customer):
         return False
     return text_problem(customer) is None
 
 
 def _path(template: str, *keys: str) -> str:
-    # Encoded whole, so that none of them can leave its place in the path.
+    # Slashes are encoded, too, so that a key remains one segment of the path.
     return template.format(*(quote(key, safe="") for key in keys))
 
 
@@ -282,7 +288,10 @@ def _entry(value: msgspec.Raw | None) -> Answer | DeliveryError:
 
 
 def decoded(reply: Reply, kind: type[Any]) -> Any:
-    """Return the answer in *reply* as *kind*, or raise what it means."""
+    """Return the answer in *reply* as *kind*.
+
+    :raises DeliveryError: if *reply* is an error, or not an answer of OpenMeter.
+    """
     if reply.status != 200 or reply.is_page:
         raise delivery_error(reply)
     return parsed(reply.body, kind)
@@ -291,20 +300,20 @@ def decoded(reply: Reply, kind: type[Any]) -> Any:
 def parsed(body: bytes | msgspec.Raw, kind: type[Any]) -> Any:
     """Return the JSON in *body* as *kind*.
 
-    :raises Misconfigured: if it is something else.
+    :raises Misconfigured: if *body* is not a *kind*.
     """
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Misconfigured(
-            f"an answer that cannot be read: {error}", status=200
+            f"the answer cannot be decoded: {error}", status=200
         ) from None
 
 
 def detail_of(reply: Reply) -> str:
-    """Return the detail of a problem, empty where the path itself is wrong.
+    """Return the ``detail`` of a problem document, or an empty string.
 
-    Of a route that it does not have OpenMeter says no more than "Not Found".
+    OpenMeter's 404 for a wrong path has no detail; its 404 for a customer has one.
     """
     try:
         problem = msgspec.json.decode(reply.body)

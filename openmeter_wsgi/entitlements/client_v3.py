@@ -1,4 +1,4 @@
-"""Questions by version 3 of OpenMeter's API, which knows customers by their ids."""
+"""The client for version 3 of OpenMeter's API, which identifies customers by ids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from openmeter_wsgi.entitlements.client import (
     NO_ACCESS,
-    NOBODY,
+    PROBE_CUSTOMER,
     UNKNOWN_CUSTOMER,
     Answer,
     CustomerPage,
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.client import Answers
     from openmeter_wsgi.options import ApiKey
 
-#: The filters that find a customer, in this order: its key goes before the subject
-#: keys of others, as it does in version 1.
+#: The filters of a lookup, in order: as in version 1, a customer's key has priority
+#: over the subject keys of others.
 _FILTERS = ("key", "usage_attribution_subject_key")
 _CUSTOMERS = "/customers?filter[{}]={}"
 _ACCESS = "/customers/{}/entitlement-access"
-#: An id that no customer has.
-_NO_ID = "0" * 26
-#: 412: the customer was deleted.
-_UNKNOWN = {404, 412}
-#: What the server says where the path is wrong, and not the customer.
+#: A customer id that does not exist, for probes.
+_PROBE_ID = "0" * 26
+#: Statuses for an unknown customer; 412: the customer was deleted.
+_NOT_FOUND = {404, 412}
+#: The detail of a 404 for a wrong path.
 _NO_ROUTE = "The requested route was not found"
 
 
@@ -51,8 +51,8 @@ class _Customer(msgspec.Struct):
     key: str | None = None
     usage_attribution: _Attribution | None = None
 
-    def is_called(self, subject: str, by: str) -> bool:
-        """Return True if *subject* is its key, or one of its subject keys."""
+    def matches(self, subject: str, by: str) -> bool:
+        """Return True if *subject* is the key, or a subject key, as *by* demands."""
         if by == "key":
             return self.key == subject
         attribution = self.usage_attribution
@@ -64,70 +64,70 @@ class _Customers(msgspec.Struct):
 
 
 class _AccessList(msgspec.Struct):
-    #: Each is decoded by itself, and only if it was asked for.
+    #: Decoded one by one, so that an invalid entry affects only its own feature.
     data: list[msgspec.Raw]
 
 
-class _Named(msgspec.Struct):
+class _FeatureKey(msgspec.Struct):
     feature_key: str
 
 
 class _Access(msgspec.Struct):
     has_access: bool = False
     type: str = ""
-    #: Where it is static: JSON, as text.
+    #: The value of a static entitlement, as JSON text.
     config: str | None = None
 
 
 class ClientV3(EntitlementClient):
-    """Asks by version 3: a customer's id is looked up, then all its access at once.
+    """A client of version 3: it looks up a customer's id, then asks for all access.
 
-    It says nothing of balances and periods.
+    Version 3 returns no balances and no periods.
     """
 
-    asks_singly = False
+    asks_single_features = False
 
     def __init__(self, *, url: str, key: ApiKey, timeout: float) -> None:
         super().__init__(url=v3_url(url), key=key, timeout=timeout)
 
-    def addresses(self, customer: str) -> bool:
+    def is_addressable(self, customer: str) -> bool:
         """Return True if *customer* has the form of an id."""
         return is_ulid(customer)
 
     def can_look_up(self, subject: str) -> bool:
-        """Return True if *subject* can be the key, or a subject key, of a customer."""
+        """Return True if *subject* is a valid key or subject key."""
         return is_key(subject)
 
     def lookup(self, subject: str, step: int) -> CustomerPage:
-        """Look for the customer with this key, then for that with this subject key."""
+        """Look for a customer with the key *subject*, then with this subject key."""
         by = _FILTERS[step - 1]
         reply = self._get(_CUSTOMERS.format(by, quote(subject, safe="")))
         for customer in decoded(reply, _Customers).data:
-            # Checked here, too: a filter that is not heeded would list everybody.
-            if customer.is_called(subject, by):
+            # Checked again: a server that ignores the filter lists all customers.
+            if customer.matches(subject, by):
                 names = (customer.id, customer.key) if customer.key else (customer.id,)
                 return CustomerPage(customer.id, True, names)
         return CustomerPage(None, step == len(_FILTERS))
 
     def answers(self, customer: str, features: Sequence[str]) -> Answers:
-        """Ask for all access of the customer with this id."""
+        """Return the answers about *features* of the customer with this id."""
         reply = self._get(_ACCESS.format(quote(customer, safe="")))
-        if reply.status in _UNKNOWN and detail_of(reply) not in {"", _NO_ROUTE}:
+        if reply.status in _NOT_FOUND and detail_of(reply) not in {"", _NO_ROUTE}:
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-        found = {
-            parsed(entry, _Named).feature_key: entry
+        entries = {
+            parsed(entry, _FeatureKey).feature_key: entry
             for entry in decoded(reply, _AccessList).data
         }
-        return {feature: _answer(found.get(feature)) for feature in features}
+        return {feature: _answer(entries.get(feature)) for feature in features}
 
     def terms(self, customer: str, feature: str) -> Terms:  # noqa: ARG002
-        """Return that nothing is known of the period."""
+        """Return empty terms: version 3 has none."""
         return Terms()
 
     def probe(self, features: Sequence[str]) -> None:
-        """Look for a customer that does not exist, and ask for one."""
-        self.lookup(NOBODY, 1)
-        self.answers(_NO_ID, features)
+        """Look a customer up, and ask about a customer, that do not exist."""
+        self.lookup(PROBE_CUSTOMER, 1)
+        self.answers(_PROBE_ID, features)
 
 
 def _answer(entry: msgspec.Raw | None) -> Answer | DeliveryError:

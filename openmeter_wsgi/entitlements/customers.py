@@ -1,4 +1,10 @@
-"""The customers of subjects that are not the key of a customer themselves."""
+"""The customers of subjects: a cache of lookups, and the questions that need one.
+
+A subject may be the key of a customer, or one of the subject keys of a customer with
+another key. In the second case a *lookup* in OpenMeter's list finds the customer first.
+All subjects of one customer share an *account*: the name under which its quotas are
+counted down.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +22,25 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.cache import Lifetimes
     from openmeter_wsgi.entitlements.client import Answers, EntitlementClient
-    from openmeter_wsgi.entitlements.lookup import HasToken, Question
+    from openmeter_wsgi.entitlements.lookup import Question, WaitForToken
 
-#: A page has a hundred customers, and is a question.
+#: Maximum number of pages per lookup; each has 100 customers and costs one token.
 _MAX_PAGES = 10
 
 
-class FoundCustomer(NamedTuple):
+class CustomerLookup(NamedTuple):
     """The result of one lookup."""
 
     #: The key or id of the customer, None if no customer has the subject.
     customer: str | None
     #: Monotonic, in seconds.
     fresh_until: float
-    #: All that the customer is called.
+    #: The customer's key and id, as far as they are known.
     names: tuple[str, ...] = ()
 
 
-class FoundCustomers:
-    """Cache of lookups by subject. Belongs to one process; any thread."""
+class CustomerCache:
+    """A cache of lookups by subject. Belongs to one process; any thread."""
 
     def __init__(
         self,
@@ -46,23 +52,22 @@ class FoundCustomers:
         self._size = size
         self._lifetimes = lifetimes
         self._clock = clock
-        self._found: dict[str, FoundCustomer] = {}
+        self._lookups: dict[str, CustomerLookup] = {}
         self._forgotten_at = -math.inf
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
 
-    def fresh(self, subject: str) -> FoundCustomer | None:
-        """Return the last lookup of *subject*, None if there has to be another."""
-        found = self._found.get(subject)
-        return found if found and self._clock() < found.fresh_until else None
+    def fresh(self, subject: str) -> CustomerLookup | None:
+        """Return the unexpired lookup of *subject*, or None."""
+        lookup = self._lookups.get(subject)
+        return lookup if lookup and self._clock() < lookup.fresh_until else None
 
     def account(self, subject: str) -> str:
-        """Return the name under which the quota of *subject* is counted down.
+        """Return the name under which the quotas of *subject* are counted down.
 
-        All subjects of a customer share it. It outlives the lookup, because requests
-        that are under way are settled later.
+        An expired lookup counts, too: requests that began before are settled later.
         """
-        found = self._found.get(subject)
-        return (found and found.customer) or subject
+        lookup = self._lookups.get(subject)
+        return (lookup and lookup.customer) or subject
 
     def put(
         self,
@@ -71,105 +76,108 @@ class FoundCustomers:
         asked_at: float,
         names: tuple[str, ...] = (),
     ) -> None:
-        """Remember the result of a lookup that began at *asked_at*."""
+        """Cache the result of a lookup that began at *asked_at*."""
         lifetimes = self._lifetimes
         lifetime = lifetimes.deny if customer is None else lifetimes.allow
-        found = FoundCustomer(customer, asked_at + lifetime, names)
-        with self._changing:
+        lookup = CustomerLookup(customer, asked_at + lifetime, names)
+        with self._lock:
             if asked_at <= self._forgotten_at:
-                return  # perhaps it was this subject that was forgotten meanwhile
-            self._found.pop(subject, None)
-            self._found[subject] = found
-            if len(self._found) > self._size:
-                del self._found[next(iter(self._found))]
+                return  # `forget` may have been called for this subject meanwhile
+            self._lookups.pop(subject, None)
+            self._lookups[subject] = lookup
+            if len(self._lookups) > self._size:
+                del self._lookups[next(iter(self._lookups))]
 
     def drop(self, subject: str) -> None:
-        """Remove the lookup of *subject*: it is no longer right."""
-        with self._changing:
-            self._found.pop(subject, None)
+        """Remove the lookup of *subject*, which is no longer right."""
+        with self._lock:
+            self._lookups.pop(subject, None)
 
     def forget(self, name: str) -> list[str]:
-        """Forget the subject or customer *name*; return the subjects that it has."""
-        with self._changing:
+        """Remove the lookups of the subject or customer *name*; return the subjects.
+
+        Results of lookups that are under way will not be cached.
+        """
+        with self._lock:
             self._forgotten_at = self._clock()
             subjects = [
                 subject
-                for subject, found in self._found.items()
-                if name in (subject, found.customer, *found.names)
+                for subject, lookup in self._lookups.items()
+                if name in (subject, lookup.customer, *lookup.names)
             ]
             for subject in subjects:
-                del self._found[subject]
+                del self._lookups[subject]
         return subjects
 
 
-class _Leave:
-    """Leave to send one request more; the question itself has that for the first."""
+class _Tokens:
+    """The tokens of one question, whose first HTTP request has a token already."""
 
-    def __init__(self, has_token: HasToken) -> None:
-        self._has_token = has_token
+    def __init__(self, wait_for_token: WaitForToken) -> None:
+        self._wait_for_token = wait_for_token
         self._is_first = True
 
     def __call__(self) -> bool:
         if self._is_first:
             self._is_first = False
             return True
-        return self._has_token()
+        return self._wait_for_token()
 
 
 def answers_about(
     client: EntitlementClient,
     question: Question,
-    found: FoundCustomers,
-    has_token: HasToken,
+    cache: CustomerCache,
+    wait_for_token: WaitForToken,
 ) -> Answers:
-    """Ask for a customer by its key, or by one of its subjects.
+    """Return the answers to *question*, whose customer is a key or a subject.
 
-    A feature is missing from the result where there was no leave to ask on.
+    A feature is missing from the result if no token came in time.
 
-    :raises DeliveryError: if there is no answer.
+    :raises DeliveryError: if OpenMeter gives no answer.
     """
     subject, features = question
-    may_ask = _Leave(has_token)
-    known = found.fresh(subject)
-    if known is not None and known.customer is not None:
-        answers = _answers(client, known.customer, features, may_ask)
+    take_token = _Tokens(wait_for_token)
+    lookup = cache.fresh(subject)
+    if lookup is not None and lookup.customer is not None:
+        answers = _answers(client, lookup.customer, features, take_token)
         if not _is_unknown(answers):
             return answers
-        found.drop(subject)  # the customer was deleted
-        known = None
-    if client.addresses(subject):
-        answers = _answers(client, subject, features, may_ask)
+        cache.drop(subject)  # the customer was deleted
+        lookup = None
+    if client.is_addressable(subject):
+        answers = _answers(client, subject, features, take_token)
         if not _is_unknown(answers):
             if answers:
-                found.drop(subject)
+                cache.drop(subject)
             return answers
-    if known is not None or not client.can_look_up(subject):
+    if lookup is not None or not client.can_look_up(subject):
         return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-    return _by_lookup(client, question, found, may_ask)
+    return _answers_by_lookup(client, question, cache, take_token)
 
 
-def _by_lookup(
+def _answers_by_lookup(
     client: EntitlementClient,
     question: Question,
-    found: FoundCustomers,
-    may_ask: HasToken,
+    cache: CustomerCache,
+    take_token: WaitForToken,
 ) -> Answers:
-    """Look for the customer that has the subject, and ask for that one."""
+    """Look the customer of the subject up, and return the answers about it."""
     subject, features = question
     asked_at = time.monotonic()
     for step in range(1, _MAX_PAGES + 1):
-        if not may_ask():
+        if not take_token():
             return {}
-        listed = client.lookup(subject, step)
-        if not listed.is_last:
+        page = client.lookup(subject, step)
+        if not page.is_last:
             continue
-        found.put(subject, listed.customer, asked_at, listed.names)
-        if listed.customer is None:
+        cache.put(subject, page.customer, asked_at, page.names)
+        if page.customer is None:
             return dict.fromkeys(features, UNKNOWN_CUSTOMER)
-        return _answers(client, listed.customer, features, may_ask)
+        return _answers(client, page.customer, features, take_token)
     raise Misconfigured(
         f"more than {_MAX_PAGES} pages of customers have subjects that contain "
-        f"{subject!r}; the option customer= can name the right one"
+        f"{subject!r}; set the option customer= to map the subject to its customer"
     )
 
 
@@ -177,22 +185,22 @@ def _answers(
     client: EntitlementClient,
     customer: str,
     features: tuple[str, ...],
-    may_ask: HasToken,
+    take_token: WaitForToken,
 ) -> Answers:
-    """Ask for *customer*; return nothing where there is no leave to."""
-    if not may_ask():
+    """Return the answers about *customer*, without those for which no token came."""
+    if not take_token():
         return {}
     try:
         return client.answers(customer, features)
     except DeliveryError as error:
-        if len(features) == 1 or error.status != 500 or not client.asks_singly:
+        if len(features) == 1 or error.status != 500 or not client.asks_single_features:
             raise
-        if not may_ask():
+        if not take_token():
             raise
-    # A single entitlement can make all of /access a 500: ask for each by itself.
+    # One broken entitlement makes /access fail with 500: ask about each feature alone.
     answers: Answers = {}
     for number, feature in enumerate(features):
-        if number and not may_ask():
+        if number and not take_token():
             break
         try:
             answers.update(client.answers(customer, (feature,)))
@@ -202,7 +210,7 @@ def _answers(
 
 
 def _is_unknown(answers: Answers) -> bool:
-    """Return True if OpenMeter was asked and has no such customer."""
+    """Return True if OpenMeter answered that it has no such customer."""
     return bool(answers) and all(
         not isinstance(answer, DeliveryError) and not answer.known_customer
         for answer in answers.values()

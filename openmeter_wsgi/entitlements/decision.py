@@ -1,4 +1,4 @@
-"""The decision on one request, and its reason."""
+"""The decision on one request: a `Decision` with its denials and its quota."""
 
 from __future__ import annotations
 
@@ -15,80 +15,79 @@ if TYPE_CHECKING:
     from openmeter_wsgi.entitlements.client import Answer
     from openmeter_wsgi.policy import FailMode
 
-#: ``no_access``: OpenMeter says no. ``limit_reached``: the quota is used up.
-#: ``unknown_customer``: OpenMeter has no such customer. ``no_subject``: nobody was
-#: named who could be asked for. ``unavailable``: there is no answer. ``busy``: too
-#: many customers wait in line to be asked for.
+#: ``no_access``: OpenMeter denies access. ``limit_reached``: the quota is used up.
+#: ``unknown_customer``: OpenMeter has no such customer. ``no_subject``: the request
+#: names no subject. ``unavailable``: OpenMeter gives no answer. ``busy``: the queue of
+#: questions to OpenMeter is too long.
 Reason: TypeAlias = Literal[
     "no_access", "limit_reached", "unknown_customer", "no_subject", "unavailable",
     "busy",
 ]  # fmt: skip
-#: ``openmeter``: asked just now. ``cache``: a known answer. ``stale``: one that has
-#: outlived its time. ``countdown``: counted from a known balance. ``fail_mode``: there
-#: was no answer. ``request``: nothing had to be asked.
+#: ``openmeter``: an answer of OpenMeter to this request. ``cache``: a cached answer.
+#: ``stale``: a cached answer that has expired. ``countdown``: the local quota.
+#: ``fail_mode``: no answer. ``request``: the request alone, without a question.
 DecisionSource: TypeAlias = Literal[
     "openmeter", "cache", "stale", "countdown", "fail_mode", "request"
 ]
 
 
 class Denial(msgspec.Struct, frozen=True):
-    """One feature that was denied, and what is known of it."""
+    """The denial of one feature."""
 
-    #: Its key; empty where the request names nobody.
+    #: The feature's key; empty if the request names no subject.
     feature: str
-    #: Why.
+    #: The reason.
     reason: Reason
-    #: The balance of a metered feature, as far as OpenMeter said it …
+    #: The balance of a metered feature, None if OpenMeter did not state it.
     balance: float | None = None
-    #: … what was used of it …
+    #: The usage in this period, None if OpenMeter did not state it.
     usage: float | None = None
-    #: … and what beyond the limit.
+    #: The usage beyond the limit, None if OpenMeter did not state it.
     overage: float | None = None
-    #: The wall clock's time from which on asking again makes sense, where it is known.
+    #: The wall-clock time from which a retry makes sense, None if unknown.
     retry_at: float | None = None
 
     @property
     def retry_after(self) -> int | None:
-        """The seconds from now until `retry_at`, at least one."""
+        """Seconds from now until `retry_at`, at least 1."""
         if self.retry_at is None:
             return None
         return max(math.ceil(self.retry_at - time.time()), 1)
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """The decision on a request: it may pass, or not, and why."""
+    """The decision on a request, with the denials behind it."""
 
-    #: Let it through, or not.
+    #: True if the request may begin.
     allowed: bool
-    #: The denials. Not empty although allowed: the fail mode let it through.
+    #: The denied features. Not empty if ``fail_mode`` allowed the request.
     denied: tuple[Denial, ...] = ()
-    #: Its source.
+    #: The source of the decision.
     source: DecisionSource = "openmeter"
-    #: The monotonic time of the oldest answer in it.
+    #: The monotonic time at which the oldest answer used was asked for.
     answered_at: float | None = None
-    #: Of the feature of which least is left: what was granted, what remains, and the
-    #: seconds until it is granted anew. None where nothing is metered.
+    #: The quota of the metered feature with the least left, None if none is metered.
     quota: Quota | None = None
-    #: The values of static entitlements as OpenMeter sends them: feature and JSON text.
+    #: The values of static entitlements: pairs of feature and JSON text.
     static_values: tuple[tuple[str, str], ...] = ()
 
     @property
     def config(self) -> Any:
-        """The value of the static entitlement; None unless there is exactly one."""
+        """The value of the static entitlement, None unless there is exactly one."""
         configs = self.configs
         return next(iter(configs.values())) if len(configs) == 1 else None
 
     @property
     def configs(self) -> dict[str, Any]:
-        """The values of all static entitlements in it, by feature.
+        """The values of all static entitlements, by feature.
 
-        Each call returns values of its own, which the handler may change.
+        Each call returns a new copy, which the handler may change.
         """
         return {name: msgspec.json.decode(text) for name, text in self.static_values}
 
     @property
     def age(self) -> float | None:
-        """The seconds since OpenMeter said so, None if it said nothing."""
+        """Seconds since the answer was asked for, None if no answer was used."""
         if self.answered_at is None:
             return None
         return max(time.monotonic() - self.answered_at, 0.0)
@@ -100,23 +99,23 @@ class Quota(msgspec.Struct, frozen=True):
     feature: str
     limit: float | None
     remaining: float
-    #: The wall clock's time at which the usage period ends.
+    #: The wall-clock time at which the usage period ends.
     period_end: float | None = None
 
     @property
     def reset(self) -> int | None:
-        """The seconds from now until `period_end`."""
+        """Seconds from now until `period_end`."""
         if self.period_end is None:
             return None
         return max(math.ceil(self.period_end - time.time()), 0)
 
 
-def undecided(
+def no_answer_decision(
     features: Iterable[str], fail_mode: FailMode, busy_for: float | None = None
 ) -> Decision:
-    """Return the decision where nothing is known and there is no answer.
+    """Return the decision of *fail_mode* on features without any answer.
 
-    *busy_for*: the seconds after which there will be one, as the line is so long.
+    *busy_for*: seconds until the answer is expected if the queue is too long, or None.
     """
     reason: Reason = "unavailable" if busy_for is None else "busy"
     retry_at = None if busy_for is None else time.time() + busy_for
@@ -124,14 +123,14 @@ def undecided(
     return Decision(fail_mode != "closed", denied, source="fail_mode")
 
 
-#: The source of which least can be said comes last.
+#: From the most to the least reliable source.
 _SOURCES: tuple[DecisionSource, ...] = (
     "request", "openmeter", "cache", "countdown", "stale", "fail_mode",
 )  # fmt: skip
 
 
-def together(decisions: Sequence[Decision]) -> Decision:
-    """Return the decision that several features make together."""
+def combined(decisions: Sequence[Decision]) -> Decision:
+    """Return one decision on all features of *decisions*."""
     if len(decisions) == 1:
         return decisions[0]
     times = [d.answered_at for d in decisions if d.answered_at is not None]
@@ -153,7 +152,10 @@ def denial_of(
     reason: Reason | None = None,
     retry_at: float | None = None,
 ) -> Denial:
-    """Return the denial of *feature*, for the reason that *answer* has or another."""
+    """Return the denial of *feature* by *answer*.
+
+    *reason* replaces the reason that follows from *answer*.
+    """
     if not answer.known_customer:
         return _unknown_customer(feature)
     return Denial(
@@ -168,14 +170,14 @@ def denial_of(
 
 @functools.cache
 def _unknown_customer(feature: str) -> Denial:
-    """Return the one denial for all whose names anybody can make up."""
+    """Return one shared denial: made-up customer names must not cost memory."""
     return Denial(feature, "unknown_customer")
 
 
 def denial_reason(answer: Answer) -> Reason:
-    """Return why *answer* denies."""
+    """Return the reason for which *answer* denies."""
     if not answer.known_customer:
         return "unknown_customer"
-    # The value carries no reason: only a metered entitlement has these.
+    # OpenMeter states no reason. Only metered entitlements have a balance or usage.
     has_numbers = answer.balance is not None or answer.usage is not None
     return "limit_reached" if has_numbers or answer.is_metered else "no_access"

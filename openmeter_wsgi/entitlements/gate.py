@@ -1,4 +1,11 @@
-"""The gate of one policy: from a request to the decision on it."""
+"""The gate of one policy: it decides, per request, if the request may begin.
+
+`Gate.admit` runs in the thread of the request, before the application. It finds the
+subject and its customer, and gets a decision from the entitlement service: a cached
+answer of OpenMeter, or a new one. If the quota of a feature is counted down locally
+(``entitlement_meters``), the gate then *reserves* an amount of it. When the response
+has ended, `Gate.settle` replaces the reservation with the amount that is billed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,12 @@ from msgspec.structs import replace
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.cache import allow_nothing
-from openmeter_wsgi.entitlements.decision import Decision, Denial, denial_of, undecided
+from openmeter_wsgi.entitlements.decision import (
+    Decision,
+    Denial,
+    denial_of,
+    no_answer_decision,
+)
 from openmeter_wsgi.options import amounts as read_amounts
 from openmeter_wsgi.quota.account import NotReserved
 from openmeter_wsgi.request import record_of, reservations_of
@@ -34,10 +46,10 @@ logger: Final = log.get_logger(__name__)
 
 
 class Amounts:
-    """The amounts that requests of one policy use of features that are counted down.
+    """The amounts that requests of one policy reserve and use, by counted feature.
 
-    Any thread. What the policy's own meters say is worked out once: it is all that
-    most requests use.
+    Any thread. The amounts of the policy's static meters are computed once, because
+    most requests use only these.
     """
 
     def __init__(
@@ -48,33 +60,33 @@ class Amounts:
         self._static = policy.static_meters
         self._used_by_static = self._of(self._static)
         self._static_is_of_subject = not any(meter.subject for meter in self._static)
-        #: The callable that returns the amounts for a request, if they differ.
+        #: The option ``reserve``, if it is a callable.
         self._reserve = policy.reserve if callable(policy.reserve) else None
-        #: The amounts that are set apart for a request, by feature.
-        self.fast_paths: dict[str, float] = {**self._used_by_static}
+        #: The default amount to reserve for a request, by feature.
+        self.default: dict[str, float] = {**self._used_by_static}
         if policy.reserve is not None and self._reserve is None:
-            self.fast_paths.update(policy.reserve)  # type: ignore[arg-type]
+            self.default.update(policy.reserve)  # type: ignore[arg-type]
 
     @property
-    def are_usual(self) -> bool:
-        """True if the same is set apart for all requests."""
+    def are_constant(self) -> bool:
+        """True if the same amounts are reserved for all requests."""
         return self._reserve is None
 
     def to_reserve(self, environ: MutableMapping[str, Any]) -> Mapping[str, float]:
-        """Return what is set apart for the request of *environ*, by feature."""
+        """Return the amounts to reserve for the request of *environ*, by feature."""
         if self._reserve is None:
-            return self.fast_paths
+            return self.default
         try:
-            return {**self.fast_paths, **read_amounts(self._reserve(environ))}  # type: ignore[arg-type]
+            return {**self.default, **read_amounts(self._reserve(environ))}  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
-            logger.error("reserve: %r raised %r; nothing is set apart",
+            logger.error("reserve: %r raised %r; the default amounts are reserved",
                          self._reserve, error)  # fmt: skip
-            return self.fast_paths
+            return self.default
 
     def used(
         self, meters: Sequence[Meter], subject: str | None
     ) -> dict[tuple[str, str], float]:
-        """Return what *meters* use, by customer and feature."""
+        """Return the amounts that *meters* use, by customer and feature."""
         if subject and self._static_is_of_subject and meters == self._static:
             customer = self._customer(subject)
             return {
@@ -83,17 +95,18 @@ class Amounts:
             }
         used: defaultdict[tuple[str, str], float] = defaultdict(float)
         for meter in meters:
-            if who := meter.subject or subject:
+            if user := meter.subject or subject:
                 for feature, amount in self._of((meter,)).items():
-                    used[self._customer(who), feature] += amount
+                    used[self._customer(user), feature] += amount
         return used
 
     def _customer(self, subject: str) -> str:
         try:
             return self._customer_of(subject) or subject
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
-            # What is billed does not depend on it.
-            logger.error("customer: raised %r; no quota is counted down for it", error)
+            # The events are billed all the same: they carry the subject.
+            logger.error("customer: raised %r; the usage of subject %r is not "
+                         "counted down", error, subject)  # fmt: skip
             return subject
 
     def _of(self, meters: Iterable[Meter]) -> dict[str, float]:
@@ -114,10 +127,10 @@ def amount_of(meters: Iterable[Meter], counted: CountedMeter) -> float:
 
 
 def _number(meter: Meter, name: str) -> float:
-    """Return the number in the data of an event, 1 where it has none of that name.
+    """Return the number at *name* in the data of an event, or 1 if it has no *name*.
 
-    Text counts as the number that it says, as it does in OpenMeter; what says none
-    is left out there, too.
+    As in OpenMeter, text counts as the number it contains; any other value counts
+    as 0.
     """
     value = msgspec.json.decode(meter.data).get(name, 1)
     try:
@@ -130,16 +143,15 @@ def _number(meter: Meter, name: str) -> float:
 Environ: TypeAlias = dict[str, Any]
 
 _NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
-#: Where no feature is named there is nothing to ask, and nobody to ask for.
 _NOTHING_REQUIRED = Decision(True, source="request")
-#: Seconds after which a reservation of another request may have come back.
-_SOON = 1.0
-#: Longer than this no client is sent away for usage that OpenMeter does not show yet.
-_LONGEST = 30.0
+#: Minimum seconds in Retry-After; by then another reservation may be released.
+_MIN_RETRY = 1.0
+#: Maximum seconds in Retry-After while OpenMeter does not show all usage yet.
+_MAX_RETRY = 30.0
 
 
 class Gate:
-    """Decides which requests of one policy may pass. One process, any thread."""
+    """The decisions on the requests of one policy. One process, any thread."""
 
     def __init__(
         self,
@@ -158,32 +170,32 @@ class Gate:
         self._countdown = entitlements.countdown
         self._amounts = Amounts(policy, self._account_of)
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
-        #: True if a request is let through at once; if not, `admit` decides.
+        #: Fast path: returns True if the request may begin. If False, `admit` decides.
         self.passes: AllowFromCache = allow_nothing
-        #: What finds the decision on the one feature that is needed, if what requests
-        #: usually use of it is counted down.
-        self._fresh = None
+        #: Fast path of `admit` for exactly one required feature that is counted down
+        #: by a constant amount: returns the cached decision on a customer, or None.
+        self._fresh_decision = None
         if len(self.required) != 1 or policy.customer:
             return
         (feature,) = self.required
         if not self._is_counted:
-            self.passes = entitlements.passing(
+            self.passes = entitlements.allow_from_cache(
                 feature,
                 find_subject=subjects.find,
                 anonymous=subjects.anonymous,
                 counts=counts,
             )
-        elif self._amounts.are_usual and not policy.usage_headers:
-            self._fresh = entitlements.fresh(feature)
+        elif self._amounts.are_constant and not policy.usage_headers:
+            self._fresh_decision = entitlements.fresh_decisions(feature)
 
     def admit(self, environ: Environ) -> Decision:
-        """Decide whether a request may begin. Never raises."""
+        """Return the decision on a request that is about to begin. Never raises."""
         if (
-            self._fresh is not None
+            self._fresh_decision is not None
             and (subject := self._find_subject(environ))
-            and (decision := self._fresh(subject))
+            and (decision := self._fresh_decision(subject))
             and decision.allowed
-            and self._counts_one(environ, subject)
+            and self._reserve_default(environ, subject)
         ):
             record_of(environ).decision = decision
             self._counts.allowed["cache"] += 1
@@ -196,12 +208,12 @@ class Gate:
         features: Iterable[str],
         reserve: Mapping[str, float] | None = None,
     ) -> Decision:
-        """Decide whether the subject of *environ* may use *features*, all of them.
+        """Return the decision on the use of all *features* by the request's subject.
 
-        *reserve* says how much is set apart of a counted feature, in place of what
-        the policy says.
+        *reserve* contains the amounts to reserve, by feature, in place of the
+        policy's amounts.
 
-        :raises ValueError: if an amount in *reserve* is none.
+        :raises ValueError: if a value in *reserve* is not a valid amount.
         """
         if reserve is not None:
             reserve = read_amounts(reserve)
@@ -213,7 +225,7 @@ class Gate:
         if subject is not None:
             decision = self._decide(environ, subject, names, reserve)
         record_of(environ).decision = decision
-        self._account_for(decision, subject)
+        self._count(decision, subject)
         return decision
 
     def _decide(
@@ -226,8 +238,9 @@ class Gate:
         try:
             customer = self._customer_of(subject)
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
-            logger.error("customer: raised %r; nobody can be asked for", error)
-            return undecided(features, self.policy.fail_mode)
+            logger.error("customer: raised %r; subject %r has no customer, fail_mode "
+                         "decides", error, subject)  # fmt: skip
+            return no_answer_decision(features, self.policy.fail_mode)
         if not customer:
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
             return Decision(False, denied, source="request")
@@ -239,25 +252,29 @@ class Gate:
         return self._reserve(environ, customer, counted, amounts, decision)
 
     def invalidate(self, subject: str, feature: str | None = None) -> None:
-        """Forget what OpenMeter said of *subject*."""
+        """Remove OpenMeter's answers about *subject* from the cache."""
         self._entitlements.invalidate(self._customer_of(subject) or subject, feature)
 
-    # -- Counting down
+    # -- Local quotas
 
     def _account_of(self, subject: str) -> str:
         customer = self._customer_of(subject) or subject
         return self._entitlements.account(customer)
 
-    def _counts_one(self, environ: Environ, customer: str) -> bool:
-        """Set apart what a request usually uses of the one feature, if it is there."""
+    def _reserve_default(self, environ: Environ, customer: str) -> bool:
+        """Reserve the default amount of the one feature; return True if that works."""
         (feature,) = self.required
-        known = self._entitlements.known(customer, feature)
-        # Perhaps another answer than the one that let the request pass: a newer one.
+        cached = self._entitlements.cached_answer(customer, feature)
+        # The cached answer may have changed since `admit` read it: check it again.
         request = record_of(environ)
-        if known is None or not known.decision.allowed or request.reserved is not None:
+        if (
+            cached is None
+            or not cached.decision.allowed
+            or request.reserved is not None
+        ):
             return False
-        if known.counts_down:
-            amount = self._amounts.fast_paths.get(feature, 0.0)
+        if cached.counts_down:
+            amount = self._amounts.default.get(feature, 0.0)
             account = self._entitlements.account(customer)
             outcome = self._countdown.reserve(account, feature, amount)
             if isinstance(outcome, NotReserved):
@@ -268,7 +285,7 @@ class Gate:
     def settle(
         self, request: RequestRecord, meters: Sequence[Meter], subject: str | None
     ) -> None:
-        """Let what the request has reserved become what it is billed: *meters*."""
+        """Replace the reservations of a request with the usage in *meters*."""
         reserved, request.reserved = request.reserved or {}, None
         self._countdown.settle(reserved.values(), self._amounts.used(meters, subject))
 
@@ -280,16 +297,20 @@ class Gate:
         amounts: Mapping[str, float],
         decision: Decision,
     ) -> Decision:
+        """Reserve *amounts* of *features*; return *decision*, or a denial.
+
+        A second reservation for the same request replaces the first.
+        """
         held = reservations_of(environ)
         taken: dict[str, Reservation] = {}
         account = self._entitlements.account(customer)
         for feature in features:
-            known = self._entitlements.known(customer, feature)
-            if known is not None and _denies(known):
-                # It came after the decision: without a balance nothing would count.
-                _give_back(taken)
-                return known.decision
-            if known is None or not known.counts_down:
+            cached = self._entitlements.cached_answer(customer, feature)
+            if cached is not None and _denies(cached):
+                # This answer came after *decision*.
+                _release(taken)
+                return cached.decision
+            if cached is None or not cached.counts_down:
                 continue
             if feature in held and feature not in amounts:
                 continue
@@ -297,9 +318,9 @@ class Gate:
                 account, feature, amounts.get(feature, 0.0)
             )
             if isinstance(outcome, NotReserved):
-                _give_back(taken)
-                return self._refused(
-                    customer, feature, known, held_back=outcome.held_back
+                _release(taken)
+                return self._limit_reached(
+                    customer, feature, cached, held_back=outcome.held_back
                 )
             taken[feature] = outcome
         for feature, reservation in taken.items():
@@ -308,38 +329,42 @@ class Gate:
             held[feature] = reservation
         return self._with_remaining(account, decision)
 
-    def _refused(
-        self, customer: str, feature: str, known: CachedAnswer, *, held_back: bool
+    def _limit_reached(
+        self, customer: str, feature: str, cached: CachedAnswer, *, held_back: bool
     ) -> Decision:
-        """Deny what only we count so far: the next answer will say so, or not."""
+        """Return the denial of a quota that is used up by the local count.
+
+        If the answer of OpenMeter is old, ask for a new one, which may differ.
+        """
         policy = self.policy
         newest = time.monotonic() - policy.deny_ttl
-        if known.asked_at < newest:
+        if cached.asked_at < newest:
             self._entitlements.refresh(customer, feature, since=newest)
-        # The answer for the new period is being fetched.
-        is_over = known.terms is not None and known.terms.is_over(time.time())
-        wait = _SOON if held_back or is_over else self._until_visible()
-        denial = denial_of(feature, known.answer, "limit_reached", time.time() + wait)
-        quota = known.decision.quota and replace(known.decision.quota, remaining=0.0)
+        # In a new period the lookup that runs now brings a new balance.
+        is_over = cached.terms is not None and cached.terms.is_over(time.time())
+        wait = _MIN_RETRY if held_back or is_over else self._until_visible()
+        denial = denial_of(feature, cached.answer, "limit_reached", time.time() + wait)
+        quota = cached.decision.quota and replace(cached.decision.quota, remaining=0.0)
         return Decision(
             False,
             (denial,),
             source="countdown",
-            answered_at=known.asked_at,
+            answered_at=cached.asked_at,
             quota=quota,
         )
 
     def _until_visible(self) -> float:
-        """Return the seconds until an answer may say more than is counted here.
+        """Return the seconds until a new answer may contain all usage counted here.
 
-        No other is asked for within ``deny_ttl``.
+        Within ``deny_ttl`` no new answer is asked for.
         """
         lag = self._entitlements.visibility_lag
         if lag is None:
             lag = self.policy.visibility_lag
-        return min(max(lag, self.policy.deny_ttl, _SOON), _LONGEST)
+        return min(max(lag, self.policy.deny_ttl, _MIN_RETRY), _MAX_RETRY)
 
     def _with_remaining(self, account: str, decision: Decision) -> Decision:
+        """Return *decision* with the locally counted amount left, for the headers."""
         quota = decision.quota
         if not self.policy.usage_headers or quota is None:
             return decision
@@ -348,35 +373,36 @@ class Gate:
         remaining = self._countdown.remaining(account, quota.feature)
         return replace(decision, quota=replace(quota, remaining=remaining))
 
-    # -- Counting and telling
+    # -- Counts and log
 
-    def _account_for(self, decision: Decision, subject: str | None) -> None:
+    def _count(self, decision: Decision, subject: str | None) -> None:
+        """Count a decision, and log its denials."""
         counts = self._counts
         if decision.allowed and not decision.denied:
             counts.allowed[decision.source] += 1
             return
         passes = decision.allowed or not self.policy.enforce
-        told = counts.let_through if passes else counts.denied
+        by_reason = counts.let_through if passes else counts.denied
         by_source = counts.let_through_by_source if passes else counts.denied_by_source
         by_source[decision.source] += 1
         for denial in decision.denied:
-            told[denial.reason] += 1
-            _tell(denial, subject, passes=passes)
+            by_reason[denial.reason] += 1
+            _log_denial(denial, subject, passes=passes)
 
 
-def _denies(known: CachedAnswer) -> bool:
-    """Say whether it is a denial, and of an age at which the fail mode has no say."""
-    return not known.decision.allowed and time.monotonic() < known.usable_until
+def _denies(cached: CachedAnswer) -> bool:
+    """Return True if *cached* denies and is not too old to be used."""
+    return not cached.decision.allowed and time.monotonic() < cached.usable_until
 
 
-def _give_back(taken: Mapping[str, Reservation]) -> None:
+def _release(taken: Mapping[str, Reservation]) -> None:
     for reservation in taken.values():
         reservation.settle(0.0)
 
 
-def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
-    # A denial is expected. A request that is let through without access is not; its
-    # line is repeated once a minute, whoever the subject is.
+def _log_denial(denial: Denial, subject: str | None, *, passes: bool) -> None:
+    # A denial is normal. A request that passes without access is not: its warning is
+    # written once a minute for all subjects.
     if passes:
         logger.warning(
             "%s: subject %r is let through%s",
@@ -392,14 +418,14 @@ def _tell(denial: Denial, subject: str | None, *, passes: bool) -> None:
 
 
 def _figures(denial: Denial) -> str:
-    """Return the figures of a denial that are known, in parentheses."""
+    """Return the known amounts of a denial, in parentheses."""
     figures = {name: getattr(denial, name) for name in ("balance", "usage", "overage")}
     known = [f"{name} {n:g}" for name, n in figures.items() if n is not None]
     return f" ({', '.join(known)})" if known else ""
 
 
 def customer_finder(policy: Policy) -> Callable[[str], str | None]:
-    """Return what maps a subject to the key of its customer."""
+    """Return a function that maps a subject to the key of its customer, or None."""
     customer = policy.customer
     if customer is None:
         return lambda subject: subject

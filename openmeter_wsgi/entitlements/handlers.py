@@ -1,4 +1,9 @@
-"""Denied requests: checks inside a handler, and the response to the caller."""
+"""Denied requests: checks inside a handler, and the response to the client.
+
+A request is denied before the application (`DeniedResponse` answers in its place), or
+inside a handler that calls `require_entitlements`: that raises `EntitlementDenied`,
+which the framework or the middleware turns into the same response.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.decision import undecided
+from openmeter_wsgi.entitlements.decision import no_answer_decision
 from openmeter_wsgi.request import bill_nothing, billing_of, environ_of, method_of
 
 if TYPE_CHECKING:
@@ -24,8 +29,8 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: Of several reasons the response tells the first in this order: it stays longest.
-_FIRST: tuple[Reason, ...] = (
+#: The order in which the response prefers reasons: longest-lasting first.
+_PREFERRED: tuple[Reason, ...] = (
     "no_subject", "no_access", "unknown_customer", "limit_reached", "unavailable",
     "busy",
 )  # fmt: skip
@@ -37,21 +42,21 @@ _STATUS = {
     "busy": HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _DETAIL = {
-    "no_subject": "The request does not say on whose behalf it comes.",
+    "no_subject": "The request does not identify its caller.",
     "no_access": "There is no access to the feature {!r}.",
     "unknown_customer": "There is no access to the feature {!r}.",
     "limit_reached": "The quota of the feature {!r} is used up.",
-    "unavailable": "Whether there is access to the feature {!r} cannot be said now.",
-    "busy": "Whether there is access to the feature {!r} will be known soon.",
+    "unavailable": "Access to the feature {!r} cannot be checked now.",
+    "busy": "Access to the feature {!r} is being checked. Try again soon.",
 }
-#: The reasons for which the caller shall come back.
-_COME_BACK = {"limit_reached", "unavailable", "busy"}
-#: Seconds after which to come back where nothing better is known.
-_LATER = 5
+#: The reasons for which the response has a Retry-After header.
+_RETRY_REASONS = {"limit_reached", "unavailable", "busy"}
+#: Default seconds in Retry-After.
+_DEFAULT_RETRY_AFTER = 5
 
 
 class DeniedResponse:
-    """A WSGI application that refuses one request. It never costs the caller."""
+    """A WSGI application that denies one request. The request is not billed."""
 
     def __init__(self, decision: Decision, policy: Policy) -> None:
         self.decision: Decision = decision
@@ -68,8 +73,9 @@ class DeniedResponse:
             ("Content-Length", str(len(self.body))),
             ("Cache-Control", "no-store"),
         ]
-        if self.denial.reason in _COME_BACK:
-            headers.append(("Retry-After", str(self.denial.retry_after or _LATER)))
+        if self.denial.reason in _RETRY_REASONS:
+            seconds = self.denial.retry_after or _DEFAULT_RETRY_AFTER
+            headers.append(("Retry-After", str(seconds)))
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers.append(("WWW-Authenticate", "Bearer"))  # RFC 9110, 11.6.1
         if self._policy.usage_headers:
@@ -86,7 +92,7 @@ class DeniedResponse:
                     environ, start_response
                 )
             except Exception:
-                logger.exception("denied_response: %s raised; the usual response "
+                logger.exception("denied_response: %s raised; the default response "
                                  "is sent", own)  # fmt: skip
             else:
                 return answer
@@ -96,9 +102,9 @@ class DeniedResponse:
 
 
 def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
-    """Return what is known of the quota as headers, none where nothing is.
+    """Return the RateLimit headers for *quota*; an empty list for None.
 
-    Named as in the drafts of RateLimit header fields for HTTP that are in use.
+    The names are those of the IETF drafts on RateLimit headers that are in use.
     """
     if quota is None:
         return []
@@ -110,10 +116,10 @@ def quota_headers(quota: Quota | None) -> list[tuple[str, str]]:
     return headers
 
 
-def telling_quota(
+def with_quota(
     decision: Decision | None, start_response: StartResponse
 ) -> StartResponse:
-    """Return a start_response that tells of the quota, if there is one."""
+    """Return a start_response that adds the quota headers, if there is a quota."""
     headers = quota_headers(decision.quota) if decision else []
     if not headers:
         return start_response
@@ -121,17 +127,17 @@ def telling_quota(
     def start(
         status: str, given: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        told = [*given, *headers]
+        all_headers = [*given, *headers]
         if exc_info is None:
-            return start_response(status, told)
-        return start_response(status, told, exc_info)
+            return start_response(status, all_headers)
+        return start_response(status, all_headers, exc_info)
 
     return start
 
 
 def _rank(denial: Denial) -> tuple[int, float]:
-    """Return what sorts that denial first which stays longest."""
-    return _FIRST.index(denial.reason), -(denial.retry_at or 0.0)
+    """Return a sort key: the longest-lasting denial comes first."""
+    return _PREFERRED.index(denial.reason), -(denial.retry_at or 0.0)
 
 
 def _whole(number: float) -> str:
@@ -158,76 +164,76 @@ def _problem(denial: Denial, status: HTTPStatus) -> bytes:
 
 
 class EntitlementDenied(HTTPException):
-    """A denial, on its way to the framework that turns it into a response.
+    """The exception of a denied request; a framework turns it into a response.
 
-    werkzeug and Flask do so by themselves. Whatever is answered in its stead, a
-    request that ends in it is not billed.
+    werkzeug and Flask do so by themselves. The request is not billed, even if an
+    error handler sends another response.
     """
 
-    def __init__(self, decision: Decision, refusal: DeniedResponse) -> None:
-        #: Why.
+    def __init__(self, decision: Decision, denied: DeniedResponse) -> None:
+        #: The decision that denies the request.
         self.decision: Decision = decision
-        self.code: int | None = refusal.status.value
+        self.code: int | None = denied.status.value
         response = Response(
-            refusal.body, status=refusal.status.value, headers=refusal.headers
+            denied.body, status=denied.status.value, headers=denied.headers
         )
-        super().__init__(refusal.denial.reason, response=response)
-        self._refusal = refusal
+        super().__init__(denied.denial.reason, response=response)
+        self._denied = denied
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
         """Answer the request (PEP 3333)."""
-        return self._refusal(environ, start_response)
+        return self._denied(environ, start_response)
 
     def get_response(self, environ: Any = None, scope: Any = None) -> Any:
-        """Return the answer as a response of werkzeug's, for other frameworks.
+        """Return a werkzeug response, for other frameworks.
 
-        With the request's *environ* it is what ``denied_response`` makes of it.
+        With the *environ* of the request, the option ``denied_response`` is applied.
         """
         if environ is None:
             return super().get_response(environ, scope)
-        return Response.from_app(self._refusal, environ)
+        return Response.from_app(self._denied, environ)
 
     def answer(self, environ: Any, start_response: Any, *, is_started: bool) -> Any:
-        """Answer the request in place of an application that has raised this.
+        """Answer the request after the application has raised this exception.
 
-        *is_started*: it had called *start_response* before.
+        *is_started*: the application called *start_response* before.
         """
         if not is_started:
-            return self._refusal(environ, start_response)
+            return self._denied(environ, start_response)
         raised = type(self), self, self.__traceback__
 
         def start(status: str, headers: list[tuple[str, str]], *_: Any) -> Any:
             return start_response(status, headers, raised)
 
-        return self._refusal(environ, start)
+        return self._denied(environ, start)
 
 
 def check_entitlements(
     request: object, *features: str, reserve: Mapping[str, float] | None = None
 ) -> Decision:
-    """Decide whether the subject of this request may use *features*, all of them.
+    """Return the decision on the use of all *features* by the request's subject.
 
-    Without features: those that the policy requires. *reserve* says how much is set
-    apart of features whose quota is counted down (see ``entitlement_meters``).
+    Default: the features that the policy requires. *reserve* contains the amounts to
+    reserve, by feature with a local quota (see ``entitlement_meters``).
 
-    :raises ValueError: if an amount in *reserve* is none.
+    :raises ValueError: if a value in *reserve* is not a valid amount.
     """
     environ, gate = _gate(request)
     if environ is None or gate is None:
         logger.error(
-            "%s: called outside a metered request; it counts as no answer",
+            "%s: called outside a metered request; access is allowed without a check",
             "check_entitlements",
         )
-        return undecided(features, "open")
+        return no_answer_decision(features, "open")
     return gate.check(environ, features or gate.required, reserve)
 
 
 def require_entitlements(
     request: object, *features: str, reserve: Mapping[str, float] | None = None
 ) -> Decision:
-    """Do as :func:`check_entitlements`, and end the request where it is denied.
+    """Return the decision of :func:`check_entitlements`, or end a denied request.
 
-    :raises EntitlementDenied: unless the decision allows or is not enforced.
+    :raises EntitlementDenied: if the decision denies and the policy enforces it.
     """
     decision = check_entitlements(request, *features, reserve=reserve)
     _, gate = _gate(request)

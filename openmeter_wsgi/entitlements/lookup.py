@@ -1,4 +1,12 @@
-"""Lookups: questions to OpenMeter, which wait in line for a token and a thread."""
+"""Lookups: questions to OpenMeter, queued for a token and asked by worker threads.
+
+A request whose answer is not cached puts a question into a queue and waits for the
+answer, at most ``entitlement_timeout``. Worker threads take the questions in order.
+Each HTTP request to OpenMeter needs a *token*; all processes that use one store share
+``question_rate`` tokens a second. A question that is already queued is not queued
+again: all its requests wait for the same answer. If no answer comes, a circuit breaker
+opens: from then on single questions, with pauses between them, try OpenMeter again.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +29,15 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: Seconds between two questions that try whether OpenMeter is back. Each failure
-#: doubles the wait.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
+#: Minimum and maximum seconds between two tries of an open breaker. Each failure
+#: doubles the pause.
+_MIN_PAUSE, _MAX_PAUSE = 0.5, 5.0
 
 
 class Breaker:
-    """Knows whether OpenMeter answers.
+    """A circuit breaker: open while OpenMeter does not answer.
 
-    Any thread: two that come at once may both try, which does no harm.
+    Any thread. Two threads that call it at once may both try, which does no harm.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,16 +52,19 @@ class Breaker:
 
     @property
     def is_due(self) -> bool:
-        """True if `may_try` may return True."""
+        """True if `may_try` would return True now."""
         return self._clock() >= self._try_at
 
     @property
     def due_in(self) -> float:
-        """The seconds until the next question may be asked, 0.0 if it may be now."""
+        """Seconds until the next question may be asked, 0.0 if it may be asked now."""
         return max(self._try_at - self._clock(), 0.0)
 
     def may_try(self) -> bool:
-        """Return True if a question may be asked; while open, to one caller a pause."""
+        """Return True if a question may be asked.
+
+        While the breaker is open, one caller per pause gets True.
+        """
         now = self._clock()
         if now < self._try_at:
             return False
@@ -62,176 +73,177 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
-        """Note an answer."""
+        """Close the breaker: OpenMeter answered."""
         self._pause = self._try_at = 0.0
 
     def failed(self) -> None:
-        """Note that no answer came."""
-        self._pause = min(max(self._pause * 2, _FIRST_PAUSE), _LONGEST_PAUSE)
+        """Open the breaker, or double its pause: no answer came."""
+        self._pause = min(max(self._pause * 2, _MIN_PAUSE), _MAX_PAUSE)
         self._try_at = self._clock() + self._pause
 
     def slow_down(self, seconds: float) -> None:
-        """Ask nothing for so long: OpenMeter answers, but was asked too often."""
+        """Allow no question for *seconds*: OpenMeter answered 429."""
         self._try_at = max(self._try_at, self._clock() + seconds)
 
 
 class Question(NamedTuple):
-    """A question: may this customer use these features?"""
+    """A question to OpenMeter: the access of one customer to some features."""
 
     customer: str
     features: tuple[str, ...]
 
 
 def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
-    """Return one question about *features*, and one for each key OpenMeter refuses.
+    """Return one question about all valid *features*, and one for each invalid key.
 
-    In an answer about several features, a refused key would only be missing, as if
-    there were no access. Asked for alone, it does not affect the others.
+    In an answer about several features an invalid key would only be missing, which
+    looks like a denial. Asked for alone, it is answered with an error.
     """
     if len(features) == 1:
         return [Question(customer, (features[0],))]
     refused = unaddressable(features)
-    fine = tuple(feature for feature in features if feature not in refused)
+    valid = tuple(feature for feature in features if feature not in refused)
     alone = [Question(customer, (feature,)) for feature in refused]
-    return [Question(customer, fine), *alone] if fine else alone
+    return [Question(customer, valid), *alone] if valid else alone
 
 
-#: Waits for a token to send one more request; returns False if there is none in time.
-HasToken: TypeAlias = "Callable[[], bool]"
-#: Puts the question to OpenMeter and remembers the answer. Its first callable is
-#: called once, when the waiting requests need wait no longer.
-Answering: TypeAlias = (
-    "Callable[[EntitlementClient, Question, Callable[[], None], HasToken], None]"
+#: Waits for a token for one more HTTP request; returns False if none comes in time.
+WaitForToken: TypeAlias = "Callable[[], bool]"
+#: Asks OpenMeter and caches the answer. Calls its first callable once, as soon as the
+#: requests that wait for the question need not wait any longer.
+AskOpenMeter: TypeAlias = (
+    "Callable[[EntitlementClient, Question, Callable[[], None], WaitForToken], None]"
 )
 
 
-class Recalled(NamedTuple):
-    """The result of a look into the answers that other processes have shared."""
+class SharedResult(NamedTuple):
+    """The result of reading the answers that other processes have shared."""
 
-    #: True if they answer the question, so that OpenMeter need not be asked.
+    #: True if the shared answers are fresh: OpenMeter need not be asked.
     is_answered: bool = False
-    #: True if they hold an answer of whatever age: this customer is known.
+    #: True if there is an answer of any age: the customer is known.
     is_known: bool = False
 
 
-#: Looks for shared answers to a question that were asked for since a moment
-#: (monotonic), and remembers them.
-Recall: TypeAlias = "Callable[[Question, float], Recalled]"
+#: Puts shared answers to a question into the cache. The second argument is the
+#: monotonic time after which an answer must have been asked for.
+LoadShared: TypeAlias = "Callable[[Question, float], SharedResult]"
 
 
-def nothing_recalled(_question: Question, _since: float) -> Recalled:
-    """Return that no answers are shared."""
-    return Recalled()
+def nothing_shared(_question: Question, _since: float) -> SharedResult:
+    """Return the result for a process that shares no answers."""
+    return SharedResult()
 
 
 class Lookup(Protocol):
-    """Puts questions to OpenMeter, or to a stand-in. Any thread."""
+    """A way to ask OpenMeter, or a stand-in for tests. Any thread."""
 
     breaker: Breaker
 
     def ask(self, question: Question, *, is_known: bool) -> float | None:
-        """Ask, and wait for the answer, if asking makes sense now.
+        """Ask and wait for the answer, unless the breaker is open.
 
-        Returns the seconds after which to come back if the line is too long, or else
-        None. *is_known*: there was an answer about this customer before.
+        Returns the seconds until the answer is expected if the queue is too long,
+        else None. *is_known*: an earlier answer about this customer exists.
         """
 
     def refresh(self, question: Question, *, since: float = 0.0) -> None:
-        """Ask without waiting, if asking makes sense now.
+        """Ask without waiting, unless the breaker is open.
 
-        An answer that another process asked for *since* that moment (monotonic) will
-        do.
+        A shared answer that was asked for after *since* (monotonic) suffices.
         """
 
     @property
     def is_busy(self) -> bool:
-        """True if requests wait in line for other questions."""
+        """True if requests wait for queued questions."""
 
-    def has_token(self) -> bool:
-        """Take a token for a further question, if there is one."""
+    def wait_for_token(self) -> bool:
+        """Wait for a token for one more HTTP request; return False if none comes."""
 
     def close(self) -> None:
-        """Close the idle connections, and drop the questions that wait in line."""
+        """Close the idle connections, and drop the queued questions."""
 
 
-#: So many threads ask at once: about customers that are seen for the first time, and
-#: about those that are known.
-_FIRST_SIGHT_THREADS, _KNOWN_THREADS = 8, 4
-#: So many questions wait in each line at most; with keys of 256 characters that is
-#: less than 4 MiB.
-MAX_LINE = 2_048
-#: The measured pace of a line follows the last question by this share.
-_FOLLOW = 0.2
-#: After a 429 without Retry-After, in seconds.
+#: Maximum number of threads that ask about new customers, and about known customers.
+_NEW_CUSTOMER_THREADS, _KNOWN_CUSTOMER_THREADS = 8, 4
+#: Maximum number of questions per queue; less than 4 MiB with keys of 256 characters.
+MAX_QUEUE = 2_048
+#: Weight of the last question in the moving average of a queue's pace.
+_PACE_WEIGHT = 0.2
+#: Seconds without questions after a 429 that has no Retry-After.
 _SLOW_DOWN = 1.0
-#: A question that OpenMeter calls a mistake is not asked again for so many seconds …
-_MISTAKE_HOLDS = 5.0
-#: … and so many such questions are remembered.
-_MAX_MISTAKES = 1_000
+#: Seconds for which a question that OpenMeter rejects is not asked again.
+_REJECTION_TTL = 5.0
+#: Maximum number of rejected questions that are remembered.
+_MAX_REJECTIONS = 1_000
+#: Seconds in the queue after which the shared answers are read once more.
+_REREAD_AFTER = 0.5
 
 
-#: Held while the event of a question is made or looked for. Reentrant, as a middleware
-#: may be collected meanwhile.
-_waiting = threading.RLock()
+#: Held while the event of a question is created or read. Reentrant, because the garbage
+#: collector may finalize a middleware meanwhile.
+_event_lock = threading.RLock()
 
 
 class _Pending:
-    """A question that waits or is being asked, and what ends the wait."""
+    """A question that is queued or being asked, with the event for its waiters."""
 
     __slots__ = (
-        "_event", "_is_done", "line", "number", "question", "recalled_at", "since",
+        "_event", "_is_done", "position", "question", "queue", "shared_read_at",
+        "since",
     )  # fmt: skip
 
     def __init__(self, question: Question, since: float) -> None:
         self.question = question
         self.since = since
         self._is_done = False
-        #: Made by the first that waits: for most questions in a long line nobody does.
+        #: Created by the first waiter: most questions in a long queue have none.
         self._event: threading.Event | None = None
-        #: Where requests wait for it, and its place among all that ever waited there.
-        self.line: _Line | None = None
-        self.number = 0
-        self.recalled_at = 0.0
+        #: The queue if the question is urgent, and its serial number there.
+        self.queue: _Queue | None = None
+        self.position = 0
+        self.shared_read_at = 0.0
 
     def wait(self, timeout: float) -> bool:
-        """Wait until the question is done; return False if that takes longer."""
-        with _waiting:
+        """Wait until the question is done; return False after *timeout* seconds."""
+        with _event_lock:
             event = self._event = self._event or threading.Event()
         return self._is_done or event.wait(timeout)
 
-    def done(self) -> None:
-        """End the wait of all requests. Called once or more."""
+    def finish(self) -> None:
+        """Wake all requests that wait. May be called more than once."""
         self._is_done = True
-        with _waiting:
+        with _event_lock:
             event = self._event
         if event is not None:
             event.set()
 
     @property
-    def is_in_line(self) -> bool:
-        """True if requests wait for it, and it has no token yet."""
-        return self.line is not None and self.line.is_ahead_of(self.number)
+    def is_queued(self) -> bool:
+        """True if the question is urgent and has no token yet."""
+        return self.queue is not None and self.queue.contains(self.position)
 
 
-class _Line:
-    """Questions in the order in which they came. The lookup's lock guards it.
+class _Queue:
+    """A queue of questions, first in, first out. The lookup's lock guards it.
 
-    Those that requests wait for go before those that nobody waits for.
+    Urgent questions, which requests wait for, go before refreshes.
     """
 
     def __init__(self, *, threads: int, reserve: float, pace: float) -> None:
         self.max_threads = threads
-        #: So many tokens are left to others.
+        #: Number of tokens left for the other queue.
         self.reserve = reserve
         self.threads = 0
-        #: How many of these threads wait for the next question, or for its token.
-        self.takers = 0
-        #: Held by the thread that waits for a token: tokens are taken in order.
-        self.turn = threading.Lock()
+        #: Number of threads that wait for the next question or for its token.
+        self.waiting_threads = 0
+        #: Held by the thread that waits for a token, so that tokens go in order.
+        self.token_lock = threading.Lock()
         self._urgent: deque[_Pending] = deque()
         self._later: deque[_Pending] = deque()
-        self._added = self._taken = 0
-        #: Seconds from one question to the next, while some wait.
+        #: Number of urgent questions ever added, and removed.
+        self._urgent_added = self._urgent_taken = 0
+        #: Seconds between two tokens while urgent questions wait: a moving average.
         self._pace = pace
         self._taken_at = 0.0
 
@@ -240,22 +252,22 @@ class _Line:
 
     @property
     def waiting(self) -> int:
-        """How many questions that requests wait for have no token yet."""
-        return self._added - self._taken
+        """The number of urgent questions without a token."""
+        return self._urgent_added - self._urgent_taken
 
     def add(self, pending: _Pending, *, urgent: bool) -> None:
-        """Let *pending* wait behind the others."""
+        """Append *pending*."""
         if not urgent:
             self._later.append(pending)
             return
         if not self._urgent:
             self._taken_at = time.monotonic()
-        self._added += 1
-        pending.line, pending.number = self, self._added
+        self._urgent_added += 1
+        pending.queue, pending.position = self, self._urgent_added
         self._urgent.append(pending)
 
     def promote(self, pending: _Pending) -> None:
-        """Let *pending*, for which nobody waited, wait with those that are urgent."""
+        """Make *pending* urgent: a request waits for it now."""
         try:
             self._later.remove(pending)
         except ValueError:
@@ -263,310 +275,322 @@ class _Line:
         self.add(pending, urgent=True)
 
     def take(self) -> _Pending | None:
-        """Take out the first one."""
+        """Remove and return the first question."""
         if not self._urgent:
             return self._later.popleft() if self._later else None
         return self._urgent.popleft()
 
-    def note_asked(self, pending: _Pending) -> None:
-        """Note that *pending* has got its token."""
-        if not pending.number:
+    def note_token_taken(self, pending: _Pending) -> None:
+        """Note that *pending* has its token; update the pace."""
+        if not pending.position:
             return
         now = time.monotonic()
-        self._taken += 1
-        self._pace += (now - self._taken_at - self._pace) * _FOLLOW
+        self._urgent_taken += 1
+        self._pace += (now - self._taken_at - self._pace) * _PACE_WEIGHT
         self._taken_at = now
 
     def note_dropped(self, pending: _Pending) -> None:
-        """Note that *pending* needs no token any more."""
-        self._taken += bool(pending.number)
+        """Note that *pending* needs no token."""
+        self._urgent_taken += bool(pending.position)
 
-    def is_ahead_of(self, number: int) -> bool:
-        """Return True if the question of this number has not got its token."""
-        return number > self._taken
+    def contains(self, position: int) -> bool:
+        """Return True if the urgent question at *position* has no token yet."""
+        return position > self._urgent_taken
 
-    def wait_for(self, number: int | None = None) -> float:
-        """Return about how many seconds are before this number, or before a new one."""
-        last = self._added + 1 if number is None else number
-        return max(last - self._taken - 1, 0) * self._pace
+    def seconds_until(self, position: int | None = None) -> float:
+        """Return the estimated wait at *position*, or at the end of the queue."""
+        last = self._urgent_added + 1 if position is None else position
+        return max(last - self._urgent_taken - 1, 0) * self._pace
 
     def clear(self) -> list[_Pending]:
-        """Take out all."""
-        found = [*self._urgent, *self._later]
-        self._taken += len(self._urgent)
+        """Remove and return all questions."""
+        removed = [*self._urgent, *self._later]
+        self._urgent_taken += len(self._urgent)
         self._urgent.clear()
         self._later.clear()
-        return found
+        return removed
 
 
 class BackgroundLookup:
-    """Puts questions to OpenMeter from threads that end when no question waits.
+    """A `Lookup` whose worker threads start with a question and end without one.
 
-    Belongs to one process; any thread. There are two lines: of customers that are
-    seen for the first time, and of those that are known, to whom the first line leaves
-    a part of the tokens. A question stays in line when the requests that wait for it
-    have given up: their clients come back.
+    Belongs to one process; any thread. There is one queue for new customers and one
+    for known customers. The first leaves part of the tokens to the second, so that
+    made-up names cannot delay known customers. A question stays queued when its
+    requests have timed out, because their clients come back.
     """
 
     def __init__(
         self,
         *,
         new_client: Callable[[], EntitlementClient],
-        answering: Answering,
-        take_question: Callable[[float], float],
+        ask_openmeter: AskOpenMeter,
+        take_token: Callable[[float], float],
         timeout: float,
         rate: float,
         reserve: float,
-        recall: Recall = nothing_recalled,
+        load_shared: LoadShared = nothing_shared,
     ) -> None:
         self.breaker: Breaker = Breaker()
         self._new_client = new_client
-        self._answering = answering
-        self._recall = recall
-        #: Takes a token, and returns the seconds to wait if there is none.
-        self._take_question = take_question
+        self._ask_openmeter = ask_openmeter
+        self._load_shared = load_shared
+        #: Takes a token and returns 0.0, or returns the seconds until there is one.
+        self._take_token = take_token
         self._timeout = timeout
         self._rate = rate
-        #: How many tokens a first sight leaves to customers that are known.
+        #: Number of tokens left for known customers.
         self._reserve = reserve
         self._clients: deque[EntitlementClient] = deque()
         self._pending: dict[Question, _Pending] = {}
-        #: Until when not to ask what OpenMeter calls a mistake: for features, whoever
-        #: the customer is, or for one customer.
-        self._mistaken: dict[tuple[str, ...] | Question, float] = {}
-        # Reentrant, as `close` is also called when a middleware is collected.
+        #: The monotonic time until which a rejected question is not asked again. Keys
+        #: are questions, or features that are rejected for every customer.
+        self._rejected_until: dict[tuple[str, ...] | Question, float] = {}
+        # Reentrant, because `close` also runs when a middleware is garbage-collected.
         self._lock = threading.RLock()
         self._closed = threading.Event()
-        self._first_sights, self._known = self._new_lines()
+        self._new_customers, self._known_customers = self._new_queues()
 
-    def _new_lines(self) -> tuple[_Line, _Line]:
+    def _new_queues(self) -> tuple[_Queue, _Queue]:
         pace = 1 / self._rate
         return (
-            _Line(threads=_FIRST_SIGHT_THREADS, reserve=self._reserve, pace=pace),
-            _Line(threads=_KNOWN_THREADS, reserve=0.0, pace=pace),
+            _Queue(threads=_NEW_CUSTOMER_THREADS, reserve=self._reserve, pace=pace),
+            _Queue(threads=_KNOWN_CUSTOMER_THREADS, reserve=0.0, pace=pace),
         )
 
     @property
     def is_busy(self) -> bool:
-        """True if requests wait in line for other questions."""
-        return self._first_sights.waiting + self._known.waiting > 0
+        """True if requests wait for queued questions."""
+        return self._new_customers.waiting + self._known_customers.waiting > 0
 
     def ask(self, question: Question, *, is_known: bool = False) -> float | None:
-        """Ask, and wait for the answer within the timeout, if asking makes sense now.
+        """Ask and wait for the answer, at most the timeout, unless the breaker is open.
 
-        Returns the seconds after which to come back if the line is too long, or else
-        None. Requests that come while the same is being asked wait for that answer.
+        Returns the seconds until the answer is expected if the queue is too long, else
+        None. Requests with the same question wait for the same answer.
         """
         if self.breaker.is_open:
-            self.refresh(question)  # the request that tries is nobody's
+            self.refresh(question)  # no request waits for the try
             return None
-        if sys.is_finalizing():  # a thread would not run, and its start() wait for it
+        if sys.is_finalizing():  # thread.start() would wait for ever
             return None
         if (pause := self.breaker.due_in) > 0:
             return pause
-        pending, is_first = self._begin(question, since=0.0)
+        pending, is_first = self._register(question, since=0.0)
         if pending is None:
             return None
         if is_first:
-            return self._ask_first(pending, is_known=is_known)
-        if pending.line is None:
+            return self._ask_new(pending, is_known=is_known)
+        if pending.queue is None:
             with self._lock:
-                self._known.promote(pending)
+                self._known_customers.promote(pending)
         return self._wait(pending)
 
     def refresh(self, question: Question, *, since: float = 0.0) -> None:
-        """Ask without waiting, unless that is being done or must not be done now."""
+        """Ask without waiting, unless the question is pending or not allowed now."""
         if not self.breaker.is_due or sys.is_finalizing():
             return
-        pending, is_first = self._begin(question, since)
+        pending, is_first = self._register(question, since)
         if pending is not None and is_first:
-            self._enlist(pending, self._known, urgent=False)
+            self._enqueue(pending, self._known_customers, urgent=False)
 
     def close(self) -> None:
-        """Close the idle connections, and drop the questions that wait in line.
+        """Close the idle connections, and drop the queued questions.
 
-        A connection that is in use is closed when its question has ended.
+        A connection in use is closed when its question has ended.
         """
         with self._lock:
             closed, self._closed = self._closed, threading.Event()
-            lines = self._first_sights, self._known
-            self._first_sights, self._known = self._new_lines()
-            dropped = [pending for line in lines for pending in line.clear()]
+            queues = self._new_customers, self._known_customers
+            self._new_customers, self._known_customers = self._new_queues()
+            dropped = [pending for queue in queues for pending in queue.clear()]
             idle, self._clients = self._clients, deque()
         closed.set()
         for pending in dropped:
-            self._end(pending)
+            self._finish(pending)
         for client in idle:
             client.close()
 
     # -- In the thread of a request
 
-    def _begin(self, question: Question, since: float) -> tuple[_Pending | None, bool]:
-        """Return the question as it is pending, and whether this caller began it."""
+    def _register(
+        self, question: Question, since: float
+    ) -> tuple[_Pending | None, bool]:
+        """Return the pending question, and True if this call created it.
+
+        Returns None for a question that OpenMeter has rejected recently.
+        """
         with self._lock:
             if (pending := self._pending.get(question)) is not None:
                 pending.since = max(pending.since, since)
                 return pending, False
-            if self._is_mistaken(question):
+            if self._is_rejected(question):
                 return None, False
             pending = self._pending[question] = _Pending(question, since)
             return pending, True
 
-    def _ask_first(self, pending: _Pending, *, is_known: bool) -> float | None:
-        """Look for a shared answer, or let *pending* wait in line, and wait for it."""
-        recalled = self._look_at_shared(pending)
-        if recalled.is_answered:
-            self._end(pending)
+    def _ask_new(self, pending: _Pending, *, is_known: bool) -> float | None:
+        """Read the shared answers; if they do not suffice, queue *pending* and wait."""
+        result = self._read_shared(pending)
+        if result.is_answered:
+            self._finish(pending)
             return None
-        is_known = is_known or recalled.is_known
-        line = self._known if is_known else self._first_sights
-        if not self._enlist(pending, line, urgent=True):
-            return self._say_busy(line, line.wait_for())
+        is_known = is_known or result.is_known
+        queue = self._known_customers if is_known else self._new_customers
+        if not self._enqueue(pending, queue, urgent=True):
+            return self._busy_for(queue, queue.seconds_until())
         return self._wait(pending)
 
-    def _look_at_shared(self, pending: _Pending) -> Recalled:
-        pending.recalled_at = time.monotonic()
-        return self._recall(pending.question, pending.since)
+    def _read_shared(self, pending: _Pending) -> SharedResult:
+        pending.shared_read_at = time.monotonic()
+        return self._load_shared(pending.question, pending.since)
 
-    def _enlist(self, pending: _Pending, line: _Line, *, urgent: bool) -> bool:
-        """Let *pending* wait in *line*; return False if that is full."""
+    def _enqueue(self, pending: _Pending, queue: _Queue, *, urgent: bool) -> bool:
+        """Put *pending* into *queue*; return False if the queue is full."""
         with self._lock:
-            if is_full := len(line) >= MAX_LINE:
-                self._end(pending)
+            if is_full := len(queue) >= MAX_QUEUE:
+                self._finish(pending)
             else:
-                line.add(pending, urgent=urgent)
+                queue.add(pending, urgent=urgent)
         if not is_full:
-            self._see_to_a_taker(line)
+            self._start_thread_if_needed(queue)
         return not is_full
 
     def _wait(self, pending: _Pending) -> float | None:
-        """Wait for the answer; return the seconds to come back after, if it is far."""
-        line, number = pending.line, pending.number
-        if line is not None and (far := line.wait_for(number)) > self._timeout:
-            return self._say_busy(line, far)
+        """Wait for the answer; return the estimated wait if it exceeds the timeout."""
+        queue, position = pending.queue, pending.position
+        if queue is not None and queue.seconds_until(position) > self._timeout:
+            return self._busy_for(queue, queue.seconds_until(position))
         if pending.wait(self._timeout):
             return None
-        if line is None or not pending.is_in_line:
+        if queue is None or not pending.is_queued:
             return None
-        return self._say_busy(line, line.wait_for(number))
+        return self._busy_for(queue, queue.seconds_until(position))
 
-    def _say_busy(self, line: _Line, seconds: float) -> float:
+    def _busy_for(self, queue: _Queue, seconds: float) -> float:
+        """Log the length of *queue*; return *seconds*, at least 1."""
         logger.warning(
-            "%s: %d customers wait in line to be asked for, the last one for about "
-            "%.0f s, as question_rate=%g allows; their requests are decided by "
-            "fail_mode meanwhile",
-            "entitlements", line.waiting, line.wait_for(), self._rate,
+            "%s: %d customers are queued for a question to OpenMeter, the last one "
+            "for about %.0f s at question_rate=%g; fail_mode decides their requests "
+            "until then",
+            "entitlements", queue.waiting, queue.seconds_until(), self._rate,
         )  # fmt: skip
         return max(seconds, 1.0)
 
-    def _is_mistaken(self, question: Question) -> bool:
+    def _is_rejected(self, question: Question) -> bool:
         now = time.monotonic()
         return any(
-            now < self._mistaken.get(what, 0) for what in (question, question.features)
+            now < self._rejected_until.get(key, 0)
+            for key in (question, question.features)
         )
 
-    def _remember_mistake(self, what: tuple[str, ...] | Question) -> None:
+    def _remember_rejection(self, key: tuple[str, ...] | Question) -> None:
         with self._lock:
-            if len(self._mistaken) >= _MAX_MISTAKES:
-                self._mistaken.clear()
-            self._mistaken[what] = time.monotonic() + _MISTAKE_HOLDS
+            if len(self._rejected_until) >= _MAX_REJECTIONS:
+                self._rejected_until.clear()
+            self._rejected_until[key] = time.monotonic() + _REJECTION_TTL
 
-    def _see_to_a_taker(self, line: _Line) -> None:
-        """Start a thread, unless one is about to take the next question of *line*."""
+    def _start_thread_if_needed(self, queue: _Queue) -> None:
+        """Start a thread, unless one waits for the next question of *queue* already."""
         with self._lock:
-            if not line or line.takers or line.threads >= line.max_threads:
+            if not queue or queue.waiting_threads or queue.threads >= queue.max_threads:
                 return
-            line.takers += 1
-            line.threads += 1
+            queue.waiting_threads += 1
+            queue.threads += 1
             thread = threading.Thread(
                 target=self._run,
-                args=(line, self._closed),
+                args=(queue, self._closed),
                 name="openmeter_wsgi.question",
                 daemon=True,
             )
         try:
             thread.start()
         except RuntimeError as error:
-            logger.error("%s: no thread can be started to ask OpenMeter", error)
+            logger.error("%s: no thread can be started to ask OpenMeter; fail_mode "
+                         "decides the queued requests", error)  # fmt: skip
             with self._lock:
-                line.takers -= 1
-                line.threads -= 1
-                dropped = line.clear()
+                queue.waiting_threads -= 1
+                queue.threads -= 1
+                dropped = queue.clear()
             for pending in dropped:
-                self._end(pending)
+                self._finish(pending)
 
-    # -- In a thread of the lookup's own
+    # -- In a worker thread
 
-    def _run(self, line: _Line, closed: threading.Event) -> None:
-        """Ask one question after the other. The body of a thread."""
-        while (pending := self._next(line, closed)) is not None:
-            self._see_to_a_taker(line)
+    def _run(self, queue: _Queue, closed: threading.Event) -> None:
+        """Ask questions until *queue* is empty. The body of a worker thread."""
+        while (pending := self._next_question(queue, closed)) is not None:
+            self._start_thread_if_needed(queue)
             try:
-                self._put(pending)
+                self._send(pending)
             except Exception:
-                self._remember_mistake(pending.question)
-                logger.exception("%s: a question about %s broke off", "entitlements",
+                self._remember_rejection(pending.question)
+                logger.exception("%s: the question about %s failed", "entitlements",
                                  pending.question.customer)  # fmt: skip
             finally:
-                self._end(pending)
+                self._finish(pending)
             with self._lock:
-                line.takers += 1
+                queue.waiting_threads += 1
 
-    def _next(self, line: _Line, closed: threading.Event) -> _Pending | None:
-        """Take the first question of *line* that has to be asked, with its token."""
-        with line.turn:
+    def _next_question(self, queue: _Queue, closed: threading.Event) -> _Pending | None:
+        """Return the next question that must be asked, after taking a token for it."""
+        with queue.token_lock:
             while True:
                 with self._lock:
-                    pending = line.take()
+                    pending = queue.take()
                     if pending is None:
-                        line.takers -= 1
-                        line.threads -= 1
+                        queue.waiting_threads -= 1
+                        queue.threads -= 1
                         return None
-                if self._must_be_asked(pending) and self._wait_for_token(line, closed):
+                if self._must_be_asked(pending) and self._wait_for_queue_token(
+                    queue, closed
+                ):
                     with self._lock:
-                        line.note_asked(pending)
-                        line.takers -= 1
+                        queue.note_token_taken(pending)
+                        queue.waiting_threads -= 1
                     return pending
                 with self._lock:
-                    line.note_dropped(pending)
-                self._end(pending)
+                    queue.note_dropped(pending)
+                self._finish(pending)
 
     def _must_be_asked(self, pending: _Pending) -> bool:
-        """Return False if OpenMeter must not be asked now, or another process has."""
-        waited = time.monotonic() - pending.recalled_at
-        if waited > _FIRST_PAUSE and self._look_at_shared(pending).is_answered:
+        """Return False if another process has asked, or the breaker forbids it."""
+        waited = time.monotonic() - pending.shared_read_at
+        if waited > _REREAD_AFTER and self._read_shared(pending).is_answered:
             return False
         return self.breaker.may_try()
 
-    def _wait_for_token(self, line: _Line, closed: threading.Event) -> bool:
-        """Wait for a token; return False if the lookup was closed meanwhile."""
+    def _wait_for_queue_token(self, queue: _Queue, closed: threading.Event) -> bool:
+        """Wait for a token; return False if the lookup is closed meanwhile."""
         while not closed.is_set():
-            wait = self._take_question(line.reserve)
+            wait = self._take_token(queue.reserve)
             if not wait:
                 return True
             closed.wait(wait)
         return False
 
-    def has_token(self) -> bool:
-        """Wait for a token for one request more; return False if none came in time."""
+    def wait_for_token(self) -> bool:
+        """Wait for a token for one more HTTP request; return False if none comes."""
         deadline = time.monotonic() + self._timeout
         closed = self._closed
-        while wait := self._take_question(0.0):
+        while wait := self._take_token(0.0):
             if time.monotonic() + wait > deadline or closed.wait(wait):
                 logger.warning(
-                    "%s: more questions than question_rate=%g allows; some requests "
-                    "are decided without an answer",
+                    "%s: more questions than question_rate=%g allows; fail_mode "
+                    "decides some requests",
                     "entitlements", self._rate,
                 )  # fmt: skip
                 return False
         return True
 
-    def _end(self, pending: _Pending) -> None:
+    def _finish(self, pending: _Pending) -> None:
+        """Remove a question that is answered or dropped, and wake its requests."""
         with self._lock:
             self._pending.pop(pending.question, None)
-        pending.done()
+        pending.finish()
 
-    def _put(self, pending: _Pending) -> None:
+    def _send(self, pending: _Pending) -> None:
+        """Ask OpenMeter with an idle client or a new one, and handle errors."""
         clients = self._clients
         try:
             client = clients.pop()
@@ -574,21 +598,21 @@ class BackgroundLookup:
             client = self._new_client()
         try:
             question = pending.question
-            self._answering(client, question, pending.done, self.has_token)
+            self._ask_openmeter(client, question, pending.finish, self.wait_for_token)
         except DeliveryError as error:
             client.close()
             self._log_failure(error, pending.question)
-            if error.status is None and self._note_silence(pending):
+            if error.status is None and self._note_no_answer(pending):
                 return
-            self._failed(error, pending.question, client)
+            self._handle_failure(error, pending.question, client)
         else:
             self._note_answer()
-        self._give_back(client, clients)
+        self._return_client(client, clients)
 
-    def _give_back(
+    def _return_client(
         self, client: EntitlementClient, clients: deque[EntitlementClient]
     ) -> None:
-        """Keep *client* for the next question, unless all were closed meanwhile."""
+        """Keep *client* for the next question, or close it if the lookup was closed."""
         with self._lock:
             if clients is self._clients:
                 clients.append(client)
@@ -602,62 +626,59 @@ class BackgroundLookup:
             )
         self.breaker.succeeded()
 
-    def _note_silence(self, pending: _Pending) -> bool:
-        """Open the breaker, as no answer came; return True if it was open before.
-
-        Nobody waits any longer, whichever question it is for.
-        """
+    def _note_no_answer(self, pending: _Pending) -> bool:
+        """Open the breaker, drop all questions; return True if it was open before."""
         was_open = self.breaker.is_open
         self.breaker.failed()
         with self._lock:
-            dropped = [*self._first_sights.clear(), *self._known.clear()]
-        pending.done()
-        for one in dropped:
-            self._end(one)
+            dropped = [*self._new_customers.clear(), *self._known_customers.clear()]
+        pending.finish()
+        for other in dropped:
+            self._finish(other)
         return was_open
 
-    def _failed(
+    def _handle_failure(
         self, error: DeliveryError, question: Question, client: EntitlementClient
     ) -> None:
-        """Note a failure where it belongs: to one customer, to features, or to all."""
-        if self._is_too_much(error):
+        """Stop the questions that *error* concerns: this one, its features, or all."""
+        if self._slow_down_if_429(error):
             return
-        refusal = self._refusal_of_nobody(question.features, client)
-        if refusal is None:
-            self._remember_mistake(question)
-        elif refusal.status == 400:
-            # Of these features alone; of the others it may know all there is.
-            self._remember_mistake(question.features)
-        elif not self._is_too_much(refusal) and error.status is not None:
+        probe_error = self._probe(question.features, client)
+        if probe_error is None:
+            self._remember_rejection(question)
+        elif probe_error.status == 400:
+            # Questions about other features may work.
+            self._remember_rejection(question.features)
+        elif not self._slow_down_if_429(probe_error) and error.status is not None:
             self.breaker.failed()
 
-    def _refusal_of_nobody(
+    def _probe(
         self, features: tuple[str, ...], client: EntitlementClient
     ) -> DeliveryError | None:
-        """Ask for a customer that does not exist; return the error, if there is one.
+        """Ask about a customer that does not exist; return the error, or None.
 
-        A caller that chooses the name of a customer could otherwise stop the questions
-        for all others, with a name that OpenMeter or a proxy has no right answer for.
+        Without this probe, a caller who sends a customer name that OpenMeter or a
+        proxy answers with an error could stop the questions for all others.
         """
-        if not self.has_token():
+        if not self.wait_for_token():
             return None
         try:
             client.probe(features)
-        except DeliveryError as refusal:
+        except DeliveryError as error:
             client.close()
-            return refusal
+            return error
         self._note_answer()
         return None
 
-    def _is_too_much(self, error: DeliveryError) -> bool:
-        """Slow down if OpenMeter was asked too often."""
+    def _slow_down_if_429(self, error: DeliveryError) -> bool:
+        """Pause all questions and return True if OpenMeter answered 429."""
         if error.status != 429:
             return False
         pause = error.retry_after or _SLOW_DOWN
         self.breaker.slow_down(pause)
         logger.warning(
-            "%s: OpenMeter was asked too often, no questions for %.1f s; known answers "
-            "go on to hold",
+            "%s: OpenMeter answered 429; no questions are sent for %.1f s, cached "
+            "answers remain in use",
             "entitlements", pause,
         )  # fmt: skip
         return True
@@ -667,7 +688,7 @@ class BackgroundLookup:
             return
         logger.log(
             logging.ERROR if isinstance(error, Misconfigured) else logging.WARNING,
-            "%s: OpenMeter does not say what %r may (status %s: %s); known answers "
-            "hold for max_stale, then fail_mode decides",
+            "%s: OpenMeter gives no answer about customer %r (status %s: %s); cached "
+            "answers are used for max_stale, then fail_mode decides",
             "entitlements", question.customer, error.status or "none", error.reason,
         )  # fmt: skip

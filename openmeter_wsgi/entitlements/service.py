@@ -1,4 +1,10 @@
-"""The entitlement service of a process: decisions from answers and local quotas."""
+"""The entitlement service of a process: decisions from cached and new answers.
+
+`EntitlementService.decide` runs in the thread of a request. It reads the `AnswerCache`;
+for a missing or expired answer it asks the `Lookup` and waits. The lookup calls
+`_ask_openmeter` in a worker thread, which asks over HTTP, caches the answer, hands its
+balance to the local quota (`countdown`) and shares it with other processes.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +25,18 @@ from openmeter_wsgi.entitlements.cache import (
 )
 from openmeter_wsgi.entitlements.client import ClientV1, is_key
 from openmeter_wsgi.entitlements.client_v3 import ClientV3
-from openmeter_wsgi.entitlements.customers import FoundCustomers, answers_about
+from openmeter_wsgi.entitlements.customers import CustomerCache, answers_about
 from openmeter_wsgi.entitlements.decision import (
     Decision,
     DecisionSource,
     Denial,
-    together,
-    undecided,
+    combined,
+    no_answer_decision,
 )
 from openmeter_wsgi.entitlements.lookup import (
     BackgroundLookup,
     Question,
-    Recalled,
+    SharedResult,
     questions_about,
 )
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
@@ -47,7 +53,12 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.cache import AllowFromCache
     from openmeter_wsgi.entitlements.client import Answer, EntitlementClient, Terms
-    from openmeter_wsgi.entitlements.lookup import Answering, HasToken, Lookup, Recall
+    from openmeter_wsgi.entitlements.lookup import (
+        AskOpenMeter,
+        LoadShared,
+        Lookup,
+        WaitForToken,
+    )
     from openmeter_wsgi.entitlements.shared_answers import SharedAnswer
     from openmeter_wsgi.entitlements.visibility_probes import Sending, Visibility
     from openmeter_wsgi.policy import FailMode, Policy
@@ -58,93 +69,89 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: The terms of an entitlement are asked for anew when they are older than this, in
-#: seconds, and when so small a part of the grant is left that they may decide.
-_TERMS_HOLD = 600.0
-_LITTLE = 0.2
+#: Seconds after which the terms of an entitlement are asked for again.
+_TERMS_TTL = 600.0
+#: Remaining share of the grant below which the terms are asked for with each answer.
+_LOW_SHARE = 0.2
 
 
 class EntitlementService:
-    """The entitlements of one process: known answers, lookups and local quotas.
-
-    Any thread.
-    """
+    """The cached answers, lookups and local quotas of one process. Any thread."""
 
     def __init__(
         self,
         *,
-        new_asker: Callable[[Answering, Recall], Lookup],
+        new_lookup: Callable[[AskOpenMeter, LoadShared], Lookup],
         countdown: LocalQuota,
         lifetimes: Lifetimes,
         id_lifetimes: Lifetimes | None = None,
-        tells_periods: bool,
+        shows_periods: bool,
         close_store: Callable[[], None],
         shared: SharedAnswers | None = None,
         visibility: Visibility | None = None,
     ) -> None:
         self.countdown = countdown
         self._close_store = close_store
-        #: None where there are no other processes that could have asked.
+        #: None if the policy names no store that processes share.
         self._shared = shared
-        #: None where nothing is counted down, or nothing is sent.
+        #: None if no quota is counted down, or nothing is sent.
         self._visibility = visibility
-        #: True if quotas are counted down, and by this process for itself.
-        self._counts_alone = shared is None and bool(countdown.meters)
-        #: True if responses say when a quota is granted anew.
-        self._tells_periods = tells_periods
+        #: True if quotas are counted down, but not shared with other processes.
+        self._is_unshared = shared is None and bool(countdown.meters)
+        #: True if responses tell when a quota's period ends.
+        self._shows_periods = shows_periods
         self._answers = AnswerCache()
-        self._customers = FoundCustomers(id_lifetimes or lifetimes)
+        self._customers = CustomerCache(id_lifetimes or lifetimes)
         self._lifetimes = lifetimes
-        self._asker = new_asker(self._answer, self.recall)
+        self._lookup = new_lookup(self._ask_openmeter, self.load_shared)
 
     def begin(self, environ: Mapping[str, Any]) -> None:
-        """Warn where several processes count a quota, and each for itself.
+        """Warn if several processes count a quota down without sharing the count.
 
-        With the first request of a process.
+        Called with the first request of a process.
         """
-        if not self._counts_alone or not environ.get("wsgi.multiprocess"):
+        if not self._is_unshared or not environ.get("wsgi.multiprocess"):
             return
-        self._counts_alone = False
+        self._is_unshared = False
         logger.warning(
-            "%s: %s counted down by several processes, and each counts for itself: "
-            "together they may serve a multiple of a quota. Set spool_dir, or "
-            "redis_url where they are on several hosts",
+            "%s: several processes count %s down without a shared store; together "
+            "they may serve a multiple of each quota. Set spool_dir, or redis_url for "
+            "several hosts",
             "entitlement_meters", ", ".join(map(repr, self.countdown.meters)),
         )  # fmt: skip
 
     def decide(
         self, customer: str, features: tuple[str, ...], fail_mode: FailMode
     ) -> Decision:
-        """Decide whether *customer* may use all of *features*. Never raises.
+        """Return the decision on the use of all *features* by *customer*. Never raises.
 
-        Waits only for an answer that has never been heard or has outlived its time,
-        and at most ``entitlement_timeout``.
+        Waits, at most ``entitlement_timeout``, if an answer is missing or long expired.
         """
-        fresh = [self._answers.fresh(feature)(customer) for feature in features]
+        fresh = [self._answers.fresh_decisions(f)(customer) for f in features]
         if None not in fresh:
-            return together(fresh)  # type: ignore[arg-type]
-        if not is_key(customer):  # OpenMeter can have no such customer
+            return combined(fresh)  # type: ignore[arg-type]
+        if not is_key(customer):  # no valid key: OpenMeter need not be asked
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
             return Decision(False, denied, source="request")
-        if refused := _impossible(features):
-            denied = tuple(Denial(feature, "no_access") for feature in refused)
+        if invalid := _invalid_features(features):
+            denied = tuple(Denial(feature, "no_access") for feature in invalid)
             return Decision(False, denied, source="request")
         now = time.monotonic()
-        found, busy_for = self._found(customer, features, now, fail_mode)
-        return together(
+        answers, busy_for = self._usable_answers(customer, features, now, fail_mode)
+        return combined(
             [
-                undecided((feature,), fail_mode, busy_for)
-                if known is None
-                else _decision(known, now)
-                for feature, known in zip(features, found, strict=True)
+                no_answer_decision((feature,), fail_mode, busy_for)
+                if cached is None
+                else _decision(cached, now)
+                for feature, cached in zip(features, answers, strict=True)
             ]
         )
 
-    def fresh(self, feature: str) -> Callable[[str], Decision | None]:
-        """Return what finds a decision that needs no question, by customer."""
-        return self._answers.fresh(feature)
+    def fresh_decisions(self, feature: str) -> Callable[[str], Decision | None]:
+        """Return a function from a customer to its unexpired decision, or None."""
+        return self._answers.fresh_decisions(feature)
 
-    def passing(
+    def allow_from_cache(
         self,
         feature: str,
         *,
@@ -152,33 +159,32 @@ class EntitlementService:
         anonymous: str | None,
         counts: Counts,
     ) -> AllowFromCache:
-        """Return what allows a request from the cache (see `allow_from_cache`)."""
+        """Return a function that allows requests from the cache: `allow_from_cache`."""
         return allow_from_cache(
-            self._answers.finder(feature),
+            self._answers.getter(feature),
             self._answers.clock,
             find_subject=find_subject,
             anonymous=anonymous,
             counts=counts,
         )
 
-    def known(self, customer: str, feature: str) -> CachedAnswer | None:
-        """Return what is known, however old it is."""
+    def cached_answer(self, customer: str, feature: str) -> CachedAnswer | None:
+        """Return the cached answer of any age, or None."""
         return self._answers.get(customer, feature)
 
     def refresh(self, customer: str, feature: str, *, since: float = 0.0) -> None:
-        """Ask anew, behind the request's back.
+        """Ask for a new answer without waiting.
 
-        The answer that another process asked for *since* that moment (monotonic) will
-        do.
+        A shared answer that was asked for after *since* (monotonic) suffices.
         """
-        self._asker.refresh(Question(customer, (feature,)), since=since)
+        self._lookup.refresh(Question(customer, (feature,)), since=since)
 
     def account(self, customer: str) -> str:
         """Return the name under which the quota of *customer* is counted down."""
         return self._customers.account(customer)
 
     def invalidate(self, customer: str, feature: str | None = None) -> None:
-        """Forget what was said of *customer*: the next request asks."""
+        """Remove the answers about *customer*: the next request asks again."""
         features = self._answers.features if feature is None else (feature,)
         for name in {customer, *self._customers.forget(customer)}:
             self._answers.forget(name, feature)
@@ -187,281 +193,290 @@ class EntitlementService:
 
     @property
     def problems(self) -> list[Problem]:
-        """The problems with asking OpenMeter now."""
-        if not self._asker.breaker.is_open:
+        """The current problems with lookups."""
+        if not self._lookup.breaker.is_open:
             return []
         text = (
-            "OpenMeter does not say who may; known answers hold for max_stale, then "
+            "OpenMeter gives no answers; cached answers are used for max_stale, then "
             "fail_mode decides"
         )
         return [Problem("entitlements", text)]
 
     def close_connections(self) -> None:
-        """Close the connections. The next question opens new ones."""
-        self._asker.close()
+        """Close the connections; the next question opens new ones."""
+        self._lookup.close()
 
     def close(self) -> None:
-        """Hand back what was set apart for this process, and close connections."""
-        self._asker.close()
+        """Return this process's leases to the store, and close all connections."""
+        self._lookup.close()
         self.countdown.close()
         self._close_store()
 
     def end(self) -> None:
-        """End the thread that looks how far usage is visible, after the delivery."""
+        """End the visibility thread. Called after the delivery has ended."""
         if self._visibility is not None:
             self._visibility.close()
 
     @property
     def visibility_lag(self) -> float | None:
-        """The seconds until OpenMeter shows usage; None if that is not looked for."""
+        """Seconds until OpenMeter shows delivered usage, None if not measured."""
         return self._visibility.lag if self._visibility is not None else None
 
-    def _found(
+    def _usable_answers(
         self, customer: str, features: Sequence[str], now: float, fail_mode: FailMode
     ) -> tuple[list[CachedAnswer | None], float | None]:
-        """Return what is known, and the seconds to come back after if the line is long.
+        """Return the usable answer or None for each feature, and the estimated wait.
 
-        Asks for what is not known or has aged.
+        Waits for answers that are missing or long expired, and refreshes expired ones.
+        The estimated wait is None unless the queue of questions is too long.
         """
-        found = [self._answers.get(customer, feature) for feature in features]
-        pairs = list(zip(features, found, strict=True))
+        cached = [self._answers.get(customer, feature) for feature in features]
+        pairs = list(zip(features, cached, strict=True))
         if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            is_known = any(known is not None for known in found)
+            is_known = any(one is not None for one in cached)
             waits = [
-                self._asker.ask(question, is_known=is_known)
+                self._lookup.ask(question, is_known=is_known)
                 for question in questions_about(customer, missing)
             ]
-            found = [self._answers.get(customer, feature) for feature in features]
+            cached = [self._answers.get(customer, feature) for feature in features]
             after = time.monotonic()
             any_age = fail_mode == "stale"
             usable = [k if k and (any_age or after < k.usable_until) else None
-                      for k in found]  # fmt: skip
+                      for k in cached]  # fmt: skip
             return usable, max((w for w in waits if w is not None), default=None)
-        if aged := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
-            for question in questions_about(customer, aged):
-                self._asker.refresh(question)
-        return found, None
+        if expired := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
+            for question in questions_about(customer, expired):
+                self._lookup.refresh(question)
+        return cached, None
 
-    def recall(self, question: Question, since: float) -> Recalled:
-        """Look for the answer among those that other processes have shared."""
+    def load_shared(self, question: Question, since: float) -> SharedResult:
+        """Cache the answers to *question* that other processes have shared."""
         if self._shared is None:
-            return Recalled()
+            return SharedResult()
         customer, features = question
-        for feature, found in zip(
+        for feature, shared in zip(
             features, self._shared.get(customer, features), strict=True
         ):
-            if found is not None:
-                self._take_over(customer, feature, found)
+            if shared is not None:
+                self._adopt_shared(customer, feature, shared)
         now = time.monotonic()
-        known = [self._answers.get(customer, feature) for feature in features]
-        return Recalled(
-            all(k and k.asked_at >= since and now < k.fresh_until for k in known),
-            any(known),
+        cached = [self._answers.get(customer, feature) for feature in features]
+        return SharedResult(
+            all(k and k.asked_at >= since and now < k.fresh_until for k in cached),
+            any(cached),
         )
 
-    def _take_over(self, customer: str, feature: str, found: SharedAnswer) -> None:
-        """Remember an answer of another process as one of ours."""
-        known = self._answers.get(customer, feature)
-        if known is not None and known.asked_at >= found.asked_at:
+    def _adopt_shared(self, customer: str, feature: str, shared: SharedAnswer) -> None:
+        """Cache an answer of another process, unless the cached one is newer."""
+        cached = self._answers.get(customer, feature)
+        if cached is not None and cached.asked_at >= shared.asked_at:
             return
-        if found.customer is not None:
-            self._customers.put(customer, found.customer, found.asked_at, found.names)
-        heard = _Heard(
-            customer, self.account(customer), feature, found.answer, found.asked_at,
-            found.asked_wall, found.asked_wall,
+        if shared.customer is not None:
+            self._customers.put(
+                customer, shared.customer, shared.asked_at, shared.names
+            )
+        new = _NewAnswer(
+            customer, self.account(customer), feature, shared.answer, shared.asked_at,
+            shared.asked_wall, shared.asked_wall,
         )  # fmt: skip
-        self._believe(heard, known, found.terms, found.terms_at)
+        self._accept(new, cached, shared.terms, shared.terms_at)
 
-    # -- In the thread of a question
+    # -- In a worker thread of the lookup
 
-    def _answer(
+    def _ask_openmeter(
         self,
         client: EntitlementClient,
         question: Question,
         answered: Callable[[], None],
-        has_token: HasToken,
+        wait_for_token: WaitForToken,
     ) -> None:
+        """Ask OpenMeter, cache and share the answers.
+
+        Calls *answered* before the terms that no request waits for are fetched.
+        """
         customer, asked_at, asked_wall = question[0], time.monotonic(), time.time()
-        answers = answers_about(client, question, self._customers, has_token)
+        answers = answers_about(client, question, self._customers, wait_for_token)
         account = self.account(customer)
         server_time = asked_wall - client.clock_ahead
-        all_heard = [
-            _Heard(
+        all_new = [
+            _NewAnswer(
                 customer, account, feature, answer, asked_at, asked_wall, server_time
             )
             for feature, answer in answers.items()
             if not isinstance(answer, DeliveryError)
         ]
-        later = [heard for heard in all_heard if self._hear(client, heard)]
+        later = [new for new in all_new if self._store_answer(client, new)]
         answered()
-        for heard in later:
-            # While others wait in line, their first questions go before.
-            if not self._asker.is_busy:
-                self._learn_terms(client, heard)
+        for new in later:
+            # Queued questions have priority.
+            if not self._lookup.is_busy:
+                self._fetch_terms(client, new)
         self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
             raise errors[0]
 
-    def _hear(self, client: EntitlementClient, heard: _Heard) -> bool:
-        """Remember an answer; return True if its terms are to be asked for later."""
-        before = self._answers.get(heard.customer, heard.feature)
-        terms, terms_at = _terms_for(heard.answer, before)
-        if not self._believe(heard, before, terms, terms_at):
+    def _store_answer(self, client: EntitlementClient, new: _NewAnswer) -> bool:
+        """Cache an answer; return True if its terms must be fetched later."""
+        before = self._answers.get(new.customer, new.feature)
+        terms, terms_at = _terms_for(new.answer, before)
+        if not self._accept(new, before, terms, terms_at):
             return False
-        if not self._wants_terms(heard, terms, terms_at):
+        if not self._needs_terms(new, terms, terms_at):
             return False
-        if self._asker.is_busy or not self._decides_by_terms(heard, terms):
+        if self._lookup.is_busy or not self._waits_for_terms(new, terms):
             return True
-        self._learn_terms(client, heard)
+        self._fetch_terms(client, new)
         return False
 
-    def _believe(
+    def _accept(
         self,
-        heard: _Heard,
+        new: _NewAnswer,
         before: CachedAnswer | None,
         terms: Terms | None,
         terms_at: float,
     ) -> bool:
-        """Remember an answer, unless it speaks of a period that has not begun.
+        """Cache an answer and return True, unless it is about the next period.
 
-        In the last minute of a period OpenMeter answers for the next one. Then the
-        last answer holds until the end, and the local quota counts down on.
+        In the last minute of a usage period OpenMeter answers for the next one. The
+        previous answer then remains valid until the period ends, and the local quota
+        is counted down from there.
         """
-        if before is not None and _is_early(heard, before):
-            end = (before.terms and before.terms.period_end) or heard.server_time
-            held = heard._replace(answer=before.answer)
-            left = end + 1 - heard.server_time
-            self._remember(held, before.terms, before.terms_at, at_least=left)
+        if before is not None and _is_of_next_period(new, before):
+            end = (before.terms and before.terms.period_end) or new.server_time
+            previous = new._replace(answer=before.answer)
+            left = end + 1 - new.server_time
+            self._cache(previous, before.terms, before.terms_at, at_least=left)
             return False
-        balance, since = heard.answer.balance, _period_start(heard, before, terms)
+        balance, since = new.answer.balance, _period_start(new, before, terms)
         self.countdown.answered(
-            heard.account, heard.feature, balance, heard.asked_wall, since
+            new.account, new.feature, balance, new.asked_wall, since
         )
-        self._remember(heard, terms, terms_at)
+        self._cache(new, terms, terms_at)
         return True
 
     def _share(self, customer: str, features: Iterable[str]) -> None:
-        """Let other processes know the answers."""
+        """Share the cached answers about *features* with other processes."""
         if self._shared is None:
             return
-        found = self._customers.fresh(customer)
+        customer_lookup = self._customers.fresh(customer)
         for feature in features:
-            if (known := self._answers.get(customer, feature)) is not None:
-                self._shared.put(customer, feature, known, found)
+            if (cached := self._answers.get(customer, feature)) is not None:
+                self._shared.put(customer, feature, cached, customer_lookup)
 
-    def _remember(
+    def _cache(
         self,
-        heard: _Heard,
+        new: _NewAnswer,
         terms: Terms | None,
         terms_at: float,
         at_least: float = 0.0,
     ) -> None:
-        """Keep an answer, but no longer than its period lasts."""
+        """Cache an answer until it expires or its usage period ends."""
         at_most = math.inf
         if terms is not None and terms.period_end is not None:
-            left = terms.period_end + 1 - heard.server_time
+            left = terms.period_end + 1 - new.server_time
             at_most = left if left > 0 else at_most
-        known = CachedAnswer(
-            heard.feature,
-            heard.answer,
+        cached = CachedAnswer(
+            new.feature,
+            new.answer,
             terms,
-            asked_at=heard.asked_at,
+            asked_at=new.asked_at,
             terms_at=terms_at,
             lifetimes=self._lifetimes,
             at_least=at_least,
             at_most=at_most,
         )
-        self._answers.put(heard.customer, heard.feature, known)
+        self._answers.put(new.customer, new.feature, cached)
 
-    def _wants_terms(self, heard: _Heard, terms: Terms | None, terms_at: float) -> bool:
-        answer = heard.answer
+    def _needs_terms(self, new: _NewAnswer, terms: Terms | None, at: float) -> bool:
+        """Return True if new terms are needed for an answer."""
+        answer = new.answer
         if answer.balance is None:
             return False
         if not answer.has_access:
             return True
-        is_counted = heard.feature in self.countdown.meters
-        if not is_counted and not self._tells_periods:
+        is_counted = new.feature in self.countdown.meters
+        if not is_counted and not self._shows_periods:
             return False
-        if terms is None or heard.asked_at - terms_at > _TERMS_HOLD:
+        if terms is None or new.asked_at - at > _TERMS_TTL:
             return True
         granted = answer.total_available_grant_amount or 0.0
-        is_low = is_counted and answer.balance <= granted * _LITTLE
+        is_low = is_counted and answer.balance <= granted * _LOW_SHARE
         return is_low or terms.is_over(time.time())
 
-    def _decides_by_terms(self, heard: _Heard, terms: Terms | None) -> bool:
-        """Return True if the request that waits needs the terms, too.
+    def _waits_for_terms(self, new: _NewAnswer, terms: Terms | None) -> bool:
+        """Return True if the waiting request needs the terms.
 
-        A denial tells when the quota is granted anew; a soft limit is not counted
-        down.
+        A denial tells the end of the period, and a quota is counted down only if it
+        has no soft limit. Both are in the terms.
         """
-        if not heard.answer.has_access:
+        if not new.answer.has_access:
             return True
-        return terms is None and heard.feature in self.countdown.meters
+        return terms is None and new.feature in self.countdown.meters
 
-    def _learn_terms(self, client: EntitlementClient, heard: _Heard) -> None:
-        if not self._asker.has_token():
+    def _fetch_terms(self, client: EntitlementClient, new: _NewAnswer) -> None:
+        """Ask for the terms, and cache the answer with them."""
+        if not self._lookup.wait_for_token():
             return
         try:
-            terms = client.terms(heard.account, heard.feature)
+            terms = client.terms(new.account, new.feature)
         except DeliveryError as error:
             logger.warning(
-                "%s: OpenMeter does not say when the period of %r ends (status %s: %s)",
-                "entitlements", heard.feature, error.status or "none", error.reason,
+                "%s: OpenMeter does not state the usage period of feature %r (status "
+                "%s: %s); the answer is used without it",
+                "entitlements", new.feature, error.status or "none", error.reason,
             )  # fmt: skip
             return
-        self._remember(heard, terms, time.monotonic())
+        self._cache(new, terms, time.monotonic())
 
 
-class _Heard(NamedTuple):
-    """One answer, and what was asked."""
+class _NewAnswer(NamedTuple):
+    """An answer about one feature, with its question."""
 
     customer: str
-    #: The name under which OpenMeter has the customer.
+    #: The customer's key or id in OpenMeter.
     account: str
     feature: str
     answer: Answer
-    #: Monotonic, by the wall clock of this host, and by the server's.
+    #: The time of the question: monotonic …
     asked_at: float
+    #: … by the wall clock of this host …
     asked_wall: float
+    #: … and by the clock of the server.
     server_time: float
 
 
-def _impossible(features: Iterable[str]) -> list[str]:
-    """Return the *features* that OpenMeter cannot have, and log each of them.
+def _invalid_features(features: Iterable[str]) -> list[str]:
+    """Return the *features* that OpenMeter cannot have, and log an error for each.
 
-    Options with such a feature are refused at the start. A view may name one only when
+    Options with such a feature are rejected at the start. A view may name one only when
     a request comes.
     """
     problems = {feature: feature_problem(feature) for feature in features}
-    refused = [feature for feature, problem in problems.items() if problem]
-    for feature in refused:
+    invalid = [feature for feature, problem in problems.items() if problem]
+    for feature in invalid:
         logger.error(
             "feature %r: every request that requires it is denied: %s",
             feature, problems[feature],
         )  # fmt: skip
-    return refused
+    return invalid
 
 
-def _is_early(heard: _Heard, before: CachedAnswer) -> bool:
-    """Return True if *heard* speaks of the period after the one of *before*.
+def _is_of_next_period(new: _NewAnswer, before: CachedAnswer) -> bool:
+    """Return True if *new* is about the period that follows *before*'s.
 
-    Before it has begun no usage is in it.
+    Before that period begins, its usage is lower than that of the current period.
     """
-    answer, terms = heard.answer, before.terms
-    if (
-        terms is None
-        or answer.balance is None
-        or not terms.is_ending(heard.server_time)
-    ):
+    answer, terms = new.answer, before.terms
+    if terms is None or answer.balance is None or not terms.is_ending(new.server_time):
         return False
     return not answer.usage or answer.usage < (before.answer.usage or 0.0)
 
 
 def _period_start(
-    heard: _Heard, before: CachedAnswer | None, terms: Terms | None
+    new: _NewAnswer, before: CachedAnswer | None, terms: Terms | None
 ) -> float:
-    """Return when the period began that *heard* speaks of, as far as is known."""
-    if before is not None and before.terms and before.terms.is_over(heard.server_time):
+    """Return the start of the usage period of *new*, or -inf if unknown."""
+    if before is not None and before.terms and before.terms.is_over(new.server_time):
         return before.terms.period_end or -math.inf
     if terms is not None and terms.period_start is not None:
         return terms.period_start
@@ -471,38 +486,37 @@ def _period_start(
 def _terms_for(
     answer: Answer, before: CachedAnswer | None
 ) -> tuple[Terms | None, float]:
-    """Return what is known of the terms, and since when."""
+    """Return the terms of the previous answer, and their time."""
     if before is None:
         return None, -math.inf
     granted = before.answer.total_available_grant_amount
     if granted != answer.total_available_grant_amount:
-        return before.terms, -math.inf  # perhaps it is another entitlement now
+        return before.terms, -math.inf  # perhaps another entitlement: fetch its terms
     return before.terms, before.terms_at
 
 
-def _decision(known: CachedAnswer, now: float) -> Decision:
+def _decision(cached: CachedAnswer, now: float) -> Decision:
+    """Return the decision of a cached answer, with its source."""
     source: DecisionSource = "cache"
-    if known.asked_at >= now:
+    if cached.asked_at >= now:
         source = "openmeter"
     else:
-        known.used = True
-    if now >= known.fresh_until:
+        cached.used = True
+    if now >= cached.fresh_until:
         source = "stale"
-    decision = known.decision
+    decision = cached.decision
     return replace(decision, source=source)
 
 
-#: First sights leave this part of the questions to customers that are known.
-_RESERVED_QUESTIONS = 0.5
-
-
-#: Seconds for which the id of a customer holds by which version 3 is asked. Of a
-#: customer that is deleted meanwhile OpenMeter says so.
-_IDS_HOLD = 600.0
+#: Share of the tokens that is reserved for known customers.
+_RESERVED_SHARE = 0.5
+#: Minimum seconds for which a customer's id for version 3 of the API is cached. If the
+#: customer is deleted meanwhile, OpenMeter's answer says so.
+_ID_TTL = 600.0
 
 
 def question_client(policy: Policy, timeout: float) -> EntitlementClient:
-    """Return a client for the version and the server that *policy* names."""
+    """Return a client for *policy*'s server and API version."""
     url = _questions_url(policy)
     key = policy.questions_key
     if policy.api_flavor == "v3":
@@ -511,23 +525,23 @@ def question_client(policy: Policy, timeout: float) -> EntitlementClient:
 
 
 def _has_others(policy: Policy) -> bool:
-    """Return True if there is a store that other processes use, too."""
+    """Return True if the policy names a store that several processes share."""
     return policy.spool_dir is not None or policy.redis_url is not None
 
 
 def _scope(policy: Policy) -> str:
-    """Return a short name for the server and the key that questions are asked with.
+    """Return a short hash of the server's URL and the API key.
 
-    Accounts of another server, or of another key of the same one, are not ours.
+    Processes with another server or key share no accounts with this one.
 
     :raises StoreAway: if the key cannot be read now.
     """
     try:
         key = policy.questions_key.current()
     except ValueError as error:
-        raise StoreAway(f"no account can be named: {error}") from error
-    named = f"{_questions_url(policy)}\0{key or ''}"
-    return hashlib.sha256(named.encode()).hexdigest()[:12]
+        raise StoreAway(f"the API key cannot be read: {error}") from error
+    url_and_key = f"{_questions_url(policy)}\0{key or ''}"
+    return hashlib.sha256(url_and_key.encode()).hexdigest()[:12]
 
 
 def _questions_url(policy: Policy) -> str:
@@ -535,17 +549,17 @@ def _questions_url(policy: Policy) -> str:
 
 
 def _id_lifetimes(policy: Policy, lifetimes: Lifetimes) -> Lifetimes:
-    """Return how long the customer of a subject is known."""
+    """Return the lifetimes of a cached customer of a subject."""
     if policy.api_flavor == "v3":
-        return lifetimes._replace(allow=max(lifetimes.allow, _IDS_HOLD))
+        return lifetimes._replace(allow=max(lifetimes.allow, _ID_TTL))
     return lifetimes
 
 
 def visibility_of(policy: Policy) -> Visibility | None:
-    """Return what looks how far usage is visible, None if no quota is counted down."""
+    """Return the `Visibility` of *policy*, None if no quota is counted down."""
     if not policy.entitlement_meters or policy.dry_run:
         return None
-    # Here, as only some applications count quotas down.
+    # Imported here, because only some applications count quotas down.
     from openmeter_wsgi.entitlements.visibility_probes import Visibility
 
     return Visibility(policy)
@@ -554,10 +568,10 @@ def visibility_of(policy: Policy) -> Visibility | None:
 def follow_delivery(
     policy: Policy, visibility: Visibility, transport: Sending, store: Store | None
 ) -> None:
-    """Let *visibility* watch *transport*, with the tokens of *store* or a new one."""
-    taking = store or _open_store(policy)
+    """Let *visibility* follow *transport*; its tokens are in *store*, or a new one."""
+    tokens = store or _open_store(policy)
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
-    visibility.follow(transport, lambda: taking.take_question(rate))
+    visibility.follow(transport, lambda: tokens.take_token(rate))
 
 
 def _open_store(policy: Policy) -> Store:
@@ -567,7 +581,7 @@ def _open_store(policy: Policy) -> Store:
 def entitlement_service(
     policy: Policy, transport: Sending, visibility: Visibility | None
 ) -> EntitlementService:
-    """Return the entitlements of one process. Opens nothing and starts no thread."""
+    """Return the service of one process. Opens nothing and starts no thread."""
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
     store = _open_store(policy)
     if visibility is None:
@@ -579,14 +593,14 @@ def entitlement_service(
     new_client = partial(question_client, policy, policy.entitlement_timeout)
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
-        new_asker=lambda answering, recall: BackgroundLookup(
+        new_lookup=lambda ask_openmeter, load_shared: BackgroundLookup(
             new_client=new_client,
-            answering=answering,
-            recall=recall,
-            take_question=lambda reserve: store.take_question(rate, reserve=reserve),
+            ask_openmeter=ask_openmeter,
+            load_shared=load_shared,
+            take_token=lambda reserve: store.take_token(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
             rate=rate,
-            reserve=max(min(rate * _RESERVED_QUESTIONS, rate - 1), 0),
+            reserve=max(min(rate * _RESERVED_SHARE, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
@@ -594,9 +608,9 @@ def entitlement_service(
         close_store=store.close,
         shared=SharedAnswers(store) if _has_others(policy) else None,
         visibility=visibility,
-        tells_periods=any(
-            each.usage_headers
-            for each in (policy, *(own for _, own in policy.of_routes))
-            if each is not None
+        shows_periods=any(
+            one.usage_headers
+            for one in (policy, *(own for _, own in policy.of_routes))
+            if one is not None
         ),
     )

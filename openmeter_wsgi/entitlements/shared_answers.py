@@ -1,6 +1,7 @@
-"""Answers that processes share through the store of the ledger.
+"""Entitlement answers that processes share through the store of the local quotas.
 
-A new process finds there what others have asked, and asks nothing.
+A new process reads the answers that others have received, instead of asking OpenMeter.
+`EntitlementService` reads and writes them, in threads of requests and of the lookup.
 """
 
 from __future__ import annotations
@@ -16,39 +17,39 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from openmeter_wsgi.entitlements.cache import CachedAnswer
-    from openmeter_wsgi.entitlements.customers import FoundCustomer
+    from openmeter_wsgi.entitlements.customers import CustomerLookup
     from openmeter_wsgi.quota.store import Store
 
 
 class _Document(msgspec.Struct, omit_defaults=True):
-    """An answer as it lies in the store."""
+    """The JSON document of an answer in the store."""
 
     answer: Answer
     terms: Terms | None = None
-    #: Seconds by which the terms are older than the answer, None without any.
+    #: Seconds by which the terms are older than the answer, None without terms.
     terms_age: float | None = None
-    #: The customer of a subject that is not the key of a customer, and its names.
+    #: The customer that a lookup returned for the subject, and its key and id.
     customer: str | None = None
     names: tuple[str, ...] = ()
 
 
 class SharedAnswer(NamedTuple):
-    """An answer of this or another process. Times are this host's."""
+    """An answer of this or another process. Times are by this host's clocks."""
 
     answer: Answer
     terms: Terms | None
-    #: Monotonic …
+    #: The monotonic times of the questions for answer and terms.
     asked_at: float
     terms_at: float
-    #: … and by the wall clock.
+    #: The wall-clock time of the question for the answer.
     asked_wall: float
-    #: The customer of a subject that is not the key of a customer, and its names.
+    #: The customer that a lookup returned for the subject, and its key and id.
     customer: str | None
     names: tuple[str, ...]
 
 
 class SharedAnswers:
-    """The shared answers by customer and feature. Any thread; a call asks the store."""
+    """The shared answers by customer and feature. Any thread; calls use the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -57,39 +58,40 @@ class SharedAnswers:
         self,
         customer: str,
         feature: str,
-        known: CachedAnswer,
-        found: FoundCustomer | None,
+        cached: CachedAnswer,
+        lookup: CustomerLookup | None,
     ) -> None:
-        """Share what is *known*, and the lookup that *found* the customer, if any.
+        """Share the answer *cached*, with the *lookup* of its customer, if any.
 
-        That somebody is no customer is not shared: anybody could fill the store.
+        Answers about unknown customers are not shared: made-up names would fill the
+        store.
         """
-        if not known.answer.known_customer:
+        if not cached.answer.known_customer:
             return
-        document = _Document(known.answer)
-        if known.terms is not None:
-            document.terms = known.terms
-            document.terms_age = known.asked_at - known.terms_at
-        if found is not None and found.customer is not None:
-            document.customer, document.names = found.customer, found.names
-        asked_wall = time.time() - (time.monotonic() - known.asked_at)
+        document = _Document(cached.answer)
+        if cached.terms is not None:
+            document.terms = cached.terms
+            document.terms_age = cached.asked_at - cached.terms_at
+        if lookup is not None and lookup.customer is not None:
+            document.customer, document.names = lookup.customer, lookup.names
+        asked_wall = time.time() - (time.monotonic() - cached.asked_at)
         self._store.share(
             _key(customer, feature), msgspec.json.encode(document), asked_wall
         )
 
     def get(self, customer: str, features: Sequence[str]) -> list[SharedAnswer | None]:
-        """Return what is shared of each of *features*, however old it is."""
-        found = self._store.shared([_key(customer, feature) for feature in features])
+        """Return the shared answer of any age, or None, about each of *features*."""
+        pairs = self._store.shared([_key(customer, feature) for feature in features])
         now, wall = time.monotonic(), time.time()
-        return [one and _read(*one, now=now, wall=wall) for one in found]
+        return [pair and _read(*pair, now=now, wall=wall) for pair in pairs]
 
     def forget(self, customer: str, features: Iterable[str]) -> None:
-        """Remove what is shared of *features*."""
+        """Remove the shared answers about *features*."""
         self._store.unshare([_key(customer, feature) for feature in features])
 
 
 def _key(customer: str, feature: str) -> str:
-    # A subject may hold what no database takes as text.
+    # A subject may contain lone surrogates, which no database accepts as text.
     return f"{customer}\0{feature}".encode(errors="backslashreplace").decode()
 
 
@@ -99,7 +101,7 @@ def _read(
     try:
         document = msgspec.json.decode(text, type=_Document)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return None  # of another version of this package
+        return None  # written by another version of this package
     asked_at = now - max(wall - asked_wall, 0.0)
     age = document.terms_age
     terms_at = float("-inf") if age is None else asked_at - age

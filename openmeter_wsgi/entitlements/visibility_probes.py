@@ -1,8 +1,13 @@
-"""Probes of visibility: the ids of accepted events that OpenMeter lists by now.
+"""The probes in OpenMeter's list of events, which move the visibility mark.
 
-The sender tells of every accepted batch. A thread looks for a few of their ids in the
-list, which shows what balances count, and moves the mark (see `quota.visibility`). With
-a spool the mark is in a file, for all processes of the host.
+The sender calls `Visibility.accepted` with each batch that OpenMeter has accepted; some
+of its event ids become probes. Once a second the thread ``openmeter_wsgi.visibility``
+asks for the oldest probes in OpenMeter's list of events, which reads the same table as
+balances do. As probes are listed, the mark moves (see `quota.visibility_mark`).
+
+With a spool only the process that sends does so. It writes the mark and the probes to
+files of the spool: for the other processes, and for the next sender. The ledgers read
+the mark (`Visibility.until`).
 """
 
 from __future__ import annotations
@@ -22,7 +27,12 @@ from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.entitlements.client import decoded
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.lock import UNFINISHED
-from openmeter_wsgi.quota.visibility_mark import PROBES, FixedLag, Probes, State
+from openmeter_wsgi.quota.visibility_mark import (
+    MAX_PROBES,
+    FixedLag,
+    Probes,
+    ProbeState,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -50,10 +60,10 @@ class _Page(msgspec.Struct):
 
 
 _EVENTS = "/api/v2/events?limit={}&filter={}"
-#: A page of the list has no more.
+#: Maximum number of ids per request: the size of a page.
 MAX_IDS = 100
 _MAX_ANSWER_BYTES = 1_048_576
-#: The server has no such list, or this key may not read it.
+#: Statuses of a server without the list, or of a key that may not read it.
 _NO_LIST = {400, 401, 403, 404, 405, 501}
 
 
@@ -67,15 +77,15 @@ class EventList:
         )
 
     def listed(self, ids: Sequence[str]) -> set[str]:
-        """Return those of *ids* that OpenMeter lists.
+        """Return the ids among *ids* that OpenMeter lists.
 
-        :raises DeliveryError: if it says nothing that can be read.
+        :raises DeliveryError: if OpenMeter gives no valid answer.
         """
         wanted = msgspec.json.encode({"id": {"$in": ids}}).decode()
         path = _EVENTS.format(MAX_IDS, quote(wanted, safe=""))
         reply = self._connection.request("GET", self._url + path)
         listed = {item.event.id for item in decoded(reply, _Page).items}
-        # The list trims ids that the rest of OpenMeter takes as they are.
+        # OpenMeter strips ids in this list only.
         return {one for one in ids if one.strip() in listed}
 
     def close(self) -> None:
@@ -84,131 +94,139 @@ class EventList:
 
 
 def event_list(policy: Policy, timeout: float) -> EventList:
-    """Return the list of the server that answers about entitlements."""
+    """Return the list of the server that answers questions about entitlements."""
     url = policy.entitlements_url or policy.api_url
     return EventList(url=url, key=policy.questions_key, timeout=timeout)
 
 
 class Sending(Protocol):
-    """A delivery, as far as the visibility of its events depends on it."""
+    """The part of a delivery queue that the visibility of its events depends on."""
 
     def delivered_until(self) -> float:
-        """Return a moment (wall clock) before which all that was put is delivered."""
+        """Return a moment (wall clock) before which all queued events are delivered."""
 
     @property
     def directory(self) -> Path | None:
-        """The directory of the spool, None if events wait in memory."""
+        """The directory of the spool, None if events are queued in memory."""
 
     @property
     def is_sender(self) -> bool:
-        """True if this process sends what is put."""
+        """True if this process sends the queued events."""
 
 
-class _Published(msgspec.Struct):
-    """The mark as the sender of a spool writes it down."""
+class _MarkFile(msgspec.Struct):
+    """The file in which the sender of a spool publishes the mark."""
 
+    #: The mark.
     until: float
+    #: The wall-clock time at which the file was written.
     at: float
+    #: Seconds that usage currently takes to become visible.
     lag: float
 
 
-#: Seconds between two questions.
+#: Seconds between two requests for the list.
 INTERVAL = 1.0
-#: After so many seconds a list that was refused is asked for again.
-_TRY_AGAIN = 600.0
+#: Seconds after which a list that was refused is requested again.
+_RETRY_DELAY = 600.0
 _MARK, _PROBES = "visible_until.json", "probes.json"
-#: A larger file is none of ours.
+#: Maximum number of bytes read from a file.
 _MAX_FILE = 4_000_000
 
 
 class Visibility:
-    """The mark *visible until* of one process or, with a spool, of one host.
+    """The visibility mark of one process or, with a spool, of one host. Any thread.
 
-    Any thread. It does nothing before `follow` was called, and starts a thread with
-    the first accepted batch.
+    Does nothing before `follow` is called. The first accepted batch starts the thread.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._types = _markers(policy)
+        #: Only batches with events of these types get probes.
+        self._type_markers = _type_markers(policy)
         self._probes = Probes(policy.max_visibility_lag)
         self._sending: Sending | None = None
-        self._take_question: Callable[[], float] = lambda: 0.0
-        self._fixed = FixedLag(lambda: 0.0, policy.visibility_lag)
-        self._is_fixed_until = 0.0
-        self._at_most = MAX_IDS
-        self._published: _Published | None = None
-        self._kept = b""
+        self._take_token: Callable[[], float] = lambda: 0.0
+        self._fixed_lag = FixedLag(lambda: 0.0, policy.visibility_lag)
+        self._fixed_lag_until = 0.0
+        self._max_ids = MAX_IDS
+        self._mark_file: _MarkFile | None = None
+        self._written_state = b""
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._starting = threading.RLock()
         self._pid = os.getpid()
 
-    def follow(self, sending: Sending, take_question: Callable[[], float]) -> None:
-        """Watch what *sending* delivers; *take_question* takes a token."""
+    def follow(self, sending: Sending, take_token: Callable[[], float]) -> None:
+        """Follow the delivery of *sending*.
+
+        *take_token* takes a token and returns 0.0, or returns the seconds until one is
+        there.
+        """
         self._sending = sending
-        self._take_question = take_question
-        self._fixed = FixedLag(sending.delivered_until, self._policy.visibility_lag)
+        self._take_token = take_token
+        self._fixed_lag = FixedLag(sending.delivered_until, self._policy.visibility_lag)
 
     # -- From the ledger
 
     def until(self) -> float:
-        """Return the mark, and let the thread run if it is needed."""
+        """Return the mark, and start the thread if it is needed."""
         sending = self._sending
         if sending is None:
             return 0.0
         self._closed.clear()
         if sending.directory is None:
-            return self._own_mark(sending)
+            return self._compute_mark(sending)
         if sending.is_sender:
             self._start()
-        self._published = _read(sending.directory / _MARK, _Published)
-        fixed = self._fixed.until()
-        if self._published is None:
+        self._mark_file = _read(sending.directory / _MARK, _MarkFile)
+        fixed = self._fixed_lag.until()
+        if self._mark_file is None:
             return fixed
-        if time.time() - self._published.at > self._policy.max_visibility_lag:
-            return fixed  # the sender does not write it
-        return min(self._published.until, sending.delivered_until())
+        if time.time() - self._mark_file.at > self._policy.max_visibility_lag:
+            return fixed  # no sender writes the file
+        return min(self._mark_file.until, sending.delivered_until())
 
     @property
     def lag(self) -> float:
-        """The seconds that usage takes at present to become visible."""
-        if (published := self._published) is not None:
-            return published.lag
-        return self._policy.visibility_lag if self._is_fixed else self._probes.lag
+        """Seconds that usage currently takes to become visible."""
+        if (mark_file := self._mark_file) is not None:
+            return mark_file.lag
+        return self._policy.visibility_lag if self._uses_fixed_lag else self._probes.lag
 
     # -- From the sender
 
     def accepted(self, batch: Batch) -> None:
-        """Remember some ids of a batch that OpenMeter has accepted. Never raises."""
+        """Add probes for a batch that OpenMeter has accepted. Never raises."""
         try:
-            if not any(_holds(text, self._types) for text in batch.texts):
+            if not any(_contains_any(text, self._type_markers) for text in batch.texts):
                 return
-            count = len(batch)
-            places = {round(n * (count - 1) / (PROBES - 1)) for n in range(PROBES)}
-            self._probes.accepted(
-                [msgspec.json.decode(batch[n], type=_Event).id for n in sorted(places)]
+            last, steps = len(batch) - 1, MAX_PROBES - 1
+            positions = {round(n * last / steps) for n in range(MAX_PROBES)}
+            events = [batch[n] for n in sorted(positions)]
+            self._probes.add(
+                [msgspec.json.decode(event, type=_Event).id for event in events]
             )
         except Exception:
-            logger.exception("%s: a batch is not looked for", "visibility")
+            logger.exception("%s: a batch gets no probes; its usage may count as "
+                             "visible too early", "visibility")  # fmt: skip
         self._start()
 
     def elected(self) -> None:
-        """Note that this process begins to send what is in the spool.
+        """Continue with the last sender's probes: this process now sends the spool.
 
-        It goes on looking for what the last sender was looking for; after `close` not
-        before the mark is asked for again.
+        After `close` the thread does not start before `until` is called again.
         """
         directory = self._sending.directory if self._sending is not None else None
         if directory is not None:
-            state = _read(directory / _PROBES, State)
+            state = _read(directory / _PROBES, ProbeState)
             self._probes = Probes(self._policy.max_visibility_lag)
             if state is not None:
                 self._probes.restore(state)
         self._start()
 
     def ended(self) -> None:
-        """Let the next sender of the spool know what this one was looking for."""
+        """Write the probes to the spool, for the next sender."""
         if self._sending is not None:
             self._publish(self._sending)
 
@@ -232,56 +250,59 @@ class Visibility:
             thread.start()
         except RuntimeError as error:
             self._thread = None
-            logger.error("%s: no thread can be started to see what is visible", error)
+            logger.error("%s: no thread can be started to look for accepted events; "
+                         "quotas may be used up too early", error)  # fmt: skip
 
     def _run(self) -> None:
         sending = self._sending
         if sending is None:
             return
-        # Nobody waits for it, so it may take longer than a question.
+        # No request waits for the list, so its timeout is that of a delivery.
         events = event_list(self._policy, self._policy.request_timeout)
         try:
             while not self._closed.wait(INTERVAL):
-                self._look(sending, events)
+                self._probe(sending, events)
         finally:
             events.close()
             with self._starting:
                 self._thread = None
 
-    def _look(self, sending: Sending, events: EventList) -> None:
-        """Move the mark as far as the list shows, if this process sends."""
+    def _probe(self, sending: Sending, events: EventList) -> None:
+        """Ask for the oldest probes and move the mark, if this process sends."""
         if not sending.is_sender:
             return
         try:
-            self._probes.mark(sending.delivered_until())
-            ids = self._probes.due(self._at_most)
-            if ids and not self._is_fixed and not self._take_question():
-                self._ask(events, ids)
+            self._probes.close_group(sending.delivered_until())
+            ids = self._probes.oldest_unlisted(self._max_ids)
+            if ids and not self._uses_fixed_lag and not self._take_token():
+                self._list_ids(events, ids)
             self._publish(sending)
         except Exception:
-            logger.exception("%s: could not be looked for and is soon again",
-                             "visibility")  # fmt: skip
+            logger.exception("%s: looking for accepted events failed and is tried "
+                             "again in %g s", "visibility", INTERVAL)  # fmt: skip
 
-    def _ask(self, events: EventList, ids: list[str]) -> None:
+    def _list_ids(self, events: EventList, ids: list[str]) -> None:
+        """Ask for *ids* in the list of events; adapt to its errors."""
         try:
-            self._probes.seen(events.listed(ids))
+            self._probes.note_listed(events.listed(ids))
         except DeliveryError as error:
             if error.status in _NO_LIST:
                 self._fall_back(error)
             elif error.status == 200:
-                # Events are so large that fewer of them fit into an answer.
-                self._at_most = max(self._at_most // 2, 1)
+                # The events are too large: ask for fewer of them.
+                self._max_ids = max(self._max_ids // 2, 1)
             else:
                 logger.warning(
-                    "%s: OpenMeter does not list events now (status %s: %s); quotas "
-                    "wait for it, for max_visibility_lag at most",
+                    "%s: OpenMeter does not list events now (status %s: %s); until it "
+                    "does, quotas may be used up too early",
                     "visibility", error.status or "none", error.reason,
                 )  # fmt: skip
         else:
-            self._at_most = min(self._at_most * 2, MAX_IDS)
+            self._max_ids = min(self._max_ids * 2, MAX_IDS)
 
     def _fall_back(self, error: DeliveryError) -> None:
-        self._is_fixed_until = time.monotonic() + _TRY_AGAIN
+        """Use a fixed lag for some minutes: the list was refused."""
+        self._fixed_lag_until = time.monotonic() + _RETRY_DELAY
         logger.warning(
             "%s: OpenMeter does not list events (status %s: %s); usage counts as "
             "visible visibility_lag=%g s after its delivery, and a quota may be "
@@ -290,40 +311,41 @@ class Visibility:
         )  # fmt: skip
 
     @property
-    def _is_fixed(self) -> bool:
-        return time.monotonic() < self._is_fixed_until
+    def _uses_fixed_lag(self) -> bool:
+        return time.monotonic() < self._fixed_lag_until
 
-    def _own_mark(self, sending: Sending) -> float:
-        """Return the mark of this process's own delivery."""
-        fixed = self._fixed.until()
-        self._probes.mark(sending.delivered_until())
-        return fixed if self._is_fixed else self._probes.visible_until
+    def _compute_mark(self, sending: Sending) -> float:
+        """Return the mark that follows from this process's delivery and probes."""
+        fixed = self._fixed_lag.until()
+        self._probes.close_group(sending.delivered_until())
+        return fixed if self._uses_fixed_lag else self._probes.visible_until
 
     # -- The files of a spool
 
     def _publish(self, sending: Sending) -> None:
+        """Write the mark, and the probes if they have changed."""
         directory = sending.directory
         if directory is None:
             return
-        mark = self._own_mark(sending)
-        lag = self._policy.visibility_lag if self._is_fixed else self._probes.lag
-        published = _Published(mark, time.time(), lag)
+        mark = self._compute_mark(sending)
+        lag = self._policy.visibility_lag if self._uses_fixed_lag else self._probes.lag
+        mark_file = _MarkFile(mark, time.time(), lag)
         state = msgspec.json.encode(self._probes.state())
-        with contextlib.suppress(OSError):  # of a full disk the log tells
-            if state != self._kept:
+        with contextlib.suppress(OSError):  # the spool logs a full disk
+            if state != self._written_state:
                 _write(directory / _PROBES, state)
-                self._kept = state
-            _write(directory / _MARK, msgspec.json.encode(published))
+                self._written_state = state
+            _write(directory / _MARK, msgspec.json.encode(mark_file))
 
 
-def _markers(policy: Policy) -> list[bytes]:
-    """Return what is in each event of a type that is counted down."""
+def _type_markers(policy: Policy) -> list[bytes]:
+    """Return the JSON text that marks an event of each type that is counted down."""
     types = {counted.type for counted in policy.entitlement_meters.values()}
     return [b'"type":' + msgspec.json.encode(one) for one in types]
 
 
 def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
-    """Return what is in a file, None if there is nothing that can be read."""
+    """Return the decoded content of a file, None if it cannot be read."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(os.open(path, flags), "rb") as file:
@@ -333,9 +355,9 @@ def _read(path: Path, kind: type[_Kind]) -> _Kind | None:
 
 
 def _write(path: Path, text: bytes) -> None:
-    """Replace a file.
+    """Replace a file atomically.
 
-    :raises OSError: if the directory does not take it.
+    :raises OSError: if the file cannot be written.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     with contextlib.suppress(FileNotFoundError):
@@ -346,5 +368,5 @@ def _write(path: Path, text: bytes) -> None:
     unfinished.rename(path)
 
 
-def _holds(text: bytes, markers: Iterable[bytes]) -> bool:
+def _contains_any(text: bytes, markers: Iterable[bytes]) -> bool:
     return any(marker in text for marker in markers)

@@ -1,1 +1,1 @@
-"""Quotas that hold between two answers of OpenMeter."""
+"""Local quotas: balances that are counted down between two answers of OpenMeter."""

@@ -1,4 +1,14 @@
-"""An account: one balance in one process, from requests to the store and back."""
+"""The account of one balance in one process: its lease, reservations and usage.
+
+A request *reserves* an amount when it begins, and *settles* it when it has ended. Both
+change only the lease of this process, under a lock and without I/O. Each leased unit
+is first *free*, then *in flight* (reserved), then *usage* (settled). If too little is
+free, `Account.reserve` exchanges the lease in the store, in the thread of the request.
+In the background the ledger hands in usage and returns idle leases in such exchanges.
+
+Usage is summed by the second, because the visibility mark is a moment: usage of the
+seconds before it is deleted, usage of later seconds is still counted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,12 @@ import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from openmeter_wsgi import log
-from openmeter_wsgi.quota.store import Begun, KnownBalance, Lease, Request
+from openmeter_wsgi.quota.store import (
+    KnownBalance,
+    LeaseReply,
+    LeaseRequest,
+    PendingExchange,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -15,41 +30,41 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: So many seconds are remembered one by one.
+#: Maximum number of seconds whose usage is kept apart.
 _MAX_SECONDS = 600
 
 
-class UnsettledUsage:
-    """The amounts of one account and process. Whoever calls holds its lock."""
+class UsageBySecond:
+    """The settled usage of one account in this process. The lease's lock guards it."""
 
     __slots__ = ("_handed_in", "_past", "amount", "second")
 
     def __init__(self) -> None:
-        #: The running second, and what was spent in it and is not handed in.
+        #: The current second, and its usage that is not handed in yet.
         self.second: int = 0
         self.amount: float = 0.0
-        #: The same of other seconds.
+        #: Usage of other seconds that is not handed in yet.
         self._past: dict[int, float] = {}
-        #: The amounts that were handed in: another store needs them.
+        #: Usage that was handed in: a new store needs it again.
         self._handed_in: dict[int, float] = {}
 
     def __bool__(self) -> bool:
-        """Say whether there is something to be handed in."""
+        """Return True if there is usage to hand in."""
         return bool(self.amount or self._past)
 
     def add(self, second: int, amount: float) -> None:
-        """Add what was spent in a second other than the running one."""
+        """Add usage of another second than the current one."""
         if second > self.second:
             before, self.amount = self.amount, 0.0
             if before:
                 self._past[self.second] = self._past.get(self.second, 0.0) + before
             self.second = second
             self.amount += amount
-        else:  # a thread that was slow, or a clock that was put back
+        else:  # the thread was slow, or the clock was set back
             self._past[second] = self._past.get(second, 0.0) + amount
 
     def take(self) -> dict[int, float]:
-        """Take out all that is to be handed in."""
+        """Remove and return the usage to hand in."""
         taken, self._past = self._past, {}
         amount, self.amount = self.amount, 0.0
         if amount:
@@ -63,12 +78,12 @@ class UnsettledUsage:
         _merge(self._handed_in, {second: -amount for second, amount in spent.items()})
 
     def recent(self, *, but: Mapping[int, float]) -> dict[int, float]:
-        """Return what was handed in and is perhaps in no answer, without *but*."""
+        """Return the handed-in usage that may be in no answer yet, less *but*."""
         rest = {s: amount - but.get(s, 0.0) for s, amount in self._handed_in.items()}
         return {second: amount for second, amount in rest.items() if amount > 0}
 
     def forget_before(self, moment: float) -> None:
-        """Forget what was handed in of seconds that an answer has covered."""
+        """Forget the handed-in usage of the seconds before *moment*."""
         self._handed_in = {
             second: amount
             for second, amount in self._handed_in.items()
@@ -81,20 +96,20 @@ def _merge(into: dict[int, float], amounts: Mapping[int, float]) -> None:
         into[second] = into.get(second, 0.0) + amount
     while len(into) > _MAX_SECONDS:
         first, second, *_ = sorted(into)
-        into[second] += into.pop(first)  # later: it is the safe side
+        into[second] += into.pop(first)  # a later second is counted longer: safe
 
 
 class ProcessLease:
-    """The part of one balance that a process has leased. Any thread.
+    """The amount of one balance that this process has leased. Any thread.
 
-    The lock is held for a few instructions, never while a store is asked. It can be
-    taken again by a finaliser that settles in the middle of them: each instruction
-    changes one amount, so none is lost.
+    The lock is held for a few instructions, never during I/O. It is reentrant, because
+    a finalizer may settle a reservation at any instruction. Each instruction changes
+    one amount, so no change is lost.
     """
 
     __slots__ = (
-        "_beside", "acquire", "clock", "free", "in_flight", "is_scarce", "key", "lock",
-        "on_unused", "release", "spending", "was_used",
+        "_left_in_store", "acquire", "clock", "free", "in_flight", "is_scarce", "key",
+        "lock", "on_unused", "release", "usage", "was_used",
     )  # fmt: skip
 
     def __init__(
@@ -105,27 +120,27 @@ class ProcessLease:
     ) -> None:
         self.key: str = key
         self.clock: Callable[[], float] = clock
-        #: Called with the key when a request leaves something of a scarce lease.
+        #: Called with the key when a request leaves part of a scarce lease unused.
         self.on_unused: Callable[[str], object] = on_unused
-        #: True if the last grant was for one request alone: so little is left that
-        #: other processes may be refused because of what this one does not use.
+        #: True if the last grant sufficed for one request only: so little is left that
+        #: an unused amount here may cause a refusal in another process.
         self.is_scarce: bool = False
         self.lock: threading.RLock = threading.RLock()
-        #: On the fast path: a with statement costs as much as all of the rest.
+        #: For the fast path: a with statement would double its cost.
         self.acquire: Callable[..., bool] = self.lock.acquire
         self.release: Callable[[], None] = self.lock.release
-        #: Leased and not reserved. Below zero: spent beyond what was leased.
+        #: Leased and not reserved. Below zero if more was used than leased.
         self.free: float = 0.0
         #: Leased and reserved.
         self.in_flight: float = 0.0
-        self.spending: UnsettledUsage = UnsettledUsage()
-        #: Left in the store, beside what is leased here.
-        self._beside = 0.0
-        #: True if something was taken since this was last cleared.
+        self.usage: UsageBySecond = UsageBySecond()
+        #: Available in the store after the last exchange.
+        self._left_in_store = 0.0
+        #: True if a request took an amount since the flag was last cleared.
         self.was_used: bool = False
 
     def take(self, amount: float) -> bool:
-        """Set *amount* aside if it is free; 0 if anything at all is."""
+        """Reserve *amount* if it is free; reserve 0 if any amount is free."""
         self.acquire()
         try:
             if suffices := self.free >= amount and self.free > 0:
@@ -137,312 +152,330 @@ class ProcessLease:
         return suffices
 
     def overdraw(self, amount: float) -> None:
-        """Set *amount* aside although it is not free."""
+        """Reserve *amount* although it is not free."""
         with self.lock:
             self.free -= amount
             self.in_flight += amount
 
     def left(self) -> float:
-        """Return about how much of the balance is left, here and in the store."""
+        """Return the approximate amount left, in this lease and in the store."""
         with self.lock:
-            return max(self._beside + self.free, 0.0)
+            return max(self._left_in_store + self.free, 0.0)
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing would be missed if it were forgotten."""
-        return not (self.free or self.in_flight or self.spending)
+        """True if there is nothing leased and no usage to hand in."""
+        return not (self.free or self.in_flight or self.usage)
 
     # -- One exchange with the store
 
     def give_back(self) -> tuple[float, float, dict[int, float]]:
-        """Give back what is free; return that, what is in flight and what was spent."""
+        """Remove the free amount and the usage; return (free, in flight, usage)."""
         with self.lock:
             free, self.free = self.free, 0.0
-            self._beside += free
-            return free, self.in_flight, self.spending.take()
+            self._left_in_store += free
+            return free, self.in_flight, self.usage.take()
 
-    def put_in(self, granted: float, *, taken: float, beside: float) -> None:
-        """Put in what was *granted*, *taken* of it as being in flight already."""
+    def add_granted(
+        self, granted: float, *, reserved: float, left_in_store: float
+    ) -> None:
+        """Add the amount *granted*; *reserved* of it is in flight at once."""
         with self.lock:
-            self.in_flight += taken
-            self.free += granted - taken
-            self._beside = beside
+            self.in_flight += reserved
+            self.free += granted - reserved
+            self._left_in_store = left_in_store
 
-    def take_back(self, free: float, spent: Mapping[int, float]) -> None:
+    def undo_give_back(self, free: float, spent: Mapping[int, float]) -> None:
         """Undo `give_back`."""
         with self.lock:
             self.free += free
-            self._beside -= free
-            self.spending.put_back(spent)
+            self._left_in_store -= free
+            self.usage.put_back(spent)
 
     def recently_spent(self, *, but: Mapping[int, float]) -> dict[int, float]:
-        """Return what was handed in and is perhaps in no answer, without *but*."""
+        """Return the handed-in usage that may be in no answer yet, less *but*."""
         with self.lock:
-            return self.spending.recent(but=but)
+            return self.usage.recent(but=but)
 
     def forget_before(self, moment: float) -> None:
-        """Forget what was handed in of seconds that an answer has covered."""
+        """Forget the handed-in usage of the seconds before *moment*."""
         with self.lock:
-            self.spending.forget_before(moment)
+            self.usage.forget_before(moment)
 
 
 class NotReserved(NamedTuple):
-    """Not enough is left."""
+    """The refusal of a reservation: too little of the balance is left."""
 
-    #: Only because of what is in flight or leased and may come back: within a second
-    #: or two another try may go better. Else it takes a new answer.
+    #: True if enough would be left without reservations and leases, some of which may
+    #: return within seconds. If False, only a new answer of OpenMeter can help.
     held_back: bool
-    #: The amount that is left all the same.
+    #: The amount that is left.
     available: float
 
 
 class Reservation:
-    """An amount set aside for one request."""
+    """An amount reserved for one request."""
 
-    __slots__ = ("_amount", "_chunk")
+    __slots__ = ("_amount", "_lease")
 
-    def __init__(self, chunk: ProcessLease, amount: float) -> None:
-        self._chunk = chunk
+    def __init__(self, lease: ProcessLease, amount: float) -> None:
+        self._lease = lease
         self._amount: float | None = amount
 
     @property
     def key(self) -> str:
-        """The key of the account that it is of."""
-        return self._chunk.key
+        """The key of the account."""
+        return self._lease.key
 
     def settle(self, amount: float) -> None:
-        """Say what it came to, 0 if nothing. Once; later calls do nothing.
+        """Replace the reserved amount with the used *amount*; later calls do nothing.
 
-        Any thread, finalisers too; never asks the store.
+        Any thread, also in a finalizer; no I/O.
         """
-        chunk = self._chunk
-        now = chunk.clock()
-        chunk.acquire()
+        lease = self._lease
+        now = lease.clock()
+        lease.acquire()
         try:
             reserved, self._amount = self._amount, None
             if reserved is None:
                 return
-            chunk.in_flight -= reserved
-            chunk.free += reserved - amount
+            lease.in_flight -= reserved
+            lease.free += reserved - amount
             if amount:
-                spending = chunk.spending
-                if 0.0 <= now - spending.second < 1.0:
-                    spending.amount += amount
+                usage = lease.usage
+                if 0.0 <= now - usage.second < 1.0:
+                    usage.amount += amount
                 else:
-                    spending.add(int(now), amount)
-            is_missed = chunk.is_scarce and chunk.free > 0
+                    usage.add(int(now), amount)
+            is_needed_elsewhere = lease.is_scarce and lease.free > 0
         finally:
-            chunk.release()
-        if is_missed:
-            chunk.on_unused(chunk.key)
+            lease.release()
+        if is_needed_elsewhere:
+            lease.on_unused(lease.key)
 
 
-#: A lease that lies idle for so many seconds goes back.
-IDLE = 0.5
-#: Usage is handed in after so many seconds at the latest.
-HAND_IN = 1.0
-#: "Nothing left" is believed for so many seconds.
-REFUSAL = 0.25
-#: No request waits longer for others that ask for the same account.
-_PATIENCE = 0.25
+#: Seconds without a reservation after which a lease is returned.
+IDLE_TIMEOUT = 0.5
+#: Maximum seconds after which usage is handed in.
+HAND_IN_INTERVAL = 1.0
+#: Seconds for which a refusal of the store is reused.
+REFUSAL_TTL = 0.25
+#: Maximum seconds for which a request waits for another exchange of its account.
+_LOCK_TIMEOUT = 0.25
 
 
 class Account:
-    """The part of one balance that one process may spend. Any thread."""
+    """One balance in one process. Any thread."""
 
     __slots__ = (
-        "_answer", "_asking", "_clock", "_exchange", "_handed_in_at", "_name",
-        "_refusal", "_store", "_used_at", "_visible_until", "_wanted", "chunk", "key",
+        "_answer", "_clock", "_exchange", "_exchange_lock", "_handed_in_at",
+        "_refusal", "_store_name", "_stored_key", "_used_at", "_visible_until",
+        "_wanted", "key", "lease",
     )  # fmt: skip
 
     def __init__(
         self,
         key: str,
-        exchange: Callable[[Sequence[Request]], list[Lease]],
+        exchange: Callable[[Sequence[LeaseRequest]], list[LeaseReply]],
         *,
         visible_until: Callable[[], float],
         clock: Callable[[], float],
         on_unused: Callable[[str], object] = str,
     ) -> None:
         self.key: str = key
-        # A subject may hold what no database takes as text.
-        self._name = key.encode(errors="backslashreplace").decode()
-        self.chunk: ProcessLease = ProcessLease(key, clock, on_unused)
+        # A subject may contain lone surrogates, which no database accepts as text.
+        self._stored_key = key.encode(errors="backslashreplace").decode()
+        self.lease: ProcessLease = ProcessLease(key, clock, on_unused)
         self._clock = clock
         self._exchange = exchange
         self._visible_until = visible_until
         self._answer: KnownBalance | None = None
-        #: One at a time asks the store; the others find what it brings.
-        self._asking = threading.Lock()
-        self._store: str | None = None
+        #: Held during an exchange: the other threads use its result.
+        self._exchange_lock = threading.Lock()
+        #: The name of the store of the last exchange.
+        self._store_name: str | None = None
+        #: The last refusal: its time, the amount refused, and the result.
         self._refusal: tuple[float, float, NotReserved] | None = None
         self._used_at = 0.0
         self._handed_in_at = 0.0
-        #: The amount last asked for: a chunk should be worth some of these.
+        #: The last amount that a request wanted from the store.
         self._wanted = 0.0
 
     def reserve(self, amount: float) -> Reservation | NotReserved:
-        """Set *amount* aside; 0 if anything at all must be left.
+        """Reserve *amount*, or refuse. 0 is refused only if nothing is left.
 
-        Without any answer of OpenMeter it is granted. Waits for the store where the
-        leased chunk does not suffice, some tenths of a second at the very most.
+        Without any answer of OpenMeter the amount is granted. Uses the store only if
+        the lease is too small, and waits at most some tenths of a second.
         """
-        chunk = self.chunk
-        return Reservation(chunk, amount) if chunk.take(amount) else self._ask(amount)
+        lease = self.lease
+        if lease.take(amount):
+            return Reservation(lease, amount)
+        return self._reserve_from_store(amount)
 
     def spend(self, amount: float) -> None:
-        """Count usage that was settled and never reserved."""
-        Reservation(self.chunk, 0.0).settle(amount)
+        """Count usage that was not reserved."""
+        Reservation(self.lease, 0.0).settle(amount)
 
     def answered(
         self, balance: float, asked_at: float, since: float = -math.inf
     ) -> None:
-        """Take the balance that OpenMeter said, asked at *asked_at* (wall clock).
+        """Take a balance that OpenMeter stated, and hand it in.
 
-        The newest one counts, whichever process has it; an older one is ignored. Its
-        usage period began at *since*.
+        *asked_at* is the time of the question, *since* the start of the usage period,
+        both wall clock. An older balance than the last is ignored, here and in the
+        store.
         """
         known = self._answer
-        # One from the future is of a clock that was put back since.
+        # A time in the future means that the clock was set back since.
         if known and asked_at <= known.asked_at <= self._clock() + 1:
             return
         self._answer = KnownBalance(balance, asked_at, since)
-        # Else the one who is asking now, or the next one, hands it in.
-        if self._asking.acquire(timeout=_PATIENCE):
+        # If the lock is not free in time, the next exchange hands the balance in.
+        if self._exchange_lock.acquire(timeout=_LOCK_TIMEOUT):
             try:
-                covered = min(asked_at, self._visible_until())
-                self.chunk.forget_before(max(covered, since))
+                contained_until = min(asked_at, self._visible_until())
+                self.lease.forget_before(max(contained_until, since))
                 self._refusal = None
                 self._renew(self._wanted if self._is_busy else None)
             finally:
-                self._asking.release()
+                self._exchange_lock.release()
 
     def available(self) -> float:
-        """Return about how much is left, without asking the store."""
-        return self.chunk.left()
+        """Return the approximate amount left, without I/O."""
+        return self.lease.left()
 
-    # -- Asking the store
+    # -- Reservations that need the store
 
-    def _ask(self, amount: float) -> Reservation | NotReserved:
-        if refusal := self._remembered(amount):
+    def _reserve_from_store(self, amount: float) -> Reservation | NotReserved:
+        """Exchange the lease for one with *amount*, and reserve it."""
+        if refusal := self._recent_refusal(amount):
             return refusal
-        if not self._asking.acquire(timeout=_PATIENCE):
-            # Among very many, others have been faster and know.
-            return self._remembered(amount) or self._overdraw(amount)
+        if not self._exchange_lock.acquire(timeout=_LOCK_TIMEOUT):
+            # Another thread may have been refused meanwhile.
+            return self._recent_refusal(amount) or self._overdraw(amount)
         try:
-            if self.chunk.take(amount):  # another one has asked
-                return Reservation(self.chunk, amount)
-            if refusal := self._remembered(amount):
+            if self.lease.take(amount):  # another thread got a new lease
+                return Reservation(self.lease, amount)
+            if refusal := self._recent_refusal(amount):
                 return refusal
             self._wanted = amount
-            self.chunk.was_used = True
-            lease = self._renew(amount, take=amount)
-            if lease is None:
+            self.lease.was_used = True
+            reply = self._renew(amount, take=amount)
+            if reply is None:
                 return self._overdraw(amount)
-            if lease.granted is None:
-                return self._refuse(amount, lease)
-            return Reservation(self.chunk, amount)
+            if reply.granted is None:
+                return self._refuse(amount, reply)
+            return Reservation(self.lease, amount)
         finally:
-            self._asking.release()
+            self._exchange_lock.release()
 
     def _overdraw(self, amount: float) -> Reservation:
-        """Take what nobody granted.
+        """Reserve *amount* without a lease: a store that fails must deny no request."""
+        self.lease.overdraw(amount)
+        return Reservation(self.lease, amount)
 
-        Where no store can say anything in time, nobody is refused for that.
-        """
-        self.chunk.overdraw(amount)
-        return Reservation(self.chunk, amount)
-
-    def _remembered(self, amount: float) -> NotReserved | None:
-        known = self._refusal
-        if known is None:
+    def _recent_refusal(self, amount: float) -> NotReserved | None:
+        """Return the last refusal if it is recent and applies to *amount*."""
+        if self._refusal is None:
             return None
-        at, refused, refusal = known
-        if amount >= refused and 0 <= self._clock() - at < REFUSAL:
+        at, refused, refusal = self._refusal
+        if amount >= refused and 0 <= self._clock() - at < REFUSAL_TTL:
             return refusal
         return None
 
-    def _refuse(self, amount: float, lease: Lease) -> NotReserved:
-        held_back = lease.room >= amount and lease.room > 0
-        refusal = NotReserved(held_back, max(lease.available, 0.0))
+    def _refuse(self, amount: float, reply: LeaseReply) -> NotReserved:
+        """Remember and return the refusal of *amount*."""
+        held_back = reply.unspent >= amount and reply.unspent > 0
+        refusal = NotReserved(held_back, max(reply.available, 0.0))
         self._refusal = (self._clock(), amount, refusal)
         return refusal
 
-    def _renew(self, wanted: float | None, *, take: float = 0.0) -> Lease | None:
-        """Exchange what there is for a new chunk; None if that was impossible.
+    def _renew(self, wanted: float | None, *, take: float = 0.0) -> LeaseReply | None:
+        """Exchange the lease for a new one; return None if the exchange fails.
 
-        If it is granted, *take* of it is in flight before anybody else can have it.
+        *take*: the part of the grant to reserve before other threads can take it.
         """
-        begun = self.begin(wanted)
+        pending = self.begin_exchange(wanted)
         try:
-            (lease,) = self._exchange([begun.request])
-            return self.finish(begun, lease, take=take)
+            (reply,) = self._exchange([pending.request])
+            return self.finish_exchange(pending, reply, take=take)
         except Exception:
-            logger.exception("%s: broke off, and nobody is refused for it", "ledger")
-            self.fail(begun)
+            logger.exception(
+                "%s: an exchange with the store failed; requests are allowed, and "
+                "their usage is handed in later",
+                "ledger",
+            )
+            self.undo_exchange(pending)
             return None
 
-    # -- One exchange, in steps: the ledger makes many at once
+    # -- The steps of an exchange, for the ledger, which makes many exchanges at once
 
-    def begin(self, wanted: float | None) -> Begun:
-        """Take out what is to be handed in, and the chunk that goes back with it."""
-        free, held, spent = self.chunk.give_back()
-        return Begun(Request(self._name, held, wanted, spent, self._answer), free)
+    def begin_exchange(self, wanted: float | None) -> PendingExchange:
+        """Remove the free amount and the usage from the lease, for a request."""
+        free, held, spent = self.lease.give_back()
+        request = LeaseRequest(self._stored_key, held, wanted, spent, self._answer)
+        return PendingExchange(request, free)
 
-    def finish(self, begun: Begun, lease: Lease, *, take: float = 0.0) -> Lease:
-        """Put in what the store granted, *take* of it as being in flight."""
-        request = begun.request
-        if self._store is not None and self._store != lease.store:
-            # Another store, or one that was lost: it is told what it should know.
-            recent = self.chunk.recently_spent(but=request.spent)
-            (lease,) = self._exchange([request._replace(spent=recent)])
-        self._store = lease.store
-        granted = lease.granted or 0.0
-        self.chunk.is_scarce = 0 < granted <= (request.wanted or 0.0)
-        taken = 0.0 if lease.granted is None else take
-        self.chunk.put_in(granted, taken=taken, beside=lease.available - granted)
-        if self.chunk.is_scarce and self.chunk.free > 0:
-            self.chunk.on_unused(self.key)  # no request waits for it
+    def finish_exchange(
+        self, pending: PendingExchange, reply: LeaseReply, *, take: float = 0.0
+    ) -> LeaseReply:
+        """Add the amount granted to the lease; *take* of it is in flight at once."""
+        request = pending.request
+        if self._store_name is not None and self._store_name != reply.store:
+            # A new or another store lacks the usage that the last one had: repeat it.
+            recent = self.lease.recently_spent(but=request.spent)
+            (reply,) = self._exchange([request._replace(spent=recent)])
+        self._store_name = reply.store
+        granted = reply.granted or 0.0
+        self.lease.is_scarce = 0 < granted <= (request.wanted or 0.0)
+        self.lease.add_granted(
+            granted,
+            reserved=0.0 if reply.granted is None else take,
+            left_in_store=reply.available - granted,
+        )
+        if self.lease.is_scarce and self.lease.free > 0:
+            self.lease.on_unused(self.key)  # no request waits for the amount
         self._handed_in_at = self._clock()
-        return lease
+        return reply
 
-    def fail(self, begun: Begun) -> None:
-        """Put back what could not be handed in."""
-        self.chunk.take_back(begun.free, begun.request.spent)
+    def undo_exchange(self, pending: PendingExchange) -> None:
+        """Put the free amount and the usage back into the lease."""
+        self.lease.undo_give_back(pending.free, pending.request.spent)
 
-    # -- Tending
+    # -- Maintenance, in the ledger's thread
 
     @property
     def _is_busy(self) -> bool:
-        return self.chunk.was_used or 0 <= self._clock() - self._used_at < IDLE
+        """True if requests have used the lease recently."""
+        return self.lease.was_used or 0 <= self._clock() - self._used_at < IDLE_TIMEOUT
 
-    def due(self, now: float) -> bool:
-        """Say whether there is something to hand in or to give back now."""
-        chunk = self.chunk
-        if chunk.was_used:
-            chunk.was_used = False
+    def is_exchange_due(self, now: float) -> bool:
+        """Return True if usage must be handed in, or an idle lease returned, now."""
+        lease = self.lease
+        if lease.was_used:
+            lease.was_used = False
             self._used_at = now
-        if chunk.free and not 0 <= now - self._used_at < IDLE:
+        if lease.free and not 0 <= now - self._used_at < IDLE_TIMEOUT:
             return True
-        if chunk.free or chunk.spending:
-            return not 0 <= now - self._handed_in_at < HAND_IN
+        if lease.free or lease.usage:
+            return not 0 <= now - self._handed_in_at < HAND_IN_INTERVAL
         return False
 
-    def try_begin(self, *, giving_up: bool = False) -> Begun | None:
-        """Begin an exchange, unless a request is about it just now.
+    def try_begin_exchange(self, *, giving_up: bool = False) -> PendingExchange | None:
+        """Lock the account and begin an exchange; return None if it is locked.
 
-        It is over with `end`.
+        The caller must call `unlock`. *giving_up*: return the lease for good.
         """
-        if not self._asking.acquire(blocking=False):
+        if not self._exchange_lock.acquire(blocking=False):
             return None
         renew = self._is_busy and not giving_up
-        return self.begin(self._wanted if renew else None)
+        return self.begin_exchange(self._wanted if renew else None)
 
-    def end(self) -> None:
-        """Let others ask."""
-        self._asking.release()
+    def unlock(self) -> None:
+        """End the exchange that `try_begin_exchange` began."""
+        self._exchange_lock.release()
 
     @property
-    def is_at_rest(self) -> bool:
-        """True if nothing would be missed if it were forgotten."""
-        return self.chunk.is_empty
+    def is_empty(self) -> bool:
+        """True if the account can be dropped without a loss."""
+        return self.lease.is_empty

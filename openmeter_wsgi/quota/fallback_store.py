@@ -1,4 +1,10 @@
-"""The choice of a store, and a fallback while it is away."""
+"""The choice of a store, and the fallback to the next one while it is away.
+
+Without options each process has its own store in memory. ``spool_dir`` adds a SQLite
+file for the processes of a host, ``redis_url`` adds Redis for several hosts. A store
+that fails is *away*: the next one takes its place until a retry succeeds. Nothing is
+copied between stores: each ledger hands its balances and recent usage to the next one.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +21,31 @@ from openmeter_wsgi.quota.store import StoreAway
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from openmeter_wsgi.quota.store import Lease, Lessee, Request, Store
+    from openmeter_wsgi.quota.store import LeaseReply, LeaseRequest, Lessee, Store
 
 logger: Final = log.get_logger(__name__)
 
 
 _Result = TypeVar("_Result")
 
-#: A store that failed is tried again after so many seconds, in the background.
+#: Seconds after which the ledger's thread retries a store that failed.
 STORE_RETRY_DELAY = 2.0
-#: After so many more it is tried by a request: nobody works in the background.
-_TENDED = 10.0
+#: Additional seconds after which a request retries it, if no ledger has a thread.
+_REQUEST_RETRY_DELAY = 10.0
 
 
 class FallbackStore:
-    """Asks the first store that can be asked; the last one always can.
-
-    A store that comes back finds out from the ledgers what it missed.
-    """
+    """A store that uses the first of *stores* that works; the last one always does."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self._stores = stores
-        #: Until when each is left alone, by the monotonic clock; 0.0: it is well.
+        #: The monotonic time of the next retry of each store; 0.0 if it works.
         self._away_until = [0.0] * len(stores)
         self.returns: int = 0
 
     @property
     def origin(self) -> str | None:
-        """The name of the spool, if a store is beside one and can be read."""
+        """The name of the spool, None if no store has one or it cannot be read."""
         for store in self._stores:
             with contextlib.suppress(StoreAway):
                 if (origin := store.origin) is not None:
@@ -50,85 +53,89 @@ class FallbackStore:
         return None
 
     def exchange(
-        self, lessee: Lessee, requests: Sequence[Request], now: float
-    ) -> list[Lease]:
+        self, lessee: Lessee, requests: Sequence[LeaseRequest], now: float
+    ) -> list[LeaseReply]:
         """See :class:`Store`."""
         if not requests:
             return []
-        return self._ask(lambda store: store.exchange(lessee, requests, now), lessee)
+        return self._call(lambda store: store.exchange(lessee, requests, now), lessee)
 
     def publish(self, lessee: Lessee, until: float, now: float) -> float:
         """See :class:`Store`."""
-        return self._ask(lambda store: store.publish(lessee, until, now), lessee)
+        return self._call(lambda store: store.publish(lessee, until, now), lessee)
 
-    def look(self, lessee: Lessee, now: float) -> bool:
+    def check_lessees(self, lessee: Lessee, now: float) -> bool:
         """See :class:`Store`."""
-        return self._ask(lambda store: store.look(lessee, now), lessee, late=0.0)
+        return self._call(
+            lambda store: store.check_lessees(lessee, now), lessee, extra_delay=0.0
+        )
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
         """See :class:`Store`."""
-        return self._ask(lambda store: store.take_question(rate, reserve=reserve))
+        return self._call(lambda store: store.take_token(rate, reserve=reserve))
 
     def share(self, key: str, document: bytes, asked_at: float) -> None:
         """See :class:`Store`."""
-        self._ask(lambda store: store.share(key, document, asked_at))
+        self._call(lambda store: store.share(key, document, asked_at))
 
     def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
         """See :class:`Store`."""
-        return self._ask(lambda store: store.shared(keys))
+        return self._call(lambda store: store.shared(keys))
 
     def unshare(self, keys: Sequence[str]) -> None:
         """See :class:`Store`."""
-        self._ask(lambda store: store.unshare(keys))
+        self._call(lambda store: store.unshare(keys))
 
     def leave(self, lessee: Lessee, now: float) -> None:
-        """Leave all of them."""
+        """Leave all stores."""
         for store in self._stores:
             with contextlib.suppress(StoreAway):
                 store.leave(lessee, now)
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all stores."""
         for store in self._stores:
             store.close()
 
-    def _ask(
+    def _call(
         self,
         call: Callable[[Store], _Result],
         lessee: Lessee | None = None,
         *,
-        late: float = _TENDED,
+        extra_delay: float = _REQUEST_RETRY_DELAY,
     ) -> _Result:
+        """Return the result of *call* for the first store that works."""
         *others, last = self._stores
         for number, store in enumerate(others):
             away_until = self._away_until[number]
-            if away_until and time.monotonic() < away_until + late:
+            if away_until and time.monotonic() < away_until + extra_delay:
                 continue
-            if away_until:  # one tries it, the others go on as before
+            if away_until:  # this thread retries; others use the fallback meanwhile
                 self._away_until[number] = time.monotonic() + STORE_RETRY_DELAY
             try:
                 result = call(store)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is away
+            except Exception as error:  # noqa: BLE001 - a bug must deny no request
                 self._away_until[number] = time.monotonic() + STORE_RETRY_DELAY
-                self._say_away(error, self._stores[number + 1])
+                self._log_failover(error, self._stores[number + 1])
                 continue
             if away_until:
-                self._came_back(number, lessee)
+                self._switch_back(number, lessee)
             return result
         return call(last)
 
-    def _say_away(self, error: Exception, other: Store) -> None:
+    def _log_failover(self, error: Exception, other: Store) -> None:
         logger.error(
-            "%s: quotas are counted by %s until that is mended, and may be overshot",
+            "%s: quotas are counted in another store (%s) until this one works again, "
+            "and may be overshot",
             error, other,
             exc_info=None if isinstance(error, StoreAway) else error,
         )  # fmt: skip
 
-    def _came_back(self, number: int, lessee: Lessee | None) -> None:
+    def _switch_back(self, number: int, lessee: Lessee | None) -> None:
         self._away_until[number] = 0.0
         self.returns += 1
         logger.warning("%s: quotas are counted here again", self._stores[number])
-        if lessee is not None:  # or its leases would stay there, and be in the way
+        if lessee is not None:  # else its leases would remain in the fallback
             for store in self._stores[number + 1 :]:
                 with contextlib.suppress(StoreAway):
                     store.leave(lessee, time.time())
@@ -139,18 +146,18 @@ def open_store(
     redis_url: str | None = None,
     scope: Callable[[], str] = lambda: "",
 ) -> Store:
-    """Return the store of many hosts (Redis), of this one, or of this process.
+    """Return the store of many hosts (Redis), of this host, or of this process.
 
-    With Redis and a spool the store in *spool_dir* stands in while Redis is away;
-    in the place of both, and without either, each process counts for itself. The
-    returned store never raises StoreAway, and touches nothing before its first use.
-    *scope* is called then: it names the OpenMeter server and key, and two of different
-    scopes share nothing.
+    While Redis is away, the store in *spool_dir* replaces it; while both are away, and
+    without either, each process counts for itself. The returned store never raises
+    StoreAway, and opens nothing before its first use. *scope* is called then: it
+    returns the name of the OpenMeter server and key. Stores of different scopes share
+    nothing.
 
-    :raises ConfigError: if Redis cannot be used: no URL of one, an option in it that
-        cannot work, no client installed.
+    :raises ConfigError: if the URL of Redis is invalid or has an unusable option, or
+        if its client is not installed.
     """
-    # Here, so that the import of the package does not load SQLite.
+    # Imported here, so that the import of the package does not load SQLite.
     from openmeter_wsgi.quota.sqlite import SqliteStore
 
     stores: list[Store] = []

@@ -1,4 +1,14 @@
-"""The ledger: the accounts of one process, tended in the background."""
+"""The ledger: the accounts of one process, and the thread that maintains them.
+
+`LocalQuota` is the interface to the rest of the package:
+
+- Threads of requests call `reserve` before the application and `settle` after it.
+- Threads that receive an answer of OpenMeter call `answered` with its balance.
+- The thread ``openmeter_wsgi.ledger`` calls `Ledger.maintain` twice a second. That
+  hands usage in, returns idle leases, removes dead lessees from the store and publishes
+  the visibility mark there. Near the limit of a quota, leases are *scarce*: the thread
+  is woken to return unused amounts at once, because other processes may need them.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +32,31 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.options import CountedMeter
     from openmeter_wsgi.quota.account import NotReserved, Reservation
-    from openmeter_wsgi.quota.store import Begun, Lease, Request, Store
+    from openmeter_wsgi.quota.store import (
+        LeaseReply,
+        LeaseRequest,
+        PendingExchange,
+        Store,
+    )
 
 logger: Final = log.get_logger(__name__)
 
-#: So many accounts go into one transaction: others wait for it.
+#: Maximum number of accounts per transaction, because other processes wait for it.
 _BATCH = 100
-#: A mark is published this often even if nothing waits for it: a store that was
-#: lost knows none.
+#: Maximum seconds between two publications of the visibility mark: a new store that
+#: replaces a lost one has no mark.
 _HEARTBEAT = 10.0
-
-
-#: Maximum number of accounts that are remembered to give back at once.
-_MAX_UNUSED = 1_000
+#: Maximum number of accounts that wait for `return_scarce_leases`.
+_MAX_SCARCE = 1_000
 
 
 class Ledger:
-    """The accounts of this process, as the store has them.
+    """The accounts of this process, with their exchanges with the store.
 
-    It belongs to one process; a child of a fork makes another. *origin* is what has
-    one mark, and *visible_until* returns it: all usage that was settled there before
-    that moment (wall clock, in seconds) is in the answers of OpenMeter from now on.
+    Belongs to one process; a child of a fork needs another. *origin* names the
+    processes that share one visibility mark, and *visible_until* returns the mark:
+    OpenMeter's answers contain all usage that was settled there before that moment
+    (wall clock, in seconds).
     """
 
     def __init__(
@@ -60,26 +74,28 @@ class Ledger:
         self._clock = clock
         self._max_accounts = max_accounts
         self._pid = os.getpid()
-        #: Can be taken again by a finaliser that settles.
+        #: Reentrant, because a finalizer may settle a reservation.
         self._lock = threading.RLock()
         self._accounts: OrderedDict[str, Account] = OrderedDict()
         self._token = new_token()
-        self._known: Lessee | None = None
-        #: All that was spent here, and is in the store, was settled before this.
+        #: None before the first exchange.
+        self._lessee: Lessee | None = None
+        #: The usage of this process in the store was settled before this moment.
         self._settled_until = 0.0
-        #: The mark last published.
+        #: The last mark published, and its time.
         self._published = 0.0
         self._published_at = 0.0
+        #: The last known value of `Store.returns`.
         self._returns = 0
-        #: Set when a lease is to be given back at once.
+        #: Set when a scarce lease must be returned at once.
         self.wakeup: Wakeup = Wakeup()
-        #: The keys of their accounts. What finds no room is given back by `tend`.
-        self._unused: deque[str] = deque(maxlen=_MAX_UNUSED)
+        #: The keys of such leases. `maintain` returns those that the deque drops.
+        self._scarce: deque[str] = deque(maxlen=_MAX_SCARCE)
 
     def account(self, key: str) -> Account:
         """Return the account of *key*: one customer's balance of one feature.
 
-        Ask for it anew with every request: what nobody used for long gives way.
+        Do not keep it longer than a request: the least recently used are dropped.
         """
         try:
             account = self._accounts[key]
@@ -88,55 +104,59 @@ class Ledger:
             return self._new_account(key)
         return account
 
-    def tend(self) -> None:
-        """Hand in what was spent, give back what lies idle, bury who has died.
+    def maintain(self) -> None:
+        """Hand in usage, return idle leases, remove dead lessees, publish the mark.
 
-        To be called about twice a second by a thread of the caller's. Never raises.
+        To be called about twice a second by a thread of the caller. Never raises.
         """
-        if os.getpid() != self._pid or self._known is None:
+        if os.getpid() != self._pid or self._lessee is None:
             return
         try:
             now = self._clock()
-            lessee = self._lessee()
-            if self._store.look(lessee, now):
+            lessee = self._get_lessee()
+            if self._store.check_lessees(lessee, now):
+                # The leases of the dead became usage of this moment.
                 self._settled_until = max(self._settled_until, now + 1)
-            returned, self._returns = self._returns, self._store.returns
+            last_returns, self._returns = self._returns, self._store.returns
             with self._lock:
                 accounts = list(self._accounts.values())
-            if self._returns == returned:  # else all have something to say
-                accounts = [account for account in accounts if account.due(now)]
-            self._settle(accounts)
-            self._make_room()
+            if self._returns == last_returns:  # else a store is back: exchange all
+                accounts = [one for one in accounts if one.is_exchange_due(now)]
+            self._exchange_leases(accounts)
+            self._drop_surplus()
             self._publish(lessee)
         except Exception:
-            logger.exception("%s: could not be tended and is soon again", "ledger")
+            logger.exception("%s: its maintenance failed; usage is kept and handed in "
+                             "at the next try", "ledger")  # fmt: skip
 
     def _note_unused(self, key: str) -> None:
-        """Have an account give back what it holds. Finalisers call this, too."""
-        self._unused.append(key)
+        """Wake the thread to return a scarce lease. Also called in finalizers."""
+        self._scarce.append(key)
         self.wakeup.set()
 
-    def give_back_unused(self) -> None:
-        """Give back what requests left of scarce leases. Never raises."""
-        keys = {self._unused.popleft() for _ in range(len(self._unused))}
+    def return_scarce_leases(self) -> None:
+        """Return the unused amounts of scarce leases to the store. Never raises."""
+        keys = {self._scarce.popleft() for _ in range(len(self._scarce))}
         try:
             accounts = [self._accounts[key] for key in keys if key in self._accounts]
-            self._settle(accounts, giving_up=True)
+            self._exchange_leases(accounts, giving_up=True)
         except Exception:
-            logger.exception("%s: an unused lease is given back later", "ledger")
+            logger.exception("%s: unused amounts could not be returned to the store; "
+                             "the next try is soon", "ledger")  # fmt: skip
 
     def close(self) -> None:
-        """Hand everything in; what is still in flight counts as spent."""
-        if os.getpid() != self._pid or self._known is None:
+        """Hand all usage in and leave the store; amounts in flight count as usage."""
+        if os.getpid() != self._pid or self._lessee is None:
             return
         try:
-            self._settle(list(self._accounts.values()), giving_up=True)
-            self._publish(self._known)
-            self._store.leave(self._known, self._clock())
+            self._exchange_leases(list(self._accounts.values()), giving_up=True)
+            self._publish(self._lessee)
+            self._store.leave(self._lessee, self._clock())
         except Exception:
-            logger.exception("%s: could not be closed in order", "ledger")
+            logger.exception("%s: its leases could not be returned; they count as "
+                             "usage", "ledger")  # fmt: skip
         finally:
-            self._known = None
+            self._lessee = None
 
     def _new_account(self, key: str) -> Account:
         account = Account(
@@ -149,35 +169,39 @@ class Ledger:
         with self._lock:
             return self._accounts.setdefault(key, account)
 
-    def _settle(self, accounts: list[Account], *, giving_up: bool = False) -> None:
+    def _exchange_leases(
+        self, accounts: list[Account], *, giving_up: bool = False
+    ) -> None:
+        """Exchange the leases of *accounts* in batches; skip accounts in use."""
         for start in range(0, len(accounts), _BATCH):
             begun = [
-                (account, step)
+                (account, pending)
                 for account in accounts[start : start + _BATCH]
-                if (step := account.try_begin(giving_up=giving_up))
+                if (pending := account.try_begin_exchange(giving_up=giving_up))
             ]
             self._exchange_all(begun)
 
-    def _exchange_all(self, begun: list[tuple[Account, Begun]]) -> None:
-        open_ = deque(begun)
+    def _exchange_all(self, begun: list[tuple[Account, PendingExchange]]) -> None:
+        """Finish the exchanges *begun*, or undo them if the store fails."""
+        unfinished = deque(begun)
         try:
-            leases = self._exchange([step.request for _, step in begun])
-            for lease in leases:
-                account, step = open_[0]
-                account.finish(step, lease)
-                open_.popleft()
+            replies = self._exchange([pending.request for _, pending in begun])
+            for reply in replies:
+                account, pending = unfinished[0]
+                account.finish_exchange(pending, reply)
+                unfinished.popleft()
         finally:
-            for account, step in open_:
-                account.fail(step)
+            for account, pending in unfinished:
+                account.undo_exchange(pending)
             for account, _ in begun:
-                account.end()
+                account.unlock()
 
-    def _make_room(self) -> None:
-        """Forget the accounts that were used least recently and are at rest."""
-        self._settle(self._surplus(), giving_up=True)
+    def _drop_surplus(self) -> None:
+        """Drop the least recently used accounts beyond the maximum, if empty."""
+        self._exchange_leases(self._surplus(), giving_up=True)
         with self._lock:
             for account in self._surplus():
-                if account.is_at_rest:
+                if account.is_empty:
                     del self._accounts[account.key]
 
     def _surplus(self) -> list[Account]:
@@ -186,38 +210,37 @@ class Ledger:
             return list(islice(self._accounts.values(), max(surplus, 0)))
 
     def _publish(self, lessee: Lessee) -> None:
-        """Publish the mark, as long as it has not passed what was spent here."""
+        """Publish the mark while usage of this process is later than the last mark."""
         due = not 0 <= self._clock() - self._published_at < _HEARTBEAT
         if self._settled_until <= self._published and not due:
             return
         until = self._visible_until()
-        now = self._clock()  # after it: by then it is true
+        now = self._clock()  # read after the mark, which is valid from now on
         if until > self._published or due:
             self._published = self._store.publish(lessee, until, now)
             self._published_at = now
 
-    def _lessee(self) -> Lessee:
-        if self._known is None:
+    def _get_lessee(self) -> Lessee:
+        if self._lessee is None:
             origin = self._origin or self._store.origin or self._token
-            self._known = Lessee(self._token, origin)
-        return self._known
+            self._lessee = Lessee(self._token, origin)
+        return self._lessee
 
-    def _exchange(self, requests: Sequence[Request]) -> list[Lease]:
+    def _exchange(self, requests: Sequence[LeaseRequest]) -> list[LeaseReply]:
         for request in requests:
             for second in request.spent:
                 self._settled_until = max(self._settled_until, second + 1)
-        return self._store.exchange(self._lessee(), requests, self._clock())
+        return self._store.exchange(self._get_lessee(), requests, self._clock())
 
 
-#: Seconds between two looks after what is leased and not used.
-_TEND_INTERVAL = 0.5
+#: Seconds between two calls of `Ledger.maintain`.
+_MAINTENANCE_INTERVAL = 0.5
 
 
 class LocalQuota:
-    """The quotas of all customers, as far as this process uses them.
+    """The local quotas of all customers of this process. Any thread.
 
-    Any thread. Nothing is opened and no thread started before the first answer with a
-    balance.
+    Opens nothing and starts no thread before the first answer with a balance.
     """
 
     def __init__(
@@ -225,18 +248,18 @@ class LocalQuota:
         ledger: Ledger,
         meters: Mapping[str, CountedMeter],
         *,
-        tends: bool = True,
+        with_thread: bool = True,
     ) -> None:
-        #: By feature.
+        #: The meters that are counted down, by feature.
         self.meters = meters
         self._ledger = ledger
-        #: True if a thread tends the leases: in a short life none is needed.
-        self._tends = tends
-        self._tending: threading.Thread | None = None
+        #: True if a thread maintains the ledger. Tests do without.
+        self._with_thread = with_thread
+        self._thread: threading.Thread | None = None
         self._closed = threading.Event()
-        #: Wall clock; an answer that was asked for before begins nothing anew.
+        #: Wall clock. Answers to earlier questions do not start the thread again.
         self._closed_at = -math.inf
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         self._pid = os.getpid()
 
     def answered(
@@ -247,53 +270,54 @@ class LocalQuota:
         asked_at: float,
         since: float = -math.inf,
     ) -> None:
-        """Take over the balance that OpenMeter said.
+        """Take a balance that OpenMeter stated, and hand it to the store.
 
-        *asked_at* is wall clock, and so is *since*, the begin of the usage period.
+        *asked_at* is the time of the question, *since* the start of the usage period,
+        both wall clock.
         """
         if balance is None or feature not in self.meters:
             return
-        with self._changing:
+        with self._lock:
             if asked_at <= self._closed_at:
                 return
             account = self._ledger.account(_key(customer, feature))
             account.answered(balance, asked_at, since)
-            if self._tending is None and self._tends:
-                self._start_tending()
+            if self._thread is None and self._with_thread:
+                self._start_maintenance()
 
     def reserve(
         self, customer: str, feature: str, amount: float
     ) -> Reservation | NotReserved:
-        """Set *amount* apart for a request that begins, or say why not."""
+        """Reserve *amount* for a request, or refuse."""
         return self._ledger.account(_key(customer, feature)).reserve(amount)
 
     def remaining(self, customer: str, feature: str) -> float:
-        """Return about how much is left."""
+        """Return the approximate amount left."""
         return self._ledger.account(_key(customer, feature)).available()
 
     def settle(
         self, reserved: Iterable[Reservation], used: dict[tuple[str, str], float]
     ) -> None:
-        """Let reservations become what was *used*, by customer and feature.
+        """Replace the reservations with the amounts *used*, by customer and feature.
 
-        What was used without a reservation is counted, too.
+        Amounts without a reservation are counted, too.
         """
-        left = {_key(*whose): amount for whose, amount in used.items()}
+        unsettled = {_key(*pair): amount for pair, amount in used.items()}
         for reservation in reserved:
-            reservation.settle(left.pop(reservation.key, 0.0))
-        for key, amount in left.items():
+            reservation.settle(unsettled.pop(reservation.key, 0.0))
+        for key, amount in unsettled.items():
             if amount:
                 self._ledger.account(key).spend(amount)
 
     def close(self) -> None:
-        """Hand back what is leased. The answer to a later question begins anew.
+        """Return all leases. The answer to a later question starts again.
 
-        In a child of a fork it does nothing: all of this is its parent's.
+        Does nothing in a child of a fork: the leases are its parent's.
         """
         if os.getpid() != self._pid:
             return
-        with self._changing:
-            thread, self._tending = self._tending, None
+        with self._lock:
+            thread, self._thread = self._thread, None
             self._closed_at = time.time()
             if thread is None:
                 return
@@ -303,9 +327,9 @@ class LocalQuota:
         atexit.unregister(self.close)
         self._ledger.close()
 
-    def _start_tending(self) -> None:
-        self._tending = thread = threading.Thread(
-            target=self._tend,
+    def _start_maintenance(self) -> None:
+        self._thread = thread = threading.Thread(
+            target=self._maintain,
             args=(self._closed,),
             name="openmeter_wsgi.ledger",
             daemon=True,
@@ -315,18 +339,21 @@ class LocalQuota:
             thread.start()
         except RuntimeError as error:
             logger.error(
-                "%s: no thread can be started to hand back what is not used", error
+                "%s: no thread can be started to maintain the local quotas; unused "
+                "amounts are not returned to other processes",
+                error,
             )
 
-    def _tend(self, closed: threading.Event) -> None:
+    def _maintain(self, closed: threading.Event) -> None:
+        """Maintain the ledger until *closed* is set. The body of the thread."""
         ledger = self._ledger
-        next_round = time.monotonic() + _TEND_INTERVAL
+        next_round = time.monotonic() + _MAINTENANCE_INTERVAL
         while not closed.is_set():
             ledger.wakeup.wait(max(next_round - time.monotonic(), 0.0))
-            ledger.give_back_unused()
+            ledger.return_scarce_leases()
             if time.monotonic() >= next_round and not closed.is_set():
-                ledger.tend()
-                next_round = time.monotonic() + _TEND_INTERVAL
+                ledger.maintain()
+                next_round = time.monotonic() + _MAINTENANCE_INTERVAL
 
 
 def _key(customer: str, feature: str) -> str:

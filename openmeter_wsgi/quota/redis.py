@@ -1,21 +1,20 @@
-"""A store in Redis, for many hosts: the scripts in Lua and their client.
+"""The store in Redis, for many hosts: Lua scripts and their client.
 
-The rules are those of `sqlite_tables`. Every script gets the keys of one hash tag:
+Each script is one transaction, with the rules of `sqlite_tables`. It gets five keys:
 
-====  ======================================================================
-1     hash: the store's name; the token bucket
-2     sorted set: lessees, by the time at which their leases end
-3     hash: the origin of each lessee
-4     hash: the watermarks of each origin, as JSON: [[at, until], ...]
-5     hash: when each origin was heard of last
-====  ======================================================================
+==============  =============================================================
+``names``       hash: the store's name, and the token bucket
+``lessees``     sorted set: lessees by the time at which they count as dead
+``origins``     hash: the origin of each lessee
+``watermarks``  hash: visibility marks of each origin, JSON [[at, until], ...]
+``heard``       hash: the time of the last message from each origin
+==============  =============================================================
 
-and makes those of accounts and leases from a prefix of the same tag. Numbers travel
-as text, written with 17 digits: Lua's own conversion would keep 14.
-
-All its keys have one hash tag, so a cluster keeps them on one node. The tag names the
-OpenMeter server and its key: two of them share nothing. All times are Redis's own: the
-clocks of hosts may differ, and each host shifts its times by the difference.
+The keys of accounts, usage, leases and documents begin with the same prefix. The prefix
+is a hash tag, so a cluster keeps all keys on one node. It contains the scope, that is,
+the OpenMeter server and API key. Numbers are passed as text with 17 digits, because
+Lua's own conversion keeps only 14. All times are Redis's: each host adds the difference
+between Redis's clock and its own to its times.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from redis.retry import Retry
 
 from openmeter_wsgi import log
 from openmeter_wsgi.quota.sqlite_tables import (
-    KEPT_ACCOUNTS,
-    KEPT_WATERMARKS,
-    WATERMARKS,
+    ACCOUNT_TTL,
+    WATERMARK_INTERVAL,
+    WATERMARK_TTL,
 )
-from openmeter_wsgi.quota.store import PATIENCE, ROUNDING, Lease, StoreAway
+from openmeter_wsgi.quota.store import ROUNDING, STORE_TIMEOUT, LeaseReply, StoreAway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from openmeter_wsgi.quota.store import KnownBalance, Lessee, Request
+    from openmeter_wsgi.quota.store import KnownBalance, LeaseRequest, Lessee
 
 logger: Final = log.get_logger(__name__)
 
@@ -87,11 +86,11 @@ local function keep(key, kept)
 end
 """
 
-#: prefix, now ("" for Redis's), kept, lessee, origin, lifetime, silence, a name,
-#: rounding, JSON of
+#: Arguments: prefix, now ("" for Redis's time), account TTL, lessee, origin, lessee
+#: TTL, origin TTL, a new store name, rounding, and for each request the JSON of
 #: {key, held, wanted or false, spent: [[second, amount]], answer or false: [balance,
-#: asked at, since]}, all numbers as text. Returns granted ("" if refused),
-#: available, room, the store's name.
+#: asked_at, since]} with all numbers as text.
+#: Returns for each request: granted ("" if refused), available, unspent, store name.
 EXCHANGE = (
     _COMMON
     + """
@@ -100,7 +99,7 @@ local silence, rounding = number(ARGV[7]), number(ARGV[9])
 local alive_until = text(now + number(ARGV[6]))
 redis.call("HSETNX", names, "store", ARGV[8])
 if redis.call("ZADD", lessees, alive_until, lessee) == 1 and origin == lessee then
-  redis.call("HDEL", watermarks, origin)  -- it had been given up, and is back
+  redis.call("HDEL", watermarks, origin)  -- removed before: drop its infinite mark
 end
 redis.call("HSET", origins, lessee, origin)
 redis.call("HSETNX", heard, origin, text(now))
@@ -199,7 +198,8 @@ return answers
 """
 )
 
-#: prefix, now, origin, until, kept, interval. Returns the newest mark.
+#: Arguments: prefix, now, origin, until, mark TTL, minimum interval.
+#: Returns the newest mark.
 PUBLISH = (
     _COMMON
     + """
@@ -210,7 +210,7 @@ local marks, newest, base = {}, nil, nil
 for _, mark in ipairs(known and cjson.decode(known) or {}) do
   local at = number(mark[1])
   if at < now - kept then
-    base = mark  -- the newest of the old ones still says something
+    base = mark  -- the newest of the old marks is kept: it holds until the next one
   elseif at <= now + 1 then
     if base then marks[#marks + 1] = base; base = nil end
     marks[#marks + 1] = mark
@@ -228,9 +228,10 @@ return newest[2]
 """
 )
 
-#: prefix, now, kept, lessee, lifetime, lessee to bury or ""
-#: Buries that one, or else all whose time is up; returns how many.
-LOOK = (
+#: Arguments: prefix, now, account TTL, lessee, lessee TTL, a lessee to remove or "".
+#: Removes that lessee, or renews the caller's and removes all dead lessees.
+#: Returns the number of lessees removed.
+CHECK_LESSEES = (
     _COMMON
     + """
 local kept, lessee, wanted = ARGV[3], ARGV[4], ARGV[6]
@@ -257,7 +258,7 @@ for _, who in ipairs(dead) do
   redis.call("DEL", keys_of(who))
   redis.call("ZREM", lessees, who)
   redis.call("HDEL", origins, who)
-  if origin == who then  -- what it had not delivered will never come
+  if origin == who then  -- its undelivered usage is lost: nothing waits for it
     redis.call("HSET", heard, origin, text(now))
     redis.call("HSET", watermarks, origin, cjson.encode({{text(now), "inf"}}))
   end
@@ -266,7 +267,7 @@ return #dead
 """
 )
 
-#: prefix, now, silence: forget origins of which nothing was heard for long.
+#: Arguments: prefix, now, origin TTL. Removes the origins that are gone.
 PRUNE = (
     _COMMON
     + """
@@ -280,8 +281,9 @@ end
 """
 )
 
-#: prefix, now, rate, reserve. Returns the seconds to wait, 0 if a token was taken.
-QUESTION = (
+#: Arguments: prefix, now, rate, reserve.
+#: Returns the seconds until a token is there, 0 if one was taken.
+TAKE_TOKEN = (
     _COMMON
     + """
 local rate, reserve = number(ARGV[3]), number(ARGV[4])
@@ -300,33 +302,33 @@ return text(wait)
 """
 )
 
-#: A lessee that was not heard of for so many seconds is dead.
-LIFETIME = 30.0
-#: An origin that was not heard of for so many is gone, and its spool with it: nobody
-#: else would ever say that what was settled there is delivered.
-SILENCE = 3_600.0
+#: Seconds without a message after which a lessee counts as dead.
+LESSEE_TTL = 30.0
+#: Seconds without a message after which an origin is gone, with its spool: no process
+#: can publish its mark any more, so all its usage counts as visible.
+ORIGIN_TTL = 3_600.0
 _KEYS = ("names", "lessees", "origins", "watermarks", "heard")
 _PRUNE_INTERVAL = 600.0
 
-#: The options that a URL may have; names that begin with ``ssl_`` as well. The
-#: rest would be refused with the first request, or changes what this module relies on.
+#: The options that a URL may have, besides names that begin with ``ssl_``. Others fail
+#: with the first request, or change settings that this module relies on.
 _URL_OPTIONS = {
     "client_name", "db", "health_check_interval", "max_connections", "password",
     "protocol", "socket_keepalive", "username",
 }  # fmt: skip
-#: The clock of this host is said to differ by more than so many seconds.
-_DIFFERS = 1.0
-#: A difference that was measured is kept until another is so many seconds away: a
-#: moment and the mark that covers it are shifted alike.
-_JITTER = 0.05
-#: A mark is shifted back by so much more: it never covers too much.
-_MARGIN = 0.2
+#: Offset of this host's clock, in seconds, above which a warning is logged.
+_MAX_CLOCK_OFFSET = 1.0
+#: Change of the measured offset, in seconds, below which the old offset stays in use,
+#: so that usage and the mark after it are shifted by the same offset.
+_OFFSET_TOLERANCE = 0.05
+#: Seconds by which a mark is shifted back, so that it never contains too much usage.
+_MARK_MARGIN = 0.2
 
 
 def _checked(url: str) -> str:
-    """Return *url* if each connection can be made with it. It is never shown.
+    """Return *url* if it is valid. Errors omit the URL, which may hold a password.
 
-    :raises ValueError: naming the option that cannot work.
+    :raises ValueError: with the name of the unusable option.
     """
     parts = urlsplit(url)
     path = "" if parts.scheme == "unix" else parts.path.strip("/")
@@ -341,18 +343,18 @@ def _checked(url: str) -> str:
     try:
         redis.ConnectionPool.from_url(url).make_connection()
     except (TypeError, ValueError, redis.RedisError) as error:
-        raise ValueError(f"no connection can be made with it: {error}") from None
+        raise ValueError(f"the URL cannot be used: {error}") from None
     return url
 
 
 class RedisStore:
-    """The ledger of all hosts that use one Redis, for one server and key.
+    """The store of all hosts that use one Redis, for one OpenMeter server and key.
 
-    *scope* names that server and key. *clock* is that of this host, and *redis_clock*
-    stands in for Redis's own, for tests.
+    *scope* returns the name of that server and key. *clock* is this host's clock;
+    *redis_clock* replaces Redis's clock in tests.
     """
 
-    #: Each host has its spool; there is none beside Redis.
+    #: Redis has no spool; each host may have one.
     origin = None
     returns = 0
 
@@ -373,98 +375,96 @@ class RedisStore:
         self._connect()
 
     def __str__(self) -> str:
-        """Return where it is, without any password."""
-        at = self._redis.connection_pool.connection_kwargs
-        return f"Redis at {at.get('path') or at.get('host')}:{at.get('port', '')}"
+        """Return the location without any password, for the log."""
+        options = self._redis.connection_pool.connection_kwargs
+        where = options.get("path") or options.get("host")
+        return f"Redis at {where}:{options.get('port', '')}"
 
     def _connect(self) -> None:
         self._pid = os.getpid()
-        #: The seconds to add to a time of this host's, None before they are measured.
-        self._difference: float | None = None
+        #: Seconds to add to this host's time to get Redis's, None before the first
+        #: measurement.
+        self._clock_offset: float | None = None
         self._redis = redis.Redis.from_url(
             self._url,
-            socket_timeout=PATIENCE,
-            socket_connect_timeout=PATIENCE,
+            socket_timeout=STORE_TIMEOUT,
+            socket_connect_timeout=STORE_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
             decode_responses=True,
         )
         self._scripts = {
             text: self._redis.register_script(text)
-            for text in (
-                EXCHANGE,
-                PUBLISH,
-                LOOK,
-                PRUNE,
-                QUESTION,
-            )
+            for text in (EXCHANGE, PUBLISH, CHECK_LESSEES, PRUNE, TAKE_TOKEN)
         }
 
     def exchange(
         self,
         lessee: Lessee,
-        requests: Sequence[Request],
-        now: float,  # noqa: ARG002 - Redis knows better
-    ) -> list[Lease]:
-        """Hand in what was spent and take new leases: one script."""
+        requests: Sequence[LeaseRequest],
+        now: float,  # noqa: ARG002 - the script uses Redis's time
+    ) -> list[LeaseReply]:
+        """Hand in usage and get new leases, in one script."""
         shift = self._shift()
-        answers = self._run(
+        replies = self._run(
             EXCHANGE,
-            int(KEPT_ACCOUNTS),
-            *(lessee.token, lessee.origin, LIFETIME, SILENCE),
+            int(ACCOUNT_TTL),
+            *(lessee.token, lessee.origin, LESSEE_TTL, ORIGIN_TTL),
             *(secrets.token_hex(12), ROUNDING),
-            *(_document(request, shift) for request in requests),
+            *(_request_json(request, shift) for request in requests),
         )
         return [
-            Lease(float(granted) if granted else None, float(left), float(room), store)
-            for granted, left, room, store in answers
+            LeaseReply(
+                float(granted) if granted else None, float(left), float(unspent), store
+            )
+            for granted, left, unspent, store in replies
         ]
 
     def publish(self, lessee: Lessee, until: float, now: float) -> float:  # noqa: ARG002
-        """Write a mark of the lessee's origin."""
-        limits = KEPT_WATERMARKS, WATERMARKS
-        shift = self._shift() - (_MARGIN if self._redis_clock is None else 0.0)
-        kept = self._run(PUBLISH, lessee.origin, until + shift, *limits)
-        return until if float(kept) == until + shift else float(kept) - shift
+        """Store the visibility mark of the lessee's origin."""
+        limits = WATERMARK_TTL, WATERMARK_INTERVAL
+        shift = self._shift() - (_MARK_MARGIN if self._redis_clock is None else 0.0)
+        stored = float(self._run(PUBLISH, lessee.origin, until + shift, *limits))
+        return until if stored == until + shift else stored - shift
 
-    def look(self, lessee: Lessee, now: float) -> bool:
-        """Renew the lease, bury the dead, and say whether there were any."""
-        self._measure()
+    def check_lessees(self, lessee: Lessee, now: float) -> bool:
+        """Renew this lessee, remove dead ones, return True if any were removed."""
+        self._measure_clock_offset()
         if not 0 <= now - self._pruned_at < _PRUNE_INTERVAL:
-            self._run(PRUNE, SILENCE)
+            self._run(PRUNE, ORIGIN_TTL)
             self._pruned_at = now
-        return bool(self._bury(lessee, ""))
+        return bool(self._remove_lessees(lessee, ""))
 
     def leave(self, lessee: Lessee, now: float) -> None:  # noqa: ARG002
-        """Give up what the lessee has; a lease it still holds counts as spent."""
-        self._bury(lessee, lessee.token)
+        """Remove the lessee; the leases that it still holds count as usage."""
+        self._remove_lessees(lessee, lessee.token)
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
-        """Take a token of the bucket."""
-        return float(self._run(QUESTION, rate, reserve))
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
+        """Take a token from the bucket."""
+        return float(self._run(TAKE_TOKEN, rate, reserve))
 
     def share(self, key: str, document: bytes, asked_at: float) -> None:
-        """Keep a document, with the moment by Redis's clock before it."""
+        """Store a document after its time by Redis's clock."""
         text = f"{asked_at + self._shift()!r} {document.decode()}"
-        kept = int(KEPT_ACCOUNTS)
-        self._within(lambda: self._redis.set(self._answer(key), text, ex=kept))
+        ttl = int(ACCOUNT_TTL)
+        self._call(lambda: self._redis.set(self._document_key(key), text, ex=ttl))
 
     def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
-        """Return the document of each key."""
-        names = [self._answer(key) for key in keys]
+        """Return the document and its time, or None, for each key."""
+        names = [self._document_key(key) for key in keys]
         shift = self._shift()
-        found: list[tuple[bytes, float] | None] = []
-        for text in self._within(lambda: self._redis.mget(names)):
+        pairs: list[tuple[bytes, float] | None] = []
+        for text in self._call(lambda: self._redis.mget(names)):
             asked_at, _, document = (text or "").partition(" ")
-            found.append((document.encode(), float(asked_at) - shift) if text else None)
-        return found
+            pairs.append((document.encode(), float(asked_at) - shift) if text else None)
+        return pairs
 
     def unshare(self, keys: Sequence[str]) -> None:
         """Remove the documents of *keys*."""
-        names = [self._answer(key) for key in keys]
+        names = [self._document_key(key) for key in keys]
         if names:
-            self._within(lambda: self._redis.delete(*names))
+            self._call(lambda: self._redis.delete(*names))
 
-    def _answer(self, key: str) -> str:
+    def _document_key(self, key: str) -> str:
         return f"{self._prefix_of_keys()}answer:{key}"
 
     def close(self) -> None:
@@ -472,50 +472,52 @@ class RedisStore:
         if os.getpid() == self._pid:
             self._redis.close()
 
-    def _bury(self, lessee: Lessee, whom: str) -> int:
-        return int(self._run(LOOK, int(KEPT_ACCOUNTS), *(lessee.token, LIFETIME, whom)))
+    def _remove_lessees(self, lessee: Lessee, token: str) -> int:
+        """Remove the lessee *token*, or all dead ones; return their number."""
+        arguments = int(ACCOUNT_TTL), lessee.token, LESSEE_TTL, token
+        return int(self._run(CHECK_LESSEES, *arguments))
 
     # -- Clocks
 
     def _shift(self) -> float:
-        """Return the seconds to add to a time of this host's."""
-        if self._difference is None or os.getpid() != self._pid:
-            self._measure()
-        return self._difference or 0.0
+        """Return the seconds to add to this host's time to get Redis's."""
+        if self._clock_offset is None or os.getpid() != self._pid:
+            self._measure_clock_offset()
+        return self._clock_offset or 0.0
 
-    def _measure(self) -> None:
-        """Measure by how much the clock of this host is behind Redis's."""
+    def _measure_clock_offset(self) -> None:
+        """Measure the seconds by which this host's clock is behind Redis's."""
         if self._redis_clock is not None:
             return
         before = self._clock()
-        seconds, microseconds = self._within(lambda: self._redis.time())  # noqa: PLW0108 - another after a fork
+        seconds, microseconds = self._call(lambda: self._redis.time())  # noqa: PLW0108 - another after a fork
         after = self._clock()
-        found = seconds + microseconds / 1e6 - (before + after) / 2
-        known = self._difference
-        if known is None or abs(found - known) > max(after - before, _JITTER):
-            self._difference = found
-        if abs(found) > _DIFFERS:
+        new = seconds + microseconds / 1e6 - (before + after) / 2
+        old = self._clock_offset
+        if old is None or abs(new - old) > max(after - before, _OFFSET_TOLERANCE):
+            self._clock_offset = new
+        if abs(new) > _MAX_CLOCK_OFFSET:
             logger.warning(
-                "%s: the clock of this host is %.0f s %s Redis's. Quotas go by Redis's "
-                "time, but events are dated by this host's: let NTP set it",
-                "clock", abs(found), "ahead of" if found < 0 else "behind",
+                "%s: the clock of this host is %.0f s %s Redis's. Quotas use Redis's "
+                "time, but events have this host's: let NTP set it",
+                "clock", abs(new), "ahead of" if new < 0 else "behind",
             )  # fmt: skip
 
     # -- Calls
 
     def _run(self, script: str, *arguments: float | str) -> Any:
         now = "" if self._redis_clock is None else repr(self._redis_clock())
-        return self._within(
+        return self._call(
             lambda: self._scripts[script](
                 keys=[self._prefix_of_keys() + name for name in _KEYS],
                 args=[self._prefix_of_keys(), now, *arguments],
             )
         )
 
-    def _within(self, call: Callable[[], Any]) -> Any:
-        """Make a call to Redis.
+    def _call(self, call: Callable[[], Any]) -> Any:
+        """Return the result of a call to Redis.
 
-        :raises StoreAway: if it is not there.
+        :raises StoreAway: if Redis fails or does not answer in time.
         """
         if os.getpid() != self._pid:
             self._connect()  # the sockets are the parent's
@@ -530,10 +532,10 @@ class RedisStore:
         return self._prefix
 
 
-def _document(request: Request, shift: float) -> str:
-    """Return a request as JSON, its numbers as text that loses nothing.
+def _request_json(request: LeaseRequest, shift: float) -> str:
+    """Return a request as JSON, with exact numbers as text and shifted times.
 
-    Its times are shifted; a second that becomes parts of two counts as the later one.
+    A shifted second overlaps two seconds of Redis and becomes the later one.
     """
     wanted, answer = request.wanted, request.answer
     return json.dumps(

@@ -1,13 +1,14 @@
-"""A store in SQLite: a file for the processes of a host, or memory for one.
+"""The store in SQLite: a file for the processes of a host, or memory for one process.
 
-A child that is made while another thread is within SQLite finds mutexes of its
-library taken for ever. And SQLite keeps account of the locks on a file by process: a
-child would take those of its parent for its own (https://www.sqlite.org/howtocorrupt.html,
-2.6). A fork made in C runs no hook: whoever forks so does it before the first request,
-as servers do.
+Forks: if a process forks while another thread is inside SQLite, the mutexes of the
+library stay locked in the child for ever. And SQLite counts the locks on a file per
+process: a child would take those of its parent for its own
+(https://www.sqlite.org/howtocorrupt.html, 2.6). So hooks close the file before each
+fork, and keep all threads out of SQLite during the fork. A fork made in C runs no
+hooks; servers fork so only before the first request.
 
-The file is a cache. It is never synced: what a loss of power takes, the next answers
-bring back. One that cannot be read is set aside, and a new one made.
+The file is a cache and is never synced: after a loss of power, OpenMeter's next answers
+replace it. A file that cannot be read is renamed, and a new one is created.
 """
 
 from __future__ import annotations
@@ -24,117 +25,119 @@ from urllib.parse import quote
 from openmeter_wsgi import log
 from openmeter_wsgi.lock import LOCK, SegmentLock, is_alive, remove_lock
 from openmeter_wsgi.quota import sqlite_tables
-from openmeter_wsgi.quota.store import PATIENCE, StoreAway
+from openmeter_wsgi.quota.store import STORE_TIMEOUT, StoreAway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from openmeter_wsgi.quota.store import Lease, Lessee, Request
+    from openmeter_wsgi.quota.store import LeaseReply, LeaseRequest, Lessee
 
 logger: Final = log.get_logger(__name__)
 
 
-class UsesSqlite(Protocol):
-    """An object that is told of forks."""
+class ForkAware(Protocol):
+    """An object whose methods are called before and after a fork."""
 
     def before_fork(self) -> bool:
-        """Keep everybody out until `after_fork`; say whether that was possible.
+        """Lock all threads out until `after_fork`; return True if that succeeds.
 
         It must not wait for long.
         """
 
     def after_fork(self) -> None:
-        """Let others in again; called in parent and child."""
+        """Let all threads in again. Called in the parent and in the child."""
 
 
-# A set that one call copies, where a WeakSet would be iterated step by step.
-_users: set[weakref.ref[UsesSqlite]] = set()
-#: The users that are kept out, by the thread that forks.
-_paused: dict[int, list[UsesSqlite]] = {}
+# A plain set, because one call copies it atomically; a WeakSet is iterated in steps.
+_fork_listeners: set[weakref.ref[ForkAware]] = set()
+#: The listeners that are locked during a fork, by the id of the thread that forks.
+_locked_by_fork: dict[int, list[ForkAware]] = {}
 
 
-def tell_of_forks(user: UsesSqlite) -> None:
-    """Tell *user* of every fork, for as long as it lives."""
-    _users.add(weakref.ref(user, _users.discard))
+def register_for_forks(listener: ForkAware) -> None:
+    """Call the methods of *listener* at every fork, for as long as it lives."""
+    _fork_listeners.add(weakref.ref(listener, _fork_listeners.discard))
 
 
 def _before() -> None:
-    users = [user for reference in tuple(_users) if (user := reference())]
-    _paused[threading.get_ident()] = [user for user in users if user.before_fork()]
+    living = [one for reference in tuple(_fork_listeners) if (one := reference())]
+    _locked_by_fork[threading.get_ident()] = [
+        one for one in living if one.before_fork()
+    ]
 
 
 def _after() -> None:
-    for user in _paused.pop(threading.get_ident(), ()):
-        user.after_fork()
+    for listener in _locked_by_fork.pop(threading.get_ident(), ()):
+        listener.after_fork()
 
 
 os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)
 
 
 class HostLiveness:
-    """The lessees of a host: one lives as long as its process holds its lock."""
+    """The lessees of a host. A lessee is alive while its process locks its file."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._owners: dict[tuple[int, str], SegmentLock] = {}
 
     def enter(self, token: str) -> None:
-        """Take the lock of a lessee of this process, if it has it not yet.
+        """Take the lock of a lessee of this process, unless it is taken.
 
-        :raises OSError: if the directory cannot take it.
+        :raises OSError: if the lock file cannot be created.
         """
         key = (os.getpid(), token)
         if key not in self._owners:
             self._owners[key] = SegmentLock.register(self._directory, token)
 
     def leave(self, token: str) -> None:
-        """Give the lock up."""
+        """Release the lock."""
         owner = self._owners.pop((os.getpid(), token), None)
         if owner is not None:
             owner.leave(nothing_left=True)
 
     def is_alive(self, token: str) -> bool:
-        """Say whether a lessee lives, and if not, that is for ever."""
+        """Return True if a lessee is alive. A dead lessee never comes back."""
         return is_alive(self._directory, token)
 
-    def bury(self, token: str) -> None:
-        """Delete the lock file of a dead one."""
+    def remove_lessee(self, token: str) -> None:
+        """Delete the lock file of a dead lessee."""
         remove_lock(self._directory / (token + LOCK))
 
 
 class ProcessLiveness:
-    """The lessees of one process: one lives until it leaves."""
+    """The lessees of one process. A lessee is alive until it leaves."""
 
     def __init__(self) -> None:
         self._tokens: set[str] = set()
 
     def enter(self, token: str) -> None:
-        """Remember the lessee."""
+        """Add the lessee."""
         self._tokens.add(token)
 
     def leave(self, token: str) -> None:
-        """Forget it."""
+        """Remove the lessee."""
         self._tokens.discard(token)
 
     def is_alive(self, token: str) -> bool:
-        """Say whether it has not left."""
+        """Return True if the lessee has not left."""
         return token in self._tokens
 
-    def bury(self, token: str) -> None:
-        """Do nothing: there is nothing left of it."""
+    def remove_lessee(self, token: str) -> None:
+        """Do nothing: a lessee has no lock file here."""
 
 
 _Result = TypeVar("_Result")
 
 UNREADABLE = ".unreadable"
-#: Seconds between two tries to open it.
+#: Seconds between two tries to open the file.
 _OPENING_PAUSE = 0.005
-#: So many seconds a fork waits for a transaction to end.
-_FORK_PATIENCE = 1.0
-#: Beside the file, and with it, are its log and what processes share of that.
+#: Maximum seconds for which a fork waits for a transaction to end.
+_FORK_TIMEOUT = 1.0
+#: Suffixes of the database file, its write-ahead log, and the index of that.
 _PARTS = ("", "-wal", "-shm")
-#: The file is none of ours, damaged, or lacks our tables: a new one will do.
+#: Errors of a file that is damaged, or is not our database: it is replaced.
 _UNREADABLE_CODES = {
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_CORRUPT,
@@ -142,16 +145,16 @@ _UNREADABLE_CODES = {
 }
 _BUSY_CODES = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
-#: A connection must neither be used nor closed by a child of its process: it stays.
-#: Only one that was open in memory, or at a fork that was made in C, gets here.
+#: Connections of the parent, kept in the child because it must neither use nor close
+#: them: those in memory, and those that were open at a fork made in C.
 _inherited: list[object] = []
 
 
 class Database:
-    """The tables in a file of *directory*, or in memory if that is None. Any thread.
+    """A database file in *directory*, or a database in memory if None. Any thread.
 
-    It is opened by its first use in a process. *scope* is called then: it names the
-    OpenMeter server and key that the file is for.
+    The first use in a process opens it. *scope* is called then: it returns the name of
+    the OpenMeter server and key, which becomes part of the file's name.
     """
 
     def __init__(
@@ -160,65 +163,65 @@ class Database:
         self._directory = directory
         self._scope = scope
         self._path: Path | None = None
-        self._forget()
-        tell_of_forks(self)
+        self._reset()
+        register_for_forks(self)
 
     def __str__(self) -> str:
-        """Return where it is."""
-        return str(self._path or self._directory or "each process by itself")
+        """Return the location, for the log."""
+        return str(self._path or self._directory or "the memory of each process")
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._inode = 0
-        #: The random name of what is in it now.
+        #: The random name of the store in the open database.
         self.name: str = ""
 
     @property
     def is_open(self) -> bool:
-        """True if this process has used it."""
+        """True if this process has the database open."""
         return self._db is not None and os.getpid() == self._pid
 
     def close(self) -> None:
-        """Close it; a later use opens it again."""
+        """Close the database; a later use opens it again."""
         if os.getpid() == self._pid:
             with self._lock:
                 self._disconnect()
 
     def __del__(self) -> None:
-        # Python warns of a connection that is left to it to close (from 3.13 on).
+        # From Python 3.13 on, a connection that is not closed causes a warning.
         self.close()
 
     def before_fork(self) -> bool:
-        """Close the file, and keep everybody out until `after_fork`."""
-        if os.getpid() != self._pid or not self._lock.acquire(timeout=_FORK_PATIENCE):
+        """Close the file, and lock all threads out until `after_fork`."""
+        if os.getpid() != self._pid or not self._lock.acquire(timeout=_FORK_TIMEOUT):
             return False
-        if self._directory is not None:  # else closing it would be forgetting
+        if self._directory is not None:  # closing a database in memory would erase it
             self._disconnect()
         return True
 
     def after_fork(self) -> None:
-        """Let others in again."""
+        """Let all threads in again."""
         self._lock.release()
 
-    def within(
+    def run(
         self, work: Callable[[sqlite3.Connection], _Result], *, write: bool = True
     ) -> _Result:
-        """Do *work* in a transaction.
+        """Return the result of *work* in a transaction.
 
-        :raises StoreAway: if it cannot be used now.
+        :raises StoreAway: if the database cannot be used now.
         """
         if os.getpid() != self._pid:
             _inherited.append(self._db)
-            self._forget()
-        if not self._lock.acquire(timeout=PATIENCE):
-            raise StoreAway(f"{self}: busy for more than {PATIENCE} s")
+            self._reset()
+        if not self._lock.acquire(timeout=STORE_TIMEOUT):
+            raise StoreAway(f"{self}: busy for more than {STORE_TIMEOUT} s")
         try:
             try:
                 return self._transaction(work, write=write)
             except sqlite3.DatabaseError as error:
-                if not self._set_aside(error):
+                if not self._set_aside_if_unreadable(error):
                     raise
             return self._transaction(work, write=write)
         except (sqlite3.Error, OSError) as error:
@@ -243,8 +246,8 @@ class Database:
         return result
 
     def _connected(self) -> sqlite3.Connection:
-        """Connect; where many do at a time SQLite does not let each wait by itself."""
-        deadline = time.monotonic() + PATIENCE
+        """Connect, with retries: SQLite's timeout does not apply to all steps of it."""
+        deadline = time.monotonic() + STORE_TIMEOUT
         while True:
             try:
                 return self._connect()
@@ -258,15 +261,15 @@ class Database:
         if self._directory is not None:
             self._path = self._directory / database_name(self._scope())
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            # One that is there is not opened: closing it would drop the locks that
-            # another connection of this process has.
+            # O_EXCL: an existing file must not be opened and closed here, because that
+            # would drop the locks of this process's other connections.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self._path, flags, 0o600))
             self._inode = self._path.stat().st_ino
             where = f"file:{quote(str(self._path))}?mode=rw"
         db = sqlite3.connect(
             where,
-            timeout=PATIENCE,
+            timeout=STORE_TIMEOUT,
             isolation_level=None,
             check_same_thread=False,
             uri=True,
@@ -280,13 +283,13 @@ class Database:
         return db
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        # No request waits for the disk, nor does the one that makes a checkpoint.
+        # No request waits for the disk, not even in a checkpoint.
         db.execute("PRAGMA synchronous = OFF")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("BEGIN IMMEDIATE")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != sqlite_tables.SCHEMA_VERSION:
-            sqlite_tables.create(db)  # an error if there are others
+            sqlite_tables.create(db)  # fails if the file has tables of another version
         self.name = sqlite_tables.name(db, "store")
         db.execute("COMMIT")
 
@@ -296,28 +299,31 @@ class Database:
                 self._db.close()
         self._db = None
 
-    def _set_aside(self, error: sqlite3.DatabaseError) -> bool:
-        """Say whether another try may go better: nothing unreadable is left."""
+    def _set_aside_if_unreadable(self, error: sqlite3.DatabaseError) -> bool:
+        """Rename a file that cannot be read; return True if a retry makes sense."""
         if self._path is None or _code(error) not in _UNREADABLE_CODES:
             return False
         self._disconnect()
         if self._is_in_place():  # else another process was faster
             logger.error(
-                "%s: cannot be used (%s), a new one is made", self._path, error
-            )
+                "%s: the file cannot be read (%s); it is renamed to *%s and a new one "
+                "is created",
+                self._path, error, UNREADABLE,
+            )  # fmt: skip
             for part in _PARTS:
                 old = self._path.with_name(self._path.name + part)
                 with contextlib.suppress(FileNotFoundError):
                     old.replace(old.with_name(self._path.name + UNREADABLE + part))
         return True
 
-    def check_place(self) -> None:
-        """Leave a file that another process has set aside, or somebody deleted."""
+    def disconnect_if_replaced(self) -> None:
+        """Disconnect if another process has renamed or deleted the file."""
         if self._db is not None and not self._is_in_place():
             with self._lock:
                 self._disconnect()
 
     def _is_in_place(self) -> bool:
+        """Return True if the path still names the file of this connection."""
         if self._path is None:
             return True
         try:
@@ -327,27 +333,27 @@ class Database:
 
 
 def _code(error: Exception) -> int:
-    """Return the primary result code of SQLite, -1 if it is none of its errors."""
+    """Return SQLite's primary result code, 255 for an error of another library."""
     return getattr(error, "sqlite_errorcode", -1) & 0xFF
 
 
-#: The beginning and the end of a file's name; between them is its scope.
+#: Prefix and suffix of the file name; the scope is between them.
 DATABASE_NAME = "ledger"
 _SUFFIX = ".sqlite"
-#: Seconds between two looks for what nobody uses any more.
+#: Seconds between two removals of unused rows.
 _PRUNE_INTERVAL = 60.0
 
 
 def database_name(scope: str) -> str:
-    """Return the name of the file for the server and key that *scope* names."""
+    """Return the name of the database file of *scope*."""
     return f"{DATABASE_NAME}{scope and '-'}{scope}{_SUFFIX}"
 
 
 class SqliteStore:
-    """The ledger of a host in *directory*, or of one process without.
+    """The store of a host in *directory*, or of one process if that is None.
 
-    *scope* names the OpenMeter server and key: each has a file of its own. *clock* is
-    for questions alone.
+    *scope* returns the name of the OpenMeter server and key; each has its own file.
+    *clock* is used for `take_token` only.
     """
 
     returns = 0
@@ -362,97 +368,99 @@ class SqliteStore:
         self._directory = directory
         self._database = Database(directory, scope)
         self._clock = clock
-        self._present: HostLiveness | ProcessLiveness = (
+        self._liveness: HostLiveness | ProcessLiveness = (
             HostLiveness(directory) if directory else ProcessLiveness()
         )
         self._pruned_at = 0.0
 
     def __str__(self) -> str:
-        """Return where it is."""
+        """Return the location, for the log."""
         return str(self._database)
 
     @property
     def origin(self) -> str | None:
-        """The name of the spool in this directory."""
+        """The random name of the spool in this directory, None in memory."""
         if self._directory is None:
             return None
-        return self._database.within(lambda db: sqlite_tables.name(db, "origin"))
+        return self._database.run(lambda db: sqlite_tables.name(db, "origin"))
 
     def exchange(
-        self, lessee: Lessee, requests: Sequence[Request], now: float
-    ) -> list[Lease]:
-        """Hand in what was spent and take new leases: one transaction."""
+        self, lessee: Lessee, requests: Sequence[LeaseRequest], now: float
+    ) -> list[LeaseReply]:
+        """Hand in usage and get new leases, in one transaction."""
 
-        def work(db: sqlite3.Connection) -> list[Lease]:
-            self._present.enter(lessee.token)
+        def work(db: sqlite3.Connection) -> list[LeaseReply]:
+            self._liveness.enter(lessee.token)
             sqlite_tables.enter(db, lessee)
             return [
                 sqlite_tables.exchange(db, lessee, request, now, self._database.name)
                 for request in requests
             ]
 
-        return self._database.within(work)
+        return self._database.run(work)
 
     def publish(self, lessee: Lessee, until: float, now: float) -> float:
-        """Write a mark of the lessee's origin."""
-        return self._database.within(
+        """Store the visibility mark of the lessee's origin."""
+        return self._database.run(
             lambda db: sqlite_tables.publish(db, lessee, until, now)
         )
 
-    def look(self, lessee: Lessee, now: float) -> bool:  # noqa: ARG002 - see Store
-        """Bury the dead, and say whether there were any."""
-        self._database.check_place()
-        known = self._database.within(sqlite_tables.lessees, write=False)
-        dead = [one for one in known if not self._present.is_alive(one.token)]
-        due = not 0 <= now - self._pruned_at < _PRUNE_INTERVAL
-        if not dead and not due:
+    def check_lessees(self, lessee: Lessee, now: float) -> bool:  # noqa: ARG002 - see Store
+        """Remove dead lessees, return True if any were removed; remove unused rows."""
+        self._database.disconnect_if_replaced()
+        lessees = self._database.run(sqlite_tables.lessees, write=False)
+        dead = [one for one in lessees if not self._liveness.is_alive(one.token)]
+        is_prune_due = not 0 <= now - self._pruned_at < _PRUNE_INTERVAL
+        if not dead and not is_prune_due:
             return False
 
         def work(db: sqlite3.Connection) -> None:
             for one in dead:
-                sqlite_tables.bury(db, one, now)
-                self._present.bury(one.token)
-            if due:
+                sqlite_tables.remove_lessee(db, one, now)
+                self._liveness.remove_lessee(one.token)
+            if is_prune_due:
                 sqlite_tables.prune(db, now)
 
-        self._database.within(work)
+        self._database.run(work)
         self._pruned_at = now
         return bool(dead)
 
     def leave(self, lessee: Lessee, now: float) -> None:
-        """Give up what the lessee has; a lease it still holds counts as spent."""
+        """Remove the lessee; the leases that it still holds count as usage."""
         try:
             if self._database.is_open:
-                self._database.within(lambda db: sqlite_tables.bury(db, lessee, now))
+                self._database.run(
+                    lambda db: sqlite_tables.remove_lessee(db, lessee, now)
+                )
         finally:
-            self._present.leave(lessee.token)
+            self._liveness.leave(lessee.token)
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
-        """Take a token of the bucket."""
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
+        """Take a token from the bucket."""
         now = self._clock()
-        return self._database.within(
-            lambda db: sqlite_tables.take_question(db, rate, reserve, now)
+        return self._database.run(
+            lambda db: sqlite_tables.take_token(db, rate, reserve, now)
         )
 
     def share(self, key: str, document: bytes, asked_at: float) -> None:
-        """Keep a document for other processes; nothing where there are none."""
+        """Store a document for other processes; do nothing in memory."""
         if self._directory is not None:
-            self._database.within(
+            self._database.run(
                 lambda db: sqlite_tables.share(db, key, document, asked_at)
             )
 
     def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
-        """Return the document of each key."""
+        """Return the document and its time, or None, for each key."""
         if self._directory is None:
             return [None] * len(keys)
-        return self._database.within(
+        return self._database.run(
             lambda db: sqlite_tables.shared(db, keys), write=False
         )
 
     def unshare(self, keys: Sequence[str]) -> None:
         """Remove the documents of *keys*."""
         if self._directory is not None:
-            self._database.within(lambda db: sqlite_tables.unshare(db, keys))
+            self._database.run(lambda db: sqlite_tables.unshare(db, keys))
 
     def close(self) -> None:
         """Close the connection."""

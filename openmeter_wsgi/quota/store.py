@@ -1,4 +1,17 @@
-"""The protocol between a ledger and its store, and the arithmetic of a balance."""
+"""The protocol between a ledger and its store, and the arithmetic of a balance.
+
+A key names one customer's balance of one feature. For each key the store keeps the last
+balance that OpenMeter stated, the usage that is not contained in it, and the leases. A
+*lease* is an amount that one process may spend without asking the store. The process
+is the *lessee*. In an *exchange* it hands in its usage, returns its unused amount, and
+gets a new lease, if enough is left:
+
+    available = balance - usage - leases of all lessees
+
+When OpenMeter states a new balance, the store deletes the usage that it contains, as
+the *visibility mark* tells (see `visibility_mark`). All processes with one mark are an
+*origin*: those that share the spool of a host, or else a single process.
+"""
 
 from __future__ import annotations
 
@@ -8,135 +21,146 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: No request waits longer for a store, in seconds.
-PATIENCE = 0.1
-#: Sums of floats that should be equal differ by less, in relation to the balance.
+#: Maximum seconds for which a request waits for a store.
+STORE_TIMEOUT = 0.1
+#: Maximum rounding error of a sum of floats, relative to the balance.
 ROUNDING = 1e-12
-#: So short a wait is none: a clock's floats are not finer.
-_MOMENT = 1e-6
+#: Shorter waits count as 0: the resolution of a clock's floats.
+_MIN_WAIT = 1e-6
 
 
 class StoreAway(Exception):
-    """The store cannot be used now. It never leaves this package."""
+    """The store cannot be used now. It never reaches an application."""
 
 
 class Lessee(NamedTuple):
-    """One ledger, as the stores know it: its leases live as long as it does."""
+    """The identity of one ledger in the stores. Its leases end with its process."""
 
     token: str
-    #: The owner of one mark: the spool of a host, or else this process alone.
+    #: The random name of the host's spool, or *token* without a spool.
     origin: str
 
     @property
     def is_alone(self) -> bool:
-        """True if what this process has not delivered dies with it."""
+        """True if the process has no spool: its undelivered usage dies with it."""
         return self.origin == self.token
 
 
 class KnownBalance(NamedTuple):
-    """A balance that OpenMeter said. Times are wall clock, in seconds."""
+    """A balance that OpenMeter stated. Times are wall clock, in seconds."""
 
     balance: float
-    #: The balance covers the usage that was visible by then.
+    #: The time of the question: the balance contains the usage visible by then.
     asked_at: float
-    #: When its usage period began: usage from before does not count against it.
+    #: The start of the usage period: older usage does not count against the balance.
     since: float = -math.inf
 
 
-class Request(NamedTuple):
-    """Usage that is handed in, and the lease that is asked for, of one key.
+class LeaseRequest(NamedTuple):
+    """One exchange for one key: the usage that is handed in and the lease wanted.
 
-    Amounts *held* and *wanted* replace what the lessee had leased: all it had beyond
-    them goes back by itself. *wanted* None: nothing, thank you.
+    The lessee's new lease is *held* plus the amount granted; the rest of its old lease
+    returns to the balance.
     """
 
     key: str
+    #: The amount reserved by requests in flight.
     held: float
+    #: The minimum amount to grant on top, None to grant nothing.
     wanted: float | None
+    #: Settled usage by second.
     spent: Mapping[int, float] = {}
+    #: The last balance that OpenMeter stated to this process.
     answer: KnownBalance | None = None
 
 
-class Lease(NamedTuple):
-    """A lease, as the store grants it."""
+class LeaseReply(NamedTuple):
+    """The store's reply to one `LeaseRequest`."""
 
-    #: On top of what is held; None: not even the wanted amount is there.
+    #: The amount granted on top of *held*; None if less than *wanted* is available.
     granted: float | None
-    #: The balance before it, without usage and leases; infinite without any answer.
+    #: The balance less usage and leases, before this grant; infinite without a balance.
     available: float
-    #: The same if every lease came back unused.
-    room: float
-    #: The name of the store: another one knows nothing of earlier usage.
+    #: The balance less usage alone: available if all leases returned unused.
+    unspent: float
+    #: The store's name. A store with another name lacks the earlier usage.
     store: str
 
 
-class Begun(NamedTuple):
-    """An exchange that is under way."""
+class PendingExchange(NamedTuple):
+    """An exchange that has begun and is not finished."""
 
-    request: Request
-    #: The free amount that goes back with it.
+    request: LeaseRequest
+    #: The unused amount that is returned to the store.
     free: float
 
 
 class Store(Protocol):
-    """The place where the ledgers of a host, or of many, agree on what is left.
+    """The balances and leases that the ledgers of one or more hosts share.
 
-    Any thread. A store is opened by its first use in a process, and a child of a fork
-    opens its own. Times are the caller's wall clock, in seconds.
+    Any thread. The first use in a process opens the store; a child of a fork opens it
+    again. Times are the caller's wall clock, in seconds.
 
-    :raises StoreAway: what `open_store` returns never does.
+    :raises StoreAway: from each method, but not from the store of `open_store`.
     """
 
     @property
     def returns(self) -> int:
-        """The number of times a store came back: it may know leases that are stale."""
+        """The number of times that a store was away and came back.
+
+        After each return the leases in it may be outdated.
+        """
 
     @property
     def origin(self) -> str | None:
         """The name of the spool beside this store, None if there is none."""
 
     def exchange(
-        self, lessee: Lessee, requests: Sequence[Request], now: float
-    ) -> list[Lease]:
-        """Hand in what was spent and take new leases, all or nothing."""
+        self, lessee: Lessee, requests: Sequence[LeaseRequest], now: float
+    ) -> list[LeaseReply]:
+        """Hand in usage and get new leases, all or nothing."""
 
     def publish(self, lessee: Lessee, until: float, now: float) -> float:
-        """Note that all usage settled before *until* in its origin is visible.
+        """Store the visibility mark *until* of the lessee's origin.
 
-        Returns the mark that is kept, which may be the one before.
+        Returns the stored mark, which is an older one if the last is very recent.
         """
 
-    def look(self, lessee: Lessee, now: float) -> bool:
-        """Renew what must be, bury the dead, and say whether there were any."""
+    def check_lessees(self, lessee: Lessee, now: float) -> bool:
+        """Renew this lessee, remove dead lessees, and return True if any were removed.
+
+        The leases of a dead lessee count as usage.
+        """
 
     def leave(self, lessee: Lessee, now: float) -> None:
-        """Give up what the lessee has; a lease it still holds counts as spent."""
+        """Remove the lessee; the leases that it still holds count as usage."""
 
-    def take_question(self, rate: float, *, reserve: float = 0.0) -> float:
-        """Take leave to ask OpenMeter; return 0.0, or the seconds until there is one.
+    def take_token(self, rate: float, *, reserve: float = 0.0) -> float:
+        """Take a token for a question to OpenMeter.
 
-        There are *rate* a second and at most as many at once; this caller leaves
-        *reserve* of them for others.
+        Returns 0.0, or the seconds until a token is there. The bucket gets *rate*
+        tokens a second and holds one second's worth; the call leaves *reserve* tokens
+        in it.
         """
 
     def share(self, key: str, document: bytes, asked_at: float) -> None:
-        """Keep a *document* under *key*, unless a newer one is there."""
+        """Store an answer's *document* under *key*, unless a newer one is stored."""
 
     def shared(self, keys: Sequence[str]) -> list[tuple[bytes, float] | None]:
-        """Return the document of each key, and when it was asked for."""
+        """Return the document and its time, or None, for each key."""
 
     def unshare(self, keys: Sequence[str]) -> None:
         """Remove the documents of *keys*."""
 
     def close(self) -> None:
-        """Let go of files and sockets; a later use opens them again."""
+        """Close files and sockets; a later use opens them again."""
 
 
-def grant(available: float, wanted: float | None, lessees: int) -> float | None:
-    """Return how much is lent to one who wants so much, None if that is not there.
+def lease_amount(available: float, wanted: float | None, lessees: int) -> float | None:
+    """Return the amount to grant, or None if less than *wanted* is available.
 
-    The nearer the limit the smaller, in the end no more than is wanted: so nothing is
-    locked up in a process while another one needs it.
+    A lessee gets a small share of a large balance, and only *wanted* near the limit, so
+    that no process holds an amount that another process needs.
     """
     if wanted is None:
         return 0.0
@@ -146,12 +170,15 @@ def grant(available: float, wanted: float | None, lessees: int) -> float | None:
         return wanted
     share = available / (4 * lessees + 4)
     if wanted > 0:
-        share = share // wanted * wanted  # a rest too small for anybody helps nobody
+        share = share // wanted * wanted  # a smaller remainder could not be used
     return min(max(share, wanted), available)
 
 
 def left(balance: float, spent: float, leased: float, wanted: float | None) -> float:
-    """Return what remains of a balance; what floats make of nothing is nothing."""
+    """Return the remaining balance.
+
+    A remainder that differs from 0 or *wanted* by a rounding error becomes exact.
+    """
     rest = balance - spent - leased
     if math.isinf(rest):
         return rest
@@ -161,8 +188,8 @@ def left(balance: float, spent: float, leased: float, wanted: float | None) -> f
     return rest
 
 
-def refilled(row: tuple[float, float] | None, rate: float, now: float) -> float:
-    """Return how many questions may be asked; *row* says how many there were, when."""
+def refilled_tokens(row: tuple[float, float] | None, rate: float, now: float) -> float:
+    """Return the number of tokens now; *row* has their last number and its time."""
     full = max(rate, 1.0)
     if row is None:
         return full
@@ -170,8 +197,8 @@ def refilled(row: tuple[float, float] | None, rate: float, now: float) -> float:
     return min(tokens + max(now - at, 0.0) * rate, full)
 
 
-def wait_for_question(tokens: float, rate: float, reserve: float) -> float:
-    """Return the seconds until one of *tokens* may be taken, 0.0 if now."""
+def seconds_until_token(tokens: float, rate: float, reserve: float) -> float:
+    """Return the seconds until a token may be taken, 0.0 if one may be taken now."""
     reserve = max(min(reserve, max(rate, 1.0) - 1.0), 0.0)
     wait = (1.0 + reserve - tokens) / rate
-    return wait if wait > _MOMENT else 0.0
+    return wait if wait > _MIN_WAIT else 0.0

@@ -1,7 +1,16 @@
-"""The mark *visible until*: it tells how much of the delivered usage OpenMeter shows.
+"""The visibility mark: the moment up to which OpenMeter's balances contain all usage.
 
-All usage that was settled before the mark is in each balance that is asked for from now
-on. Event ids tell, and not amounts: those cannot tell our usage from that of others.
+OpenMeter shows usage seconds after it has accepted the events. A balance that is asked
+for now contains all usage that was settled before the mark; later usage is still
+subtracted locally. A mark belongs to an origin: a spool, or a process without one.
+
+`Probes` computes the mark from *probes*: ids of accepted events that OpenMeter must
+list. Amounts could not tell this origin's usage from that of other writers. The sender
+adds some ids of each accepted batch to an open group (`add`). `close_group` closes the
+group and notes with it the time before which all usage was delivered. As soon as all
+ids of the oldest group are listed (`note_listed`), its time becomes the mark.
+
+`FixedLag` is the fallback for servers that do not list events.
 """
 
 from __future__ import annotations
@@ -20,33 +29,33 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: So many ids of a batch, and of a group of batches, are looked for.
-PROBES = 8
+#: Maximum number of ids per batch, and per group of batches.
+MAX_PROBES = 8
 
 
-class Group(msgspec.Struct):
-    """Probes of batches that were accepted between two moments."""
+class ProbeGroup(msgspec.Struct):
+    """The probes of the batches accepted between two calls of `close_group`."""
 
-    #: Those that OpenMeter has not listed yet.
+    #: The ids that OpenMeter has not listed yet.
     ids: list[str]
-    #: When the last of the batches was accepted, by the wall clock.
+    #: The wall-clock time at which the last of the batches was accepted.
     accepted_at: float
-    #: All usage that was settled before was accepted with this group, or earlier.
+    #: Usage settled before this moment was accepted with this group or earlier.
     until: float = 0.0
 
 
-class State(msgspec.Struct):
-    """The probes as they are handed to the next sender."""
+class ProbeState(msgspec.Struct):
+    """The probes in the form that one sender hands to the next."""
 
     visible_until: float
-    groups: list[Group]
+    groups: list[ProbeGroup]
 
 
 class Probes:
-    """Ids of accepted batches, until OpenMeter lists them. Any thread.
+    """The probes of accepted batches until OpenMeter lists them. Any thread.
 
-    *max_lag*: an id that is not listed so many seconds after its batch was accepted
-    counts as visible: the event is lost.
+    *max_lag*: seconds after which an id that is not listed counts as listed, because
+    its event is lost.
     """
 
     def __init__(self, max_lag: float, clock: Callable[[], float] = time.time) -> None:
@@ -54,70 +63,74 @@ class Probes:
         self._clock = clock
         self._lock = threading.Lock()
         self._visible_until = 0.0
-        self._groups: deque[Group] = deque()
-        #: Of batches that were accepted since the last mark.
-        self._open: Group | None = None
+        #: Closed groups, the oldest first.
+        self._groups: deque[ProbeGroup] = deque()
+        #: The group of the batches since the last call of `close_group`.
+        self._open: ProbeGroup | None = None
 
     @property
     def visible_until(self) -> float:
-        """The mark (wall clock): all usage settled before it is listed."""
+        """The mark (wall clock): OpenMeter lists all usage settled before it."""
         return self._visible_until
 
     @property
     def lag(self) -> float:
-        """For how many seconds the oldest unseen probe has been accepted."""
+        """Seconds since the acceptance of the oldest group that is not listed."""
         with self._lock:
             first = self._groups[0] if self._groups else self._open
             return max(self._clock() - first.accepted_at, 0.0) if first else 0.0
 
-    def accepted(self, ids: Sequence[str]) -> None:
-        """Remember some ids of a batch that OpenMeter has accepted."""
+    def add(self, ids: Sequence[str]) -> None:
+        """Add some ids of a batch that OpenMeter has accepted."""
         with self._lock:
             if self._open is None:
-                self._open = Group([], self._clock())
-            self._open.ids += spread(ids)
+                self._open = ProbeGroup([], self._clock())
+            self._open.ids += sample(ids)
             self._open.accepted_at = self._clock()
 
-    def mark(self, until: float) -> None:
-        """Note that all usage settled before *until* was accepted, and told here."""
+    def close_group(self, until: float) -> None:
+        """Close the open group: all usage settled before *until* was accepted.
+
+        The batches of that usage must have been added before.
+        """
         with self._lock:
             group, self._open = self._open, None
             if group is not None:
-                group.ids = spread(group.ids)
+                group.ids = sample(group.ids)
                 self._groups.append(group)
             if self._groups:
                 self._groups[-1].until = max(until, self._groups[-1].until)
             elif until > self._visible_until:
                 self._visible_until = until
 
-    def due(self, at_most: int) -> list[str]:
-        """Return the oldest unseen ids."""
-        found: list[str] = []
+    def oldest_unlisted(self, at_most: int) -> list[str]:
+        """Return the oldest ids that are not listed yet, after expiring lost ones."""
+        ids: list[str] = []
         with self._lock:
-            self._give_up()
+            self._expire()
             for group in self._groups:
-                found += group.ids
-                if len(found) >= at_most:
+                ids += group.ids
+                if len(ids) >= at_most:
                     break
-        return found[:at_most]
+        return ids[:at_most]
 
-    def seen(self, ids: Iterable[str]) -> None:
-        """Note the ids that OpenMeter lists, and move the mark."""
+    def note_listed(self, ids: Iterable[str]) -> None:
+        """Remove the ids that OpenMeter lists, and move the mark."""
         listed = {*ids}
         with self._lock:
             for group in self._groups:
                 if listed:
                     group.ids = [one for one in group.ids if one not in listed]
-            self._move()
+            self._move_mark()
 
-    def _move(self) -> None:
+    def _move_mark(self) -> None:
         groups = self._groups
         while groups and not groups[0].ids:
             until = groups.popleft().until
             self._visible_until = max(self._visible_until, until)
 
-    def _give_up(self) -> None:
-        """Let ids that are missing for too long count as visible."""
+    def _expire(self) -> None:
+        """Treat ids that are not listed after the maximum lag as listed."""
         oldest = self._clock() - self._max_lag
         for group in self._groups:
             if group.accepted_at > oldest:
@@ -125,49 +138,51 @@ class Probes:
             if group.ids:
                 logger.error(
                     "%s: OpenMeter accepted the event %s and does not list it after "
-                    "%.0f s: it is lost there, or its sink stands still. Quotas no "
-                    "longer wait for it",
+                    "%.0f s: the event is lost there, or OpenMeter's sink has stopped. "
+                    "Quotas no longer wait for it",
                     "visibility", group.ids[0], self._max_lag,
                 )  # fmt: skip
                 group.ids = []
-        self._move()
+        self._move_mark()
 
-    def state(self) -> State:
-        """Return what the next sender has to know."""
+    def state(self) -> ProbeState:
+        """Return the state for the next sender."""
         with self._lock:
             groups = [*self._groups, *([self._open] if self._open else [])]
-            return State(self._visible_until, [_copy(group) for group in groups])
+            return ProbeState(self._visible_until, [_copy(group) for group in groups])
 
-    def restore(self, state: State) -> None:
-        """Go on where another sender has ended."""
+    def restore(self, state: ProbeState) -> None:
+        """Continue with the state of the last sender."""
         with self._lock:
             self._visible_until = max(self._visible_until, state.visible_until)
             self._groups.extendleft(reversed(state.groups))
 
 
-def _copy(group: Group) -> Group:
-    return Group([*group.ids], group.accepted_at, group.until)
+def _copy(group: ProbeGroup) -> ProbeGroup:
+    return ProbeGroup([*group.ids], group.accepted_at, group.until)
 
 
-def spread(ids: Sequence[str]) -> list[str]:
-    """Return some of *ids*, the first and the last among them."""
-    if len(ids) <= PROBES:
+def sample(ids: Sequence[str]) -> list[str]:
+    """Return at most `MAX_PROBES` of *ids*, with the first and the last of them."""
+    if len(ids) <= MAX_PROBES:
         return [*ids]
-    step = (len(ids) - 1) / (PROBES - 1)
-    return [ids[round(number * step)] for number in range(PROBES)]
+    step = (len(ids) - 1) / (MAX_PROBES - 1)
+    return [ids[round(number * step)] for number in range(MAX_PROBES)]
 
 
-class _Mark(NamedTuple):
+class _Delivered(NamedTuple):
+    """All usage settled before *until* was delivered at the time *at*."""
+
     at: float
     until: float
 
 
-#: Seconds between two marks that are kept.
+#: Minimum seconds between two entries that are kept.
 _SPACING = 0.2
 
 
 class FixedLag:
-    """The mark where OpenMeter lists no events: *lag* seconds after delivery.
+    """The visibility mark of a server that lists no events: *lag* s after delivery.
 
     *delivered_until* returns a moment before which all usage is delivered.
     """
@@ -181,21 +196,21 @@ class FixedLag:
         self._delivered_until = delivered_until
         self._lag = lag
         self._clock = clock
-        self._marks: deque[_Mark] = deque()
+        self._history: deque[_Delivered] = deque()
         self._lock = threading.Lock()
 
     def until(self) -> float:
-        """Return the mark. It moves only if it is asked for again and again."""
+        """Return the mark. It moves only with repeated calls, which sample delivery."""
         with self._lock:
-            return self._moved()
+            return self._moved_mark()
 
-    def _moved(self) -> float:
+    def _moved_mark(self) -> float:
         now = self._clock()
-        marks = self._marks
-        while marks and marks[-1].at > now:  # of a clock that was put back since
-            marks.pop()
-        if not marks or now - marks[-1].at >= min(_SPACING, self._lag):
-            marks.append(_Mark(now, self._delivered_until()))
-        while len(marks) > 1 and marks[1].at <= now - self._lag:
-            marks.popleft()
-        return marks[0].until if marks[0].at <= now - self._lag else 0.0
+        history = self._history
+        while history and history[-1].at > now:  # the clock was set back since
+            history.pop()
+        if not history or now - history[-1].at >= min(_SPACING, self._lag):
+            history.append(_Delivered(now, self._delivered_until()))
+        while len(history) > 1 and history[1].at <= now - self._lag:
+            history.popleft()
+        return history[0].until if history[0].at <= now - self._lag else 0.0

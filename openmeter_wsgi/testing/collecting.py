@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.decision import Reason
-    from openmeter_wsgi.entitlements.lookup import Answering, Question
+    from openmeter_wsgi.entitlements.lookup import AskOpenMeter, Question
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Problem
 
@@ -205,7 +205,7 @@ class GrantsClient:
         self._check()
         return {feature: self._grants.answer(customer, feature) for feature in features}
 
-    def addresses(self, customer: str) -> bool:  # noqa: ARG002
+    def is_addressable(self, customer: str) -> bool:  # noqa: ARG002
         """Return True: there are no others."""
         return True
 
@@ -229,19 +229,19 @@ class GrantsClient:
 class DirectLookup:
     """Asks in the thread of the request, as often as it is told to."""
 
-    def __init__(self, client: GrantsClient, answering: Answering) -> None:
+    def __init__(self, client: GrantsClient, ask_openmeter: AskOpenMeter) -> None:
         self.breaker: Breaker = Breaker()
         self._client = client
-        self._answering = answering
+        self._ask_openmeter = ask_openmeter
 
     def ask(self, question: Question, *, is_known: bool = False) -> None:  # noqa: ARG002
         """Ask; without an answer what was known before goes on to hold."""
         try:
-            self._answering(
+            self._ask_openmeter(
                 self._client,  # type: ignore[arg-type]
                 question,
                 _nobody_waits,
-                self.has_token,
+                self.wait_for_token,
             )
         except Unavailable:
             return
@@ -255,7 +255,7 @@ class DirectLookup:
         """Whether requests wait in line: none does."""
         return False
 
-    def has_token(self) -> bool:
+    def wait_for_token(self) -> bool:
         """Ask as much as you like: nobody is at the other end."""
         return True
 
@@ -334,11 +334,11 @@ class Collected:
         self._stores.append(store)
         ledger = Ledger(store, visible_until=transport.delivered_until)
         return EntitlementService(
-            new_asker=lambda answering, _: DirectLookup(client, answering),
-            countdown=LocalQuota(ledger, policy.entitlement_meters, tends=False),
+            new_lookup=lambda ask_openmeter, _: DirectLookup(client, ask_openmeter),
+            countdown=LocalQuota(ledger, policy.entitlement_meters, with_thread=False),
             lifetimes=Lifetimes(0, 0, policy.max_stale),
             close_store=store.close,
-            tells_periods=False,
+            shows_periods=False,
         )
 
     @property

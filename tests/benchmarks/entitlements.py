@@ -91,7 +91,7 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
         "FEATURES": FEATURES,
         "cache": cache,
         "lock": threading.Lock(),
-        "fresh": plain.entitlements.fresh(FEATURES[0]),
+        "fresh": plain.entitlements.fresh_decisions(FEATURES[0]),
         "decide": plain.entitlements.decide,
         "admit": plain.billing.gate.admit,
         "admit_counted": counted.billing.gate.admit,

@@ -151,7 +151,7 @@ def subjects(size: int, directory: str) -> dict[str, float]:
     names = [f"subject-{choose.randrange(size)}" for _ in range(_EVENTS)]
     environs = [{**environ, "REMOTE_USER": name} for name in names]
     served = min(_served(app, environs) for _ in range(_REPEATS))
-    fresh = _known(size).fresh("api_requests")
+    fresh = _known(size).fresh_decisions("api_requests")
     return {
         "a request": served,
         "a known decision": min(_decided(fresh, names) for _ in range(_REPEATS)),

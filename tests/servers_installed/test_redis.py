@@ -17,8 +17,8 @@ from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.redis import LIFETIME, SILENCE, RedisStore
-from openmeter_wsgi.quota.store import PATIENCE
+from openmeter_wsgi.quota.redis import LESSEE_TTL, ORIGIN_TTL, RedisStore
+from openmeter_wsgi.quota.store import STORE_TIMEOUT
 from openmeter_wsgi.quota.visibility_mark import FixedLag
 from spooling import until
 
@@ -101,8 +101,8 @@ class TestRedisStore(LedgerContract):
     def crash(self, clock):
         def crash(ledger):
             """Let its lease expire; the others renew theirs meanwhile."""
-            ledger._known = None
-            clock.now += LIFETIME + 1
+            ledger._lessee = None
+            clock.now += LESSEE_TTL + 1
 
         return crash
 
@@ -116,15 +116,15 @@ class TestRedisStore(LedgerContract):
         account.answered(10.0, START)
         account.reserve(10.0).settle(10.0)
         clock.now += 1
-        gone.tend()
+        gone.maintain()
         other = here.account("acme")
         clock.now += 60
-        here.tend()
+        here.maintain()
         other.answered(10.0, clock.now)
         assert isinstance(other.reserve(1.0), NotReserved)
-        gone._known = None
-        clock.now += SILENCE + 60
-        here.tend()
+        gone._lessee = None
+        clock.now += ORIGIN_TTL + 60
+        here.maintain()
         other.answered(10.0, clock.now)
         assert isinstance(other.reserve(10.0), Reservation)
 
@@ -136,16 +136,16 @@ class TestRedisStore(LedgerContract):
         account = ours.account("acme")
         account.answered(10.0, START)
         account.reserve(10.0)
-        clock.now += LIFETIME + 1
+        clock.now += LESSEE_TTL + 1
         others.account("acme").available()
         others.account("other").reserve(0.0)
-        others.tend()
+        others.maintain()
         clock.now += 1
         account.spend(10.0)
         for _ in range(20):
             clock.now += 1
-            ours.tend()
-            others.tend()
+            ours.maintain()
+            others.maintain()
         account.answered(10.0, clock.now)
         assert isinstance(account.reserve(1.0), NotReserved)  # it is not delivered
 
@@ -166,7 +166,7 @@ class TestRedisStore(LedgerContract):
 class RedisMachine(Machine):
     """A host whose store is Redis; the dead are found out when their time is up."""
 
-    step = LIFETIME / 20
+    step = LESSEE_TTL / 20
     url = ""
 
     def new_store(self):
@@ -203,8 +203,8 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     outcome.settle(50.0)
 
     server.start()  # and has forgotten everything
-    ledger.tend()
-    until(lambda: ledger.tend() or "counted here again" in caplog.text)
+    ledger.maintain()
+    until(lambda: ledger.maintain() or "counted here again" in caplog.text)
     assert isinstance(account.reserve(20.0), NotReserved)  # it was told of the 90
     assert isinstance(account.reserve(10.0), Reservation)
     end(ledger)
@@ -223,7 +223,7 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
         for _ in range(100):
             ledger.account("other").reserve(1.0)
         # Half of what it would be if each waited for the store.
-        assert time.monotonic() - began < 50 * PATIENCE
+        assert time.monotonic() - began < 50 * STORE_TIMEOUT
     finally:
         server.resume()
     end(ledger)
@@ -242,12 +242,12 @@ def test_a_redis_that_comes_back_is_told_of_leases_that_are_none_any_more(server
     try:
         account.reserve(1.0)  # falls back
         reservation.settle(0.0)
-        until(lambda: ours.tend() or not account.chunk.free)  # and gives back there
+        until(lambda: ours.maintain() or not account.lease.free)  # and gives back there
     finally:
         server.resume()
 
     def come_back():
-        ours.tend()
+        ours.maintain()
         return isinstance(others.account("acme").reserve(90.0), Reservation)
 
     until(come_back)
@@ -278,8 +278,8 @@ def test_a_url_of_something_else_is_a_configuration_error():
         ("redis://:hunter2@127.0.0.1/0?decode_responses=no", "got 'decode_responses'"),
         ("redis://:hunter2@127.0.0.1/0?timout=1", "got 'timout'"),
         ("redis://:hunter2@127.0.0.1/first", "the number of a database, got 'first'"),
-        ("redis://:hunter2@127.0.0.1/0?db=first", "no connection can be made with it"),
-        ("redis://:hunter2@127.0.0.1/0?ssl_cert_reqs=none", "no connection can be"),
+        ("redis://:hunter2@127.0.0.1/0?db=first", "the URL cannot be used"),
+        ("redis://:hunter2@127.0.0.1/0?ssl_cert_reqs=none", "the URL cannot be used"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused_at_start(url, said):
@@ -297,7 +297,7 @@ def test_an_option_that_cannot_work_is_refused_at_start(url, said):
 )
 def test_an_option_that_works_is_taken(server, options):
     store = RedisStore(server.url.removesuffix("/0") + options)
-    assert store.take_question(10.0) == 0.0
+    assert store.take_token(10.0) == 0.0
     store.close()
 
 
@@ -354,7 +354,7 @@ def test_two_hosts_whose_clocks_differ_serve_the_whole_quota(server, ahead, capl
     def is_used_up():
         refused = [host.serve() for host in hosts]
         for host in hosts:
-            host.ledger.tend()
+            host.ledger.maintain()
         if None not in refused:
             for host in hosts:
                 host.ask()
@@ -381,8 +381,8 @@ def test_two_servers_on_one_redis_do_not_see_each_others_leases(server):
     assert isinstance(test.account("acme").reserve(10.0), Reservation)
     assert isinstance(live.account("acme").reserve(10.0), Reservation)
     assert isinstance(live.account("acme").reserve(1.0), NotReserved)
-    while stores[0].take_question(1.0) == 0.0:
+    while stores[0].take_token(1.0) == 0.0:
         pass
-    assert stores[1].take_question(1.0) == 0.0
+    assert stores[1].take_token(1.0) == 0.0
     for ledger in (live, test):
         end(ledger)
