@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.decorators import asks_itself
+from openmeter_wsgi.decorators import checks_own_entitlements
 from openmeter_wsgi.entitlements.handlers import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import handler_of
@@ -47,7 +47,7 @@ class FrameworkMiddleware(OpenMeterMiddleware):
     request. The package of the framework checks entitlements.
     """
 
-    _asks_first = False
+    _checks_entitlements_first = False
 
     def __init__(self, app: WSGIApplication, policy: Policy) -> None:
         super().__init__(_StartingResponse(app), policy)
@@ -151,10 +151,10 @@ class LastingSubject:
 def must_ask(environ: dict[str, Any] | None, view: object) -> bool:
     """Return True if entitlements must be checked before *view* is called."""
     billing = billing_of(environ)
-    if environ is None or billing is None or not billing.must_ask(environ):
+    if environ is None or billing is None or not billing.needs_decision(environ):
         return False
     handler = handler_of(view, method_of(environ))
-    return not (asks_itself(view) or asks_itself(handler))
+    return not (checks_own_entitlements(view) or checks_own_entitlements(handler))
 
 
 def make_policy(

@@ -11,12 +11,12 @@ from openmeter_wsgi.cli.check_configuration import policy_of_route
 from openmeter_wsgi.cli.findings import warning
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import (
-    SAYS,
+    OPTIONS_ATTRIBUTE,
     handlers_of,
     served_routes,
     view_class_of,
 )
-from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.policy import overriding_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +69,12 @@ def _accepted(route: str | None, policy: Policy) -> Finding:
 def _policy_of(route: ServedRoute, function: Any, policy: Policy) -> Policy | None:
     """Return the policy of *function*, which serves *route*; None: it is unmetered."""
     found = policy_of_route(policy, route)
-    options = getattr(function, SAYS, getattr(route.view, SAYS, {}))
+    of_view = getattr(route.view, OPTIONS_ATTRIBUTE, {})
+    options = getattr(function, OPTIONS_ATTRIBUTE, of_view)
     if found is None or options is None:
         return None
     try:
-        return dataclasses.replace(found, routes=None, **in_place_of(options))
+        return dataclasses.replace(found, routes=None, **overriding_options(options))
     except ConfigError:
         return found  # as when a request is billed; `decorated_views` reports it
 

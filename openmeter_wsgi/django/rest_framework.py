@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rest_framework.settings import api_settings  # type: ignore[import-untyped]
 
 from openmeter_wsgi import log
-from openmeter_wsgi.decorators import asks_itself
+from openmeter_wsgi.decorators import checks_own_entitlements
 from openmeter_wsgi.django.view_middleware import checks_entitlements
 from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.framework_routes import handler_of
@@ -70,9 +70,11 @@ def _warn_if_nothing_is_checked(request: Request, view: Any, function: Any) -> N
     """Log a warning if neither the view nor its policy requires a feature."""
     environ = environ_of(request)
     billing = billing_of(environ)
-    if environ is None or billing is None or billing.asks or is_options(environ):
+    if environ is None or billing is None or is_options(environ):
+        return  # such a request needs no entitlement
+    if billing.requires_entitlements:
         return
-    if asks_itself(handler_of(function, method_of(environ))):
+    if checks_own_entitlements(handler_of(function, method_of(environ))):
         return  # its @meter has features, or it has @no_meter
     # As a default for all views, the permission class needs features in some of them.
     if not any(map(checks_entitlements, api_settings.DEFAULT_PERMISSION_CLASSES)):

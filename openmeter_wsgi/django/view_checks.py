@@ -70,7 +70,7 @@ def check_subject(policy: Policy) -> Iterator[checks.CheckMessage]:
 
 def _policies(policy: Policy) -> list[Policy]:
     """Return the policy and the policies of its routes."""
-    return [policy, *(own for _, own in policy.of_routes if own is not None)]
+    return [policy, *(own for _, own in policy.route_policies if own is not None)]
 
 
 def _missing_attribute(model: Any, names: list[str]) -> str | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import DeliveryError, Misconfigured
-from openmeter_wsgi.options import unaddressable
+from openmeter_wsgi.options import invalid_feature_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,7 +101,7 @@ def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
     """
     if len(features) == 1:
         return [Question(customer, (features[0],))]
-    refused = unaddressable(features)
+    refused = invalid_feature_keys(features)
     valid = tuple(feature for feature in features if feature not in refused)
     alone = [Question(customer, (feature,)) for feature in refused]
     return [Question(customer, valid), *alone] if valid else alone
