@@ -25,7 +25,7 @@ try() {
         --editable '.[cli,django,flask,jsonpath,prometheus,redis,sandbox]'
     "$env/bin/python" -c 'import django, platform
 print("Django", django.__version__, "on Python", platform.python_version())'
-    "$env/bin/python" -X dev -m pytest tests/test_django.py
+    "$env/bin/python" -X dev -m pytest tests/test_django.py tests/test_django_check.py
     "$env/bin/python" -X dev -m pytest tests/test_example_projects.py -k django
 }
 

@@ -6,6 +6,7 @@ import logging
 import flask
 import flask_login
 import pytest
+from flask.views import MethodView
 
 from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
@@ -618,6 +619,37 @@ def test_a_view_with_features_of_its_own_is_asked_for_those_alone(make, entitled
 
     assert get(app, "/v1/export").text == "ok"
     assert set(entitled.asked) == {("acme", "exports")}
+
+
+class Exports(MethodView):
+    @meter(required_entitlements=["exports"])
+    def get(self):
+        return "ok"
+
+    @no_meter
+    def delete(self):
+        return "ok"
+
+    def post(self):
+        return "ok"
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("GET", {("acme", "exports")}), ("HEAD", {("acme", "exports")}),
+        ("DELETE", set()), ("POST", {("acme", "searches")}),
+    ],
+)  # fmt: skip
+def test_a_method_of_a_class_is_asked_for_its_own_features_alone(
+    make, entitled, method, asked
+):
+    entitled.values["acme"] = {"exports": YES, "searches": YES}
+    app = make(required_entitlements=["searches"], on_missing_subject="acme")
+    app.add_url_rule("/v1/export", view_func=Exports.as_view("export"))
+
+    assert app.test_client().open("/v1/export", method=method).status_code == 200
+    assert set(entitled.asked) == asked
 
 
 def test_the_application_answers_in_its_own_way(make, entitled):
