@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from openmeter_wsgi.cli.findings import failure, note, warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, layers_of, served_routes
+from openmeter_wsgi.framework_routes import (
+    OPTIONS_ATTRIBUTE,
+    handlers_of,
+    layers_of,
+    served_routes,
+    view_class_of,
+)
 from openmeter_wsgi.policy import overriding_options
 from openmeter_wsgi.routes import EVERY_OTHER
 
@@ -119,7 +125,7 @@ def _unmetered(
     for route in routes:
         is_excluded = getattr(route.view, OPTIONS_ATTRIBUTE, {}) is None  # by @no_meter
         # @meter has no effect where nothing is metered.
-        if is_excluded or (others is not None and any(_meter_options(route.view))):
+        if is_excluded or (others is not None and any(_own_options(route.view))):
             continue
         methods = [
             method
@@ -137,39 +143,44 @@ def _with_method(route: ServedRoute, method: str) -> ServedRoute:
 def decorated_views(
     middleware: OpenMeterMiddleware,
 ) -> tuple[list[tuple[str, Policy]], list[Finding]]:
-    """Return the policies of views with `meter`, and the decorators that fail."""
+    """Return the policies of views with options of their own, and wrong options."""
     policies: list[tuple[str, Policy]] = []
     problems: list[Finding] = []
+    seen = set()
     for route in served_routes(middleware.app):
         governing = policy_of_route(middleware.policy, route)
-        for name, options in _meter_options(route.view):
-            if governing is None:
-                continue
+        # A router of the REST framework has several routes to one view.
+        if governing is None or (id(route.view), id(governing)) in seen:
+            continue
+        seen.add((id(route.view), id(governing)))
+        for name, options, remedy in _own_options(route.view):
             try:
                 own = overriding_options(options)
                 policy = dataclasses.replace(governing, routes=None, **own)
             except ConfigError as error:
-                remedy = (
-                    "correct its @meter: until then its requests are billed as those "
-                    "of its route"
-                )
                 problems.append(failure(f"view {name!r}", str(error), remedy))
             else:
                 policies.append((name, policy))
-    return policies, problems
+    return policies, list(dict.fromkeys(problems))
 
 
-_METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
+def _own_options(view: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the options of a view, of its class and of its functions.
 
-
-def _meter_options(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the options of `meter` on a view, and on the methods of its class."""
-    view_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
-    functions = [getattr(view_class, method, None) for method in _METHODS]
-    for function in (view, *functions):
+    Each comes with the name of its object, and with the remedy if it is wrong.
+    """
+    view_class = view_class_of(view)
+    for function in (view, *handlers_of(view)):
         if options := getattr(function, OPTIONS_ATTRIBUTE, None):
             named = view_class if function is view and view_class else function
-            yield getattr(named, "__qualname__", repr(named)), options
+            remedy = "correct its @meter: its requests are billed as those of its route"
+            yield getattr(named, "__qualname__", repr(named)), options, remedy
+    # `HasEntitlements` reads this attribute of a view of the REST framework.
+    features = getattr(view_class, "required_entitlements", None)
+    if features and isinstance(features, str | list | tuple | set | frozenset):
+        options = {"meter": None, "meters": None, "required_entitlements": features}
+        remedy = "correct its required_entitlements: no customer has such a feature"
+        yield view_class.__qualname__, options, remedy
 
 
 #: A variable in a template of any framework.

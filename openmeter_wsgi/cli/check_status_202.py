@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from openmeter_wsgi.cli.check_routes import policy_of_route
 from openmeter_wsgi.cli.findings import warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, served_routes
+from openmeter_wsgi.framework_routes import (
+    OPTIONS_ATTRIBUTE,
+    handlers_of,
+    served_routes,
+    view_class_of,
+)
 from openmeter_wsgi.policy import overriding_options
 
 if TYPE_CHECKING:
@@ -68,46 +73,56 @@ def _views_answering_202(
 ) -> Iterator[tuple[ServedRoute, Policy]]:
     """Yield the routes whose view answers 202 at a flat price, and their policy."""
     for route in served_routes(middleware.app, closures=False):
-        policy = _policy_of_view(route, middleware.policy)
-        if policy is None or not policy.static_meters or not _answers_202(route.view):
-            continue
-        if "202" in policy.meter_on_status_codes.codes:  # type: ignore[union-attr]
-            yield route, policy
+        for function in _functions_answering_202(route.view):
+            policy = _policy_of(route, function, middleware.policy)
+            if policy is None or not policy.static_meters:
+                continue
+            if "202" in policy.meter_on_status_codes.codes:  # type: ignore[union-attr]
+                yield route, policy
+                break
 
 
-def _policy_of_view(route: ServedRoute, policy: Policy) -> Policy | None:
-    """Return the policy that bills *route*, None if its requests are not metered."""
+def _policy_of(route: ServedRoute, function: Any, policy: Policy) -> Policy | None:
+    """Return the policy of *function*, which serves *route*; None: it is unmetered."""
     governing = policy_of_route(policy, route)
-    options = getattr(route.view, OPTIONS_ATTRIBUTE, {})
+    of_view = getattr(route.view, OPTIONS_ATTRIBUTE, {})
+    options = getattr(function, OPTIONS_ATTRIBUTE, of_view)
     if governing is None or options is None:
         return None
     try:
-        return dataclasses.replace(
-            governing, routes=None, **overriding_options(options)
-        )
+        own = overriding_options(options)
+        return dataclasses.replace(governing, routes=None, **own)
     except ConfigError:
         # A request is then billed by its route; `decorated_views` reports the error.
         return governing
 
 
-def _answers_202(view: Any) -> bool:
-    """Return True if the code of *view* names the status 202 and calls no `defer`."""
-    function = inspect.unwrap(view) if callable(view) else view
-    view_class = getattr(function, "view_class", None) or getattr(function, "cls", None)
-    if view_class is None and isinstance(function, type):
-        view_class = function
-    functions = [function] if view_class is None else vars(view_class).values()
-    waiting = [each.__code__ for each in functions if hasattr(each, "__code__")]
-    names: set[object] = set()
-    constants: set[object] = set()
+def _functions_answering_202(view: Any) -> list[Any]:
+    """Return the functions of *view* that name 202, none if one calls `defer`."""
+    view_class, handlers = view_class_of(view), handlers_of(view)
+    members = [view] if view_class is None else [*vars(view_class).values(), *handlers]
+    if any("defer" in _words(member) for member in members):
+        return []
+    # A route of a ViewSet is served by some of its functions.
+    serving = handlers if hasattr(view, "actions") else members
+    return [function for function in serving if _names_202(_words(function))]
+
+
+def _names_202(words: set[object]) -> bool:
+    is_202 = any(word == 202 or str(word).startswith("202 ") for word in words)
+    return is_202 or not _NAMES_OF_202.isdisjoint(words)
+
+
+def _words(function: Any) -> set[object]:
+    """Return the names and constants in the code of *function*, inner ones included."""
+    inner = inspect.unwrap(function) if callable(function) else function
+    waiting = [inner.__code__] if hasattr(inner, "__code__") else []
+    words: set[object] = set()
     while waiting:
         code = waiting.pop()
-        names.update(code.co_names)
+        words.update(code.co_names)
         for constant in code.co_consts:
             if isinstance(constant, CodeType):  # a function inside
                 waiting.append(constant)
-            constants.update(constant if isinstance(constant, tuple) else [constant])
-    if "defer" in names:
-        return False
-    is_202 = any(each == 202 or str(each).startswith("202 ") for each in constants)
-    return is_202 or not _NAMES_OF_202.isdisjoint(names)
+            words.update(constant if isinstance(constant, tuple) else [constant])
+    return words
