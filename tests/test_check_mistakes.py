@@ -1086,7 +1086,7 @@ def test_a_path_that_also_finds_what_customers_send(sandbox, application):
     assert len(warned) == 2
     for path, said in zip(("$..total", "$..tokens"), warned, strict=True):
         assert path in said
-        assert "what a customer sends" in said
+        assert "values that a customer sends" in said
 
 
 def test_an_application_is_checked_under_its_own_policy(sandbox, application):
