@@ -302,7 +302,7 @@ class Process:
 
     def close(self, timeout: float | None) -> None:
         """Give back reservations, send the waiting events, and stop."""
-        self.entitlements.close()
+        self.entitlements.close(timeout)
         self.transport.close(timeout)
         self.entitlements.end()
 

@@ -203,10 +203,13 @@ class EntitlementService:
         """Close the connections; the next question opens new ones."""
         self._lookup.close()
 
-    def close(self) -> None:
-        """Return this process's leases to the store, and close all connections."""
+    def close(self, timeout: float | None = None) -> None:
+        """Return this process's leases to the store, and close all connections.
+
+        Waits at most *timeout* seconds, and never long, for a locked store.
+        """
         self._lookup.close()
-        self.countdown.close()
+        self.countdown.close(timeout)
         self._close_store()
 
     def end(self) -> None:

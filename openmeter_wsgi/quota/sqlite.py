@@ -28,7 +28,7 @@ from openmeter_wsgi.quota import sqlite_tables
 from openmeter_wsgi.quota.store import STORE_TIMEOUT, StoreAway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from openmeter_wsgi.quota.store import LeaseReply, LeaseRequest, Lessee
@@ -130,9 +130,20 @@ class ProcessLiveness:
 
 _Result = TypeVar("_Result")
 
+
+class _StoreBusy(StoreAway):
+    """Another thread or process has locked the database."""
+
+
+class _RetryLimit(threading.local):
+    """The monotonic time until which this thread retries a locked database."""
+
+    retry_until = 0.0
+
+
 UNREADABLE = ".unreadable"
-#: Seconds between two tries to open the file.
-_OPENING_PAUSE = 0.005
+#: Seconds between two tries to open the file, or to begin a transaction.
+_RETRY_PAUSE = 0.005
 #: Maximum seconds for which a fork waits for a transaction to end.
 _FORK_TIMEOUT = 1.0
 #: Suffixes of the database file, its write-ahead log, and the index of that.
@@ -163,6 +174,7 @@ class Database:
         self._directory = directory
         self._scope = scope
         self._path: Path | None = None
+        self._limit = _RetryLimit()
         self._reset()
         register_for_forks(self)
 
@@ -205,6 +217,15 @@ class Database:
         """Let all threads in again."""
         self._lock.release()
 
+    @contextlib.contextmanager
+    def waiting_up_to(self, seconds: float) -> Iterator[None]:
+        """Let `run` retry in this thread while the database is locked."""
+        self._limit.retry_until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._limit.retry_until = 0.0
+
     def run(
         self, work: Callable[[sqlite3.Connection], _Result], *, write: bool = True
     ) -> _Result:
@@ -212,11 +233,22 @@ class Database:
 
         :raises StoreAway: if the database cannot be used now.
         """
+        while True:
+            try:
+                return self._run_once(work, write=write)
+            except _StoreBusy:
+                if time.monotonic() >= self._limit.retry_until:
+                    raise
+            time.sleep(_RETRY_PAUSE)
+
+    def _run_once(
+        self, work: Callable[[sqlite3.Connection], _Result], *, write: bool
+    ) -> _Result:
         if os.getpid() != self._pid:
             _inherited.append(self._db)
             self._reset()
         if not self._lock.acquire(timeout=STORE_TIMEOUT):
-            raise StoreAway(f"{self}: busy for more than {STORE_TIMEOUT} s")
+            raise _StoreBusy(f"{self}: busy for more than {STORE_TIMEOUT} s")
         try:
             try:
                 return self._transaction(work, write=write)
@@ -225,8 +257,9 @@ class Database:
                     raise
             return self._transaction(work, write=write)
         except (sqlite3.Error, OSError) as error:
-            if _code(error) not in _BUSY_CODES:
-                self._disconnect()
+            if _code(error) in _BUSY_CODES:
+                raise _StoreBusy(f"{self}: {error}") from error
+            self._disconnect()
             raise StoreAway(f"{self}: {error}") from error
         finally:
             self._lock.release()
@@ -254,7 +287,7 @@ class Database:
             except sqlite3.OperationalError as error:
                 if _code(error) not in _BUSY_CODES or time.monotonic() > deadline:
                     raise
-            time.sleep(_OPENING_PAUSE)
+            time.sleep(_RETRY_PAUSE)
 
     def _connect(self) -> sqlite3.Connection:
         where = ":memory:"
@@ -461,6 +494,10 @@ class SqliteStore:
         """Remove the documents of *keys*."""
         if self._directory is not None:
             self._database.run(lambda db: sqlite_tables.unshare(db, keys))
+
+    def waiting_up_to(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Wait longer for the file, which other processes lock."""
+        return self._database.waiting_up_to(seconds)
 
     def close(self) -> None:
         """Close the connection."""
