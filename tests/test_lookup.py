@@ -238,6 +238,24 @@ def test_what_another_process_has_asked_is_not_asked(make_lookup, answering):
     assert not lookup._pending
 
 
+def test_a_connection_is_closed_after_an_unexpected_error(make_lookup, tokens):
+    closed = threading.Event()
+
+    class Client:
+        def close(self):
+            closed.set()
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    lookup = make_lookup(new_client=Client, ask_openmeter=fail)
+    tokens.left = 1
+
+    assert lookup.ask(question("acme")) is None
+
+    assert closed.is_set()
+
+
 # -- With a server
 
 

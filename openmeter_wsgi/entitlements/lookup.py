@@ -605,6 +605,9 @@ class BackgroundLookup:
             if error.status is None and self._note_no_answer(pending):
                 return
             self._handle_failure(error, pending.question, client)
+        except Exception:
+            client.close()
+            raise
         else:
             self._note_answer()
         self._return_client(client, clients)
