@@ -19,12 +19,8 @@ from openmeter_wsgi.entitlements.cache import (
 )
 from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
 from openmeter_wsgi.entitlements.customers import CustomerCache
-from openmeter_wsgi.entitlements.lookup import (
-    MAX_QUEUE,
-    BackgroundLookup,
-    Question,
-    SharedResult,
-)
+from openmeter_wsgi.entitlements.lookup import BackgroundLookup, SharedResult
+from openmeter_wsgi.entitlements.questions import MAX_QUEUE, Question
 from openmeter_wsgi.options import question_rate
 from servers import TIMEOUT
 from test_entitlements import body, header, ok
@@ -82,7 +78,7 @@ def make_lookup(tokens, answering):
         usual = {
             "new_client": NoConnection, "ask_openmeter": answering,
             "take_token": tokens.take, "timeout": TIMEOUT, "rate": 1_000.0,
-            "reserve": 0.0,
+            "tokens_kept_back": 0.0,
         }  # fmt: skip
         made.append(BackgroundLookup(**usual | options))
         return made[-1]
@@ -130,7 +126,7 @@ def test_the_first_in_line_is_asked_for_first(make_lookup, tokens, answering):
 def test_a_customer_that_is_known_does_not_wait_behind_those_that_are_not(
     make_lookup, tokens, answering
 ):
-    lookup = make_lookup(reserve=5.0)
+    lookup = make_lookup(tokens_kept_back=5.0)
     waiting, _ = enlist(lookup, [f"new-{n}" for n in range(10)])
     known, _ = enlist(lookup, ["known"], is_known=True)
 
@@ -359,7 +355,7 @@ def test_a_flood_of_made_up_names_takes_no_more_than_some_mebibytes():
     found = CustomerCache(lifetimes, size=CACHE_SIZE // share)
     lookup = BackgroundLookup(
         new_client=NoConnection, ask_openmeter=Answering(), take_token=lambda _: 100.0,
-        timeout=0.0, rate=25.0, reserve=0.0,
+        timeout=0.0, rate=25.0, tokens_kept_back=0.0,
     )  # fmt: skip
 
     def remember(name, at):

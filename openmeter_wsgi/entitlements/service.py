@@ -33,12 +33,8 @@ from openmeter_wsgi.entitlements.decision import (
     combined,
     no_answer_decision,
 )
-from openmeter_wsgi.entitlements.lookup import (
-    BackgroundLookup,
-    Question,
-    SharedResult,
-    questions_about,
-)
+from openmeter_wsgi.entitlements.lookup import BackgroundLookup, SharedResult
+from openmeter_wsgi.entitlements.questions import Question, questions_about
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
 from openmeter_wsgi.options import question_rate
@@ -584,7 +580,7 @@ def entitlement_service(
             take_token=lambda reserve: store.take_token(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
             rate=rate,
-            reserve=max(min(rate * _RESERVED_SHARE, rate - 1), 0),
+            tokens_kept_back=max(min(rate * _RESERVED_SHARE, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
