@@ -81,6 +81,31 @@ def test_what_is_left_is_known_also_while_the_store_is_asked():
     store.close()
 
 
+def test_a_store_in_memory_waits_for_a_slow_thread(monkeypatch):
+    """There is no other store that could take its place."""
+    monkeypatch.setattr("openmeter_wsgi.quota.sqlite.STORE_TIMEOUT", 0.0)
+    store, waits = SqliteStore(), threading.Event()
+    lock = store._database._lock
+
+    class Watched:
+        release = lock.release
+
+        def acquire(self, timeout):
+            waits.set()
+            return lock.acquire(timeout=timeout)
+
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(store.take_token(10.0)))
+    with lock:
+        store._database._lock = Watched()
+        thread.start()
+        assert waits.wait(TIMEOUT)
+    thread.join(TIMEOUT)
+    assert taken == [0.0]
+    store._database._lock = lock
+    store.close()
+
+
 def test_closing_waits_for_the_exchange_that_the_thread_makes(tmp_path, monkeypatch):
     """Or else the lease would count as usage: the account is locked."""
     store, other = SqliteStore(tmp_path), SqliteStore(tmp_path)

@@ -144,6 +144,9 @@ class _RetryLimit(threading.local):
 UNREADABLE = ".unreadable"
 #: Seconds between two tries to open the file, or to begin a transaction.
 _RETRY_PAUSE = 0.005
+#: Maximum seconds for which a thread waits for the database in memory, which no other
+#: store can replace. The thread that uses it may be slow: many compete for the CPU.
+_MEMORY_TIMEOUT = 5.0
 #: Maximum seconds for which a fork waits for a transaction to end.
 _FORK_TIMEOUT = 1.0
 #: Suffixes of the database file, its write-ahead log, and the index of that.
@@ -247,8 +250,9 @@ class Database:
         if os.getpid() != self._pid:
             _inherited.append(self._db)
             self._reset()
-        if not self._lock.acquire(timeout=STORE_TIMEOUT):
-            raise _StoreBusy(f"{self}: busy for more than {STORE_TIMEOUT} s")
+        timeout = _MEMORY_TIMEOUT if self._directory is None else STORE_TIMEOUT
+        if not self._lock.acquire(timeout=timeout):
+            raise _StoreBusy(f"{self}: busy for more than {timeout} s")
         try:
             try:
                 return self._transaction(work, write=write)
