@@ -22,6 +22,7 @@ from openmeter_wsgi.entitlements.customers import CustomerCache
 from openmeter_wsgi.entitlements.lookup import BackgroundLookup, SharedResult
 from openmeter_wsgi.entitlements.questions import MAX_QUEUE, Question
 from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.quota.store import StoreAway
 from servers import TIMEOUT
 from test_entitlements import body, header, ok
 
@@ -250,6 +251,26 @@ def test_a_connection_is_closed_after_an_unexpected_error(make_lookup, tokens):
     assert lookup.ask(question("acme")) is None
 
     assert closed.is_set()
+
+
+def test_an_error_of_the_token_bucket_does_not_stop_the_queue(
+    make_lookup, answering, caplog
+):
+    outcomes = deque([StoreAway("locked")])
+
+    def take_token(_kept_back):
+        if outcomes:
+            raise outcomes.popleft()
+        return 0.0
+
+    lookup = make_lookup(take_token=take_token)
+
+    assert lookup.ask(question("acme")) is None
+    assert lookup.ask(question("other")) is None
+
+    assert answering.order == ["other"]
+    assert not lookup._pending
+    assert "customer 'acme' is not asked about" in caplog.text
 
 
 # -- With a server

@@ -333,9 +333,7 @@ class BackgroundLookup:
                         queue.waiting_threads -= 1
                         queue.threads -= 1
                         return None
-                if self._must_be_asked(pending) and self._wait_for_queue_token(
-                    queue, closed
-                ):
+                if self._may_be_sent(pending, queue, closed):
                     with self._lock:
                         queue.note_token_taken(pending)
                         queue.waiting_threads -= 1
@@ -343,6 +341,22 @@ class BackgroundLookup:
                 with self._lock:
                     queue.note_dropped(pending)
                 self._finish(pending)
+
+    def _may_be_sent(
+        self, pending: Pending, queue: Queue, closed: threading.Event
+    ) -> bool:
+        """Return True with a token for *pending*, or False if it must be dropped."""
+        try:
+            return self._must_be_asked(pending) and self._wait_for_queue_token(
+                queue, closed
+            )
+        except Exception:  # the thread must live: the queue counts it
+            logger.exception(
+                "%s: the store failed; customer %r is not asked about, fail_mode "
+                "decides the requests that wait for it",
+                "entitlements", pending.question.customer,
+            )  # fmt: skip
+            return False
 
     def _must_be_asked(self, pending: Pending) -> bool:
         """Return False if another process has asked, or the breaker forbids it."""
