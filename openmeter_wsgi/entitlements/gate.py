@@ -52,11 +52,9 @@ class Amounts:
     most requests use only these.
     """
 
-    def __init__(
-        self, policy: Policy, customer_of: Callable[[str], str | None]
-    ) -> None:
+    def __init__(self, policy: Policy, account_of: Callable[[str], str]) -> None:
         self._meters = policy.entitlement_meters
-        self._customer_of = customer_of
+        self._account_of = account_of
         self._static = policy.static_meters
         self._used_by_static = self._of(self._static)
         self._static_is_of_subject = not any(meter.subject for meter in self._static)
@@ -86,28 +84,34 @@ class Amounts:
     def used(
         self, meters: Sequence[Meter], subject: str | None
     ) -> dict[tuple[str, str], float]:
-        """Return the amounts that *meters* use, by customer and feature."""
+        """Return the amounts that *meters* use, by account and feature.
+
+        *subject* is the subject of the meters that name none.
+        """
         if subject and self._static_is_of_subject and meters == self._static:
-            customer = self._customer(subject)
+            account = self._account(subject)
             return {
-                (customer, feature): amount
+                (account, feature): amount
                 for feature, amount in self._used_by_static.items()
+                if account is not None
             }
         used: defaultdict[tuple[str, str], float] = defaultdict(float)
         for meter in meters:
-            if user := meter.subject or subject:
-                for feature, amount in self._of((meter,)).items():
-                    used[self._customer(user), feature] += amount
+            amounts = self._of((meter,))
+            user = meter.subject or subject
+            if amounts and user and (account := self._account(user)):
+                for feature, amount in amounts.items():
+                    used[account, feature] += amount
         return used
 
-    def _customer(self, subject: str) -> str:
+    def _account(self, subject: str) -> str | None:
+        """Return the account of *subject*, None if the policy's callable fails."""
         try:
-            return self._customer_of(subject) or subject
+            return self._account_of(subject)
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
-            # The events are billed all the same: they carry the subject.
-            logger.error("customer: raised %r; the usage of subject %r is not "
-                         "counted down", error, subject)  # fmt: skip
-            return subject
+            logger.error("customer: raised %r; the usage of subject %r is billed, but "
+                         "not counted down", error, subject)  # fmt: skip
+            return None
 
     def _of(self, meters: Iterable[Meter]) -> dict[str, float]:
         return {
