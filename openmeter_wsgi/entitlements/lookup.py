@@ -4,8 +4,9 @@ A request whose answer is not cached puts a question into a queue and waits for 
 answer, at most ``entitlement_timeout``. Worker threads take the questions in order.
 Each HTTP request to OpenMeter needs a *token*; all processes that use one store share
 ``question_rate`` tokens a second. A question that is already queued is not queued
-again: all its requests wait for the same answer. If no answer comes, a circuit breaker
-opens: from then on single questions, with pauses between them, try OpenMeter again.
+again: all its requests wait for the same answer. If OpenMeter gives no usable answer, a
+circuit breaker opens: requests wait no longer, and single questions, with pauses
+between them, try OpenMeter again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ logger: Final = log.get_logger(__name__)
 
 #: Waits for a token for one more HTTP request; returns False if none comes in time.
 WaitForToken: TypeAlias = "Callable[[], bool]"
-#: Asks OpenMeter and caches the answer. Calls its first callable once, as soon as the
+#: Asks OpenMeter and caches the answer. Calls its third argument once, as soon as the
 #: requests that wait for the question need not wait any longer.
 AskOpenMeter: TypeAlias = (
     "Callable[[EntitlementClient, Question, Callable[[], None], WaitForToken], None]"
@@ -65,8 +66,9 @@ class Lookup(Protocol):
     def ask(self, question: Question, *, is_known: bool) -> float | None:
         """Ask and wait for the answer, unless the breaker is open.
 
-        Returns the seconds until the answer is expected if the queue is too long,
-        else None. *is_known*: an earlier answer about this customer exists.
+        Returns the seconds until an answer is expected if the queue is too long or
+        OpenMeter has answered 429, else None. *is_known*: an earlier answer about this
+        customer exists.
         """
 
     def refresh(self, question: Question, *, since: float = 0.0) -> None:
@@ -157,22 +159,22 @@ class BackgroundLookup:
     def ask(self, question: Question, *, is_known: bool = False) -> float | None:
         """Ask and wait for the answer, at most the timeout, unless the breaker is open.
 
-        Returns the seconds until the answer is expected if the queue is too long, else
-        None. Requests with the same question wait for the same answer.
+        Returns the seconds until an answer is expected if the queue is too long or
+        OpenMeter has answered 429, else None. The answer itself is in the cache.
         """
         if self.breaker.is_open:
             self.refresh(question)  # no request waits for the try
             return None
         if sys.is_finalizing():  # thread.start() would wait for ever
             return None
-        if (pause := self.breaker.due_in) > 0:
+        if (pause := self.breaker.due_in) > 0:  # after a 429
             return pause
         pending, is_first = self._register(question, since=0.0)
         if pending is None:
             return None
         if is_first:
             return self._ask_new(pending, is_known=is_known)
-        if pending.queue is None:
+        if pending.queue is None:  # a refresh, or not queued yet
             with self._lock:
                 self._known_customers.promote(pending)
         return self._wait(pending)
@@ -261,9 +263,9 @@ class BackgroundLookup:
     def _busy_for(self, queue: Queue, seconds: float) -> float:
         """Log the length of *queue*; return *seconds*, at least 1."""
         logger.warning(
-            "%s: %d customers are queued for a question to OpenMeter, the last one "
-            "for about %.0f s at question_rate=%g; fail_mode decides their requests "
-            "until then",
+            "%s: %d questions to OpenMeter are queued, the last one for about %.0f s "
+            "at question_rate=%g; until then fail_mode decides the requests that need "
+            "their answers",
             "entitlements", queue.waiting, queue.seconds_until(), self._rate,
         )  # fmt: skip
         return max(seconds, 1.0)
@@ -311,13 +313,16 @@ class BackgroundLookup:
     def _run(self, queue: Queue, closed: threading.Event) -> None:
         """Ask questions until *queue* is empty. The body of a worker thread."""
         while (pending := self._next_question(queue, closed)) is not None:
-            self._start_thread_if_needed(queue)
+            self._start_thread_if_needed(queue)  # for the next question
             try:
                 self._send(pending)
             except Exception:
                 self._remember_rejection(pending.question)
-                logger.exception("%s: the question about %s failed", "entitlements",
-                                 pending.question.customer)  # fmt: skip
+                logger.exception(
+                    "%s: the question about customer %r failed; cached answers are "
+                    "used for max_stale, then fail_mode decides",
+                    "entitlements", pending.question.customer,
+                )  # fmt: skip
             finally:
                 self._finish(pending)
             with self._lock:
@@ -345,12 +350,12 @@ class BackgroundLookup:
     def _may_be_sent(
         self, pending: Pending, queue: Queue, closed: threading.Event
     ) -> bool:
-        """Return True with a token for *pending*, or False if it must be dropped."""
+        """Take a token for *pending*; return False if it must be dropped instead."""
         try:
             return self._must_be_asked(pending) and self._wait_for_queue_token(
                 queue, closed
             )
-        except Exception:  # the thread must live: the queue counts it
+        except Exception:  # must not end the thread, which the queue has counted
             logger.exception(
                 "%s: the store failed; customer %r is not asked about, fail_mode "
                 "decides the requests that wait for it",
@@ -359,7 +364,10 @@ class BackgroundLookup:
             return False
 
     def _must_be_asked(self, pending: Pending) -> bool:
-        """Return False if another process has asked, or the breaker forbids it."""
+        """Return False if another process has asked, or the breaker does not allow it.
+
+        If the breaker is open, True is its one try per pause.
+        """
         waited = time.monotonic() - pending.shared_read_at
         if waited > _REREAD_AFTER and self._read_shared(pending).is_answered:
             return False
@@ -395,7 +403,7 @@ class BackgroundLookup:
         pending.finish()
 
     def _send(self, pending: Pending) -> None:
-        """Ask OpenMeter with an idle client or a new one, and handle errors."""
+        """Ask OpenMeter with an idle client or a new one; handle its errors."""
         clients = self._clients
         try:
             client = clients.pop()
@@ -408,7 +416,7 @@ class BackgroundLookup:
             client.close()
             self._log_failure(error, pending.question)
             if error.status is None and self._note_no_answer(pending):
-                return
+                return  # an outage that goes on needs no probe
             self._handle_failure(error, pending.question, client)
         except Exception:
             client.close()
@@ -435,7 +443,10 @@ class BackgroundLookup:
         self.breaker.succeeded()
 
     def _note_no_answer(self, pending: Pending) -> bool:
-        """Open the breaker, drop all questions; return True if it was open before."""
+        """Open the breaker, drop all questions; return True if it was open already.
+
+        No answer means that the connection failed or timed out.
+        """
         was_open = self.breaker.is_open
         self.breaker.failed()
         with self._lock:
@@ -448,25 +459,30 @@ class BackgroundLookup:
     def _handle_failure(
         self, error: DeliveryError, question: Question, client: EntitlementClient
     ) -> None:
-        """Stop the questions that *error* concerns: this one, its features, or all."""
+        """Stop the questions that *error* concerns: this one, its features, or all.
+
+        A probe finds out which. Without a probe, only this question is stopped.
+        """
         if self._slow_down_if_429(error):
             return
-        probe_error = self._probe(question.features, client)
+        probe_error = self._probe_error(question.features, client)
         if probe_error is None:
             self._remember_rejection(question)
         elif probe_error.status == 400:
             # Questions about other features may work.
             self._remember_rejection(question.features)
         elif not self._slow_down_if_429(probe_error) and error.status is not None:
+            # Without a status, `_note_no_answer` has opened the breaker already.
             self.breaker.failed()
 
-    def _probe(
+    def _probe_error(
         self, features: tuple[str, ...], client: EntitlementClient
     ) -> DeliveryError | None:
-        """Ask about a customer that does not exist; return the error, or None.
+        """Ask about a customer that does not exist; return the error.
 
-        Without this probe, a caller who sends a customer name that OpenMeter or a
-        proxy answers with an error could stop the questions for all others.
+        Returns None if there is no error, or no token for the probe. Without probes, a
+        caller who sends a customer name that OpenMeter or a proxy answers with an error
+        could stop the questions for all others.
         """
         if not self.wait_for_token():
             return None

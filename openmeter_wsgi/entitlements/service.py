@@ -4,6 +4,9 @@
 for a missing or expired answer it asks the `Lookup` and waits. The lookup calls
 `_ask_openmeter` in a worker thread, which asks over HTTP, caches the answer, hands its
 balance to the local quota (`countdown`) and shares it with other processes.
+
+The *terms* of an entitlement are its usage period and its kind of limit. An answer does
+not contain them, so they cost a second HTTP request, whose result is used for minutes.
 """
 
 from __future__ import annotations
@@ -65,9 +68,9 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: Seconds after which the terms of an entitlement are asked for again.
+#: Seconds after which the terms of an entitlement are fetched again.
 _TERMS_TTL = 600.0
-#: Remaining share of the grant below which the terms are asked for with each answer.
+#: Remaining share of the grant below which the terms are fetched with each answer.
 _LOW_SHARE = 0.2
 
 
@@ -202,7 +205,7 @@ class EntitlementService:
     def close(self, timeout: float | None = None) -> None:
         """Return this process's leases to the store, and close all connections.
 
-        Waits at most *timeout* seconds, and never long, for a locked store.
+        Waits for a locked store at most 1 s, and at most *timeout* seconds.
         """
         self._lookup.close()
         self.countdown.close(timeout)
@@ -223,27 +226,35 @@ class EntitlementService:
     ) -> tuple[list[CachedAnswer | None], float | None]:
         """Return the usable answer or None for each feature, and the estimated wait.
 
-        Waits for answers that are missing or long expired, and refreshes expired ones.
-        The estimated wait is None unless the queue of questions is too long.
+        Waits for answers that are missing or long expired. Otherwise refreshes the
+        expired ones in the background. The estimated wait is None unless the queue of
+        questions is too long, or OpenMeter has answered 429.
         """
         cached = [self._answers.get(customer, feature) for feature in features]
-        pairs = list(zip(features, cached, strict=True))
-        if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            is_known = any(one is not None for one in cached)
-            waits = [
-                self._lookup.ask(question, is_known=is_known)
-                for question in questions_about(customer, missing)
-            ]
-            cached = [self._answers.get(customer, feature) for feature in features]
-            after = time.monotonic()
-            any_age = fail_mode == "stale"
-            usable = [k if k and (any_age or after < k.usable_until) else None
-                      for k in cached]  # fmt: skip
-            return usable, max((w for w in waits if w is not None), default=None)
-        if expired := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
-            for question in questions_about(customer, expired):
-                self._lookup.refresh(question)
-        return cached, None
+        missing, expired = [], []
+        for feature, answer in zip(features, cached, strict=True):
+            if answer is None or now >= answer.graceful_until:
+                missing.append(feature)
+            elif now >= answer.fresh_until:
+                expired.append(feature)
+        if not missing:
+            if expired:
+                for question in questions_about(customer, expired):
+                    self._lookup.refresh(question)
+            return cached, None
+        is_known = any(cached)
+        waits = [
+            self._lookup.ask(question, is_known=is_known)
+            for question in questions_about(customer, missing)
+        ]
+        cached = [self._answers.get(customer, feature) for feature in features]
+        now = time.monotonic()
+        any_age = fail_mode == "stale"
+        usable = [
+            answer if answer and (any_age or now < answer.usable_until) else None
+            for answer in cached
+        ]
+        return usable, max((wait for wait in waits if wait is not None), default=None)
 
     def load_shared(self, question: Question, since: float) -> SharedResult:
         """Cache the answers to *question* that other processes have shared."""
@@ -290,7 +301,8 @@ class EntitlementService:
 
         Calls *answered* before the terms that no request waits for are fetched.
         """
-        customer, asked_at, asked_wall = question[0], time.monotonic(), time.time()
+        customer = question.customer
+        asked_at, asked_wall = time.monotonic(), time.time()
         answers = answers_about(client, question, self._customers, wait_for_token)
         account = self.account(customer)
         server_time = asked_wall - client.clock_ahead
@@ -301,18 +313,21 @@ class EntitlementService:
             for feature, answer in answers.items()
             if not isinstance(answer, DeliveryError)
         ]
-        later = [new for new in all_new if self._store_answer(client, new)]
+        without_terms = [new for new in all_new if self._store_answer(client, new)]
         answered()
-        for new in later:
+        for new in without_terms:
             # Queued questions have priority.
             if not self._lookup.is_busy:
                 self._fetch_terms(client, new)
         self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
-            raise errors[0]
+            raise errors[0]  # the lookup handles it
 
     def _store_answer(self, client: EntitlementClient, new: _NewAnswer) -> bool:
-        """Cache an answer; return True if its terms must be fetched later."""
+        """Cache an answer, with its terms if a request waits for them.
+
+        Returns True if its terms must be fetched later.
+        """
         before = self._answers.get(new.customer, new.feature)
         terms, terms_at = _terms_for(new.answer, before)
         if not self._accept(new, before, terms, terms_at):
@@ -426,7 +441,7 @@ class EntitlementService:
 
 
 class _NewAnswer(NamedTuple):
-    """An answer about one feature, with its question."""
+    """An answer about one feature that has just come, with its question."""
 
     customer: str
     #: The customer's key or id in OpenMeter.
@@ -488,8 +503,8 @@ def _decision(cached: CachedAnswer, now: float) -> Decision:
     return replace(decision, source=source)
 
 
-#: Share of the tokens that is reserved for known customers.
-_RESERVED_SHARE = 0.5
+#: Share of the tokens that is kept back for known customers.
+_KEPT_BACK_SHARE = 0.5
 #: Minimum seconds for which a customer's id for version 3 of the API is cached. If the
 #: customer is deleted meanwhile, OpenMeter's answer says so.
 _ID_TTL = 600.0
@@ -504,7 +519,7 @@ def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     return ClientV1(url=url, key=key, timeout=timeout)
 
 
-def _has_others(policy: Policy) -> bool:
+def _has_shared_store(policy: Policy) -> bool:
     """Return True if the policy names a store that several processes share."""
     return policy.spool_dir is not None or policy.redis_url is not None
 
@@ -548,7 +563,7 @@ def visibility_of(policy: Policy) -> Visibility | None:
 def follow_delivery(
     policy: Policy, visibility: Visibility, transport: Sending, store: Store | None
 ) -> None:
-    """Let *visibility* follow *transport*; its tokens are in *store*, or a new one."""
+    """Let *visibility* follow *transport*, with tokens from *store* or a new store."""
     tokens = store or _open_store(policy)
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
     visibility.follow(transport, lambda: tokens.take_token(rate))
@@ -580,17 +595,17 @@ def entitlement_service(
             take_token=lambda reserve: store.take_token(rate, reserve=reserve),
             timeout=policy.entitlement_timeout,
             rate=rate,
-            tokens_kept_back=max(min(rate * _RESERVED_SHARE, rate - 1), 0),
+            tokens_kept_back=max(min(rate * _KEPT_BACK_SHARE, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         close_store=store.close,
-        shared=SharedAnswers(store) if _has_others(policy) else None,
+        shared=SharedAnswers(store) if _has_shared_store(policy) else None,
         visibility=visibility,
         shows_periods=any(
-            one.usage_headers
-            for one in (policy, *(own for _, own in policy.of_routes))
-            if one is not None
+            each.usage_headers
+            for each in (policy, *(own for _, own in policy.of_routes))
+            if each is not None
         ),
     )
