@@ -1,4 +1,8 @@
-"""Usage metering for WSGI applications, billed by what was delivered."""
+"""WSGI middleware that meters delivered responses and sends the usage to OpenMeter.
+
+Importing the package imports none of its modules: pytest loads its plugin in every run.
+Each public name is imported on first use (PEP 562).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -102,9 +106,9 @@ __all__ = [
     "usage_of",
 ]
 
-# The package alone imports nothing: its pytest plugin is loaded in every run of
-# pytest. The first of these names imports all of them, so that no request does.
-_TOGETHER = {
+# Public names by module. The first use of one of these names imports all of them, so
+# that no request imports a module.
+_IMPORTED_TOGETHER = {
     "entitlements.decision": ("Decision", "Denial"),
     "entitlements.handlers": (
         "EntitlementDenied", "check_entitlements", "require_entitlements",
@@ -120,9 +124,9 @@ _TOGETHER = {
     ),
     "stats": ("Health", "HealthEndpoint", "Problem", "Stats"),
 }  # fmt: skip
-# These come one by one: options and measures with a policy or a middleware,
-# decorators with a view.
-_LATE = {
+# These names are imported one by one: an application needs few of them, and needs them
+# while it is set up.
+_IMPORTED_SINGLY = {
     "bodies.sdk_responses": ("usage_of",),
     "decorators": ("meter", "no_meter"),
     "measures": (
@@ -136,26 +140,26 @@ _LATE = {
     "tickets": ("defer",),
     "usage": ("Usage",),
 }  # fmt: skip
-_MODULE = {
+_MODULE_OF = {
     name: module
-    for modules in (_TOGETHER, _LATE)
+    for modules in (_IMPORTED_TOGETHER, _IMPORTED_SINGLY)
     for module, names in modules.items()
     for name in names
 }
-_AT_ONCE = frozenset(name for names in _TOGETHER.values() for name in names)
+_NAMES_TOGETHER = tuple(name for names in _IMPORTED_TOGETHER.values() for name in names)
 
 
 def __getattr__(name: str) -> object:
-    """Return a name that is imported when it is first used (PEP 562)."""
-    if name not in _MODULE:
+    """Import and return a public name on its first use (PEP 562)."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    for each in _AT_ONCE if name in _AT_ONCE else (name,):
-        found: object = getattr(import_module(f"{__name__}.{_MODULE[each]}"), each)
-        globals()[each] = found
+    for needed in _NAMES_TOGETHER if name in _NAMES_TOGETHER else (name,):
+        module = import_module(f"{__name__}.{_MODULE_OF[needed]}")
+        globals()[needed] = getattr(module, needed)
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE})
+    return sorted({*globals(), *_MODULE_OF})

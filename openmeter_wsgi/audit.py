@@ -1,6 +1,6 @@
-"""Counts requests that became no event, and reports each to a callable and the log.
+"""Counts settled requests that became no event, by reason.
 
-The logger of this module writes a line for each of them, at level DEBUG.
+Each is reported to the callable of the option ``audit``, and logged at level DEBUG.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
 from openmeter_wsgi import log
-from openmeter_wsgi.request import interrupted, method_of
+from openmeter_wsgi.request import method_of, raise_after_settling
 from openmeter_wsgi.values import timestamp
 
 if TYPE_CHECKING:
@@ -25,28 +25,30 @@ class NotMetered:
     def __init__(
         self, policy_name: str, audit: Callable[[dict[str, Any]], object] | None
     ) -> None:
-        #: The number of requests by reason.
+        #: Number of requests by reason.
         self.counts: defaultdict[str, int] = defaultdict(int)
         self.audit: Final = audit
         self._policy_name = policy_name
 
-    def note(
+    def count(
         self, reason: str, environ: Mapping[str, Any], status: str | None
     ) -> Sequence[bytes]:
-        """Count a request, and return its events: none."""
+        """Count and report a request; return its events, an empty sequence."""
         self.counts[reason] += 1
         if self.audit or logger.isEnabledFor(logging.DEBUG):
-            self.tell(reason, environ, status)
+            self.report(reason, environ, status)
         return ()
 
-    def tell(self, reason: str, environ: Mapping[str, Any], status: str | None) -> None:
-        """Report one request to the callable of the policy and to the log."""
+    def report(
+        self, reason: str, environ: Mapping[str, Any], status: str | None
+    ) -> None:
+        """Pass a record of the request to the callable of the policy and to the log."""
         record = {
             "time": timestamp(),
             "policy": self._policy_name,
             "reason": reason,
             "method": method_of(environ),
-            # Nothing else that the client sent is recorded.
+            # No query, header or body: they may contain secrets.
             "path": f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}",
             "status": status,
         }
@@ -56,14 +58,16 @@ class NotMetered:
         )
         if self.audit is not None:
             try:
-                tell(self.audit, record)
-            except BaseException as error:  # noqa: BLE001 - no Exception comes here
-                interrupted(environ, error)
+                call_audit(self.audit, record)
+            except BaseException as error:  # noqa: BLE001 - such as SystemExit
+                raise_after_settling(environ, error)
 
 
-def tell(audit: Callable[[dict[str, Any]], object], record: dict[str, Any]) -> None:
-    """Hand *record* to *audit*, whose Exceptions are logged and hurt no request."""
+def call_audit(
+    audit: Callable[[dict[str, Any]], object], record: dict[str, Any]
+) -> None:
+    """Call *audit* with *record*. An Exception is logged and not raised."""
     try:
         audit(record)
-    except Exception as error:  # noqa: BLE001 - the user's code, on our path
-        logger.error("audit: %r took no record: %r", audit, error)
+    except Exception as error:  # noqa: BLE001 - code of the application
+        logger.error("audit: %r raised %r; the record is lost", audit, error)

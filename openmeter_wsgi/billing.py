@@ -1,7 +1,11 @@
-"""Decides whether a finished request is billed, and builds its events.
+"""Decides whether a finished request is billed, and encodes its events.
 
-`Billing.events` handles every response. `FastPath.events` handles the common case, a
-completed response to a request without run-time usage, at half the cost.
+There is one `Billing` per policy: of the middleware, of a route, of a view. The
+response calls it on the thread of the request. `Billing.events` handles every response.
+`FastPath.events` handles the common case at half the cost: a completed response to a
+request without run-time usage. Both return the same events.
+
+A request that becomes no event is counted with its reason (see `audit`).
 """
 
 from __future__ import annotations
@@ -19,18 +23,18 @@ from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.events import (
-    StatedUsage,
+    CheckedUsage,
     are_small,
     derived_id,
     encode_events,
-    numbered,
     quoted,
     size_problem,
     static_templates,
+    with_id_suffixes,
 )
 from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measures import Measure, computed, evaluate
-from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.policy import overriding_options
 from openmeter_wsgi.request import (
     COMPLETED,
     FAILED,
@@ -49,31 +53,32 @@ if TYPE_CHECKING:
     from openmeter_wsgi.exchange import Exchange
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
-    from openmeter_wsgi.request import RequestRecord, RunTimeMeters
+    from openmeter_wsgi.request import RequestRecord, RunTimeUsage
 
 logger: Final = log.get_logger(__name__)
 
 Environ: TypeAlias = dict[str, Any]
-#: At most so many routes are remembered as warned of.
+#: Maximum number of remembered warnings.
 _MAX_WARNED = 1_000
-#: The helpers by which a handler states usage.
-_STATING = {"set_meters", "add_meters"}
-#: At most so many status lines are remembered: an application may invent reasons.
+#: Helpers that add usage to a request.
+_USAGE_HELPERS = {"set_meters", "add_meters"}
+#: Maximum number of cached status lines: an application may send any reason phrase.
 _MAX_STATUS_LINES = 1_000
+#: Maximum number of characters of a request id from a header.
 _MAX_ID_LENGTH = 128
-#: The log line of each remark about a body.
+#: Log line of each remark on a response body, by `Exchange.remarks`.
 _REMARKS = {
     "ambiguous_usage": (
-        "%s: the body holds several reports of a model's usage; the largest is billed, "
-        "and no figure below another report's; counted as %s. llm_usage(provider=...) "
-        "reads one shape alone"
+        "%s: the body holds several reports of a model's usage; the largest value of "
+        "each figure is billed; counted as %s. llm_usage(provider=...) reads the "
+        "reports of one provider only"
     ),
     "several_calls": (
         "%s: the body holds several calls of a model; the last one is billed; counted "
         "as %s"
     ),
 }
-_LOST = "%s: the usage of a request is lost by an error in openmeter_wsgi"
+_LOST = "%s: the usage of a request is lost due to an error in openmeter_wsgi"
 
 
 class Billing:
@@ -81,18 +86,22 @@ class Billing:
 
     def __init__(self, policy: Policy, name: str, process: Process) -> None:
         self.policy = policy
-        #: Its name in counts and log lines: the rule of the route, or the view.
+        #: The name in counts and log lines: ``default``, the rule of the route, or the
+        #: view.
         self.name = name
         self.process = process
-        #: The counts of requests that became no event.
+        #: Counts the requests that became no event.
         self.not_metered: NotMetered = NotMetered(name, policy.audit)
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        #: True if requests, except OPTIONS, need a decision on entitlements first.
-        self.asks: bool = bool(policy.required_entitlements)
-        #: True if responses get RateLimit headers from that decision.
-        self.tells_quota: bool = self.asks and policy.usage_headers
-        #: The billings of views with options of their own, by the id of the options.
+        #: True if a request passes only with certain entitlements.
+        self.requires_entitlements: bool = bool(policy.required_entitlements)
+        #: True if responses get RateLimit headers.
+        self.adds_quota_headers: bool = (
+            self.requires_entitlements and policy.usage_headers
+        )
+        #: Billings of views with their own options, by `id()` of the options. An entry
+        #: holds the options: otherwise a later object could have the same id.
         self._variants: dict[int, tuple[Mapping[str, Any], Billing]] = {}
         self.subjects: SubjectFinder = SubjectFinder(policy)
         self.gate: Gate = Gate(
@@ -101,65 +110,63 @@ class Billing:
             subjects=self.subjects,
             counts=self._counts,
         )
-        #: The generator of its request ids.
-        self.identity: Identity = Identity(policy, process.ids)
-        self._counts_down = bool(policy.entitlement_meters)
+        self.id_source: RequestIdSource = RequestIdSource(policy, process.ids)
+        self._has_countdown = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         self._has_meters = bool(policy.static_meters or policy.measured)
-        #: The readers of bodies that a response needs; None if not even its length is
-        #: needed.
+        #: Names of the body readers that a response needs; None if nothing is measured.
         self.bodies: frozenset[str] | None = _bodies(policy, self._when)
         self._meter_options = policy.meter_options
-        #: The policy that holds the routes, or the rule `*`: it bills the requests that
-        #: no other rule matches.
+        #: True if this policy bills requests that no rule matches: it has routes, or
+        #: belongs to the rule ``*``.
         self._bills_unmatched = policy.routes is not None or name == EVERY_OTHER
-        #: None if this policy has no common case.
+        #: None if the policy needs `Billing.events` for every response.
         self.fast_path: FastPath | None = (
-            FastPath(self) if self._is_known_beforehand else None
+            FastPath(self) if self._has_fast_path else None
         )
+        #: Routes and meter types for which a missing value was logged.
         self._warned: set[tuple[str, str]] = set()
 
     @property
-    def _is_known_beforehand(self) -> bool:
-        """True if the status and the subject alone decide the events of a response."""
+    def _has_fast_path(self) -> bool:
+        """True if only the status and the subject of a response decide its events."""
         return (
             self.bodies is None
             and not self._bills_unmatched
-            and not self._counts_down
-            and self.identity.is_ours
-            and all(meter.plain for meter in self.policy.static_meters)
+            and not self._has_countdown
+            and self.id_source.generates_all
+            and all(meter.has_no_overrides for meter in self.policy.static_meters)
             and are_small(self.policy.static_meters, self.policy.event_source)
         )
 
     def variant(self, name: str, options: Mapping[str, Any]) -> Billing:
-        """Return the billing of the same policy with other *options*.
+        """Return the billing of the same policy with the *options* of a view.
 
-        Never raises an Exception: if they contradict the policy, or its key cannot be
-        read now, it returns this billing.
+        Never raises an Exception. If the options contradict the policy, or the API key
+        cannot be read now, this is logged, and the same billing is returned.
         """
-        found = self._variants.get(id(options))
-        if found is None:
+        variant = self._variants.get(id(options))
+        if variant is None:
             try:
-                own = in_place_of(options)
-                policy = dataclasses.replace(self.policy, routes=None, **own)
+                changes = overriding_options(options)
+                policy = dataclasses.replace(self.policy, routes=None, **changes)
             except ConfigError as error:
                 logger.error(
                     "%s: %s; its requests are billed as those of its route", name, error
                 )
                 return self
-            # Two threads may come at once: one of them wins, for counts to be whole.
-            # The options are kept, or others might be taken for them by their id.
-            found = self._variants.setdefault(
+            # `setdefault`: threads that race all get the same billing.
+            variant = self._variants.setdefault(
                 id(options), (options, self.process.billing_of_view(policy, name))
             )
-        return found[1]
+        return variant[1]
 
     def count_late(self, helper: str) -> None:
-        """Log a *helper* that was called after its request was settled.
+        """Log a call of *helper* after the request was settled.
 
-        Usage that it stated is counted as lost.
+        The usage of `set_meters` and `add_meters` is counted as lost.
         """
-        if helper in _STATING:
+        if helper in _USAGE_HELPERS:
             self._counts.dropped["late"] += 1
         logger.error(
             "%s: called after the response had ended; it has no effect", helper
@@ -169,22 +176,24 @@ class Billing:
         """Return True if responses with this status line are billed."""
         return status[:3] in self._codes
 
-    def must_ask(self, environ: Environ) -> bool:
-        """Return True if the request needs a decision on entitlements first."""
-        return self.asks and (self._meter_options or not is_options(environ))
+    def needs_decision(self, environ: Environ) -> bool:
+        """Return True if the entitlements of this request must be checked."""
+        return self.requires_entitlements and (
+            self._meter_options or not is_options(environ)
+        )
 
-    def refuse(self, environ: Environ) -> None:
-        """Count a denied request, which is never billed."""
-        self.not_metered.note("denied", environ, None)
+    def count_denied(self, environ: Environ) -> None:
+        """Count a denied request. It is not billed."""
+        self.not_metered.count("denied", environ, None)
 
-    def hand_over(self, environ: Environ, request: RequestRecord) -> None:
-        """Count a request whose socket the application took over; it is not billed."""
-        if not self.process.is_begun:
-            self.process.begin(environ)
-        self.not_metered.note("handed_over", environ, request.status)
+    def count_handed_over(self, environ: Environ, request: RequestRecord) -> None:
+        """Settle a request whose socket the application took over. It is not billed."""
+        if not self.process.is_started:
+            self.process.start(environ)
+        self.not_metered.count("handed_over", environ, request.status)
         if request.reserved:
             self.gate.settle(request, (), None)
-        request.end()
+        request.mark_settled()
 
     def events(
         self,
@@ -193,38 +202,43 @@ class Billing:
         outcome: str,
         exchange: Exchange | None = None,
     ) -> Sequence[bytes]:
-        """Encode the events of a finished request; none if it is not billed.
+        """Return the encoded events of a finished request, empty if it is not billed.
 
-        Never raises an Exception: an error of ours loses this event and is logged and
-        counted; the response is not changed.
+        *exchange* is the measured response, None if nothing is measured. Never raises
+        an Exception: an internal error is logged and counted, the events of this
+        request are lost, and the response is not changed.
         """
-        stated, status = request.usage, request.status
+        run_time, status = request.usage, request.status
         try:
-            if stated is not None and stated.denied:
-                return self.not_metered.note("denied", environ, status)
-            if self._bills_unmatched and (other := self._of_route(environ)) is not None:
+            if run_time is not None and run_time.is_denied:
+                return self.not_metered.count("denied", environ, status)
+            if (
+                self._bills_unmatched
+                and (other := self._stricter_route_billing(environ)) is not None
+            ):
                 return other.events(environ, request, outcome, exchange)
-            if reason := self._status_reason(environ, stated, status):
-                return self.not_metered.note(reason, environ, status)
-            made = self._stated_events(environ, request, outcome, exchange)
-            if isinstance(made, str):
-                return self.not_metered.note(made, environ, status)
+            if reason := self._status_reason(environ, run_time, status):
+                return self.not_metered.count(reason, environ, status)
+            encoded = self._encode_events(environ, request, outcome, exchange)
+            if isinstance(encoded, str):
+                return self.not_metered.count(encoded, environ, status)
         except Exception:
             logger.exception(_LOST, "events")
-            return self.not_metered.note("error", environ, status)
+            return self.not_metered.count("error", environ, status)
         else:
             self._counts.metered += 1
-            return made
+            return encoded
         finally:
             if request.reserved:
-                # `_stated_events` did not settle it, so nothing is billed.
+                # Not settled by `_encode_events`, so nothing is billed: release all.
                 self.gate.settle(request, (), None)
 
-    def _of_route(self, environ: Environ) -> Billing | None:
-        """Return the billing of the route by which the framework served a request.
+    def _stricter_route_billing(self, environ: Environ) -> Billing | None:
+        """Return the billing of the framework's route, if that is stricter than this.
 
-        None if that route is unknown, or not stricter. No rule matched the path because
-        the framework reads it in another way, such as ``-5`` as an integer.
+        For a path that no rule matches although the framework served it by a route that
+        has a rule: frameworks parse some paths differently, such as ``-5`` as an
+        integer. `Routes` defines what is stricter.
         """
         routes, template = self.process.routes, route_of(environ)
         if routes is None or template is None:
@@ -232,15 +246,15 @@ class Billing:
         other = routes.by_template(template, environ, self)
         if other is not None:
             logger.warning(
-                "route %s: a path that no rule matches was served by it; billed by the "
-                "rule, and not asked for entitlements: write the rule in a form that "
-                "matches all that the framework serves, or decorate the view",
+                "route %s: served a path that its rule does not match; the request is "
+                "billed by the rule, but its entitlements were not checked; write the "
+                "rule so that it matches all paths of the route, or decorate the view",
                 template,
             )
         return other
 
     def _status_reason(
-        self, environ: Environ, stated: RunTimeMeters | None, status: str | None
+        self, environ: Environ, run_time: RunTimeUsage | None, status: str | None
     ) -> str | None:
         """Return the reason for not billing this status, None if it is billed."""
         if not status:
@@ -248,28 +262,28 @@ class Billing:
         if not self.bills(status):
             return "status"
         if is_options(environ) and not self._meter_options:
-            return "options" if stated or self._has_meters else "no_usage"
+            return "options" if run_time or self._has_meters else "no_usage"
         return None
 
-    def _stated_events(
+    def _encode_events(
         self,
         environ: Environ,
         request: RequestRecord,
         outcome: str,
         exchange: Exchange | None,
     ) -> Sequence[bytes] | str:
-        """Return the events, or the reason for having none."""
-        stated = request.usage
-        if reason := self._reason_for_nothing(stated, outcome, exchange):
+        """Return the encoded events, or the reason if nothing is billed."""
+        run_time = request.usage
+        if reason := self._reason_for_nothing(run_time, outcome, exchange):
             return reason
-        meters = self._meters(stated, outcome, exchange)
+        meters = self._meters(run_time, outcome, exchange)
         if isinstance(meters, str):
             return meters
         subject = self.subjects.find(environ)
         if subject is None and not all(meter.subject for meter in meters):
             all_meters, meters = meters, [meter for meter in meters if meter.subject]
             if not meters:
-                self._say_why_nobody(environ)
+                self._warn_of_missing_subject(environ)
                 return "no_subject"
             without = [meter.type for meter in all_meters if not meter.subject]
             self._counts.dropped["no_subject"] += len(without)
@@ -278,21 +292,21 @@ class Billing:
                 "request have one",
                 "no_subject", ", ".join(map(repr, without)),
             )  # fmt: skip
-        if stated is not None and stated.idempotency_key and outcome is COMPLETED:
-            meters = with_own_ids(environ, meters, stated.idempotency_key)
+        if run_time is not None and run_time.idempotency_key and outcome is COMPLETED:
+            meters = with_ids_per_subject(environ, meters, run_time.idempotency_key)
         events = encode_events(
             meters,
-            request_id=self.identity.of(environ, stated, subject, outcome),
+            request_id=self.id_source.id_of(environ, run_time, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
         kept = self._storable(events)
-        if self._counts_down:
+        if self._has_countdown:
             pairs = zip(meters, events, strict=True)
             self.gate.settle(request, [m for m, e in pairs if e in kept], subject)
         return kept or "message_too_large"
 
-    def _say_why_nobody(self, environ: Environ) -> None:
+    def _warn_of_missing_subject(self, environ: Environ) -> None:
         if (missing := self.subjects.missing_path(environ)) is None:
             logger.warning(
                 "%s: a request without subject is not billed (see subject, "
@@ -307,34 +321,34 @@ class Billing:
         )  # fmt: skip
 
     def _storable(self, events: list[bytes]) -> list[bytes]:
-        """Return the events small enough for OpenMeter; count and log the others."""
-        problems = [problem for each in events if (problem := size_problem(each))]
+        """Return the events that are small enough; count and log the others."""
+        problems = [problem for event in events if (problem := size_problem(event))]
         if not problems:
             return events
         for problem in problems:
             logger.error("%s: an event is not sent: %s", self.name, problem)
-        kept = [each for each in events if size_problem(each) is None]
+        kept = [event for event in events if size_problem(event) is None]
         if kept:
-            # Otherwise the whole request is counted, as one without events.
+            # If none is kept, the caller counts the whole request as not metered.
             self._counts.dropped["message_too_large"] += len(problems)
         return kept
 
     def _reason_for_nothing(
-        self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
+        self, run_time: RunTimeUsage | None, outcome: str, exchange: Exchange | None
     ) -> str | None:
-        """Return the reason for billing nothing, None if something may be billed."""
+        """Return the reason if outcome, view or ``meter_when`` rule out any event."""
         if self._part_billed(outcome) == "none":
             return outcome
-        if stated is not None and stated.is_unmetered:
+        if run_time is not None and run_time.is_unmetered:
             return "no_meter"
-        if stated is not None and None in stated.deferred:
+        if run_time is not None and None in run_time.deferred:
             return "deferred"
         if self._when is None or exchange is None:
             return None
-        wanted = self._when.value(exchange)
-        # If the value is unknown, the customer is not charged.
-        is_unknown = isinstance(wanted, Unknown)
-        return "meter_when" if is_unknown or not wanted else None
+        value = self._when.value(exchange)
+        # The customer is not charged if the value is unknown.
+        is_unknown = isinstance(value, Unknown)
+        return "meter_when" if is_unknown or not value else None
 
     def _part_billed(self, outcome: str) -> str:
         if outcome is COMPLETED:
@@ -343,28 +357,28 @@ class Billing:
         return policy.on_failure if outcome is FAILED else policy.on_abort
 
     def _meters(
-        self, stated: RunTimeMeters | None, outcome: str, exchange: Exchange | None
+        self, run_time: RunTimeUsage | None, outcome: str, exchange: Exchange | None
     ) -> Sequence[Meter] | str:
-        """Return the meters of the policy and of the handler together."""
+        """Return the meters of policy and handler, or the reason for having none."""
         policy = self.policy
         with_flat = self._part_billed(outcome) == "all"
-        usage = policy.static if with_flat else StatedUsage({}, ())
+        usage = policy.static if with_flat else CheckedUsage({}, ())
         missing: Sequence[tuple[str, Measure, str]] = ()
         if policy.measured and exchange is not None:
-            found = evaluate(
+            evaluated = evaluate(
                 [m for m in policy.measured if with_flat or m.is_quantity], exchange
             )
-            usage = StatedUsage(
-                {**usage.numbers, **found.usage.numbers},
-                (*usage.documents, *found.usage.documents),
+            usage = CheckedUsage(
+                {**usage.numbers, **evaluated.usage.numbers},
+                (*usage.documents, *evaluated.usage.documents),
             )
-            missing = found.missing
-            for each in found.missing:
-                self._warn_of_missing(exchange, *each)
-            self._tell_remarks(exchange)
-        if stated is not None:
-            usage = stated.merged(usage, with_flat=with_flat)
-            if stated.deferred and not usage.types:
+            missing = evaluated.missing
+            for meter_type, measure, reason in missing:
+                self._warn_of_missing(exchange, meter_type, measure, reason)
+            self._report_remarks(exchange)
+        if run_time is not None:
+            usage = run_time.merged(usage, with_flat=with_flat)
+            if run_time.deferred and not usage.types:
                 return "deferred"
         if meters := policy.as_meters(usage):
             for _, _, reason in missing:
@@ -374,7 +388,7 @@ class Billing:
             return f"no_value_{missing[0][2]}"
         return "no_usage" if with_flat else outcome
 
-    def _tell_remarks(self, exchange: Exchange) -> None:
+    def _report_remarks(self, exchange: Exchange) -> None:
         for remark in sorted(exchange.remarks):
             self._counts.remarks[remark] += 1
             logger.warning(_REMARKS[remark], self._where(exchange), remark)
@@ -413,10 +427,11 @@ def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
 
 
 class FastPath:
-    """Bills completed responses without run-time usage, from prepared templates.
+    """Encodes events of completed responses from prepared templates. Any thread.
 
-    Only for policies without measures and quotas. `Billing.events` makes the same
-    events of such a response, at twice the cost. Any thread.
+    Only for policies whose events depend on status and subject alone, and for requests
+    without run-time usage. For these `Billing.events` returns the same events, at twice
+    the cost.
     """
 
     def __init__(self, billing: Billing) -> None:
@@ -430,20 +445,19 @@ class FastPath:
         self._subjects = billing.subjects
         meters = billing.policy.static_meters
         self._templates = static_templates(meters, billing.policy.event_source)
-        #: The only template; None if there are several.
+        #: The template, if there is exactly one.
         self._template = self._templates[0] if len(self._templates) == 1 else None
-        #: The subject of requests without a caller; empty if the policy reads it from
-        #: the request.
+        #: The subject of requests without a caller, empty if it depends on the request.
         self._anonymous = billing.subjects.anonymous or ""
-        #: By status line: the reason for not billing it, None if it is billed.
+        #: Cache by status line: the reason for not billing it, None if it is billed.
         self._reasons: dict[str | None, str | None] = {}
 
-    def events(  # noqa: C901 - in one piece: a call would cost each request
+    def events(  # noqa: C901 - one function: a call costs each request
         self, environ: Environ, request: RequestRecord
     ) -> Sequence[bytes] | None:
-        """Return the events of a response; an empty sequence if it is not billed.
+        """Return the events of a response, empty if it is not billed.
 
-        None leaves the response to `Billing.events`, because it is an unusual one.
+        Return None if the fast path does not apply: use `Billing.events` then.
         """
         try:
             if request.usage is not None or environ["REQUEST_METHOD"] in OPTIONS:
@@ -452,7 +466,7 @@ class FastPath:
             try:
                 reason = self._reasons[status]
             except KeyError:
-                reason = self._learn(status)
+                reason = self._classify(status)
             subject = self._anonymous
             if reason is None and (
                 not subject or request.caller or "REMOTE_USER" in environ
@@ -460,12 +474,12 @@ class FastPath:
                 subject = self._subjects.find(environ) or ""
                 if len(subject) > SHORT_SUBJECT:
                     return None
-        except Exception:  # noqa: BLE001 - `Billing.events` meets it again, and logs it
+        except Exception:  # noqa: BLE001 - `Billing.events` gets it again and logs it
             return None
         if reason is not None:
             self._reason_counts[reason] += 1
             if self._is_audited or self._is_logged(DEBUG):
-                self._not_metered.tell(reason, environ, status)
+                self._not_metered.report(reason, environ, status)
             return ()
         if not subject:
             return None
@@ -485,8 +499,8 @@ class FastPath:
         self._counts.metered += 1
         return events
 
-    def _learn(self, status: str | None) -> str | None:
-        """Remember and return the reason for not billing a status line."""
+    def _classify(self, status: str | None) -> str | None:
+        """Cache and return the reason for not billing a status line."""
         if len(self._reasons) >= _MAX_STATUS_LINES:
             self._reasons = {}
         if not status:
@@ -499,31 +513,35 @@ class FastPath:
         return reason
 
 
-class Identity:
-    """Makes the request ids of one policy. One process, any thread."""
+class RequestIdSource:
+    """Returns the id of each request of one policy. One process, any thread.
+
+    The id is derived from the idempotency key, read from the trusted header, or
+    generated.
+    """
 
     def __init__(self, policy: Policy, ids: RequestIds) -> None:
         self._ids = ids
         header = policy.trusted_request_id_header
-        self._key = header and "HTTP_" + header.upper().replace("-", "_")
+        self._environ_key = header and "HTTP_" + header.upper().replace("-", "_")
 
     @property
-    def is_ours(self) -> bool:
-        """True if every id is generated here."""
-        return not self._key
+    def generates_all(self) -> bool:
+        """True unless ids are read from a header."""
+        return not self._environ_key
 
-    def of(
+    def id_of(
         self,
         environ: Mapping[str, Any],
-        stated: RunTimeMeters | None,
+        run_time: RunTimeUsage | None,
         subject: str | None,
         outcome: str,
     ) -> str:
-        """Return the id of a finished request."""
-        if stated is not None and stated.idempotency_key and outcome is COMPLETED:
-            return _derived_id(environ, subject, stated.idempotency_key)
-        if self._key:
-            given = str(environ.get(self._key, ""))
+        """Return the id of a request that ended with *outcome*."""
+        if run_time is not None and run_time.idempotency_key and outcome is COMPLETED:
+            return _derived_id(environ, subject, run_time.idempotency_key)
+        if self._environ_key:
+            given = str(environ.get(self._environ_key, ""))
             if (
                 given.isascii()
                 and given.isprintable()
@@ -533,12 +551,12 @@ class Identity:
         return self._ids.new()
 
 
-def with_own_ids(
+def with_ids_per_subject(
     environ: Mapping[str, Any], meters: Sequence[Meter], key: str
 ) -> list[Meter]:
-    """Return *meters*, with an id for each that has a subject of its own.
+    """Return *meters*, with an event id for each meter that has its own subject.
 
-    Two customers may use the same idempotency key, so the id includes the subject.
+    The id includes that subject: two customers may use the same idempotency key.
     """
     return [
         msgspec.structs.replace(
@@ -546,11 +564,11 @@ def with_own_ids(
         )
         if meter.subject and not meter.id
         else meter
-        for meter, suffix in numbered(meters)
+        for meter, suffix in with_id_suffixes(meters)
     ]
 
 
 def _derived_id(environ: Mapping[str, Any], subject: str | None, key: str) -> str:
-    """Return the id that all completed attempts of one operation share."""
+    """Return the id that all requests of one operation share."""
     path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
     return derived_id(subject or "", method_of(environ), path, key)

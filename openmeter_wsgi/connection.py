@@ -1,9 +1,14 @@
-"""HTTP connections to OpenMeter, and its answers read into errors."""
+"""HTTP connections to OpenMeter, and the errors that its answers mean.
+
+`Connection.request` sends one request within a `Deadline` and returns a `Reply`. The
+callers raise `delivery_error` for an unexpected reply. The rest of the module makes
+requests and urllib3 keep the deadline in each step of a connection.
+"""
 
 from __future__ import annotations
 
-# getaddrinfo() imports this codec on its first call; an import in a thread at the
-# moment of a fork leaves the child with a lock that nobody will release.
+# getaddrinfo() imports this codec on its first call. If a fork happens during that
+# import, the child inherits a lock that is never released.
 import encodings.idna  # noqa: F401
 import re
 import socket
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
 _TRY_LATER = {408, 429}
 _IS_HTML = re.compile(r"\s*<(!doctype +)?html", re.IGNORECASE)
 _TITLE = re.compile(r"<title[^<>]*>([^<]*)</title", re.IGNORECASE)
-#: A wait longer than this is taken for a mistake of the server.
+#: Maximum number of seconds of a Retry-After. A longer one counts as a mistake.
 MAX_RETRY_AFTER = 3_600.0
 
 
@@ -43,19 +48,19 @@ class Reply(NamedTuple):
     """An answer of the server."""
 
     status: int
-    #: Header names, in any case.
+    #: Case-insensitive.
     headers: Mapping[str, str]
-    #: The start of the body, without our key should the server repeat it.
+    #: The start of the body. Our key in it is replaced.
     body: bytes
 
     @property
     def date(self) -> float | None:
-        """When the server answered by its own clock, None if it does not say."""
-        return _moment(self.headers.get("Date", ""))
+        """The time of the answer by the server's clock, None without a Date header."""
+        return _parse_date(self.headers.get("Date", ""))
 
     @property
     def is_page(self) -> bool:
-        """True if it is a web page, as a proxy or a login shows it."""
+        """True if the body is a web page, such as one of a proxy or a login."""
         content_type = self.headers.get("Content-Type", "").lower()
         return "html" in content_type or self.body.lstrip()[:1] == b"<"
 
@@ -65,31 +70,31 @@ def delivery_error(reply: Reply) -> Unavailable | Misconfigured:
     status, headers, body = reply
     if status < 300 and reply.is_page:
         return Misconfigured("a web page instead of an OpenMeter server", status=status)
-    said = reason(body)
+    text = reason(body)
     if status in _TRY_LATER or 500 <= status <= 599:
         return Unavailable(
-            said,
+            text,
             status=status,
             retry_after=_retry_after(headers.get("Retry-After")),
-            # OpenMeter stops at the first event that it cannot process: those
-            # before it are taken. Nobody can say who else sends a 5xx, and when.
+            # OpenMeter stops at the first event that it cannot process and keeps the
+            # events before it. A 5xx of a proxy may also come after the events arrived.
             ambiguous=status >= 500,
         )
     if 300 <= status <= 399:
-        said = f"a redirect to {headers.get('Location')!r}, which is not followed"
-    return Misconfigured(said, status=status)
+        text = f"a redirect to {headers.get('Location')!r}, which is not followed"
+    return Misconfigured(text, status=status)
 
 
 def reason(body: bytes) -> str:
-    """Return the reason in an answer, also of a problem document (RFC 9457)."""
+    """Return the reason in the body of an answer, such as a problem (RFC 9457)."""
     text = body.decode(errors="replace")
     try:
         problem = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         problem = None
     if isinstance(problem, dict):
-        said = problem.get("detail") or _validation(problem) or problem.get("title")
-        text = str(said or text)
+        summary = problem.get("detail") or _validation(problem) or problem.get("title")
+        text = str(summary or text)
     elif _IS_HTML.match(text):
         title = _TITLE.search(text)
         words = title[1].split() if title else []
@@ -99,7 +104,7 @@ def reason(body: bytes) -> str:
 
 
 def _validation(problem: dict[str, Any]) -> str:
-    """Return the problems of single fields, which version 3 lists."""
+    """Return the validation errors of single fields, which API v3 lists."""
     extensions = problem.get("extensions")
     errors = extensions.get("validationErrors") if isinstance(extensions, dict) else ()
     if not isinstance(errors, list):
@@ -114,31 +119,32 @@ def _validation(problem: dict[str, Any]) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After asks for (RFC 9110, 10.2.3)."""
+    """Return the seconds in a Retry-After header (RFC 9110, 10.2.3)."""
     if value is None:
         return None
     if value.strip().isdecimal():
         return min(float(value), MAX_RETRY_AFTER)
-    if (moment := _moment(value)) is None:
+    if (moment := _parse_date(value)) is None:
         return None
     return min(max(moment - time.time(), 0.0), MAX_RETRY_AFTER)
 
 
-@lru_cache(maxsize=2)  # many answers come within a second
-def _moment(date: str) -> float | None:
-    """Return the time of an HTTP date in seconds since 1970, None if it is none."""
+@lru_cache(maxsize=2)  # many answers have the same date, with seconds
+def _parse_date(date: str) -> float | None:
+    """Return the time of an HTTP date in seconds since 1970, None if invalid."""
     try:
         return parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return None
 
 
-#: The most bytes read of an answer: enough for a log line.
+#: Maximum number of bytes read of an answer: enough for a log line.
 MAX_ANSWER_BYTES = 65_536
-#: Seconds to wait for the body of a 2xx answer, where only its status matters.
-_BODY_GRACE = 0.2
+#: Maximum number of seconds to wait for the body of a 2xx answer that is not needed.
+_BODY_TIMEOUT = 0.2
 
 
+#: Errors that occur before any byte of the request was sent.
 _UNCONNECTED = (
     urllib3.exceptions.NewConnectionError,
     urllib3.exceptions.ConnectTimeoutError,
@@ -146,7 +152,7 @@ _UNCONNECTED = (
 
 
 class _Bearer(AuthBase):
-    """The key, or none. Given always, or requests would look into a .netrc."""
+    """The API key, or no key. Without an auth object requests would read a .netrc."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -158,11 +164,11 @@ class _Bearer(AuthBase):
 
 
 class Connection:
-    """Requests to one server under one key.
+    """An HTTP connection to one server with one API key.
 
-    Belongs to one thread of one process. Verification of certificates, proxies
-    and CA bundles are as requests does them. Redirects are never followed: a 301
-    makes a GET of a POST, whose 200 would pass for a delivery.
+    Belongs to one thread of one process. Proxies, CA bundles and the verification of
+    certificates are those of requests. Redirects are never followed: a 301 turns a POST
+    into a GET, whose 200 would look like a delivery.
     """
 
     def __init__(
@@ -179,9 +185,9 @@ class Connection:
         self._needs_body = needs_body
         self._deadline = Deadline()
         self._session: requests.Session | None = None
-        #: The arguments of the last request, and the request made of them.
-        self._asked: tuple[object, ...] = ()
-        self._request = requests.PreparedRequest()
+        #: The last prepared request and its arguments, for reuse.
+        self._prepared_from: tuple[object, ...] = ()
+        self._prepared = requests.PreparedRequest()
 
     def request(
         self,
@@ -191,7 +197,7 @@ class Connection:
         data: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """Send one request; after a 401 once more, if the key is another one now.
+        """Send one request; after a 401 send it again if the key has changed.
 
         :raises Unavailable: if there is no answer.
         :raises Misconfigured: if no attempt can succeed with this configuration.
@@ -200,7 +206,7 @@ class Connection:
         if reply.status == 401 and self._renew_key():
             reply = self._attempt(method, url, data, headers)
         if not reply.body and reply.status < 300:
-            return reply  # nothing of it is told to anybody
+            return reply  # no text of it is logged
         return reply._replace(
             body=self._without_key(reply.body),
             headers=CaseInsensitiveDict(
@@ -229,11 +235,11 @@ class Connection:
         session = self._session = self._session or _new_session(url, deadline)
         deadline.begin(self._timeout)
         try:
-            request = self._prepared(session, method, url, headers)
+            request = self._prepare(session, method, url, headers)
             if data is not None:
                 request.body = data
                 request.headers["Content-Length"] = str(len(data))
-            # Past the session, which would only look for redirects, hooks and cookies.
+            # Not through the session, which would handle redirects, hooks and cookies.
             response = session.get_adapter(url).send(
                 request,
                 stream=True,
@@ -243,18 +249,18 @@ class Connection:
             )
             request.body = None
             if deadline.is_over:
-                # To the parser, headers that were cut off are a whole answer.
+                # The parser accepts headers that were cut off by the deadline.
                 response.close()
                 raise requests.ReadTimeout
             if response.status_code < 200:
-                # The answer itself comes after it, and would be taken for the next.
+                # The final answer follows, and must not answer the next request.
                 response.close()
                 raise Unavailable(
                     f"{response.status_code} in place of an answer", ambiguous=True
                 )
             body = self._read(response)
         except (OSError, ValueError) as error:
-            self.close()  # what is wrong may be in the environment, and set right there
+            self.close()  # a new session reads the environment, which may be corrected
             if deadline.is_over:
                 error = _timeout_error(error, self._timeout)
             raise self._no_answer(error, url) from error
@@ -269,12 +275,12 @@ class Connection:
         """
         has_body = response.raw.length_remaining != 0
         if has_body and not self._needs_body and 200 <= response.status_code < 300:
-            self._deadline.shorten(_BODY_GRACE)
-        at_most = self._max_answer_bytes
+            self._deadline.shorten(_BODY_TIMEOUT)
+        limit = self._max_answer_bytes
         chunks: list[bytes] = []
         size = 0
         try:
-            while size < at_most and (chunk := response.raw.read1(at_most - size)):
+            while size < limit and (chunk := response.raw.read1(limit - size)):
                 chunks.append(chunk)
                 size += len(chunk)
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -282,17 +288,20 @@ class Connection:
             if self._needs_body and self._deadline.is_over:
                 raise requests.ReadTimeout(error) from error
         else:
-            if size == at_most:
-                response.close()  # the rest stays unread, so the connection ends here
+            if size == limit:
+                response.close()  # unread bytes: the connection cannot be used again
         return b"".join(chunks)
 
     def _no_answer(self, error: OSError | ValueError, url: str) -> DeliveryError:
-        """Return the error of an attempt without an answer, which may have arrived."""
+        """Return the error of an attempt without an answer.
+
+        It is ambiguous if the request may have arrived.
+        """
         reason = self._text_without_key(_innermost_message(error))
         if isinstance(error, requests.exceptions.InvalidURL) or (
             isinstance(error, ValueError) and not isinstance(error, OSError)
         ):
-            # OpenMeter's URL was parsed earlier, so this is the proxy's. It is not
+            # OpenMeter's URL was parsed earlier, so the URL is the proxy's. It is not
             # logged: it may hold a password.
             return Misconfigured(
                 "the URL of the proxy cannot be parsed (see http_proxy, ...)"
@@ -306,33 +315,33 @@ class Connection:
         cause = getattr(cause, "reason", cause)
         where = urlsplit(url).netloc.rpartition("@")[2]
         if isinstance(cause, urllib3.exceptions.ProxyError):
-            # urllib3 raises it also if the connection breaks after the request.
+            # urllib3 also raises it if the connection breaks after the request.
             cause, where = cause.original_error, f"{where} through a proxy"
         never_connected = isinstance(cause, _UNCONNECTED)
-        # A refused tunnel raises exactly OSError, so nothing was sent.
+        # A refused tunnel raises exactly OSError, and then no byte was sent.
         return Unavailable(
             f"{where}: {reason}",
             ambiguous=not never_connected and type(cause) is not OSError,
         )
 
-    def _prepared(
+    def _prepare(
         self,
         session: requests.Session,
         method: str,
         url: str,
         headers: Mapping[str, str] | None,
     ) -> requests.PreparedRequest:
-        """Return a request without its body; the last one, if it was the same.
+        """Return a request without its body, the last one if the arguments are equal.
 
-        Preparing one takes as long as sending it.
+        To prepare a request takes as long as to send it.
         """
         key = self._current_key()
-        asked = (method, url, headers, key)
-        if asked != self._asked:
+        arguments = (method, url, headers, key)
+        if arguments != self._prepared_from:
             request = requests.Request(method, url, headers=headers, auth=_Bearer(key))
-            self._request = session.prepare_request(request)
-            self._asked = asked
-        return self._request
+            self._prepared = session.prepare_request(request)
+            self._prepared_from = arguments
+        return self._prepared
 
     def _without_key(self, body: bytes) -> bytes:
         key = self._key.known
@@ -358,7 +367,7 @@ class Connection:
 
 
 class _Adapter(HTTPAdapter):
-    """Makes connections that keep a deadline, to a server or to a proxy."""
+    """A transport adapter whose connections keep a deadline, also those to a proxy."""
 
     def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
@@ -367,16 +376,16 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         """Make the pools of direct connections."""
         super().init_poolmanager(*arguments, **options)
-        self._limit(self.poolmanager)
+        self._set_pool_classes(self.poolmanager)
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         """Return the pools of the connections to a proxy."""
         manager = super().proxy_manager_for(proxy, **options)
-        if type(manager) is urllib3.ProxyManager:  # not one of SOCKS
-            self._limit(manager)
+        if type(manager) is urllib3.ProxyManager:  # not a SOCKS proxy
+            self._set_pool_classes(manager)
         return manager
 
-    def _limit(self, manager: Any) -> None:
+    def _set_pool_classes(self, manager: Any) -> None:
         manager.pool_classes_by_scheme = {
             "http": partial(_HTTPPool, self._deadline),
             "https": partial(_HTTPSPool, self._deadline),
@@ -401,7 +410,7 @@ class _HTTPConnection(urllib3.connection.HTTPConnection):
         self._deadline = deadline
 
     def _new_conn(self) -> socket.socket:
-        connected = _connected(self, self._deadline)
+        connected = _connect(self, self._deadline)
         self._deadline.watch(connected)
         return connected
 
@@ -412,21 +421,21 @@ class _HTTPSConnection(urllib3.connection.HTTPSConnection):
         self._deadline = deadline
 
     def _new_conn(self) -> socket.socket:
-        connected = _connected(self, self._deadline)
-        # The handshake makes another object of the same socket.
+        connected = _connect(self, self._deadline)
+        # The TLS handshake replaces this object by another one of the same socket.
         self._deadline.watch(connected, copy=True)
         return connected
 
     def connect(self) -> None:
-        """Connect, and shake hands."""
+        """Connect, and do the TLS handshake."""
         super().connect()
         self._deadline.watch(self.sock)
 
 
-def _connected(
+def _connect(
     connection: urllib3.connection.HTTPConnection, deadline: Deadline
 ) -> socket.socket:
-    """Open a connection as urllib3 does, to a name that is resolved in time."""
+    """Open a connection as urllib3 does, but resolve the name within the deadline."""
     host, port = connection.host.strip("[]"), connection.port
     failure: OSError = OSError(f"the name {host} has no address")
     try:
@@ -454,24 +463,24 @@ def _connected(
 
 
 def _new_session(url: str, deadline: Deadline) -> requests.Session:
-    """Return a session that has looked at the environment.
+    """Return a session with the proxies and CA bundle of the environment.
 
-    Left to itself it would read all of it again for every request, which takes as long
-    as the rest of one.
+    By default requests reads the environment again for each request, which takes as
+    long as the rest of the request.
     """
     session = requests.Session()
     for scheme in ("https://", "http://"):
         session.mount(scheme, _Adapter(deadline))
     session.headers["User-Agent"] = f"openmeter_wsgi/{VERSION}"
-    found = session.merge_environment_settings(url, {}, True, None, None)
-    session.proxies.update(found["proxies"])
-    session.verify = found["verify"]
+    settings = session.merge_environment_settings(url, {}, True, None, None)
+    session.proxies.update(settings["proxies"])
+    session.verify = settings["verify"]
     session.trust_env = False
     return session
 
 
 def _timeout_error(error: OSError | ValueError, timeout: float) -> OSError | ValueError:
-    """Return the error of an attempt that was ended by its deadline."""
+    """Return the error of an attempt that its deadline has ended."""
     never_connected = isinstance(error, requests.exceptions.ConnectTimeout) or (
         isinstance(getattr(error.args and error.args[0], "reason", None), _UNCONNECTED)
     )
@@ -481,8 +490,7 @@ def _timeout_error(error: OSError | ValueError, timeout: float) -> OSError | Val
 
 
 def _innermost_message(error: BaseException) -> str:
-    """Return the error of the operating system, without the wrapping of each layer."""
+    """Return the message of the innermost error, often the operating system's."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    said = getattr(error, "strerror", None) or str(error)
-    return f"{said or type(error).__name__}"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,8 +1,9 @@
-"""One deadline for all of an attempt: name resolution, connection, request and answer.
+"""One deadline for a whole attempt: name resolution, connection, request and answer.
 
-The timeout of a socket bounds each wait for a byte, so a server that answers byte by
-byte could hold its client for ever. Here a timer shuts the socket down. To resolve a
-name cannot be stopped: it runs in a thread of its own, and whoever waits is released.
+The timeout of a socket bounds each single wait for a byte: a server that answers byte
+by byte could block its client for ever. So a timer thread shuts the socket down at the
+deadline. A name resolution cannot be interrupted. It runs in another thread, and the
+caller stops waiting for it at the deadline.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any
 
 from openmeter_wsgi.threads import Wakeup
 
-#: So many threads of a process may hang in a name resolution; no other is started.
+#: Maximum number of threads of a process that hang in a name resolution.
 MAX_STUCK = 2
-#: The threads that resolve a name, of each process, by its id.
+#: The threads that resolve a name, by the id of their process.
 _resolving: dict[int, list[threading.Thread]] = {}
 
 
 class Deadline:
-    """The time that an attempt has, over and over again. Belongs to one connection.
+    """A timer for the attempts of one connection, one after the other.
 
-    The first attempt starts its thread, and `close` ends it. Between attempts it sleeps
-    without a timeout.
+    The first attempt starts the timer's thread and `close` ends it. Between attempts
+    the thread sleeps without a timeout.
     """
 
     def __init__(self) -> None:
@@ -35,16 +36,16 @@ class Deadline:
         self._wakeup = Wakeup()
         self._thread: threading.Thread | None = None
         self._is_idle = False
-        #: When the attempt ends, None if there is none.
+        #: The end of the attempt (monotonic clock), None between attempts.
         self._ends_at: float | None = None
         self._socket: weakref.ref[socket.socket] | None = None
-        #: Of a socket whose TLS handshake takes it from hand to hand: its own copy.
+        #: A duplicate of the socket during a TLS handshake, which replaces the object.
         self._copy: socket.socket | None = None
-        #: Whether the time of the last attempt was over before it ended.
+        #: True if the deadline has ended the last attempt.
         self.is_over: bool = False
 
     def begin(self, seconds: float) -> None:
-        """Begin an attempt that ends in so many *seconds*."""
+        """Begin an attempt that may last a number of *seconds*."""
         with self._guard:
             self.is_over = False
             self._ends_at = time.monotonic() + seconds
@@ -55,26 +56,28 @@ class Deadline:
             self._wakeup.set()
 
     def shorten(self, seconds: float) -> None:
-        """Let the attempt end in so many *seconds*, if that is earlier."""
+        """Limit the rest of the attempt to a number of *seconds*."""
         with self._guard:
             if self._ends_at is not None:
-                earlier = time.monotonic() + seconds
-                self._ends_at = min(self._ends_at, earlier)
+                self._ends_at = min(self._ends_at, time.monotonic() + seconds)
         self._wakeup.set()
 
     def end(self) -> None:
-        """End the attempt: its socket is left alone from now on."""
+        """End the attempt, and keep its socket open."""
         with self._guard:
             self._ends_at = None
 
     @property
     def left(self) -> float:
-        """The seconds that are left of the attempt."""
+        """The seconds until the deadline, 0 between attempts."""
         ends_at = self._ends_at
         return 0.0 if ends_at is None else max(ends_at - time.monotonic(), 0.0)
 
     def watch(self, connected: socket.socket, *, copy: bool = False) -> None:
-        """Let *connected* be what is shut down; a *copy* until the next call."""
+        """Shut the socket *connected* down at the deadline.
+
+        With *copy* a duplicate of it is shut down, until the next call.
+        """
         duplicate = connected.dup() if copy else None
         with self._guard:
             before, self._copy = self._copy, duplicate
@@ -92,7 +95,7 @@ class Deadline:
         self._wakeup.set()
 
     def _start(self) -> None:
-        # One for each thread: an earlier one may not have ended yet.
+        # A new one for each thread: an earlier thread may not have ended yet.
         self._wakeup = Wakeup()
         self._thread = threading.Thread(
             target=self._run,
@@ -103,7 +106,7 @@ class Deadline:
         try:
             self._thread.start()
         except RuntimeError:
-            self._thread = None  # no more threads: the socket's own timeout has to do
+            self._thread = None  # no more threads: only the socket's own timeout works
 
     def _run(self, wakeup: Wakeup) -> None:
         while True:
@@ -129,46 +132,46 @@ class Deadline:
     def addresses(self, host: str, port: int) -> list[str]:
         """Return the addresses of *host*.
 
-        :raises TimeoutError: if they are not known in time.
-        :raises socket.gaierror: if there are none.
+        :raises TimeoutError: if the name is not resolved in time.
+        :raises socket.gaierror: if the name has no address.
         """
-        found: list[Any] = []
+        results: list[Any] = []
         done = Wakeup()
 
         def resolve() -> None:
             try:
-                found.append(_resolved(host, port))
+                results.append(_resolve(host, port))
             except OSError as error:
-                found.append(error)
+                results.append(error)
             done.set()
 
         with contextlib.suppress(OSError):
-            return _resolved(host, port, socket.AI_NUMERICHOST)
-        if not _in_thread(resolve):
+            return _resolve(host, port, socket.AI_NUMERICHOST)
+        if not _run_in_thread(resolve):
             resolve()
         done.wait(self.left)
-        if not found:
+        if not results:
             raise TimeoutError(f"the name {host} is not resolved in time")
-        if isinstance(found[0], OSError):
-            raise found[0]
-        addresses: list[str] = found[0]
+        if isinstance(results[0], OSError):
+            raise results[0]
+        addresses: list[str] = results[0]
         return addresses
 
 
-def _resolved(host: str, port: int, flags: int = 0) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+def _resolve(host: str, port: int, flags: int = 0) -> list[str]:
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return list(dict.fromkeys(str(address[0]) for *_, address in entries))
 
 
-def _in_thread(resolve: Any) -> bool:
-    """Run *resolve* in a thread; False if there can be none.
+def _run_in_thread(resolve: Any) -> bool:
+    """Run *resolve* in a thread; return False if no thread can be started.
 
-    :raises OSError: if others are stuck already.
+    :raises TimeoutError: if the maximum number of threads hangs already.
     """
-    here = _resolving.setdefault(os.getpid(), [])
-    here[:] = [thread for thread in here if thread.is_alive()]
-    if len(here) >= MAX_STUCK:
-        raise TimeoutError(f"{len(here)} name resolutions hang already")
+    threads = _resolving.setdefault(os.getpid(), [])
+    threads[:] = [thread for thread in threads if thread.is_alive()]
+    if len(threads) >= MAX_STUCK:
+        raise TimeoutError(f"{len(threads)} name resolutions hang already")
     thread = threading.Thread(
         target=resolve, name="openmeter_wsgi.resolve", daemon=True
     )
@@ -176,5 +179,5 @@ def _in_thread(resolve: Any) -> bool:
         thread.start()
     except RuntimeError:
         return False
-    here.append(thread)
+    threads.append(thread)
     return True

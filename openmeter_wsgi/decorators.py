@@ -1,6 +1,8 @@
-"""The decorators `meter` and `no_meter` of views.
+"""The decorators `meter` and `no_meter` for views.
 
-A decorator may be applied again for each request, inside a view or a class.
+They bill a request by the options of its view in place of those of its route. A view
+may be decorated anew in each request, for example a function inside another view. So
+equal options are interned (`intern_options`): each set of options has one `Billing`.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.handlers import require_entitlements
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
-from openmeter_wsgi.framework_routes import SAYS, note_decorated
+from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, note_decorated
 from openmeter_wsgi.measures import Measure
 from openmeter_wsgi.policy import view_problems
 from openmeter_wsgi.request import (
     SETTLED,
     environ_of,
-    leave_unmetered,
+    mark_unmetered,
     metered_request,
-    open_record,
+    unsettled_record,
 )
 
 if TYPE_CHECKING:
@@ -36,37 +38,37 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-
-#: The most sets of options that are remembered of one view.
-MAX_KNOWN = 1_000
-#: No option is nested deeper, but a function may refer to itself.
+#: Maximum number of interned sets of options per view.
+MAX_OPTION_SETS = 1_000
+#: Maximum depth of nested values in a key. A function may refer to itself.
 _MAX_DEPTH = 12
 
-#: By the name of the view.
-_known: defaultdict[str, dict[Hashable, dict[str, Any]]] = defaultdict(dict)
+#: Interned options: by the name of the view, then by a key of their content.
+_interned: defaultdict[str, dict[Hashable, dict[str, Any]]] = defaultdict(dict)
 
 
-def known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the first options of the view *name* with the same content.
+def intern_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the first options of the view *name* that were equal to *options*.
 
-    Any thread. Beyond `MAX_KNOWN` it returns *options* themselves, with a warning.
+    With more than `MAX_OPTION_SETS` sets per view, return *options* and log a warning.
+    Any thread.
     """
-    of_view = _known[name]
-    content = _content(options, 0)
-    if (found := of_view.get(content)) is not None:
-        return found
-    if len(of_view) >= MAX_KNOWN:
+    of_view = _interned[name]
+    content = _content_key(options, 0)
+    if (interned := of_view.get(content)) is not None:
+        return interned
+    if len(of_view) >= MAX_OPTION_SETS:
         logger.warning(
-            "%s: @meter is applied again and again with other options; each time takes "
-            "memory that is never freed: apply it once",
+            "%s: @meter is applied again and again with different options, and each "
+            "time takes memory that is never freed; apply it once",
             name,
         )
         return options
     return of_view.setdefault(content, options)
 
 
-class _Same:
-    """Keeps an object, and is equal only to a `_Same` of that object."""
+class _ByIdentity:
+    """A key that is equal only to a key of the same object."""
 
     __slots__ = ("_object",)
 
@@ -74,42 +76,42 @@ class _Same:
         self._object = thing
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._object is self._object
+        return isinstance(other, _ByIdentity) and other._object is self._object
 
     def __hash__(self) -> int:
         return id(self._object)
 
 
-def _content(value: object, depth: int) -> Hashable:
-    """Return a hashable key, equal for equal values only."""
+def _content_key(value: object, depth: int) -> Hashable:
+    """Return a hashable key. Keys are equal only if the values are equal."""
     if depth > _MAX_DEPTH:
-        return _Same(value)
+        return _ByIdentity(value)
     inner = depth + 1
     if isinstance(value, Mapping):
-        return "mapping", *((key, _content(v, inner)) for key, v in value.items())
+        return "mapping", *((key, _content_key(v, inner)) for key, v in value.items())
     if isinstance(value, list | tuple):
-        return "sequence", *(_content(each, inner) for each in value)
+        return "sequence", *(_content_key(item, inner) for item in value)
     if isinstance(value, Measure):
-        return "measure", *(_content(each, inner) for each in value.content)
+        return "measure", *(_content_key(item, inner) for item in value.content)
     if isinstance(value, FunctionType):
-        return _content_of_function(value, inner)
+        return _function_key(value, inner)
     try:
         hash(value)
     except TypeError:
-        return _Same(value)
-    # 1, 1.0 and True are equal, but differ on an invoice.
+        return _ByIdentity(value)
+    # With the type: 1, 1.0 and True are equal, but are billed differently.
     return type(value), value
 
 
-def _content_of_function(function: FunctionType, depth: int) -> Hashable:
-    """Return a key of the code of a function, its defaults and its closure."""
+def _function_key(function: FunctionType, depth: int) -> Hashable:
+    """Return a key of a function: its code, default arguments and closure."""
     cells = function.__closure__ or ()
     try:
         closed_over = [cell.cell_contents for cell in cells]
-    except ValueError:  # not assigned yet
-        return _Same(function)
-    own = [function.__defaults__, function.__kwdefaults__, *closed_over]
-    return function.__code__, *(_content(each, depth) for each in own)
+    except ValueError:  # a variable of the closure is not assigned yet
+        return _ByIdentity(function)
+    values = [function.__defaults__, function.__kwdefaults__, *closed_over]
+    return function.__code__, *(_content_key(item, depth) for item in values)
 
 
 P = ParamSpec("P")
@@ -119,14 +121,15 @@ R = TypeVar("R")
 def meter(
     **options: Unpack[RouteOptions],
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Meter the requests of a view by *options*, as those of a route in ``routes``.
+    """Meter the requests of a view by *options*, the same as of a route in ``routes``.
 
-    The view inherits the options that it does not name from the policy of the request.
-    It works for Flask, Django, Bottle and Pyramid, and for all views that get a request
-    as an argument. Required entitlements are checked when the view is called, and
-    `duration()` counts from there.
+    Options that are not given are inherited from the policy of the route. Works with
+    Flask, Django, Bottle and Pyramid, and with any view that gets the request as an
+    argument. When the view is called, required entitlements are checked, and the time
+    of :func:`duration` starts.
 
-    :raises ConfigError: if an option is wrong, or is one of the whole middleware.
+    :raises ConfigError: if an option is invalid, or applies only to the whole
+        middleware.
     """
     given: dict[str, Any] = {**options}
     if problems := view_problems(given):
@@ -134,15 +137,15 @@ def meter(
 
     def decorate(view: Callable[P, R]) -> Callable[P, R]:
         name = f"view {getattr(view, '__qualname__', view)}"
-        # The billing of the view is made once for these options, and kept.
-        own_options = known_options(name, given)
+        # Interned: the billing is stored by the identity of these options.
+        own_options = intern_options(name, given)
 
         def begin(args: tuple[object, ...]) -> None:
             environ = _metered_environ(args)
             if environ is None:
                 logger.warning(
                     "%s: called outside a metered request, so it is not billed: "
-                    "routes says None for its route, or for '*'",
+                    "the option routes has None for its route, or for '*'",
                     name,
                 )
                 return
@@ -150,7 +153,7 @@ def meter(
             if required := given.get("required_entitlements"):
                 require_entitlements(environ, *required)
 
-        return _beginning(view, begin, given)
+        return _wrap_view(view, begin, given)
 
     return decorate
 
@@ -158,8 +161,8 @@ def meter(
 def _bill_as_view(
     environ: dict[str, Any], name: str, options: Mapping[str, Any]
 ) -> None:
-    """Bill a request by its view's *options*, on top of those of its route."""
-    record = open_record(environ, "meter")
+    """Bill a request by the *options* of its view, and else by those of its route."""
+    record = unsettled_record(environ, "meter")
     if record is None or record.billing is None:
         return
     billing = record.billing = record.billing.variant(name, options)
@@ -170,25 +173,25 @@ def _bill_as_view(
     if record.capture is None:
         record.capture = ResponseCapture(environ, billing.bodies, is_late=True)
     else:
-        record.capture.look_at(billing.bodies)
+        record.capture.add_readers(billing.bodies)
 
 
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:
-    """Leave the requests of a view unmetered."""
+    """Exclude the requests of a view from metering: they are counted, not billed."""
 
     def begin(args: tuple[object, ...]) -> None:
         if (environ := _metered_environ(args)) is not None:
-            leave_unmetered(environ)
+            mark_unmetered(environ)
 
-    return _beginning(view, begin, None)
+    return _wrap_view(view, begin, None)
 
 
-def _beginning(
+def _wrap_view(
     view: Callable[P, R],
     begin: Callable[[tuple[object, ...]], None],
-    says: dict[str, Any] | None,
+    options: dict[str, Any] | None,
 ) -> Callable[P, R]:
-    """Return *view* with a call of *begin* before it; async if *view* is async."""
+    """Return a view that calls *begin*, then *view*. It is async if *view* is async."""
 
     @functools.wraps(view)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -201,18 +204,18 @@ def _beginning(
         return await view(*args, **kwargs)  # type: ignore[misc]
 
     # A framework awaits the result of a view only if the view itself is async.
-    begun: Any = awaited if _is_awaited(view) else called
-    # Pyramid reads the parameters of a view.
+    wrapper: Any = awaited if _is_async(view) else called
+    # Pyramid inspects the parameters of a view.
     with contextlib.suppress(ValueError, TypeError):
-        begun.__signature__ = inspect.signature(view)
-    setattr(begun, SAYS, says)
+        wrapper.__signature__ = inspect.signature(view)
+    setattr(wrapper, OPTIONS_ATTRIBUTE, options)
     note_decorated(view)
-    wrapped: Callable[P, R] = begun
-    return wrapped
+    typed_wrapper: Callable[P, R] = wrapper
+    return typed_wrapper
 
 
-def _is_awaited(view: object) -> bool:
-    # Django marks a function that only hands on to one with `async def`.
+def _is_async(view: object) -> bool:
+    # asgiref also knows functions that Django marks as async without `async def`.
     asgiref = sys.modules.get("asgiref.sync")
     is_coroutine_function: Callable[[object], bool] = (
         inspect.iscoroutinefunction if asgiref is None else asgiref.iscoroutinefunction
@@ -220,19 +223,19 @@ def _is_awaited(view: object) -> bool:
     return is_coroutine_function(view)
 
 
-def asks_itself(view: object) -> bool:
+def checks_own_entitlements(view: object) -> bool:
     """Return True if a view checks its own entitlements, or is not metered.
 
-    Then the entitlements of its policy are not checked before it is called.
+    The entitlements of the policy are not checked before such a view is called.
     """
-    options = getattr(view, SAYS, {})
+    options = getattr(view, OPTIONS_ATTRIBUTE, {})
     return options is None or "required_entitlements" in options
 
 
 def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
-    """Return the environ of the metered request of a view, None if there is none."""
+    """Return the environ of the metered request, found by the *args* of a view."""
     for argument in _requests(args):
-        # Another decorator may pass a mapping of its own, such as a user.
+        # An argument may be a dictionary that is no environ, such as a user.
         environ = environ_of(argument)
         if metered_request(environ) is not None:
             return environ
@@ -240,16 +243,16 @@ def _metered_environ(args: tuple[object, ...]) -> dict[str, Any] | None:
 
 
 def _requests(args: tuple[object, ...]) -> Iterator[object]:
-    """Yield objects that may be the request of a view that is called with *args*."""
+    """Yield all objects that may be the request of a view called with *args*."""
     for argument in args:
         yield argument
-        # A view class of Pyramid keeps it in an attribute.
+        # View classes of Pyramid store the request in an attribute.
         yield getattr(argument, "request", None)
     flask = sys.modules.get("flask")
     if flask is not None and flask.has_request_context():
         yield flask.request
     bottle = sys.modules.get("bottle")
-    # Outside a request it has no environ, or that of the last request.
+    # Outside a request, Bottle has no environ, or that of the last request.
     with contextlib.suppress(RuntimeError):
         environ = None if bottle is None else bottle.request.environ
         request = metered_request(environ)

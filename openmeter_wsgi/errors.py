@@ -1,19 +1,22 @@
-"""Errors for users to catch, and errors between client and sender.
+"""The exceptions of this package.
+
+Applications may catch the first four. `SpoolError` and `DeliveryError` are internal:
+queue and sender catch them, and no request sees them.
 
 ::
 
     OpenMeterWSGIError
-    ├─ ConfigError (ValueError)      a configuration, at construction, all at once
-    ├─ MeterValueError (ValueError)  the caller's own value, raised where it is made
-    ├─ TicketError (ValueError)      a ticket that cannot be settled
-    ├─ SpoolError                    the spool's disk; never reaches a request
-    │   └─ SpoolFull                 no room for another segment
-    └─ DeliveryError                 one attempt to send; never leaves the sender
-        ├─ Unavailable               no answer, 408, 429, 5xx: tried again later
-        ├─ Misconfigured             wrong key or address: kept until it is corrected
-        ├─ Expired                   unanswered for longer than the resend window
-        ├─ Deposed                   another process has become the sender meanwhile
-        └─ Rejected                  400, 413: something in this batch is refused
+    ├─ ConfigError (ValueError)      invalid configuration; raised by constructors
+    ├─ MeterValueError (ValueError)  invalid meters; raised by the call that got them
+    ├─ TicketError (ValueError)      invalid or expired ticket
+    ├─ SpoolError                    the spool directory cannot be written
+    │   └─ SpoolFull                 disk full, or max_spool_bytes reached
+    └─ DeliveryError                 one attempt to send a batch failed
+        ├─ Unavailable               no answer, 408, 429, 5xx: retried later
+        ├─ Misconfigured             wrong key or address: events kept until corrected
+        ├─ Expired                   no answer for longer than resend_window
+        ├─ Deposed                   another process has become the sender
+        └─ Rejected                  400, 413: at least one event is invalid
 """
 
 from __future__ import annotations
@@ -30,12 +33,12 @@ NOT_ON_WINDOWS = (
     "openmeter_wsgi runs on Linux, macOS and other POSIX systems, not on Windows: use "
     "WSL or a container"
 )
-#: The most characters that are kept of a text from a server or operating system.
+#: Maximum number of characters kept of a text from a server or the operating system.
 MAX_REASON = 500
 
 
-def shown(value: object) -> str:
-    """Return the repr of *value* for the text of an error. Never raises."""
+def safe_repr(value: object) -> str:
+    """Return the repr of *value* for an error message. Never raises."""
     try:
         return repr(value)
     except Exception:  # noqa: BLE001 - also an integer of more than 4,300 digits
@@ -43,7 +46,7 @@ def shown(value: object) -> str:
 
 
 def missing_extra(missing: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
-    """Return *missing* as an error that says how to install the *extra* with it."""
+    """Return an error like *missing* that tells how to install the *extra*."""
     return ModuleNotFoundError(
         f"openmeter_wsgi.{extra}: {missing.name} is not installed; run: "
         f"pip install 'openmeter_wsgi[{extra}]'",
@@ -52,13 +55,13 @@ def missing_extra(missing: ModuleNotFoundError, extra: str) -> ModuleNotFoundErr
 
 
 class OpenMeterWSGIError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all exceptions of this package."""
 
 
 class ConfigError(OpenMeterWSGIError, ValueError):
-    """A configuration that cannot work, with all of its problems."""
+    """An invalid configuration, with all of its problems at once."""
 
-    #: One sentence a problem: the option, what was expected, what was given.
+    #: One sentence per problem: the option, the expected value, the given value.
     problems: tuple[str, ...]
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -70,29 +73,29 @@ class ConfigError(OpenMeterWSGIError, ValueError):
 
 
 class MeterValueError(OpenMeterWSGIError, ValueError):
-    """A meter that OpenMeter would refuse, or would count wrong or not at all."""
+    """A meter value that OpenMeter would reject, ignore or count incorrectly."""
 
 
 class TicketError(OpenMeterWSGIError, ValueError):
-    """A ticket that is refused: altered, signed with another secret, or expired."""
+    """A ticket that was altered, was signed with another secret, or has expired."""
 
 
 class SpoolError(OpenMeterWSGIError):
-    """The spool cannot take an event: it waits in memory, or is counted as dropped."""
+    """An event could not be written to the spool. It stays in memory or is dropped."""
 
 
 class SpoolFull(SpoolError):
-    """The disk is full, or the spool has reached its bound."""
+    """The disk is full, or the spool has reached ``max_spool_bytes``."""
 
 
 class DeliveryError(OpenMeterWSGIError):
-    """One attempt to deliver a batch that did not succeed."""
+    """A failed attempt to deliver a batch."""
 
-    #: The HTTP status, or None where there was no answer.
+    #: The HTTP status, None without an answer.
     status: int | None
-    #: The wait in seconds that the server asked for, at most an hour.
+    #: Seconds to wait that the server asked for, at most an hour.
     retry_after: float | None
-    #: Whether the server may have taken events of the batch all the same.
+    #: True if the server may have accepted events of the batch nevertheless.
     ambiguous: bool
 
     def __init__(
@@ -111,20 +114,20 @@ class DeliveryError(OpenMeterWSGIError):
 
 
 class Unavailable(DeliveryError):
-    """OpenMeter could not be reached or could not answer: try again later."""
+    """OpenMeter did not answer, or answered 408, 429 or 5xx. Retry later."""
 
 
 class Misconfigured(DeliveryError):
-    """The configuration is wrong, not the events: all of them are kept."""
+    """The API key or the address is wrong. All events are kept."""
 
 
 class Deposed(DeliveryError):
-    """This sender was stuck, and another process has taken its place."""
+    """This sender made no progress, and another process has taken over."""
 
 
 class Rejected(DeliveryError):
-    """The batch was refused: OpenMeter never accepts at least one event in it."""
+    """OpenMeter rejected the batch: at least one of its events is invalid."""
 
 
 class Expired(DeliveryError):
-    """An earlier attempt may have arrived, and is too old to be repeated."""
+    """An earlier attempt may have arrived, and is too old to be retried safely."""

@@ -1,7 +1,8 @@
-"""Validates meter values and encodes CloudEvents.
+"""Validates meters and encodes CloudEvents (CloudEvents 1.0, JSON format).
 
-An event has an id, source, type, subject, time and data. OpenMeter refuses or drops
-extension attributes, so none are sent.
+An event has the attributes ``specversion``, ``id``, ``source``, ``type``, ``subject``,
+``time`` and ``data``; OpenMeter rejects or drops extension attributes. It deduplicates
+by ``source`` and ``id``. An id is ``<request id>:<meter type>``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.errors import MeterValueError, shown
+from openmeter_wsgi.errors import MeterValueError, safe_repr
 from openmeter_wsgi.values import (
     MAX_GROWTH,
     MAX_MESSAGE_BYTES,
@@ -47,17 +48,18 @@ logger: Final = log.get_logger(__name__)
 
 
 Number: TypeAlias = int | float | Decimal
-#: A document (its ``type`` is text), or a mapping of type to number, or several.
+#: Meters as handlers pass them: a document (a mapping whose ``type`` is text), a
+#: mapping of meter type to number, or several of both.
 Meters: TypeAlias = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 _DOCUMENT_KEYS = ("type", "data", "id", "subject", "source", "time")
 
 
 class Meter(msgspec.Struct, frozen=True):
-    """The content of one event: its type and data, and attributes that it overrides."""
+    """The type and data of one event, and the attributes that it overrides."""
 
     type: str
-    #: A JSON object, encoded at once: later changes by the caller have no effect.
+    #: An encoded JSON object, so that later changes by the caller have no effect.
     data: bytes
     id: str | None = None
     subject: str | None = None
@@ -65,12 +67,12 @@ class Meter(msgspec.Struct, frozen=True):
     time: str | None = None
 
     @property
-    def plain(self) -> bool:
-        """True if it overrides no attribute."""
+    def has_no_overrides(self) -> bool:
+        """True if the meter overrides no attribute."""
         return (self.id or self.subject or self.source or self.time) is None
 
     def document(self) -> dict[str, Any]:
-        """Return it as a document that `set_meters` takes."""
+        """Return the meter as a document that `set_meters` accepts."""
         fields = {"type": self.type, "data": msgspec.json.decode(self.data)}
         for name in _DOCUMENT_KEYS[2:]:
             if (value := getattr(self, name)) is not None:
@@ -78,10 +80,12 @@ class Meter(msgspec.Struct, frozen=True):
         return fields
 
 
-class StatedUsage(msgspec.Struct, frozen=True):
-    """Numbers by type, which add up, and documents, one for each event."""
+class CheckedUsage(msgspec.Struct, frozen=True):
+    """Usage whose values are all valid."""
 
+    #: Amounts by meter type. Amounts of the same type are added.
     numbers: dict[str, Number]
+    #: Documents. Each becomes an event of its own.
     documents: tuple[Meter, ...]
 
     @property
@@ -90,11 +94,11 @@ class StatedUsage(msgspec.Struct, frozen=True):
         return {*self.numbers, *(meter.type for meter in self.documents)}
 
 
-def read_usage(meters: object) -> StatedUsage:
-    """Return the usage in *meters*, with every value checked.
+def read_usage(meters: object) -> CheckedUsage:
+    """Check every value in *meters* and return the usage.
 
-    :raises MeterValueError: naming a value that OpenMeter would refuse or not count, or
-        a negative number, which would make a SUM smaller.
+    :raises MeterValueError: naming a value that OpenMeter would reject or not count, or
+        a negative number, which would decrease a SUM.
     """
     numbers: dict[str, Number] = {}
     documents: list[Meter] = []
@@ -105,7 +109,7 @@ def read_usage(meters: object) -> StatedUsage:
         for name, value in entry.items():
             number = _read_number(_read_text("meter type", name), value)
             numbers[name] = add_numbers(name, numbers.get(name, 0), number)
-    return StatedUsage(numbers, tuple(documents))
+    return CheckedUsage(numbers, tuple(documents))
 
 
 def _entries(meters: object) -> list[Mapping[str, Any]]:
@@ -116,7 +120,7 @@ def _entries(meters: object) -> list[Mapping[str, Any]]:
             return entries
     raise MeterValueError(
         "expected {'type': …, 'data': {…}}, a mapping of type to number, "
-        f"or a list of them, got {shown(meters)}"
+        f"or a list of them, got {safe_repr(meters)}"
     )
 
 
@@ -124,12 +128,12 @@ def _read_document(entry: Mapping[str, Any]) -> Meter:
     name = _read_text("meter type", entry["type"])
     if "value" in entry and "data" not in entry:
         raise MeterValueError(
-            f"meter {name!r}: the value goes into data: "
-            f"{{'type': {name!r}, 'data': {{'value': {shown(entry['value'])}}}}}"
+            f"meter {name!r}: write the value into data: "
+            f"{{'type': {name!r}, 'data': {{'value': {safe_repr(entry['value'])}}}}}"
         )
     if unknown := [key for key in entry if key not in _DOCUMENT_KEYS]:
         raise MeterValueError(
-            f"meter {name!r}: unknown key {shown(unknown[0])}, "
+            f"meter {name!r}: unknown key {safe_repr(unknown[0])}, "
             f"expected one of {', '.join(_DOCUMENT_KEYS)}"
         )
     given = {
@@ -160,14 +164,14 @@ def _read_number(name: str, value: object) -> Number:
             return value
     raise MeterValueError(
         f"meter {name!r}: expected a number, finite and not negative, "
-        f"got {shown(value)}"
+        f"got {safe_repr(value)}"
     )
 
 
 def add_numbers(name: str, left: Number, right: Number) -> Number:
-    """Return the sum of two numbers of the meter *name*, exact if possible.
+    """Return the sum of two amounts of the meter *name*, exact if possible.
 
-    :raises MeterValueError: if it is too large for OpenMeter to read.
+    :raises MeterValueError: if OpenMeter cannot read a number that large.
     """
     total: Number
     try:
@@ -184,23 +188,23 @@ def add_numbers(name: str, left: Number, right: Number) -> Number:
     return total
 
 
-#: The name of the number in the ``data`` of an event that is made from a number.
+#: Property of ``data`` that holds the amount of an event made from a number.
 VALUE_PROPERTY = "total"
 
 
 def number_meter(name: str, number: Number) -> Meter | None:
-    """Return the meter that sends *number*, None for zero, which sends nothing."""
+    """Return the meter of an amount, None for zero, which is not sent."""
     if not number:
         return None
     return Meter(name, b'{"total":%b}' % encode_number(number))
 
 
-#: The most bytes of events in one batch.
+#: Maximum number of bytes of events in one batch.
 MAX_BATCH_BYTES = 1_000_000
-#: An event of this size makes a message that is small enough, whatever it holds.
+#: Maximum number of bytes of an event whose message cannot be too large.
 _SMALL_EVENT = MAX_MESSAGE_BYTES // MAX_GROWTH - 1_000
 
-#: Encodes text as JSON. One call in C; msgspec needs two, over bytes.
+#: Encodes text as JSON in one C call. msgspec would need two, via bytes.
 quoted = encode_basestring_ascii
 
 
@@ -208,26 +212,28 @@ def _json(text: str) -> str:
     return msgspec.json.encode(text).decode()
 
 
-#: The numbers of a block, as text …
+#: The last three digits of all ids of a block, and those of the first block, which have
+#: no leading zeros.
 _BLOCK = tuple(f"{number:03}" for number in range(1_000))
-#: … and those of the first block, without leading zeros.
 _FIRST_BLOCK = tuple(map(str, range(1, 1_000)))
 
 
 class RequestIds:
-    """Ids of requests, unique among all processes and hosts.
+    """Generates request ids that are unique among all processes and hosts. Any thread.
 
-    The first half is random, drawn with the first request of each process; the second
-    half is a number that threads share without a lock. Its last three digits come from
-    a block of texts that are formatted already.
+    An id is a random prefix, drawn at the first request of a process, and a number.
+    Numbers are handed out in blocks of 1,000, without a lock: the iterator of a block
+    yields the last three digits, formatted in advance.
     """
 
     __slots__ = ("_block", "_blocks", "_prefixes")
 
     def __init__(self, prefix: str | None = None) -> None:
-        #: The first half, once drawn. A dictionary: several threads may draw at once.
+        #: The prefix under the key "". A dictionary, because `setdefault` is atomic:
+        #: several threads may draw a prefix at the same time.
         self._prefixes = {} if prefix is None else {"": f"{prefix}-"}
         self._blocks = count()
+        #: The current block: the first part of its ids, and an iterator of the rest.
         self._block: tuple[str, Iterator[str]] = ("", iter(()))
 
     def new(self) -> str:
@@ -238,32 +244,32 @@ class RequestIds:
         return self._new_in_next_block()
 
     def _new_in_next_block(self) -> str:
-        """Begin a block of this thread's own, and return its first id."""
+        """Start a new block and return its first id."""
         prefix = self._prefixes.get("")
         if prefix is None:
-            prefix = self._prefixes.setdefault("", _drawn_prefix())
+            prefix = self._prefixes.setdefault("", _random_prefix())
         block = next(self._blocks)
         head = f"{prefix}{block or ''}"
         numbers = iter(_BLOCK if block else _FIRST_BLOCK)
-        made = head + next(numbers)
+        first_id = head + next(numbers)
         self._block = (head, numbers)
-        return made
+        return first_id
 
 
-def _drawn_prefix() -> str:
-    """Return a random prefix, also unique among copies of a virtual machine.
+def _random_prefix() -> str:
+    """Return a random prefix that is unique even among clones of a virtual machine.
 
-    A machine that is resumed twice from a snapshot may get the same random numbers
-    twice, but not the same nanosecond on both of its clocks.
+    A machine that is resumed twice from one snapshot may return the same random bytes
+    twice. The clocks, in nanoseconds, differ.
     """
-    drawn = hashlib.sha256(secrets.token_bytes(32))
-    for moment in (time.time_ns(), time.monotonic_ns(), os.getpid()):
-        drawn.update(moment.to_bytes(16))
-    return f"{drawn.hexdigest()[:24]}-"
+    digest = hashlib.sha256(secrets.token_bytes(32))
+    for number in (time.time_ns(), time.monotonic_ns(), os.getpid()):
+        digest.update(number.to_bytes(16))
+    return f"{digest.hexdigest()[:24]}-"
 
 
 def derived_id(*parts: str) -> str:
-    """Return the id that all repetitions with the same *parts* have."""
+    """Return an id that depends on *parts* only: repetitions have the same id."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode(errors="surrogatepass")
@@ -272,22 +278,24 @@ def derived_id(*parts: str) -> str:
 
 
 def static_templates(meters: Iterable[Meter], source: str) -> list[tuple[str, str]]:
-    """Return two texts for each meter, the constant parts of its events.
+    """Return the constant parts of each meter's event: before the id, and after it.
 
-    The first precedes the id of the request. The second stands between the id and the
-    time; the subject follows the time.
+    An event is ``<first part><request id><second part><time>","subject":<subject>}``.
     """
     return [
-        (f'{_head(meter, source)},"id":"', f'{_json(f":{suffix}")[1:-1]}","time":"')
-        for meter, suffix in numbered(meters)
+        (
+            f'{_event_head(meter, source)},"id":"',
+            f'{_json(f":{suffix}")[1:-1]}","time":"',
+        )
+        for meter, suffix in with_id_suffixes(meters)
     ]
 
 
 def are_small(meters: Iterable[Meter], source: str) -> bool:
-    """Return True if all events of these meters are small, given a short subject."""
-    largest = _SMALL_EVENT - 12 * SHORT_SUBJECT - 1_000
+    """Return True if no event of these meters is too large, given a short subject."""
+    maximum = _SMALL_EVENT - 12 * SHORT_SUBJECT - 1_000
     return all(
-        len(_head(meter, source)) + len(meter.type) < largest for meter in meters
+        len(_event_head(meter, source)) + len(meter.type) < maximum for meter in meters
     )
 
 
@@ -296,38 +304,38 @@ def encode_events(
 ) -> list[bytes]:
     """Encode the events of one request.
 
-    *subject* is for meters without a subject of their own; it may be None if there are
-    none. A time in the future is replaced by the present: Kafka would refuse it, with
-    other events that OpenMeter has accepted.
+    *subject* applies to meters without a subject of their own; it may be None if each
+    meter has one. A time in the future is replaced by the current time: Kafka rejects
+    such a message, together with other events that OpenMeter has accepted.
     """
     now = timestamp()
     events = []
-    for meter, suffix in numbered(meters):
-        name = _json(meter.subject or subject or "")
+    for meter, suffix in with_id_suffixes(meters):
+        subject_json = _json(meter.subject or subject or "")
         event_id = _json(meter.id or f"{request_id}:{suffix}")
         time = meter.time or now
         if is_later(time, now):
             logger.warning(
-                "meter %r: its time %s is in the future; it is sent with the present "
-                "time", meter.type, time,
+                "meter %r: its time %s is in the future; the event is sent with the "
+                "current time", meter.type, time,
             )  # fmt: skip
             time = now
-        event = (
-            f'{_head(meter, source)},"id":{event_id},"time":"{time}","subject":{name}}}'
-        )
+        head = _event_head(meter, source)
+        event = f'{head},"id":{event_id},"time":"{time}","subject":{subject_json}}}'
         events.append(event.encode())
     return events
 
 
 def size_problem(event: bytes) -> str | None:
-    """Return an error if an event is too large for OpenMeter, else None."""
+    """Return an error message if an event is too large for OpenMeter, or None."""
     if len(event) <= _SMALL_EVENT:
         return None
     size = message_bytes(event)
     return too_large(size) if size > MAX_MESSAGE_BYTES else None
 
 
-def _head(meter: Meter, source: str) -> str:
+def _event_head(meter: Meter, source: str) -> str:
+    """Return the beginning of a meter's event, up to its data."""
     return (
         f'{{"specversion":"1.0","type":{_json(meter.type)},'
         f'"source":{_json(meter.source or source)},'
@@ -335,11 +343,14 @@ def _head(meter: Meter, source: str) -> str:
     )
 
 
-def numbered(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
-    """Pair each meter with the end of its event id: its type, numbered from 2 on."""
-    seen: dict[str, int] = {}
-    numbered = []
+def with_id_suffixes(meters: Iterable[Meter]) -> list[tuple[Meter, str]]:
+    """Return each meter with the second part of its event id.
+
+    That is the meter type, followed by ``:2``, ``:3`` … if the type occurs repeatedly.
+    """
+    counts: dict[str, int] = {}
+    pairs = []
     for meter in meters:
-        n = seen[meter.type] = seen.get(meter.type, 0) + 1
-        numbered.append((meter, meter.type if n == 1 else f"{meter.type}:{n}"))
-    return numbered
+        n = counts[meter.type] = counts.get(meter.type, 0) + 1
+        pairs.append((meter, meter.type if n == 1 else f"{meter.type}:{n}"))
+    return pairs

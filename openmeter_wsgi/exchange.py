@@ -1,4 +1,8 @@
-"""An exchange: a request and its response after the end, as measures see them."""
+"""Exchanges: a request and its finished response, as measures read them.
+
+`ResponseCapture` collects the response while it is sent; it exists only if a measure
+needs it. When the response has ended, it makes the `Exchange` for the measures.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +22,29 @@ if TYPE_CHECKING:
     from openmeter_wsgi.bodies.llm_shapes import LLMUsage, Provider
     from openmeter_wsgi.bodies.multi_status import MultiStatus
 
-#: Readers of bodies. One runs only if a measure names it, as it costs time per chunk.
+#: The readers of bodies. A reader runs only if a measure needs it: it takes time for
+#: each chunk.
 Body: TypeAlias = Literal[
     "json", "llm", "records", "multi_status", "llm:openai", "llm:anthropic",
     "llm:gemini", "llm:cohere", "llm:ollama", "llm:bedrock",
 ]  # fmt: skip
-#: From Content-Type and Content-Encoding of a response to what reads its body.
+#: Makes the reader of a body from the response's Content-Type and Content-Encoding.
 NewReader: TypeAlias = "Callable[[str | None, str | None], BodyReader[Any]]"
 
 _NOT_READ = Unknown("not_read")
+#: The start of the status of responses without a body.
 _WITHOUT_BODY = ("1", "204", "304")
 _INPUT = "wsgi.input"
-#: Methods whose requests have no body, but for oddities.
+#: Methods whose requests normally have no body.
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 
 
 @functools.cache
 def reader_of(kind: Body) -> NewReader:
-    """Return what makes the readers of that *kind*.
+    """Return the function that makes readers of that *kind*.
 
-    A measure calls it when it is made. So what reads bodies, much of the package, is
-    imported only where it is asked for, and never while a request is served.
+    Each measure calls this when it is made. So the modules of the readers, a large part
+    of the package, are imported only if needed, and never while a request is served.
     """
     if kind == "json":
         from openmeter_wsgi.bodies.json import json_reader
@@ -59,9 +65,9 @@ def reader_of(kind: Body) -> NewReader:
 
 
 class Exchange:
-    """A request whose response has ended, with all that is known of both.
+    """A request and its finished response, for measures and ``meter_when``.
 
-    Belongs to the thread that settles it. Measures and ``meter_when`` are given one.
+    It is used only by the thread that settles the response.
     """
 
     __slots__ = (
@@ -93,49 +99,52 @@ class Exchange:
     ) -> None:
         #: The environ of the request (PEP 3333).
         self.environ: dict[str, Any] = environ
-        #: The status code that the client got.
+        #: The status code of the response, or 0 if it has none.
         self.status: int = status
         #: ``completed``, ``failed`` or ``aborted``.
         self.outcome: str = outcome
-        #: The template of the address, such as ``/users/<id>``, where it is known.
+        #: The template of the path, such as ``/users/<id>``, or None if it is unknown.
         self.route: str | None = route
-        #: The headers of the response, as the application gave them.
+        #: The headers of the response, as the application set them.
         self.response_headers: list[tuple[str, str]] = response_headers
-        #: Of the body, as it left the application; None where the kernel sent it.
+        #: The number of bytes of the response's body that the server took. Of a file
+        #: sent by the kernel it is the Content-Length, or None without this header.
         self.bytes_sent: int | None = bytes_sent
-        #: Of the request's body; None where nothing says how long it was.
+        #: The number of bytes of the request's body, or None if it is unknown.
         self.bytes_received: int | None = bytes_received
         self._started_at = started_at
+        #: The readers of the body, by their kind.
         self._bodies = bodies
+        #: Their results, as far as these were needed.
         self._results: dict[str, Any] = {}
-        #: Remarks on the values that were read, such as ``ambiguous_usage``.
+        #: Remarks on the usage that was read, such as ``ambiguous_usage``.
         self.remarks: set[str] = set()
 
     @property
     def method(self) -> str:
-        """The method of the request, in capitals."""
+        """The method of the request, in upper case."""
         return method_of(self.environ)
 
     @property
     def duration(self) -> float:
-        """Seconds from the request's arrival until now."""
+        """The seconds from the arrival of the request until now."""
         return round(time.perf_counter() - self._started_at, 6)
 
     @property
     def json(self) -> Any:
-        """The body, decoded.
+        """The decoded JSON body.
 
-        :raises ValueError: saying why it is not known.
+        :raises ValueError: with the reason, if there is none.
         """
-        found = self.body("json")
-        if not isinstance(found, Unknown):
-            return found.value
-        how = "; name it: computed(function, 'json')" if found is _NOT_READ else ""
-        raise ValueError(f"the body is not known as JSON: {found.reason}{how}")
+        result = self.body("json")
+        if not isinstance(result, Unknown):
+            return result.value
+        hint = "; write computed(function, 'json')" if result is _NOT_READ else ""
+        raise ValueError(f"there is no JSON body: {result.reason}{hint}")
 
     @property
     def llm(self) -> LLMUsage | Unknown:
-        """The usage of a language model that the body reports."""
+        """The usage of a language model, as reported in the body."""
         return self.llm_usage()
 
     @property
@@ -151,21 +160,21 @@ class Exchange:
         return count
 
     def llm_usage(self, provider: Provider | None = None) -> LLMUsage | Unknown:
-        """Return the usage of a language model, in the shape of *provider* if given."""
+        """Return the usage of a language model, reported in the shape of *provider*."""
         usage: LLMUsage | Unknown = self.body(f"llm:{provider}" if provider else "llm")
         if not isinstance(usage, Unknown):
             self.remarks.update(usage.remarks)
         return usage
 
     def body(self, kind: str) -> Any:
-        """Return the result of the reader of that kind, or why it is unknown."""
+        """Return the result of the reader of that kind; it may be an `Unknown`."""
         if kind not in self._results:
             reader = self._bodies.get(kind)
             self._results[kind] = _NOT_READ if reader is None else reader.result()
         return self._results[kind]
 
     def request_header(self, name: str) -> str | None:
-        """Return a header of the request, None where it has none."""
+        """Return a header of the request, or None."""
         key = name.upper().replace("-", "_")
         if key not in {"CONTENT_TYPE", "CONTENT_LENGTH"}:
             key = f"HTTP_{key}"
@@ -173,7 +182,7 @@ class Exchange:
         return None if value is None else str(value)
 
     def response_header(self, name: str) -> str | None:
-        """Return a header of the response; several of one name as one list."""
+        """Return a header of the response, or None; several are joined by commas."""
         wanted = name.lower()
         values = [
             value for key, value in self.response_headers if key.lower() == wanted
@@ -182,14 +191,15 @@ class Exchange:
 
 
 class ResponseCapture:
-    """Collects a response while it passes, so that measures can read it at the end.
+    """A collector of the data for an `Exchange` while the response is sent.
 
-    Belongs to the thread of the request.
+    It is used only by the thread of the request. The calls are `begin`, then
+    `read_chunk` for each chunk, or `skip_body` instead, and `exchange` at the end.
     """
 
     __slots__ = (
-        "_bodies", "_environ", "_headers", "_is_handed_over", "_received", "_route",
-        "_started_at", "feeds", "taken",
+        "_bodies", "_environ", "_headers", "_is_skipped", "_received", "_route",
+        "_started_at", "bytes_taken", "feeds",
     )  # fmt: skip
 
     def __init__(
@@ -201,22 +211,24 @@ class ResponseCapture:
     ) -> None:
         self._environ = environ
         self._started_at = time.perf_counter()
+        #: The readers by their kind; None until `begin`.
         self._bodies: dict[Any, BodyReader[Any] | None] = dict.fromkeys(bodies)
         self._headers: list[tuple[str, str]] = []
         self._route: str | None = None
+        #: Counts the request's body, if it has no Content-Length.
         self._received = _counted_input(environ, is_late=is_late)
-        self._is_handed_over = False
-        #: Bytes that the server has taken.
-        self.taken: int = 0
-        #: What takes each chunk.
+        self._is_skipped = False
+        #: The number of bytes that the server has taken.
+        self.bytes_taken: int = 0
+        #: The `feed` methods of the readers.
         self.feeds: list[Any] = []
 
-    def look_at(self, bodies: Iterable[str]) -> None:
-        """Read the body in these ways too, if it has not begun."""
-        self._bodies = dict.fromkeys([*self._bodies, *bodies])
+    def add_readers(self, kinds: Iterable[str]) -> None:
+        """Read the body by the readers of these kinds too. Call it before `begin`."""
+        self._bodies = dict.fromkeys([*self._bodies, *kinds])
 
     def begin(self, status: str, headers: list[tuple[str, str]]) -> None:
-        """Take what start_response says, the last time that it is called."""
+        """Make the readers. Called by each start_response; the last call counts."""
         self._headers = headers
         self._route = route_of(self._environ)
         content_type, encoding = _values(headers, "content-type", "content-encoding")
@@ -227,25 +239,25 @@ class ResponseCapture:
             self._bodies[kind] = reader_of(kind)(content_type, encoding)
         self.feeds = [r.feed for r in self._bodies.values() if r] if is_read else []
 
-    def passed(self, chunk: bytes) -> None:
-        """Take in one chunk that the server has taken."""
-        self.taken += len(chunk)
+    def read_chunk(self, chunk: bytes) -> None:
+        """Feed a chunk that the server has taken to the readers."""
+        self.bytes_taken += len(chunk)
         for feed in self.feeds:
             feed(chunk)
 
-    def hand_over(self) -> None:
-        """Note that the kernel sends the body, which nobody reads here."""
-        self._is_handed_over = True
+    def skip_body(self) -> None:
+        """Read no chunk: the kernel sends the body, or it began before the capture."""
+        self._is_skipped = True
         self._bodies.clear()
 
     def exchange(self, status: str | None, outcome: str) -> Exchange:
-        """Return the exchange, now that it has ended."""
+        """Return the exchange. The response must have ended."""
         environ = self._environ
-        sent: int | None = self.taken
-        if self._is_handed_over:
+        sent: int | None = self.bytes_taken
+        if self._is_skipped:
             sent = _number(*_values(self._headers, "content-length"))
         if method_of(environ) == "HEAD" or (status or "").startswith(_WITHOUT_BODY):
-            sent = 0  # whatever the application made, no server sends it
+            sent = 0  # no server sends a body here, even if the application made one
         return Exchange(
             environ,
             status=int(status[:3]) if status and status[:3].isdecimal() else 0,
@@ -259,22 +271,26 @@ class ResponseCapture:
                 else _number(str(environ.get("CONTENT_LENGTH", "")))
             ),
             started_at=self._started_at,
-            bodies={kind: each for kind, each in self._bodies.items() if each},
+            bodies={kind: reader for kind, reader in self._bodies.items() if reader},
         )
 
 
 class _CountedInput:
-    """A request's body of a length that nobody stated, counted as it is read."""
+    """A wrapper of ``wsgi.input`` that counts the bytes that the application reads.
+
+    It is used for a request without a Content-Length. *is_late* is True if the
+    application may have read from the body before it was wrapped.
+    """
 
     def __init__(self, body: Any, *, is_late: bool) -> None:
         self._body = body
         self._is_late = is_late
         self.count = 0
-        if hasattr(body, "readinto"):  # there only where it is there without this
+        if hasattr(body, "readinto"):  # offered only if the wrapped body has it
             self.readinto = self._readinto
 
     def total(self, method: str) -> int | None:
-        """Return the bytes that were read, None where they may have been before."""
+        """Return the number of bytes read; None if some may have been read before."""
         if self._is_late and not self.count and method not in _BODILESS:
             return None
         return self.count
@@ -305,11 +321,10 @@ class _CountedInput:
 
 
 def _counted_input(environ: dict[str, Any], *, is_late: bool) -> _CountedInput | None:
-    """Return what counts the body of a request, None where its length is stated.
+    """Wrap ``wsgi.input`` in a counter; return None if there is a Content-Length.
 
-    Without a Content-Length there is one under HTTP/2, or in chunks, and a server may
-    say by ``wsgi.input_terminated`` that it ends by itself. *is_late*: the application
-    may have read of it before.
+    A request may have a body without this header under HTTP/2 or in chunks, which some
+    servers pass on as ``wsgi.input_terminated``.
     """
     if environ.get("CONTENT_LENGTH"):
         return None
@@ -320,7 +335,7 @@ def _counted_input(environ: dict[str, Any], *, is_late: bool) -> _CountedInput |
 
 
 def _number(length: str | None) -> int | None:
-    # No length has more digits, and from some thousands on int() raises.
+    # No length has more digits, and int() raises for thousands of digits.
     if length and length.isascii() and length.isdecimal() and len(length) < 20:
         return int(length)
     return None
@@ -332,10 +347,11 @@ def _values(headers: list[tuple[str, str]], *names: str) -> list[str | None]:
 
 
 def route_of(environ: dict[str, Any]) -> str | None:
-    """Return the template of the address, where a framework has said it.
+    """Return the template of the path, or None if no framework provides it.
 
-    With the mount of the application in front: several may have the same templates.
-    Flask's can be read only while its request is served, as in start_response.
+    The template includes the mount of the application, as several mounted applications
+    may have the same templates. Flask's template can be read only while Flask serves
+    the request, for example in start_response.
     """
     request = environ.get(REQUEST)
     if request is not None and request.route is not None:
@@ -345,14 +361,14 @@ def route_of(environ: dict[str, Any]) -> str | None:
         return mount_of(own) + str(bottle.rule)
     if (flask := sys.modules.get("flask")) is not None and flask.has_request_context():
         rule = flask.request.url_rule
-        # Another application's request may be the one that is served around this.
+        # The current Flask request may be that of an application around this one.
         if rule is not None and _is_same(flask.request.environ, environ):
             return mount_of(flask.request.environ) + str(rule.rule)
     return None
 
 
 def mount_of(environ: Mapping[str, Any]) -> str:
-    """Return where an application is mounted, as text without a slash at its end."""
+    """Return the path of an application's mount, without a trailing slash."""
     mount = str(environ.get("SCRIPT_NAME", "")).rstrip("/")
     if mount.isascii():
         return mount
@@ -360,7 +376,7 @@ def mount_of(environ: Mapping[str, Any]) -> str:
 
 
 def _environ_of_bottle(environ: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return Bottle's environ of this request: what is in between may copy it."""
+    """Return Bottle's environ of this request; a middleware in between may copy it."""
     if "bottle.route" not in environ and "bottle" in sys.modules:
         with contextlib.suppress(RuntimeError):  # no request in this thread
             own: Mapping[str, Any] = sys.modules["bottle"].request.environ
@@ -369,6 +385,6 @@ def _environ_of_bottle(environ: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Say whether two environs, which may be copies, are of one metered request."""
+    """Return True if two environs, one perhaps a copy, are of the same request."""
     request = one.get(REQUEST)
     return request is not None and request is other.get(REQUEST)

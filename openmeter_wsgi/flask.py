@@ -206,7 +206,7 @@ def _policy(
 
 
 def _requires_anything(policy: Policy) -> bool:
-    policies = [policy, *(own for _, own in policy.of_routes)]
+    policies = [policy, *(own for _, own in policy.route_policies)]
     return any(own and own.required_entitlements for own in policies)
 
 

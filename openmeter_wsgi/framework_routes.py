@@ -1,4 +1,8 @@
-"""The routes of an application and their views, as far as its framework tells."""
+"""Lists the routes of an application and their views, for known frameworks.
+
+Known are Flask, Bottle, Falcon, Pyramid and Django. Used by ``openmeter-wsgi check``
+and to warn of decorators that have no effect.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,24 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: The attribute of a decorated view with its options; None if it is not metered. Other
-#: decorators copy it (``functools.wraps``).
-SAYS = "openmeter_wsgi_options"
-#: The decorated functions, and those that they wrap.
+#: Name of the attribute that stores the options of a decorated view, None for
+#: `no_meter`. Other decorators copy the attribute (``functools.wraps``).
+OPTIONS_ATTRIBUTE = "openmeter_wsgi_options"
+#: Decorated functions and the functions that they wrap.
 _decorated: weakref.WeakSet[Any] = weakref.WeakSet()
-#: The attributes in which middleware and frameworks keep the wrapped application.
-_ATTRIBUTES = (
+#: Attributes in which middleware and frameworks store the wrapped application.
+_WRAPPED_ATTRIBUTES = (
     "wsgi_app", "app", "application", "_app", "wrapped", "wrapped_app", "__wrapped__",
     "__self__", "func",
 )  # fmt: skip
-#: Applications are not wrapped deeper than this.
-_MAX_DEPTH = 100
+#: Maximum number of nested applications that are searched.
+_MAX_LAYERS = 100
 
 
 def note_decorated(view: Any) -> None:
-    """Remember that *view* was decorated."""
+    """Remember *view* and the functions that it wraps as decorated."""
     while view is not None:
-        with contextlib.suppress(TypeError):  # what takes no weak reference
+        with contextlib.suppress(TypeError):  # an object without weak references
             _decorated.add(view)
         view = getattr(view, "__wrapped__", None)
 
@@ -39,36 +43,36 @@ def note_decorated(view: Any) -> None:
 class ServedRoute(NamedTuple):
     """One route of an application."""
 
-    #: In the syntax of its framework: ``/users/<int:id>``, ``/users/{id}``.
+    #: In the syntax of the framework: ``/users/<int:id>``, ``/users/{id}``.
     template: str
-    #: None for all of them.
+    #: HTTP methods, None for all.
     methods: frozenset[str] | None
-    #: The view, None if it is not known.
+    #: The view function or class, None if unknown.
     view: Any
 
 
 def layers_of(app: Any, *, closures: bool = True) -> Iterator[Any]:
     """Yield *app* and the applications that it wraps, the outermost first.
 
-    With *closures* also those in closures of functions, which may be one of several.
+    With *closures*, also all callables in the closures of functions.
     """
-    waiting = [app]
+    to_visit = [app]
     seen: set[int] = set()
-    while waiting and len(seen) < _MAX_DEPTH:
-        layer = waiting.pop(0)
+    while to_visit and len(seen) < _MAX_LAYERS:
+        layer = to_visit.pop(0)
         if id(layer) in seen:
             continue
         seen.add(id(layer))
         yield layer
-        waiting += _attributes(layer)
+        to_visit += _attributes(layer)
         if closures:
-            waiting += _closed_over(layer)
+            to_visit += _closed_over(layer)
 
 
 def _attributes(layer: Any) -> Iterator[Any]:
-    own = getattr(layer, "__dict__", {})
-    for name in _ATTRIBUTES:
-        value = own.get(name) if name in own else _slot(layer, name)
+    attributes = getattr(layer, "__dict__", {})
+    for name in _WRAPPED_ATTRIBUTES:
+        value = attributes.get(name) if name in attributes else _slot(layer, name)
         if callable(value):
             yield value
 
@@ -83,21 +87,21 @@ def _closed_over(layer: Any) -> Iterator[Any]:
     for cell in getattr(layer, "__closure__", None) or ():
         try:
             contents = cell.cell_contents
-        except ValueError:  # not assigned yet
+        except ValueError:  # the variable is not assigned yet
             continue
         if callable(contents):
             yield contents
 
 
 def served_routes(app: Any, *, closures: bool = True) -> list[ServedRoute]:
-    """Return the routes of *app*, none if its framework is not known."""
-    found: list[ServedRoute] = []
+    """Return the routes of *app*, an empty list if its framework is unknown."""
+    served: list[ServedRoute] = []
     for layer in layers_of(app, closures=closures):
         for module, name, routes in _FRAMEWORKS:
             kind = getattr(sys.modules.get(module), name, None)
             if kind is not None and isinstance(layer, kind):
-                found += routes(layer)
-    return found
+                served += routes(layer)
+    return served
 
 
 def _of_flask(app: Any) -> Iterator[ServedRoute]:
@@ -114,12 +118,12 @@ def _of_bottle(app: Any) -> Iterator[ServedRoute]:
 
 
 def _of_falcon(app: Any) -> Iterator[ServedRoute]:
-    from falcon import inspect  # here: only who has its applications has it
+    from falcon import inspect  # installed, because *app* is a Falcon application
 
     for route in inspect.inspect_routes(app):
-        # The internal ones answer 405 and OPTIONS.
-        own = (method.method for method in route.methods if not method.internal)
-        methods = frozenset((*own, "OPTIONS"))
+        # Falcon's internal responders answer 405 and OPTIONS.
+        names = (method.method for method in route.methods if not method.internal)
+        methods = frozenset((*names, "OPTIONS"))
         yield ServedRoute(route.path, methods, None)
 
 
@@ -131,16 +135,16 @@ def _of_pyramid(app: Any) -> Iterator[ServedRoute]:
 def _of_django(_: Any) -> Iterator[ServedRoute]:
     from django.urls import get_resolver
 
-    waiting: list[tuple[str, Any]] = [
-        ("", each) for each in get_resolver().url_patterns
+    to_visit: list[tuple[str, Any]] = [
+        ("", pattern) for pattern in get_resolver().url_patterns
     ]
-    while waiting:
-        before, pattern = waiting.pop(0)
-        text = f"{before}{pattern.pattern}"
+    while to_visit:
+        prefix, pattern = to_visit.pop(0)
+        template = f"{prefix}{pattern.pattern}"
         if hasattr(pattern, "url_patterns"):
-            waiting += [(text, each) for each in pattern.url_patterns]
+            to_visit += [(template, included) for included in pattern.url_patterns]
         else:
-            yield ServedRoute(f"/{text}", None, pattern.callback)
+            yield ServedRoute(f"/{template}", None, pattern.callback)
 
 
 _FRAMEWORKS: tuple[tuple[str, str, Callable[[Any], Iterable[ServedRoute]]], ...] = (
@@ -153,13 +157,15 @@ _FRAMEWORKS: tuple[tuple[str, str, Callable[[Any], Iterable[ServedRoute]]], ...]
 
 
 def misplaced_decorators(app: Any) -> list[tuple[str, str]]:
-    """Return the routes whose decorator has no effect, and the name of their view.
+    """Return (route template, view name) of each decorator that has no effect.
 
-    A framework's decorator, such as ``@app.get``, registers the function below it.
-    Decorators above it are never called.
+    A framework's decorator such as ``@app.get`` registers the function below it. A
+    function that `meter` returns above it is never called.
     """
     routes = served_routes(app)
-    effective = {id(_innermost(r.view)) for r in routes if hasattr(r.view, SAYS)}
+    effective = {
+        id(_innermost(r.view)) for r in routes if hasattr(r.view, OPTIONS_ATTRIBUTE)
+    }
     return [
         (route.template, getattr(route.view, "__qualname__", repr(route.view)))
         for route in routes
@@ -170,8 +176,8 @@ def misplaced_decorators(app: Any) -> list[tuple[str, str]]:
 
 def _is_decorated_elsewhere(view: Any) -> bool:
     try:
-        return not hasattr(view, SAYS) and view in _decorated
-    except TypeError:  # what takes no weak reference
+        return not hasattr(view, OPTIONS_ATTRIBUTE) and view in _decorated
+    except TypeError:  # an object without weak references
         return False
 
 
@@ -182,10 +188,10 @@ def _innermost(view: Any) -> Any:
 
 
 def warn_of_misplaced_decorators(app: Any) -> None:
-    """Log the views whose decorator has no effect."""
+    """Log a warning for each view whose decorator has no effect."""
     for template, name in misplaced_decorators(app):
         logger.warning(
-            "view %s: its @meter or @no_meter stands above the decorator that "
-            "registers it for %s, and has no effect: put it next to the function",
+            "view %s: @meter or @no_meter above the decorator that registers the view "
+            "for %s has no effect; put it directly above the function",
             name, template,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openmeter_wsgi.decorators import asks_itself
+from openmeter_wsgi.decorators import checks_own_entitlements
 from openmeter_wsgi.entitlements.handlers import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.middleware import OpenMeterMiddleware
@@ -45,7 +45,7 @@ class FrameworkMiddleware(OpenMeterMiddleware):
     request. The package of the framework checks entitlements.
     """
 
-    _asks_first = False
+    _checks_entitlements_first = False
 
     def __init__(self, app: WSGIApplication, policy: Policy) -> None:
         super().__init__(_StartingResponse(app), policy)
@@ -149,9 +149,9 @@ class LastingSubject:
 def must_ask(environ: dict[str, Any] | None, view: object) -> bool:
     """Return True if entitlements must be checked before *view* is called."""
     billing = billing_of(environ)
-    if environ is None or billing is None or asks_itself(view):
+    if environ is None or billing is None or checks_own_entitlements(view):
         return False
-    return billing.must_ask(environ)
+    return billing.needs_decision(environ)
 
 
 def make_policy(

@@ -1,10 +1,12 @@
-"""Locks that end with their process, however it ends.
+"""File locks that end with their process, however it ends.
 
-POSIX locks (`lockf`): a forked child does not inherit them, so it cannot keep its
-dead parent's segments from being adopted, as with `flock` it would. Their price:
-closing *any* descriptor of a locked file drops the lock of the whole process. So
-no process ever opens a lock file again that it holds. Process ids say nothing:
-containers share volumes.
+`SegmentLock` is the lock of an *owner* of segments: as long as it is held, the owner is
+alive. `election` gives one process at a time the lock of the sender of a directory.
+
+These are POSIX locks (`lockf`). A forked child does not inherit them, so it does not
+keep the segments of its dead parent from being adopted, as it would with `flock`. But a
+process that closes *any* descriptor of a locked file loses the lock: so no process
+opens a lock file that it holds. Process ids cannot be used: containers share volumes.
 """
 
 from __future__ import annotations
@@ -28,30 +30,32 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+#: Suffix of an owner's lock file.
 LOCK = ".lock"
 ELECTION = "sender.lock"
-#: Follows the name of a file that is being made.
+#: Suffix of a file that is being made.
 UNFINISHED = ".new"
 _OWNER = re.compile(r"([0-9a-f]{24})\.lock(\.new)?")
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: Seconds between two tries where the kernel does not let us wait.
+#: Seconds between two attempts to lock a file without waiting in the kernel.
 _RETRY_INTERVAL = 1.0
 
-#: The owners that live in a process, by its id: their files are never opened.
+#: Process id and token of the owners in this process. Their files are never opened.
 _held: set[tuple[int, str]] = set()
-#: The marks of the keys in the files of these owners.
+#: The marks of the API keys in the lock files of these owners.
 _marks: dict[tuple[int, str], str] = {}
-#: A mark is not longer.
+#: Maximum number of bytes of a mark.
 _MARK_BYTES = 100
-#: The fields of C's ``struct flock`` in their order, and which are type and pid.
+#: The format of C's ``struct flock``, and the numbers of its fields type and pid.
 _FLOCK, _TYPE, _PID = ("hhqqi4x", 0, 4) if sys.platform == "linux" else ("qqihh", 3, 2)
-#: Per process and directory: within a process a POSIX lock keeps nobody out.
+#: One lock per process and directory: a POSIX lock does not exclude the threads of the
+#: same process.
 _elections: dict[tuple[int, int, int], threading.Lock] = {}
 
 
 class SegmentLock:
-    """The identity of one journal, alive as long as its process keeps it."""
+    """The lock file of an owner. The owner is alive as long as its process holds it."""
 
     def __init__(self, directory: Path, token: str, fd: int) -> None:
         self.token = token
@@ -62,8 +66,8 @@ class SegmentLock:
     def register(cls, directory: Path, token: str | None = None) -> Self:
         """Make a new owner; *token*, if given, must be one of `new_token`.
 
-        The file appears under its name only when it is locked: nobody can take it
-        for that of a dead one.
+        The file gets its name once it is locked, so no process mistakes the owner for a
+        dead one.
 
         :raises OSError: if the directory cannot take it.
         """
@@ -74,29 +78,32 @@ class SegmentLock:
             unfinished = path.with_name(path.name + UNFINISHED)
             _held.add((os.getpid(), token))
             fd = os.open(unfinished, _NEW_FILE, 0o600)
-            if _locked(fd, unfinished):
+            if _lock_file(fd, unfinished):
                 unfinished.rename(path)
                 return cls(directory, token, fd)
-            os.close(fd)  # somebody was tidying up at this very moment
+            os.close(fd)  # a sender has just tried to remove the unfinished file
 
     @property
     def is_intact(self) -> bool:
-        """True if its file is still what others try to lock."""
+        """True if the file still has its name, by which other processes find it."""
         return _is_file_at(self._fd, self._path)
 
     def touch(self) -> None:
-        """Say to a cleaner that the file is in use."""
+        """Renew the time of the file, so that no cleaner removes it."""
         with contextlib.suppress(OSError):
-            os.utime(self._path)  # opened and closed, the lock would be gone
+            os.utime(self._path)  # without open and close, which would drop the lock
 
     def write_mark(self, mark: str) -> None:
-        """Write into the file which key this process uses: never the key itself."""
+        """Write the *mark* of the API key, never the key itself, into the file."""
         with contextlib.suppress(OSError):
             os.pwrite(self._fd, mark.ljust(_MARK_BYTES).encode(), 0)
             _marks[(os.getpid(), self.token)] = mark
 
     def leave(self, *, nothing_left: bool = False) -> None:
-        """Give up what is owned; its segments can be adopted from now on."""
+        """Release the lock: the segments can be adopted from now on.
+
+        With *nothing_left* the owner has no segments, and the file is deleted.
+        """
         if nothing_left:
             self._path.unlink(missing_ok=True)
         os.close(self._fd)
@@ -105,7 +112,7 @@ class SegmentLock:
 
 
 def new_token() -> str:
-    """Return a name that no other owner has, on any host."""
+    """Return a token that no other owner has, on any host."""
     return secrets.token_hex(12)
 
 
@@ -116,14 +123,14 @@ def owner_of_lock(name: str) -> str | None:
 
 
 def is_there(directory: Path, token: str) -> bool:
-    """Return True if an owner has a lock file: a cleaner may have deleted it."""
+    """Return True if an owner's lock file exists: a cleaner may have deleted it."""
     return (os.getpid(), token) in _held or (directory / (token + LOCK)).exists()
 
 
 def is_alive(directory: Path, token: str) -> bool:
-    """Return True if an owner lives, and if not, that is for ever.
+    """Return True if an owner is alive; a dead owner never comes back.
 
-    Without its lock file it is taken for dead: see `is_there`.
+    An owner without a lock file counts as dead: see `is_there`.
     """
     if (os.getpid(), token) in _held:
         return True
@@ -132,7 +139,7 @@ def is_alive(directory: Path, token: str) -> bool:
 
 
 def remove_lock(path: Path) -> None:
-    """Delete the lock file of a dead owner, finished or not."""
+    """Delete a lock file, finished or not, unless its owner is alive."""
     token = owner_of_lock(path.name)
     if (os.getpid(), token) in _held:
         return
@@ -142,12 +149,12 @@ def remove_lock(path: Path) -> None:
 
 
 def holder(path: Path) -> int | None:
-    """Return the id of the process that holds the lock of *path*, None if none does.
+    """Return the id of the process that holds the lock of *path*, None if it is free.
 
-    It is 0 or less where that process is in another container.
+    The id is 0 or less if the process is in another container.
     """
     if _is_own(path):
-        return os.getpid()  # to open and close the file would drop the lock
+        return os.getpid()  # without open and close, which would drop the lock
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -160,8 +167,8 @@ def holder(path: Path) -> int | None:
         answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(_FLOCK, *fields))
     finally:
         os.close(fd)
-    found = struct.unpack(_FLOCK, answer)
-    return None if found[_TYPE] == fcntl.F_UNLCK else found[_PID]
+    lock = struct.unpack(_FLOCK, answer)
+    return None if lock[_TYPE] == fcntl.F_UNLCK else lock[_PID]
 
 
 def _is_own(path: Path) -> bool:
@@ -171,8 +178,8 @@ def _is_own(path: Path) -> bool:
             status = path.parent.stat()
         except OSError:
             return False
-        within = _elections.get((os.getpid(), status.st_dev, status.st_ino))
-        return within is not None and within.locked()
+        thread_lock = _elections.get((os.getpid(), status.st_dev, status.st_ino))
+        return thread_lock is not None and thread_lock.locked()
     return (os.getpid(), owner_of_lock(path.name)) in _held
 
 
@@ -193,9 +200,9 @@ def is_in_use(directory: Path) -> bool:
 
 
 def key_mark(directory: Path, token: str, *, since: float) -> str:
-    """Return the mark of a live owner's key, an empty one if that is not known.
+    """Return the mark of a live owner's API key, an empty text if it is not known.
 
-    One that was last written before the moment *since* counts as not known.
+    A mark that was last written before the time *since* counts as not known.
     """
     path = directory / (token + LOCK)
     try:
@@ -211,66 +218,66 @@ def key_mark(directory: Path, token: str, *, since: float) -> str:
 
 
 class Election:
-    """The lock of the one sender of a directory, held by this process.
+    """The lock of the sender of a directory, held by this process.
 
-    It can be given up by another thread, where the one that sends is stuck. What the
-    sender writes is written under `guard`, and not once it is deposed.
+    If the sending thread is stuck, another thread can *depose* it, that is, release the
+    lock. The sender writes to the directory only under `guard` and while `is_held`.
     """
 
-    def __init__(self, path: Path, fd: int, within: threading.Lock) -> None:
+    def __init__(self, path: Path, fd: int, thread_lock: threading.Lock) -> None:
         self.guard: threading.Lock = threading.Lock()
         self._path = path
         self._fd = fd
-        self._within = within
+        self._thread_lock = thread_lock
         self._is_held = True
 
     @property
     def is_held(self) -> bool:
-        """True if this process is still the sender: neither deposed nor at its end."""
+        """True if the lock is not released."""
         return self._is_held
 
     @property
     def is_intact(self) -> bool:
-        """True if it is held, and its file is still what others try to lock."""
+        """True if the lock is held and its file still has its name."""
         with self.guard:
             return self._is_held and _is_file_at(self._fd, self._path)
 
     def touch(self) -> None:
-        """Say to the others, and to a cleaner, that the sender lives."""
+        """Renew the time of the file: other processes see that the sender is alive."""
         with contextlib.suppress(OSError):
-            os.utime(self._path)  # opened and closed, the lock would be gone
+            os.utime(self._path)  # without open and close, which would drop the lock
 
     def depose(self) -> None:
-        """Give the lock up. Any thread; may be repeated."""
+        """Release the lock. Any thread; may be repeated."""
         with self.guard:
             if self._is_held:
                 self._is_held = False
                 os.close(self._fd)
-                self._within.release()
+                self._thread_lock.release()
 
 
 @contextlib.contextmanager
 def election(directory: Path, *, wait: bool = True) -> Iterator[Election | None]:
-    """Be the one sender of *directory*, as soon as there is no other.
+    """Hold the lock of the sender of *directory* within the context.
 
-    Waiting costs nothing: the kernel wakes the next one when the holder dies.
-    Without *wait* it yields None where there is another.
+    With *wait* it blocks until the lock is free: the kernel wakes the next process when
+    the holder dies. Without *wait* it yields None if there is another sender.
 
     :raises OSError: if the lock file cannot be opened.
     """
     status = directory.stat()
     key = (os.getpid(), status.st_dev, status.st_ino)
-    within = _elections.setdefault(key, threading.Lock())
-    if not within.acquire(blocking=wait):
+    thread_lock = _elections.setdefault(key, threading.Lock())
+    if not thread_lock.acquire(blocking=wait):
         yield None
         return
     try:
-        won = _elected(directory / ELECTION, within, wait=wait)
+        won = _elect(directory / ELECTION, thread_lock, wait=wait)
     except BaseException:
-        within.release()
+        thread_lock.release()
         raise
     if won is None:
-        within.release()
+        thread_lock.release()
         yield None
         return
     try:
@@ -279,25 +286,22 @@ def election(directory: Path, *, wait: bool = True) -> Iterator[Election | None]
         won.depose()
 
 
-def _elected(path: Path, within: threading.Lock, *, wait: bool) -> Election | None:
+def _elect(path: Path, thread_lock: threading.Lock, *, wait: bool) -> Election | None:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            if _locked(fd, path, wait=wait):
-                return Election(path, fd, within)
+            if _lock_file(fd, path, wait=wait):
+                return Election(path, fd, thread_lock)
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # not won, or deleted meanwhile: another one has its place
+        os.close(fd)  # not locked, or the file was deleted meanwhile
         if not wait:
             return None
 
 
 def sender_seen_at(directory: Path) -> float | None:
-    """Return when the sender of *directory* last said that it lives (wall clock).
-
-    None if there never was one, as far as can be seen.
-    """
+    """Return the time (wall clock) of the sender's last sign of life, or None."""
     try:
         return (directory / ELECTION).stat().st_mtime
     except OSError:
@@ -313,22 +317,22 @@ def _is_file_at(fd: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _try_lock(path: Path) -> Iterator[bool]:
-    """Lock the file if nobody holds it; a file that is not there is free."""
+    """Lock a file and yield True, or False if it is held. A missing file is free."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True
         return
     try:
-        yield _locked(fd, path)
+        yield _lock_file(fd, path)
     finally:
         os.close(fd)
 
 
-def _locked(fd: int, path: Path, *, wait: bool = False) -> bool:
-    """Lock what *fd* is, and say if it is ours and still the file at *path*."""
+def _lock_file(fd: int, path: Path, *, wait: bool = False) -> bool:
+    """Lock a file; return True if it is locked and still the file at *path*."""
     try:
-        while wait and not _waited(fd):
+        while wait and not _wait_for_lock(fd):
             time.sleep(_RETRY_INTERVAL)
         if not wait:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -337,16 +341,16 @@ def _locked(fd: int, path: Path, *, wait: bool = False) -> bool:
         return False
 
 
-def _waited(fd: int) -> bool:
-    """Wait for the lock; False if that is impossible and it must be tried again.
+def _wait_for_lock(fd: int) -> bool:
+    """Wait in the kernel for a lock; return False if the caller must try again.
 
-    The kernel counts all threads of a process as one: where two processes are each
-    the sender of one directory and wait for that of the other, it sees a deadlock.
-    Under gevent the thread is a greenlet, and waiting would stop all of its process.
+    The kernel does not distinguish the threads of a process. It sees a deadlock if two
+    processes are each the sender of one directory and wait for the directory of the
+    other. Under gevent the thread is a greenlet, and waiting would block the process.
     """
-    patient = fcntl.LOCK_EX | (fcntl.LOCK_NB if threads_are_greenlets() else 0)
+    operation = fcntl.LOCK_EX | (fcntl.LOCK_NB if threads_are_greenlets() else 0)
     try:
-        fcntl.lockf(fd, patient)
+        fcntl.lockf(fd, operation)
     except BlockingIOError:
         return False
     except OSError as error:

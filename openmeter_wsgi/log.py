@@ -1,4 +1,4 @@
-"""Loggers that write a repeated line once a minute, with its count."""
+"""Loggers that write a repeated line once a minute, with the number of repetitions."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import re
 import time
 from typing import Any
 
-#: Seconds between two equal lines: an outage logs a line a minute, not one a request.
+#: Minimum number of seconds between two equal lines: an outage logs one line per
+#: minute, not one per request.
 REPEAT_INTERVAL = 60.0
-#: The beginning of each line, as not every application logs the name of the logger.
+#: The start of each line: not every application logs the name of the logger.
 PREFIX = "openmeter_wsgi: "
-#: The ``extra`` of a line that ends a problem. It is always written, and so is the
-#: first line of the next problem.
+#: The ``extra`` of a line that ends a problem. This line is always written, and so is
+#: the first line of the next problem.
 OVER = {"is_over": True}
-#: The most distinct lines that are remembered; beyond it all are forgotten.
+#: Maximum number of distinct lines that a filter remembers. Beyond it, it forgets all.
 MEMORY = 1_000
 
 
-#: The most characters of a foreign text in a line.
+#: Maximum number of characters of a text from outside in a line.
 MAX_TEXT = 5_000
 _WORDS = re.compile(r"""([\s'"]+)""")
 _KEY = re.compile(r"""(?i:bearer)\s+[^\s'"]+""")
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    """Return the foreign *text* as one line without secrets.
+    """Return *text* from outside as one line without secrets.
 
-    It removes the credentials of URLs and headers, and characters that could forge
-    another line or control a terminal, and cuts the text at *limit* characters.
+    It removes the credentials of URLs and headers. It also removes characters that
+    could forge another line or control a terminal, and cuts the text at *limit*.
     """
     if "@" in text:
         text = "".join(map(_without_credentials, _WORDS.split(text)))
@@ -39,7 +40,7 @@ def clean(text: str, limit: int = MAX_TEXT) -> str:
 
 
 def _without_credentials(word: str) -> str:
-    """Remove the credentials before the host in a URL, or in a part of one."""
+    """Remove the credentials before the host in a URL or in a part of a URL."""
     before, at, host = word.rpartition("@")
     scheme, slashes, _ = before.partition("//")
     if slashes:
@@ -54,7 +55,7 @@ def _cleaned(argument: Any) -> Any:
 
 
 class _Cleaned:
-    """An exception in the arguments of a line; its texts are cleaned."""
+    """An exception among the arguments of a line, whose texts are cleaned."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -67,18 +68,19 @@ class _Cleaned:
 
 
 class RepeatFilter(logging.Filter):
-    """Writes a line once a minute, with the number of its repetitions and our name.
+    """A filter that passes a line once a minute and adds prefix and repetitions.
 
     Two records are the same line if level, template and first argument are equal. By
-    convention the first argument is the subject of the line, the others are figures.
+    convention the first argument is the subject of the line, and the others are values.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        #: The time of the last write of each line, and the repetitions since.
         self._seen: dict[object, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True if *record* is to be written; clean its texts.
+        """Clean the texts of *record*; return True if it is to be written.
 
         Any thread; takes no lock.
         """
@@ -94,15 +96,15 @@ class RepeatFilter(logging.Filter):
         return True
 
     def _repeats(self, record: logging.LogRecord) -> int | None:
-        """Return the suppressed repetitions before *record*, None to suppress it."""
+        """Return the number of suppressed repetitions, None to suppress *record*."""
         if record.levelno < logging.INFO:
             return 0
         if getattr(record, "is_over", False):
             self._seen.clear()
             return 0
         args = record.args
-        topic = str(args[0]) if isinstance(args, tuple) and args else None
-        line = (record.levelno, record.msg, topic)
+        subject = str(args[0]) if isinstance(args, tuple) and args else None
+        line = (record.levelno, record.msg, subject)
         now = time.monotonic()
         written, repeats = self._seen.get(line, (-REPEAT_INTERVAL, 0))
         if now - written < REPEAT_INTERVAL:
@@ -115,7 +117,7 @@ class RepeatFilter(logging.Filter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module, with a `RepeatFilter`."""
+    """Return the logger *name* with a `RepeatFilter`."""
     logger = logging.getLogger(name)
     if not logger.filters:
         logger.addFilter(RepeatFilter())

@@ -1,34 +1,37 @@
-"""Measures: values of a meter that are known only when the response has ended.
+"""Measures: values of a meter that are known only after the response has ended.
 
-A policy names them where a number or a text would stand::
+A policy has a measure in place of a number or a text::
 
     meter={"type": "transfer", "data": {"bytes": bytes_sent(), "route": route()}}
     meters={"tokens": llm_usage("total_tokens")}
 
-A measure that has no value gives no event, which is counted; ``.default(0)`` gives it
-one. It is never guessed.
+When a response is settled, :func:`evaluate` replaces each measure by its value. A meter
+with a measure that has no value makes no event, and the statistics count the missing
+event. ``.default(0)`` sets a value to use instead. No value is ever estimated.
+
+In a file, a measure is written as text:
 
 ========================  ==========================================================
 ``$request.method``       method
-``$request.route``        the template of the address
+``$request.route``        the template of the path
 ``$request.bytes``        bytes of the request's body
 ``$request.header.NAME``  a header of the request
 ``$response.status``      status code
 ``$response.bytes``       bytes of the response's body
 ``$response.duration``    seconds
 ``$response.header.NAME`` a header of the response
-``$response.json.PATH``   what a JSONPath finds: ``$response.json.usage.total_tokens``
-``$response.records``     JSON lines
+``$response.json.PATH``   number at a JSONPath: ``$response.json.usage.total_tokens``
+``$response.records``     number of JSON lines
 ``$response.succeeded``   parts of a multi-status response; also ``.failed``
-``$llm``                  all that a language model used, in place of ``data``
-``$llm.FIELD``            one figure of it: ``$llm.total_tokens``
-``$llm:PROVIDER``         the same from reports of one shape: ``$llm:openai``
-``$llm:PROVIDER.FIELD``   one figure of them: ``$llm:openai.total_tokens``
-``$llm:SHAPE/type:NAME``  one event for each type of token, of the provider NAME
+``$llm``                  all usage of a language model, in place of the whole ``data``
+``$llm.FIELD``            one figure of that usage: ``$llm.total_tokens``
+``$llm:SHAPE``            the same, only from reports of this shape: ``$llm:openai``
+``$llm:SHAPE.FIELD``      one figure of these: ``$llm:openai.total_tokens``
+``$llm:SHAPE/type:NAME``  one event for each type of token; NAME: the billing company
 ========================  ==========================================================
 
-``?? VALUE`` behind one of these is its default, as JSON: ``$response.header.X-N ?? 0``.
-Text that begins with a dollar sign and means nothing else is written with two.
+``?? VALUE`` after a measure is its default, as JSON: ``$response.header.X-N ?? 0``.
+Other text that begins with a dollar sign is written with two dollar signs.
 """
 
 from __future__ import annotations
@@ -43,9 +46,9 @@ import msgspec
 from openmeter_wsgi import log
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.errors import MeterValueError
-from openmeter_wsgi.events import VALUE_PROPERTY, Number, StatedUsage, read_usage
+from openmeter_wsgi.events import VALUE_PROPERTY, CheckedUsage, Number, read_usage
 from openmeter_wsgi.exchange import Body, Exchange, reader_of
-from openmeter_wsgi.request import interrupted
+from openmeter_wsgi.request import raise_after_settling
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
@@ -56,21 +59,21 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-_NONE: Any = object()
+_NO_DEFAULT: Any = object()
 _COMPUTED = "computed("
-#: Stands between the shape of a report and the provider that bills its tokens.
+#: The separator between the shape of a report and the company that bills the tokens.
 _BY_TYPE = "/type:"
-#: The names in a JSONPath that are quoted.
+#: The quoted names in a JSONPath.
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-#: More digits has no number that OpenMeter could read.
+#: Maximum number of digits before the decimal point. No float has more.
 _MAX_DIGITS = 310
-#: A number as HTTP and JSON write it. Python's own grammar also takes ``1_000``, Arabic
-#: digits and every kind of blank.
+#: A number in the syntax of HTTP and JSON. Python's `float` and `Decimal` also accept
+#: ``1_000``, Arabic digits and all kinds of white space.
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 class Measure:
-    """A value that an :class:`Exchange` has, or lacks. Immutable; any thread."""
+    """A value that is computed from an :class:`Exchange`. Immutable and thread-safe."""
 
     __slots__ = ("_default", "_find", "bodies", "is_quantity", "is_split", "text")
 
@@ -82,24 +85,25 @@ class Measure:
         bodies: Iterable[Body] = (),
         is_quantity: bool = True,
         is_split: bool = False,
-        default: object = _NONE,
+        default: object = _NO_DEFAULT,
     ) -> None:
-        #: How it is written in a file.
+        #: The measure as it is written in a file.
         self.text: str = text
-        #: The readers of the response's body that it needs.
+        #: The readers of the response's body that the measure needs.
         self.bodies: frozenset[Body] = frozenset(bodies)
         for body in self.bodies:
-            reader_of(body)  # imports it now, and not with the first response
-        #: Whether it says how much, rather than of what kind: a quantity is billed
-        #: also of a response that broke off.
+            reader_of(body)  # imports the reader now, not at the first response
+        #: True if the value is an amount, not a property such as the method. Meters
+        #: with an amount are billed even if the response was interrupted.
         self.is_quantity: bool = is_quantity
-        #: Whether it gives the data of several events, so that it stands for all data.
+        #: True if the value is a list with the data of several events. Then the measure
+        #: must stand in place of the whole ``data``.
         self.is_split: bool = is_split
         self._find = find
         self._default = default
 
     def default(self, value: object) -> Measure:
-        """Return the same measure, with a value for where it has none."""
+        """Return the same measure with *value* as its value if it has no other."""
         return Measure(
             self.text,
             self._find,
@@ -111,64 +115,64 @@ class Measure:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """The parts by which measures are equal: text, default, the user's function."""
-        own = self._find if self.text.startswith(_COMPUTED) else None
-        return self.text, self._default, own
+        """The text, the default and the user's function, to compare measures by."""
+        function = self._find if self.text.startswith(_COMPUTED) else None
+        return self.text, self._default, function
 
     def value(self, exchange: Exchange) -> object:
-        """Return the value, or an :class:`Unknown` that says why there is none."""
+        """Return the value, or an :class:`Unknown` with the reason."""
         try:
-            found = self._find(exchange)
-        except BaseException as error:  # noqa: BLE001 - the user's own code may be in it
-            logger.error("%s: raised %r; it has no value", self, error)
-            found = Unknown("failed")
+            value = self._find(exchange)
+        except BaseException as error:  # noqa: BLE001 - may be code of the user
+            logger.error("%s: raised %r; the measure has no value", self, error)
+            value = Unknown("failed")
             if not isinstance(error, Exception):
-                interrupted(exchange.environ, error)
-        if found is None:
-            found = Unknown("none")
-        if isinstance(found, Unknown) and self._default is not _NONE:
+                raise_after_settling(exchange.environ, error)
+        if value is None:
+            value = Unknown("none")
+        if isinstance(value, Unknown) and self._default is not _NO_DEFAULT:
             return self._default
-        return found
+        return value
 
     def __repr__(self) -> str:
-        if self._default is _NONE:
+        if self._default is _NO_DEFAULT:
             return self.text
         return f"{self.text} ?? {self._default!r}"
 
 
 def bytes_sent() -> Measure:
-    """Bytes of the response's body that the client took."""
+    """The number of bytes of the response's body that the server took."""
     return Measure("$response.bytes", lambda exchange: exchange.bytes_sent)
 
 
 def bytes_received() -> Measure:
-    """Bytes of the request's body."""
+    """The number of bytes of the request's body."""
     return Measure("$request.bytes", lambda exchange: exchange.bytes_received)
 
 
 def duration() -> Measure:
-    """Seconds from the request's arrival to the end of its response."""
+    """The seconds from the arrival of the request to the end of the response."""
     return Measure("$response.duration", lambda exchange: exchange.duration)
 
 
 def status() -> Measure:
     """The status code, a number."""
-    return _kind("$response.status", lambda exchange: exchange.status)
+    return _property("$response.status", lambda exchange: exchange.status)
 
 
 def method() -> Measure:
     """The method of the request."""
-    return _kind("$request.method", lambda exchange: exchange.method)
+    return _property("$request.method", lambda exchange: exchange.method)
 
 
 def route() -> Measure:
-    """The template of the address, as the framework has it: ``/users/<id>``."""
-    return _kind("$request.route", lambda exchange: exchange.route)
+    """The template of the path, as the framework defines it: ``/users/<id>``."""
+    return _property("$request.route", lambda exchange: exchange.route)
 
 
 def request_header(name: str) -> Measure:
-    """A header of the request. Clients set it, so do not let it decide the price."""
-    return _kind(f"$request.header.{name}", lambda e: e.request_header(name))
+    """A header of the request. Clients choose it, so no price should depend on it."""
+    return _property(f"$request.header.{name}", lambda e: e.request_header(name))
 
 
 def response_header(name: str) -> Measure:
@@ -177,17 +181,18 @@ def response_header(name: str) -> Measure:
 
 
 def response_json(path: str) -> Measure:
-    """The number that a JSONPath (RFC 9535) finds in the body; several are added up.
+    """The number at a JSONPath (RFC 9535) in the body; several numbers are added up.
 
-    :raises ConfigError: if it is no JSONPath, or python-jsonpath is not installed.
+    :raises ConfigError: if *path* is no JSONPath, or python-jsonpath is not installed.
     """
     from openmeter_wsgi.bodies.json import NumberPath  # see `reader_of`
 
     numbers = NumberPath(path)
     if ".." in _QUOTED.sub("", path):
         logger.warning(
-            "response_json %r: '..' also finds what a customer sends and the response "
-            "echoes, so customers change what they are billed; name the whole path",
+            "response_json %r: '..' also matches values that a customer sends and the "
+            "response echoes, so that customers can change their bill; write the whole "
+            "path",
             path,
         )
 
@@ -226,17 +231,27 @@ def llm_usage(
     split: Literal["type"] | None = None,
     shape: Provider | None = None,
 ) -> Measure:
-    """The usage of a language model: one field of :class:`LLMUsage`, or all of them.
+    """The usage of a language model: one field of :class:`LLMUsage`, or all fields.
 
-    Without a field it stands for the whole ``data``, with the figures that were
-    reported and no others. With a *provider* it reads reports of that shape alone.
-    State it wherever the body holds anything of the caller's.
+    Without *field* the measure stands in place of the whole ``data`` and gives the
+    figures that were reported.
 
-    ``split="type"`` sends one event for each type of token, with ``tokens``, ``type``
+    *provider* has two meanings:
+
+    - Without *split* it is the shape of the report: ``"openai"``, ``"anthropic"``,
+      ``"gemini"``, ``"cohere"``, ``"ollama"`` or ``"bedrock"``. Reports of other shapes
+      are ignored. Groq, Azure and many others use the shape ``"openai"``. Set it
+      whenever the body may contain text of the caller.
+    - With ``split="type"`` it is the company that bills you, such as ``"groq"``, and
+      *shape* is the shape of the report. The default of *shape* is *provider* if that
+      is a shape, else ``"openai"``.
+
+    ``split="type"`` makes one event for each type of token, with ``tokens``, ``type``
     (``input``, ``output``, ``cache_read``, ``cache_write``, ``reasoning``),
-    ``provider`` and ``model``, by which OpenMeter finds a price. Each token is in one
-    of them. There *provider* is the company that bills you, such as ``"groq"``, and
-    *shape* the form of its reports: by default its own, or else OpenAI's.
+    ``provider`` and ``model``, by which OpenMeter finds a price. Each token has one
+    type.
+
+    :raises ValueError: if an argument is not one of the above.
     """
     from openmeter_wsgi.bodies.llm_shapes import FIELDS, PROVIDERS  # see `reader_of`
 
@@ -246,7 +261,10 @@ def llm_usage(
         default = provider if provider in PROVIDERS else "openai"
         return _tokens_by_type(split, field, provider, shape or default)
     if shape is not None:
-        raise ValueError("shape: expected it with split='type' alone; write provider=")
+        raise ValueError(
+            "shape: expected only with split='type'; without split, provider= is the "
+            "shape of the report"
+        )
     body = _body_of("provider", provider)
 
     def find(exchange: Exchange) -> object:
@@ -254,8 +272,8 @@ def llm_usage(
         if isinstance(usage, Unknown):
             return usage
         if field is None:
-            found = {name: getattr(usage, name) for name in FIELDS}
-            return {name: value for name, value in found.items() if value is not None}
+            figures = {name: getattr(usage, name) for name in FIELDS}
+            return {name: value for name, value in figures.items() if value is not None}
         value = getattr(usage, field)
         return Unknown("not_reported") if value is None else value
 
@@ -289,21 +307,29 @@ def _tokens_by_type(
 
 
 def _body_of(name: str, shape: str | None) -> Body:
-    """Return the body that holds reports of *shape*; *name* says what may be wrong."""
+    """Return the reader for *shape*; *name* is the argument named in the exception."""
     from openmeter_wsgi.bodies.llm_shapes import PROVIDERS  # see `reader_of`
 
     if shape is not None and shape not in PROVIDERS:
         names = ", ".join(map(repr, PROVIDERS))
-        raise ValueError(f"{name}: expected one of {names}, got {shape!r}")
+        problem = f"{name}: expected one of {names}, got {shape!r}"
+        if name == "provider":
+            problem += (
+                "; this is the shape of the report: Groq, Azure and others have the "
+                "shape 'openai', so write provider='openai' ($llm:openai in a file); "
+                "only with split='type' is it the company that bills the tokens "
+                f"($llm:openai{_BY_TYPE}{shape} in a file)"
+            )
+        raise ValueError(problem)
     return f"llm:{shape}" if shape else "llm"  # type: ignore[return-value]
 
 
 def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
-    """The result of *function*, called with the exchange; None for no value.
+    """The result of *function*, called with the exchange. None means no value.
 
-    *bodies* names what it looks at of the response's body: ``"json"``, ``"llm"`` or
-    ``"llm:openai"`` and the like, ``"records"``, ``"multi_status"``. Nothing of it is
-    read unless it is named.
+    *bodies* are the readers that the function needs: ``"json"``, ``"records"``,
+    ``"multi_status"``, ``"llm"``, or ``"llm:openai"`` for one shape. Only the readers
+    named here read the response's body.
     """
     for body in bodies:
         if body not in get_args(Body):
@@ -313,14 +339,14 @@ def computed(function: Callable[[Exchange], object], *bodies: Body) -> Measure:
     return Measure(f"{_COMPUTED}{name})", function, bodies=bodies)
 
 
-def _kind(text: str, find: Callable[[Exchange], object]) -> Measure:
+def _property(text: str, find: Callable[[Exchange], object]) -> Measure:
     return Measure(text, find, is_quantity=False)
 
 
-def _plain(number: Decimal) -> int | Decimal:
-    """Return a whole number as one, unless it is larger than a float can be.
+def _int_if_whole(number: Decimal) -> int | Decimal:
+    """Return a whole number as an int, unless it is larger than any float.
 
-    A client may send ``1e999999``, which as an integer takes minutes.
+    A client may send ``1e999999``, whose conversion to an int takes minutes.
     """
     if number.adjusted() > _MAX_DIGITS or number != number.to_integral_value():
         return number
@@ -328,21 +354,21 @@ def _plain(number: Decimal) -> int | Decimal:
 
 
 def as_number(value: object) -> int | float | Decimal | Unknown:
-    """Return *value* as a number; text as the number that it says."""
+    """Return *value* as a number; text is parsed."""
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
-        text = value.strip(" \t")  # what HTTP allows around the value of a header
+        text = value.strip(" \t")  # HTTP allows blanks around the value of a header
         try:
             number = Decimal(text) if _NUMBER.fullmatch(text) else None
-        except InvalidOperation:  # of an exponent with dozens of digits
+        except InvalidOperation:  # an exponent with dozens of digits
             number = None
         if number is not None:
-            return _plain(number)
+            return _int_if_whole(number)
     return Unknown("not_a_number")
 
 
-_PLAIN: dict[str, Callable[[], Measure]] = {
+_WITHOUT_NAME: dict[str, Callable[[], Measure]] = {
     "$request.method": method,
     "$request.route": route,
     "$request.bytes": bytes_received,
@@ -364,9 +390,9 @@ _JSON = "$response.json"
 
 
 def read_measure(text: str) -> Measure | str:
-    """Return the measure that *text* names, or the text that it is.
+    """Return the measure that *text* names, else the text, with ``$$`` as ``$``.
 
-    :raises ValueError: if it begins with a dollar sign and names no measure.
+    :raises ValueError: if *text* begins with one dollar sign and names no measure.
     """
     if not text.startswith("$"):
         return text
@@ -379,11 +405,11 @@ def read_measure(text: str) -> Measure | str:
     try:
         return measure.default(msgspec.json.decode(default))
     except msgspec.DecodeError:
-        raise ValueError(f"{text!r}: expected JSON behind '??'") from None
+        raise ValueError(f"{text!r}: expected JSON after '??'") from None
 
 
 def _named(name: str) -> Measure:
-    if make := _PLAIN.get(name):
+    if make := _WITHOUT_NAME.get(name):
         return make()
     if name.startswith(_JSON) and name[len(_JSON) :][:1] in {".", "["}:
         return response_json("$" + name.removeprefix(_JSON))
@@ -393,27 +419,29 @@ def _named(name: str) -> Measure:
         if (rest := name.removeprefix(prefix)) != name and rest:
             return make_named(rest)
     names = [*_WITH_NAME, f"$llm{_BY_TYPE}"]
-    known = ", ".join([*_PLAIN, *(f"{prefix}NAME" for prefix in names)])
+    known = ", ".join([*_WITHOUT_NAME, *(f"{prefix}NAME" for prefix in names)])
     raise ValueError(
         f"{name!r} is no measure; expected one of {known}, {_JSON}.PATH "
         "(or two dollar signs for text that begins with one)"
     )
 
 
-def _llm_usage_of(provider: str, field: str | None = None) -> Measure:
-    return llm_usage(field, provider=provider)
+def _llm_usage_of(shape: str, field: str | None = None) -> Measure:
+    return llm_usage(field, provider=shape)
 
 
-def _by_type(shape: str, provider: str) -> Measure:
-    form: Any = shape.removeprefix(":") or None
-    return llm_usage(split="type", provider=provider, shape=form)
+def _by_type(suffix: str, provider: str) -> Measure:
+    shape: Any = suffix.removeprefix(":") or None
+    return llm_usage(split="type", provider=provider, shape=shape)
 
 
-#: Stands for a measure where the rest of a document is checked.
+#: The number put in place of a measure while the rest of a document is checked.
 _ANY_NUMBER = 1
 
 
 class _NoValue(Exception):
+    """A measure of a meter has no value."""
+
     def __init__(self, measure: Measure, reason: str) -> None:
         self.measure = measure
         self.reason = reason
@@ -421,20 +449,20 @@ class _NoValue(Exception):
 
 
 class MeasuredMeter(NamedTuple):
-    """A meter whose number, or whose data, is known only in the end."""
+    """A meter whose number or data contains measures."""
 
     type: str
-    #: A document, or a measure alone for a number by type.
+    #: A document (of `meter`) that contains measures, or a measure (of `meters`).
     content: Any
     measures: tuple[Measure, ...]
 
     @property
     def is_quantity(self) -> bool:
-        """True if it measures an amount, and not only a kind."""
+        """True if any of its measures is an amount."""
         return any(measure.is_quantity for measure in self.measures)
 
     def data(self) -> Any:
-        """Return its data, with the measures in it; one measure if it gives it all."""
+        """Return its data with the measures in it; a measure if that gives all data."""
         if isinstance(self.content, Measure):
             return {VALUE_PROPERTY: self.content}
         return self.content.get("data", {})
@@ -443,15 +471,18 @@ class MeasuredMeter(NamedTuple):
 class Evaluated(NamedTuple):
     """The results of measured meters."""
 
-    usage: StatedUsage
-    #: The measures that had no value, and why, by the type of their meter.
+    usage: CheckedUsage
+    #: For each meter without a result: its type, the measure without a value, and the
+    #: reason.
     missing: list[tuple[str, Measure, str]]
 
 
-def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ...]]:
-    """Split the meters of a policy into the known ones and the measured ones.
+def split(meter: Any, meters: Any) -> tuple[CheckedUsage, tuple[MeasuredMeter, ...]]:
+    """Split the meters of a policy into those without and those with measures.
 
-    :raises ValueError: naming what is wrong. It may be called again with the same.
+    *meter* and *meters* are the options of a policy, as given or as text from a file.
+
+    :raises ValueError: with the problem, if the meters are not valid.
     """
     documents: list[Mapping[str, Any]] = []
     numbers: dict[str, Any] = {}
@@ -459,10 +490,10 @@ def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ..
     given = [meter] if isinstance(meter, Mapping) else list(meter or ())
     for document in given:
         read = _with_measures(document)
-        if found := tuple(_measures_in(read)):
+        if measures := tuple(_measures_in(read)):
             _check(read)
-            _check_places(read["data"], found)
-            measured.append(MeasuredMeter(read["type"], read, found))
+            _check_places(read["data"], measures)
+            measured.append(MeasuredMeter(read["type"], read, measures))
         else:
             documents.append(read)
     for name, value in (meters or {}).items():
@@ -475,11 +506,11 @@ def split(meter: Any, meters: Any) -> tuple[StatedUsage, tuple[MeasuredMeter, ..
             numbers[name] = number
     plain = read_usage(documents).documents if documents else ()
     counted = read_usage(numbers).numbers if numbers else {}
-    return StatedUsage(counted, plain), (*measured,)
+    return CheckedUsage(counted, plain), (*measured,)
 
 
 def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
-    """Return the results of *meters* at the end of *exchange*. Never raises."""
+    """Return the results of *meters* for *exchange*. Never raises."""
     numbers: dict[str, Number] = {}
     documents: list[Mapping[str, Any]] = []
     missing: list[tuple[str, Measure, str]] = []
@@ -489,20 +520,20 @@ def evaluate(meters: Iterable[MeasuredMeter], exchange: Exchange) -> Evaluated:
             if isinstance(meter.content, Measure):
                 numbers |= read_usage({meter.type: _number(meter, value)}).numbers
             else:
-                made = _documents(value)
-                read_usage(made)
-                documents += made
-        except _NoValue as none:
-            missing.append((meter.type, none.measure, none.reason))
+                filled = _documents(value)
+                read_usage(filled)
+                documents += filled
+        except _NoValue as absence:
+            missing.append((meter.type, absence.measure, absence.reason))
         except MeterValueError as error:
-            logger.error("meter %r: not sent: %s", meter.type, error)
+            logger.error("meter %r: no event is sent: %s", meter.type, error)
             missing.append((meter.type, meter.measures[0], "invalid"))
     plain = read_usage(documents).documents if documents else ()
-    return Evaluated(StatedUsage(numbers, plain), missing)
+    return Evaluated(CheckedUsage(numbers, plain), missing)
 
 
 def _documents(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return one document for each element of its data, if that is a list."""
+    """Return one document for each element of ``data``, if ``data`` is a list."""
     data = document.get("data")
     return (
         [{**document, "data": d} for d in data]
@@ -519,7 +550,7 @@ def _number(meter: MeasuredMeter, value: object) -> Any:
 
 
 def _with_measures(value: Any) -> Any:
-    """Return *value* with texts that name measures replaced by them."""
+    """Return *value* with each text that names a measure replaced by the measure."""
     if isinstance(value, str):
         return read_measure(value)
     if isinstance(value, Mapping):
@@ -541,26 +572,27 @@ def _measures_in(value: Any) -> Iterable[Measure]:
 
 
 def _check(document: Mapping[str, Any]) -> None:
-    """Check a document, except for its measures."""
+    """Check a document with a number in place of each measure."""
     data = document.get("data")
     stand_in = {"any": _ANY_NUMBER} if isinstance(data, Measure) else _replaced(data)
     rest = {key: value for key, value in document.items() if key != "data"}
     if found := next(iter(_measures_in(rest)), None):
-        raise ValueError(f"expected measures in data alone, got {found!r} outside it")
+        raise ValueError(f"expected measures only in data, got {found!r} outside it")
     read_usage({**rest, "data": stand_in})
 
 
 def _check_places(data: Any, measures: Iterable[Measure]) -> None:
-    """Check that a measure of several events stands for all data of a document."""
+    """Check that a measure with the data of several events is the whole *data*."""
     for measure in measures:
         if measure.is_split and measure is not data:
             raise ValueError(
-                f"{measure!r}: expected in place of the whole data of a document, as "
+                f"{measure!r}: expected in place of the whole data of a document: "
                 "{'type': …, 'data': llm_usage(split='type', …)}"
             )
 
 
 def _replaced(value: Any) -> Any:
+    """Return *value* with each measure replaced by a number."""
     if isinstance(value, Measure):
         return _ANY_NUMBER
     if isinstance(value, Mapping):
@@ -569,7 +601,10 @@ def _replaced(value: Any) -> Any:
 
 
 def _filled(value: Any, exchange: Exchange) -> Any:
-    """Return *value* with every measure replaced by its value."""
+    """Return *value* with each measure replaced by its value.
+
+    :raises _NoValue: if a measure has no value.
+    """
     if isinstance(value, Measure):
         found = value.value(exchange)
         if isinstance(found, Unknown):

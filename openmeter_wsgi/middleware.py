@@ -1,4 +1,10 @@
-"""`OpenMeterMiddleware`: wraps an application and passes on each response."""
+"""`OpenMeterMiddleware`: the WSGI middleware that wraps an application.
+
+For each request, on the server's thread, `__call__` selects the `Billing` that applies,
+checks entitlements if the policy requires any, calls the application, and returns its
+iterable in a `Response`. The `Response` settles the request when the server closes it:
+it puts the events to bill into the queue. A background thread sends them.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +24,17 @@ from openmeter_wsgi.request import (
     OPEN,
     REQUEST,
     RequestRecord,
-    begin_again,
+    adopt_record,
 )
 from openmeter_wsgi.response import (
     FILE_WRAPPER,
     Response,
     SizedResponse,
-    fail,
-    give_file,
-    is_file,
     is_iterable,
-    remember_files,
+    is_wrapped_file,
+    settle_failed,
+    settle_when_closed,
+    track_wrapped_files,
 )
 from openmeter_wsgi.stats import MAX_AGE, Health
 
@@ -46,21 +52,21 @@ logger: Final = log.get_logger(__name__)
 
 
 class OpenMeterMiddleware:
-    """A WSGI application that bills the responses of another one.
+    """WSGI middleware that bills the responses of *app* (PEP 3333).
 
-    *options* are those of :class:`Policy`; given with a *policy*, they change it.
-    Without a policy, missing options are read from variables (``OPENMETER_API_KEY``,
-    …).
+    Keyword *options* are those of :class:`Policy`. With a *policy*, they override its
+    options. Without one, options that are not given are read from environment
+    variables (``OPENMETER_API_KEY``, …).
 
     The constructor starts no thread and opens no socket. Any thread may call the
-    middleware, in this process and in those forked from it.
+    middleware, in this process and in processes forked from it.
 
-    :raises ConfigError: with every problem of the configuration.
+    :raises ConfigError: listing all problems of the configuration.
     """
 
     #: True if entitlements are checked before the application is called. Subclasses
-    #: for frameworks set False and check them later, when the caller is known.
-    _asks_first = True
+    #: for frameworks set False and check them after authentication.
+    _checks_entitlements_first = True
 
     def __init__(
         self,
@@ -68,7 +74,7 @@ class OpenMeterMiddleware:
         policy: Policy | None = None,
         **options: Unpack[Options],
     ) -> None:
-        # Imported here because this is most of the package. No request imports it.
+        # Not imported at the top: these two modules import most of the package.
         from openmeter_wsgi.policy import Policy
         from openmeter_wsgi.process import Process, new_process_for
 
@@ -76,7 +82,7 @@ class OpenMeterMiddleware:
             raise ConfigError([NOT_ON_WINDOWS])
         if not callable(app):
             raise ConfigError(
-                [f"app: expected a WSGI application, which can be called, got {app!r}"]
+                [f"app: expected a WSGI application (a callable), got {app!r}"]
             )
         self.app = app
         if policy is None:
@@ -90,10 +96,10 @@ class OpenMeterMiddleware:
             _prepare_spool(policy)
         self._process = self._new_process(policy)
         if self._new_process is Process:
-            self._process.say_what_errors_are_billed()
-        self._look_at_views()
+            self._process.warn_of_billed_errors()
+        self._check_decorators_later()
 
-    # One function: each call would slow down every request.
+    # One long function: each further call would cost every request.
     def __call__(  # noqa: C901
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
@@ -107,12 +113,12 @@ class OpenMeterMiddleware:
         if billing is None:
             return self.app(environ, start_response)
         if REQUEST in environ:
-            request = begin_again(environ, billing, start_response)
+            request = adopt_record(environ, billing, start_response)
             if request is None:
-                self._say_that_it_is_nested()
+                self._warn_of_nesting()
                 return self.app(environ, start_response)
         else:
-            # `new_record`, inlined: a call would cost each request.
+            # `new_record`, inlined to save a call per request.
             request = environ[REQUEST] = RequestRecord()
             request.billing = billing
             request.state = OPEN
@@ -120,84 +126,86 @@ class OpenMeterMiddleware:
             request.status = request.server_write = request.capture = None
             request.caller = request.usage = request.route = None
             request.decision = request.reserved = request.remembered = None
-        if billing.asks and self._asks_first:
-            refusal = _refusal(billing, environ, request)
-            if refusal is not None:
-                return refusal(environ, start_response)
+        if billing.requires_entitlements and self._checks_entitlements_first:
+            denied_response = _denied_response(billing, environ, request)
+            if denied_response is not None:
+                return denied_response(environ, start_response)
         if billing.bodies is not None:
             request.capture = ResponseCapture(environ, billing.bodies)
-        files = remember_files(environ) if FILE_WRAPPER in environ else None
+        file_wrapper = track_wrapped_files(environ) if FILE_WRAPPER in environ else None
         try:
             iterable = self.app(environ, request.start_response)
         except EntitlementDenied as denied:
-            # The application, or its framework, did not answer it.
+            # Neither the application nor its framework caught the exception.
             iterable = denied.answer(
                 environ, request.start_response, is_started=request.status is not None
             )
         except BaseException:
-            fail(environ, request)
+            settle_failed(environ, request)
             raise
-        if files is not None and is_file(files, iterable):
-            file = give_file(environ, request, iterable)
-            return file if process.watch is None else process.watch(file)
+        if file_wrapper is not None and is_wrapped_file(file_wrapper, iterable):
+            file = settle_when_closed(environ, request, iterable)
+            return file if process.wrap is None else process.wrap(file)
         response: Response
         if type(iterable) is list or hasattr(iterable, "__len__"):
             response = SizedResponse()
         elif is_iterable(iterable):
             response = Response()
         else:
-            # Such as gunicorn's ALREADY_HANDLED: the application took the socket.
-            billing.hand_over(environ, request)
+            # gunicorn's ALREADY_HANDLED, for example: the application took the socket.
+            billing.count_handed_over(environ, request)
             return iterable
         response.environ = environ
         response.request = request
         response.iterable = iterable
-        return response if process.watch is None else process.watch(response)
+        return response if process.wrap is None else process.wrap(response)
 
-    def _say_that_it_is_nested(self) -> None:
+    def _warn_of_nesting(self) -> None:
         logger.warning(
-            "%s: the application is wrapped twice; the outer middleware meters",
+            "%s: the application is wrapped twice; only the outer middleware bills",
             type(self).__name__,
         )
 
     def process(self) -> Process:
         """Return the `Process` of the calling process.
 
-        It is made anew after a fork, and after gevent has replaced threads. Events that
-        the parent queued stay with the parent.
+        A new one is made after a fork, and after gevent has patched `threading`.
         """
         process = self._process
-        if not process.guard.fits():
+        if not process.guard.is_valid():
             process = process.successor(self._new_process, self.policy)
             self._process = process
         return process
 
     def _confirmed_process(self) -> Process:
-        """Return the `Process` for the requests of this process, and confirm it."""
+        """Return the `Process` of this process, and mark its guard as confirmed."""
         process = self.process()
         process.guard.confirm()
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send the waiting events; return True if all are done within *timeout*.
+        """Send the queued events; return True if no event is left in time. Any thread.
 
-        Without a timeout it waits until OpenMeter answers.
+        :param timeout: maximum wait in seconds; None waits until OpenMeter answers.
         """
         return self.process().transport.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Send the waiting events, stop delivery, and log the events that are left.
+        """Send the queued events, stop delivery, and log the number of events left.
 
-        *timeout* defaults to ``shutdown_timeout``. The exit of the process calls it. It
-        may be called again; a later request starts delivery again.
+        Called when the process exits. A later request restarts delivery.
+
+        :param timeout: maximum wait in seconds; default: ``shutdown_timeout``.
         """
         self.process().close(timeout)
 
     def invalidate(self, subject: str, feature: str | None = None) -> None:
-        """Forget the cached answers about *subject*: its next request asks OpenMeter.
+        """Remove the cached entitlements of *subject*: OpenMeter is asked again.
 
-        Call it from a webhook, so that a purchase, grant or revocation takes effect at
+        Call it from a webhook: a purchase, grant or revocation then takes effect at
         once in this process.
+
+        :param feature: key of the feature to remove; None removes all features.
         """
         self.process().invalidate(subject, feature)
 
@@ -208,49 +216,49 @@ class OpenMeterMiddleware:
     def health(self, *, max_age: float = MAX_AGE) -> Health:
         """Return the current problems of this process, without waiting.
 
-        :param max_age: seconds that the oldest event may wait.
+        :param max_age: maximum age of the oldest queued event, in seconds.
         """
         return self.process().health(max_age)
 
     def on_first_request(self, hook: FirstRequestHook) -> None:
-        """Call *hook* in each process, with the first request that it settles.
+        """Call *hook* once in each process, when the process settles its first request.
 
-        A hook may start a thread there: threads started earlier do not survive the
-        forks of a server.
+        A hook may start threads. Threads started before a server forks do not exist in
+        its workers.
         """
         self.process().on_first_request(hook)
 
     def replace_process(self, new_process: NewProcess) -> Callable[[], None]:
-        """Use *new_process* to make every `Process`; return a function that undoes it.
+        """Make each `Process` with *new_process*; return a function that undoes this.
 
-        Called by `openmeter_wsgi.process.replaced`, between two requests.
+        `openmeter_wsgi.process.replaced` calls it between two requests, for tests.
         """
-        before = self._process, self._new_process
+        previous = self._process, self._new_process
         self._new_process = new_process
         self._process = new_process(self.policy)
-        self._look_at_views()
+        self._check_decorators_later()
 
         def restore() -> None:
-            self._process, self._new_process = before
+            self._process, self._new_process = previous
 
         return restore
 
     def __del__(self) -> None:
-        # A test suite makes hundreds of applications and closes none of them.
+        # Stop the threads: a test suite makes hundreds of applications, closes none.
         if (process := getattr(self, "_process", None)) is not None:
             process.release()
 
-    def _look_at_views(self) -> None:
-        """Warn of misplaced decorators with the first request, when all views exist."""
+    def _check_decorators_later(self) -> None:
+        """Check for misplaced decorators at the first request, when all views exist."""
         app = self.app
         self._process.on_first_request(lambda _: _warn_of_misplaced_decorators(app))
 
 
 def _warn_of_misplaced_decorators(app: WSGIApplication) -> None:
-    # Not imported means that no decorator is in use.
-    routes = sys.modules.get("openmeter_wsgi.framework_routes")
-    if routes is not None:
-        routes.warn_of_misplaced_decorators(app)
+    # If the module was never imported, the application uses no decorator.
+    framework_routes = sys.modules.get("openmeter_wsgi.framework_routes")
+    if framework_routes is not None:
+        framework_routes.warn_of_misplaced_decorators(app)
 
 
 def _prepare_spool(policy: Policy) -> None:
@@ -263,27 +271,27 @@ def _prepare_spool(policy: Policy) -> None:
 
 def _warn_of_unknown_subject() -> None:
     logger.warning(
-        "a request was answered 401 before it reached the application, "
-        "as no subject was known; where the application calls set_user or set_subject, "
-        "use openmeter_wsgi.flask.OpenMeter, openmeter_wsgi.django, or "
-        "require_entitlements in the view, which ask after authentication"
+        "a request without a subject was answered 401 before it reached the "
+        "application; if the application calls set_user or set_subject, check "
+        "entitlements after authentication: use openmeter_wsgi.flask.OpenMeter, "
+        "openmeter_wsgi.django, or require_entitlements in the view"
     )
 
 
-def _refusal(
+def _denied_response(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
 ) -> DeniedResponse | None:
-    """Return the response to a denied request, None if it is allowed."""
-    # The cache answers most requests, so it is asked first.
-    if not billing.gate.passes(environ, request) and billing.must_ask(environ):
+    """Return the response to a denied request, or None if the request is allowed."""
+    # The cache decides most requests, so `passes` comes first.
+    if not billing.gate.passes(environ, request) and billing.needs_decision(environ):
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:
-            billing.refuse(environ)
-            request.end()
+            billing.count_denied(environ)
+            request.mark_settled()
             (denial, *_) = decision.denied
             if denial.reason == "no_subject" and billing.policy.subject is None:
                 _warn_of_unknown_subject()
             return DeniedResponse(decision, billing.policy)
-    if billing.tells_quota and request.server_start is not None:
+    if billing.adds_quota_headers and request.server_start is not None:
         request.server_start = with_quota(request.decision, request.server_start)
     return None

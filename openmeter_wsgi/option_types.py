@@ -1,7 +1,7 @@
-"""The options of a policy as type checkers and editors see them: `Options`.
+"""The types of all options, for type checkers and editors: `Options`.
 
-Each option takes what its reader in `options` takes; the fields of a policy hold the
-read values. Nothing imports this module while a program runs.
+These are the types that the readers in `options` accept. The fields of a `Policy` have
+the types of the converted values. No other module imports this one at run time.
 """
 
 import os
@@ -22,7 +22,7 @@ _Path: TypeAlias = str | os.PathLike[str] | None
 
 
 class RouteOptions(TypedDict, total=False):
-    """The options of a route in ``routes`` and of a view's ``@meter``."""
+    """The options of a route in ``routes``, or of a view with :func:`meter`."""
 
     meter: _Document | Iterable[_Document] | None
     meters: Mapping[str, float | Measure | str] | None
@@ -49,7 +49,7 @@ class RouteOptions(TypedDict, total=False):
 
 
 class OptionsBesideRoutes(RouteOptions, total=False):
-    """The options of a middleware whose routes are in a file of their own."""
+    """The options of a middleware except ``routes``, which are in a separate file."""
 
     api_key: _Key
     api_key_file: _Path
@@ -80,6 +80,6 @@ class OptionsBesideRoutes(RouteOptions, total=False):
 
 
 class Options(OptionsBesideRoutes, total=False):
-    """The options of a middleware and of a `Policy`."""
+    """The options of a middleware, or of a `Policy`."""
 
     routes: Mapping[str, RouteOptions | Literal[False] | None] | None

@@ -1,10 +1,11 @@
-"""Reads and checks each option, from code, variables or a file.
+"""Checks and converts the value of each option, from code, variables or a file.
 
-It also knows which servers need a key, and the address of version 3 of the API.
+A reader, such as `url` or `meters`, takes a value of any type and returns the converted
+value. It returns a converted value unchanged. For an invalid value it raises ValueError
+with the expected and the given value, to which `Policy` adds the name of the option.
 
-Every reader returns the checked value, and reads its own result again unchanged.
-It raises ValueError with the expected and the given value, also for a wrong type; the
-policy adds the name of the option.
+The module also defines which servers require an API key (`ApiKey`), and the URL of
+version 3 of OpenMeter's API.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: OpenMeter Cloud and Kong Konnect; other servers have no authentication.
+#: Domains of OpenMeter Cloud and Kong Konnect. Other servers require no API key.
 _HOSTED = (".openmeter.cloud", ".konghq.com")
-#: A host of Kong Konnect is the name of a region, followed by this.
+#: The host of Kong Konnect, after the name of a region and a dot.
 _KONNECT = "api.konghq.com"
 
 
 def is_konnect(url: str) -> bool:
-    """Return True if *url* is the address of Kong Konnect, in any region."""
+    """Return True if *url* is the URL of Kong Konnect, in any region."""
     region, _, rest = (urlsplit(url).hostname or "").partition(".")
     return region != "" and rest == _KONNECT
 
 
-#: Questions a second: to a hosted OpenMeter, and to a server of the user's own.
+#: Default of ``question_rate`` per second, for hosted and for self-hosted servers.
 _HOSTED_RATE, _OWN_RATE = 25.0, 200.0
 
 
 def is_hosted(url: str) -> bool:
-    """Return True if *url* is OpenMeter Cloud or Kong Konnect."""
+    """Return True if *url* is the URL of OpenMeter Cloud or Kong Konnect."""
     host = urlsplit(url).hostname or ""
     return host == "openmeter.cloud" or host.endswith(_HOSTED)
 
@@ -62,14 +63,14 @@ def question_rate(given: float | None, *, url: str) -> float:
 
 
 def v3_url(url: str) -> str:
-    """Return the address of version 3 of OpenMeter's API on the server at *url*."""
+    """Return the URL of version 3 of OpenMeter's API on the server at *url*."""
     return url + ("/v3/openmeter" if is_konnect(url) else "/api/v3/openmeter")
 
 
 def checked_key(text: object) -> str:
-    """Return the key in *text* without surrounding white space.
+    """Return the API key in *text* without surrounding white space.
 
-    :raises ValueError: if it cannot be sent in a header. The message never
+    :raises ValueError: if the key cannot be sent in a header. The message never
         contains the key.
     """
     if not isinstance(text, str):
@@ -82,15 +83,16 @@ def checked_key(text: object) -> str:
     for position, character in enumerate(key):
         if not "!" <= character <= "~":
             raise ValueError(
-                f"expected visible ASCII characters, got another one at {position}"
+                "expected visible ASCII characters, got another character at position "
+                f"{position}"
             )
     return key
 
 
 class ApiKey:
-    """The source of a key. Read on first use, and again after a 401.
+    """An API key from text, a callable or a file. Used by one thread.
 
-    Only the sender uses it, so it takes no lock.
+    The key is read on first use, and again after OpenMeter answered 401.
     """
 
     def __init__(self, read: Callable[[], object] | None, name: str) -> None:
@@ -102,16 +104,16 @@ class ApiKey:
     def from_options(
         cls, key: str | Callable[[], str] | None, file: str | Path | None
     ) -> ApiKey:
-        """Return the source of *key* or *file*; without both, one without a key.
+        """Return the API key of *key* or *file*, or one that is always None.
 
-        :raises ValueError: if a text or a file holds no key. A callable is not called
-            yet: it may need a worker process.
+        :raises ValueError: if a text or file contains no valid key. A callable is not
+            called yet: it may work only in a worker process.
         """
         if file is not None:
             path = Path(file)
-            made = cls(path.read_text, f"api_key_file {str(path)!r}")
-            made.current()
-            return made
+            from_file = cls(path.read_text, f"api_key_file {str(path)!r}")
+            from_file.current()
+            return from_file
         if callable(key):
             return cls(key, "api_key()")
         if key is None:
@@ -120,9 +122,9 @@ class ApiKey:
         return cls(lambda: text, "api_key")
 
     def current(self) -> str | None:
-        """Return the key to send, None for a server that needs none.
+        """Return the key to send, None if there is none. Read it on first use.
 
-        :raises ValueError: if it cannot be read now, naming the source.
+        :raises ValueError: naming the source, if the key cannot be read now.
         """
         if self._key is None and self._read is not None:
             self._key = self._fresh(self._read)
@@ -130,19 +132,19 @@ class ApiKey:
 
     @property
     def known(self) -> str | None:
-        """The key that was read last, None before that."""
+        """The key that was read last, None before the first reading."""
         return self._key
 
     def renew(self) -> bool:
         """Read the key again; return True if it has changed."""
         if self._read is None:
             return False
-        before, self._key = self._key, None
+        previous, self._key = self._key, None
         self._key = self._fresh(self._read)
-        return self._key != before
+        return self._key != previous
 
     def required_by(self, url: str) -> bool:
-        """Return True if there is no key and the server at *url* needs one."""
+        """Return True if there is no key, and the server at *url* requires one."""
         return self._read is None and is_hosted(url)
 
     def _fresh(self, read: Callable[[], object]) -> str:
@@ -151,7 +153,7 @@ class ApiKey:
         except ValueError as error:
             raise ValueError(f"{self._name}: {error}") from None
         except Exception as error:
-            # A callable is the user's own and may raise anything at all.
+            # A callable of the application may raise any exception.
             raise ValueError(
                 f"{self._name}: cannot be read: {type(error).__name__}: {error}"
             ) from error
@@ -170,12 +172,12 @@ def key(value: Any) -> Any:
     return value if value is None or callable(value) else checked_key(value)
 
 
-#: A shorter secret could be guessed.
+#: Minimum number of characters of a secret.
 _MIN_SECRET = 16
 
 
 def ticket_secret(value: Any) -> tuple[str, ...] | None:
-    """Read one secret, or two of which the first signs. The secrets are never shown."""
+    """Read one secret, or a new and an old one. Messages never contain a secret."""
     if value is None:
         return None
     secrets = value.split() if isinstance(value, str) else value
@@ -191,17 +193,17 @@ def ticket_secret(value: Any) -> tuple[str, ...] | None:
             f"expected one secret, or a new and an old one, got {len(secrets)}"
         )
     try:
-        # Here, so that only who has a secret needs it, and no request imports it.
+        # Imported here, because it is required only with a secret.
         import itsdangerous  # noqa: F401
     except ImportError:
         raise ValueError(
-            "needs itsdangerous; run: pip install 'openmeter_wsgi[jobs]'"
+            "requires itsdangerous; run: pip install 'openmeter_wsgi[jobs]'"
         ) from None
     return secrets
 
 
 def url(value: Any) -> str:
-    """Return a base URL without a trailing slash."""
+    """Read a base URL; return it without a trailing slash."""
     if not isinstance(value, str):
         raise ValueError(f"expected a URL, got {value!r}")
     parts = urlsplit(value.strip())
@@ -213,10 +215,10 @@ def url(value: Any) -> str:
         raise ValueError("expected a URL without a user or password: use api_key")
     if parts.query or parts.fragment:
         raise ValueError(f"expected a URL without ? and #, got {value!r}")
-    _ = parts.port  # raises for one that is no port
+    _ = parts.port  # raises ValueError for an invalid port
     if parts.path.rstrip("/").endswith(("/events", "/v3/openmeter")):
         raise ValueError(
-            f"expected the server's address alone, its path is added, got {value!r}"
+            f"expected the URL of the server without the path of the API, got {value!r}"
         )
     return value.strip().rstrip("/")
 
@@ -232,7 +234,7 @@ def api_flavor(value: Any) -> str:
 
 
 def path(value: Any) -> str | None:
-    """Return a path that holds wherever the process goes, or None."""
+    """Read a path; return it as an absolute path, independent of later `chdir`."""
     if value is None:
         return None
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
@@ -241,12 +243,12 @@ def path(value: Any) -> str | None:
 
 
 def optional_url(value: Any) -> str | None:
-    """Return a base URL, or None."""
+    """Read a base URL, or None."""
     return None if value is None else url(value)
 
 
 def redis_url(value: Any) -> str | None:
-    """Read the address of a Redis. It may hold a password, so it is never shown."""
+    """Read the URL of a Redis. It may contain a password, so no message contains it."""
     schemes = ("redis://", "rediss://", "unix://")
     if value is None or (isinstance(value, str) and value.startswith(schemes)):
         return value
@@ -275,7 +277,7 @@ def text(value: Any) -> str:
 
 
 def subject(value: Any) -> Any:
-    """Return a callable as it is, or 'header:Name' checked."""
+    """Read a callable, or ``header:Name``."""
     if value is None or callable(value):
         return value
     kind, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
@@ -286,28 +288,28 @@ def subject(value: Any) -> Any:
         )
     if name.lower() in _SECRET_HEADERS:
         raise ValueError(
-            f"expected a header that holds no secret, got {name!r}: the subject is "
-            "stored, shown and logged"
+            f"expected a header that contains no secret, got {name!r}: subjects are "
+            "stored, displayed and logged"
         )
     return f"header:{name}"
 
 
 def subject_path(value: Any) -> str:
-    """Read a path through the user."""
+    """Read the path to the subject in a user object."""
     if isinstance(value, str) and all(value.removeprefix(".").split(".")):
         return value
     raise ValueError(f"expected a path such as '.sub' or '.data.id', got {value!r}")
 
 
 def meter(value: Any) -> Any:
-    """Read one or several documents; numbers by type have an option of their own."""
+    """Read one or several documents."""
     if value is None:
         return None
     documents = [value] if isinstance(value, Mapping) else list(value)
     if not documents or not all(map(_is_document, documents)):
         raise ValueError(
             "expected {'type': …, 'data': {…}} or a list of them, got "
-            f"{value!r}; numbers by type go to meters"
+            f"{value!r}; for numbers by type use the option meters"
         )
     for document in documents:
         if document.get("id") or document.get("time"):
@@ -324,7 +326,7 @@ def _is_document(value: Any) -> bool:
 
 
 def meters(value: Any) -> Any:
-    """Read numbers by type."""
+    """Read amounts by meter type."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or isinstance(value.get("type"), str):
@@ -336,20 +338,20 @@ def meters(value: Any) -> Any:
 
 
 def routes(value: Any) -> Any:
-    """Read rules and the options of each; None or False: not metered."""
+    """Read a mapping of rules to options. None or False means not metered."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise ValueError(f"expected options by rule, got {value!r}")
-    for rule, own in value.items():
+    for rule, given in value.items():
         RouteRule(rule)
-        if own is not None and own is not False and not isinstance(own, Mapping):
-            raise ValueError(f"{rule!r}: expected options or None, got {own!r}")
+        if given is not None and given is not False and not isinstance(given, Mapping):
+            raise ValueError(f"{rule!r}: expected options or None, got {given!r}")
     return value
 
 
 def meter_when(value: Any) -> Any:
-    """Read a predicate on the exchange: a callable, a measure, or its text."""
+    """Read a condition on the exchange: a callable, a measure, or its text."""
     if isinstance(value, str):
         value = read_measure(value)
     if value is None or isinstance(value, Measure) or callable(value):
@@ -361,7 +363,7 @@ def meter_when(value: Any) -> Any:
 
 
 def audit(value: Any) -> Any:
-    """Read a callable that takes records, or None."""
+    """Read a callable that takes audit records, or None."""
     if value is None or callable(value):
         return value
     raise ValueError(
@@ -371,7 +373,7 @@ def audit(value: Any) -> Any:
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """Read a value by its type."""
+    """Convert a value to the type *hint*."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
@@ -404,25 +406,25 @@ def _choices(hint: Any) -> list[Any]:
     ]
 
 
-#: What to write in place of an option of an earlier version.
+#: Options of earlier versions, each with its replacement.
 REMOVED = {
-    "billing_errors": "leave it out; meter_on_status_codes alone says what is billed",
+    "billing_errors": "leave it out; only meter_on_status_codes decides",
     "idempotency_keys": "leave it out; set_idempotency_key works without it",
     "journal": "leave it out; the file system decides",
     "entitlement_cache_size": "leave it out; a process keeps 10,000 answers",
-    "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for another name "
-    "of the number than total",
+    "value_property": "write meter={'type': ..., 'data': {'NAME': 1}} for a property "
+    "other than total",
     "max_queue_events": "write max_queue_bytes; an event takes about 250 bytes",
     "entitlements_path": "leave it out; api_flavor decides",
     "unmatched": "for None write routes={..., '*': None}, for 'policy' nothing",
 }
 
 
-def unknown(name: str, names: Sequence[str]) -> str:
-    """Return the error for *name*, which is no option, and the one likely meant."""
+def unknown_option(name: str, names: Sequence[str]) -> str:
+    """Return the error message for an unknown option, with a similar name if any."""
     if name in REMOVED:
         return f"{name}: is no longer an option: {REMOVED[name]}"
-    import difflib  # here, as few make a mistake
+    import difflib  # imported only for an error
 
     close = difflib.get_close_matches(name.lower(), names, n=1)
     return f"unknown option {name!r}" + (
@@ -430,24 +432,26 @@ def unknown(name: str, names: Sequence[str]) -> str:
     )
 
 
-#: The form of a feature's key in OpenMeter.
+#: A valid feature key in OpenMeter.
 _FEATURE = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*", re.ASCII)
+#: Maximum number of characters of a feature key.
 _MAX_FEATURE = 64
-#: The id of an entitlement, which version 2 takes in place of a key.
+#: An id (ULID), which version 2 of the API accepts in place of a feature key.
 _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}", re.ASCII)
 
 
 class CountedMeter(NamedTuple):
-    """The meter of a feature's balance, and the property with its number."""
+    """The meter by which the balance of a feature is counted down."""
 
+    #: The meter type.
     type: str
-    #: The property of ``data``. An event without it counts as 1, as OpenMeter's COUNT
-    #: does.
+    #: The property of ``data`` with the amount. An event without this property counts
+    #: as 1, as with OpenMeter's aggregation COUNT.
     property: str = VALUE_PROPERTY
 
 
 def features(value: Any) -> tuple[str, ...]:
-    """Read the keys of features, each once."""
+    """Read feature keys; drop duplicates."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ValueError(f"expected a list of feature keys, got {value!r}")
     keys = tuple(dict.fromkeys(value))
@@ -458,12 +462,12 @@ def features(value: Any) -> tuple[str, ...]:
 
 
 def feature_problem(key: Any) -> str | None:
-    """Return an error if OpenMeter cannot have the feature *key*, with a valid key."""
+    """Return an error message if *key* is not a valid feature key, or None."""
     if problem := text_problem(key):
         return problem
-    if not unaddressable([key]) or is_ulid(key):
+    if not invalid_feature_keys([key]) or is_ulid(key):
         return None
-    proposed = feature_like(key)
+    proposed = similar_feature_key(key)
     hint = f"; write {proposed!r} here and in OpenMeter" if proposed else ""
     return (
         f"OpenMeter takes no feature key like {key!r} (expected a-z and 0-9, words "
@@ -471,27 +475,27 @@ def feature_problem(key: Any) -> str | None:
     )
 
 
-def feature_like(key: str) -> str | None:
-    """Return a valid key similar to *key*, None if there is none."""
+def similar_feature_key(key: str) -> str | None:
+    """Return a valid feature key similar to *key*, or None."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     words = re.findall(r"[a-z0-9]+", snake, re.ASCII)
     return "_".join(words)[:_MAX_FEATURE].rstrip("_") or None
 
 
 def is_ulid(key: str) -> bool:
-    """Return True if *key* has the form of an id."""
+    """Return True if *key* is an id (ULID)."""
     return _ULID.fullmatch(key) is not None
 
 
-def unaddressable(keys: Iterable[str]) -> list[str]:
-    """Return the *keys* that are not in the form of a feature's key."""
+def invalid_feature_keys(keys: Iterable[str]) -> list[str]:
+    """Return those *keys* that are not valid feature keys."""
     return [
         key for key in keys if not _FEATURE.fullmatch(key) or len(key) > _MAX_FEATURE
     ]
 
 
 def customer(value: Any) -> Any:
-    """Read a callable or mapping from a subject to the key of its customer."""
+    """Read a callable or mapping from subjects to customer keys."""
     if value is None or callable(value) or isinstance(value, Mapping):
         return value
     raise ValueError(
@@ -500,7 +504,7 @@ def customer(value: Any) -> Any:
 
 
 def counted_meters(value: Any) -> dict[str, CountedMeter]:
-    """Read the meters of features: a mapping, or a list if their names are equal."""
+    """Read a mapping of features to meters, or a list of features named like meters."""
     if isinstance(value, Mapping):
         return {_feature(key): _counted(key, meter) for key, meter in value.items()}
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -508,8 +512,8 @@ def counted_meters(value: Any) -> dict[str, CountedMeter]:
     keys = list(value)
     for key in keys:
         if problem := feature_problem(key):
-            like = None if text_problem(key) else feature_like(key)
-            mapping = f", with its meter: { ({like: key})!r}" if like else ""
+            similar = None if text_problem(key) else similar_feature_key(key)
+            mapping = f", with its meter: { ({similar: key})!r}" if similar else ""
             raise ValueError(problem + mapping)
     return {key: CountedMeter(key) for key in keys}
 
@@ -537,7 +541,7 @@ def _counted(feature: str, meter: Any) -> CountedMeter:
 
 
 def reserved(value: Any) -> Any:
-    """Read the amounts that a request reserves by feature, or a callable."""
+    """Read the amounts that a request reserves, by feature, or a callable."""
     if value is None or callable(value):
         return value
     if not isinstance(value, Mapping):
@@ -548,9 +552,9 @@ def reserved(value: Any) -> Any:
 
 
 def amounts(value: Mapping[str, Any]) -> dict[str, float]:
-    """Return amounts by feature, each finite and not negative.
+    """Read amounts by feature.
 
-    :raises ValueError: naming the one that is not.
+    :raises ValueError: naming an amount that is negative or not finite.
     """
     try:
         numbers = read_usage(dict(value)).numbers if value else {}
@@ -560,7 +564,7 @@ def amounts(value: Mapping[str, Any]) -> dict[str, float]:
 
 
 _PREFIX = "OPENMETER_"
-#: Options whose variable is written as JSON, each with an example.
+#: Options whose environment variable is written as JSON, with examples.
 AS_JSON = {
     "meter": '{"type": "api_requests", "data": {"total": 1}}',
     "meters": '{"api_requests": 1}',
@@ -568,19 +572,20 @@ AS_JSON = {
     "reserve": '{"tokens": 1000}',
     "routes": '{"/health": null}',
 }
-#: Options whose variable is a list of names with commas, or JSON.
+#: Options whose environment variable is a comma-separated list of names, or JSON.
 AS_LIST = ("required_entitlements", "entitlement_meters")
 
 
 def read_variables(
     environ: Mapping[str, str], hints: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the options in *environ*; an empty variable sets none.
+    """Return the options in the environment variables *environ*. Skip empty variables.
 
-    *hints* has the type of each option. A variable with a similar name is warned of;
-    other variables with our prefix belong to other programs.
+    *hints* are the types of all options. A warning is logged for each variable whose
+    name is similar to that of an option. Other variables with the prefix ``OPENMETER_``
+    are ignored: they belong to other programs.
 
-    :raises ConfigError: naming each variable whose text cannot be read.
+    :raises ConfigError: naming each variable that cannot be parsed.
     """
     options: dict[str, Any] = {}
     problems: list[str] = []
@@ -589,7 +594,7 @@ def read_variables(
             continue
         name = variable.removeprefix(_PREFIX).lower()
         if name in REMOVED:
-            problems.append(f"{variable}: {unknown(name, ())}")
+            problems.append(f"{variable}: {unknown_option(name, ())}")
             continue
         if name not in hints:
             _warn_if_misspelt(variable, name, list(hints))
@@ -616,7 +621,7 @@ def _read_text(name: str, text: str, hint: Any) -> Any:
     try:
         return msgspec.convert(text.strip(), hint, strict=False)
     except TypeError:
-        return text.strip()  # a type that is no JSON type, such as a callable
+        return text.strip()  # the hint is not a JSON type, but a callable, for example
     except msgspec.ValidationError:
         if hint in {int, float, bool} or "int" in str(hint) or "float" in str(hint):
             raise
@@ -624,11 +629,11 @@ def _read_text(name: str, text: str, hint: Any) -> Any:
 
 
 def _warn_if_misspelt(variable: str, name: str, names: list[str]) -> None:
-    import difflib  # here, as few make a mistake
+    import difflib  # imported only for unknown variables
 
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
         logger.warning(
-            "%s is no option and is ignored; did you mean %s%s?",
+            "%s is ignored: there is no such option; did you mean %s%s?",
             variable,
             _PREFIX,
             close[0].upper(),
@@ -638,11 +643,11 @@ def _warn_if_misspelt(variable: str, name: str, names: list[str]) -> None:
 def read_file(path: Path) -> dict[str, Any]:
     """Return the options in a file: JSON if its name ends in .json, else TOML.
 
-    :raises ConfigError: naming the file and its problem.
+    :raises ConfigError: naming the file and the problem.
     """
     try:
         content = path.read_bytes()
-        text = content.decode("utf-8-sig")  # some editors begin a file with a mark
+        text = content.decode("utf-8-sig")  # some editors write a byte order mark
         is_json = path.suffix.lower() == ".json"
         options = msgspec.json.decode(text) if is_json else _toml(text)
     except OSError as error:
@@ -655,7 +660,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> Any:
-    # Imported here: all applications import this module, and few have such a file.
+    # Imported here, because few applications have a TOML file.
     import tomllib
 
     return tomllib.loads(text)

@@ -1,4 +1,4 @@
-"""Matches paths with variables by werkzeug's routing."""
+"""Matches paths against rules with variables, by werkzeug's routing."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ if TYPE_CHECKING:
 
 
 class _PathConverter(BaseConverter):
-    """The converter `<path:…>`, which matches every text.
+    """The converter `<path:…>`. It matches any text that is not empty.
 
-    werkzeug's own stops at a line end and refuses a slash at the beginning, so that
-    `/files//a` and `/files/a%0A`, which Django, Bottle or Falcon serve, would escape
-    the rule.
+    werkzeug's own converter excludes line ends and a leading slash. Django, Bottle and
+    Falcon serve such paths, for example `/files//a` and `/files/a%0A`: with werkzeug's
+    converter these would not be billed by the rule.
     """
 
     part_isolating = False
     regex = "(?s:.+?)"
-    weight = 200  # as werkzeug's own: tried after every other variable
+    weight = 200  # as in werkzeug's: tried after all other converters
 
 
-def bound(paths: Iterable[str]) -> MapAdapter:
-    """Return a matcher of *paths*; the endpoint of each is its number.
+def path_adapter(paths: Iterable[str]) -> MapAdapter:
+    """Return an adapter that matches *paths*. The endpoint of a path is its index.
 
-    :raises ValueError: or LookupError, TypeError, SyntaxError, if a path is no rule.
+    :raises ValueError: or LookupError, TypeError, SyntaxError, if a path is not a valid
+        rule of werkzeug.
     """
-    made = Map(
+    rules = Map(
         strict_slashes=False,
         merge_slashes=False,
         redirect_defaults=False,
         converters={"path": _PathConverter},
     )
-    for number, path in enumerate(paths):
-        made.add(Rule(path, endpoint=number))
-    made.update()
-    return made.bind("")
+    for index, path in enumerate(paths):
+        rules.add(Rule(path, endpoint=index))
+    rules.update()
+    return rules.bind("")

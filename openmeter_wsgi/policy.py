@@ -1,4 +1,9 @@
-"""`Policy`: all options of a middleware, checked together and immutable."""
+"""`Policy`: all options of a middleware, checked together and immutable.
+
+The options are the fields of three base classes: billing, delivery and entitlements.
+The ``#:`` comment of a field is its documentation. The reader in ``metadata["read"]``
+checks and converts the value (see `options`). Without a reader, the type is checked.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import (
-    Callable,
-    Iterable,
-    Mapping,
-)
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -28,19 +29,15 @@ import msgspec
 
 from openmeter_wsgi import options as read
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.events import Meter, StatedUsage, number_meter
-from openmeter_wsgi.measures import (
-    Measure,
-    MeasuredMeter,
-    split,
-)
+from openmeter_wsgi.events import CheckedUsage, Meter, number_meter
+from openmeter_wsgi.measures import Measure, MeasuredMeter, split
 from openmeter_wsgi.options import (
     ApiKey,
     CountedMeter,
+    invalid_feature_keys,
     is_konnect,
     read_file,
     read_variables,
-    unaddressable,
 )
 from openmeter_wsgi.routes import RouteRule
 from openmeter_wsgi.status_codes import StatusCodes
@@ -52,7 +49,7 @@ if TYPE_CHECKING:
 
 
 Billed: TypeAlias = Literal["all", "measured", "none"]
-#: Returns the subject of the request with this environ; empty or None for none.
+#: Takes the environ and returns the subject. Empty text or None means no subject.
 SubjectCallable: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 DEFAULT_SOURCE = "openmeter_wsgi"
@@ -61,75 +58,78 @@ _HEADER = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9\-]+$")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class BillingOptions:
-    """Options of billing: the meters and the subject."""
+    """Options of billing: meters, billed responses and subject."""
 
-    #: The events of each request: a document, ``{"type": …, "data": {…}}``, or a list
-    #: of documents. Measures in ``data`` are replaced by their values.
+    # -- Meters
+    #: The events of each request: a document ``{"type": …, "data": {…}}``, or a list of
+    #: documents. Measures in ``data`` are replaced by their values.
     meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
         default=None, metadata={"read": read.meter}
     )
-    #: The numbers of each request by type: ``{"api_requests": 1}`` sends the data
-    #: ``{"total": 1}``. A number may be a measure; zero sends no event.
+    #: The amounts of each request by meter type: ``{"api_requests": 1}`` sends an event
+    #: with the data ``{"total": 1}``. An amount may be a measure. Zero sends no event.
     meters: Mapping[str, float | Measure | str] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
     )
-    #: A further condition on the finished exchange: a callable, or
-    #: ``computed(callable, "json")`` if it reads the body, or a measure, also as text
-    #: (``"$response.succeeded"``).
+    #: An additional condition for billing a response: a callable that takes the
+    #: ``Exchange``, ``computed(callable, "json")`` if it reads the body, or a
+    #: measure, also as text (``"$response.succeeded"``).
     meter_when: Callable[[Any], object] | Measure | str | None = dataclasses.field(
         default=None, metadata={"read": read.meter_when}
     )
     #: The status codes that are billed: ``"200-299"``, ``"2xx, 304"``, ``[200, 201]``.
-    #: All others are counted and not billed. Errors among them are warned of at the
-    #: start and by ``openmeter-wsgi check``.
+    #: Responses with other codes are counted and not billed. If error codes are billed,
+    #: a warning is logged at startup, and ``openmeter-wsgi check`` reports it.
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
-    #: The part that is billed of a response that the application broke off:
-    #: ``"measured"`` is the usage of handlers and measures, without flat prices.
+    #: The part that is billed if the application raises an exception. ``"measured"``
+    #: bills the usage of handlers and measures, without flat prices.
     on_failure: Billed = "measured"
-    #: The part that is billed of a response that the client did not read to its end.
-    #: With less than ``"all"`` a client pays less by hanging up before the last byte.
+    #: The part that is billed if the client disconnects before the end of the response.
+    #: With less than ``"all"``, a client can pay less by closing the connection before
+    #: the last byte.
     on_abort: Billed = "all"
-    #: True bills OPTIONS requests, which browsers send by themselves, like others.
+    #: True bills OPTIONS requests like all others. Browsers send them for CORS.
     meter_options: bool = False
-    #: The name of the service that the events come from. OpenMeter deduplicates by it
-    #: and the event's id. Flask and Django set it to the name of the application.
+    #: The ``source`` of the events: the name of the service (CloudEvents 1.0).
+    #: OpenMeter deduplicates by source and id of an event. With Flask and Django the
+    #: default is the name of the application.
     event_source: str = dataclasses.field(
         default=DEFAULT_SOURCE, metadata={"read": read.source}
     )
-    #: A header that your proxy sets and clients cannot: its value becomes the id of the
-    #: request in the ids of its events. It needs an explicit ``event_source``.
+    #: Name of a header with the request id, from which the event ids are made. Your
+    #: proxy must set it, and clients must not be able to. Requires an explicit
+    #: ``event_source``.
     trusted_request_id_header: _HEADER | None = None
-
-    #: A callable that gets a mapping for every settled request that became no event,
-    #: with the reason. The logger ``openmeter_wsgi.audit`` has a line at level DEBUG.
+    #: A callable that gets a mapping with the reason for each settled request that
+    #: became no event. The logger ``openmeter_wsgi.audit`` has the same at level DEBUG.
     audit: Callable[[dict[str, Any]], object] | None = dataclasses.field(
         default=None, metadata={"read": read.audit}
     )
-    #: Options of single routes, by rule (``"POST /v1/users/<id>"``); None: not
-    #: metered. A route inherits the options that it does not name. The rule ``"*"`` is
-    #: for all requests that no other rule matches; without it they are metered by the
+    #: Options of single routes, by rule (``"POST /v1/users/<id>"``). None: the route is
+    #: not metered. A route inherits all options that it does not set. The rule ``"*"``
+    #: is for requests that no other rule matches. Without it, they are metered by the
     #: options of the middleware.
     routes: Mapping[str, Mapping[str, Any] | None] | None = dataclasses.field(
         default=None, metadata={"read": read.routes}
     )
 
-    # -- To whom
-    #: The subject to bill: a callable on the environ, or ``"header:Name"``. Clients who
-    #: can set that header can bill each other.
+    # -- Subject
+    #: The subject to bill: a callable that takes the environ, or ``"header:Name"``. If
+    #: clients can set that header, they can send usage to another customer's bill.
     subject: str | SubjectCallable | None = dataclasses.field(
         default=None, metadata={"read": read.subject}
     )
-    #: True allows commas in a subject from a header. By default a comma means that the
-    #: header was sent twice, and the request has no subject.
+    #: True allows commas in a subject from a header. By default, a comma means that the
+    #: header was sent twice, and the request counts as one without subject.
     subject_commas: bool = False
-    #: The path to the subject in the argument of :func:`set_user`.
+    #: The path to the subject in the argument of :func:`set_user`, such as ``.sub``.
     subject_path: str = dataclasses.field(
         default=".sub", metadata={"read": read.subject_path}
     )
-    #: The subject of requests without one. ``"skip"`` counts such requests and bills
-    #: nobody.
+    #: The subject that is billed for requests without subject. ``"skip"``: such
+    #: requests are counted and not billed.
     on_missing_subject: str = dataclasses.field(
         default="skip", metadata={"read": read.text}
     )
@@ -140,63 +140,66 @@ ApiFlavor: TypeAlias = Literal["v1", "v3"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class DeliveryOptions:
-    """Options of delivery, one set for the whole process."""
+    """Options of delivery. They apply to the whole middleware."""
 
-    #: The key of OpenMeter Cloud or Kong Konnect: text, or a callable that is called
-    #: again after a 401. A server of your own needs no key.
+    # -- Server
+    #: The API key of OpenMeter Cloud or Kong Konnect: text, or a callable that returns
+    #: it and is called again after a 401. A self-hosted OpenMeter needs no key.
     api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
     )
-    #: The file with the key, read again after a 401.
+    #: Path of a file with the API key. The file is read again after a 401.
     api_key_file: str | None = dataclasses.field(
         default=None, metadata={"read": read.path}
     )
-    #: The key for requests about entitlements; default: ``api_key``.
+    #: The API key for requests about entitlements. Default: ``api_key``.
     entitlements_api_key: str | Callable[[], str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.key}
     )
-    #: The address of the server, without ``/api``.
+    #: URL of the OpenMeter server, without ``/api``.
     api_url: str = dataclasses.field(
         default="https://openmeter.cloud", metadata={"read": read.url}
     )
-    #: The version of OpenMeter's API: ``"v1"`` (with version 2 for entitlements), or
-    #: ``"v3"``, the only version of Kong Konnect.
+    #: The version of OpenMeter's API: ``"v1"`` (with version 2 for entitlements) or
+    #: ``"v3"``. Kong Konnect has version 3 only.
     api_flavor: ApiFlavor = dataclasses.field(
         default="v1", metadata={"read": read.api_flavor}
     )
-    #: Seconds to wait for the answer to one attempt to send.
+    #: Timeout of one attempt to send a batch, in seconds.
     request_timeout: Annotated[float, msgspec.Meta(gt=0, le=600)] = 10.0
 
-    #: The most events in one batch. So many waiting events are sent at once, before
-    #: ``flush_interval`` is over.
+    # -- Queue and batches
+    #: Maximum number of events in one batch. A full batch is sent immediately.
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500
-    #: The most seconds that an event waits for a batch to fill.
+    #: Maximum number of seconds that an event waits for its batch to fill.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
-    #: The size of the queue in memory, in bytes of events. An event that finds no room
-    #: is dropped and counted.
+    #: Maximum size of the queue in memory, in bytes of events. Events that do not fit
+    #: are dropped and counted.
     max_queue_bytes: Annotated[int, msgspec.Meta(ge=1_000)] = 100_000_000
-    #: The most seconds that the exit of a process may take to send waiting events.
+    #: Maximum number of seconds to send the queued events when the process exits.
     shutdown_timeout: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 5.0
-    #: Where settled usage waits, so that it survives the process; None: in memory.
-    #: Any number of processes; each server has a directory of its own in it.
+    #: Directory in which events are stored until delivered, so that they survive the
+    #: process. None: events are queued in memory. Any number of processes may share it.
+    #: Each OpenMeter server has a subdirectory.
     spool_dir: str | None = dataclasses.field(
         default=None, metadata={"read": read.path}
     )
-    #: Of this size the directory of a server takes no more; a segment per process
-    #: more or less.
+    #: Maximum size of the subdirectory of a server, in bytes. It may be exceeded by one
+    #: segment file per process.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
-    #: Seconds within which a batch without an answer is sent again. If OpenMeter
-    #: forgets ids sooner, events may be billed twice.
+    #: Seconds within which a batch without an answer may be sent again. It must not be
+    #: longer than OpenMeter deduplicates: otherwise events may be billed twice.
     resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     #: The secret that signs the tickets of :func:`defer`, at least 16 characters. To
-    #: replace it, give the new one and the old one with a space between them: the first
-    #: signs, both are accepted. Needs ``pip install 'openmeter_wsgi[jobs]'``.
+    #: rotate it, set the new and the old secret with a space between them: the first
+    #: signs, both are accepted. Requires ``pip install 'openmeter_wsgi[jobs]'``.
     ticket_secret: str | Iterable[str] | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.ticket_secret}
     )
-    #: ``"ship"``: ``openmeter-wsgi ship`` delivers the spool, not a thread.
+    #: ``"thread"``: a background thread sends the events. ``"ship"``: the command
+    #: ``openmeter-wsgi ship`` sends them from the spool.
     delivery: Literal["thread", "ship"] = "thread"
-    #: True logs and counts the events, and sends none.
+    #: True logs and counts the events, and sends nothing.
     dry_run: bool = False
 
 
@@ -205,100 +208,106 @@ FailMode: TypeAlias = Literal["open", "closed", "stale"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class EntitlementOptions:
-    """Options of entitlements: the required features, and denials."""
+    """Options of entitlements: required features, denials, quotas and caches."""
 
-    #: The features that the customer needs, all of them.
+    # -- Decision
+    #: Keys of the features that a customer must have, all of them.
     required_entitlements: tuple[str, ...] = dataclasses.field(
         default=(), metadata={"read": read.features}
     )
-    #: The key of the customer of a subject: a callable or a mapping. Default: the
-    #: subject itself.
+    #: The customer key of a subject: a callable or a mapping. Default: the subject
+    #: itself.
     customer: Callable[[str], str | None] | Mapping[str, str] | None = (
         dataclasses.field(default=None, metadata={"read": read.customer})
     )
-    #: The decision while OpenMeter does not answer and no answer is cached: ``"open"``
-    #: allows the request, ``"closed"`` answers 503, ``"stale"`` uses the last answer,
-    #: however old it is.
+    #: The decision if OpenMeter does not answer and no valid answer is cached.
+    #: ``"open"`` allows the request, ``"closed"`` answers 503, ``"stale"`` uses the
+    #: last answer, however old it is.
     fail_mode: FailMode = "open"
-    #: False allows all requests, and counts and logs the denials.
+    #: False allows all requests, and only counts and logs denials.
     enforce: bool = True
-    #: The status of a denial because a quota is used up.
+    #: The status code of a denial if a quota is used up.
     limit_status: Literal[429, 402, 403] = 429
-    #: A callable on environ and decision that returns the WSGI application to answer a
-    #: denied request.
+    #: A callable that takes environ and ``Decision``, and returns the WSGI
+    #: application that answers a denied request. Default: problem details (RFC 9457).
     denied_response: Callable[[dict[str, Any], Any], Any] | None = dataclasses.field(
         default=None, metadata={"read": read.function}
     )
-    #: True adds RateLimit headers with limit, remaining amount and reset.
+    #: True adds RateLimit headers with limit, remaining amount and reset time.
     usage_headers: bool = False
+
+    # -- Quotas
     #: The meter type of each feature whose quota is counted down locally between two
-    #: answers of OpenMeter. A list if feature and type have the same name.
+    #: answers of OpenMeter. A list of features if the meter types have the same names.
     entitlement_meters: Mapping[str, CountedMeter] = dataclasses.field(
         default_factory=dict, metadata={"read": read.counted_meters}
     )
-    #: The amounts that a request reserves when it begins, by feature, or a callable on
-    #: the environ that returns them. Default: the amounts of the policy's own meters.
+    #: The amounts that a request reserves when it starts, by feature, or a callable
+    #: that takes the environ and returns them. Default: the policy's static amounts.
     reserve: Mapping[str, float] | Callable[[dict[str, Any]], Any] | None = (
         dataclasses.field(default=None, metadata={"read": read.reserved})
     )
-    #: The address of the server for entitlements; default: ``api_url``.
+
+    # -- Server and cache
+    #: URL of the server for entitlements. Default: ``api_url``.
     entitlements_url: str | None = dataclasses.field(
         default=None, metadata={"read": read.optional_url}
     )
-    #: The most seconds that a request waits for an answer that is not cached.
+    #: Maximum number of seconds that a request waits for an answer of OpenMeter.
     entitlement_timeout: Annotated[float, msgspec.Meta(gt=0, le=60)] = 1.0
-    #: Seconds for which an answer that allows is cached. Then it is refreshed in the
+    #: TTL in seconds of a cached answer that allows. Then it is refreshed in the
     #: background.
     allow_ttl: Annotated[float, msgspec.Meta(gt=0)] = 60.0
-    #: Seconds for which an answer that denies is cached.
+    #: TTL in seconds of a cached answer that denies.
     deny_ttl: Annotated[float, msgspec.Meta(gt=0)] = 5.0
-    #: Further seconds for which a cached answer is used while OpenMeter is away.
+    #: Seconds beyond the TTL for which a cached answer is used if OpenMeter does not
+    #: answer.
     max_stale: Annotated[float, msgspec.Meta(ge=0)] = 600.0
-    #: Questions a second that all who share a spool or a Redis ask at most, and each
-    #: process where there is neither. Default: 25 for OpenMeter Cloud, which allows 30,
-    #: and for Kong Konnect; 200 for a server of your own.
+    #: Maximum number of entitlement requests per second to OpenMeter, for all processes
+    #: that share a spool or a Redis together, otherwise per process. Default: 25 for
+    #: OpenMeter Cloud, which allows 30, and for Kong Konnect; 200 for other servers.
     question_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    #: Seconds after which OpenMeter has counted what was delivered to it, where its
-    #: list of events cannot be asked, which knows better.
+    #: Seconds after which a delivered event is assumed to be included in OpenMeter's
+    #: balances. Used only if OpenMeter's list of events is not available.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    #: Seconds after which an event that OpenMeter accepted and does not list is lost:
-    #: quotas no longer wait for it.
+    #: Seconds after which an event that OpenMeter accepted but does not list counts as
+    #: lost: quotas no longer wait for it.
     max_visibility_lag: Annotated[float, msgspec.Meta(gt=0)] = 600.0
-    #: A Redis that hosts share, so that a quota holds across all of them.
+    #: URL of a Redis that several hosts share, so that a quota applies to all of them.
     redis_url: str | None = dataclasses.field(
         default=None, repr=False, metadata={"read": read.redis_url}
     )
 
 
 def contradictions(policy: Policy) -> list[str]:
-    """Return a sentence for each contradiction between options."""
+    """Return one sentence per contradiction between options."""
     return [
-        *_sources(policy),
-        *_places(policy),
-        *_versions(policy),
-        *_quotas(policy),
-        *_ids(policy),
+        *_source_problems(policy),
+        *_spool_problems(policy),
+        *_api_problems(policy),
+        *_reserve_problems(policy),
+        *_feature_problems(policy),
     ]
 
 
-def _sources(policy: Policy) -> list[str]:
+def _source_problems(policy: Policy) -> list[str]:
     if policy.trusted_request_id_header and policy.event_source == DEFAULT_SOURCE:
         return [
-            "event_source: expected a name of this service's own, got the default: "
-            "with trusted_request_id_header two services behind one proxy would "
-            "share ids"
+            "event_source: expected the name of this service, got the default: with "
+            "trusted_request_id_header, two services behind one proxy would have the "
+            "same event ids"
         ]
     return []
 
 
-def _places(policy: Policy) -> list[str]:
+def _spool_problems(policy: Policy) -> list[str]:
     if policy.delivery == "ship" and policy.spool_dir is None:
         return ["spool_dir: expected a directory for delivery='ship'"]
     return []
 
 
-def _versions(policy: Policy) -> list[str]:
-    """Return the options that the version of the API does not support."""
+def _api_problems(policy: Policy) -> list[str]:
+    """Return the options that the version of OpenMeter's API does not support."""
     if policy.api_flavor == "v3":
         return list(_not_in_v3(policy))
     return [
@@ -312,40 +321,40 @@ def _versions(policy: Policy) -> list[str]:
 def _not_in_v3(policy: Policy) -> Iterator[str]:
     if policy.entitlement_meters:
         yield (
-            "entitlement_meters: expected none with api_flavor='v3', which tells no "
-            f"balance that could be counted down, got {[*policy.entitlement_meters]}; "
-            "leave it out, or set api_flavor='v1' where the server has version 1"
+            "entitlement_meters: expected none with api_flavor='v3', which returns no "
+            f"balance to count down, got {[*policy.entitlement_meters]}; leave it out, "
+            "or set api_flavor='v1' if the server has version 1"
         )
     if policy.usage_headers:
         yield (
-            "usage_headers: expected False with api_flavor='v3', which tells no limit "
-            "and no balance, got True"
+            "usage_headers: expected False with api_flavor='v3', which returns no "
+            "limit and no balance, got True"
         )
 
 
-def _quotas(policy: Policy) -> list[str]:
+def _reserve_problems(policy: Policy) -> list[str]:
     if not isinstance(policy.reserve, dict):
         return []
     counted = policy.entitlement_meters
     return [
-        f"reserve: {feature!r} is not in entitlement_meters, so nothing counts it"
+        f"reserve: {feature!r} is not in entitlement_meters, so it is not counted"
         for feature in policy.reserve
         if feature not in counted
     ]
 
 
-def _ids(policy: Policy) -> list[str]:
+def _feature_problems(policy: Policy) -> list[str]:
     if policy.api_flavor != "v3":
         return []
     named = {*policy.required_entitlements, *policy.entitlement_meters}
     return [
-        f"required_entitlements: {feature!r} is an id, which OpenMeter's version 3 "
-        "does not take; write the key of the feature"
-        for feature in unaddressable(sorted(named))
+        f"required_entitlements: {feature!r} is an id, which version 3 of OpenMeter's "
+        "API does not accept; write the key of the feature"
+        for feature in invalid_feature_keys(sorted(named))
     ]
 
 
-#: The options that a route or view can set. All others hold for the whole process.
+#: Options that a route or view can set. All others apply to the whole middleware.
 PER_ROUTE = frozenset({
     "audit", "customer", "denied_response", "enforce",
     "event_source", "fail_mode", "limit_status", "meter", "meter_on_status_codes",
@@ -355,48 +364,51 @@ PER_ROUTE = frozenset({
 })  # fmt: skip
 
 
-#: A variable of Zuplo's, which nothing but `Policy.from_zuplo` looks up.
+#: A reference to an environment variable in a file of Zuplo. Only `Policy.from_zuplo`
+#: resolves it.
 _REFERENCE = re.compile(r"\$env\([^()]*\)")
 
 
-# Only __init__ is generated: compiling the other methods for so many options would take
-# longer than importing ten modules.
+# Only __init__ is generated: to compile the other methods for 50 fields would slow down
+# the import.
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
-    """The options of billing, entitlements and delivery, all by keyword.
+    """All options of billing, entitlements and delivery, as keywords.
 
-    Immutable and safe to share. ``dataclasses.replace`` makes a changed copy.
+    Immutable; threads and middlewares may share one. ``dataclasses.replace`` returns a
+    changed copy.
 
-    :raises ConfigError: with every problem of the given options.
+    :raises ConfigError: listing all problems of the options.
     """
 
-    #: The key of ``api_key`` or ``api_key_file``.
+    #: The API key from ``api_key`` or ``api_key_file``.
     key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
-    #: The key for entitlements: an object of its own, because other threads use it.
-    questions_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
-    #: The constant part of ``meter`` and ``meters`` …
-    static: StatedUsage = dataclasses.field(init=False, repr=False, compare=False)
-    #: … and the part that is measured at the end of a response.
+    #: The API key for entitlements. A separate object, because other threads use it.
+    entitlements_key: ApiKey = dataclasses.field(init=False, repr=False, compare=False)
+    #: The constant part of ``meter`` and ``meters``.
+    static: CheckedUsage = dataclasses.field(init=False, repr=False, compare=False)
+    #: The part of ``meter`` and ``meters`` that is measured for each response.
     measured: tuple[MeasuredMeter, ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
-    #: The policies of single routes.
-    of_routes: tuple[tuple[RouteRule, Policy | None], ...] = dataclasses.field(
+    #: The rules of ``routes`` and their policies, None if a route is not metered.
+    route_policies: tuple[tuple[RouteRule, Policy | None], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
 
     if TYPE_CHECKING:
-        # The fields hold what was read; a reader takes more.
+        # The parameters have more types than the fields, which hold converted values.
         def __init__(self, **options: Unpack[Options]) -> None: ...
 
     def __new__(cls, **options: Any) -> Self:
-        """Refuse options that do not exist."""
-        # Here, so that a misspelt name is told together with all other problems
-        # and not as the TypeError of the generated __init__.
+        """Raise a ConfigError for unknown options, together with all other problems.
+
+        The generated ``__init__`` would raise a TypeError for the first one only.
+        """
         if unknown := [name for name in options if name not in _names()]:
             known = {k: v for k, v in options.items() if k not in unknown}
             _, problems = _read_options(known)
-            misspelt = [read.unknown(name, _names()) for name in unknown]
+            misspelt = [read.unknown_option(name, _names()) for name in unknown]
             raise ConfigError([*misspelt, *problems])
         return super().__new__(cls)
 
@@ -407,13 +419,13 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
             object.__setattr__(self, name, value)
         if not problems:
             problems = [*contradictions(self), *self._keys()]
-        of_routes, wrong = ((), []) if problems else self._of_routes()
+        route_policies, wrong = ((), []) if problems else self._read_routes()
         if problems or wrong:
             raise ConfigError([*problems, *wrong])
         static, measured = split(self.meter, self.meters)
         object.__setattr__(self, "static", static)
         object.__setattr__(self, "measured", measured)
-        object.__setattr__(self, "of_routes", of_routes)
+        object.__setattr__(self, "route_policies", route_policies)
 
     def __repr__(self) -> str:
         shown = (
@@ -428,17 +440,19 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
             return NotImplemented
         return _options(self) == _options(other)
 
-    # There are mappings among the options.
+    # Options may be mappings, which are not hashable.
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     @classmethod
     def from_env(
         cls, environ: Mapping[str, str] = os.environ, /, **options: Unpack[Options]
     ) -> Self:
-        """Return the policy of *options* and, for the rest, of variables.
+        """Return the policy of *options*, and of environment variables for the others.
 
-        A variable is named ``OPENMETER_`` and the option's name in capitals;
-        ``meter`` and ``meters`` are written as JSON.
+        The variable of ``batch_size`` is ``OPENMETER_BATCH_SIZE``. ``meter`` and
+        ``meters`` are written as JSON.
+
+        :raises ConfigError: listing all problems.
         """
         given: dict[str, Any] = {**read_variables(environ, _hints()), **options}
         return cls(**given)
@@ -447,12 +461,14 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     def from_file(
         cls, path: str | os.PathLike[str], **options: Unpack[Options]
     ) -> Self:
-        """Return the policy of a TOML or JSON file, by the ending of its name.
+        """Return the policy in a file: JSON if its name ends with .json, else TOML.
 
-        A variable wins over the file, and *options* win over both.
+        Environment variables override the file, and *options* override both.
+
+        :raises ConfigError: listing all problems.
         """
-        file = read_file(Path(path))
-        if found := dict.fromkeys(_REFERENCE.findall(repr(file))):
+        in_file = read_file(Path(path))
+        if found := dict.fromkeys(_REFERENCE.findall(repr(in_file))):
             references = " and ".join(map(repr, found))
             raise ConfigError(
                 [
@@ -460,8 +476,8 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
                     "file: replace each reference by its value"
                 ]
             )
-        said = {**file, **read_variables(os.environ, _hints())}
-        given: dict[str, Any] = {**said, **options}
+        in_variables = read_variables(os.environ, _hints())
+        given: dict[str, Any] = {**in_file, **in_variables, **options}
         return cls(**given)
 
     @classmethod
@@ -473,24 +489,24 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
     ) -> Self:
         """Return the policy in Zuplo's ``policies.json`` and ``routes.oas.json``.
 
-        A variable wins over the files, and *options* win over both: the files' key
-        and address are then not read. With *routes*, requests that match none of them
-        are not metered.
+        Environment variables override the files, and *options* override both: a key or
+        URL that is overridden is not read from the files. With *routes*, requests that
+        match none of them are not metered.
 
-        :raises ConfigError: with every problem and its place in the file. It quotes
-            references to variables (``$env(NAME)``), and never their values.
+        :raises ConfigError: listing all problems and their places in the file. The
+            message contains references to variables (``$env(NAME)``), not their values.
         """
-        # Here, as it takes a tenth of the whole import and few applications need it.
+        # Imported here: slow to import, and few applications need it.
         from openmeter_wsgi import zuplo
 
         given = {**read_variables(os.environ, _hints()), **options}
-        read = zuplo.options_of(policies, routes, os.environ, replaced=given.keys())
+        in_files = zuplo.options_of(policies, routes, os.environ, replaced=given.keys())
         try:
-            return cls(**{**read, **given})
+            return cls(**{**in_files, **given})
         except ConfigError as error:
             names = zuplo.variables_in(zuplo.load_document(policies))
             raise ConfigError(
-                [zuplo.hide_values(each, names, os.environ) for each in error.problems]
+                [zuplo.hide_values(p, names, os.environ) for p in error.problems]
             ) from None
 
     @property
@@ -498,48 +514,48 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         """The meters of a request without run-time usage."""
         return self.as_meters(self.static)
 
-    def as_meters(self, usage: StatedUsage) -> tuple[Meter, ...]:
-        """Return *usage* as meters, numbers first, without zeros."""
+    def as_meters(self, usage: CheckedUsage) -> tuple[Meter, ...]:
+        """Return the meters of *usage*: non-zero amounts first, then documents."""
         numbers = (number_meter(name, number) for name, number in usage.numbers.items())
         return (*filter(None, numbers), *usage.documents)
 
-    def _of_routes(
+    def _read_routes(
         self,
     ) -> tuple[tuple[tuple[RouteRule, Policy | None], ...], list[str]]:
-        """Return the policies of the routes, and their problems."""
-        made: list[tuple[RouteRule, Policy | None]] = []
+        """Return the rules of ``routes`` with their policies, and all problems."""
+        policies: list[tuple[RouteRule, Policy | None]] = []
         problems: list[str] = []
-        for text, own in (self.routes or {}).items():
+        for text, route_options in (self.routes or {}).items():
             rule = RouteRule(text)
-            if not isinstance(own, Mapping):
-                made.append((rule, None))
+            if not isinstance(route_options, Mapping):
+                policies.append((rule, None))
                 continue
-            problems += [f"routes[{text!r}]: {each}" for each in _misplaced(own)]
-            options = {**in_place_of(own), "routes": None}
+            problems += [f"routes[{text!r}]: {p}" for p in _misplaced(route_options)]
+            options = {**overriding_options(route_options), "routes": None}
             if rule.names_options:
                 options.setdefault("meter_options", True)
             try:
-                made.append((rule, dataclasses.replace(self, **options)))
+                policies.append((rule, dataclasses.replace(self, **options)))
             except ConfigError as error:
-                problems += [f"routes[{text!r}]: {each}" for each in error.problems]
-        return tuple(made), problems
+                problems += [f"routes[{text!r}]: {p}" for p in error.problems]
+        return tuple(policies), problems
 
     def _keys(self) -> list[str]:
-        """Set the keys of ingest and entitlements; return their problems."""
+        """Set the fields of the API keys; return their problems."""
         if self.api_key is not None and self.api_key_file is not None:
             return ["api_key_file: expected api_key or a file, got both"]
         try:
             key = ApiKey.from_options(self.api_key, self.api_key_file)
-            own = self.entitlements_api_key
-            questions_key = (
+            separate_key = self.entitlements_api_key
+            entitlements_key = (
                 ApiKey.from_options(self.api_key, self.api_key_file)
-                if own is None
-                else ApiKey.from_options(own, None)
+                if separate_key is None
+                else ApiKey.from_options(separate_key, None)
             )
         except ValueError as error:
             return [str(error)]
         object.__setattr__(self, "key", key)
-        object.__setattr__(self, "questions_key", questions_key)
+        object.__setattr__(self, "entitlements_key", entitlements_key)
         if key.required_by(self.api_url) and not self.dry_run:
             return [
                 f"api_key: expected a key, which {self.api_url} requires, got none "
@@ -549,16 +565,16 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
         return []
 
 
-def in_place_of(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a route or view; its ``meter`` or ``meters`` replaces both.
+def overriding_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a route or view that replace those of the policy.
 
-    If one of them is empty, there are no meters.
+    Either of ``meter`` and ``meters`` replaces both. An empty one means no meters.
     """
-    if "meter" not in own and "meters" not in own:
-        return dict(own)
-    replaced = dict(own)
+    if "meter" not in options and "meters" not in options:
+        return dict(options)
+    replaced = dict(options)
     for name in ("meter", "meters"):
-        given = own.get(name)
+        given = options.get(name)
         if isinstance(given, list | tuple | Mapping) and not given:
             given = None
         replaced[name] = given
@@ -566,9 +582,9 @@ def in_place_of(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_text_options(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options in *texts*, which are named and written like variables.
+    """Return the options in *texts*, named and written like environment variables.
 
-    :raises ConfigError: naming each text that cannot be read.
+    :raises ConfigError: naming each text that cannot be parsed.
     """
     return read_variables(texts, _hints())
 
@@ -577,12 +593,12 @@ def view_problems(options: Mapping[str, Any]) -> list[str]:
     """Return the problems of the options of a single view."""
     unknown = [name for name in options if name not in _names()]
     known = {k: v for k, v in options.items() if k not in unknown}
-    misspelt = [read.unknown(name, sorted(PER_ROUTE)) for name in unknown]
-    return [*misspelt, *_misplaced(known), *_read_options(in_place_of(known))[1]]
+    misspelt = [read.unknown_option(name, sorted(PER_ROUTE)) for name in unknown]
+    return [*misspelt, *_misplaced(known), *_read_options(overriding_options(known))[1]]
 
 
 def _misplaced(options: Iterable[str]) -> list[str]:
-    """Return a problem for each option that only the whole middleware can have."""
+    """Return a problem for each option that applies only to the whole middleware."""
     return [
         f"{name}: belongs to the middleware as a whole"
         for name in options
@@ -599,7 +615,7 @@ def _names() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(Policy) if field.init)
 
 
-# Once: it evaluates the text of every hint, which takes as long as all other checks.
+# Cached: evaluating all type hints takes as long as all other checks together.
 @functools.cache
 def _hints() -> Mapping[str, Any]:
     hints = get_type_hints(Policy, include_extras=True)
@@ -607,7 +623,7 @@ def _hints() -> Mapping[str, Any]:
 
 
 def _read_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the checked values, and a sentence for each wrong one."""
+    """Return the converted values, and one sentence per invalid value."""
     readers = {f.name: f.metadata.get("read") for f in dataclasses.fields(Policy)}
     hints = _hints()
     values: dict[str, Any] = {}

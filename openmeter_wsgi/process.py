@@ -1,4 +1,9 @@
-"""The state of one process: ids, counts, transport, entitlements and billings."""
+"""The metering state of one process: ids, counts, transport, entitlements, billings.
+
+A middleware has one `Process` per operating-system process. After a fork, the child's
+first request makes a new `Process`: threads, locks and sockets of the parent are of no
+use in the child, and events that the parent queued are sent by the parent.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +39,21 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: The name of the middleware's own policy in counts.
+#: Name of the middleware's own policy in counts.
 DEFAULT = "default"
-#: ``MADV_WIPEONFORK`` of Linux 4.14 and later, which `mmap` does not name.
+#: ``MADV_WIPEONFORK`` of Linux 4.14 and later. The module `mmap` has no name for it.
 _WIPE_ON_FORK = 18
 
 
 class ProcessGuard:
-    """Tells whether this process is the one that the guard was made in. Any thread.
+    """Detects that the process has forked since the guard was made. Any thread.
 
-    A fork made in C, such as uWSGI's, calls no hook of Python, and `os.getpid()` is a
-    system call. If the kernel can wipe a page of memory in every child, reading one
-    byte of it costs a quarter of that.
+    `os.register_at_fork` misses forks made in C, such as uWSGI's, and `os.getpid()` is
+    a system call for each request. So the guard holds a page of memory that the kernel
+    wipes in every child, and reads one byte of it: a quarter of the cost.
 
-    Locks made before gevent patches `threading` block all greenlets of a process. So
-    the first request checks the kind of threads, too, and confirms the guard.
+    Locks made before gevent patches `threading` would block all greenlets of a process.
+    So the first request also checks the kind of threads, and then confirms the guard.
     """
 
     __slots__ = ("_confirmed_pid", "_greenlets", "_page", "_pid")
@@ -64,21 +69,21 @@ class ProcessGuard:
         page = self._page
         return os.getpid() == self._confirmed_pid if page is None else page[0] == 1
 
-    def fits(self) -> bool:
+    def is_valid(self) -> bool:
         """Return True if neither the process nor the kind of threads has changed."""
         return self.is_current() or (
             os.getpid() == self._pid and threads_are_greenlets() == self._greenlets
         )
 
     def confirm(self) -> None:
-        """Note that this process serves requests."""
+        """Make `is_current` return True in this process."""
         self._confirmed_pid = os.getpid()
         if self._page is not None:
             self._page[0] = 1
 
 
 def _page_wiped_on_fork() -> mmap.mmap | None:
-    """Return a page that a child finds empty, None if the kernel has none."""
+    """Return a page of memory that is zero in each child, None if not supported."""
     if sys.platform != "linux":
         return None
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -91,36 +96,36 @@ def _page_wiped_on_fork() -> mmap.mmap | None:
 
 
 class Transport(Protocol):
-    """Takes the events of one process and delivers them."""
+    """Queues and delivers the events of one process."""
 
     @property
     def started(self) -> bool:
-        """True once `start` has done all its work."""
+        """True once `start` has finished."""
 
     def start(self, environ: Mapping[str, Any]) -> object:
-        """Start with the first request. Called until `started` is true."""
+        """Start delivery. Requests call this until `started` is true."""
 
     def put(self, event: bytes, /) -> object:
-        """Take an event. Any thread; never raises, never waits for delivery."""
+        """Queue an encoded event. Any thread. Never raises or waits for delivery."""
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send the waiting events; return True if all are done within *timeout*."""
+        """Send the queued events; return True if none is left after *timeout* s."""
 
     def close(self, timeout: float | None = None) -> None:
-        """Send the waiting events until *timeout*, then stop and log the rest."""
+        """Send the queued events for *timeout* seconds, then stop and log the rest."""
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Call *call* at the end of the process, after the transport was closed."""
+        """Call *call* when the process exits, after the transport is closed."""
 
     def release(self) -> None:
-        """Stop once no event waits: nobody uses the middleware any more."""
+        """Stop once the queue is empty, because the middleware is no longer used."""
 
     def delivered_until(self) -> float:
-        """Return a time (wall clock) up to which all events are delivered."""
+        """Return the Unix time in seconds up to which all events are delivered."""
 
     @property
     def directory(self) -> Path | None:
-        """The directory of the spool, None if events wait in memory."""
+        """The directory of the spool, None if events are queued in memory."""
 
     @property
     def is_sender(self) -> bool:
@@ -128,18 +133,18 @@ class Transport(Protocol):
 
     @property
     def in_spool(self) -> Backlog:
-        """The events that wait in files."""
+        """The events queued in files."""
 
     @property
     def in_memory(self) -> Backlog:
-        """The events that wait in the memory of this process."""
+        """The events queued in the memory of this process."""
 
     @property
     def problems(self) -> Sequence[Problem]:
-        """The current problems of the delivery."""
+        """The current problems of delivery."""
 
 
-class DryRun:
+class DryRunTransport:
     """A transport that logs events and sends none. Any thread."""
 
     started = is_sender = True
@@ -155,38 +160,39 @@ class DryRun:
         """Do nothing: there is no thread."""
 
     def put(self, event: bytes) -> None:
-        """Write an event to the log."""
+        """Log an event and count it as dropped."""
         self._counts.dropped["dry_run"] += 1
         logger.info("dry run, would send %s", event.decode())
 
     def flush(self, timeout: float | None = None) -> bool:  # noqa: ARG002
-        """Return True: no event waits."""
+        """Return True: the queue is always empty."""
         return True
 
     def close(self, timeout: float | None = None) -> None:
-        """Do nothing: no event waits."""
+        """Do nothing: the queue is always empty."""
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Call *call* at the end of the process."""
+        """Call *call* when the process exits."""
         atexit.register(call)
 
     def release(self) -> None:
         """Do nothing: there is no thread."""
 
     def delivered_until(self) -> float:
-        """Return the present: no event is on its way."""
+        """Return the current time: no event is queued."""
         return time.time()
 
 
 class Process:
-    """The state with which one process bills its requests.
+    """The metering state of one process. Any thread.
 
-    A forked process makes its own. The constructor starts no thread and opens nothing.
+    The constructor starts no thread and opens no file or socket: servers make the
+    middleware before they fork.
 
-    :param transport: takes the events in place of the delivery to OpenMeter, and counts
+    :param transport: receives the events in place of delivery to OpenMeter, and counts
         them in *counts*.
     :param entitlements: decides on access in place of OpenMeter.
-    :param watch: wraps each response, for tests.
+    :param wrap: wraps each response; for tests.
     """
 
     def __init__(
@@ -197,9 +203,9 @@ class Process:
         transport: Transport | None = None,
         ids: RequestIds | None = None,
         entitlements: EntitlementService | None = None,
-        watch: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
+        wrap: Callable[[Iterable[bytes]], Iterable[bytes]] | None = None,
     ) -> None:
-        #: Tells whether this process is the one it belongs to.
+        #: Detects that this object belongs to a parent process.
         self.guard: ProcessGuard = ProcessGuard()
         self.counts: Counts = counts or Counts()
         self.ids: RequestIds = ids or RequestIds()
@@ -212,96 +218,96 @@ class Process:
         self.entitlements: EntitlementService = entitlements or entitlement_service(
             policy, self.transport, visibility
         )
-        self.watch = watch
-        #: True once `begin` has done all its work.
-        self.is_begun: bool = False
+        self.wrap = wrap
+        #: True once `start` has finished.
+        self.is_started: bool = False
         self._hooks: list[FirstRequestHook] = []
         self._hooks_to_call: deque[FirstRequestHook] = deque()
         self._successors: dict[int, Process] = {}
         self._billings: list[Billing] = []
-        #: The billing of the middleware's own policy …
+        #: The billing of the middleware's own policy.
         self.billing: Billing = self.billing_of(policy, DEFAULT)
-        #: … and those of routes.
-        self.routes: Routes[Billing | None] | None = self._compiled(policy)
+        #: The billings of routes, None without the option ``routes``.
+        self.routes: Routes[Billing | None] | None = self._routes_of(policy)
 
     # -- Requests
 
-    def begin(self, environ: Mapping[str, Any]) -> None:
-        """Call the hooks and start the transport. Never raises an Exception."""
+    def start(self, environ: Mapping[str, Any]) -> None:
+        """Call the hooks and start delivery. Never raises an Exception."""
         while self._hooks_to_call:
             try:
                 self._hooks_to_call.popleft()(self)
             except IndexError:
-                break  # another thread took the last one
+                break  # another thread took the last hook
             except Exception:
                 logger.exception(
-                    "%s: broke off; the request goes on without it", "beginning"
+                    "a hook of the first request raised; the request goes on"
                 )
         self.entitlements.begin(environ)
         self.transport.start(environ)
-        self.is_begun = self.transport.started
+        self.is_started = self.transport.started
 
     def on_first_request(self, hook: FirstRequestHook) -> None:
-        """Call *hook* with the first settled request, in this process and its forks."""
+        """Call *hook* once in this process and once in each child."""
         self._hooks.append(hook)
         self._hooks_to_call.append(hook)
-        self.is_begun = False
+        self.is_started = False
 
     def billing_of(self, policy: Policy, name: str) -> Billing:
-        """Make a billing of *policy*, whose counts become part of `stats`."""
+        """Return a new billing of *policy*. `stats` includes its counts."""
         billing = Billing(policy, name, self)
         self._billings.append(billing)
         return billing
 
     def billing_of_view(self, policy: Policy, name: str) -> Billing:
-        """Make the billing of a view with options of its own."""
+        """Return a new billing of a view that has its own options."""
         billing = self.billing_of(policy, name)
-        _say_what_errors_are_billed(billing)
+        _warn_of_billed_errors(billing)
         return billing
 
-    def say_what_errors_are_billed(self) -> None:
-        """Log each policy that bills responses that are errors."""
+    def warn_of_billed_errors(self) -> None:
+        """Log a warning for each policy that bills error responses."""
         for billing in self._billings:
-            _say_what_errors_are_billed(billing)
+            _warn_of_billed_errors(billing)
 
     def successor(self, new_process: NewProcess, policy: Policy) -> Process:
-        """Return the `Process` of a process that was forked from this one.
+        """Return the `Process` that replaces this one in the calling process.
 
-        Several threads may call it at once; all get the same one.
+        Several threads may call this at the same time. All get the same object.
         """
-        made = new_process(policy)
+        successor = new_process(policy)
         for hook in self._hooks:
-            made.on_first_request(hook)
-        return self._successors.setdefault(os.getpid(), made)
+            successor.on_first_request(hook)
+        return self._successors.setdefault(os.getpid(), successor)
 
-    def _compiled(self, policy: Policy) -> Routes[Billing | None] | None:
+    def _routes_of(self, policy: Policy) -> Routes[Billing | None] | None:
         if policy.routes is None:
             return None
-        # Imported here and in `_transport_of`: only some applications have routes or a
-        # spool. A forked child finds both imported.
+        # Imported here and in `_transport_of`, because only some applications have
+        # routes or a spool. A forked child finds them imported.
         from openmeter_wsgi.routes import Routes
 
         rules = [
-            (rule, None if own is None else self.billing_of(own, rule.text))
-            for rule, own in policy.of_routes
+            (rule, None if p is None else self.billing_of(p, rule.text))
+            for rule, p in policy.route_policies
         ]
         return Routes(rules, self.billing, _strictness)
 
-    # -- Everything else
+    # -- Administration
 
     def invalidate(self, subject: str, feature: str | None) -> None:
-        """Forget the cached answers about *subject*, under every policy."""
+        """Remove the cached entitlements of *subject*, for every policy."""
         for billing in tuple(self._billings):
             billing.gate.invalidate(subject, feature)
 
     def release(self) -> None:
-        """End once no event waits: nobody uses the middleware any more."""
+        """Stop once the queue is empty, because the middleware is no longer used."""
         self.transport.release()
         self.entitlements.close_connections()
         self.entitlements.end()
 
     def close(self, timeout: float | None) -> None:
-        """Give back reservations, send the waiting events, and stop."""
+        """Release quota reservations, send the queued events, and stop."""
         self.entitlements.close(timeout)
         self.transport.close(timeout)
         self.entitlements.end()
@@ -309,20 +315,20 @@ class Process:
     def stats(self) -> Stats:
         """Return the counts of this process."""
         by_policy: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for billing in list(self._billings):  # several may have one name
+        for billing in list(self._billings):  # several may have the same name
             by_policy[billing.name].update(dict(billing.not_metered.counts))
         in_spool, in_memory = self.transport.in_spool, self.transport.in_memory
-        moments = [at for at in (in_spool.oldest_at, in_memory.oldest_at) if at]
+        times = [at for at in (in_spool.oldest_at, in_memory.oldest_at) if at]
         return self.counts.stats(
             waiting=in_spool.events + in_memory.events,
             waiting_in_spool=in_spool.events,
             waiting_bytes=in_spool.bytes + in_memory.bytes,
-            oldest_at=min(moments, default=None),
-            not_metered={name: dict(found) for name, found in by_policy.items()},
+            oldest_at=min(times, default=None),
+            not_metered={name: dict(counts) for name, counts in by_policy.items()},
         )
 
     def health(self, max_age: float) -> Health:
-        """Return the current problems."""
+        """Return the current problems. *max_age* is in seconds."""
         problems = [*self.transport.problems, *self.entitlements.problems]
         stats = self.stats()
         if stats.oldest_at and (age := time.time() - stats.oldest_at) > max_age:
@@ -335,17 +341,17 @@ class Process:
         return Health(tuple(problems))
 
 
-#: Called in each process with the first request that it settles.
+#: Called once in each process, when it settles its first request.
 FirstRequestHook: TypeAlias = "Callable[[Process], object]"
 #: Makes the `Process` of a middleware.
 NewProcess: TypeAlias = "Callable[[Policy], Process]"
 
 
 class ProcessOwner(Protocol):
-    """A middleware, as `replaced` sees it."""
+    """The interface of a middleware that `replaced` uses."""
 
     def replace_process(self, new_process: NewProcess) -> Callable[[], None]:
-        """Use *new_process* from now on; return a function that undoes it."""
+        """Use *new_process* from now on; return a function that undoes this."""
 
 
 _owners: weakref.WeakSet[ProcessOwner] = weakref.WeakSet()
@@ -360,22 +366,22 @@ def new_process_for(owner: ProcessOwner) -> NewProcess:
 
 @contextlib.contextmanager
 def replaced(new_process: NewProcess) -> Iterator[None]:
-    """Use *new_process* for all middlewares, old and new: for tests.
+    """Use *new_process* for all middlewares, existing and new. For tests.
 
-    Requests do not get slower: each middleware is changed at the beginning and end.
+    Each middleware is changed on entry and restored on exit, so requests need no check.
     """
-    global _new_process  # noqa: PLW0603 - there is one for all middlewares
-    before, _new_process = _new_process, new_process
+    global _new_process  # noqa: PLW0603 - shared by all middlewares
+    previous, _new_process = _new_process, new_process
     restore = {owner: owner.replace_process(new_process) for owner in list(_owners)}
     try:
         yield
     finally:
-        _new_process = before
+        _new_process = previous
         for owner in list(_owners):
             if owner in restore:
                 restore[owner]()
             else:
-                owner.replace_process(before)
+                owner.replace_process(previous)
 
 
 def client_factory(policy: Policy) -> Callable[[], OpenMeterClient]:
@@ -393,7 +399,7 @@ def _transport_of(
     policy: Policy, counts: Counts, visibility: Visibility | None
 ) -> Transport:
     if policy.dry_run:
-        return DryRun(counts)
+        return DryRunTransport(counts)
     new_client = client_factory(policy)
     if policy.spool_dir is None:
         if visibility is None:
@@ -406,17 +412,25 @@ def _transport_of(
 
 
 def _strictness(billing: Billing | None) -> tuple[bool, bool, float]:
-    """Return the sort key by which `Routes` compares two policies."""
+    """Return the sort key by which `Routes` compares billings: the stricter is larger.
+
+    Metered over unmetered, then with entitlements over without, then the larger sum of
+    the static meters.
+    """
     if billing is None:
         return False, False, 0.0
-    return True, billing.asks, sum(map(float, billing.policy.static.numbers.values()))
+    return (
+        True,
+        billing.requires_entitlements,
+        sum(map(float, billing.policy.static.numbers.values())),
+    )
 
 
-def _say_what_errors_are_billed(billing: Billing) -> None:
+def _warn_of_billed_errors(billing: Billing) -> None:
     codes: StatusCodes = billing.policy.meter_on_status_codes  # type: ignore[assignment]
     if not any(code[0] in "45" for code in codes.codes):
         return
     logger.warning(
-        "%s: meter_on_status_codes=%r bills responses that are errors, too",
+        "%s: meter_on_status_codes=%r bills error responses too",
         f"policy {billing.name!r}", codes.text,
     )  # fmt: skip

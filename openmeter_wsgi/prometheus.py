@@ -221,7 +221,7 @@ class _Publisher:
 
     def publish(self) -> None:
         """Write the counts that have changed. Any thread."""
-        if not self._process.guard.fits():
+        if not self._process.guard.is_valid():
             return
         with self._writing:
             stats = self._process.stats()

@@ -1,7 +1,8 @@
-"""The record of one request, and the helpers with which a handler adds to it.
+"""The record of one request, and the helpers with which handlers change it.
 
-The record is in the environ under one key. Something inside may copy the environ: the
-record in the copy is the same one.
+The record is stored in the environ under `REQUEST`. A copy of the environ refers to the
+same record. Helpers such as `set_meters` find the record by the request object of any
+framework, and write to it. The response reads it when it settles the request.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.events import (
+    CheckedUsage,
     Meter,
     Meters,
     Number,
-    StatedUsage,
     add_numbers,
     read_usage,
 )
@@ -33,48 +34,48 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: OPTIONS in every case: to look a method up costs a request less than to change it.
+#: "OPTIONS" in any mixture of cases: a set lookup is faster than `upper`.
 OPTIONS: Final = frozenset(
     map("".join, itertools.product("Oo", "Pp", "Tt", "Ii", "Oo", "Nn", "Ss"))
 )
 _ERROR_STATUS = "500"
-#: What a caller is named by in a record.
+#: The keys of `RequestRecord.caller`.
 SUBJECT: Final = "subject"
 USER: Final = "user"
 #: The key of the record in the environ.
 REQUEST: Final = "openmeter_wsgi.request"
 
-# How far a request has come. A later state has a larger number.
-#: No middleware meters it, or none has seen it yet.
+# States of a request. Comparisons rely on the order of the numbers.
+#: No middleware has started to meter the request.
 UNMETERED: Final = 0
-#: The application was called, and nothing of the response has been sent.
+#: The application was called, and no part of the response has been sent.
 OPEN: Final = 1
-#: A part of the body that is not empty has been sent.
+#: A non-empty part of the body has been sent.
 STARTED: Final = 2
-#: The client hung up while the application was calling `write`.
-HUNG_UP: Final = 3
+#: The client disconnected while the application was calling `write`.
+DISCONNECTED: Final = 3
 #: The application raised.
-BROKEN: Final = 4
-#: The body has come to its end.
+RAISED: Final = 4
+#: The body was iterated to its end.
 FINISHED: Final = 5
-#: The events are made, and some of them may be in the queue.
-FIXED: Final = 6
+#: The events are encoded, and some of them may be in the queue.
+ENCODED: Final = 6
 #: All events are in the queue.
 SETTLED: Final = 7
 
-# How a response ended.
-#: To its end.
+# Outcomes of a response, by which `Billing` decides what is billed.
+#: The response was sent completely.
 COMPLETED: Final = "completed"
 #: The application raised.
 FAILED: Final = "failed"
-#: The server closed it early, because the client went away.
+#: The server closed the response early, because the client disconnected.
 ABORTED: Final = "aborted"
 
 
 class RequestRecord:
-    """The state of one request. Belongs to the thread that serves the request.
+    """The state of one request. Used only by the thread that serves the request.
 
-    The application gets its `start_response`.
+    The application gets `start_response` of this object in place of the server's.
     """
 
     __slots__ = (
@@ -82,41 +83,41 @@ class RequestRecord:
         "server_start", "server_write", "state", "status", "usage",
     )  # fmt: skip
 
-    # Set by `new_record` and the middleware: an __init__ would be one more call.
-    #: The billing of its policy, route or view.
+    # `new_record` and the middleware set the attributes: an __init__ would cost a call.
+    #: The billing of the middleware's policy, of the route or of the view.
     billing: Billing | None
     state: int
-    #: The status line that the server accepted.
+    #: The status line that the server accepted, None before that.
     status: str | None
-    #: The callables of the server, until the request is settled.
+    #: The callables of the server, None once the request is settled.
     server_start: StartResponse | None
     server_write: Callable[[bytes], object] | None
-    #: Sees the chunks of the response if something is measured.
+    #: Measures the response, None if no meter needs a measurement.
     capture: ResponseCapture | None
     #: The arguments of :func:`set_subject` and :func:`set_user`, None without a call.
     caller: dict[str, object] | None
-    #: The usage that the handler stated, None if it stated none.
-    usage: RunTimeMeters | None
-    #: The template of the address, such as ``/users/<id>``: see :func:`set_route`.
+    #: The usage that the handler added with helpers, None if it added none.
+    usage: RunTimeUsage | None
+    #: The template of the path, such as ``/users/<id>``: see :func:`set_route`.
     route: str | None
-    #: The last decision about entitlements.
+    #: The last decision about entitlements, None without a check.
     decision: Decision | None
-    #: The reservations of quotas, by feature.
+    #: Reservations of quota by feature key, None without one.
     reserved: dict[str, Reservation] | None
-    #: Subjects that a framework had while it served the request.
+    #: Subjects that were read from the framework while it served the request.
     remembered: RememberedSubjects | None
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        """Pass on to the server, and remember the status that it accepted (PEP 3333).
+        """Call the server's start_response, and keep the status (PEP 3333).
 
-        :raises AssertionError: if the response was closed before.
+        :raises AssertionError: if the response is closed.
         """
         start = self.server_start
         if start is None:
             raise AssertionError("start_response called after the response was closed")
-        # With two arguments if there are two: some test clients take no third.
+        # Some test clients accept only two arguments.
         if exc_info is None:
             self.server_write = start(status, headers)
         else:
@@ -127,7 +128,7 @@ class RequestRecord:
         return self.write
 
     def write(self, data: bytes) -> object:
-        """Pass on what the application writes (PEP 3333)."""
+        """Call the server's write callable (PEP 3333)."""
         write = self.server_write
         if write is None:
             raise AssertionError("write called after the response was closed")
@@ -136,36 +137,36 @@ class RequestRecord:
         try:
             written = write(data)
         except (AssertionError, TypeError, ValueError):
-            raise  # the application called it in a wrong way
+            raise  # the application passed a wrong argument
         except Exception:
-            if self.state < FIXED:
-                self.state = HUNG_UP
+            if self.state < ENCODED:
+                self.state = DISCONNECTED
             raise
         if self.capture is not None:
-            self.capture.passed(data)
+            self.capture.read_chunk(data)
         return written
 
-    def end(self) -> None:
-        """Mark the request as settled, and let go of the server.
+    def mark_settled(self) -> None:
+        """Mark the request as settled, and drop the references to the server's objects.
 
-        The server's handler keeps the environ, and the environ this record.
+        The server may keep the environ, and thereby this record.
         """
         self.state = SETTLED
         self.server_start = self.server_write = self.capture = None
 
-    def fail(self) -> None:
-        """Note that the application raised, and the status that the client will see."""
-        if self.state == HUNG_UP:
+    def mark_failed(self) -> None:
+        """Set state and status of a request whose application raised."""
+        if self.state == DISCONNECTED:
             return  # the server raised, not the application
         if self.state == OPEN:
-            # Nothing has been sent, so the server answers with an error.
+            # Nothing has been sent, so the server answers 500.
             self.status = _ERROR_STATUS
-        if self.state < FIXED:
-            self.state = BROKEN
+        if self.state < ENCODED:
+            self.state = RAISED
 
 
 def new_record() -> RequestRecord:
-    """Return the record of a request that no middleware meters yet."""
+    """Return a record in the state UNMETERED."""
     record = RequestRecord()
     record.billing = record.status = None
     record.state = UNMETERED
@@ -175,17 +176,17 @@ def new_record() -> RequestRecord:
     return record
 
 
-def begin_again(
+def adopt_record(
     environ: dict[str, Any], billing: Billing, start_response: StartResponse
 ) -> RequestRecord | None:
-    """Return the record of a request whose environ has one; *billing* bills it now.
+    """Start metering a request whose environ has a record already; return the record.
 
-    None if another middleware, further out, meters it already.
+    Return None if an outer middleware meters the request.
     """
     record: RequestRecord = environ[REQUEST]
-    if record.state == SETTLED:  # one environ serves a second request
-        before, record = record, new_record()
-        record.caller = before.caller
+    if record.state == SETTLED:  # the environ is used for a second request
+        settled, record = record, new_record()
+        record.caller = settled.caller
         environ[REQUEST] = record
     elif record.state != UNMETERED:
         return None
@@ -196,9 +197,10 @@ def begin_again(
 
 
 def environ_of(request: object) -> dict[str, Any] | None:
-    """Return the environ that *request* is or carries, None if it has none.
+    """Return the WSGI environ of *request*, which may be the environ itself, or None.
 
-    Flask, Django, Bottle and Pyramid keep it as ``.environ``, Falcon as ``.env``.
+    Requests of Flask, Django, Bottle and Pyramid have an attribute ``environ``, those
+    of Falcon ``env``.
     """
     if isinstance(request, dict):
         return request
@@ -210,34 +212,34 @@ def environ_of(request: object) -> dict[str, Any] | None:
 
 
 def metered_request(environ: Mapping[str, Any] | None) -> RequestRecord | None:
-    """Return the record of a request that is metered, None for any other."""
+    """Return the record of a request that is metered, or None."""
     request: RequestRecord | None = None if environ is None else environ.get(REQUEST)
     return None if request is None or request.billing is None else request
 
 
 def record_of(environ: MutableMapping[str, Any]) -> RequestRecord:
-    """Return the record of a request, made now if there is none yet."""
+    """Return the record of a request. Create the record if there is none."""
     request: RequestRecord | None = environ.get(REQUEST)
     if request is None:
         request = environ[REQUEST] = new_record()
     return request
 
 
-def interrupted(environ: Mapping[str, Any], error: BaseException) -> None:
-    """Keep *error*, which is no Exception, until the request is settled; then raise it.
+def raise_after_settling(environ: Mapping[str, Any], error: BaseException) -> None:
+    """Keep *error*, such as SystemExit, and raise it once the request is settled.
 
-    :raises BaseException: now, outside a metered request.
+    :raises BaseException: *error* at once, outside a metered request.
     """
     record = metered_request(environ)
     if record is None:
         raise error
     if record.usage is None:
-        record.usage = RunTimeMeters()
+        record.usage = RunTimeUsage()
     record.usage.interruption = error
 
 
 def reservations_of(environ: dict[str, Any]) -> dict[str, Reservation]:
-    """Return the reservations of a request by feature, a dictionary to add to."""
+    """Return the mutable mapping of the request's reservations by feature key."""
     request = record_of(environ)
     if request.reserved is None:
         request.reserved = {}
@@ -245,7 +247,7 @@ def reservations_of(environ: dict[str, Any]) -> dict[str, Reservation]:
 
 
 def billing_of(environ: Mapping[str, Any] | None) -> Billing | None:
-    """Return the billing of a request, None if it is not metered."""
+    """Return the billing of a request, or None if the request is not metered."""
     request = metered_request(environ)
     return None if request is None else request.billing
 
@@ -257,22 +259,22 @@ def has_user(environ: Mapping[str, Any]) -> bool:
 
 
 def method_of(environ: Mapping[str, Any]) -> str:
-    """Return the method of a request in capitals, as most frameworks read it.
+    """Return the HTTP method of a request in upper case, as most frameworks do.
 
-    Many servers pass it on as the client sent it.
+    Many servers leave the case as the client sent it.
     """
     return str(environ.get("REQUEST_METHOD", "")).upper()
 
 
 def is_options(environ: Mapping[str, Any]) -> bool:
-    """Return True for OPTIONS, which browsers send by themselves (CORS)."""
+    """Return True if the method is OPTIONS. Browsers send such requests for CORS."""
     return environ.get("REQUEST_METHOD") in OPTIONS
 
 
-class RunTimeMeters:
-    """The usage that the handler of one request stated.
+class RunTimeUsage:
+    """The usage that a handler sets and adds while it serves one request.
 
-    Belongs to the thread that serves the request, so it takes no lock.
+    Used only by the thread that serves the request, so there is no lock.
     """
 
     __slots__ = (
@@ -281,47 +283,50 @@ class RunTimeMeters:
         "_measured",
         "_overridden",
         "deferred",
-        "denied",
         "idempotency_key",
         "interruption",
+        "is_denied",
         "is_unmetered",
     )
 
     def __init__(self) -> None:
-        #: What makes a repetition of this request the same to OpenMeter.
+        #: The key that all repetitions of this operation share, None without one.
         self.idempotency_key: str | None = None
-        #: What is no Exception, and was raised by a callable of the policy at the end.
+        #: The exception that `raise_after_settling` keeps, such as SystemExit.
         self.interruption: BaseException | None = None
-        #: Whether the view says that it is not metered.
+        #: True if the view is decorated with `no_meter`.
         self.is_unmetered: bool = False
-        #: Whether the request was denied, so that nothing of it is billed.
-        self.denied: bool = False
-        #: The types of each ticket that was given out, None for all types.
+        #: True if the request was denied: nothing is billed.
+        self.is_denied: bool = False
+        #: For each ticket that was issued its meter types, None for all types.
         self.deferred: tuple[tuple[str, ...] | None, ...] = ()
+        #: Types of the policy's meters that `set` replaced.
         self._overridden: set[str] = set()
+        #: Amounts by meter type: flat prices, and measured usage.
         self._flat: dict[str, Number] = {}
         self._measured: dict[str, Number] = {}
+        #: Documents, each with True if it is a flat price.
         self._documents: list[tuple[Meter, bool]] = []
 
     def raise_interruption(self) -> None:
-        """Raise the error that interrupted a callable of the policy, after settling."""
+        """Raise the error that `raise_after_settling` kept, if any."""
         if self.interruption is not None:
             raise self.interruption
 
     def is_deferred(self, meter_type: str) -> bool:
-        """Return True if a ticket holds the meters of that type."""
+        """Return True if a ticket covers the meters of that type."""
         return any(types is None or meter_type in types for types in self.deferred)
 
-    def set(self, usage: StatedUsage, *, flat: bool) -> None:
-        """Replace the stated usage, and static meters of the same types, by *usage*."""
+    def set(self, usage: CheckedUsage, *, flat: bool) -> None:
+        """Replace this usage, and the policy's meters of the same types, by *usage*."""
         numbers = dict(usage.numbers)
         self._overridden = usage.types
         self._flat = numbers if flat else {}
         self._measured = {} if flat else numbers
         self._documents = [(meter, flat) for meter in usage.documents]
 
-    def add(self, usage: StatedUsage) -> None:
-        """Add *usage*. Nothing changes if a sum is not possible."""
+    def add(self, usage: CheckedUsage) -> None:
+        """Add *usage*. Nothing is changed if a sum is too large."""
         sums = {
             name: add_numbers(name, self._measured.get(name, 0), number)
             for name, number in usage.numbers.items()
@@ -329,22 +334,23 @@ class RunTimeMeters:
         self._measured.update(sums)
         self._documents += [(meter, False) for meter in usage.documents]
 
-    def stated(self) -> list[dict[str, Any]]:
-        """Return the stated usage: the documents, then one mapping of numbers."""
+    def as_meters(self) -> list[dict[str, Any]]:
+        """Return this usage as `set_meters` takes it: documents, then the numbers."""
         numbers = dict(self._flat)
         for name, number in self._measured.items():
             numbers[name] = add_numbers(name, numbers.get(name, 0), number)
         documents = [meter.document() for meter, _ in self._documents]
         return [*documents, numbers] if numbers else documents
 
-    def merged(self, policys: StatedUsage, *, with_flat: bool) -> StatedUsage:
-        """Return the usage of the policy and this usage together.
+    def merged(self, of_policy: CheckedUsage, *, with_flat: bool) -> CheckedUsage:
+        """Return the sum of the policy's usage and this usage.
 
-        Without *with_flat* the flat amounts are left out. Deferred meters always are.
+        Flat amounts are left out if *with_flat* is False. Deferred meters are always
+        left out.
         """
-        hidden = self._overridden
-        numbers = {k: v for k, v in policys.numbers.items() if k not in hidden}
-        documents = [m for m in policys.documents if m.type not in hidden]
+        overridden = self._overridden
+        numbers = {k: v for k, v in of_policy.numbers.items() if k not in overridden}
+        documents = [m for m in of_policy.documents if m.type not in overridden]
         if with_flat:
             numbers |= self._flat
         for name, number in self._measured.items():
@@ -354,88 +360,93 @@ class RunTimeMeters:
             try:
                 numbers[name] = add_numbers(name, numbers[name], number)
             except MeterValueError as error:
-                # Each part is valid and was accepted: the larger one is billed.
-                logger.error("%s; the larger one is sent alone", error)
+                # Both amounts were accepted before, so at least one must be billed.
+                logger.error("%s; only the larger amount is billed", error)
                 numbers[name] = max(numbers[name], number, key=float)
         documents += [m for m, flat in self._documents if with_flat or not flat]
         if self.deferred:
             numbers = {k: v for k, v in numbers.items() if not self.is_deferred(k)}
             documents = [m for m in documents if not self.is_deferred(m.type)]
-        return StatedUsage(numbers, tuple(documents))
+        return CheckedUsage(numbers, tuple(documents))
 
 
 def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
-    """Set the run-time usage of this request to *meters*.
+    """Replace the usage of this request by *meters*.
 
-    It replaces all usage that was set or added before, and static meters of the same
-    type. With *flat* the amounts are fixed prices of the request, not measured usage
-    (see ``on_failure`` and ``on_abort``).
+    This replaces all usage that was set or added before, and the policy's meters of the
+    same types. Call it on the thread of the request.
 
-    :raises MeterValueError: naming the bad value; nothing is changed then.
+    :param flat: True if the amounts are fixed prices of the request, not measured
+        usage. The options ``on_failure`` and ``on_abort`` treat them differently.
+    :raises MeterValueError: naming the invalid value. Nothing is changed then.
     """
     usage = read_usage(meters)
-    if (stated := _run_time_meters(request, "set_meters")) is not None:
-        stated.set(usage, flat=flat)
+    if (run_time := _run_time_usage(request, "set_meters")) is not None:
+        run_time.set(usage, flat=flat)
 
 
 def add_meters(request: object, meters: Meters) -> None:
     """Add *meters* to the usage of this request.
 
-    Numbers are added to the usage stated before and to the static meter of the same
-    type; documents become events of their own. Call it from one thread: usage that
-    several threads add at once may be lost.
+    A number is added to the usage of the same type that was set or added before, and to
+    the policy's meter of that type. Each document becomes an event of its own. Call it
+    from one thread only: usage that several threads add at the same time may be lost.
 
-    :raises MeterValueError: naming the bad value; nothing is changed then.
+    :raises MeterValueError: naming the invalid value. Nothing is changed then.
     """
     usage = read_usage(meters)
-    if (stated := _run_time_meters(request, "add_meters")) is not None:
-        stated.add(usage)
+    if (run_time := _run_time_usage(request, "add_meters")) is not None:
+        run_time.add(usage)
 
 
 def get_meters(request: object) -> list[dict[str, Any]]:
-    """Return the run-time usage stated so far, in a form `set_meters` takes."""
-    stated = _run_time_meters(request, "get_meters")
-    return [] if stated is None else stated.stated()
+    """Return the usage that was set or added so far, in a form for :func:`set_meters`.
+
+    The policy's own meters are not included.
+    """
+    run_time = _run_time_usage(request, "get_meters")
+    return [] if run_time is None else run_time.as_meters()
 
 
 def set_idempotency_key(request: object, key: str) -> None:
-    """Bill this request and its repetitions with the same *key* once.
+    """Bill all requests of one operation once: those with the same *key*.
 
-    The ids of the events are derived from subject, method, path, key and type, so that
-    OpenMeter drops the events of a repetition; it must deduplicate. No header does this
-    by itself: the application decides which requests are repetitions. Only completed
-    responses share an id; a failed or aborted attempt is billed separately.
+    The event ids are derived from subject, method, path, key and meter type, so that
+    OpenMeter drops the events of a repetition. OpenMeter must deduplicate for that. An
+    ``Idempotency-Key`` header alone has no effect: the application decides which
+    requests are repetitions. Only completed responses share ids. A failed or aborted
+    attempt is billed separately.
 
-    :raises ValueError: if *key* is no text.
+    :raises ValueError: if *key* is not text, or is empty.
     """
     if problem := text_problem(key):
         raise ValueError(f"idempotency key: {problem}")
-    if (stated := _run_time_meters(request, "set_idempotency_key")) is not None:
-        stated.idempotency_key = key
+    if (run_time := _run_time_usage(request, "set_idempotency_key")) is not None:
+        run_time.idempotency_key = key
 
 
-def leave_unmetered(request: object) -> None:
-    """Bill nothing for this request: its view is not metered."""
-    if (stated := _run_time_meters(request, "no_meter")) is not None:
-        stated.is_unmetered = True
+def mark_unmetered(request: object) -> None:
+    """Bill nothing for this request, because its view is not metered."""
+    if (run_time := _run_time_usage(request, "no_meter")) is not None:
+        run_time.is_unmetered = True
 
 
-def bill_nothing(request: object) -> None:
-    """Bill nothing for this request: it was denied."""
-    if (stated := _run_time_meters(request, "require_entitlements")) is not None:
-        stated.denied = True
+def mark_denied(request: object) -> None:
+    """Bill nothing for this request, because it was denied."""
+    if (run_time := _run_time_usage(request, "require_entitlements")) is not None:
+        run_time.is_denied = True
 
 
 def set_subject(request: object, subject: str) -> None:
-    """Bill *subject* for this request, instead of the subject that the policy finds."""
+    """Bill *subject* for this request, in place of the subject of the policy."""
     if (environ := _environ(request, "set_subject")) is not None:
         _caller_of(environ)[SUBJECT] = subject
 
 
 def set_user(request: object, user: object) -> None:
-    """Give the policy the authenticated user: claims, a mapping or an object.
+    """Store the authenticated *user* of this request: token claims, or any object.
 
-    The option ``subject_path`` leads to the subject in it.
+    The option ``subject_path`` is the path to the subject in *user*.
     """
     if (environ := _environ(request, "set_user")) is not None:
         _caller_of(environ)[USER] = user
@@ -449,9 +460,9 @@ def _caller_of(environ: dict[str, Any]) -> dict[str, object]:
 
 
 def set_route(request: object, route: str) -> None:
-    """Set the template of the address of this request, such as ``/users/<id>``.
+    """Set the path template of this request, such as ``/users/<id>``.
 
-    Not needed for Flask and Bottle, nor for Django with its middleware.
+    Not needed with Flask, Bottle, or Django with this package's middleware.
     """
     if (environ := _environ(request, "set_route")) is not None:
         record_of(environ).route = route
@@ -460,30 +471,33 @@ def set_route(request: object, route: str) -> None:
 def _environ(request: object, helper: str) -> dict[str, Any] | None:
     if (environ := environ_of(request)) is None:
         logger.warning(
-            "%s: %s carries no WSGI environ; it says nothing of any request",
+            "%s: %s has no WSGI environ, so the call has no effect",
             helper, type(request).__name__,
         )  # fmt: skip
     return environ
 
 
-def _run_time_meters(request: object, helper: str) -> RunTimeMeters | None:
-    record = open_record(request, helper)
+def _run_time_usage(request: object, helper: str) -> RunTimeUsage | None:
+    record = unsettled_record(request, helper)
     if record is None:
         return None
     if record.usage is None:
-        record.usage = RunTimeMeters()
+        record.usage = RunTimeUsage()
     return record.usage
 
 
-def open_record(request: object, helper: str) -> RequestRecord | None:
-    """Return the record of a metered request that is not billed yet."""
+def unsettled_record(request: object, helper: str) -> RequestRecord | None:
+    """Return the record of a metered request that is not settled yet, or None.
+
+    None is logged, or counted as late usage, under the name of the *helper*.
+    """
     record = metered_request(environ_of(request))
     if record is None or record.billing is None:
         logger.warning(
-            "%s: called outside a metered request; nothing is counted", helper
+            "%s: called outside a metered request, so the call has no effect", helper
         )
         return None
-    if record.state >= FIXED:
+    if record.state >= ENCODED:
         if helper != "get_meters":
             record.billing.count_late(helper)
         return None

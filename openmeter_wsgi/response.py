@@ -1,4 +1,10 @@
-"""One response: passes the application's answer to the server, then settles."""
+"""The iterable that the server gets: passes chunks on, then settles the request.
+
+The middleware returns a `Response` in place of the application's iterable. The request
+is settled once, on the thread of the request: when the server closes the response, or
+when the response is garbage-collected. To settle a request is to put its events into
+the queue, if any. `request` lists the states.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,13 @@ from openmeter_wsgi.entitlements.handlers import EntitlementDenied
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.request import (
     ABORTED,
-    BROKEN,
     COMPLETED,
+    DISCONNECTED,
+    ENCODED,
     FAILED,
     FINISHED,
-    FIXED,
-    HUNG_UP,
     OPEN,
+    RAISED,
     SETTLED,
     STARTED,
     method_of,
@@ -28,54 +34,55 @@ if TYPE_CHECKING:
     from openmeter_wsgi.request import RequestRecord
 
 FILE_WRAPPER = "wsgi.file_wrapper"
+#: Status codes of responses that have no body (RFC 9110).
 _WITHOUT_BODY = ("204", "304")
 
 
 class Response:
-    """The response that the server iterates and closes. It settles exactly once.
+    """The response that the server iterates and closes. Used by one thread.
 
-    It belongs to the thread of the request. A generator alone would lose a response
-    that is closed before its first chunk; the application's own iterator cannot tell
-    *failed* from *aborted*; `yield from` would close the application's iterable twice.
+    A class with `close`, because a generator that is closed before its first chunk runs
+    no code. `__iter__` uses a loop, because `yield from` would close the application's
+    iterable a second time.
     """
 
     __slots__ = ("environ", "events", "iterable", "request")
 
-    # Set by the middleware: an __init__ would be one more call in every request.
+    # The middleware sets the attributes: an __init__ would cost a call per request.
     environ: dict[str, Any]
     request: RequestRecord
-    #: The iterable of the application, None once it is closed.
+    #: The application's iterable, None once it is closed.
     iterable: Any
-    #: The events of the request, set with the state FIXED: settling again puts these.
+    #: The encoded events, set with the state ENCODED. A repeated `settle` reuses them.
     events: Sequence[bytes]
 
     def __iter__(self) -> Iterator[bytes]:
         request = self.request
         try:
             for chunk in self.iterable:
-                # Headers leave with the first chunk that is not empty (PEP 3333).
+                # The server sends headers with the first non-empty chunk (PEP 3333).
                 if chunk and request.state == OPEN:
                     request.state = STARTED
                 yield chunk
-                # The server asks for more, so it has taken that chunk.
+                # The server asks for the next chunk, so it has taken this one.
                 if request.capture is not None:
-                    request.capture.passed(chunk)
+                    request.capture.read_chunk(chunk)
         except GeneratorExit:
             raise
         except EntitlementDenied as denied:
-            yield from self._answered(denied)
+            yield from self._denied_answer(denied)
         except BaseException:
-            # Also SystemExit (gunicorn's timeout) and GreenletExit (gevent's).
-            request.fail()
+            # Includes SystemExit (gunicorn's timeout) and GreenletExit (gevent).
+            request.mark_failed()
             raise
-        if request.state < HUNG_UP:
+        if request.state < DISCONNECTED:
             request.state = FINISHED
 
-    def _answered(self, denied: EntitlementDenied) -> Iterator[bytes]:
-        """Answer for an application whose request is denied while it is iterated."""
+    def _denied_answer(self, denied: EntitlementDenied) -> Iterator[bytes]:
+        """Yield the denial, if the application raised it before sending anything."""
         if self.request.state != OPEN:
-            self.request.fail()
-            raise denied  # too late: a part of the response has been sent
+            self.request.mark_failed()
+            raise denied  # a part of the response has been sent already
         yield from denied.answer(
             self.environ,
             self.request.start_response,
@@ -83,27 +90,28 @@ class Response:
         )
 
     def close(self) -> None:
-        """Close the application's iterable, then settle, whatever that raised."""
+        """Close the application's iterable, then settle, even if that raised."""
         iterable = self.iterable
         # Most applications return a list, which has no `close`.
         close = None if type(iterable) is list else getattr(iterable, "close", None)
         try:
             if close is not None:
-                self.iterable = None  # exactly once
+                self.iterable = None  # so that it is closed only once
                 close()
         finally:
             self.settle()
 
     def __del__(self) -> None:
-        # For test clients and servers that never close the response.
+        # Some test clients and servers never close the response.
         if self.request.state != SETTLED:
             self.settle()
 
-    def settle(self) -> None:  # noqa: C901 - one function, as the middleware
+    def settle(self) -> None:  # noqa: C901 - one function: a call costs each request
         """Put the events of this request into the queue, once. Closes nothing.
 
-        The events are fixed first, then put, then noted as put: an exception from a
-        signal may strike in between, and a repeated put has the same ids.
+        A signal handler may raise at any point, and `settle` is then called again. So
+        the events are kept before they are put: events that are put twice have the same
+        ids, and OpenMeter deduplicates them.
         """
         request = self.request
         state = request.state
@@ -114,27 +122,27 @@ class Response:
         events = None
         if state == FINISHED and billing.fast_path is not None:
             events = billing.fast_path.events(self.environ, request)
-        # None: the fast path declined. (): not billed, so there is nothing left to do.
-        if events is None or events or not process.is_begun:
-            # A process forked during the request has a copy; the parent settles it.
+        # None: the fast path does not apply. (): the request is not billed.
+        if events is None or events or not process.is_started:
+            # In a child forked during the request: the parent settles the request.
             if not process.guard.is_current():
                 return
-            if not process.is_begun:
-                process.begin(self.environ)
-            if state != FIXED:
-                self.events = self._made(billing) if events is None else events
-                request.state = FIXED
+            if not process.is_started:
+                process.start(self.environ)
+            if state != ENCODED:
+                self.events = self._encode_events(billing) if events is None else events
+                request.state = ENCODED
             for event in self.events:
                 process.counts.events += 1
                 process.transport.put(event)
         request.state = SETTLED
-        # The server keeps the environ, which holds the record: free its parts.
+        # The server may keep the environ, and thereby this record: free its parts.
         request.server_start = request.server_write = request.capture = None
         if request.usage is not None:
             request.usage.raise_interruption()
 
-    def _made(self, billing: Billing) -> Sequence[bytes]:
-        """Return the events of a response that the fast path does not bill."""
+    def _encode_events(self, billing: Billing) -> Sequence[bytes]:
+        """Return the events of a response to which the fast path does not apply."""
         outcome = self._outcome()
         exchange: Exchange | None = None
         if billing.bodies is not None:
@@ -144,16 +152,16 @@ class Response:
 
     def _capture(self, bodies: Iterable[str]) -> ResponseCapture:
         capture = self.request.capture
-        if capture is None:  # a view's own options came after the response had begun
+        if capture is None:  # @meter added measures after the response had started
             capture = ResponseCapture(self.environ, bodies)
-            capture.hand_over()
+            capture.skip_body()
         return capture
 
     def _outcome(self) -> str:
         state, status = self.request.state, self.request.status
         if state == FINISHED:
             return COMPLETED
-        if state == BROKEN:
+        if state == RAISED:
             return FAILED
         if state == OPEN and status is not None:
             is_head = method_of(self.environ) == "HEAD"
@@ -165,7 +173,7 @@ class Response:
 class SizedResponse(Response):
     """The response of an application that returned a sequence.
 
-    It has the length of the sequence, from which servers derive Content-Length.
+    It has the sequence's length: servers derive Content-Length from it (PEP 3333).
     """
 
     __slots__ = ()
@@ -175,30 +183,31 @@ class SizedResponse(Response):
 
 
 class FileResponse(Response):
-    """The response of an application that returned a file in the server's wrapper.
+    """The response of an application that returned a ``wsgi.file_wrapper`` object.
 
-    The server gets its own object back, or the kernel would not send the file. Nobody
-    tells how the sending ended, so it counts as completed. Closing the file settles.
+    The server gets its own object back, because it uses ``sendfile`` only for that. The
+    server does not report how the transfer ended, so the response counts as completed.
+    Closing the file settles the request.
     """
 
     __slots__ = ("_close_file",)
 
-    def give_away(self) -> Iterable[bytes]:
-        """Return the file; closing it closes this response."""
+    def attach_to_file(self) -> Iterable[bytes]:
+        """Return the file, with its `close` replaced by that of this response."""
         file: Any = self.iterable
         self._close_file = getattr(file, "close", None)
         self.request.state = FINISHED
         if self.request.capture is not None:
-            self.request.capture.hand_over()
+            self.request.capture.skip_body()
         try:
             file.close = self.close
         except (AttributeError, TypeError):
-            self.settle()  # the object takes no attribute, so settle now
-        given: Iterable[bytes] = file
-        return given
+            self.settle()  # the object takes no attribute
+        wrapped: Iterable[bytes] = file
+        return wrapped
 
     def close(self) -> None:
-        """Close the file as the server does, then settle, whatever that raised."""
+        """Close the file, then settle, even if that raised."""
         try:
             if self._close_file is not None:
                 self._close_file()
@@ -206,66 +215,66 @@ class FileResponse(Response):
             self.settle()
 
 
-class FileWrapper:
-    """The server's ``wsgi.file_wrapper``; it remembers the file that it wrapped last.
+class TrackingFileWrapper:
+    """Calls the server's ``wsgi.file_wrapper`` and remembers the last wrapped file.
 
-    uWSGI's wrapper is a function that returns the file itself, which could as well be
-    an iterable of the application. The environ holds this object, so it must not hold
-    the request.
+    Needed if the file wrapper is a function: uWSGI's returns the file itself, which is
+    not recognizable by its type. The environ refers to this object, so it must not
+    refer to the request.
     """
 
-    __slots__ = ("_made", "_wrapper")
+    __slots__ = ("_last_file", "_wrapper")
 
     def __init__(self, wrapper: Callable[..., object]) -> None:
         self._wrapper = wrapper
-        self._made: object = None
+        self._last_file: object = None
 
     def __call__(self, file: object, *block_size: int) -> object:
-        """Wrap a file as the server does."""
-        self._made = self._wrapper(file, *block_size)
-        return self._made
+        """Wrap *file* with the server's wrapper."""
+        self._last_file = self._wrapper(file, *block_size)
+        return self._last_file
 
-    def has_made(self, iterable: object) -> bool:
-        """Return True if *iterable* is the last wrapped file."""
-        return iterable is not None and iterable is self._made
-
-
-def remember_files(environ: dict[str, Any]) -> type | FileWrapper:
-    """Return the server's file wrapper, in a `FileWrapper` unless it is a class."""
-    files: Any = environ[FILE_WRAPPER]
-    if not isinstance(files, type):
-        files = environ[FILE_WRAPPER] = FileWrapper(files)
-    found: type | FileWrapper = files
-    return found
+    def is_last_file(self, iterable: object) -> bool:
+        """Return True if *iterable* is the file that was wrapped last."""
+        return iterable is not None and iterable is self._last_file
 
 
-def give_file(
+def track_wrapped_files(environ: dict[str, Any]) -> type | TrackingFileWrapper:
+    """Return the server's file wrapper. Replace it in *environ* if it is a function."""
+    wrapper: Any = environ[FILE_WRAPPER]
+    if not isinstance(wrapper, type):
+        wrapper = environ[FILE_WRAPPER] = TrackingFileWrapper(wrapper)
+    recognizer: type | TrackingFileWrapper = wrapper
+    return recognizer
+
+
+def settle_when_closed(
     environ: dict[str, Any], request: RequestRecord, file: Any
 ) -> Iterable[bytes]:
-    """Return *file*, which settles the request when the server closes it."""
+    """Return *file*, changed so that closing it settles the request."""
     response = FileResponse()
     response.environ, response.request, response.iterable = environ, request, file
-    return response.give_away()
+    return response.attach_to_file()
 
 
-def fail(environ: dict[str, Any], request: RequestRecord) -> None:
+def settle_failed(environ: dict[str, Any], request: RequestRecord) -> None:
     """Settle a request whose application raised and returned no response."""
-    request.fail()
+    request.mark_failed()
     response = Response()
     response.environ, response.request, response.iterable = environ, request, None
     response.settle()
 
 
 def is_iterable(thing: object) -> bool:
-    """Return True if *thing* can be a response.
+    """Return True if *thing* can be iterated.
 
-    A server compares other objects, such as gunicorn's ALREADY_HANDLED, by identity.
+    gunicorn's ALREADY_HANDLED cannot. It is compared by identity, so it is not wrapped.
     """
     return hasattr(thing, "__iter__") or hasattr(thing, "__getitem__")
 
 
-def is_file(files: type | FileWrapper, iterable: object) -> bool:
-    """Return True if *iterable* is a file that the server has wrapped."""
-    if isinstance(files, FileWrapper):
-        return files.has_made(iterable)
-    return isinstance(iterable, files)
+def is_wrapped_file(file_wrapper: type | TrackingFileWrapper, iterable: object) -> bool:
+    """Return True if *iterable* is a file that the server's wrapper returned."""
+    if isinstance(file_wrapper, TrackingFileWrapper):
+        return file_wrapper.is_last_file(iterable)
+    return isinstance(iterable, file_wrapper)

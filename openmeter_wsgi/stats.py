@@ -1,4 +1,8 @@
-"""Counts of requests, events and losses, by reason, and the health of a process."""
+"""Counts of requests, events and losses, and the health of a process.
+
+`Counts` are the running counts, which request threads and the sender increment. `Stats`
+is a snapshot of them. `Health` lists the current problems.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from wsgiref.types import StartResponse
 
-#: Reasons for which an event is lost, and not a meter before it became one.
+#: Reasons in `dropped` for which an event is lost. Other reasons concern meters.
 LOSSES = ("queue_full", "dry_run", "spool_full", "spool_error", "too_large")
-#: The upper bounds, in seconds, of the classes in which durations are counted.
+#: The upper bounds, in seconds, of the classes of a histogram of durations.
 BOUNDS = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
     1_800.0, 3_600.0,
 )  # fmt: skip
-#: Durations that are kept one by one until somebody fetches them.
+#: Maximum number of single durations that are kept until `fetch_recent` returns them.
 _RECENT = 10_000
 
 ByReason: TypeAlias = dict[str, int]
@@ -28,9 +32,9 @@ ByReason: TypeAlias = dict[str, int]
 class Durations(msgspec.Struct, frozen=True):
     """A histogram of durations."""
 
-    #: One class for each of ``BOUNDS``, and one for what is longer.
+    #: Number of durations in each class of ``BOUNDS``, and of longer durations.
     counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
-    #: Of all of them together, in seconds.
+    #: Sum of all durations, in seconds.
     seconds: float = 0.0
 
     def __add__(self, other: Durations) -> Durations:
@@ -44,62 +48,65 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """The counts of one process since its start, or of several, added with ``+``.
 
     ``settled`` is the sum of ``metered`` and all of ``not_metered``: each request is
-    counted once, as one of them. Nothing else is derived, so this equation is a proof::
+    counted once, in one of them. All other fields are counted independently, so this
+    equation shows that no event is missing::
 
         events == delivered + waiting + dead_lettered + lost
 
-    It holds for a process that delivers from memory. With a spool ``delivered`` is
-    what this process delivered for all, and ``waiting`` is of the directory: the
-    equation holds for all of its processes together, from an empty spool on.
-    Between two looks a batch may be on its way from one figure to the other.
+    It holds for a process that delivers from memory. With a spool, ``delivered`` has
+    the events that this process delivered for all processes, and ``waiting`` has all
+    events in the directory. Then the equation holds for the sum of all processes, from
+    an empty spool on. While the fields are read, a batch may move from one to another.
     """
 
     #: Requests whose response has ended.
     settled: int
     #: Requests that became events.
     metered: int
-    #: Events made of them.
+    #: Events made of these requests.
     events: int
-    #: Events that OpenMeter took.
+    #: Events that OpenMeter accepted.
     delivered: int
-    #: Events in the queue, those being sent included. Of a large spool an estimate.
+    #: Events in the queue, including those being sent. An estimate for a large spool.
     waiting: int
-    #: Requests that became no event, by reason …
+    #: Requests that became no event, by reason.
     not_metered: ByReason
     #: Events and meters lost, by reason.
     dropped: ByReason
-    #: Events that OpenMeter refuses for good.
+    #: Events that are not sent again: dead letters.
     dead_lettered: int
-    #: Attempts that may have arrived although no answer said so.
+    #: Attempts that may have arrived although there was no answer.
     ambiguous: int
-    #: Attempts after the first one of a batch.
+    #: Attempts after the first attempt of a batch.
     retries: int
-    #: … and the same by policy (``default``, or the rule of a route), then by reason.
+    #: Requests that became no event, by policy (``default``, or the rule of a route),
+    #: then by reason.
     not_metered_by_policy: dict[str, ByReason] = {}
-    #: Of the events that wait, those in the spool: all of its processes see the same.
+    #: Waiting events in the spool. The number is the same in all of its processes.
     waiting_in_spool: int = 0
-    #: The size of what waits, in bytes, and the time of the oldest of it in seconds
-    #: since 1970. An event to which you gave a time counts by that.
+    #: The bytes of the waiting events.
     waiting_bytes: int = 0
+    #: The time of the oldest waiting event, in seconds since 1970: the time that you
+    #: gave to it, or else the time of its request.
     oldest_at: float | None = None
     #: Events that the spool could not take and that waited in memory instead.
     unspooled: int = 0
-    #: Decisions about entitlements: allowed, by where the answer came from …
+    #: Decisions about entitlements that allowed a request, by source of the answer.
     allowed: ByReason = {}
-    #: … features denied, by reason …
+    #: Features denied, by reason.
     denied: ByReason = {}
-    #: … and let through all the same, by the reason that there was.
+    #: Features let through despite a reason to deny, by that reason.
     let_through: ByReason = {}
-    #: Decisions that denied, by where the answer came from …
+    #: Decisions that denied a request, by source of the answer.
     denied_by_source: ByReason = {}
-    #: … and those that let through all the same.
+    #: Decisions that let a request through despite a reason, by source of the answer.
     let_through_by_source: ByReason = {}
-    #: Requests billed by a body that says more than one thing, by remark:
-    #: ``ambiguous_usage``, ``several_calls``.
+    #: Requests billed by an ambiguous body, by remark: ``ambiguous_usage``,
+    #: ``several_calls``.
     remarks: ByReason = {}
-    #: The age of the oldest event of a batch when OpenMeter took it.
+    #: The age of the oldest event of each batch when OpenMeter accepted it.
     delivery_seconds: Durations = Durations()
-    #: The duration of an attempt, whatever OpenMeter answered.
+    #: The duration of each attempt, successful or not.
     attempt_seconds: Durations = Durations()
 
     @property
@@ -109,7 +116,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unaccounted(self) -> int:
-        """Events of which nothing is known any more: 0, but for a crash."""
+        """Events that are in no other count: 0 unless a process crashed."""
         known = self.delivered + self.waiting + self.dead_lettered + self.lost
         return self.events - known
 
@@ -136,7 +143,7 @@ def _added(left: Any, right: Any) -> Any:
 
 
 class RunningDurations:
-    """The running counts behind `Durations`. Added to as `Counts` are."""
+    """The running counts behind `Durations`. Incremented like `Counts`."""
 
     __slots__ = ("_counts", "_recent", "_seconds")
 
@@ -146,14 +153,14 @@ class RunningDurations:
         self._recent: deque[float] | None = None
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Count one duration."""
         self._counts[bisect_left(BOUNDS, seconds)] += 1
         self._seconds += seconds
         if self._recent is not None:
             self._recent.append(seconds)
 
     def fetch_recent(self) -> list[float]:
-        """Return each one since the last call, the first call excepted."""
+        """Return the durations since the last call; the first call returns none."""
         recent, self._recent = self._recent, deque(maxlen=_RECENT)
         return list(recent or ())
 
@@ -165,9 +172,9 @@ class RunningDurations:
 class Counts:
     """The running counts behind :class:`Stats`.
 
-    Request threads and the sender add to them without a lock: `x.n += 1` calls
-    nothing, and CPython 3.10 and later hand over the GIL only at calls and at
-    jumps backwards. So what is added is never worked out in the same statement.
+    Request threads and the sender increment them without a lock: CPython 3.10 and later
+    release the GIL only at calls and backward jumps, and `x.n += 1` has neither. So the
+    added value must never be computed by a call in the same statement.
     """
 
     __slots__ = (
@@ -185,7 +192,7 @@ class Counts:
         self.ambiguous: int = 0
         self.retries: int = 0
         self.unspooled: int = 0
-        #: Allowed by a known answer on the short way (see `passing`).
+        #: Decisions that allowed a request by a cached answer, on the fast path.
         self.passed: int = 0
         self.dropped: defaultdict[str, int] = defaultdict(int)
         self.allowed: defaultdict[str, int] = defaultdict(int)
@@ -206,10 +213,10 @@ class Counts:
         oldest_at: float | None,
         not_metered: dict[str, ByReason],
     ) -> Stats:
-        """Return the counts as they are now, with what only others know."""
+        """Return the current counts, with the given counts of other objects."""
         by_reason: Counter[str] = sum(map(Counter, not_metered.values()), Counter())
         metered = self.metered
-        # A dictionary is copied in one call: others go on adding to it.
+        # Copied in one call, as other threads go on adding to the dictionary.
         dropped = dict(self.dropped)
         return Stats(
             settled=metered + sum(by_reason.values()),
@@ -244,24 +251,25 @@ class Counts:
         return allowed
 
 
-#: Seconds that the oldest event may wait before that is a problem.
+#: Seconds after which a waiting event is a problem.
 MAX_AGE = 300.0
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong."""
+    """A current problem of a process."""
 
     #: ``held``: a wrong key or address. ``unavailable``: OpenMeter does not answer.
-    #: ``refused``: it refuses everything. ``backlog``: the oldest event waits for too
-    #: long. ``not_delivering``: events wait and no thread delivers them.
-    #: ``queue_full``: new events are dropped. ``spool_failing``: the disk takes none;
-    #: they wait in memory. ``spool_dropping``: the same, and they are dropped.
-    #: ``two_keys``: two running processes send to one server with different keys.
-    #: ``entitlements``: no answers about who may.
+    #: ``refused``: OpenMeter refuses every event. ``backlog``: the oldest event waits
+    #: too long. ``not_delivering``: events wait and no thread delivers them.
+    #: ``queue_full``: new events are dropped. ``spool_failing``: the disk takes no
+    #: event, and new events wait in memory. ``spool_dropping``: the disk takes no
+    #: event, and new events are dropped. ``two_keys``: two running processes send to
+    #: one server with different keys. ``entitlements``: there are no answers about
+    #: entitlements.
     code: str
-    #: One line: what is lost or delayed, and what happens next.
+    #: One line: the events lost or delayed, and the next step.
     text: str
-    #: Whether usage is being lost by it.
+    #: True if the problem loses usage.
     loses: bool = False
 
 
@@ -282,11 +290,11 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class HealthEndpoint:
-    """A WSGI application that tells the health of the process that serves it.
+    """A WSGI application that returns the health of its process as JSON.
 
-    Status 200 or 503 and a document. It is 503 while usage is being lost; an outage
-    of OpenMeter delays usage and takes no server out of service. With
-    ``fail_on="problem"`` any problem is 503.
+    The status is 503 while usage is being lost, else 200. An outage of OpenMeter only
+    delays usage, so it takes no server out of service. With ``fail_on="problem"`` the
+    status is 503 for any problem.
     """
 
     def __init__(

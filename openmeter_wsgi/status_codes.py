@@ -1,4 +1,4 @@
-"""Status codes that are billed: `StatusCodes`."""
+"""`StatusCodes`: the set of HTTP status codes that are billed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ _TOKEN = re.compile(r"(\d{3})(?:\s*-\s*(\d{3}))?|([1-5])[xX]{2}", re.ASCII)
 
 
 class StatusCodes:
-    """A set of status codes, such as ``"200-299, 304"``, ``"2xx"`` or ``[200, 201]``.
+    """An immutable set of HTTP status codes from 100 to 599.
 
-    :raises ValueError: naming the part that is no code and no range.
+    Written as ``"200-299, 304"``, ``"2xx"`` or ``[200, 201]``. A code is tested as
+    text: ``"200" in StatusCodes("2xx")``.
+
+    :raises ValueError: naming the part that is neither a code nor a range.
     """
 
     __slots__ = ("codes", "text")
 
     def __init__(self, codes: str | Iterable[int | str] | StatusCodes) -> None:
-        #: Every code, as the first three characters of a WSGI status line.
+        #: All codes as text: the first three characters of a WSGI status line.
         self.codes: frozenset[str] = frozenset(f"{code}" for code in _read(codes))
-        #: The same, as short as it can be said.
+        #: The shortest text of the set, such as ``"200-299,304"``.
         self.text: str = _shortest(sorted(map(int, self.codes)))
 
     def __contains__(self, code: str) -> bool:
@@ -59,15 +62,15 @@ def _read_token(token: object) -> range:
         raise ValueError(
             "'*' would bill errors too: write '200-599' if that is what you mean"
         )
-    found = _TOKEN.fullmatch(token.strip()) if isinstance(token, str) else None
-    if not found:
+    match = _TOKEN.fullmatch(token.strip()) if isinstance(token, str) else None
+    if not match:
         raise ValueError(f"expected {_FORMS}, got {token!r}")
-    first, last, hundred = found.groups()
+    first, last, hundred = match.groups()
     if hundred:
         first, last = f"{hundred}00", f"{hundred}99"
     low, high = int(first), int(last or first)
     if low > high:
-        raise ValueError(f"expected a range that rises, got {token!r}")
+        raise ValueError(f"expected a range from low to high, got {token!r}")
     if not 100 <= low <= high <= 599:
         raise ValueError(f"expected codes from 100 to 599, got {token!r}")
     return range(low, high + 1)

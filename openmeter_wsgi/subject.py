@@ -1,4 +1,4 @@
-"""Finds the subject to bill from the environ."""
+"""Finds the subject of a request, by which OpenMeter attributes usage to a customer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from uuid import UUID
 
 from openmeter_wsgi import log
-from openmeter_wsgi.request import REQUEST, SUBJECT, USER, interrupted
+from openmeter_wsgi.request import REQUEST, SUBJECT, USER, raise_after_settling
 from openmeter_wsgi.values import SHORT_SUBJECT, text_problem
 
 if TYPE_CHECKING:
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-_NOTHING: Any = object()
-#: From an environ to its subject, None where it has none.
+#: Stands for a step of a path that is missing.
+_MISSING: Any = object()
+#: Returns the subject of a request by its environ, None if there is none.
 FindSubject: TypeAlias = Callable[[dict[str, Any]], str | None]
 
 
 class SubjectFinder:
-    """Finds the subject of requests under one policy. Any thread.
+    """Finds the subjects of requests of one policy. Any thread.
 
-    The first of these that is not empty: :func:`set_subject`, ``subject``,
-    ``subject_path`` in the user, ``REMOTE_USER``. It is called at the end of the
-    response; an error in a user's callable is logged and counts as no subject.
+    Uses the first source that is not empty: :func:`set_subject`, the option
+    ``subject``, the option ``subject_path`` in the user of :func:`set_user`,
+    ``REMOTE_USER``, the option ``on_missing_subject``. `find` is called when the
+    response ends, and earlier if entitlements are checked. An error in a callable of
+    the application is logged and counts as no subject.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -35,14 +38,14 @@ class SubjectFinder:
         self._fallback = None if missing == "skip" else missing
         self._from_policy = _policy_source(policy)
         self._from_user = path_reader(policy.subject_path)
-        #: The subject of all requests without a caller. None if they have none, or a
-        #: long one, or the policy reads the subject from the request.
+        #: The subject of all requests without `caller` and ``REMOTE_USER``. None if
+        #: there is none, if it is long, or if the option ``subject`` is set.
         self.anonymous: str | None = None
         if policy.subject is None and len(missing) <= SHORT_SUBJECT:
             self.anonymous = self._fallback
 
     def find(self, environ: dict[str, Any]) -> str | None:
-        """Return the subject of a request, None if it has none."""
+        """Return the subject of a request, or None."""
         request: RequestRecord | None = environ.get(REQUEST)
         caller = None if request is None else request.caller
         if caller and SUBJECT in caller and (text := _text(caller[SUBJECT])):
@@ -56,13 +59,13 @@ class SubjectFinder:
         return self._fallback
 
     def missing_path(self, environ: dict[str, Any]) -> MissingPath | None:
-        """Return the path of the policy if it leads to nothing, else None."""
-        found = None if self._from_policy is None else self._from_policy(environ)
+        """Return the path of the policy if a step of it is missing, or None."""
+        subject = None if self._from_policy is None else self._from_policy(environ)
         request: RequestRecord | None = environ.get(REQUEST)
         caller = None if request is None else request.caller
-        if not isinstance(found, MissingPath) and caller and USER in caller:
-            found = self._from_user(caller[USER])
-        return found if isinstance(found, MissingPath) else None
+        if not isinstance(subject, MissingPath) and caller and USER in caller:
+            subject = self._from_user(caller[USER])
+        return subject if isinstance(subject, MissingPath) else None
 
 
 def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
@@ -75,13 +78,13 @@ def _policy_source(policy: Policy) -> Callable[[dict[str, Any]], object] | None:
     def call(environ: dict[str, Any]) -> object:
         try:
             return source(environ)
-        except BaseException as error:  # noqa: BLE001 - the user's code, on our path
+        except BaseException as error:  # noqa: BLE001 - code of the application
             logger.error(
                 "subject: %s raised %r; the request counts as one without subject",
                 source, error,
             )  # fmt: skip
             if not isinstance(error, Exception):
-                interrupted(environ, error)
+                raise_after_settling(environ, error)
             return None
 
     return call
@@ -95,11 +98,12 @@ def _header_source(name: str, has_commas: bool) -> Callable[[dict[str, Any]], ob
     def read(environ: dict[str, Any]) -> object:
         text = _header_text(environ.get(key, ""))
         if "," in text and not has_commas:
-            # Servers join headers of one name by commas, also a proxy's and a client's.
+            # Servers join headers of the same name with commas: the header of the proxy
+            # and one that the client forged.
             logger.error(
-                "subject: a comma in the header %r: it was sent twice, perhaps by "
-                "proxy and client, and the request counts as one without subject; "
-                "subject_commas=True lets subjects hold commas",
+                "subject: the header %r contains a comma: it was sent twice, perhaps "
+                "by proxy and client; the request counts as one without subject; "
+                "subject_commas=True allows commas in subjects",
                 name,
             )
             return None
@@ -109,10 +113,11 @@ def _header_source(name: str, has_commas: bool) -> Callable[[dict[str, Any]], ob
 
 
 def _header_text(value: object) -> str:
-    """Return a header as text.
+    """Return the value of a header in the environ as text, without outer white space.
 
-    In WSGI each byte of a header is one character (PEP 3333). Bytes that are not UTF-8
-    stay Latin-1. An application may have put another object in its place.
+    In WSGI each byte of a header is one Latin-1 character (PEP 3333). Bytes that are
+    UTF-8 are decoded, others are left as they are. An application may have replaced the
+    value by an object that is not text, such as a number.
     """
     if not isinstance(value, str):
         return _text(value) or ""
@@ -126,34 +131,35 @@ def _header_text(value: object) -> str:
 
 
 class MissingPath(NamedTuple):
-    """Stands for a subject at a path that leads to nothing."""
+    """A path to a subject of which a step is missing."""
 
     path: str
-    #: The root of the path, or the type of the object, that lacks the name.
+    #: The object that lacks the step, for log lines: the root, or the object's type.
     owner: str
+    #: The missing step.
     name: str
 
 
 def path_reader(path: str, root: str = "") -> Callable[[object], object]:
     """Return a function that follows *path* through mappings, sequences, attributes.
 
-    It returns a `MissingPath` if the path leads to nothing. *root* is the beginning of
-    the path in the configuration.
+    That function returns a `MissingPath` if a step is missing. *root* precedes the path
+    in the configuration, and in log lines.
     """
     names = path.removeprefix(".").split(".")
-    whole = f"{root}.{path}" if root else path
+    full_path = f"{root}.{path}" if root else path
 
     def read(user: object) -> object:
         value: Any = user
         try:
             for name in names:
                 owner, value = value, _step(value, name)
-                if value is _NOTHING:
+                if value is _MISSING:
                     is_root = root != "" and owner is user
-                    whose = root if is_root else f"a {type(owner).__name__}"
-                    return MissingPath(whole, whose, name)
-        except Exception as error:  # noqa: BLE001 - a property of the user's object
-            logger.error("subject_path %r: reading it raised %r", whole, error)
+                    described = root if is_root else f"a {type(owner).__name__}"
+                    return MissingPath(full_path, described, name)
+        except Exception as error:  # noqa: BLE001 - code of the application
+            logger.error("subject_path %r: reading it raised %r", full_path, error)
             return None
         return value
 
@@ -164,20 +170,20 @@ def _step(value: Any, name: str) -> Any:
     if value is None:
         return None
     if isinstance(value, Mapping):
-        return value.get(name, _NOTHING)
+        return value.get(name, _MISSING)
     if isinstance(value, list | tuple) and name.isdecimal():
-        return value[int(name)] if int(name) < len(value) else _NOTHING
-    return getattr(value, name, _NOTHING)
+        return value[int(name)] if int(name) < len(value) else _MISSING
+    return getattr(value, name, _MISSING)
 
 
 def _text(subject: object) -> str | None:
-    """Return a subject as text. Databases have numbers and UUIDs, too."""
+    """Return a subject as text, or None. Ids in databases may be integers or UUIDs."""
     if isinstance(subject, int | UUID) and not isinstance(subject, bool):
-        with contextlib.suppress(ValueError):  # of an integer of thousands of digits
+        with contextlib.suppress(ValueError):  # an integer of thousands of digits
             return str(subject)
     if subject is None or subject == "" or isinstance(subject, MissingPath):
         return None
     if problem := text_problem(subject):
-        logger.error("subject: %s; it counts as missing", problem)
+        logger.error("subject: %s; the subject counts as missing", problem)
         return None
     return str(subject)

@@ -1,4 +1,4 @@
-"""The threads of this process, and the hooks that run when it ends."""
+"""Threads: their kind in this process, a way to wake one, and exit hooks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-#: From this version on uWSGI lets threads run without being told to.
+#: The first version of uWSGI in which threads always run.
 _ALWAYS_THREADED = (2, 0, 27)
-#: Each of these options of uWSGI does, too.
+#: The options of an older uWSGI that make threads run.
 _OPTIONS = ("enable-threads", "threads")
+#: Values of these options that switch them off.
 _NO = (False, None, b"false", b"no", b"off", b"0")
 
 
 def threads_are_greenlets() -> bool:
-    """Return True if gevent has taken the place of threads."""
-    # Monkey-patched: the lock that threading makes is no longer the interpreter's.
+    """Return True if gevent has replaced the threads by greenlets."""
+    # Monkey-patched: the locks of threading are no longer those of the interpreter.
     return type(threading.Lock()).__module__ != "_thread"
 
 
@@ -28,9 +29,10 @@ def threads_starve() -> bool:
     """Return True if a thread of this process runs only while a request is served.
 
     An older uWSGI without `enable-threads` keeps the GIL while a worker is idle. A
-    lock that a thread holds then is held until the next request, or for ever.
+    thread that holds a lock at that moment keeps it until the next request, or for
+    ever.
     """
-    # Made by the server itself: it can be imported nowhere else.
+    # The server itself makes this module. It cannot be imported elsewhere.
     uwsgi: Any = sys.modules.get("uwsgi")
     options = getattr(uwsgi, "opt", None)
     version = getattr(uwsgi, "version_info", None)
@@ -38,87 +40,88 @@ def threads_starve() -> bool:
         return False
     if version[:3] >= _ALWAYS_THREADED or threads_are_greenlets():
         return False
-    return all(_said(options, name) in _NO for name in _OPTIONS)
+    return all(_option(options, name) in _NO for name in _OPTIONS)
 
 
-def _said(options: dict[Any, Any], name: str) -> object:
-    # Under the name as text or as bytes, by version; the value is True or bytes.
+def _option(options: dict[Any, Any], name: str) -> object:
+    # The name is text or bytes, depending on the version; the value is True or bytes.
     return options.get(name, options.get(name.encode()))
 
 
-#: The priority of our finalizers: before what multiprocessing itself tears down.
+#: The priority of our finalizers, which run before those of multiprocessing itself.
 _PRIORITY = 100
 
 
 def ends_without_hooks(environ: Mapping[str, Any]) -> bool:
-    """Return True if the process that serves a request ends without any exit hook.
+    """Return True if the process that serves a request ends without exit hooks.
 
-    Werkzeug with ``processes=`` forks for each request; the child ends by `os._exit`.
+    Werkzeug with ``processes=`` forks for each request, and the child calls `os._exit`.
     """
     server = str(environ.get("SERVER_SOFTWARE", ""))
     return bool(environ.get("wsgi.multiprocess")) and server.startswith("Werkzeug/")
 
 
 class ExitHook:
-    """Calls *close* when the process ends, as long as somebody has registered it.
+    """A call of *close* at the end of the process, as long as it has a user.
 
-    A process of multiprocessing ends without what `atexit` knows, but with finalizers
-    of its own. One that is terminated ends without either.
+    A process of multiprocessing does not run the functions of `atexit`, but finalizers
+    of its own. A terminated process runs neither.
     """
 
     def __init__(self, close: Callable[[], None]) -> None:
         self._close = close
-        self._after: list[Callable[[], None]] = []
+        self._calls_after: list[Callable[[], None]] = []
+        #: The ids of the objects that need the hook.
         self._users: set[int] = set()
         self._finalizer: Any = None
 
-    def end(self) -> None:
-        """Close, and make the calls that come after it."""
+    def run(self) -> None:
+        """Run the hook: call *close*, then the calls of `add`."""
         self._close()
-        for call in self._after:
+        for call in self._calls_after:
             call()
 
     def add(self, call: Callable[[], None]) -> None:
-        """Have *call* made at the end of the process, after it was closed."""
-        self._after.append(call)
+        """Call *call* at the end of the process, after *close*."""
+        self._calls_after.append(call)
         self.register(call)
 
     def register(self, user: object) -> None:
-        """Have it called for *user*. May be repeated."""
+        """Run the hook at the end of the process, for *user*. May be repeated."""
         if not self._users:
-            atexit.register(self.end)
-            self._finalizer = _finalizer(self.end)
+            atexit.register(self.run)
+            self._finalizer = _new_finalizer(self.run)
         self._users.add(id(user))
 
     def clear(self) -> None:
-        """Have nothing called any more."""
+        """Do not run the hook, for any user."""
         self._users = {id(self)}
         self.unregister(self)
 
     def unregister(self, user: object) -> None:
-        """Have it called no more, unless others have registered it, too."""
+        """Remove *user*. Without users the hook does not run."""
         self._users.discard(id(user))
         if not self._users:
-            atexit.unregister(self.end)
+            atexit.unregister(self.run)
             finalizer, self._finalizer = self._finalizer, None
             if finalizer is not None:
                 finalizer.cancel()
 
 
-def _finalizer(close: Callable[[], None]) -> Any:
-    """Have *close* called at the end of a child of multiprocessing; None elsewhere."""
+def _new_finalizer(call: Callable[[], None]) -> Any:
+    """Return a finalizer in a child of multiprocessing, None in other processes."""
     process: Any = sys.modules.get("multiprocessing.process")
     util: Any = sys.modules.get("multiprocessing.util")
     if util is None or process is None or process.parent_process() is None:
         return None
-    return util.Finalize(None, close, exitpriority=_PRIORITY)
+    return util.Finalize(None, call, exitpriority=_PRIORITY)
 
 
 class Wakeup:
-    """Wakes one thread. Its `set` waits for nothing, so it may interrupt itself.
+    """An event that wakes one thread. `set` never waits: it may run in a finaliser.
 
-    The `set` of a threading.Event takes a lock: called by a finaliser in the middle
-    of another `set`, it would wait for itself.
+    `threading.Event.set` takes a lock. Called by a finaliser that interrupts another
+    `set`, it would wait for itself.
     """
 
     __slots__ = ("_unset",)
@@ -128,14 +131,14 @@ class Wakeup:
         self._unset.acquire()
 
     def set(self) -> None:
-        """Let the thread that waits, or else the next that does, go on."""
+        """Wake the waiting thread, or else the next thread that waits."""
         with contextlib.suppress(RuntimeError):  # it is set already
             self._unset.release()
 
     def clear(self) -> None:
-        """Forget a `set` that nobody waited for."""
+        """Forget an earlier `set`."""
         self._unset.acquire(blocking=False)
 
     def wait(self, timeout: float | None) -> None:
-        """Wait until it is set or the time is over, and clear it."""
+        """Wait for a `set`, at most until the timeout, and clear it."""
         self._unset.acquire(timeout=-1 if timeout is None else timeout)

@@ -1,7 +1,8 @@
-"""Tickets: a request hands its bill to the job that it starts.
+"""Tickets: a request leaves its usage to be billed by a job that it starts.
 
-A ticket is signed text that anybody can read. It is no permission: settle the tickets
-that your own application made, and never one that a customer sent.
+The request passes the ticket of :func:`defer` to the job, which calls
+:meth:`Usage.settle`. A ticket is signed text that anybody can read. It does not
+authorize its bearer: never settle a ticket that a customer sent.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from openmeter_wsgi.errors import ConfigError, MeterValueError, TicketError, shown
+from openmeter_wsgi.errors import ConfigError, MeterValueError, TicketError, safe_repr
 from openmeter_wsgi.request import (
     COMPLETED,
-    RunTimeMeters,
+    RunTimeUsage,
     environ_of,
-    open_record,
+    unsettled_record,
 )
 from openmeter_wsgi.values import clock, text_problem
 
@@ -34,51 +35,52 @@ _SALT = "openmeter_wsgi.tickets"
 class Ticket(msgspec.Struct, frozen=True):
     """The content of a ticket."""
 
-    #: None if nobody was known to bill.
+    #: The subject to bill, None if the request had none.
     subject: str | None
     #: The name of the policy: ``default``, or the rule of a route.
     policy: str
-    #: The source of the events.
+    #: The ``source`` of the events.
     source: str
-    #: The first part of the events' ids; the meter's type is the second.
+    #: The first part of the event ids. The second part is the meter type.
     id: str
-    #: The types of the meters that may be settled, None for any.
+    #: The meter types that the job may settle, None for any.
     types: tuple[str, ...] | None
-    #: In seconds since 1970.
+    #: Unix time in seconds.
     expires_at: int
 
 
 def defer(request: object, meters: str | Iterable[str] | None = None) -> str:
-    """Take *meters* out of the bill of this request; return a ticket to settle them.
+    """Leave *meters* of this request to a job; return the ticket to settle them with.
 
-    *meters* are types; None stands for all. Whatever becomes of the response, the
-    request bills none of them. The job passes the ticket to :meth:`Usage.settle` when
-    it has succeeded. A ticket that nobody settles bills nothing.
+    The request itself bills none of these meters, however its response ends. The job
+    passes the ticket to :meth:`Usage.settle` when it has succeeded. A ticket that is
+    never settled bills nothing. It expires after ``resend_window`` seconds.
 
-    A ticket expires after ``resend_window``. Call :func:`set_subject`,
-    :func:`set_user` and :func:`set_idempotency_key` before this. Outside a metered
-    request it returns an empty text, which no `settle` accepts.
+    Call :func:`set_subject`, :func:`set_user` and :func:`set_idempotency_key` before
+    this function. Outside a metered request it returns an empty text, which
+    :meth:`Usage.settle` refuses.
 
+    :param meters: meter types; None means all types.
     :raises ConfigError: if the policy has no ``ticket_secret``.
-    :raises MeterValueError: if *meters* are no types.
+    :raises MeterValueError: if *meters* are not meter types.
     """
     from itsdangerous.encoding import base64_encode
 
     types = None if meters is None else _types(meters)
-    environ, record = environ_of(request), open_record(request, "defer")
+    environ, record = environ_of(request), unsettled_record(request, "defer")
     if environ is None or record is None or record.billing is None:
         return ""
     billing = record.billing
     signer = _signers(billing.policy)[0]
     if record.usage is None:
-        record.usage = RunTimeMeters()
-    stated = record.usage
+        record.usage = RunTimeUsage()
+    run_time = record.usage
     subject = billing.subjects.find(environ)
-    request_id = billing.identity.of(environ, stated, subject, COMPLETED)
-    if stated.deferred:
-        # Each job of a request bills for itself.
-        request_id += f"/{len(stated.deferred) + 1}"
-    stated.deferred += (types,)
+    request_id = billing.id_source.id_of(environ, run_time, subject, COMPLETED)
+    if run_time.deferred:
+        # Each job of a request gets its own event ids.
+        request_id += f"/{len(run_time.deferred) + 1}"
+    run_time.deferred += (types,)
     ticket = Ticket(
         subject=subject,
         policy=billing.name,
@@ -91,43 +93,46 @@ def defer(request: object, meters: str | Iterable[str] | None = None) -> str:
 
 
 def read_ticket(text: str, policy: Policy) -> Ticket:
-    """Return the content of a ticket that can be settled under *policy* now.
+    """Return the content of a ticket, if it can be settled under *policy* now.
 
-    :raises TicketError: with the reason for which it is refused.
+    :raises TicketError: with the reason if the ticket is refused.
     """
     from itsdangerous.encoding import base64_decode
 
     signers = _signers(policy)
     if text_problem(text):
-        raise TicketError(f"ticket: expected what defer() returned, got {shown(text)}")
-    signed, payload = text.encode(), text.rpartition(".")[0].encode()
-    # Not `unsign`: of base64 it also accepts other spellings of a signature.
-    if not any(hmac.compare_digest(each.sign(payload), signed) for each in signers):
         raise TicketError(
-            "ticket: expected one that is signed with ticket_secret, got one that was "
-            "altered, or signed with another secret"
+            f"ticket: expected a text from defer(), got {safe_repr(text)}"
+        )
+    signed, payload = text.encode(), text.rpartition(".")[0].encode()
+    # Not `unsign`: it also accepts other base64 texts of the same signature.
+    if not any(hmac.compare_digest(s.sign(payload), signed) for s in signers):
+        raise TicketError(
+            "ticket: expected a ticket that is signed with ticket_secret, got one that "
+            "was altered or signed with another secret"
         )
     ticket = msgspec.json.decode(base64_decode(payload), type=Ticket)
     late = clock.now() - ticket.expires_at
     if late >= 0:
         raise TicketError(
-            f"ticket: it expired {late:.0f} s ago, resend_window seconds after defer()"
+            f"ticket: expired {late:.0f} s ago, resend_window seconds after defer()"
         )
     return ticket
 
 
 def _types(meters: str | Iterable[str]) -> tuple[str, ...]:
     types = (meters,) if isinstance(meters, str) else meters
-    found = tuple(types) if hasattr(types, "__iter__") else ()
-    if not found or any(text_problem(each) for each in found):
+    checked = tuple(types) if hasattr(types, "__iter__") else ()
+    if not checked or any(text_problem(name) for name in checked):
         raise MeterValueError(
-            f"meters: expected types such as ['videos'], or None, got {shown(meters)}"
+            "meters: expected meter types such as ['videos'], or None, got "
+            f"{safe_repr(meters)}"
         )
-    return found
+    return checked
 
 
 def _signers(policy: Policy) -> list[Signer]:
-    # The policy has imported it if it has a secret: no request does.
+    # A policy with a secret has imported the module already, so requests do not.
     from itsdangerous import Signer
 
     if policy.ticket_secret is None:

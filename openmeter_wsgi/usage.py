@@ -1,4 +1,4 @@
-"""Usage outside a request: in jobs, in scripts, in consumers of webhooks."""
+"""`Usage`: bills usage outside a request, in jobs, scripts and webhook consumers."""
 
 from __future__ import annotations
 
@@ -24,81 +24,83 @@ logger: Final = log.get_logger(__name__)
 
 
 class Usage:
-    """Bills usage outside a request, in the same way as the middleware.
+    """Bills usage outside a request, with the queue and delivery of the middleware.
 
     *policy* and *options* are those of :class:`OpenMeterMiddleware`. Make one object
-    for each process, at import: it starts no thread and opens no socket, works in any
-    thread and after a fork, and is closed when the process ends.
+    per process, at import: the constructor starts no thread and opens no socket. Any
+    thread may use the object, also after a fork. It is closed when the process exits.
 
-    :raises ConfigError: with every problem of the configuration.
+    :raises ConfigError: listing all problems of the configuration.
     """
 
     def __init__(
         self, policy: Policy | None = None, **options: Unpack[Options]
     ) -> None:
-        # It serves no request. Its ids, counts, delivery and exit are all that we need.
+        # A middleware that serves no request, for its ids, counts, queue and delivery.
         self._middleware = OpenMeterMiddleware(_no_application, policy, **options)
         self._policy = self._middleware.policy
 
     def record(self, subject: str, meters: Meters, *, key: str | None = None) -> None:
-        """Bill *subject* for *meters*, in the forms that :func:`set_meters` takes.
+        """Bill *subject* for *meters*, given as for :func:`set_meters`.
 
-        With a *key* the events have ids that are derived from subject and key.
-        OpenMeter drops a repetition, if it deduplicates. The first amount counts: the
-        same key with another amount changes nothing.
+        With a *key*, the event ids are derived from subject and key, so that OpenMeter
+        drops a repetition. OpenMeter must deduplicate for that. The first amount
+        counts: the same key with another amount changes nothing.
 
-        With a ``spool_dir`` the events survive the end of the process, also by
-        ``kill -9``, as soon as this returns.
+        With a ``spool_dir``, the events are in a file when this method returns, and
+        survive even ``kill -9``. Without one, they are queued in memory.
 
-        :raises MeterValueError: naming the bad value; nothing is billed then.
+        :raises MeterValueError: naming the invalid value. Nothing is billed then.
         """
         if problem := text_problem(subject):
             raise MeterValueError(f"subject: {problem}")
         if key is not None and (problem := text_problem(key)):
             raise MeterValueError(f"key: {problem}")
-        read = self._policy.as_meters(read_usage(meters))
+        read_meters = self._policy.as_meters(read_usage(meters))
         if key is None:
             request_id = self._process().ids.new()
         else:
             request_id = derived_id(subject, key)
         source = self._policy.event_source
-        self.put(_encoded(read, request_id, subject, source))
+        self.put(_encoded(read_meters, request_id, subject, source))
 
     def settle(self, ticket: str, meters: Meters) -> None:
-        """Bill *meters* under the ids of a *ticket* from :func:`defer`, dated now.
+        """Bill *meters* to the subject of a *ticket* from :func:`defer`.
 
-        Any process on any host may call it, if it has the same ``ticket_secret``. To
-        settle a ticket twice bills once, if OpenMeter deduplicates: the first amount of
-        each type counts. A job that has failed settles nothing.
+        The event ids come from the ticket; the events have the current time. Call this
+        when the job has succeeded, in any process on any host that has the same
+        ``ticket_secret``. A ticket that is settled twice is billed once if OpenMeter
+        deduplicates: the first amount of each type counts.
 
-        :raises TicketError: if the ticket was altered, signed with another secret, or
-            has expired.
-        :raises MeterValueError: naming the bad value, or a type that the ticket does
-            not hold. Nothing is billed then.
+        :raises TicketError: if the ticket was altered, was signed with another secret,
+            or has expired.
+        :raises MeterValueError: naming the invalid value, or a type that the ticket
+            does not cover. Nothing is billed then.
         """
-        found = read_ticket(ticket, self._policy)
-        read = self._policy.as_meters(read_usage(meters))
-        for meter in read:
-            if found.types is not None and meter.type not in found.types:
+        content = read_ticket(ticket, self._policy)
+        read_meters = self._policy.as_meters(read_usage(meters))
+        for meter in read_meters:
+            if content.types is not None and meter.type not in content.types:
                 raise MeterValueError(
-                    f"meter {meter.type!r}: expected a type that the ticket holds, one "
-                    f"of {', '.join(map(repr, found.types))}"
+                    f"meter {meter.type!r}: expected a type that the ticket covers, "
+                    f"one of {', '.join(map(repr, content.types))}"
                 )
-        if found.subject is None:
-            billed = [meter for meter in read if meter.subject]
-            self._process().counts.dropped["no_subject"] += len(read) - len(billed)
+        if content.subject is None:
+            billed = [meter for meter in read_meters if meter.subject]
+            dropped = len(read_meters) - len(billed)
+            self._process().counts.dropped["no_subject"] += dropped
             logger.warning(
                 "settle: a ticket of %r is not billed, as its request had no subject",
-                found.policy,
+                content.policy,
             )
-            read = (*billed,)
-        self.put(_encoded(read, found.id, found.subject, found.source))
+            read_meters = (*billed,)
+        self.put(_encoded(read_meters, content.id, content.subject, content.source))
 
     def put(self, events: Iterable[bytes]) -> None:
-        """Queue encoded events. The command ``send`` has checked its own."""
+        """Queue encoded events without checks. For `record`, `settle` and the CLI."""
         process = self._process()
-        if not process.is_begun:
-            process.begin({})
+        if not process.is_started:
+            process.start({})
         for event in events:
             process.counts.events += 1
             process.transport.put(event)
@@ -109,17 +111,18 @@ class Usage:
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send all waiting events; return True if that succeeds within *timeout*.
+        """Send the queued events; return True if no event is left in time. Any thread.
 
-        Without a timeout it waits as long as OpenMeter does not answer.
+        :param timeout: maximum wait in seconds; None waits until OpenMeter answers.
         """
         return self._middleware.flush(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Send all waiting events, stop, and log the number of those that are left.
+        """Send the queued events, stop delivery, and log the number of events left.
 
-        The default of *timeout* is ``shutdown_timeout``. The end of the process calls
-        it. You may call it again, and record more afterwards.
+        Called when the process exits. Usage may be recorded afterwards.
+
+        :param timeout: maximum wait in seconds; default: ``shutdown_timeout``.
         """
         self._middleware.close(timeout)
 
@@ -128,7 +131,7 @@ class Usage:
         return self._middleware.stats()
 
     def health(self) -> Health:
-        """Return the present problems of this process. Waits for nothing."""
+        """Return the current problems of this process, without waiting."""
         return self._middleware.health()
 
 

@@ -6,7 +6,7 @@ from wsgiref.util import setup_testing_defaults
 
 from openmeter_server import OpenMeterServer
 from openmeter_wsgi import OpenMeterMiddleware
-from openmeter_wsgi.request import begin_again, record_of
+from openmeter_wsgi.request import adopt_record, record_of
 
 Environ = dict[str, Any]
 
@@ -23,7 +23,7 @@ def metered_environ() -> Environ:
     made = environ()
     app: Any = OpenMeterMiddleware(handled(print), dry_run=True)
     record_of(made)
-    begin_again(made, app.process().billing, lambda *args: lambda data: None)
+    adopt_record(made, app.process().billing, lambda *args: lambda data: None)
     return made
 
 

@@ -198,7 +198,7 @@ def test_an_audit_that_fails_hurts_no_request(
 
     assert consumer.raised is None
     assert b"".join(consumer.body) == b"onetwothree"
-    assert "took no record" in caplog.text
+    assert "the record is lost" in caplog.text
 
 
 @pytest.mark.parametrize("value", [1, "not-billed.jsonl", ["a"]])

@@ -18,6 +18,7 @@ from bodies import (
     read,
 )
 from openmeter_wsgi.bodies.base import MAX_DOCUMENT_BYTES, Unknown
+from openmeter_wsgi.bodies.json import MAX_VALUE_BYTES
 from openmeter_wsgi.bodies.llm import LLMReader, llm_reader
 from openmeter_wsgi.bodies.llm_shapes import LLMUsage
 from openmeter_wsgi.bodies.stream import MAX_FRAME_BYTES
@@ -281,7 +282,14 @@ def test_a_usage_too_large_to_be_kept_is_said_to_be():
     reader = LLMReader()
 
     assert read(reader, large) == Unknown("too_large")
-    assert reader.skipped == 1
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b""])
+def test_a_usage_too_large_in_a_small_event_is_said_to_be(end):
+    usage = b'{"prompt_tokens":1,"x":"%b"}' % (b"x" * MAX_VALUE_BYTES)
+    event = b'data: {"y":NaN,"usage":%b}' % usage
+
+    assert read(LLMReader("text/event-stream"), event, end) == Unknown("too_large")
 
 
 @pytest.mark.parametrize(

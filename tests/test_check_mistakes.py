@@ -145,7 +145,7 @@ def test_the_path_of_ingest_in_the_url(sandbox):
     code, wrong = check(api_url=f"{sandbox.url}/api/v1/events")
 
     assert (code, [*wrong]) == (2, ["configuration"])
-    assert "its path is added, got" in wrong["configuration"][1]
+    assert "without the path of the API, got" in wrong["configuration"][1]
     assert "write scheme, host and port alone" in wrong["configuration"][2]
 
 

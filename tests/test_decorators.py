@@ -32,7 +32,7 @@ from openmeter_wsgi import (
     route,
     set_route,
 )
-from openmeter_wsgi.decorators import MAX_KNOWN
+from openmeter_wsgi.decorators import MAX_OPTION_SETS
 from openmeter_wsgi.flask import OpenMeter as FlaskExtension
 from openmeter_wsgi.request import billing_of
 from openmeter_wsgi.testing import OpenMeter
@@ -486,13 +486,13 @@ def test_options_that_differ_with_each_request_are_told_of(
 ) -> None:
     middleware = OpenMeterMiddleware(generated, dry_run=True)
 
-    for _ in range(MAX_KNOWN + 1):
+    for _ in range(MAX_OPTION_SETS + 1):
         options = {"meter_when": object().__eq__}
         governing(middleware, options, "telling_view")
 
     (said,) = [r for r in caplog.records if "telling_view" in r.getMessage()]
     assert said.levelname == "WARNING"
-    assert "again and again with other options" in said.getMessage()
+    assert "again and again with different options" in said.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_options_that_contradict_those_of_the_route_hurt_no_request(
 
     assert events == [("requests", {"total": 1})]
     assert sum(stats.let_through.values()) == 1  # it was asked for all the same
-    assert "event_source: expected a name" in caplog.text
+    assert "event_source: expected the name" in caplog.text
     assert "its requests are billed as those of its route" in caplog.text
 
 
@@ -615,6 +615,10 @@ def test_a_decorator_above_the_one_that_registers_a_view_is_told_once(
         for path_info in ("/above", "/below", "/paid", "/above"):
             serve(middleware, make_environ(PATH_INFO=path_info))
 
-    said = [r.getMessage() for r in caplog.records if "stands above" in r.getMessage()]
+    said = [
+        r.getMessage()
+        for r in caplog.records
+        if "above the decorator" in r.getMessage()
+    ]
     assert len(said) == 2
     assert all("for /above" in each for each in said)

@@ -411,7 +411,7 @@ def test_no_event_is_overlooked_wherever_the_thread_is(openmeter, serve, closes)
         function.__code__
         for function in (
             Worker._run,
-            Worker._finished,
+            Worker._is_finished,
             Worker._gather,
             Worker._wait_for,
         )

@@ -959,13 +959,13 @@ def test_a_feature_that_is_counted_down_has_a_key_of_openmeters(counted):
         ({"denied_response": "no"}, "denied_response: expected a callable"),
         ({"redis_url": "http://secret"}, "redis_url: expected a URL that begins with"),
         ({"api_flavor": "v3", "entitlement_meters": ["tokens"]},
-         "entitlement_meters: expected none with api_flavor='v3', which tells no "
-         "balance that could be counted down, got ['tokens']"),
+         "entitlement_meters: expected none with api_flavor='v3', which returns "
+         "no balance to count down, got ['tokens']"),
         ({"api_flavor": "v3", "usage_headers": True}, "usage_headers: expected False"),
         ({"api_flavor": "v3", "routes": {"/x": {"usage_headers": True}}},
          "routes['/x']: usage_headers: expected False"),
         ({"api_flavor": "v3", "required_entitlements": ["01M8J9X1EFX5AKBPTT7324QFHA"]},
-         "'01M8J9X1EFX5AKBPTT7324QFHA' is an id, which OpenMeter's version 3 does not"),
+         "'01M8J9X1EFX5AKBPTT7324QFHA' is an id, which version 3 of OpenMeter's"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(options, said):

@@ -30,12 +30,12 @@ def run(case, *arguments):
 
 def fork_once(guard, fork):
     made = GUARDS[guard]()
-    assert made.fits()
+    assert made.is_valid()
     assert not made.is_current()
     made.confirm()
     child = FORKS[fork]()
     if not child:
-        os._exit(7 if made.is_current() or made.fits() else 0)
+        os._exit(7 if made.is_current() or made.is_valid() else 0)
     wait_for(child)
     assert made.is_current()
 
@@ -65,8 +65,8 @@ def test_a_child_of_a_child_knows_it_too():
 
 def test_what_was_made_before_threads_were_replaced_is_not_used_after(monkeypatch):
     guard = ProcessGuard()
-    assert guard.fits()
+    assert guard.is_valid()
 
     monkeypatch.setattr(process, "threads_are_greenlets", lambda: True)
 
-    assert not guard.fits()
+    assert not guard.is_valid()

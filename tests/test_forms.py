@@ -1,5 +1,7 @@
+import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,7 @@ def test_a_sealed_segment_takes_nothing_and_says_so_in_its_name(tmp_path, form):
     segment.seal()
     segment.seal()
 
-    assert segment.quiet
+    assert segment.is_quiet
     with pytest.raises(ValueError, match=r"full|out of range"):
         segment.write(b"2\n")
     assert [p.name for p in tmp_path.iterdir()] == [path.name + ".sealed"]
@@ -61,7 +63,7 @@ def test_a_segment_is_not_declared_sealed_while_somebody_writes(tmp_path):
     first = os.read(reader, 1)  # it is in
 
     segment.seal()
-    assert not segment.quiet
+    assert not segment.is_quiet
     assert path.exists()
     with pytest.raises(ValueError, match="full"):
         segment.write(b"late\n")
@@ -69,7 +71,7 @@ def test_a_segment_is_not_declared_sealed_while_somebody_writes(tmp_path):
     with open(reader, "rb") as pipe:
         assert first + pipe.read() == b"\n" + line  # ends: the descriptor is closed
     thread.join()
-    assert segment.quiet
+    assert segment.is_quiet
     assert not path.exists()
 
 
@@ -81,3 +83,22 @@ def test_no_file_is_overwritten_and_no_link_followed(tmp_path, form):
     with pytest.raises(FileExistsError):
         make_segment(tmp_path, name, 4_096)
     assert not (tmp_path / "elsewhere").exists()
+
+
+@FORMS
+@pytest.mark.parametrize("fails", ["dup", "rename"])
+def test_a_segment_that_cannot_be_made_leaves_no_open_file(
+    tmp_path, monkeypatch, form, fails
+):
+    def fail(*_):
+        raise OSError(errno.EMFILE, "no more files")
+
+    monkeypatch.setattr(*{"dup": (os, "dup"), "rename": (Path, "rename")}[fails], fail)
+    before = os.listdir("/proc/self/fd")
+
+    for _ in range(3):
+        with pytest.raises(OSError, match="no more files"):
+            made(tmp_path, form)
+
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert list(tmp_path.iterdir()) == []

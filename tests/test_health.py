@@ -54,8 +54,12 @@ def test_a_process_is_well_before_and_while_it_delivers(make):
 @pytest.mark.parametrize(
     ("answer", "code", "text"),
     [
-        (problem(401, "no such key"), "held", "until the key or the address is mended"),
-        (Answer(503), "unavailable", "kept and tried again"),
+        (
+            problem(401, "no such key"),
+            "held",
+            "until the key or the address is corrected",
+        ),
+        (Answer(503), "unavailable", "kept and sent again"),
     ],
 )
 def test_what_keeps_usage_from_openmeter_is_told_until_it_is_over(

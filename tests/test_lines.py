@@ -29,7 +29,7 @@ def parts_of(*contents):
 
 def tiled(parts):
     """Say where they are, which must be without a gap."""
-    merged = SpoolBatch(parts).runs
+    merged = SpoolBatch(parts).ranges
     assert len(merged) <= 1
     return (merged[0].start, merged[0].end) if merged else (0, 0)
 
@@ -82,4 +82,4 @@ def test_the_body_of_a_request_is_the_events_between_brackets(contents):
 def test_lines_of_several_segments_are_as_many_runs():
     first, second = made([b"a", b"b"]), made([b"c"], start=4, key="two")
 
-    assert SpoolBatch([first, second]).runs == [("one", 0, 4), ("two", 4, 6)]
+    assert SpoolBatch([first, second]).ranges == [("one", 0, 4), ("two", 4, 6)]

@@ -170,7 +170,8 @@ def test_a_file_states_it_as_text(openmeter: OpenMeterServer) -> None:
         ({"split": "type", "provider": "groq", "field": "model"}, "without a field"),
         ({"split": "type", "provider": "groq", "shape": "groq"}, "shape: expected one"),
         ({"provider": "groq"}, "provider: expected one of 'openai'"),
-        ({"shape": "openai"}, "shape: expected it with split"),
+        ({"provider": "groq"}, "so write provider='openai' .*llm:openai/type:groq in"),
+        ({"shape": "openai"}, "shape: expected only with split"),
     ],
 )
 def test_what_cannot_be_split_is_refused(arguments: Any, problem: str) -> None:

@@ -601,7 +601,7 @@ def test_a_callable_that_looks_at_a_body_nobody_reads_is_told_how(
     )
 
     assert data == []
-    assert "name it: computed(function, 'json')" in caplog.text
+    assert "write computed(function, 'json')" in caplog.text
 
 
 # -- Language models
@@ -868,7 +868,7 @@ def test_a_measure_says_how_it_is_written() -> None:
         ("$llm:acme", "provider: expected one of 'openai', 'anthropic'"),
         ("$llm:acme.total_tokens", "'ollama', 'bedrock', got 'acme'"),
         ("$llm:", "'$llm:' is no measure"),
-        ("$response.bytes ?? none", "expected JSON behind '??'"),
+        ("$response.bytes ?? none", "expected JSON after '??'"),
         ("$response.json.[", "expected a JSONPath"),
         ("$", "'$' is no measure"),
     ],
@@ -884,7 +884,7 @@ def test_what_names_no_measure_is_refused_with_what_would(
 
 
 def test_a_measure_outside_data_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expected measures in data alone, got "):
+    with pytest.raises(ConfigError, match=r"expected measures only in data, got "):
         Policy(dry_run=True, meter={"type": "t", "subject": "$request.header.X"})
 
 

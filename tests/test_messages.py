@@ -70,7 +70,7 @@ def test_windows_is_refused() -> None:
 @pytest.mark.parametrize("app", [None, "app"])
 def test_what_is_no_application_is_refused(app: Any) -> None:
     assert problem(lambda: OpenMeterMiddleware(app, dry_run=True)) == (
-        f"app: expected a WSGI application, which can be called, got {app!r}"
+        f"app: expected a WSGI application (a callable), got {app!r}"
     )
 
 

@@ -342,5 +342,5 @@ def test_what_no_rule_matches_has_the_price_of_its_route(
     middleware.close(40)
     assert statuses == ["200"] * 3
     assert [event["data"]["total"] for event in openmeter.taken] == [credits_] * 3
-    assert ("no rule matches" in caplog.text) is is_told
+    assert ("its rule does not match" in caplog.text) is is_told
     assert middleware.stats().metered == 3

@@ -55,14 +55,14 @@ def test_the_end_of_an_outage_is_told_with_its_length_and_what_follows(caplog):
 
     assert trouble.problem.text == (
         "OpenMeter answered 503 (Service Unavailable) for 42 s now; all events are "
-        "kept and tried again"
+        "kept and sent again"
     )
-    trouble.is_over(100)
+    trouble.end(100)
 
     assert trouble.problem is None
     assert lines(caplog) == [
-        "WARNING OpenMeter takes events again after 42 s; delivered: 100, waiting and "
-        "following now: 134"
+        "WARNING OpenMeter accepts events again after 42 s; 100 events are delivered, "
+        "the 134 that still wait follow now"
     ]
 
 
@@ -73,7 +73,7 @@ def test_the_end_of_one_vain_attempt_is_not_told(caplog):
     clock.now = 1
 
     assert trouble.problem.code == "held"
-    trouble.is_over(3)
+    trouble.end(3)
 
     assert lines(caplog) == []
     assert trouble.problem is None
@@ -105,7 +105,7 @@ def test_a_new_outage_is_told_although_the_last_began_a_moment_ago(caplog):
         (
             problem(401, "no such key"),
             r"ERROR OpenMeter answered 401 \(no such key\); 1 events and all behind "
-            r"them are kept until the key or the address is mended, next attempt in "
+            r"them are kept until the key or the address is corrected, next attempt in "
             r"\d\.\d s",
         ),
         (
@@ -131,7 +131,7 @@ def test_an_event_that_is_refused_for_good_says_where_it_is(
 ):
     openmeter.poison = {"poison"}
     for app, place in (
-        (make(), "nowhere but in this line"),
+        (make(), "kept only in this line"),
         (make(spool_dir=str(tmp_path / "spool")), "kept among the dead letters"),
     ):
         for subject in ("acme", "poison", "acme"):
@@ -161,7 +161,7 @@ def test_a_full_queue_is_told_when_it_begins_and_when_it_is_over(make, caplog):
 
 
 @pytest.mark.parametrize(
-    ("delivery", "fate"), [("thread", "left to memory"), ("ship", "lost")]
+    ("delivery", "fate"), [("thread", "put into memory"), ("ship", "lost")]
 )
 def test_a_failing_spool_is_told_when_it_begins_and_when_it_is_over(
     make, openmeter, caplog, tmp_path, delivery, fate
@@ -182,7 +182,7 @@ def test_a_failing_spool_is_told_when_it_begins_and_when_it_is_over(
     assert len(told) == 2
     assert told[0].startswith("ERROR ")
     assert "no event" in told[0]
-    assert re.search(rf"again after \d+ s, in which \d+ were {fate}$", told[1])
+    assert re.search(rf"again after \d+ s, in which \d+ events were {fate}$", told[1])
 
 
 def test_what_stays_in_a_spool_at_the_end_is_told(make, openmeter, caplog, tmp_path):
@@ -196,7 +196,9 @@ def test_what_stays_in_a_spool_at_the_end_is_told(make, openmeter, caplog, tmp_p
 
     told = [line for line in lines(caplog) if "shutdown" in line]
     assert len(told) == 1
-    assert re.match(r"WARNING shutdown: 3 events stay in .*/spool/.* and are", told[0])
+    assert re.match(
+        r"WARNING shutdown: 3 events are kept in .*/spool/.* and are", told[0]
+    )
 
 
 # -- Who may

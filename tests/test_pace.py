@@ -127,6 +127,6 @@ def test_a_close_does_not_rest(resting, openmeter):
 def test_a_queue_that_is_half_full_is_pressed():
     events = MemoryQueue(max_bytes=100, counts=Counts())
     events.put(b"1" * 49)
-    assert not events.is_pressed
+    assert not events.is_half_full
     events.put(b"2")
-    assert events.is_pressed
+    assert events.is_half_full

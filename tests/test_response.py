@@ -724,8 +724,8 @@ def test_wrapped_twice_the_outer_meters_and_the_inner_says_so(
         assert inner.stats().settled == 0
     said = [r.getMessage() for r in caplog.records if "wrapped twice" in r.msg]
     assert said == [
-        "openmeter_wsgi: Inner: the application is wrapped twice; the outer "
-        "middleware meters"
+        "openmeter_wsgi: Inner: the application is wrapped twice; only the outer "
+        "middleware bills"
     ]
 
 

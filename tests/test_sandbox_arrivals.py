@@ -143,7 +143,7 @@ def test_a_trace_tells_every_arrival_and_every_meter(sandbox, api):
     assert outcomes(told) == ["failed", "stored", "duplicate"]
     assert told["arrivals"][2]["position"] == 2
     assert told["arrivals"][0]["reason"] == (
-        "answered 503: the sandbox is out of order, on purpose"
+        "answered 503: the service is unavailable, on purpose"
     )
     assert (stored["customer"], stored["visible"]) == ("acme", True)
     verdicts = {meter["slug"]: meter for meter in stored["meters"]}
@@ -199,7 +199,7 @@ def test_a_trace_of_nothing_is_not_found(api):
     for seq in (1, 2**70):
         answer = api.get(f"/sandbox/api/arrivals/{seq}")
         assert answer.status_code == 404
-        assert "not known" in answer.json()["detail"]
+        assert "does not exist" in answer.json()["detail"]
 
 
 def test_words_are_searched_in_id_type_subject_source_and_data(api):

@@ -93,7 +93,7 @@ def test_a_port_in_use_is_one_line_that_says_how_to_choose_another():
 
     assert result.returncode == 1
     assert result.stderr == (
-        f"Error: port {port} is in use; choose another with --port (0: any free one)\n"
+        f"Error: port {port} is in use; choose another with --port (0: any free port)\n"
     )
 
 

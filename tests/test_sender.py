@@ -147,7 +147,7 @@ def test_an_attempt_that_broke_off_waits_as_well():
     case = Case(ScriptedClient())
     case.load(named("a"))
 
-    waits = [case.sender.give_up_attempt(ValueError("no")) for _ in range(3)]
+    waits = [case.sender.note_broken_attempt(ValueError("no")) for _ in range(3)]
     assert waits == [1, 2, 4]
     assert "broke off" in case.sender.outage.problem.text
     case.run()
@@ -187,7 +187,7 @@ def test_one_event_of_a_hundred_is_found_and_buried(caplog, position):
     assert Counter(case.done) == Counter(events)
     assert case.counts.delivered == 99
     assert case.counts.dead_lettered == 1
-    assert not case.sender.doubtful
+    assert not case.sender.has_suspects
     assert len(delays) <= 2 * 7 + 3
     (record,) = caplog.records
     assert poison.decode() in record.getMessage()
@@ -233,7 +233,7 @@ def test_nothing_is_buried_while_everything_is_refused(caplog):
     case.run()
 
     assert case.done == []
-    assert case.sender.doubtful
+    assert case.sender.has_suspects
     assert "proxy" in caplog.text
 
     case.client.script.clear()
@@ -264,7 +264,7 @@ def test_an_event_refused_alone_waits_for_another_one_to_be_accepted():
     case.load(named("bad"))
     case.run()
     assert case.done == []
-    assert case.sender.doubtful
+    assert case.sender.has_suspects
 
     case.load(named("good"))
     case.run()
@@ -294,7 +294,7 @@ def test_a_suspect_is_not_buried_for_what_was_accepted_before_it_was_one():
     case.run()
 
     assert case.counts.dead_lettered == 0
-    assert case.sender.doubtful
+    assert case.sender.has_suspects
 
 
 def test_of_a_long_event_the_log_names_subject_and_id(caplog):
@@ -376,7 +376,7 @@ def test_a_500_for_one_event_delays_no_other(position):
     delays = case.run()
 
     assert Counter(case.done) == Counter(events) - Counter([evil])
-    assert case.sender.doubtful
+    assert case.sender.has_suspects
     # The first answer, and that to the first event alone: all others follow at once.
     assert sum(delays) <= 1 + 2
     assert len(delays) <= 3 * 7 + 2
@@ -391,7 +391,7 @@ def test_two_events_that_get_a_500_delay_the_others_by_a_few_attempts():
 
     left = Counter([events[0], events[90]])
     assert Counter(case.done) == Counter(events) - left
-    assert case.sender.doubtful
+    assert case.sender.has_suspects
     assert case.counts.dead_lettered == 0
     assert len(delays) <= 2 * MAX_SERVER_ERRORS + 2 * 8 + 8
 
@@ -418,14 +418,14 @@ def test_what_gets_a_500_alone_is_buried_after_ten_others_were_accepted_in_betwe
 
     for n in range(MAX_SERVER_ERRORS):
         assert case.counts.dead_lettered == 0
-        assert case.sender.doubtful
+        assert case.sender.has_suspects
         case.sender.retry_suspects()  # as after a pause: no other was accepted since
         case.run()
         case.load(numbered(1, n))
         assert case.run() == [0] * 2
 
     assert case.counts.dead_lettered == 1
-    assert not case.sender.doubtful
+    assert not case.sender.has_suspects
     assert case.counts.delivered == MAX_SERVER_ERRORS + 1
 
 
@@ -539,7 +539,7 @@ def test_no_event_is_ever_lost_or_doubled(sizes, script, poison):
     assert set(done) <= set(events)
     assert case.counts.delivered == accepted.total()
     assert case.counts.dead_lettered == buried.total()
-    assert bool(pending) == case.sender.doubtful
+    assert bool(pending) == case.sender.has_suspects
     assert not buried or accepted
     assert all(0 <= delay <= MAX_DELAY for delay in delays)
     assert len(client.tried) == len(delays)
@@ -593,7 +593,7 @@ def test_what_is_pending_is_delivered_once_the_server_is_well(sizes, script):
     case.sender.retry_suspects()
     case.run()
 
-    assert not case.sender.doubtful
+    assert not case.sender.has_suspects
     assert len(case.done) == sum(sizes) + 1
     assert len(client.accepted) + case.counts.dead_lettered == sum(sizes) + 1
 

@@ -44,7 +44,7 @@ def test_what_is_not_known_is_warned_of_once_a_process(
 
     ((level, text),) = lines(caplog)
     assert level == "WARNING"
-    assert text.startswith(f"whether OpenMeter at {openmeter.url} deduplicates is not")
+    assert text.startswith(f"it is not known if OpenMeter at {openmeter.url} dedup")
     assert "run 'openmeter-wsgi check'" in text
     assert openmeter.ids == ["0", "1", "2"]
 
@@ -93,7 +93,7 @@ def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, conte
     server_answers.log_verdict(spool, "http://here")
 
     ((level, text),) = lines(caplog)
-    assert (level, "is not known" in text) == ("WARNING", True)
+    assert (level, "it is not known" in text) == ("WARNING", True)
 
 
 def test_a_verdict_behind_a_link_is_none(spool, tmp_path):

@@ -196,21 +196,21 @@ def test_a_segment_without_a_lock_is_read_like_a_live_one(tmp_path, monkeypatch)
     path = tmp_path / name
     path.write_bytes(event("1") + b"\n" + bytes(100))
     spool = reader.SpoolReader(tmp_path, None)
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
     spool.done(spool.take(max_events=10, max_bytes=1_000_000))
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
     assert path.exists()
 
     with path.open("r+b") as file:
         file.write(event("1") + b"\n" + event("2") + b"\n")
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
     batch = spool.take(max_events=10, max_bytes=1_000_000)
     assert list(batch) == [event("2")]
     spool.done(batch)
 
     monkeypatch.setattr(reader, "LOCKLESS_TIME", 0.0)
-    spool.refresh(last=True)
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
+    spool.refresh(everything=True)
     assert not path.exists()
     spool.close()
 
@@ -249,7 +249,7 @@ def stuck(queue):
     """Let the attempts of a delivery hang in a way that no deadline ends."""
     released = threading.Event()
     entered = threading.Event()
-    client = queue._sending.sender._client._client
+    client = queue._own_sender.sender._client._client
     ingest = client.ingest
 
     def hang(events):
@@ -316,7 +316,7 @@ def test_a_frozen_sender_is_reported_by_the_others(
     openmeter, tmp_path, monkeypatch, caplog
 ):
     spool = tmp_path / "spool"
-    monkeypatch.setattr(deliveries, "SILENT_TOO_LONG", 0.5)
+    monkeypatch.setattr(deliveries, "FROZEN_AFTER", 0.5)
     with Process(SENDER, str(spool), openmeter.url) as sender:
         assert sender.line() == "sending"
         queue = spool_queue(spool, openmeter.url)

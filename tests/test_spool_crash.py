@@ -72,12 +72,12 @@ def deliver(directory: Path, taken: Note) -> None:
         letters = DeadLetters(directory, counts)
         spool = SpoolReader(directory, letters, max_events=BATCH)
         client = RecordingClient(Taking(taken), spool, resend_window=86_400)
-        sender = Sender(client, counts, spool.done, bury=letters.bury)
-        spool.refresh(last=True)
+        sender = Sender(client, counts, spool.done, keep_dead_letter=letters.add_event)
+        spool.refresh(everything=True)
         while batch := spool.take(max_events=BATCH, max_bytes=1_000_000):
             sender.load(batch)
             assert sender.attempt() == 0
-            spool.refresh(last=True)
+            spool.refresh(everything=True)
 
 
 def live(directory: Path, form: str, settled: Note, taken: Note) -> None:

@@ -94,7 +94,7 @@ class Record:
     def withdraw(self, batch):
         del self.since[batch]
 
-    def check(self):
+    def check_is_sender(self):
         pass
 
 

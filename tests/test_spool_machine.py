@@ -128,7 +128,11 @@ class SpoolMachine(RuleBasedStateMachine):
         self.spool = SpoolReader(self.directory, letters, max_events=5)
         client = RecordingClient(self.server, self.spool, resend_window=86_400)
         self.sender = Sender(
-            client, self.counts, self.spool.done, lambda a, b: 0.0, bury=letters.bury
+            client,
+            self.counts,
+            self.spool.done,
+            lambda a, b: 0.0,
+            keep_dead_letter=letters.add_event,
         )
 
     def teardown(self):
@@ -208,7 +212,7 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule(answer=st.sampled_from(["takes", "takes and says nothing", "is away"]))
     def attempt(self, answer):
         self.server.answer = answer
-        self.spool.refresh(last=True)
+        self.spool.refresh(everything=True)
         if not self.sender.busy and (
             events := self.spool.take(max_events=5, max_bytes=1_000_000)
         ):
@@ -225,9 +229,9 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule()
     def crash_between_the_answer_and_the_note(self):
         self.server.answer = "takes"
-        self.spool.refresh(last=True)
+        self.spool.refresh(everything=True)
         if self.sender.busy:
-            batch = self.sender._pending[0].events
+            batch = self.sender._pending[0].batch
         elif not (batch := self.spool.take(max_events=5, max_bytes=1_000_000)):
             return
         if self.spool.in_flight_since(batch) is None:
@@ -252,11 +256,11 @@ class SpoolMachine(RuleBasedStateMachine):
     def deliver_all(self):
         self.server.answer = "takes"
         for _ in range(10_000):
-            self.spool.refresh(last=True)
+            self.spool.refresh(everything=True)
             if not self.sender.busy:
                 events = self.spool.take(max_events=5, max_bytes=1_000_000)
                 if not events:
-                    self.spool.refresh(last=True)
+                    self.spool.refresh(everything=True)
                     break
                 self.sender.load(events)
             self.sender.attempt()

@@ -42,7 +42,7 @@ def drain(spool):
     """Deliver all that can be had and return it."""
     delivered = []
     while True:
-        spool.refresh(last=True)
+        spool.refresh(everything=True)
         batch = spool.take(max_events=25, max_bytes=1_000_000)
         if not batch:
             return delivered
@@ -133,8 +133,8 @@ def test_what_a_crash_left_half_made_is_tidied_up(tmp_path):
     spool = opened(tmp_path)
 
     assert drain(spool) == EVENTS
-    spool.refresh(last=True)
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
+    spool.refresh(everything=True)
     assert [p.name for p in tmp_path.iterdir()] == [progress.PROGRESS_NAME]
 
 
@@ -167,7 +167,7 @@ def test_dead_letters_take_no_more_than_their_bound_and_say_what_is_lost(
     counts = Counts()
     letters = DeadLetters(tmp_path, counts, max_bytes=1_000)
     for n in range(20):
-        letters.bury(event(str(n)), Rejected("refused", status=400))
+        letters.add_event(event(str(n)), Rejected("refused", status=400))
 
     lines = (tmp_path / DEAD_LETTERS).read_bytes().splitlines(keepends=True)
     kept = [json.loads(line)["event"]["id"] for line in lines]
@@ -183,7 +183,7 @@ def test_a_crash_between_two_batches_sends_nothing_twice(tmp_path):
     delivered = []
     while True:
         spool = opened(tmp_path)  # every time anew
-        spool.refresh(last=True)
+        spool.refresh(everything=True)
         batch = spool.take(max_events=7, max_bytes=1_000_000)
         if not batch:
             break
@@ -198,13 +198,13 @@ def test_a_crash_between_two_batches_sends_nothing_twice(tmp_path):
 def test_the_batch_in_doubt_is_sent_again_alone_and_as_it_was(tmp_path):
     leave(tmp_path, TEXT)
     spool = opened(tmp_path)
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
     spool.done(spool.take(max_events=3, max_bytes=1_000_000))
     batch = spool.take(max_events=5, max_bytes=1_000_000)
     spool.record(batch, 123.0)
 
     after = opened(tmp_path)
-    after.refresh(last=True)
+    after.refresh(everything=True)
     again = after.take(max_events=1_000, max_bytes=1_000_000)
     assert list(again) == list(batch) == EVENTS[3:8]
     assert after.in_flight_since(again) == 123.0
@@ -218,7 +218,7 @@ def test_a_deleted_segment_that_a_loss_of_power_brings_back_is_not_sent_again(tm
     left = [leave(tmp_path, TEXT, number=n, ending=".sealed") for n in range(1, 40)]
     spool = opened(tmp_path)
     for _ in left:
-        spool.refresh(last=True)
+        spool.refresh(everything=True)
         batch = spool.take(max_events=len(EVENTS), max_bytes=1_000_000)
         spool.record(batch, 1.0)
         spool.done(batch)
@@ -240,7 +240,7 @@ def test_of_deleted_segments_no_more_is_kept_than_may_come_back(tmp_path):
 def test_what_is_done_out_of_order_is_not_sent_again(tmp_path):
     leave(tmp_path, TEXT)
     spool = opened(tmp_path)
-    spool.refresh(last=True)
+    spool.refresh(everything=True)
     first, others = spool.take(max_events=30, max_bytes=1_000_000).split_at(15)
     spool.done(others)  # the first half stands aside, suspects
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -108,3 +109,18 @@ def test_at_its_exit_it_waits_no_longer_than_it_may(uwsgi, openmeter, tmp_path):
     other.put(event("2"))
     other.close(40)
     assert sorted(openmeter.ids) == ["1", "2"]
+
+
+def test_a_flush_without_threads_ends_in_time(uwsgi, openmeter, tmp_path):
+    """The attempts and the wait for other processes share one deadline."""
+    uwsgi()
+    queue = spool_queue(tmp_path / "spool", openmeter.url)
+    queue.put(event("1"))
+    openmeter.down()
+
+    began = time.monotonic()
+    assert not queue.flush(3)
+    took = time.monotonic() - began
+    queue.close(0)
+    queue.forget_exit()
+    assert took < 5

@@ -207,4 +207,4 @@ def test_where_there_is_no_environ_it_is_said_and_nothing_raised(
 ) -> None:
     helper(object(), "acme")
 
-    assert "carries no WSGI environ" in caplog.text
+    assert "has no WSGI environ" in caplog.text

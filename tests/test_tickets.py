@@ -282,7 +282,7 @@ def test_anybody_can_read_a_ticket() -> None:
 
 @pytest.mark.parametrize("types", [[], [""], [1], 5, "", [None]])
 def test_types_that_are_none_are_refused(types: Any) -> None:
-    with pytest.raises(MeterValueError, match=r"^meters: expected types such as"):
+    with pytest.raises(MeterValueError, match=r"^meters: expected meter types such as"):
         deferred(types)
 
 

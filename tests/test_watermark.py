@@ -129,7 +129,7 @@ def test_a_watermark_from_the_future_is_of_a_clock_that_was_put_back(tmp_path):
     future = time.time() + 3_600
     os.utime(tmp_path / watermark.WATERMARK_NAME, (future, future))
     mark = Watermark(tmp_path)
-    moment = mark.begin_look()
+    moment = mark.begin_mark()
     mark.publish(moment, {})
     assert watermark.read(tmp_path) == pytest.approx(moment, abs=0.001)
 

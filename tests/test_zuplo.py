@@ -890,7 +890,7 @@ def test_what_no_route_names_is_not_metered(tmp_path):
 
     policy = Policy.from_zuplo(file, routes)
 
-    assert [rule.text for rule, own in policy.of_routes if own] == ["GET /a"]
+    assert [rule.text for rule, own in policy.route_policies if own] == ["GET /a"]
 
 
 # -- Files without an end

@@ -29,7 +29,7 @@ def imported(*arguments: object, **environ: str | None) -> Result:
 
 
 def by_rule(policy: Policy) -> dict[str, Policy | None]:
-    return {rule.text: own for rule, own in policy.of_routes}
+    return {rule.text: own for rule, own in policy.route_policies}
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Readers of usage in response bodies, while these pass."""
+"""Readers that extract usage from a response body while its chunks are sent."""

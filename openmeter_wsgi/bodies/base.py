@@ -1,8 +1,8 @@
-"""The base of every reader of a response body.
+"""The base class of all readers of response bodies.
 
-A reader is made for one response, when its headers are known, and is fed the chunks
-in the order in which they are sent. It belongs to the thread that sends them, keeps
-bounded memory whatever the length of the body, and never raises.
+A reader is made for one response, when the response's headers are known, and is fed
+the chunks in the order in which they are sent. It is used by one thread, the one that
+sends the response. Its memory is bounded for any length of body, and it never raises.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from openmeter_wsgi.log import get_logger
 
 logger: Final = get_logger(__name__)
 
-#: A document up to this size is kept whole and decoded at the end, in bytes.
+#: Maximum size of a document that is kept whole and decoded at the end.
 MAX_DOCUMENT_BYTES = 2**20
-#: A chunk is read in pieces of this size, so that a huge one is not copied whole.
+#: Size of the pieces in which a chunk is read, so that no huge chunk is copied whole.
 PIECE_BYTES = 2**16
 
-#: Media types of one JSON document a line.
+#: Media types of bodies with one JSON document per line.
 NDJSON = frozenset({
     "application/x-ndjson", "application/ndjson", "application/jsonl",
     "application/x-jsonl", "application/jsonlines", "application/x-jsonlines",
@@ -31,10 +31,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Unknown(msgspec.Struct, frozen=True):
-    """No value: the body does not state one. It is not zero."""
+    """The absence of a value: the body states none. It does not mean zero."""
 
-    #: Why, in a word or two: ``compressed``, ``too_large``, ``cut_off``, ``failed``,
-    #: and what each reader adds to these.
+    #: The reason in a word or two: ``compressed``, ``too_large``, ``cut_off``,
+    #: ``failed``, or a reason that the reader's docstring lists.
     reason: str
 
 
@@ -49,7 +49,7 @@ class BodyReader(Protocol[T_co]):
 
 
 class Reader(Generic[T_co]):
-    """A :class:`BodyReader` that logs an exception and gives up instead of raising.
+    """A :class:`BodyReader` that logs an exception and stops reading.
 
     A subclass implements `_read`, which gets at most :data:`PIECE_BYTES` at once, and
     `_result`.
@@ -67,7 +67,7 @@ class Reader(Generic[T_co]):
                 return
             for start in range(0, len(chunk), PIECE_BYTES):
                 self._read(chunk[start : start + PIECE_BYTES])
-        except Exception as error:  # noqa: BLE001 - the response goes on, whatever it is
+        except Exception as error:  # noqa: BLE001 - no error may stop the response
             self._fail(error)
 
     def result(self) -> T_co | Unknown:
@@ -88,20 +88,20 @@ class Reader(Generic[T_co]):
     def _fail(self, error: Exception) -> None:
         self._failed = True
         logger.error(
-            "%s failed; the usage of this body stays unknown",
+            "%s failed; the usage of this body is unknown",
             type(self).__name__,
             exc_info=error,
         )
 
 
 class Unreadable(Reader[Unknown]):
-    """Reads nothing, and gives the reason as its result."""
+    """A reader that ignores the body; its result is an `Unknown` with *reason*."""
 
     def __init__(self, reason: str) -> None:
         self._unknown = Unknown(reason)
 
     def feed(self, chunk: bytes) -> None:
-        """Let the chunk pass."""
+        """Ignore the chunk."""
 
     def _result(self) -> Unknown:
         return self._unknown

@@ -1,9 +1,11 @@
-r"""JSON: a document as a whole, a number in it, and members found as it passes.
+r"""JSON: decode a whole body, find a number in it, or scan a body of any size.
 
-:class:`JSONScanner` reads a document without holding it, and reduces it to the members
-that are selected: ``{"data": [0.1, …a gigabyte…], "usage": {"total_tokens": 8}}`` to
-``{"usage": {"total_tokens": 8}}``. A document is an object at the top, or an element of
-a list at the top or of a list that is selected; several may follow each other.
+- :class:`JSONReader` keeps a body of limited size and decodes it at the end.
+- :class:`NumberPath` finds a number in a decoded document.
+- :class:`JSONScanner` reads documents of any size, in chunks, and keeps the selected
+  members alone: it reduces ``{"data": [0.1, …a gigabyte…], "usage": {"total": 8}}`` to
+  ``{"usage": {"total": 8}}``. The scanner's *document* is a top-level object, or an
+  object in a top-level list or in a selected list. A body may hold several documents.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _decode = msgspec.json.Decoder().decode
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A body that is JSON, decoded. It may be ``null``."""
+    """A decoded JSON body. Its value may be None, for ``null``."""
 
     value: object
 
@@ -43,7 +45,7 @@ def json_reader(
 ) -> BodyReader[Document]:
     """Return a reader of a :class:`Document` for a response with these headers.
 
-    The media type is not asked: handlers often leave it at ``text/html``.
+    The media type is ignored: handlers often leave it at ``text/html``.
     """
     if is_compressed(content_encoding):
         return Unreadable("compressed")
@@ -51,16 +53,16 @@ def json_reader(
 
 
 class JSONReader(Reader[Document]):
-    """Keeps up to *max_bytes* of a body and decodes it at the end.
+    """A reader that keeps up to *max_bytes* of a body and decodes it at the end.
 
-    Unknown are: ``too_large``, ``not_json``, ``too_deep`` (beyond what is decoded),
-    ``cut_off`` (ended within the document), ``empty``.
+    The reasons of `Unknown`: ``too_large``, ``not_json``, ``too_deep`` (nested deeper
+    than the decoder goes), ``cut_off`` (the body ended within the document), ``empty``.
     """
 
     def __init__(self, max_bytes: int = MAX_DOCUMENT_BYTES) -> None:
         self._max_bytes = max_bytes
         self._body = bytearray()
-        #: Why nothing more is kept.
+        #: The reason why the body is no longer kept, or "".
         self._reason = ""
 
     def _read(self, piece: bytes) -> None:
@@ -69,7 +71,7 @@ class JSONReader(Reader[Document]):
         if not self._body:
             piece = piece.lstrip()
             if piece and piece[0] not in b'{["-0123456789tfn\xef':
-                self._reason = "not_json"  # a page of HTML is not kept for nothing
+                self._reason = "not_json"  # saves the memory for a page of HTML
                 return
         self._body += piece
         if len(self._body) > self._max_bytes:
@@ -92,9 +94,9 @@ class JSONReader(Reader[Document]):
 
 
 class NumberPath:
-    """A JSONPath, compiled once; any thread may use it.
+    """A compiled JSONPath that finds a number in a document. Thread-safe.
 
-    :raises ConfigError: if *path* is no JSONPath, or the library is not installed.
+    :raises ConfigError: if *path* is no JSONPath, or python-jsonpath is not installed.
     """
 
     def __init__(self, path: str) -> None:
@@ -105,30 +107,30 @@ class NumberPath:
         return f"NumberPath({self.path!r})"
 
     def find_number(self, document: object) -> int | float | Unknown:
-        """Return the number that the path leads to; several are added up.
+        """Return the sum of all values that the path matches in *document*.
 
-        Unknown are: ``no_match``, ``too_deep`` (nested beyond what the library
-        follows), and ``null``, ``negative`` or ``not_a_number`` where any of what it
-        leads to is that. Text is no number, nor is a boolean. No term is negative, or
-        what a customer sends, and the response echoes, would lower a sum.
+        The reasons of `Unknown`: ``no_match``, ``too_deep`` (nested deeper than the
+        library goes), and ``null``, ``negative`` or ``not_a_number`` if any matched
+        value is. Text and booleans are not numbers. A negative value is rejected
+        because a customer might lower the sum by a value that the response echoes.
         """
         try:
-            found = self._path.findall(document)
+            values = self._path.findall(document)
         except RecursionError:
             return Unknown("too_deep")
         except Exception:  # noqa: BLE001 - a filter that does not suit the document
             return Unknown("no_match")
-        if not found:
+        if not values:
             return Unknown("no_match")
-        if any(value is None for value in found):
+        if any(value is None for value in values):
             return Unknown("null")
-        if not all(map(_is_number, found)):
+        if not all(map(_is_number, values)):
             return Unknown("not_a_number")
-        if any(value < 0 for value in found):
+        if any(value < 0 for value in values):
             return Unknown("negative")
         try:
-            total = sum(found)
-        except OverflowError:  # of integers that no float can hold, and a float
+            total = sum(values)
+        except OverflowError:  # a float added to an integer larger than any float
             return Unknown("not_a_number")
         return total if _is_number(total) else Unknown("not_a_number")
 
@@ -141,7 +143,7 @@ def _is_number(value: object) -> bool:
 
 def _compiled(path: str) -> Any:
     try:
-        import jsonpath  # here, for only who names a path needs the library
+        import jsonpath  # here: the library is optional
     except ModuleNotFoundError:
         problem = (
             f"{path!r}: a JSONPath needs python-jsonpath; "
@@ -149,7 +151,7 @@ def _compiled(path: str) -> Any:
         )
         raise ConfigError([problem]) from None
     problem = f"expected a JSONPath such as '$.usage.total_tokens', got {path!r}"
-    if path == "":  # the library takes it for the whole document
+    if path == "":  # python-jsonpath matches the whole document with it
         raise ConfigError([problem])
     try:
         return jsonpath.compile(path)
@@ -157,14 +159,16 @@ def _compiled(path: str) -> Any:
         raise ConfigError([f"{problem}: {error}"]) from None
 
 
-# One expression skips members at once, down to some depth: a step in Python costs as
-# much as a hundred bytes here. Possessive, so that going back takes no memory.
+# Regular expressions that skip a whole value or member, nested up to three levels deep.
+# They are there for speed: a step in Python takes as long as matching a hundred bytes.
+# All quantifiers are possessive, so that no memory is used for backtracking.
 _TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _FLAT = rb'[^"{}\[\]]*+(?:%b[^"{}\[\]]*+)*+' % _TEXT
 _DEEP = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _FLAT, _FLAT)
 _DEEPER = rb"%b(?:[{\[]%b[}\]]%b)*+" % (_FLAT, _DEEP, _FLAT)
-#: The inside of a list or object, as far as it is not nested too deep.
-NESTED = re.compile(_DEEPER, re.DOTALL)
+# Matches the content of a list or object up to its end, or up to a bracket nested
+# deeper than three levels, or up to a string or bracket that does not end in the chunk.
+_NESTED = re.compile(_DEEPER, re.DOTALL)
 _VALUE = rb"(?:%b|[{\[]%b[}\]]|[^][{}\",\s]++(?=[],}\s]))" % (_TEXT, _DEEPER)
 _MEMBER = rb'[^"}]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+%b'
 
@@ -172,16 +176,20 @@ _MEMBER = rb'[^"}]*+"(?!(?:%b)")[^"\\]*+"\s*+:\s*+%b'
 class Selection:
     """The members of a document that are kept.
 
-    None keeps a value. Another `Selection` looks into an object, or into the objects of
-    a list, of which it keeps the last one that has any of the members. :data:`EACH`
-    makes documents of the elements of a list, with the selection of the object around.
+    Maps the name of a member to one of these:
+
+    - None: keep its value.
+    - a `Selection`: keep the selected members of its value, an object. If the value is
+      a list, keep the last object in it that has any of the selected members.
+    - :data:`EACH`: treat each object in its value, a list, as a document, and apply
+      to it the selection in which EACH stands.
     """
 
     def __init__(self, members: Mapping[bytes, Selection | None]) -> None:
         self.members = members
         names = b"|".join(map(re.escape, members))
-        #: Skips the members that are not selected, one by one.
-        self.others: re.Pattern[bytes] = re.compile(
+        #: Matches a run of members that are not selected.
+        self.unselected: re.Pattern[bytes] = re.compile(
             rb"(?:%b)*+" % (_MEMBER % (names, _VALUE)), re.DOTALL
         )
 
@@ -189,74 +197,78 @@ class Selection:
 #: See :class:`Selection`.
 EACH = Selection({})
 
-#: A value that is kept is not larger, in bytes: a usage object has a few hundred.
+#: Maximum size of a value that is kept. A usage object has a few hundred bytes.
 MAX_VALUE_BYTES = 2**14
 _MAX_NAME_BYTES = 64
-#: What is nested deeper is not read to its end. Python's own JSON goes less deep, so
-#: that nothing a handler has decoded hides what follows it.
+#: Maximum depth of nesting; a document nested deeper is read no further. Python's JSON
+#: decodes no such document, so a handler cannot send one that hides a later report.
 MAX_NESTING = 100_000
 
-# Possessive, so that going back takes no memory.
 _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]*+")
+# Each `_TO_…` matches the text before the next token of interest.
 #: White space, commas, the separator of RFC 7464, a byte order mark.
 _TO_DOCUMENT = re.compile(rb"[\s,\x1e\xef\xbb\xbf]*+")
 _TO_ELEMENT = re.compile(rb'[^"{\[\]]*+')
 _TO_NAME = re.compile(rb'[^"}]*+')
 _TO_VALUE = re.compile(rb"[\s:]*+")
-#: The key of the last object of a list that is kept.
+#: The key, in the level of a list, of the last object that is kept.
 _LAST = b"last"
 
 
 class _Level:
-    """An object or a list that is open and looked into."""
+    """An object or list that has begun and whose members are looked at."""
 
-    __slots__ = ("is_kept", "is_list", "members", "name", "selection")
+    __slots__ = ("is_list", "keeps_last", "members", "name", "selection")
 
     def __init__(
-        self, selection: Selection, name: bytes, *, is_list: bool, is_kept: bool
+        self, selection: Selection, name: bytes, *, is_list: bool, keeps_last: bool
     ) -> None:
         self.selection = selection
         self.name = name
         self.is_list = is_list
-        #: The last object of this list is kept under the name of the list.
-        self.is_kept = is_kept
+        #: True for a list of which the last object is kept.
+        self.keeps_last = keeps_last
         self.members: dict[bytes, bytes] = {}
 
     def value(self) -> bytes:
-        """Return the kept members as JSON."""
-        if self.is_kept:
+        """Return the kept members, or a list of the kept object, as JSON."""
+        if self.keeps_last:
             return b"[%b]" % self.members.get(_LAST, b"")
-        found = (b'"%b":%b' % member for member in self.members.items())
-        return b"{%b}" % b",".join(found)
+        members = (b'"%b":%b' % member for member in self.members.items())
+        return b"{%b}" % b",".join(members)
 
 
 class JSONScanner:
-    """Reduces each document to *selection* and hands it to *found*.
+    """A state machine that reduces each document to the members of *selection*.
 
-    *found* also learns whether the document was an element of a list. The scanner keeps
-    a few kilobytes whatever passes. It skips text that is no JSON: all of it where the
-    text begins so, and after a document the rest of the line.
+    It calls ``on_document(reduced, is_element)`` with each reduced document as JSON;
+    *is_element* is True if the document was in a list. It keeps a few kilobytes, for
+    any size of document. If the text does not begin with JSON, it skips all of the
+    text. If other text follows a document, it skips the rest of the line.
 
-    Each step reads on from a position to another one, and sets the step that follows: a
-    document may be cut anywhere.
+    The state is the method in `_step`. It reads from a position in a chunk, returns the
+    position at which the next step continues, and sets `_step` where the state changes.
+    So a chunk may end anywhere in a document.
     """
 
     def __init__(
-        self, selection: Selection, found: Callable[[bytes, bool], object]
+        self, selection: Selection, on_document: Callable[[bytes, bool], object]
     ) -> None:
         self._selection = selection
-        self._found = found
-        #: Selected values that are too large to be kept, and documents nested too deep.
-        self.too_large: int = 0
+        self._on_document = on_document
+        #: Number of selected values that were too large to keep, and of documents that
+        #: were nested too deep.
+        self.skipped: int = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forget the document that has not ended: another one begins."""
+        """Drop the document that has not ended, and begin with another text."""
         self._levels: list[_Level] = []
-        # No bound method: with a cycle it would live until the next collection.
-        self._step = JSONScanner._outside
-        #: Whether there has been a document, or a list of them.
+        # A function: a bound method would make a reference cycle, which would keep the
+        # scanner in memory until the next garbage collection.
+        self._step = JSONScanner._between_documents
+        #: True if a document, or a list of documents, has begun.
         self.has_begun: bool = False
         self._name = b""
         self._value: bytearray | None = None
@@ -265,22 +277,22 @@ class JSONScanner:
 
     @property
     def is_inside(self) -> bool:
-        """True if a document, or a list of them, has begun and not ended."""
+        """True if a document, or a list of documents, has begun and not ended."""
         return bool(self._levels)
 
     def feed(self, text: bytes) -> None:
-        """Read the next bytes, cut anywhere."""
+        """Read the next bytes. They may begin and end anywhere in a document."""
         position, end = 0, len(text)
         while position < end:
             position = self._step(self, text, position)
 
     def unfinished(self) -> bytes:
-        """Return the members found in a document that has not ended."""
+        """Return the members kept so far of a document that has not ended."""
         document, name = b"{}", b""
         for level in reversed(self._levels):
-            if level.is_list and not level.is_kept:
+            if level.is_list and not level.keeps_last:
                 break
-            key = _LAST if level.is_kept else name
+            key = _LAST if level.keeps_last else name
             if key and document != b"{}":
                 level.members[key] = document
             document, name = b"{}", level.name
@@ -288,7 +300,7 @@ class JSONScanner:
                 document = level.value()
         return document
 
-    def _outside(self, text: bytes, position: int) -> int:
+    def _between_documents(self, text: bytes, position: int) -> int:
         position = _TO_DOCUMENT.match(text, position).end()  # type: ignore[union-attr]
         first = text[position : position + 1]
         if first in (b"{", b"["):
@@ -303,7 +315,7 @@ class JSONScanner:
         end = text.find(b"\n", position)
         if end < 0:
             return len(text)
-        self._step = JSONScanner._outside
+        self._step = JSONScanner._between_documents
         return end
 
     def _in_list(self, text: bytes, position: int) -> int:
@@ -313,16 +325,16 @@ class JSONScanner:
             self._open(self._levels[-1].selection, b"", is_list=False)
         elif first == b"]":
             level = self._levels.pop()
-            if level.is_kept and level.members:
+            if level.keeps_last and level.members:
                 self._levels[-1].members[level.name] = level.value()
-            self._go_on()
+            self._continue_in_level()
         elif first:
             self._begin_value(first)
         return position + 1
 
     def _in_object(self, text: bytes, position: int) -> int:
-        others = self._levels[-1].selection.others
-        position = others.match(text, position).end()  # type: ignore[union-attr]
+        unselected = self._levels[-1].selection.unselected
+        position = unselected.match(text, position).end()  # type: ignore[union-attr]
         position = _TO_NAME.match(text, position).end()  # type: ignore[union-attr]
         if position < len(text):
             if text[position] == 0x7D:
@@ -352,14 +364,16 @@ class JSONScanner:
             self._open(level.selection, self._name, is_list=True)
             return position + 1
         if inner not in (None, EACH) and first in (b"{", b"["):
-            self._open(inner, self._name, is_list=first == b"[", is_kept=first == b"[")
+            self._open(
+                inner, self._name, is_list=first == b"[", keeps_last=first == b"["
+            )
             return position + 1
         if is_selected and inner is None:
             self._value = bytearray()
         return position + self._begin_value(first)
 
     def _begin_value(self, first: bytes) -> int:
-        """Choose the step that reads a value; return how much of it is read."""
+        """Set the step that reads a value; return the number of its bytes read here."""
         self._nesting = 0
         if first in (b"{", b"["):
             self._nesting = 1
@@ -373,7 +387,7 @@ class JSONScanner:
         return 1
 
     def _in_nested(self, text: bytes, position: int) -> int:
-        end = NESTED.match(text, position).end()  # type: ignore[union-attr]
+        end = _NESTED.match(text, position).end()  # type: ignore[union-attr]
         self._keep(text[position : end + 1])
         last = text[end : end + 1]
         if last == b'"':
@@ -381,7 +395,7 @@ class JSONScanner:
         elif last in (b"{", b"["):
             self._nesting += 1
             if self._nesting > MAX_NESTING:
-                self.too_large += 1
+                self.skipped += 1
                 self._step = JSONScanner._ignore
         elif last:
             self._nesting -= 1
@@ -410,14 +424,15 @@ class JSONScanner:
         return end
 
     def _end_of_string(self, text: bytes, position: int) -> int:
-        """Return the place of the closing quote, or the end of *text*."""
+        """Return the position of the closing quote, or the end of *text*."""
         start = position + self._after_backslash
         end = _STRING.match(text, start).end()  # type: ignore[union-attr]
-        # Only the last byte can be a backslash that escapes nothing yet.
+        # The match stops at a backslash only where that is the last byte of the chunk.
         self._after_backslash = text[end : end + 1] == b"\\"
         return end + self._after_backslash
 
     def _keep(self, part: bytes) -> None:
+        """Append *part* to the value that is being read, if that value is selected."""
         if self._value is not None and len(self._value) <= MAX_VALUE_BYTES:
             self._value += part
 
@@ -426,9 +441,9 @@ class JSONScanner:
             if len(self._value) <= MAX_VALUE_BYTES:
                 self._levels[-1].members[self._name] = bytes(self._value)
             else:
-                self.too_large += 1
+                self.skipped += 1
             self._value = None
-        self._go_on()
+        self._continue_in_level()
 
     def _open(
         self,
@@ -436,25 +451,27 @@ class JSONScanner:
         name: bytes,
         *,
         is_list: bool,
-        is_kept: bool = False,
+        keeps_last: bool = False,
     ) -> None:
-        self._levels.append(_Level(selection, name, is_list=is_list, is_kept=is_kept))
-        self._go_on()
+        self._levels.append(
+            _Level(selection, name, is_list=is_list, keeps_last=keeps_last)
+        )
+        self._continue_in_level()
 
     def _close(self) -> None:
         level = self._levels.pop()
         outer = self._levels[-1] if self._levels else None
         if level.name and outer:
             outer.members[level.name] = level.value()
-        elif outer is None or not outer.is_kept:
-            self._found(level.value(), self.is_inside)
+        elif outer is None or not outer.keeps_last:
+            self._on_document(level.value(), self.is_inside)
         elif level.members:
             outer.members[_LAST] = level.value()
-        self._go_on()
+        self._continue_in_level()
 
-    def _go_on(self) -> None:
+    def _continue_in_level(self) -> None:
         if not self._levels:
-            self._step = JSONScanner._outside
+            self._step = JSONScanner._between_documents
         elif self._levels[-1].is_list:
             self._step = JSONScanner._in_list
         else:

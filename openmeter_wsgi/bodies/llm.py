@@ -1,8 +1,13 @@
-"""Language models: the usage that the calls in a body report.
+"""Language models: the reader of the usage that a response body reports.
 
-The reader takes JSON, server-sent events, and documents line by line or in a list. It
-tells them apart by their first bytes, since handlers often leave the media type at
-``text/html``. What counts as a report is in :mod:`.llm_shapes`.
+:class:`LLMReader` splits the body into frames (JSON, server-sent events, or documents
+in lines or in a list). It detects the format by the first bytes, since handlers often
+leave the media type at ``text/html``. Each document goes to :class:`LLMReports`. A
+`_Finder` finds the reports in the document, at the places listed in :mod:`.llm_shapes`,
+and `_Calls` merges the reports of a call: streams repeat and complete their figures.
+
+A document too large to be kept is reduced by a :class:`JSONScanner` to the members
+that matter here, and then handled like the others.
 """
 
 from __future__ import annotations
@@ -25,11 +30,12 @@ from openmeter_wsgi.bodies.json import JSONScanner, Selection
 from openmeter_wsgi.bodies.llm_shapes import (
     PLACES,
     PROVIDERS,
-    Figures,
     LLMUsage,
     Place,
     Provider,
-    dearest,
+    costliest,
+    figures_in,
+    left_out,
     tokens,
     usage_from,
 )
@@ -39,15 +45,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _BOM = b"\xef\xbb\xbf"
-#: A float, and so OpenMeter, holds no larger count exactly; no call has as many tokens.
-_MAX_COUNT = 2**53
-#: Everything that decoding bytes can raise; UnicodeDecodeError is a ValueError.
+#: All exceptions of decoding bytes; UnicodeDecodeError is a ValueError.
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
-#: The figures that an iteration of Anthropic's has.
-_MAIN = ("input_tokens", "output_tokens")
-_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
-# -- The members that are decoded, from the table of places
+# -- The members that are decoded, computed from the table of places. A *wrapper* is a
+# -- member that holds an object with the report; the *inner* members are that object's.
 
 _WRAPPERS = {place.report[0] for place in PLACES if len(place.report) > 1}
 _INNER_MEMBERS = {
@@ -73,9 +75,9 @@ _TOP_MEMBERS = {
 
 
 def _members(name: str, members: Iterable[str], raw: Iterable[str] = ()) -> Any:
-    """Return the type of an object of which *members* are decoded, and *raw* not yet.
+    """Return the type of an object of which only *members* and *raw* are read.
 
-    All else is skipped. What is not decoded yet may be large.
+    The members in *raw*, which may be large, are left as JSON, to be decoded on demand.
     """
     types = dict.fromkeys(members, Any) | dict.fromkeys(raw, msgspec.Raw)
     make_type: Any = TypedDict
@@ -87,7 +89,7 @@ _Inner = _members("_Inner", _INNER_MEMBERS)
 _decode = msgspec.json.Decoder(_Document | list[_Document]).decode  # type: ignore[valid-type]
 _decode_inner = msgspec.json.Decoder(_Inner).decode
 _decode_raws = msgspec.json.Decoder(list[msgspec.Raw]).decode
-#: The same members, of a document that is too large to be decoded.
+#: The same members, for the scanner of documents that are too large to be kept.
 _INNER_SELECTION = Selection(dict.fromkeys(map(str.encode, sorted(_INNER_MEMBERS))))
 SELECTION = Selection(
     dict.fromkeys(map(str.encode, sorted(_TOP_MEMBERS)))
@@ -102,7 +104,7 @@ def llm_reader(
 ) -> BodyReader[LLMUsage]:
     """Return a reader of :class:`LLMUsage` for a response with these headers.
 
-    With a *provider* it reads reports of that shape alone.
+    With a *provider*, only reports in the shape of that provider are read.
     """
     if is_compressed(content_encoding):
         return Unreadable("compressed")
@@ -110,40 +112,40 @@ def llm_reader(
 
 
 class LLMReader(Reader[LLMUsage]):
-    """Gathers the token reports of the documents of a body.
+    """A reader that collects the reports in all documents of a body.
 
-    Unknown are: ``no_usage`` (read, and none was reported), ``not_json``,
-    ``cut_off`` (ended within a document), ``too_large`` (see :attr:`skipped`).
+    The reasons of `Unknown`: ``no_usage`` (no document reports any), ``not_json``,
+    ``cut_off`` (the body ended within a document), ``too_large`` (no usage was found,
+    and a value was too large to read or a document was nested too deep).
     """
 
     def __init__(
         self, content_type: str | None = None, provider: Provider | None = None
     ) -> None:
         self._media_type = media_type(content_type)
-        #: The first bytes, until they tell what the body is.
+        #: The first bytes of the body, until they show its format.
         self._head = b""
-        #: None until then, and for what is no documents at all.
+        #: None until the format is detected, and for a body of another format.
         self._frames: Frames | None = None
+        #: True if the body has another format.
         self._is_foreign = False
         self._reports = LLMReports(FINDERS[provider])
+        #: Reads the documents that are too large to be kept.
         self._scanner = _scanner(self._reports)
-
-    @property
-    def skipped(self) -> int:
-        """The number of values that were too large to read, in too large documents."""
-        return self._scanner.too_large
+        #: True if a value in a smaller document was too large to read.
+        self._has_skipped = False
 
     def read_whole(self, frames: bytes) -> None:
         """Read one or more whole frames. Most hold a bit of text and no report."""
         if self._reports.is_relevant(frames):
-            self._add_documents(self._reports, frames)
+            self._has_skipped |= self._add_documents(self._reports, frames)
 
     def read_piece(self, piece: bytes) -> None:
-        """Read a part of a document that is too large to be kept."""
+        """Read the next piece of a document that is too large to be kept."""
         self._scanner.feed(piece)
 
     def end_large(self) -> None:
-        """Take in what was found of that document, if it was not closed."""
+        """Add the report of that document, even if the document was not closed."""
         self._reports.add_reduced(self._scanner.unfinished())
         self._scanner.reset()
 
@@ -154,7 +156,7 @@ class LLMReader(Reader[LLMUsage]):
             self._begin(piece)
 
     def _begin(self, piece: bytes) -> None:
-        """Tell by the first bytes what the body is."""
+        """Detect the format by the first bytes of the body."""
         head = self._head + piece
         if _BOM.startswith(head):
             self._head = head
@@ -174,15 +176,18 @@ class LLMReader(Reader[LLMUsage]):
             return Frames(b"\n")
         if first in (b"{", b"["):
             return Frames()
-        # The fields of an event stream: data, event, id, retry; a comment.
+        # An event stream begins with `data`, `event`, `id`, `retry` or a colon.
         return EventStream() if first in b":deir" else None
 
-    def _add_documents(self, reports: LLMReports, frames: bytes) -> None:
+    def _add_documents(self, reports: LLMReports, frames: bytes) -> bool:
+        """Add the documents in *frames*; return True if a value was too large."""
+        has_skipped = False
         if self._frames is None:
-            return
+            return has_skipped
         for document in self._frames.documents(frames):
             if reports.is_relevant(document) and not reports.add(document):
-                _scan(reports, document)
+                has_skipped |= _scan(reports, document) == "too_large"
+        return has_skipped
 
     def _result(self) -> LLMUsage | Unknown:
         frames = self._frames
@@ -190,35 +195,40 @@ class LLMReader(Reader[LLMUsage]):
             return Unknown("not_json" if self._is_foreign else "no_usage")
         reports = self._reports.copy()
         reason = self._add_rest(reports, frames)
-        return reports.usage() or Unknown("too_large" if self.skipped else reason)
+        if self._has_skipped or self._scanner.skipped:
+            reason = "too_large"
+        return reports.usage() or Unknown(reason)
 
     def _add_rest(self, reports: LLMReports, frames: Frames) -> str:
-        """Add what the body ends with; return why there may be no usage."""
+        """Add the incomplete frame; return the reason in case no usage was found."""
         if frames.is_large:
             reports.add_reduced(self._scanner.unfinished())
             return "cut_off" if self._scanner.is_inside else "no_usage"
         rest = frames.rest
         if frames.separator:
-            self._add_documents(reports, bytes(rest))
+            if self._add_documents(reports, bytes(rest)):
+                return "too_large"
             return "cut_off" if rest.strip() else "no_usage"
+        # Without a separator the whole body is in the rest.
         return "no_usage" if reports.add(rest) else _scan(reports, rest)
 
 
 def _scanner(reports: LLMReports) -> JSONScanner:
-    # Not a method of the reader: a cycle would keep bodies until the next collection.
+    # Not a method of the reader: that would make a reference cycle, which would keep
+    # the body in memory until the next garbage collection.
     return JSONScanner(SELECTION, lambda document, _: reports.add_reduced(document))
 
 
 def _scan(reports: LLMReports, text: bytes | bytearray) -> str:
-    """Add what is found in text that is not one document of strict JSON.
+    """Add the reports in *text* that is not one document of strict JSON.
 
-    It was cut off, holds several documents, or NaN and the like. Return why there may
-    be no usage.
+    It may be cut off, hold several documents, or hold NaN or Infinity. Return the
+    reason in case no usage was found.
     """
     scanner = _scanner(reports)
     scanner.feed(bytes(text))
     reports.add_reduced(scanner.unfinished())
-    if scanner.too_large:
+    if scanner.skipped:
         return "too_large"
     if scanner.is_inside:
         return "cut_off"
@@ -226,24 +236,28 @@ def _scan(reports: LLMReports, text: bytes | bytearray) -> str:
 
 
 class LLMReports:
-    """The reports of a body: of each provider the last call counts.
+    """The reports of a body, and the usage that they amount to.
 
-    The reports of one call are cumulative: a later figure replaces an earlier one,
-    unless it is 0. Of several providers the one with more tokens counts.
+    Reports with the same key (see `_key`: their provider, and their place in the
+    document) belong to the same sequence of calls, of which the last call counts. The
+    reports of one call are cumulative: a later figure replaces an earlier one, unless
+    the later one is 0. Of several sequences the one with the most tokens counts, and
+    each of its figures is raised to the `costliest` one.
     """
 
     def __init__(self, finder: _Finder) -> None:
         self._finder = finder
-        #: The calls by where their reports stand.
+        #: The calls by the key of their reports.
         self._calls: dict[object, _Calls] = {}
-        #: Reports that stand beside another one of the same calls in a document.
+        #: The highest figures of reports that were not used because another report in
+        #: the same document has the same key.
         self._rival: LLMUsage | None = None
-        #: The first model named by a document, and the call that it was named for.
+        #: The first model named by a document, and the id of the call in that document.
         self._model: str | None = None
         self._model_call: str | None = None
 
     def copy(self) -> LLMReports:
-        """Return reports that can be added to without changing these."""
+        """Return an independent copy."""
         copy = LLMReports(self._finder)
         copy._calls = {key: calls.copy() for key, calls in self._calls.items()}
         copy._rival = self._rival
@@ -251,17 +265,17 @@ class LLMReports:
         return copy
 
     def is_relevant(self, text: bytes) -> bool:
-        """Return True if *text* can hold a report, or the name of the model.
+        """Return True if *text* may hold a report, or a model if none is known yet.
 
-        All figures are called ``…_tokens``, ``…Tokens``, ``…TokenCount`` or
-        ``…eval_count``.
+        The names of all figures end in ``_tokens``, ``Tokens``, ``TokenCount`` or
+        ``eval_count``.
         """
         if b"oken" in text or b"eval_count" in text:
             return True
         return self._model is None and b'"model' in text
 
     def add(self, text: bytes | bytearray) -> bool:
-        """Take in a document or a list of them; return whether *text* is one."""
+        """Add a document or a list of documents; return False if *text* is neither."""
         try:
             documents = _decode(text)
         except _UNDECODABLE:
@@ -271,10 +285,10 @@ class LLMReports:
         return True
 
     def add_reduced(self, text: bytes) -> None:
-        """Take in a document that a scanner has reduced.
+        """Add a document that a scanner has reduced.
 
-        Unlike :meth:`add` it accepts what Python's own JSON does: NaN and Infinity,
-        and the escapes of half a character.
+        Unlike :meth:`add` it accepts the extensions of Python's JSON: NaN, Infinity and
+        escapes of single surrogates.
         """
         if self.add(text):
             return
@@ -286,7 +300,7 @@ class LLMReports:
             self.add_document(document)
 
     def usage(self) -> LLMUsage | None:
-        """Return the usage that was reported, or None."""
+        """Return the reported usage, or None if nothing was reported."""
         usages = [calls.usage() for calls in self._calls.values()]
         if not usages:
             return None
@@ -294,18 +308,18 @@ class LLMReports:
         calls = [*self._calls.values()][usages.index(usage)]
         remarks = []
         if self._rival or any(_differ(usage, other) for other in usages):
-            usage = dearest(usage, [*usages, *filter(None, (self._rival,))])
+            usage = costliest(usage, [*usages, *filter(None, (self._rival,))])
             remarks.append("ambiguous_usage")
         if calls.are_several:
             remarks.append("several_calls")
         return msgspec.structs.replace(usage, remarks=(*remarks,)) if remarks else usage
 
     def add_document(self, document: dict[str, Any]) -> None:
-        """Take in a document that is decoded."""
+        """Add a decoded document."""
         if self._model is None:
-            names = document.get
-            self._model = _text(names("model")) or _text(names("modelVersion"))
-            self._model_call = _text(names("id")) or _text(names("responseId"))
+            get = document.get
+            self._model = _text(get("model")) or _text(get("modelVersion"))
+            self._model_call = _text(get("id")) or _text(get("responseId"))
         reports = self._finder.find(document)
         if len(reports) > 1:
             reports = self._without_rivals(reports)
@@ -317,9 +331,10 @@ class LLMReports:
                 calls.name_model(self._model, self._model_call)
 
     def _without_rivals(self, reports: list[_Report]) -> list[_Report]:
-        """Return one report of the same calls in a document; keep the others.
+        """Return one of the reports with the same key in a document; keep the others.
 
-        The one that begins a call goes before a larger one, for others will follow it.
+        A report that begins a call is preferred to one with more tokens, because later
+        reports of that call complete it.
         """
         kept: dict[object, tuple[LLMUsage, _Report]] = {}
         for report in reports:
@@ -331,37 +346,41 @@ class LLMReports:
                 (known, (usage, report)), key=lambda e: (e[1].begins, tokens(e[0]))
             )
             rivals = [self._rival] if self._rival else []
-            self._rival = dearest(rival[0], rivals)
+            self._rival = costliest(rival[0], rivals)
         return [report for _, report in kept.values()]
 
 
 class _Report(msgspec.Struct, gc=False):
-    """The figures of one report, by their provider's names."""
+    """One report, as found in a document."""
 
-    #: Reports with the same key belong to the same calls.
+    #: Reports with the same key belong to the same sequence of calls.
     key: object
     provider: Provider
+    #: The figures by the provider's names for them.
     figures: dict[str, int]
     model: str | None
+    #: The id of the call, if the document names one.
     call: str | None
+    #: See `Place.begins`.
     begins: bool
 
 
 class _Calls:
-    """The calls of one provider in a body, of which the last one counts."""
+    """The calls in a body whose reports have the same key. The last call counts."""
 
     __slots__ = ("_call", "_earlier", "_figures", "_model", "_provider")
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
-        #: The call before this one that counted any tokens.
+        #: The usage of the last call before the current one that has any tokens.
         self._earlier: LLMUsage | None = None
+        # The current call: its id, its model and the figures reported so far.
         self._call: str | None = None
         self._model: str | None = None
         self._figures: dict[str, int] = {}
 
     def copy(self) -> _Calls:
-        """Return calls that can be added to without changing these."""
+        """Return an independent copy."""
         copy = _Calls(self._provider)
         copy._earlier, copy._call, copy._model = self._earlier, self._call, self._model
         copy._figures = dict(self._figures)
@@ -369,13 +388,13 @@ class _Calls:
 
     @property
     def are_several(self) -> bool:
-        """True if more than one call has counted tokens."""
+        """True if more than one call has any tokens."""
         return self._earlier is not None and any(self._figures.values())
 
     def add(self, report: _Report) -> bool:
-        """Take in a report; return whether it is the first one of its call."""
+        """Add a report; return True if it is the first report of its call."""
         figures = self._figures
-        is_first = not figures or self._is_another(report)
+        is_first = not figures or self._is_new_call(report)
         if is_first:
             if any(figures.values()):
                 self._earlier = usage_from(self._provider, self._model, figures)
@@ -391,40 +410,44 @@ class _Calls:
             figures.update(report.figures)
         return False
 
-    def _is_another(self, report: _Report) -> bool:
+    def _is_new_call(self, report: _Report) -> bool:
         if report.call is None or self._call is None:
             return report.begins
         return report.call != self._call
 
     def name_model(self, model: str | None, call: str | None) -> None:
-        """Name the model as an earlier document of the same call did."""
+        """Set the model named by a document of *call*, if that is the current call."""
         if call is None or self._call is None or call == self._call:
             self._model = model
 
     def usage(self) -> LLMUsage:
-        """Return the usage of the last call that counted any tokens."""
+        """Return the usage of the last call that has any tokens."""
         if self._earlier is not None and not any(self._figures.values()):
             return self._earlier
         return usage_from(self._provider, self._model, self._figures)
 
 
 class _Finder:
-    """Finds the reports of a document at the places of one provider, or of all."""
+    """A finder of the reports in a document, for one provider or for all of them.
+
+    It sorts :data:`PLACES` by the member of a document that leads to the report.
+    """
 
     def __init__(self, provider: Provider | None) -> None:
-        #: Places at the top of a document, by their member.
+        #: Places of reports that are a member of the document, by that member.
         self._top: dict[str, list[Place]] = {}
-        #: Places inside a document of a kind, by the member and the kind that it tells.
+        #: Places of reports in a wrapper, in documents of a certain kind: by the member
+        #: that states the kind (such as ``type``), and by the kind.
         self._of_kind: dict[str, dict[str, list[Place]]] = {}
-        #: Places inside a document of any kind, by the member that wraps the report.
+        #: Places of reports in a wrapper, in documents of any kind, by the wrapper.
         self._inside: dict[str, Place] = {}
-        #: The places whose figures are members of the document, by these.
+        #: Places of reports whose figures are members of the document, by each figure.
         self._bare: dict[str, Place] = {}
         for place in PLACES:
             if provider in (None, place.provider):
-                self._sort_in(place)
+                self._add_place(place)
 
-    def _sort_in(self, place: Place) -> None:
+    def _add_place(self, place: Place) -> None:
         if not place.report:
             self._bare.update(dict.fromkeys(place.figures, place))
         elif len(place.report) == 1:
@@ -439,28 +462,32 @@ class _Finder:
 
     def find(self, document: dict[str, Any]) -> list[_Report]:
         """Return the reports of *document*. Called for each chunk of some streams."""
-        found: list[_Report] = []
+        reports: list[_Report] = []
         bare: Place | None = None
         for member, value in document.items():
             if member in self._top:
                 if isinstance(value, dict):
-                    _add_report(found, self._top[member], value, document)
+                    _add_report(reports, self._top[member], value, document)
             elif member in self._of_kind:
-                self._find_of_kind(found, member, value, document)
+                self._find_of_kind(reports, member, value, document)
             elif member in self._inside:
-                _add_inner_reports(found, self._inside[member], document)
+                _add_inner_reports(reports, self._inside[member], document)
             else:
                 bare = bare or self._bare.get(member)
         if bare:
-            _add_report(found, [bare], _part(document, bare.figures), document)
-        return found
+            _add_report(reports, [bare], _part(document, bare.figures), document)
+        return reports
 
     def _find_of_kind(
-        self, found: list[_Report], member: str, kind: object, document: dict[str, Any]
+        self,
+        reports: list[_Report],
+        member: str,
+        kind: object,
+        document: dict[str, Any],
     ) -> None:
         if isinstance(kind, str):
             for place in self._of_kind[member].get(kind, ()):
-                _add_inner_reports(found, place, document)
+                _add_inner_reports(reports, place, document)
 
 
 def _part(document: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
@@ -468,28 +495,28 @@ def _part(document: dict[str, Any], members: Iterable[str]) -> dict[str, Any]:
 
 
 def _add_inner_reports(
-    found: list[_Report], place: Place, document: dict[str, Any]
+    reports: list[_Report], place: Place, document: dict[str, Any]
 ) -> None:
-    """Add the reports in what *document* wraps."""
+    """Add the reports that stand in the wrapper of *place* in *document*."""
     wrapper, *_, name = place.report
     for inner in _unwrapped(document.get(wrapper), is_list="*" in place.report):
         usage = inner.get(name)
         if isinstance(usage, dict) and (not place.beside or place.beside in inner):
-            names = inner if place.is_wrapped else document
-            _add_report(found, [place], usage, names)
+            naming = inner if place.is_wrapped else document
+            _add_report(reports, [place], usage, naming)
 
 
 def _unwrapped(value: Any, *, is_list: bool) -> list[dict[str, Any]]:
-    """Return the objects in a member that is a list of them, or else an object."""
+    """Return the objects in the value of a wrapper: an object, or a list of objects."""
     values = _decoded(_decode_raws, value) if is_list else [value]
     if not isinstance(values, list):
         return []
-    inner = (_decoded(_decode_inner, each) for each in values)
-    return [each for each in inner if isinstance(each, dict)]
+    objects = (_decoded(_decode_inner, each) for each in values)
+    return [each for each in objects if isinstance(each, dict)]
 
 
 def _decoded(decode: Callable[[msgspec.Raw], Any], value: Any) -> Any:
-    """Return *value* decoded, if it is not yet; None if it is no JSON of that type."""
+    """Return *value*, decoded if it is raw JSON; None if it cannot be decoded."""
     if not isinstance(value, msgspec.Raw):
         return value
     try:
@@ -499,75 +526,31 @@ def _decoded(decode: Callable[[msgspec.Raw], Any], value: Any) -> Any:
 
 
 def _add_report(
-    found: list[_Report],
+    reports: list[_Report],
     places: list[Place],
     usage: dict[str, Any],
-    names: dict[str, Any],
+    naming: dict[str, Any],
 ) -> None:
-    """Add the report that *usage* is at the first of *places* that fits, if any.
+    """Add the report in *usage*, as one of the first of *places* with its figures.
 
-    *names* has the members that name the model and the call.
+    Add none if no place has any of the figures. *naming* is the object with the members
+    that name the model and the call.
     """
-    figures = _figures(usage)
+    figures = figures_in(usage)
     for place in places:
         if not place.figures.isdisjoint(figures):
             break
     else:
         return
     if place.provider == "anthropic" and "iterations" in usage:
-        figures |= _left_out(usage["iterations"], figures)
-    model, call = _text(names.get(place.model)), _text(names.get(place.call))
+        figures |= left_out(usage["iterations"], figures)
+    model, call = _text(naming.get(place.model)), _text(naming.get(place.call))
     member, kind = place.continues
-    if member and names.get(member) == kind:
+    if member and naming.get(member) == kind:
         call = None
-    found.append(
+    reports.append(
         _Report(_key(place), place.provider, figures, model, call, place.begins)
     )
-
-
-def _figures(usage: dict[str, Any]) -> dict[str, int]:
-    """Return the counts in *usage* and in the objects that it holds."""
-    figures: dict[str, int] = {}
-    for name, value in usage.items():
-        if isinstance(value, dict):
-            for inner, inner_value in value.items():
-                if (count := _count(inner_value)) is not None:
-                    figures[f"{name}.{inner}"] = count
-        elif (count := _count(value)) is not None:
-            figures[name] = count
-    return figures
-
-
-def _left_out(iterations: object, figures: Figures) -> dict[str, int]:
-    """Return the figures of the iterations that those of the report leave out.
-
-    Anthropic counts the iterations of the message itself, but neither compactions nor
-    what an advisor used, each of which has its own entry.
-    """
-    listed = iterations if isinstance(iterations, list) else []
-    listed = [each for each in listed if isinstance(each, dict)]
-    every = _added(listed)
-    if all(figures.get(name, 0) >= every[name] for name in _MAIN):
-        return {}
-    beside = _added(each for each in listed if each.get("type") != "message")
-    return {f"left_out.{name}": count for name, count in beside.items() if count}
-
-
-def _added(iterations: Iterable[dict[str, Any]]) -> dict[str, int]:
-    added = dict.fromkeys((*_MAIN, *_CACHED), 0)
-    for iteration in iterations:
-        for name in added:
-            added[name] += _count(iteration.get(name)) or 0
-    return added
-
-
-def _count(value: object) -> int | None:
-    """Return *value* if it counts something. Cohere writes counts as floats."""
-    if type(value) is int:
-        return value if 0 <= value <= _MAX_COUNT else None
-    if isinstance(value, float) and 0 <= value <= _MAX_COUNT and value.is_integer():
-        return int(value)
-    return None
 
 
 def _text(value: object) -> str | None:
@@ -583,14 +566,15 @@ def _differ(usage: LLMUsage, other: LLMUsage) -> bool:
 
 
 def _key(place: Place) -> object:
-    """Return what reports of the same calls have in common: where they stand.
+    """Return the key of the reports at *place*: its provider and its path.
 
-    Of Anthropic's calls ``message_start`` has the first report, at a place of its own.
+    Anthropic's key is the provider alone: ``message_start`` has the first report of a
+    call at another path than the later reports.
     """
     if place.provider == "anthropic":
         return place.provider
     return place.provider, place.report
 
 
-#: The finder for one provider, and for all of them.
+#: The finder for each provider; under None, the finder for all of them.
 FINDERS = {provider: _Finder(provider) for provider in (None, *PROVIDERS)}

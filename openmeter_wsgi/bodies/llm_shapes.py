@@ -1,8 +1,9 @@
-"""The reports of language models: where each provider puts one, and what it counts.
+"""The formats in which the providers of language models report usage.
 
-Two tables hold what the providers document: :data:`PLACES` says where a report stands,
-:data:`COUNTS` which of its figures are input, output and so on. In both the first entry
-that fits counts.
+A *report* is a JSON object with *figures*: the provider's own names, and their counts.
+Two tables hold the formats that the providers document: :data:`PLACES`, the place of a
+report in a document, and :data:`COUNTS`, the figures that are input, output and so on.
+In both tables the first entry that matches is used.
 
 - OpenAI: https://platform.openai.com/docs/api-reference (chat, responses, embeddings)
 - Anthropic: https://docs.anthropic.com/en/api/messages and …/messages-streaming
@@ -11,8 +12,8 @@ that fits counts.
 - Ollama: https://docs.ollama.com/api
 - Bedrock: https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_Converse.html
 
-Mistral, Groq, xAI, DeepSeek, Moonshot, Perplexity, Azure, vLLM and others report as
-OpenAI does.
+Mistral, Groq, xAI, DeepSeek, Moonshot, Perplexity, Azure, vLLM and others report in
+OpenAI's format. So a `Provider` is the *shape* of a report, not the company that bills.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ Provider: TypeAlias = Literal[
     "openai", "anthropic", "gemini", "cohere", "ollama", "bedrock"
 ]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
-#: The figures of a report by their provider's names, dotted where they are nested.
+#: The figures of a report by the provider's names; those of nested ones have a dot.
 Figures: TypeAlias = "Mapping[str, int]"
 
 
 class LLMUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of a call, in one convention for all providers.
+    """The tokens of a call, with the same fields for all providers.
 
-    Cached tokens and tokens written to a cache are part of the input, reasoning is part
-    of the output. A figure that was not reported is None, never 0.
+    The input includes cached tokens and tokens written to a cache; the output includes
+    reasoning. A figure that was not reported is None, never 0.
     """
 
     #: The shape of the report.
     provider: Provider
-    #: The model that answered, by its own name.
+    #: The model that the report names.
     model: str | None = None
     #: All input, cached or not.
     input_tokens: int | None = None
@@ -53,15 +54,15 @@ class LLMUsage(msgspec.Struct, frozen=True, kw_only=True):
     cache_creation_tokens: int | None = None
     #: The part of the output that was reasoning.
     reasoning_tokens: int | None = None
-    #: The reported total, or the sum of input and output where that is more.
+    #: The reported total, or the sum of input and output if that is larger.
     total_tokens: int | None = None
-    #: Why the figures may not be those of the call: ``ambiguous_usage`` (the body holds
-    #: several reports, and no figure is lower than in any of them), ``several_calls``
-    #: (the body holds several calls, and the last one counts).
+    #: Reasons why the figures may not be those of the call: ``ambiguous_usage`` (the
+    #: body holds several reports that differ, and each figure is the highest in any of
+    #: them), ``several_calls`` (the body holds several calls, and the last one counts).
     remarks: tuple[str, ...] = ()
 
 
-#: The fields that a meter can have. The remarks are told in the log and in the counts.
+#: The fields that a meter can use. Remarks appear in the log and in the statistics.
 FIELDS = tuple(name for name in LLMUsage.__struct_fields__ if name != "remarks")
 
 
@@ -69,26 +70,26 @@ class Place(NamedTuple):
     """A place in a document at which a provider reports usage."""
 
     provider: Provider
-    #: The path to the report, ``*`` being the elements of a list. It is empty if the
-    #: figures are members of the document itself.
+    #: The path to the report; ``*`` stands for the elements of a list. It is empty if
+    #: the figures are members of the document itself.
     report: tuple[str, ...]
-    #: The figures of which a report has at least one.
+    #: The figures that identify a report: it has at least one of them.
     figures: frozenset[str]
-    #: The member that tells the kind of a document, and the kinds that have the report.
-    #: Nothing else is looked into: what is inside a document may be a caller's.
+    #: The member that states the kind of a document, then the kinds with this report.
+    #: Other documents are not searched: they may contain text of the caller.
     kind: tuple[str, ...] = ()
-    #: The member that has to stand beside the report, where no member tells the kind.
+    #: A member that must be next to the report, where no member states the kind.
     beside: str = ""
-    #: The member that names the model.
+    #: The member with the name of the model.
     model: str = "model"
-    #: The member that names the call; empty if none does.
+    #: The member with the id of the call, or "" if there is none.
     call: str = "id"
-    #: *model* and *call* stand beside the report, and not at the top of the document.
+    #: True if *model* and *call* are next to the report, not in the document itself.
     is_wrapped: bool = False
-    #: If the call has no name, this report is the first one of a new call.
+    #: True if a report without the id of a call is the first one of a new call.
     begins: bool = False
-    #: The member that tells the kind of a document, and a kind that continues the call
-    #: before, whatever name is in it.
+    #: The member that states the kind of a document, and the kind of those documents
+    #: that continue the previous call, even if they have another id.
     continues: tuple[str, str] = ("", "")
 
 
@@ -106,9 +107,9 @@ _OLLAMA = frozenset({"prompt_eval_count", "eval_count"})
 _BEDROCK = frozenset({"inputTokens", "outputTokens", "totalTokens"})
 _CHUNK = ("object", "chat.completion.chunk")
 
-#: Of several places with the same path, the first with a figure in the report counts.
+#: Of several places with the same path, the first with a figure of the report is used.
 PLACES = (
-    # A document, or an event that has its report at the top.
+    # The report is a member of the document or event.
     Place("cohere", ("usage",), _COHERE),
     Place("gemini", ("usage",), _INTERACTION),
     Place("bedrock", ("usage",), _BEDROCK, call="", begins=True),
@@ -119,7 +120,7 @@ PLACES = (
           call="responseId"),
     Place("cohere", ("meta",), _COHERE),
     Place("ollama", (), _OLLAMA, call="", begins=True),
-    # An event that wraps its report.
+    # The report is in a member of the event.
     Place("anthropic", ("message", "usage"), _INPUT_OUTPUT, ("type", "message_start"),
           is_wrapped=True, begins=True),
     Place("openai", ("response", "usage"), _OPENAI | _INPUT_OUTPUT,
@@ -137,8 +138,9 @@ PLACES = (
           begins=True),
 )  # fmt: skip
 
-#: Which figures a count is: the first that is reported. ``+`` adds what is counted
-#: beside it. ``left_out`` are the iterations that Anthropic's own figures leave out.
+#: The alternative figures for each field of `LLMUsage`. The first that is reported is
+#: used, plus those of the figures after ``+`` that are reported. ``left_out.…`` are the
+#: iterations that Anthropic's own figures leave out, see `left_out`.
 COUNTS: dict[Provider, dict[str, tuple[str, ...]]] = {
     "openai": {
         "input_tokens": ("prompt_tokens", "input_tokens"),
@@ -197,7 +199,7 @@ COUNTS: dict[Provider, dict[str, tuple[str, ...]]] = {
         "total_tokens": ("totalTokenCount", "total_tokens"),
     },
     "cohere": {
-        # What the model processed. Embeddings report what is billed alone.
+        # `tokens` are processed, `billed_units` billed. Embeddings report the latter.
         "input_tokens": ("tokens.input_tokens", "billed_units.input_tokens"),
         "output_tokens": ("tokens.output_tokens", "billed_units.output_tokens"),
         "cached_input_tokens": ("cached_tokens",),
@@ -214,8 +216,14 @@ COUNTS: dict[Provider, dict[str, tuple[str, ...]]] = {
         "total_tokens": ("totalTokens",),
     },
 }
-#: Providers that count reasoning beside the output, unless the total says otherwise.
-REASONING_BESIDE = frozenset({"gemini"})
+#: Providers whose output excludes reasoning, unless the total proves the opposite.
+REASONING_EXCLUDED = frozenset({"gemini"})
+
+#: Maximum count. Larger counts are not exact as a float, which OpenMeter uses.
+_MAX_COUNT = 2**53
+#: The figures in each of Anthropic's ``usage.iterations``.
+_MAIN = ("input_tokens", "output_tokens")
+_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 _TERMS = {
     provider: [
@@ -226,25 +234,70 @@ _TERMS = {
 }
 
 
+def figures_in(usage: dict[str, Any]) -> dict[str, int]:
+    """Return the counts in *usage*, and those nested one level as ``outer.inner``."""
+    figures: dict[str, int] = {}
+    for name, value in usage.items():
+        if isinstance(value, dict):
+            for inner, inner_value in value.items():
+                if (count := _count(inner_value)) is not None:
+                    figures[f"{name}.{inner}"] = count
+        elif (count := _count(value)) is not None:
+            figures[name] = count
+    return figures
+
+
+def left_out(iterations: object, figures: Figures) -> dict[str, int]:
+    """Return the tokens of *iterations* that Anthropic's own *figures* leave out.
+
+    Anthropic's figures include the iterations of type ``message``. They leave out the
+    iterations of other types: compactions and the calls of an advisor.
+    """
+    listed = iterations if isinstance(iterations, list) else []
+    listed = [each for each in listed if isinstance(each, dict)]
+    totals = _sums(listed)
+    if all(figures.get(name, 0) >= totals[name] for name in _MAIN):
+        return {}
+    others = _sums(each for each in listed if each.get("type") != "message")
+    return {f"left_out.{name}": count for name, count in others.items() if count}
+
+
+def _sums(iterations: Iterable[dict[str, Any]]) -> dict[str, int]:
+    sums = dict.fromkeys((*_MAIN, *_CACHED), 0)
+    for iteration in iterations:
+        for name in sums:
+            sums[name] += _count(iteration.get(name)) or 0
+    return sums
+
+
+def _count(value: object) -> int | None:
+    """Return *value* if it is a count, else None. Cohere writes counts as floats."""
+    if type(value) is int:
+        return value if 0 <= value <= _MAX_COUNT else None
+    if isinstance(value, float) and 0 <= value <= _MAX_COUNT and value.is_integer():
+        return int(value)
+    return None
+
+
 def usage_from(provider: Provider, model: str | None, figures: Figures) -> LLMUsage:
-    """Return the usage that *figures*, as *provider* names them, come to."""
+    """Convert the figures of *provider* to an `LLMUsage`."""
     counts: dict[str, Any] = {
-        field: _count(figures, terms) for field, terms in _TERMS[provider]
+        field: _first_reported(figures, terms) for field, terms in _TERMS[provider]
     }
-    given, total = counts["input_tokens"], counts.get("total_tokens")
-    made = counts["output_tokens"] = _with_reasoning(
-        given,
+    input_, total = counts["input_tokens"], counts.get("total_tokens")
+    output = counts["output_tokens"] = _with_reasoning(
+        input_,
         counts["output_tokens"],
         counts.get("reasoning_tokens"),
         total,
-        is_beside=provider in REASONING_BESIDE,
+        is_excluded=provider in REASONING_EXCLUDED,
     )
-    if given is not None and made is not None:
-        counts["total_tokens"] = max(total or 0, given + made)
+    if input_ is not None and output is not None:
+        counts["total_tokens"] = max(total or 0, input_ + output)
     return LLMUsage(provider=provider, model=model, **counts)
 
 
-def _count(figures: Figures, alternatives: list[list[str]]) -> int | None:
+def _first_reported(figures: Figures, alternatives: list[list[str]]) -> int | None:
     for first, *others in alternatives:
         if first in figures:
             return figures[first] + sum(figures.get(other, 0) for other in others)
@@ -252,42 +305,42 @@ def _count(figures: Figures, alternatives: list[list[str]]) -> int | None:
 
 
 def _with_reasoning(
-    given: int | None,
-    made: int | None,
+    input_: int | None,
+    output: int | None,
     reasoning: int | None,
     total: int | None,
     *,
-    is_beside: bool,
+    is_excluded: bool,
 ) -> int | None:
-    """Return the output with the reasoning, once.
+    """Return the output including the reasoning.
 
-    Some providers count it in the output and some beside it, and some do both. The
-    total tells where it is the sum. Reasoning that is larger than the output is not in
-    it.
+    Some providers include reasoning in their output, others exclude it (*is_excluded*),
+    and some vary. The total decides if it is the sum with or without the reasoning.
+    Reasoning that is larger than the output was not included in it.
     """
     if not reasoning:
-        return made
-    if made is None:
-        return reasoning if is_beside else None
-    if given is not None and total == given + made + reasoning:
-        is_beside = True
-    elif given is not None and total == given + made:
-        is_beside = False
-    return made + reasoning if is_beside or reasoning > made else made
+        return output
+    if output is None:
+        return reasoning if is_excluded else None
+    if input_ is not None and total == input_ + output + reasoning:
+        is_excluded = True
+    elif input_ is not None and total == input_ + output:
+        is_excluded = False
+    return output + reasoning if is_excluded or reasoning > output else output
 
 
 def tokens_by_type(usage: LLMUsage) -> dict[str, int]:
     """Return the tokens of *usage* by the types that OpenMeter prices, without zeros.
 
-    No token is counted twice: together they are the input and the output.
+    Each token has one type: the sum of all types is the input plus the output.
     """
-    given, made = usage.input_tokens or 0, usage.output_tokens or 0
-    read = min(usage.cached_input_tokens or 0, given)
-    written = min(usage.cache_creation_tokens or 0, given - read)
-    reasoning = min(usage.reasoning_tokens or 0, made)
+    input_, output = usage.input_tokens or 0, usage.output_tokens or 0
+    read = min(usage.cached_input_tokens or 0, input_)
+    written = min(usage.cache_creation_tokens or 0, input_ - read)
+    reasoning = min(usage.reasoning_tokens or 0, output)
     counts = {
-        "input": given - read - written,
-        "output": made - reasoning,
+        "input": input_ - read - written,
+        "output": output - reasoning,
         "cache_read": read,
         "cache_write": written,
         "reasoning": reasoning,
@@ -298,7 +351,7 @@ def tokens_by_type(usage: LLMUsage) -> dict[str, int]:
 def priced_data(usage: LLMUsage, provider: str) -> list[dict[str, Any]]:
     """Return the data of one event for each type of token that was used.
 
-    *provider* is the company that bills them, which the shape does not tell.
+    *provider* is the company that bills the tokens; `usage.provider` is only the shape.
     """
     model = {} if usage.model is None else {"model": usage.model}
     return [
@@ -308,17 +361,18 @@ def priced_data(usage: LLMUsage, provider: str) -> list[dict[str, Any]]:
 
 
 def tokens(usage: LLMUsage) -> int:
-    """Return all tokens of *usage* that are known."""
+    """Return the total number of tokens in *usage*, with unknown figures as 0."""
     if usage.total_tokens is not None:
         return usage.total_tokens
     return (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
-def dearest(usage: LLMUsage, others: Iterable[LLMUsage]) -> LLMUsage:
-    """Return *usage* with no figure that costs less than in one of *others*.
+def costliest(usage: LLMUsage, others: Iterable[LLMUsage]) -> LLMUsage:
+    """Return *usage* with the costliest value of each figure in it and in *others*.
 
-    A caller who adds a report of their own to a body can raise the bill, and lower
-    neither its input, nor the input that no cache held, nor its output.
+    So a caller who gets a report of their own into the body can only raise the bill.
+    Cached input costs less than other input, so *cached_input_tokens* is set to leave
+    the highest number of tokens that are not cached.
     """
     every = [usage, *others]
     raised = {

@@ -1,15 +1,20 @@
-"""Responses that answer for many resources, each with a status: WebDAV and JSON.
+"""Multi-status responses: many parts, each with a status, as WebDAV XML or as JSON.
 
-WebDAV's Multi-Status (RFC 4918, 13): a ``response`` with a ``status`` has that one. One
-with ``propstat`` elements succeeded if any of these did: PROPFIND (9.1) answers 404 for
-each property that a resource does not have, and PROPPATCH (9.2) does all or nothing, so
-that a failed one has no success in it. A document type is refused: WebDAV has none, and
-without one no entity can expand without end or be fetched.
+In XML (WebDAV's Multi-Status, RFC 4918, 13) a part is a ``response`` element:
 
-JSON: ``[{"status": 200}]``, ``{"responses": [{"statusCode": "404"}]}``, ``{"results":
-[…]}``, ``{"items": [{"index": {"status": 201}}]}``.
+- One with a ``status`` has that status.
+- One with ``propstat`` elements succeeded if any of them did. PROPFIND (9.1) states 404
+  for each property that a resource lacks; PROPPATCH (9.2) changes all properties or
+  none, so that a failed one states no success.
 
-A part without a status counts as neither.
+A document type declaration is refused. WebDAV has none, and without it no entity can
+expand endlessly or be fetched.
+
+In JSON a part is an element of a list: ``[{"status": 200}]``, ``{"responses":
+[{"statusCode": "404"}]}``, ``{"results": […]}``, ``{"items": [{"index": {"status":
+201}}]}``.
+
+A part without a status counts neither as succeeded nor as failed.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ def multi_status_reader(
 ) -> BodyReader[MultiStatus]:
     """Return a reader of a :class:`MultiStatus` for a response with these headers.
 
-    The first byte tells XML from JSON; the media type is not asked.
+    The first byte distinguishes XML from JSON; the media type is ignored.
     """
     if is_compressed(content_encoding):
         return Unreadable("compressed")
@@ -54,15 +59,17 @@ def multi_status_reader(
 
 
 class MultiStatusReader(Reader[MultiStatus]):
-    """Counts the parts that ended, also of a body that was cut off.
+    """A reader that counts the complete parts, even if the body is cut off.
 
-    Unknown are: ``not_multi_status``, ``no_status`` (no part states one),
-    ``not_xml``, ``doctype``, and ``too_large`` for XML beyond the limits above.
+    The reasons of `Unknown`: ``not_multi_status``, ``no_status`` (no part states one),
+    ``not_xml``, ``doctype``, ``too_large`` (the XML exceeds a maximum below).
     """
 
     def __init__(self) -> None:
+        #: The first bytes of the body, until they show its format.
         self._head = b""
         self._parts: MultiStatusXML | MultiStatusJSON | None = None
+        #: True if the body has neither format.
         self._is_foreign = False
 
     def _read(self, piece: bytes) -> None:
@@ -72,6 +79,7 @@ class MultiStatusReader(Reader[MultiStatus]):
             self._parts.feed(piece)
 
     def _begin(self, piece: bytes) -> bytes:
+        """Detect the format; return the bytes to parse, or b"" while it is unknown."""
         head = (self._head + piece).lstrip(b" \t\r\n")
         self._head = head[:4]
         if len(head) < 4:
@@ -102,10 +110,10 @@ _STATUS = re.compile(
 
 
 def status_code(status: object) -> int | None:
-    """Return the code in a number, a code as text or a status line, else None."""
+    """Return the code in *status*: a number, or the text of a code or status line."""
     if isinstance(status, str):
-        found = _STATUS.fullmatch(status)
-        return int(found[1]) if found else None
+        match = _STATUS.fullmatch(status)
+        return int(match[1]) if match else None
     if isinstance(status, int) and not isinstance(status, bool):
         return status if 100 <= status <= 599 else None
     return None
@@ -121,7 +129,7 @@ class Tally:
         self.failed: int = 0
 
     def count_code(self, code: int | None) -> None:
-        """Count a part with this status; one without counts as neither."""
+        """Count a part with the status *code*; do nothing if *code* is None."""
         if code is not None:
             self.count(is_success=200 <= code <= 299)
 
@@ -134,10 +142,10 @@ class Tally:
 
 
 _STATUSES = dict.fromkeys((b"status", b"statusCode", b"status_code", b"code"))
-#: Elasticsearch puts each result below the name of its action.
+#: Elasticsearch wraps each result in an object under the name of the action.
 _ACTIONS = (b"index", b"create", b"update", b"delete")
 _LISTS = (b"responses", b"results", b"items")
-_WANTED = Selection({
+_SELECTION = Selection({
     **_STATUSES,
     **dict.fromkeys(_ACTIONS, Selection(_STATUSES)),
     **dict.fromkeys(_LISTS, EACH),
@@ -150,8 +158,8 @@ class _Status(msgspec.Struct, gc=False):
     snake: object = msgspec.field(default=None, name="status_code")
     code: object = None
 
-    def stated(self) -> int | None:
-        """Return the first that is a status."""
+    def find_own_code(self) -> int | None:
+        """Return the first member that is a status code, or None."""
         for value in (self.status, self.camel, self.snake, self.code):
             if (code := status_code(value)) is not None:
                 return code
@@ -164,34 +172,37 @@ class _Part(_Status, gc=False):
     update: object = None
     delete: object = None
 
-    def result(self) -> int | None:
-        """Return its own status, or that of its action."""
+    def find_code(self) -> int | None:
+        """Return the status of the part's action if it has one, else its own status."""
         for action in (self.index, self.create, self.update, self.delete):
             if isinstance(action, dict):
-                return msgspec.convert(action, _Status).stated()
-        return self.stated()
+                return msgspec.convert(action, _Status).find_own_code()
+        return self.find_own_code()
 
 
-class _Answer(msgspec.Struct, gc=False):
+class _Lists(msgspec.Struct, gc=False):
     responses: list[_Part] | None = None
     results: list[_Part] | None = None
     items: list[_Part] | None = None
 
     def parts(self) -> list[_Part]:
-        """Return all parts."""
+        """Return the parts in all lists."""
         return [
             *(self.responses or ()), *(self.results or ()), *(self.items or ()),
         ]  # fmt: skip
 
 
-_decode = msgspec.json.Decoder(list[_Part] | _Answer).decode
+_decode = msgspec.json.Decoder(list[_Part] | _Lists).decode
 _decode_part = msgspec.json.Decoder(_Part).decode
-#: Everything that decoding bytes can raise; UnicodeDecodeError is a ValueError.
+#: All exceptions of decoding bytes; UnicodeDecodeError is a ValueError.
 _UNDECODABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class MultiStatusJSON:
-    """Counts the parts of a body at its end, or as they pass if it is large."""
+    """A counter of the parts of a JSON body.
+
+    A body of limited size is kept and decoded at the end. A larger one is scanned.
+    """
 
     def __init__(self) -> None:
         self._frames = Frames()
@@ -203,17 +214,17 @@ class MultiStatusJSON:
         self._frames.feed(text, self)
 
     def read_whole(self, frames: bytes) -> None:
-        """Never called: the body is one frame, which is not over before the end."""
+        """Never called: the body is one frame, which has no separator."""
 
     def read_piece(self, piece: bytes) -> None:
-        """Read a part of a body that is too large to be kept."""
+        """Read the next piece of a body that is too large to be kept."""
         self._scanner.feed(piece)
 
     def end_large(self) -> None:
         """Never called: the body is one frame."""
 
     def counted(self) -> Tally | str:
-        """Return the counts, or why there are none."""
+        """Return the counts, or the reason why there are none."""
         tally = self._tally
         if not self._frames.is_large:
             tally = _count(self._frames.rest)
@@ -223,33 +234,36 @@ class MultiStatusJSON:
 def _count(body: bytearray) -> Tally:
     tally = Tally()
     try:
-        answer = _decode(body)
-    except _UNDECODABLE:  # cut off, or not every part is as it should be
+        document = _decode(body)
+    except _UNDECODABLE:  # cut off, or some parts are of another form
         _scanner(tally).feed(bytes(body))
         return tally
-    for part in answer.parts() if isinstance(answer, _Answer) else answer:
-        tally.count_code(part.result())
+    for part in document.parts() if isinstance(document, _Lists) else document:
+        tally.count_code(part.find_code())
     return tally
 
 
 def _scanner(tally: Tally) -> JSONScanner:
-    """Return a scanner that counts into *tally*, and holds nothing else."""
+    """Return a scanner that counts parts in *tally*."""
 
-    def found(document: bytes, is_element: bool) -> None:
+    # It must not refer to the `MultiStatusJSON`: that would make a reference cycle.
+    def count_part(document: bytes, is_element: bool) -> None:
         if is_element:
             try:
                 part = _decode_part(document)
             except _UNDECODABLE:
                 return
-            tally.count_code(part.result())
+            tally.count_code(part.find_code())
 
-    return JSONScanner(_WANTED, found)
+    return JSONScanner(_SELECTION, count_part)
 
 
-#: Deeper XML is no Multi-Status; expat holds every element that is open.
+# Limits of the memory that expat uses for a document:
+#: Maximum depth of nesting: expat holds all open elements.
 MAX_DEPTH = 256
-#: Expat holds every name it has seen, and a tag or comment until it is whole.
+#: Maximum number of different names of elements and attributes: expat holds all names.
 MAX_NAMES = 10_000
+#: Maximum size of a tag or comment: expat holds it until it is complete.
 MAX_HELD_BYTES = 2**16
 _MAX_STATUS_LENGTH = 256
 
@@ -260,11 +274,11 @@ _PROPSTAT_STATUS = [*_RESPONSE, "DAV: propstat", "DAV: status"]
 
 
 class _Refused(Exception):
-    """The document is not read any further."""
+    """The document must not be read any further; the text is the reason."""
 
 
 class MultiStatusXML:
-    """Counts the responses that have ended."""
+    """A counter of the complete ``response`` elements of an XML body."""
 
     def __init__(self) -> None:
         self._responses = _Responses()
@@ -279,7 +293,7 @@ class MultiStatusXML:
         self._parser = parser
 
     def counted(self) -> Tally | str:
-        """Return the counts, or why there are none to be believed."""
+        """Return the counts, or the reason why there are none."""
         if self._problem or self._responses.has_root:
             return self._problem or self._responses.tally
         return "not_multi_status"
@@ -302,21 +316,26 @@ class MultiStatusXML:
 
 
 class _Responses:
-    """The target of the parser. It does not hold the parser, to avoid a cycle."""
+    """The handlers of the parser's events.
+
+    It is separate from `MultiStatusXML`, which holds the parser: otherwise both would
+    make a reference cycle.
+    """
 
     def __init__(self) -> None:
         self.tally = Tally()
         self.has_root = False
-        #: The elements that are open.
+        #: The names of the open elements.
         self._path: list[str] = []
-        #: The text of the status that is open.
+        #: The text of the open ``status`` element, or None.
         self._status: str | None = None
-        #: The codes of the response that is open.
+        #: The status code of the open ``response`` itself.
         self._own: int | None = None
+        #: For each status in its ``propstat`` elements: True if that is a success.
         self._propstats: set[bool] = set()
 
     def start(self, name: str, _attributes: Mapping[str, str]) -> None:
-        """Enter an element."""
+        """Handle the start of an element."""
         path = self._path
         if not path:
             if name != _ROOT:
@@ -331,12 +350,12 @@ class _Responses:
             self._status = ""
 
     def text(self, text: str) -> None:
-        """Read text, which comes in pieces."""
+        """Handle a piece of text."""
         if self._status is not None and len(self._status) < _MAX_STATUS_LENGTH:
             self._status += text
 
     def end(self, _name: str) -> None:
-        """Leave an element."""
+        """Handle the end of an element."""
         path = self._path
         if path == _RESPONSE:
             self._count()
@@ -350,7 +369,7 @@ class _Responses:
         path.pop()
 
     def _count(self) -> None:
-        """Count the response that ends. One that states no status counts as neither."""
+        """Count the response that ends. Without a status it is not counted."""
         if self._own is None and self._propstats:
             self.tally.count(is_success=any(self._propstats))
         else:

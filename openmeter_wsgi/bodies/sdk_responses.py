@@ -1,4 +1,4 @@
-"""Usage in the response objects of the SDKs of language models."""
+"""Usage in the response objects of the SDKs of language models: `usage_of`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger: Final = get_logger(__name__)
 
-#: The shape of the reports of each SDK, by its package.
+#: The shape of the reports by the package of the SDK.
 _SHAPES: dict[str, Provider] = {
     "openai": "openai", "anthropic": "anthropic", "google": "gemini",
 }  # fmt: skip
@@ -26,35 +26,35 @@ _SHAPES: dict[str, Provider] = {
 def usage_of(
     response: object, *, meter: str = "llm_tokens", provider: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the tokens of one call of a model, for :func:`add_meters`.
+    """Return the tokens of one call of a model as meters for :func:`add_meters`.
 
-    *response* is an answer of the SDK of OpenAI, Anthropic or Google (google-genai),
-    the same as a mapping, or a stream: an iterable of its chunks, which is read to its
-    end. The documents are those of ``llm_usage(split="type")``.
+    *response* is a response object of the SDK of OpenAI, Anthropic or Google
+    (google-genai), the same as a mapping, or a stream: an iterable of chunks, which is
+    read to its end. The meters are the same as with ``llm_usage(split="type")``.
 
     :param meter: the type of the events.
-    :param provider: the company that bills you, where that is not the maker of the
-        SDK: ``"groq"`` or ``"azure"`` with the SDK of OpenAI.
-    :raises MeterValueError: if *response* is nothing of that kind.
+    :param provider: the company that bills you, if it is not the maker of the SDK:
+        ``"groq"`` or ``"azure"`` with the SDK of OpenAI.
+    :raises MeterValueError: if *response* is not such an object.
     """
     reports: LLMReports | None = None
-    for answer, document in _documents(response):
+    for item, document in _documents(response):
         if reports is None:
-            package = type(answer).__module__.partition(".")[0]
+            package = type(item).__module__.partition(".")[0]
             reports = LLMReports(FINDERS[_SHAPES.get(package)])
         reports.add_document(document)
     usage = None if reports is None else reports.usage()
     if usage is None:
         logger.warning(
-            "usage_of: a %s reports no usage, so none is billed; streams of OpenAI do "
-            "with stream_options={'include_usage': True}",
+            "usage_of: a %s reports no usage, so none is billed; a stream of OpenAI "
+            "reports usage with stream_options={'include_usage': True}",
             type(response).__name__,
         )
         return []
     if usage.remarks:
         logger.warning(
-            "usage_of: a %s holds several reports (%s), of which one is billed; pass "
-            "one call at a time",
+            "usage_of: a %s holds several reports (%s), but only one call is billed; "
+            "pass one call at a time",
             type(response).__name__, ", ".join(usage.remarks),
         )  # fmt: skip
     name = usage.provider if provider is None else provider
@@ -62,11 +62,11 @@ def usage_of(
 
 
 def _documents(response: Any) -> Iterator[tuple[object, dict[str, Any]]]:
-    """Yield each answer or chunk in *response*, with its content as JSON has it."""
+    """Yield each object or chunk in *response*, with its content as decoded JSON."""
     if isinstance(response, Mapping):
         yield response, dict(response)
     elif callable(dump := getattr(response, "model_dump", None)):
-        # Google's fields have their JSON names as aliases.
+        # Google's SDK defines the names in JSON as aliases of its fields.
         yield (
             response,
             dump(mode="json", by_alias=True, exclude_none=True, warnings=False),

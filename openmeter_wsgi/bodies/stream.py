@@ -1,8 +1,8 @@
-"""Streams: bodies cut into frames, and counted lines.
+"""Streams: a splitter of bodies into frames, and a counter of lines.
 
-A frame is an event of a stream, a line, or the body as a whole. It is held until it is
-complete. One that is larger than the bound is handed on in pieces instead, so that the
-memory of a stream does not depend on what is in it.
+A frame is a server-sent event, a line, or the whole body. :class:`Frames` holds a frame
+until it is complete, then passes it to a :class:`FrameSink`. A frame that grows larger
+than the maximum size is passed on in pieces instead, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -24,41 +24,44 @@ from openmeter_wsgi.bodies.base import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: A larger event or line is read in pieces. Images travel in such events.
+#: Maximum size of an event or line that is held whole. Events with images are larger.
 MAX_FRAME_BYTES = 2**18
 
 
 class FrameSink(Protocol):
-    """The reader of frames."""
+    """The interface of a consumer of frames."""
 
     def read_whole(self, frames: bytes) -> None:
         """Read one or more whole frames, each with its separator."""
 
     def read_piece(self, piece: bytes) -> None:
-        """Read a part of a frame that is too large."""
+        """Read the next piece of a frame that is too large to be held."""
 
     def end_large(self) -> None:
-        """Note that the frame whose parts were read is over."""
+        """End the frame that was read in pieces."""
 
 
 class Frames:
-    """Cuts a body at each *separator*; without one the body is a single frame."""
+    """A splitter of a body at each *separator*.
+
+    Without a separator the whole body is one frame, which `feed` never completes.
+    """
 
     def __init__(self, separator: bytes = b"") -> None:
         self.separator = separator
-        # A separator may begin in one chunk and end in the next.
+        # Bytes to search again: a separator may begin in one chunk and end in the next.
         self._overlap = max(0, len(separator) - 1)
-        self._bound = MAX_FRAME_BYTES if separator else MAX_DOCUMENT_BYTES
-        #: The frame that is not whole yet, or the end of one that is too large.
+        self._max_bytes = MAX_FRAME_BYTES if separator else MAX_DOCUMENT_BYTES
+        #: The bytes of the incomplete frame that were not passed to the sink yet.
         self.rest: bytearray = bytearray()
-        #: That frame is read in pieces.
+        #: True if the incomplete frame is too large and is passed on in pieces.
         self.is_large: bool = False
 
     def feed(self, text: bytes, sink: FrameSink) -> None:
-        """Read the next bytes of the body, and hand to *sink* what they complete."""
+        """Read the next bytes of the body and pass complete frames to *sink*."""
         rest, separator = self.rest, self.separator
         if separator and not rest and not self.is_large and text.endswith(separator):
-            sink.read_whole(text)  # the form in which most streams are sent
+            sink.read_whole(text)  # most streams send whole frames in each chunk
             return
         start = max(0, len(rest) - self._overlap)
         rest += text
@@ -68,31 +71,36 @@ class Frames:
             end = rest.rfind(separator, start)
             if end >= 0:
                 sink.read_whole(_taken(rest, end + len(separator)))
-        if self.is_large or len(rest) > self._bound:
-            self._hand_on(sink)
+        if self.is_large or len(rest) > self._max_bytes:
+            self._pass_on(sink)
 
     def documents(self, frames: bytes) -> Iterator[bytes]:
-        """Yield the document of each of some whole frames."""
+        """Yield the document in each of several whole frames."""
         yield from frames.split(self.separator) if self.separator else (frames,)
 
     def _end_large(self, start: int, sink: FrameSink) -> int:
+        """End the large frame if its separator is in `rest`.
+
+        Return the position in `rest` at which to search for the next separator.
+        """
         end = self.rest.find(self.separator, start) if self.separator else -1
         if end < 0:
             return start
-        self._hand_on_piece(_taken(self.rest, end), sink)
+        self._pass_on_piece(_taken(self.rest, end), sink)
         sink.end_large()
         self.is_large = False
         return 0
 
-    def _hand_on(self, sink: FrameSink) -> None:
+    def _pass_on(self, sink: FrameSink) -> None:
+        """Pass `rest` on in pieces, except for the start of a possible separator."""
         self.is_large = True
         end = len(self.rest) - self._overlap
         for start in range(0, end, PIECE_BYTES):
             piece = bytes(self.rest[start : min(end, start + PIECE_BYTES)])
-            self._hand_on_piece(piece, sink)
+            self._pass_on_piece(piece, sink)
         del self.rest[: max(0, end)]
 
-    def _hand_on_piece(self, piece: bytes, sink: FrameSink) -> None:
+    def _pass_on_piece(self, piece: bytes, sink: FrameSink) -> None:
         sink.read_piece(piece)
 
 
@@ -101,22 +109,23 @@ _DATA_LINES = re.compile(rb"^data:([^\n]*\n?)", re.MULTILINE)
 
 
 class EventStream(Frames):
-    """Server-sent events, by the rules of the WHATWG HTML standard, 9.2.6.
+    """A splitter of server-sent events, after the WHATWG HTML standard, section 9.2.6.
 
-    A line ends in LF, CR or both, a blank one ends the event; several ``data``
-    lines are one text; what begins with a colon is a comment.
+    A line ends in LF, CR or CRLF, and a blank line ends the event. The ``data`` lines
+    of an event are joined. A line that begins with a colon is a comment.
     """
 
     def __init__(self) -> None:
         super().__init__(b"\n\n")
         self._after_cr = False
-        # For an event that is too large: the first bytes of a line that may become a
-        # data line, and whether the present line is one; None at the start of a line.
+        # The next two are used for an event that is too large:
+        #: The first bytes of a line, as long as they may still become ``data:``.
         self._line_start = b""
+        #: True if the current line is a data line; None if this is not known yet.
         self._is_data: bool | None = None
 
     def feed(self, text: bytes, sink: FrameSink) -> None:
-        """Read the next bytes of the body, and hand to *sink* what they complete."""
+        """Read the next bytes of the body and pass complete events to *sink*."""
         if self._after_cr and text:
             self._after_cr = False
             if text[0] == 0x0A:
@@ -124,14 +133,14 @@ class EventStream(Frames):
         if b"\r" in text:
             self._after_cr = text.endswith(b"\r")
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        Frames.feed(self, text, sink)  # quicker than super(), for every chunk
+        Frames.feed(self, text, sink)  # faster than super(), and called for each chunk
 
     def documents(self, frames: bytes) -> Iterator[bytes]:
         """Yield the data of each event."""
         for event in frames.split(b"\n\n"):
             lines = [line[5:] for line in event.split(b"\n") if line.startswith(_DATA)]
             if lines:
-                # One space after the colon is no part of the data; JSON minds none.
+                # The space after the colon is left in: JSON ignores it.
                 yield b"\n".join(lines)
 
     def _end_large(self, start: int, sink: FrameSink) -> int:
@@ -140,13 +149,13 @@ class EventStream(Frames):
             self._line_start, self._is_data = b"", None
         return position
 
-    def _hand_on_piece(self, piece: bytes, sink: FrameSink) -> None:
-        """Hand on the data in a part of an event, without the names of the fields."""
+    def _pass_on_piece(self, piece: bytes, sink: FrameSink) -> None:
+        """Pass on the content of the data lines in a piece of an event."""
         if data := self._data_in(self._line_start + piece):
             sink.read_piece(data)
 
     def _data_in(self, text: bytes) -> bytes:
-        """Return the data in *text*, the next part of a large event."""
+        """Return the content of the data lines in *text*, a piece of a large event."""
         self._line_start = data = b""
         if self._is_data is not None:
             line, newline, text = text.partition(b"\n")
@@ -163,15 +172,15 @@ class EventStream(Frames):
 
 
 def _taken(rest: bytearray, end: int) -> bytes:
-    """Take the first *end* bytes out, copying them once."""
+    """Remove the first *end* bytes from *rest* and return them, copied only once."""
     with memoryview(rest) as view:
         taken = bytes(view[:end])
     del rest[:end]
     return taken
 
 
-#: Media types that say nothing of the lines.
-_UNSAID = frozenset({"", "text/plain", "application/octet-stream"})
+#: Media types of bodies whose lines may be records or not.
+_UNSPECIFIC = frozenset({"", "text/plain", "application/octet-stream"})
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*(?=\n)")
 _SPACE = b" \t\r"
 
@@ -181,21 +190,21 @@ def records_reader(
 ) -> BodyReader[int]:
     """Return a reader of the number of records for a response with these headers.
 
-    The lines of a page or of indented JSON are no records: ``not_ndjson``.
+    Other media types, such as HTML or a JSON document, give ``not_ndjson``.
     """
     if is_compressed(content_encoding):
         return Unreadable("compressed")
-    if media_type(content_type) not in NDJSON | _UNSAID:
+    if media_type(content_type) not in NDJSON | _UNSPECIFIC:
         return Unreadable("not_ndjson")
     return RecordsReader()
 
 
 class RecordsReader(Reader[int]):
-    """Counts the lines that are not blank; the last one needs no newline."""
+    """A counter of the lines that are not blank. The last line needs no newline."""
 
     def __init__(self) -> None:
         self._ended = 0
-        #: Whether the line that has not ended holds anything.
+        #: True if the line that has not ended is not blank.
         self._has_open = False
 
     def _read(self, piece: bytes) -> None:
@@ -205,10 +214,10 @@ class RecordsReader(Reader[int]):
             return
         if self._has_open or piece[:first].strip(_SPACE):
             self._ended += 1
-        # Of the lines that begin and end in here, all but the blank ones.
         self._has_open = False
         if first == len(piece) - 1:
-            return  # a line a chunk, as most streams are sent
+            return  # most streams send one line per chunk
+        # Count the lines that begin and end in this piece, without the blank ones.
         self._ended += piece.count(b"\n", first + 1)
         self._ended -= len(_BLANK_LINE.findall(piece, first))
         self._has_open = bool(piece[piece.rfind(b"\n") + 1 :].strip(_SPACE))

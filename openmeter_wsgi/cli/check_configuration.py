@@ -20,7 +20,7 @@ from openmeter_wsgi.cli.common import size
 from openmeter_wsgi.cli.findings import failure, note, ok, unknown, warning
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import (
-    SAYS,
+    OPTIONS_ATTRIBUTE,
     layers_of,
     misplaced_decorators,
     served_routes,
@@ -28,7 +28,7 @@ from openmeter_wsgi.framework_routes import (
 from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.log import PREFIX
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, in_place_of
+from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, overriding_options
 from openmeter_wsgi.spool import server_directories
 from openmeter_wsgi.spool.files import file_system, prepare_directory
 from openmeter_wsgi.spool.watermark import backlog
@@ -285,7 +285,7 @@ def decorated_views(
             if governing is None:
                 continue
             try:
-                own = in_place_of(options)
+                own = overriding_options(options)
                 policy = dataclasses.replace(governing, routes=None, **own)
             except ConfigError as error:
                 remedy = (
@@ -300,7 +300,7 @@ def decorated_views(
 def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
     """Return the policy of a route, None if its requests are not metered."""
     governing: Policy | None = policy
-    for rule, own in policy.of_routes:
+    for rule, own in policy.route_policies:
         if rule.is_every_other:
             governing = own
         elif _may_match(rule, route):
@@ -316,7 +316,7 @@ def _decorated(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
     functions = [getattr(of_class, method, None) for method in _METHODS]
     for function in (view, *functions):
-        if options := getattr(function, SAYS, None):
+        if options := getattr(function, OPTIONS_ATTRIBUTE, None):
             named = of_class if function is view and of_class else function
             yield getattr(named, "__qualname__", repr(named)), options
 
@@ -493,10 +493,12 @@ def look_at_unmatched(situation: Situation) -> Iterator[Finding]:
     """Report paths that no rule matches and that need no entitlement."""
     policy = situation.policy
     asking = [
-        rule.text for rule, own in policy.of_routes if own and own.required_entitlements
+        rule.text
+        for rule, own in policy.route_policies
+        if own and own.required_entitlements
     ]
     unmetered = any(
-        rule.is_every_other and own is None for rule, own in policy.of_routes
+        rule.is_every_other and own is None for rule, own in policy.route_policies
     )
     if unmetered and asking:
         yield warning(
@@ -514,7 +516,7 @@ def look_at_rules(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
     if any(hasattr(layer, "mounts") for layer in layers):
         return  # of one application among several
     routes = served_routes(middleware.app, closures=False)
-    for rule, _ in middleware.policy.of_routes if routes else ():
+    for rule, _ in middleware.policy.route_policies if routes else ():
         if not (rule.is_every_other or any(_may_match(rule, each) for each in routes)):
             yield warning(
                 _NAME,

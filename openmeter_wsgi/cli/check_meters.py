@@ -247,7 +247,7 @@ def look_at_features(situation: Situation) -> Iterator[Finding]:
         yield from _look_at_visibility(policy)
     try:
         with open_listing(
-            policy, policy.entitlements_url, policy.questions_key
+            policy, policy.entitlements_url, policy.entitlements_key
         ) as listing:
             features = listing.features()
             meters = {str(one.get("slug")): one for one in listing.meters()}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from openmeter_wsgi.cli.check_configuration import policy_of_route
 from openmeter_wsgi.cli.findings import warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import SAYS, served_routes
-from openmeter_wsgi.policy import in_place_of
+from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, served_routes
+from openmeter_wsgi.policy import overriding_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,11 +62,11 @@ def _accepted(route: str | None, policy: Policy) -> Finding:
 def _policy_of(route: ServedRoute, policy: Policy) -> Policy | None:
     """Return the policy that bills *route*, None if nothing does."""
     found = policy_of_route(policy, route)
-    options = getattr(route.view, SAYS, {})
+    options = getattr(route.view, OPTIONS_ATTRIBUTE, {})
     if found is None or options is None:
         return None
     try:
-        return dataclasses.replace(found, routes=None, **in_place_of(options))
+        return dataclasses.replace(found, routes=None, **overriding_options(options))
     except ConfigError:
         return found  # as when a request is billed; `decorated_views` reports it
 

@@ -91,7 +91,7 @@ def feature_creation(
         taken = {str(one.get("slug")) for one in meters}
         document["meterSlug"] = _free_slug(counted_type, taken)
     variable = None
-    if policy.questions_key.known is not None:
+    if policy.entitlements_key.known is not None:
         own = policy.entitlements_api_key is not None
         variable = "OPENMETER_ENTITLEMENTS_API_KEY" if own else "OPENMETER_API_KEY"
     url = policy.entitlements_url or policy.api_url

@@ -222,9 +222,9 @@ class Situation:
 
     def policies(self) -> Iterator[tuple[str | None, Policy]]:
         """Yield every policy that governs requests, with its route or view."""
-        if not any(rule.is_every_other for rule, _ in self.policy.of_routes):
+        if not any(rule.is_every_other for rule, _ in self.policy.route_policies):
             yield None, self.policy
-        for rule, policy in self.policy.of_routes:
+        for rule, policy in self.policy.route_policies:
             if policy is not None:
                 yield repr(rule.text), policy
         for view, policy in self.views:

@@ -1,19 +1,21 @@
-"""From a batch to OpenMeter: retry, hold, split, bury.
+"""The sender: delivers batches in order and handles failed attempts.
 
-A failure means one of three things. *Not now* (no answer, 5xx, 429) and *not
-this way* (a wrong key or address) concern every event alike: the batch stays at
-the head and nothing behind it is tried. *Not these* (400, 413) concerns at least
-one event in the batch: it is split until that one stands alone.
+A failed attempt means one of two things:
 
-One refusal of an event proves nothing: a proxy may refuse everything. The event waits
-as a suspect. If the server accepts another batch and then refuses the event again, it
-is buried. A refusal of a batch that held the event counts as its first.
+- OpenMeter is unavailable (no answer, 5xx, 429) or misconfigured (a wrong key or
+  address). All events are concerned: the batch stays at the head, nothing else is sent.
+- OpenMeter refuses the batch (400, 413). At least one event is at fault: the batch is
+  split in halves, again and again, until that event is alone.
 
-A 500 may mean either: Kafka is away, or it does not take one of these events. So one
-event of the batch is tried alone, and if the server accepts it while the others still
-get a 500, they are split without a wait. An event that gets a 500 alone steps aside, so
-that others can be sent. It is buried after ten such answers, if the server accepted
-another batch before each.
+One refusal of a single event proves nothing: a proxy may refuse everything. The event
+becomes a *suspect* and waits. If OpenMeter accepts another batch and then refuses the
+suspect again, the suspect becomes a dead letter. The refusal of a batch that held the
+event counts as its first refusal.
+
+A 500 is ambiguous: Kafka is down, or Kafka does not take one of these events. So one
+event of the batch is sent alone. If OpenMeter accepts it and answers 500 to the others,
+they are split at once. A single event with a 500 becomes a suspect, too. It becomes a
+dead letter after ten such answers, if OpenMeter accepted another batch before each.
 """
 
 from __future__ import annotations
@@ -45,15 +47,15 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: Attempts are at most this many seconds apart, unless the server asks for more.
+#: Maximum number of seconds between two attempts, unless the server asks for more.
 MAX_DELAY = 30.0
-#: The first repetition comes within this many seconds.
+#: Maximum number of seconds between the first attempt and the second.
 FIRST_DELAY = 1.0
-#: Of the kernel: the random numbers of `random` are the application's, who may have
-#: seeded it, and the same in all processes that were forked from one.
+#: Random numbers of the kernel. The application may have seeded `random`, and processes
+#: that were forked from one draw the same numbers from it.
 _JITTER = random.SystemRandom()
-#: A batch that gets a 5xx this often in a row may itself be the cause, and an event is
-#: buried that alone gets as many while others are accepted.
+#: Number of 5xx in a row after which a batch may be the cause and is split; also the
+#: number of 500s after which a suspect becomes a dead letter.
 MAX_SERVER_ERRORS = 10
 #: OpenMeter's status when Kafka does not take an event, now or ever.
 _KAFKA_ERROR = 500
@@ -72,38 +74,39 @@ class Client(Protocol[_Sent]):
 _B = TypeVar("_B", bound=Batch)
 
 
-class _Trial(Generic[_B]):
-    """A batch that is tried, and how that went so far."""
+class _PendingBatch(Generic[_B]):
+    """A batch and the history of its attempts."""
 
     __slots__ = (
-        "accepted_before", "blamed", "events", "failures", "refusal", "server_errors",
-        "was_suspect",
+        "accepted_before_500", "batch", "failures", "first_refusal", "lone_500s",
+        "server_errors", "was_suspect",
     )  # fmt: skip
 
     def __init__(
-        self, events: _B, refusal: tuple[int | None, int] | None = None
+        self, batch: _B, first_refusal: tuple[int | None, int] | None = None
     ) -> None:
-        self.events = events
+        self.batch = batch
+        #: Number of failed attempts.
         self.failures = 0
+        #: Number of 5xx in a row.
         self.server_errors = 0
-        #: The first refusal: its status, and the number of batches accepted before
-        #: it.
-        self.refusal = refusal
-        #: The number of batches accepted before the server first answered 500 to this
-        #: one, or to one of which it was a part. None: it has not.
-        self.accepted_before: int | None = None
-        #: How many times an event got a 500 alone, with an acceptance before each.
-        self.blamed = 0
-        #: Whether it stood aside before.
+        #: Status of the first refusal (or of the last 500 in `lone_500s`), and the
+        #: number of batches accepted before it.
+        self.first_refusal = first_refusal
+        #: Number of batches accepted before the first 500 to this batch or to the batch
+        #: that it was split from. None without a 500.
+        self.accepted_before_500: int | None = None
+        #: Number of 500s to a single event, with an accepted batch before each.
+        self.lone_500s = 0
+        #: True if the batch has been a suspect.
         self.was_suspect = False
 
 
 class Sender(Generic[_B]):
-    """Delivers one batch after the other, in order.
+    """Delivery of batches, one after the other and in order.
 
-    Belongs to one thread at a time. `attempt` makes one request and returns how
-    long to wait before the next: waiting is the caller's, so that it can be
-    interrupted.
+    Belongs to one thread at a time. `attempt` makes one request and returns the seconds
+    until the next one. The caller does the waiting, so that it can be interrupted.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Sender(Generic[_B]):
         counts: Counts,
         done: Callable[[_B], None],
         jitter: Callable[[float, float], float] = _JITTER.uniform,
-        bury: Callable[[bytes, DeliveryError], None] | None = None,
+        keep_dead_letter: Callable[[bytes, DeliveryError], None] | None = None,
         waiting: Callable[[], int] = lambda: 0,
         delay: Callable[[_B, float], None] | None = None,
         clock_ahead: Callable[[], float] = lambda: 0.0,
@@ -120,96 +123,100 @@ class Sender(Generic[_B]):
     ) -> None:
         self._client = client
         self._counts = counts
+        #: Called with each batch that is delivered or made dead letters.
         self._done = done
         self._jitter = jitter
-        self._keep_buried = bury
-        #: Gives a part of a batch back, to be loaded again after as many seconds.
+        self._keep_dead_letter = keep_dead_letter
+        #: Returns a part of a batch to the source, which loads it again after the
+        #: given number of seconds.
         self._delay = delay
-        #: By how many seconds our clock is ahead of OpenMeter's, as far as is known.
+        #: Returns the seconds by which our clock is ahead of OpenMeter's.
         self._clock_ahead = clock_ahead
-        #: Is told of each batch that OpenMeter has accepted, before it is done.
-        self._tell_accepted = accepted
-        self._pending: deque[_Trial[_B]] = deque()
-        self._suspects: deque[_Trial[_B]] = deque()
+        #: Called with each batch that OpenMeter has accepted, before `_done`.
+        self._on_accepted = accepted
+        self._pending: deque[_PendingBatch[_B]] = deque()
+        self._suspects: deque[_PendingBatch[_B]] = deque()
+        #: Number of batches accepted so far.
         self._accepted = 0
+        #: Number of single events refused in a row.
         self._refused_in_a_row = 0
         self.outage: Outage = Outage(waiting)
         self._attempt_began: float | None = None
 
     @property
     def oldest(self) -> list[bytes]:
-        """The first event of each batch that is being tried or stands aside."""
-        return [batch.events[0] for batch in [*self._pending, *self._suspects]]
+        """The first event of each batch that is pending or a suspect."""
+        return [p.batch[0] for p in [*self._pending, *self._suspects]]
 
     @property
     def attempt_lasts(self) -> float:
-        """For how many seconds the attempt that is being made lasts; 0 if none is."""
+        """The seconds since the current attempt began, 0 between attempts."""
         began = self._attempt_began
         return 0.0 if began is None else time.monotonic() - began
 
     @property
     def busy(self) -> bool:
-        """True if there is a batch to be tried."""
+        """True if a batch is pending."""
         return bool(self._pending)
 
     @property
-    def doubtful(self) -> bool:
-        """True if events stand aside that were refused alone."""
+    def has_suspects(self) -> bool:
+        """True if events wait that were refused alone."""
         return bool(self._suspects)
 
     def reset(self) -> None:
-        """Forget all batches: another source is delivered, or the same one anew."""
+        """Forget all batches: the caller reads its source from the beginning."""
         self._pending.clear()
         self._suspects.clear()
         self._refused_in_a_row = 0
         self.outage.forget()
 
-    def load(self, events: _B) -> None:
-        """Take over a batch, but for events that are dated too far ahead."""
+    def load(self, batch: _B) -> None:
+        """Accept a batch for delivery, and delay events dated too far ahead."""
         if self._delay is None:
-            self._pending.append(_Trial(events))
+            self._pending.append(_PendingBatch(batch))
             return
         clock_ahead = self._clock_ahead()
-        for part, wait in split_by_date(events, clock_ahead):
+        for part, wait in split_by_date(batch, clock_ahead):
             if wait:
-                self._say_ahead(len(part), wait, clock_ahead)
+                self._log_ahead(len(part), wait, clock_ahead)
                 self._delay(part, wait)
             else:
-                self._pending.append(_Trial(part))
+                self._pending.append(_PendingBatch(part))
 
     def retry_suspects(self) -> None:
-        """Try the suspects again, though nothing else was accepted since."""
+        """Make the suspects the next batches, even if none was accepted since."""
         self._pending.extendleft(reversed(self._suspects))
         self._suspects.clear()
 
     def attempt(self) -> float:
-        """Try the batch at the head once; return the seconds until the next try."""
-        batch = self._pending[0]
-        if batch.failures:
+        """Send the batch at the head once; return the seconds to the next attempt."""
+        head = self._pending[0]
+        if head.failures:
             self._counts.retries += 1
         began = time.perf_counter()
         self._attempt_began = time.monotonic()
         try:
-            self._client.ingest(batch.events)
+            self._client.ingest(head.batch)
         except Deposed:
-            return self._deposed()
+            return self._handle_deposition()
         except Expired as error:
-            return self._expired(error)
+            return self._handle_expiry(error)
         except Rejected as error:
-            return self._refused(error)
+            return self._handle_refusal(error)
         except DeliveryError as error:
-            return self._failed(batch, error)
+            return self._handle_failure(head, error)
         finally:
             self._attempt_began = None
             self._counts.attempt_seconds.add(time.perf_counter() - began)
         try:
-            self._delivered()
+            self._handle_delivery()
         except Deposed:
-            return self._deposed()
+            return self._handle_deposition()
         return 0.0
 
-    def _deposed(self) -> float:
-        """Return the wait of a sender whose place another one has taken."""
+    def _handle_deposition(self) -> float:
+        """Log that another sender has taken over, and return the wait."""
         logger.warning(
             "%s: another process or thread has become the sender during an attempt; "
             "it sends these events again under the same ids",
@@ -217,77 +224,84 @@ class Sender(Generic[_B]):
         )
         return FIRST_DELAY
 
-    def give_up_attempt(self, error: Exception) -> float:
-        """Return the wait after an attempt that ended in an unexpected exception."""
+    def note_broken_attempt(self, error: Exception) -> float:
+        """Record an attempt that raised an unexpected exception; return the wait."""
         self.outage.note(Unavailable(f"an attempt broke off, {error!r}"))
         if not self._pending:
             return FIRST_DELAY
-        batch = self._pending[0]
-        batch.failures += 1
-        return self._backoff(batch.failures)
+        head = self._pending[0]
+        head.failures += 1
+        return self._backoff(head.failures)
 
-    def _delivered(self) -> None:
-        batch = self._pending.popleft()
+    def _handle_delivery(self) -> None:
+        batch = self._pending.popleft().batch
         self._accepted += 1
         self._refused_in_a_row = 0
-        n = len(batch.events)
+        n = len(batch)
         self._counts.delivered += n
-        self._counts.delivery_seconds.add(age_of(batch.events[0]))
-        self.outage.is_over(n)  # before a flush says that all is done
-        self._tell_accepted(batch.events)
-        self._done(batch.events)
+        self._counts.delivery_seconds.add(age_of(batch[0]))
+        self.outage.end(n)  # before `_done` lets a flush return
+        self._on_accepted(batch)
+        self._done(batch)
         self.retry_suspects()
 
-    def _failed(self, batch: _Trial[_B], error: DeliveryError) -> float:
-        batch.failures += 1
+    def _handle_failure(self, head: _PendingBatch[_B], error: DeliveryError) -> float:
+        """Keep the batch at the head, or treat it as refused; return the wait."""
+        head.failures += 1
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
-        batch.server_errors = batch.server_errors + 1 if is_server_error else 0
-        is_cause = error.status == _KAFKA_ERROR and self._is_cause(batch)
-        if is_cause or batch.server_errors >= MAX_SERVER_ERRORS:
-            return self._refused(error)
-        delay = self._backoff(batch.failures)
+        head.server_errors = head.server_errors + 1 if is_server_error else 0
+        is_cause = error.status == _KAFKA_ERROR and self._is_cause(head)
+        if is_cause or head.server_errors >= MAX_SERVER_ERRORS:
+            return self._handle_refusal(error)
+        delay = self._backoff(head.failures)
         if error.retry_after is not None:
-            delay = max(delay, error.retry_after)  # 0 is no leave to hammer
+            delay = max(delay, error.retry_after)  # never less than the backoff
         self.outage.note(error)
-        self._say_failed(batch, error, delay)
+        self._log_failure(head, error, delay)
         if error.status == _KAFKA_ERROR:
-            self._try_another_part(batch)
+            self._try_another_part(head)
         return delay
 
-    def _is_cause(self, batch: _Trial[_B]) -> bool:
-        """Return True if a 500 is about this batch: the server accepts others."""
-        if batch.accepted_before is None:
-            batch.accepted_before = self._accepted
-        return batch.was_suspect or self._accepted > batch.accepted_before
+    def _is_cause(self, head: _PendingBatch[_B]) -> bool:
+        """Return True if this batch causes a 500: another batch was accepted since."""
+        if head.accepted_before_500 is None:
+            head.accepted_before_500 = self._accepted
+        return head.was_suspect or self._accepted > head.accepted_before_500
 
-    def _try_another_part(self, batch: _Trial[_B]) -> None:
-        """Let the next attempt be of one event, or of the others after it."""
+    def _try_another_part(self, head: _PendingBatch[_B]) -> None:
+        """Make the next attempt with one event of the batch, or with the others."""
         pending = self._pending
-        if len(pending) > 1 and pending[1].accepted_before == batch.accepted_before:
+        is_split = (
+            len(pending) > 1
+            and pending[1].accepted_before_500 == head.accepted_before_500
+        )
+        if is_split:
             pending[0], pending[1] = pending[1], pending[0]
-        elif len(batch.events) > 1:
+        elif len(head.batch) > 1:
             pending.popleft()
-            for events in reversed(batch.events.split_at(1)):
-                part = _Trial(events)
-                part.failures = batch.failures
-                part.server_errors = batch.server_errors
-                part.accepted_before = batch.accepted_before
+            for events in reversed(head.batch.split_at(1)):
+                part = _PendingBatch(events)
+                part.failures = head.failures
+                part.server_errors = head.server_errors
+                part.accepted_before_500 = head.accepted_before_500
                 pending.appendleft(part)
 
-    def _refused(self, error: DeliveryError) -> float:
-        batch = self._pending.popleft()
-        if batch.refusal is None or batch.refusal[0] != error.status:
-            batch.refusal = (error.status, self._accepted)
-        if len(batch.events) > 1:
-            self._split(batch, error)
-        elif self._is_guilty(batch, error):
-            self._bury(batch.events, error)
+    def _handle_refusal(self, error: DeliveryError) -> float:
+        """Split the batch, or make its event a suspect or a dead letter."""
+        head = self._pending.popleft()
+        if head.first_refusal is None or head.first_refusal[0] != error.status:
+            head.first_refusal = (error.status, self._accepted)
+        if len(head.batch) > 1:
+            self._split(head, error)
+        elif self._is_refused_for_good(head, error):
+            self._log_refused_event(head.batch, error)
+            self._make_dead_letters(head.batch, error)
         else:
-            batch.failures += 1
-            batch.server_errors = 0
-            batch.was_suspect = True
-            self._suspects.append(batch)
+            head.failures += 1
+            head.server_errors = 0
+            head.was_suspect = True
+            self._suspects.append(head)
             self._refused_in_a_row += 1
         if self._refused_in_a_row:
             self.outage.note(error, refused=True)
@@ -295,69 +309,68 @@ class Sender(Generic[_B]):
             return 0.0  # the next event may be accepted
         delay = self._backoff(self._refused_in_a_row)
         logger.error(
-            "OpenMeter answered %s (%s) to every event tried, which may be a proxy "
-            "speaking; all are kept, next attempt in %.1f s",
+            "OpenMeter answered %s (%s) to every event tried, which may be the answer "
+            "of a proxy; all events are kept, next attempt in %.1f s",
             error.status, reason_of(error), delay,
         )  # fmt: skip
         return delay
 
-    def _is_guilty(self, batch: _Trial[_B], error: DeliveryError) -> bool:
-        """Return True if an event that is refused alone will never be accepted."""
-        status, accepted = batch.refusal or (None, self._accepted)
+    def _is_refused_for_good(
+        self, head: _PendingBatch[_B], error: DeliveryError
+    ) -> bool:
+        """Return True if OpenMeter will never accept this single event."""
+        status, accepted = head.first_refusal or (None, self._accepted)
         if self._accepted <= accepted:
             return False
-        if isinstance(error, Rejected) or batch.server_errors >= MAX_SERVER_ERRORS:
+        if isinstance(error, Rejected) or head.server_errors >= MAX_SERVER_ERRORS:
             return True
-        batch.blamed += 1
-        batch.refusal = (status, self._accepted)
-        return batch.blamed >= MAX_SERVER_ERRORS
+        head.lone_500s += 1
+        head.first_refusal = (status, self._accepted)
+        return head.lone_500s >= MAX_SERVER_ERRORS
 
-    def _split(self, batch: _Trial[_B], error: DeliveryError) -> None:
-        # A 5xx for a batch is too weak an evidence against each of its events.
-        refusal = batch.refusal if isinstance(error, Rejected) else None
-        for events in reversed(batch.events.split_at(len(batch.events) // 2)):
-            part = _Trial(events, refusal)
-            part.accepted_before = batch.accepted_before
+    def _split(self, head: _PendingBatch[_B], error: DeliveryError) -> None:
+        # A 5xx to a batch does not count as a refusal of each of its events.
+        is_refusal = isinstance(error, Rejected)
+        for events in reversed(head.batch.split_at(len(head.batch) // 2)):
+            part = _PendingBatch(events, head.first_refusal if is_refusal else None)
+            part.accepted_before_500 = head.accepted_before_500
             # In an outage the pauses do not become short again.
-            part.failures = batch.failures if refusal is None else 0
+            part.failures = 0 if is_refusal else head.failures
             self._pending.appendleft(part)
 
-    def _expired(self, error: DeliveryError) -> float:
-        """Set the batch aside: sent once more, it might be billed twice."""
-        events = self._pending.popleft().events
+    def _handle_expiry(self, error: DeliveryError) -> float:
+        """Make the batch dead letters: sent again, it might be billed twice."""
+        batch = self._pending.popleft().batch
         logger.error(
             "%s; its %d events are kept among the dead letters and not sent again",
-            error.reason, len(events),
+            error.reason, len(batch),
         )  # fmt: skip
-        self._set_aside(events, error)
+        self._make_dead_letters(batch, error)
         return 0.0
 
-    def _set_aside(self, events: _B, error: DeliveryError) -> None:
-        # Last of all: what a flush says is done has been logged and kept.
-        if self._keep_buried is not None:
-            for event in events:
-                self._keep_buried(event, error)
-        n = len(events)
-        self._counts.dead_lettered += n
-        self._done(events)
+    def _make_dead_letters(self, batch: _B, error: DeliveryError) -> None:
+        if self._keep_dead_letter is not None:
+            for event in batch:
+                self._keep_dead_letter(event, error)
+        self._counts.dead_lettered += len(batch)
+        self._done(batch)  # last: it lets a flush return
 
-    def _bury(self, events: _B, error: DeliveryError) -> None:
-        # The event comes first: each one is a line of its own, never thinned.
+    def _log_refused_event(self, batch: _B, error: DeliveryError) -> None:
+        # With the event as first argument, each line differs and none is suppressed.
         logger.error(
             "event %s is refused by OpenMeter for good (%s: %s) and not sent again; "
             "others are accepted; it is %s",
-            shortened(events[0]).decode(errors="replace"),
+            shortened(batch[0]).decode(errors="replace"),
             error.status, reason_of(error),
-            "kept among the dead letters" if self._keep_buried else
-            "nowhere but in this line",
+            "kept among the dead letters" if self._keep_dead_letter else
+            "kept only in this line",
         )  # fmt: skip
-        self._set_aside(events, error)
 
     def _backoff(self, failures: int) -> float:
-        """Full jitter: what failed together is not tried again together."""
+        """Return a random wait (full jitter): senders that fail together spread out."""
         return self._jitter(0, min(MAX_DELAY, FIRST_DELAY * 2 ** min(failures - 1, 10)))
 
-    def _say_ahead(self, events: int, wait: float, clock_ahead: float) -> None:
+    def _log_ahead(self, events: int, wait: float, clock_ahead: float) -> None:
         logger.error(
             "%s: %d events are dated %.0f s or more ahead of OpenMeter's time and are "
             "kept until they are less than half an hour ahead, in %.0f s; Kafka would "
@@ -367,25 +380,24 @@ class Sender(Generic[_B]):
             "ahead of" if clock_ahead > 0 else "behind",
         )  # fmt: skip
 
-    def _say_failed(
-        self, batch: _Trial[_B], error: DeliveryError, delay: float
+    def _log_failure(
+        self, head: _PendingBatch[_B], error: DeliveryError, delay: float
     ) -> None:
-        answer = f"answered {error.status}" if error.status else "did not answer"
         held = isinstance(error, Misconfigured)
         logger.log(
             logging.ERROR if held else logging.WARNING,
             "OpenMeter %s (%s); %d events and all behind them are kept%s, next attempt "
             "in %.1f s",
-            answer, reason_of(error), len(batch.events),
-            " until the key or the address is mended" if held else "", delay,
+            _status_of(error), reason_of(error), len(head.batch),
+            " until the key or the address is corrected" if held else "", delay,
         )  # fmt: skip
 
 
-#: The end of an outage is logged only if it lasted this many seconds.
-WORTH_TELLING = 5.0
+#: Minimum number of seconds of an outage whose end is logged.
+MIN_LOGGED_OUTAGE = 5.0
 
 
-class _Now(NamedTuple):
+class _State(NamedTuple):
     since: float
     code: str
     answer: str
@@ -401,62 +413,68 @@ class Outage:
     ) -> None:
         self._waiting = waiting
         self._clock = clock
-        self._now: _Now | None = None
+        #: None while OpenMeter accepts events.
+        self._state: _State | None = None
 
     def note(self, error: DeliveryError, *, refused: bool = False) -> None:
-        """Note an attempt that failed, or that all events are *refused*."""
+        """Record a failed attempt; *refused*: OpenMeter refuses every event."""
         code = "held" if isinstance(error, Misconfigured) else "unavailable"
-        since = self._now.since if self._now else self._clock()
-        self._now = _Now(since, "refused" if refused else code, answer_of(error))
+        since = self._state.since if self._state else self._clock()
+        self._state = _State(since, "refused" if refused else code, answer_of(error))
 
-    def is_over(self, delivered: int) -> None:
-        """Note that so many events were taken, of those that still count as waiting."""
-        now, self._now = self._now, None
-        if now is None:
+    def end(self, delivered: int) -> None:
+        """Record an accepted batch; its *delivered* events still count as waiting."""
+        state, self._state = self._state, None
+        if state is None:
             return
-        lasted = self._clock() - now.since
-        if lasted >= WORTH_TELLING:
+        lasted = self._clock() - state.since
+        if lasted >= MIN_LOGGED_OUTAGE:
             logger.warning(
-                "OpenMeter takes events again after %.0f s; delivered: %d, waiting and "
-                "following now: %d",
+                "OpenMeter accepts events again after %.0f s; %d events are delivered, "
+                "the %d that still wait follow now",
                 lasted, delivered, max(self._waiting() - delivered, 0), extra=log.OVER,
             )  # fmt: skip
 
     def forget(self) -> None:
-        """Note that nothing is known any more."""
-        self._now = None
+        """Forget the outage without a log line."""
+        self._state = None
 
     @property
     def answer(self) -> str | None:
-        """OpenMeter's reaction to the last attempt, None if it took the events."""
-        return self._now.answer if self._now else None
+        """OpenMeter's answer to the last attempt, None if it accepted the events."""
+        return self._state.answer if self._state else None
 
     @property
     def problem(self) -> Problem | None:
-        """The problem now, None if none is known."""
-        now = self._now
-        if now is None:
+        """The current problem, None without one."""
+        state = self._state
+        if state is None:
             return None
-        lasted = self._clock() - now.since
+        lasted = self._clock() - state.since
         return Problem(
-            now.code,
-            f"OpenMeter {now.answer} for {lasted:.0f} s now; {_NEXT[now.code]}",
+            state.code,
+            f"OpenMeter {state.answer} for {lasted:.0f} s now; "
+            f"{_CONSEQUENCES[state.code]}",
         )
 
 
-_NEXT = {
-    "held": "all events are kept until the key or the address is mended",
-    "unavailable": "all events are kept and tried again",
-    "refused": "that is every event tried, so it may be a proxy; all are kept",
+_CONSEQUENCES = {
+    "held": "all events are kept until the key or the address is corrected",
+    "unavailable": "all events are kept and sent again",
+    "refused": "it refuses every event, which may be the answer of a proxy; all events "
+    "are kept",
 }
 
 
 def answer_of(error: DeliveryError) -> str:
-    """Return what OpenMeter did."""
-    answer = f"answered {error.status}" if error.status else "did not answer"
-    return f"{answer} ({reason_of(error)})"
+    """Return a text of the status and the reason in OpenMeter's answer."""
+    return f"{_status_of(error)} ({reason_of(error)})"
+
+
+def _status_of(error: DeliveryError) -> str:
+    return f"answered {error.status}" if error.status else "did not answer"
 
 
 def reason_of(error: DeliveryError) -> str:
-    """Return what it said, or else what its status says."""
+    """Return the reason in OpenMeter's answer, or else the name of the status."""
     return error.reason or responses.get(error.status or 0, "no reason")

@@ -1,8 +1,8 @@
-"""The worker: takes batches from a source and has a sender deliver them.
+"""The worker: takes batches from a source and passes them to a sender.
 
-A put into the source wakes it, or it looks by itself. `Worker._deliver` is the loop:
-gather a batch, attempt to send it, pause. It runs in a thread of the worker's own, and
-where there is none in the thread that flushes or closes.
+`Worker._deliver` is the loop: gather a batch, attempt to send it, pause. It runs in a
+thread of the worker's own. Without such a thread, the thread that calls `flush` or
+`close` runs it. A new event wakes the worker, or the worker polls its source.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from openmeter_wsgi import log
@@ -29,40 +28,42 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: At exit attempts follow each other this closely: the deadline is near.
+#: Maximum number of seconds between two attempts at exit, where the deadline is near.
 CLOSING_DELAY = 0.5
-#: Seconds between two looks of a close whether the worker still delivers.
+#: Seconds between two checks of a close whether the worker still delivers.
 _JOIN_INTERVAL = 0.02
-#: Seconds of processor time that other threads get for each second of the worker: it
-#: takes a twentieth of a process that could use a whole core.
-_SHARE = 20
+#: Seconds of processor time that other threads get for each second of the worker: the
+#: worker takes about a twentieth of a process that could use a whole core.
+_OTHERS_SHARE = 20
+#: The wake threshold of a worker that waits for nothing.
 _NEVER = sys.maxsize
 _B = TypeVar("_B", bound=Batch)
 
 
 class Source(Generic[_B]):
-    """A place where events wait for the worker.
+    """The place where events wait for the worker.
 
-    A source has a length and a `take`. The rest are defaults: of a source that belongs
-    to this process alone, and that nobody has to look into for something new.
+    A subclass defines the length and `take`. The defaults of the other members fit a
+    source that only this process uses and that needs no polling.
     """
 
-    #: Seconds between two looks for new events. None: whoever puts wakes the worker,
-    #: and an idle one waits without a timeout.
+    #: Seconds between two polls for new events. None: a new event wakes the worker,
+    #: and an idle worker waits without a timeout.
     poll: float | None = None
 
     def __len__(self) -> int:
-        """Return how many events wait to be taken, as far as is known."""
+        """Return the known number of events that can be taken."""
         raise NotImplementedError
 
     def take(self, *, max_events: int, max_bytes: int) -> _B:
-        """Return the oldest events, as many as one batch may hold."""
+        """Remove and return the oldest events, at most those of one batch."""
         raise NotImplementedError
 
     def turn(self, *, wait: bool) -> AbstractContextManager[bool]:  # noqa: ARG002
-        """Take from the source within this context, if it yields True.
+        """Reserve the source for this process within the context.
 
-        With *wait* it may block until another process has stopped taking.
+        Yields False if another process has reserved it. With *wait* the call blocks
+        until that process gives it up.
         """
         return contextlib.nullcontext(True)
 
@@ -71,45 +72,45 @@ class Source(Generic[_B]):
         """True if the worker's thread waits for its turn."""
         return False
 
-    def look(self, *, last: bool) -> None:
-        """Look for new events; with *last* for every one."""
+    def refresh(self, *, everything: bool) -> None:
+        """Look for new events; with *everything* also where it looked a moment ago."""
 
-    def tell(self, answer: str | None, *, next_in: float) -> None:
-        """Tell others why events wait: the *answer*, None if OpenMeter took the batch.
+    def share_answer(self, answer: str | None, *, next_in: float) -> None:
+        """Show OpenMeter's *answer* to other processes, None if it took the batch.
 
         The next attempt is *next_in* seconds away.
         """
 
-    def wake_from(self, waiting: int) -> None:
-        """Have a put wake the worker from so many *waiting* events on."""
+    def set_wake_threshold(self, waiting: int) -> None:
+        """Set the number of *waiting* events at which a new event wakes the worker."""
 
     @property
     def due_in(self) -> float | None:
-        """The seconds until delayed events are due, None if there are none."""
+        """The seconds until delayed events are due, None without delayed events."""
         return None
 
     @property
     def is_ours(self) -> bool:
-        """True if this process may still take from it."""
+        """True if this process may still take events."""
         return True
 
     @property
-    def is_full(self) -> bool:
-        """True if a batch can be filled without more events."""
+    def has_full_batch(self) -> bool:
+        """True if the waiting events fill a batch."""
         return False
 
     @property
-    def is_pressed(self) -> bool:
-        """True if so much waits that soon there might be no room for more."""
+    def is_half_full(self) -> bool:
+        """True if the waiting events take half of the allowed bytes or more."""
         return False
 
 
 class Worker(Generic[_B]):
-    """Brings batches from a source to a sender until it is closed.
+    """The delivery loop between a source and a sender, and the thread that runs it.
 
-    Belongs to one process. Nothing runs before `start` or the first `wake`.
-    *exit_hook* closes the delivery when the process ends. *idle* is called when the
-    worker stops delivering.
+    Belongs to one process. The thread starts with `start` or the first `wake`.
+    *exit_hook* closes the delivery at the end of the process. *idle* is called whenever
+    the loop ends.
     """
 
     def __init__(
@@ -128,17 +129,22 @@ class Worker(Generic[_B]):
         self._batch_size = policy.batch_size
         self._flush_interval = policy.flush_interval
         self._wakeup = Wakeup()
-        #: True: send the waiting events without waiting for more.
+        #: True: send the waiting events without waiting for more events.
         self._hurried = False
         #: True: skip the next wait after a failure.
         self._retry_now = False
+        #: True: deliver all waiting events, then end.
         self._closing = False
+        #: True: end at once.
         self._stopping = False
+        #: True: the process ends, and no thread may start.
         self._exiting = False
-        self._released = False
-        #: Until when a calling thread delivers, None if the worker's own thread does.
-        self._until: float | None = None
+        #: True: end once no event waits.
+        self._ends_when_empty = False
+        #: The deadline of a calling thread that delivers, None in the worker's thread.
+        self._caller_deadline: float | None = None
         self._thread: threading.Thread | None = None
+        #: Held while a thread is started, and while a thread runs the loop.
         self._starting = threading.Lock()
         self._delivering = threading.Lock()
         self._pace = Pace()
@@ -147,20 +153,20 @@ class Worker(Generic[_B]):
 
     @property
     def is_running(self) -> bool:
-        """True if there is a thread."""
+        """True if the worker's thread exists."""
         return self._thread is not None
 
     def start(self) -> None:
         """Start the thread, unless it runs."""
         if self._exiting or sys.is_finalizing():
-            # A thread started now would not run, and its start() wait for it.
+            # A new thread would not run now, and its start() would block.
             logger.error(
                 "%s: the process is ending; events that come now are not delivered",
                 "shutdown",
             )
             return
-        # Not waited for: whoever holds it is starting the thread, perhaps this
-        # very one, interrupted by a finaliser.
+        # Never wait: the holder of the lock is starting the thread. It may be this very
+        # thread, interrupted by a finaliser.
         if not self._starting.acquire(blocking=False):
             return
         try:
@@ -169,46 +175,46 @@ class Worker(Generic[_B]):
                 self._thread = threading.Thread(
                     target=self._run, name="openmeter_wsgi.delivery", daemon=True
                 )
-                # Before the start, which may fail: then all waits for the exit.
+                # Before the start: if it fails, the exit hook delivers the events.
                 self._exit_hook.register(self)
                 self._thread.start()
         except RuntimeError as error:
-            # No more threads here, or the interpreter is shutting down.
+            # The limit of threads is reached, or the interpreter is shutting down.
             self._thread = None
             logger.error(
-                "%s: the delivery thread could not be started; events wait for "
-                "flush() or close()",
+                "%s: the delivery thread could not be started; all events are kept "
+                "until flush() or close() delivers them",
                 error,
             )
         finally:
             self._starting.release()
 
     def wake(self) -> None:
-        """Have the worker look at its source, starting it if it does not run."""
+        """Make the worker look at its source; start its thread if it does not run."""
         if self._thread is None:
             self.start()
         self._wakeup.set()
 
     def wake_if_running(self) -> None:
-        """Have a worker that runs try again what it waits to try again."""
+        """Make the worker look at its source, if its thread runs."""
         if self._thread is not None:
             self._wakeup.set()
 
     def hurry(self) -> None:
-        """Have what waits now delivered without waiting for more, or for a backoff."""
+        """Deliver the waiting events now, not after a full batch or a backoff."""
         self._hurried = self._retry_now = True
         self._wakeup.set()
 
     def finish(self, deadline: float) -> bool:
-        """Deliver what waits until *deadline* and end; say whether it has ended.
+        """Deliver the waiting events until *deadline*, end, and return True if ended.
 
-        A worker that waits for its turn has nothing to deliver and is left alone.
+        A worker that waits for its turn has nothing to deliver: it goes on waiting.
         """
         thread = self._thread
         self._closing = True
         self.hurry()
         if thread is None or not thread.is_alive():
-            self.deliver_here(max(deadline - time.monotonic(), 0))
+            self.deliver_in_this_thread(max(deadline - time.monotonic(), 0))
             return True
         while thread.is_alive() and not self._source.is_waiting:
             if (left := deadline - time.monotonic()) <= 0:
@@ -216,59 +222,59 @@ class Worker(Generic[_B]):
             thread.join(left if self._source.poll is None else _JOIN_INTERVAL)
         return True
 
-    def go_on(self) -> None:
-        """Deliver at the usual pace again, after a `finish` that was not in time."""
+    def reopen(self) -> None:
+        """Deliver at the usual pace again, after a `finish` that returned False."""
         self._closing = False
 
     def stop(self) -> None:
-        """End without delivering any more."""
+        """End, and leave the waiting events in the source."""
         self._stopping = True
         self._wakeup.set()
 
-    def release(self) -> None:
-        """End as soon as nothing waits: nobody holds the delivery any more."""
-        self._released = True
+    def end_when_empty(self) -> None:
+        """End once no event waits: the delivery is no longer used."""
+        self._ends_when_empty = True
         self._wakeup.set()
 
-    def end(self) -> None:
-        """Start no thread any more: the process is ending."""
+    def forbid_start(self) -> None:
+        """Start no thread from now on: the process is ending."""
         self._exiting = True
 
-    def deliver_here(self, timeout: float) -> None:
-        """Deliver in the calling thread, where no other can be had."""
+    def deliver_in_this_thread(self, timeout: float) -> None:
+        """Deliver in the calling thread: the worker has no thread of its own."""
         deadline = time.monotonic() + timeout
         try:
             with self._source.turn(wait=False) as is_ours:
                 if is_ours and self._delivering.acquire(timeout=timeout):
                     try:
-                        self._until = deadline
+                        self._caller_deadline = deadline
                         self._deliver()
                     finally:
-                        self._until = None
+                        self._caller_deadline = None
                         self._delivering.release()
         except OSError as error:
             logger.error(
-                "%s: nothing can be delivered now; all events stay in the spool",
+                "%s: no event can be delivered now; all events are kept in the spool",
                 error,
             )
 
     # -- The thread
 
     def _run(self) -> None:
-        """Deliver until closed. The thread's body."""
+        """Run the thread: deliver until the worker is closed."""
         try:
-            while not (self._take_turn() or self._stopping or self._released):
+            while not (self._take_turn() or self._stopping or self._ends_when_empty):
                 pass
         finally:
-            self._source.wake_from(1)
+            self._source.set_wake_threshold(1)
             self._exit_hook.unregister(self)
-            self._thread = None  # from here on a put starts another, at exit as well
+            self._thread = None  # from now on a new event starts another thread
         if len(self._source):
-            # Put after the last look, by one who still found this thread.
+            # They came after the last look, when `wake` still found this thread.
             self.wake()
 
     def _take_turn(self) -> bool:
-        """Deliver when it is this process's turn; say whether the thread is to end."""
+        """Deliver once this process has its turn; return True to end the thread."""
         try:
             with self._source.turn(wait=True) as is_ours:
                 if is_ours:
@@ -276,157 +282,165 @@ class Worker(Generic[_B]):
                         self._deliver()
         except OSError as error:
             logger.error(
-                "%s: no process can become the sender; events in the spool wait, "
-                "next try in %.0f s",
+                "%s: no process can become the sender; all events are kept in the "
+                "spool, next attempt in %.0f s",
                 error, MAX_DELAY,
             )  # fmt: skip
             self._pause(MAX_DELAY)
         except Exception:
-            logger.exception("%s: failed and starts again; all are kept", "delivery")
+            logger.exception(
+                "%s: failed and starts again; all events are kept", "delivery"
+            )
             self._pause(FIRST_DELAY)
         return self._closing
 
     def _deliver(self) -> None:
-        """Gather and send, batch after batch."""
+        """Gather and send batches until the turn of this process ends."""
         self._pace = Pace()
         try:
-            while not self._finished():
+            while not self._is_finished():
                 self._step()
         finally:
-            self._source.wake_from(1)
+            self._source.set_wake_threshold(1)
             self._idle()
 
     @property
-    def _is_hasty(self) -> bool:
-        """True if somebody waits for the end."""
-        return self._closing or self._until is not None
+    def _is_ending(self) -> bool:
+        """True if a caller waits for the delivery to end."""
+        return self._closing or self._caller_deadline is not None
 
-    def _finished(self) -> bool:
+    def _is_finished(self) -> bool:
+        """Return True if the loop must end."""
+        deadline = self._caller_deadline
         if not self._source.is_ours:
             return True
-        if self._until is None and (self._stopping or not self._closing):
-            return self._stopping or (self._released and not self._has_work())
-        if self._until is not None and time.monotonic() > self._until:
+        if deadline is None and (self._stopping or not self._closing):
+            return self._stopping or (self._ends_when_empty and not self._has_work())
+        if deadline is not None and time.monotonic() > deadline:
             return True
-        self._source.look(last=True)
-        # `finish` sets _hurried, so suspects get one more attempt.
+        self._source.refresh(everything=True)
+        # `finish` sets _hurried: one more `_gather` makes a last attempt with suspects.
         return not (len(self._source) or self._sender.busy or self._hurried)
 
     def _has_work(self) -> bool:
-        """Look whether anything waits, for a delivery that nobody holds any more."""
+        """Return True if the source or the sender has events."""
         sender = self._sender
-        self._source.look(last=True)
-        delays = self._source.due_in is not None
-        return bool(len(self._source) or sender.busy or sender.doubtful or delays)
+        self._source.refresh(everything=True)
+        delayed = self._source.due_in is not None
+        return bool(len(self._source) or sender.busy or sender.has_suspects or delayed)
 
     def _step(self) -> None:
         if not self._sender.busy:
             self._gather()
         if self._sender.busy and self._source.is_ours:
             delay = self._attempt()
-            self._source.tell(self._sender.outage.answer, next_in=delay)
+            self._source.share_answer(self._sender.outage.answer, next_in=delay)
             self._pause(max(delay, self._rest()))
 
     def _rest(self) -> float:
-        """Return the seconds to wait for the application's sake."""
+        """Return the seconds to leave the processor to the application."""
         rest = self._pace.rest()
-        spared = not (self._hurried or self._is_hasty or self._source.is_pressed)
-        return rest if spared else 0.0
+        is_urgent = self._hurried or self._is_ending or self._source.is_half_full
+        return 0.0 if is_urgent else rest
 
     def _attempt(self) -> float:
         try:
             return self._sender.attempt()
         except Exception as error:
-            # Of all that can happen here nothing may end the thread.
+            # No exception of an attempt may end the thread.
             logger.exception(
-                "%s: an attempt broke off; its events are kept", "delivery"
+                "%s: an attempt broke off; its events are kept and sent again",
+                "delivery",
             )
-            return self._sender.give_up_attempt(error)
+            return self._sender.note_broken_attempt(error)
 
     # -- Waiting
 
     def _gather(self) -> None:
-        """Wait for a batch: its size, or the flush interval after its first event."""
-        self._wait_for(1, self._until_others())
+        """Load a batch when it is full or its first event has waited long enough.
+
+        Without an event for a long time, load the suspects again.
+        """
+        self._wait_for(1, self._next_retry_in())
         if len(self._source):
             self._wait_for(self._batch_size, self._flush_interval)
         hurried, self._hurried = self._hurried, False
         self._retry_now = False  # an attempt follows
-        if events := self._source.take(
+        if batch := self._source.take(
             max_events=self._batch_size, max_bytes=MAX_BATCH_BYTES
         ):
-            self._sender.load(events)
+            self._sender.load(batch)
         else:
             self._sender.retry_suspects()
-        if hurried and (len(events) >= self._batch_size or len(self._source)):
-            self._hurried = True  # until all is taken that the flush found
+        if hurried and (len(batch) >= self._batch_size or len(self._source)):
+            self._hurried = True  # a flush continues until no event waits
 
-    def _until_others(self) -> float | None:
-        """Return the seconds until there is something else to try, None for never."""
-        waits = [MAX_DELAY] if self._sender.doubtful else []
+    def _next_retry_in(self) -> float | None:
+        """Return the seconds until suspects or delayed events are sent, or None."""
+        waits = [MAX_DELAY] if self._sender.has_suspects else []
         if (due_in := self._source.due_in) is not None:
             waits.append(due_in)
         return min(waits, default=None)
 
     def _wait_for(self, events: int, timeout: float | None) -> None:
-        """Wait for so many events, a flush or a close; for ever without a timeout.
+        """Wait for a number of *events*, a flush or a close; None: without a timeout.
 
-        An idle thread has no timeout: waking for nothing it would sooner or later
+        An idle thread has no timeout. If it woke from time to time, it would some day
         hold a lock at the moment of a fork.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._source.wake_from(events)
-        while not self._ready(events):
+        self._source.set_wake_threshold(events)
+        while not self._is_ready(events):
             self._wakeup.clear()
-            if self._ready(events):
-                break  # a set() before the clear() is seen no more
+            if self._is_ready(events):
+                break  # the event may have come before clear(), which forgets its set()
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 break
-            self._wakeup.wait(self._at_most(left))
-        self._source.wake_from(_NEVER)
+            self._wakeup.wait(self._limited_by_poll(left))
+        self._source.set_wake_threshold(_NEVER)
 
-    def _at_most(self, left: float | None) -> float | None:
-        poll = self._source.poll
-        if left is None or poll is None:
-            return poll if left is None else left
-        return min(left, poll)
+    def _limited_by_poll(self, seconds: float | None) -> float | None:
+        """Return the shorter of *seconds* and the poll interval; None: no limit."""
+        limits = [s for s in (seconds, self._source.poll) if s is not None]
+        return min(limits, default=None)
 
-    def _ready(self, events: int) -> bool:
-        hasty = self._is_hasty
-        self._source.look(last=hasty)
-        released = self._released and self._source.due_in is None
-        ends = hasty or self._stopping or released or not self._source.is_ours
-        return (
-            len(self._source) >= events or self._hurried or ends or self._source.is_full
-        )
+    def _is_ready(self, events: int) -> bool:
+        """Return True if the wait for a number of *events* is over."""
+        source, is_ending = self._source, self._is_ending
+        source.refresh(everything=is_ending)
+        may_end = self._ends_when_empty and source.due_in is None
+        must_end = is_ending or self._stopping or may_end or not source.is_ours
+        has_enough = len(source) >= events or self._hurried
+        return has_enough or must_end or source.has_full_batch
 
     def _pause(self, delay: float) -> None:
-        """Wait before the next attempt; a flush or a close cuts it short."""
-        if self._is_hasty:
+        """Wait before the next attempt; a flush or a close ends the wait."""
+        if self._is_ending:
             delay = min(delay, CLOSING_DELAY)
-        if self._until is not None:
-            delay = min(delay, self._until - time.monotonic())
+        if self._caller_deadline is not None:
+            delay = min(delay, self._caller_deadline - time.monotonic())
         if delay <= 0:
             return
         self._wakeup.clear()
         deadline = time.monotonic() + delay
         while not (self._retry_now or self._stopping):
-            before = time.monotonic()
-            at_most = self._at_most(max(deadline - before, 0)) or 0.0
-            self._wakeup.wait(at_most)
-            if time.monotonic() < before + at_most or time.monotonic() >= deadline:
-                break
-            self._source.look(last=False)  # who has died meanwhile, and left room
+            began = time.monotonic()
+            seconds = self._limited_by_poll(max(deadline - began, 0)) or 0.0
+            self._wakeup.wait(seconds)
+            now = time.monotonic()
+            if now < began + seconds or now >= deadline:
+                break  # woken early, or the time is over
+            # A spool deletes files of processes that have died, which makes room.
+            self._source.refresh(everything=False)
         self._retry_now = False
 
 
 class Pace:
-    """The rest of the worker after a batch. Belongs to its thread.
+    """A timer of the worker's rest after each batch. Belongs to the worker's thread.
 
-    It measures the processor time of the other threads. If they need almost none, or
-    had their share while the worker waited for the network or the disk, it does not
-    rest.
+    It measures the processor time of the other threads. There is no rest if they need
+    almost none, or had their share while the worker waited for the network or the disk.
     """
 
     def __init__(
@@ -442,41 +456,12 @@ class Pace:
         self._last: tuple[float, float, float] | None = None
 
     def rest(self) -> float:
-        """Return the seconds to rest now, after what was done since the last call."""
+        """Return the seconds to rest after the work since the last call."""
         now = (self._clock(), self._own(), self._process())
         last, self._last = self._last, now
         if last is None:
             return 0.0
         passed, own, process = (b - a for a, b in zip(last, now, strict=True))
         others = max(process - own, 0.0)
-        owed = max(_SHARE * own - others, 0.0)
+        owed = max(_OTHERS_SHARE * own - others, 0.0)
         return owed * min(others / passed, 1.0) if passed > 0 else 0.0
-
-
-class FirstRequestHooks:
-    """Calls that are made once in a process, when its first request is settled."""
-
-    def __init__(self) -> None:
-        self._calls: deque[Callable[[], None]] = deque()
-        #: Whether all calls have been made.
-        self.made: bool = True
-
-    def add(self, call: Callable[[], None]) -> None:
-        """Have *call* made, too."""
-        self._calls.append(call)
-        self.made = False
-
-    def make(self) -> None:
-        """Make the calls that were not made yet. Never raises an Exception."""
-        self.made = True
-        while True:
-            try:
-                call = self._calls.popleft()
-            except IndexError:
-                return
-            try:
-                call()
-            except Exception:
-                logger.exception(
-                    "%s: a hook failed; the request goes on without it", "first request"
-                )

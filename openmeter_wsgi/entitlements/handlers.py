@@ -16,7 +16,7 @@ from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
 from openmeter_wsgi.entitlements.decision import no_answer_decision
-from openmeter_wsgi.request import bill_nothing, billing_of, environ_of, method_of
+from openmeter_wsgi.request import billing_of, environ_of, mark_denied, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -239,7 +239,7 @@ def require_entitlements(
     _, gate = _gate(request)
     if decision.allowed or gate is None or not gate.policy.enforce:
         return decision
-    bill_nothing(request)
+    mark_denied(request)
     raise EntitlementDenied(decision, DeniedResponse(decision, gate.policy))
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from openmeter_wsgi.options import unaddressable
+from openmeter_wsgi.options import invalid_feature_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
     """
     if len(features) == 1:
         return [Question(customer, (features[0],))]
-    refused = unaddressable(features)
+    refused = invalid_feature_keys(features)
     valid = tuple(feature for feature in features if feature not in refused)
     alone = [Question(customer, (feature,)) for feature in refused]
     return [Question(customer, valid), *alone] if valid else alone

@@ -513,7 +513,7 @@ _ID_TTL = 600.0
 def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     """Return a client for *policy*'s server and API version."""
     url = _questions_url(policy)
-    key = policy.questions_key
+    key = policy.entitlements_key
     if policy.api_flavor == "v3":
         return ClientV3(url=url, key=key, timeout=timeout)
     return ClientV1(url=url, key=key, timeout=timeout)
@@ -532,7 +532,7 @@ def _scope(policy: Policy) -> str:
     :raises StoreAway: if the key cannot be read now.
     """
     try:
-        key = policy.questions_key.current()
+        key = policy.entitlements_key.current()
     except ValueError as error:
         raise StoreAway(f"the API key cannot be read: {error}") from error
     url_and_key = f"{_questions_url(policy)}\0{key or ''}"
@@ -605,7 +605,7 @@ def entitlement_service(
         visibility=visibility,
         shows_periods=any(
             each.usage_headers
-            for each in (policy, *(own for _, own in policy.of_routes))
+            for each in (policy, *(own for _, own in policy.route_policies))
             if each is not None
         ),
     )

@@ -96,7 +96,7 @@ class EventList:
 def event_list(policy: Policy, timeout: float) -> EventList:
     """Return the list of the server that answers questions about entitlements."""
     url = policy.entitlements_url or policy.api_url
-    return EventList(url=url, key=policy.questions_key, timeout=timeout)
+    return EventList(url=url, key=policy.entitlements_key, timeout=timeout)
 
 
 class Sending(Protocol):

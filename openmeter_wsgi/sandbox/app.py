@@ -1,4 +1,8 @@
-"""The sandbox as a WSGI application, only for programs of this machine."""
+"""The WSGI application of the sandbox.
+
+It answers only programs of this machine: it refuses requests that the pages of other
+sites make in a browser, because such pages could otherwise read and change its data.
+"""
 
 from __future__ import annotations
 
@@ -59,17 +63,17 @@ HEADERS = {
 
 
 def control_access(app: Flask, bound: str) -> None:
-    """Refuse requests with a foreign ``Host``, and those of other sites' pages."""
+    """Refuse requests with another site's ``Host``, or from pages of other sites."""
 
     @app.before_request
     def check() -> None:
         host = request.headers.get("Host", "")
         if not is_allowed(host, bound):
-            # DNS rebinding: the name of another site that points at this machine.
+            # DNS rebinding: the name of another site resolves to this machine.
             raise Problem(403, f"host {host!r} is not a name of this sandbox")
         if request.method not in ("GET", "HEAD") and _is_foreign(host):
             raise Problem(403, "requests from pages of other sites are refused")
-        # OpenMeter knows neither for any of its routes.
+        # No route of OpenMeter supports these methods.
         if request.url_rule is not None and request.method in ("HEAD", "OPTIONS"):
             raise Problem(405)
 
@@ -78,13 +82,16 @@ def control_access(app: Flask, bound: str) -> None:
         response.headers.update(HEADERS)
         response.headers.setdefault("Cache-Control", "no-store")
         if response.status_code in (202, 204):
-            # An answer without content has no type either.
+            # A response without content has no content type.
             del response.headers["Content-Type"]
         return response
 
 
 def is_allowed(host: str, bound: str) -> bool:
-    """Return True if a Host header can only mean this sandbox."""
+    """Return True if the header ``Host`` can only name this sandbox.
+
+    :param bound: the address or name on which the sandbox listens.
+    """
     name = _name(host)
     if name is None:
         return False
@@ -93,8 +100,8 @@ def is_allowed(host: str, bound: str) -> bool:
     address = _address(name)
     if _is_loopback(bound):
         return address is not None and address.is_loopback
-    # Reachable from other machines: under any address, and under names without a
-    # dot (a container's), which no foreign site can own.
+    # The sandbox is reachable from other machines: allow any IP address, and names
+    # without a dot (of containers), which no other site can own.
     return address is not None or "." not in name
 
 
@@ -126,17 +133,17 @@ def _is_foreign(host: str) -> bool:
 
 
 class _Key(BaseConverter):
-    """A part of a path that may hold any character, a slash as ``%2F``.
+    """A URL converter for a path segment that may contain an encoded slash.
 
-    The server leaves ``%2F`` and ``%25`` encoded, so that a slash within a key does not
-    separate two parts.
+    The server leaves ``%2F`` and ``%25`` encoded, so that a slash in a key does not
+    separate two segments. This converter decodes them.
     """
 
     def to_python(self, value: str) -> str:
         return unquote(value)
 
 
-#: Paths of OpenMeter that the sandbox does not offer, by their beginning.
+#: Prefixes of OpenMeter's paths that the sandbox does not offer.
 NOT_OFFERED = (
     "/api/v1/<any(addons, apps, billing, debug, entitlements, grants, info):family>",
     "/api/v1/<any(marketplace, notification, plans, portal, stripe):family>",
@@ -152,26 +159,26 @@ NOT_OFFERED = (
 )
 
 
-def _refuse_the_rest(app: Flask) -> None:
-    """Answer 501 to calls that OpenMeter has and the sandbox does not offer."""
+def _refuse_not_offered(app: Flask) -> None:
+    """Add routes to *app* that answer 501 to the paths in `NOT_OFFERED`."""
 
     def refuse(**_: str) -> Response:
         detail = f"the sandbox does not offer {request.method} {request.path}"
         raise Problem(501, detail)
 
     for rule in NOT_OFFERED:
-        for form in (rule, f"{rule}/<path:rest>"):
+        for path in (rule, f"{rule}/<path:rest>"):
             app.add_url_rule(
-                form,
+                path,
                 "not_offered",
                 refuse,
                 methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             )
 
 
-def create_app(here: Context, *, host: str) -> Flask:
-    """Return the application that serves *here* at the address *host*."""
-    # No static folder: the page's few files are routes of their own.
+def create_app(context: Context, *, host: str) -> Flask:
+    """Return the application for *context*, of a sandbox that listens on *host*."""
+    # No static folder: the dashboard has a route for the files of the page.
     app = Flask("openmeter_wsgi.sandbox", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.json.compact = True  # type: ignore[attr-defined]
@@ -179,15 +186,15 @@ def create_app(here: Context, *, host: str) -> Flask:
     app.url_map.converters["default"] = _Key
     control_access(app, host)
     validation.install(app)
-    app.extensions[KEY] = here
+    app.extensions[KEY] = context
     for routes in ROUTES:
         app.register_blueprint(routes)
-    _refuse_the_rest(app)
+    _refuse_not_offered(app)
     return app
 
 
 def create_context(store: Store, faults: Faults) -> Context:
-    """Return the context of a sandbox that keeps everything in *store*."""
+    """Return the context of a sandbox that keeps all data in *store*."""
     meters = Resources(store, "meter", key="slug")
     features = Resources(store, "feature")
     customers, entitlements = Customers(store), Entitlements(store)

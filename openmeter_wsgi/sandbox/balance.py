@@ -1,4 +1,9 @@
-"""The balance of an entitlement: grants, burnt down by usage, period after period."""
+"""The balance of an entitlement: its grants minus its usage.
+
+`burn_down` computes it from the beginning: for each usage period, grants are renewed
+or roll over, and usage *burns* them in the order of their priority. Usage that no grant
+covers is *overage*.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +25,19 @@ _ISO = re.compile(
     re.ASCII,
 )
 _SECONDS = {"weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60}
-#: OpenMeter meters by the minute, and lets no usage period be shorter than this.
+#: Minimum length of a usage period in OpenMeter, in seconds.
 SHORTEST = 3600
+#: Seconds of the longest month.
 _MONTH = 31 * 86_400
-#: After all times, in Unix seconds.
+#: A time after all others, in Unix seconds.
 NEVER = 2**40
-#: A thousand years; later dates are not supported.
+#: Maximum length of an interval in months: a thousand years.
 _LONGEST = 12_000
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A length of time, of which months are not always equally long."""
+    """A length of time; its months have the length of calendar months."""
 
     months: int
     seconds: int
@@ -42,31 +48,31 @@ class Interval:
 
     @property
     def longest(self) -> int:
-        """The most seconds that one interval can last."""
+        """The maximum length of the interval in seconds."""
         return self.months * _MONTH + self.seconds
 
 
 def _add_months(moment: int, months: int) -> int:
-    """Return the same day some months on; the last of a month that is too short."""
+    """Return *moment* some months later; the last day of a month that is too short."""
     if not months:
         return moment
     date = datetime.fromtimestamp(moment, UTC)
     years, month = divmod(date.month - 1 + months, 12)
     year = date.year + years
-    if not 1 <= year <= 9999:  # the years that Python knows
+    if not 1 <= year <= 9999:  # the range of Python's datetime
         return NEVER if years > 0 else -NEVER
     day = min(date.day, calendar.monthrange(year, month + 1)[1])
     return int(date.replace(year=year, month=month + 1, day=day).timestamp())
 
 
 def parse_interval(text: str) -> Interval:
-    """Return the interval *text*, a name or an ISO 8601 duration, or answer 400."""
-    found = _ISO.fullmatch(_NAMES.get(text, text))
-    if found is None and "." in text:
+    """Parse *text*, a name or an ISO 8601 duration; answer 400 if it is invalid."""
+    match = _ISO.fullmatch(_NAMES.get(text, text))
+    if match is None and "." in text:
         raise Problem(501, f"the sandbox takes no fractions of a period: {text!r}")
-    if found is None:
+    if match is None:
         raise Problem(400, f"failed to map interval: cannot parse period {text!r}")
-    parts = {k: int(v) for k, v in found.groupdict("0").items()}
+    parts = {k: int(v) for k, v in match.groupdict("0").items()}
     seconds = sum(parts[name] * length for name, length in _SECONDS.items())
     months = parts["years"] * 12 + parts["months"]
     if months + seconds / _MONTH > _LONGEST:
@@ -75,7 +81,7 @@ def parse_interval(text: str) -> Interval:
 
 
 def recurring(period: dict[str, Any], now: float) -> dict[str, Any]:
-    """Return the usage period that a client asked for as OpenMeter answers it."""
+    """Return the usage period of a request in the form of OpenMeter's responses."""
     text = period["interval"]
     interval = parse_interval(text)
     if interval.longest < SHORTEST:
@@ -91,27 +97,27 @@ def recurring(period: dict[str, Any], now: float) -> dict[str, Any]:
 
 
 def whole_minute(moment: float) -> int:
-    """Return the start of the minute of *moment*: OpenMeter's resolution."""
+    """Round *moment* down to a minute, which is OpenMeter's resolution."""
     return int(moment // 60) * 60
 
 
 @dataclass(frozen=True, slots=True)
 class Recurrence:
-    """The moments an interval apart, before and after an anchor in Unix seconds."""
+    """The boundaries of periods: one interval apart, before and after the anchor."""
 
     anchor: int
     interval: Interval
 
     def start(self, moment: float) -> int:
-        """Return the last of the moments that is not after *moment*."""
+        """Return the last boundary that is not after *moment*."""
         return self._boundary(self._index(moment))
 
     def end(self, moment: float) -> int:
-        """Return the first of the moments that is after *moment*."""
+        """Return the first boundary after *moment*."""
         return self._boundary(self._index(moment) + 1)
 
     def between(self, after: float, until: float) -> list[int]:
-        """Return the moments after *after*, up to and including *until*."""
+        """Return the boundaries after *after*, up to and including *until*."""
         moments = []
         index = self._index(after) + 1
         while (moment := self._boundary(index)) <= until:
@@ -124,8 +130,8 @@ class Recurrence:
 
     def _index(self, moment: float) -> int:
         """Return the index of the last boundary that is not after *moment*."""
-        # Months are shorter than their longest: the guess is at most a little early
-        # after the anchor, and a little late before it.
+        # The first guess takes all months to be 31 days long. So it is too early after
+        # the anchor and too late before it, by a few boundaries.
         index = int((moment - self.anchor) // self.interval.longest)
         while self._boundary(index) > moment:
             index -= 1
@@ -134,19 +140,19 @@ class Recurrence:
         return index
 
 
-#: The usage between two edges.
+#: A function that returns the usage between two edges.
 Usage = Callable[[Edge, Edge], float]
 
 
 class Period(NamedTuple):
-    """One usage period; the current one ends at the time of the balance."""
+    """A usage period. The current period ends at the time of the balance."""
 
     start: Edge
     end: Edge
-    #: True if the overage of the period before is carried over.
+    #: True if the overage of the previous period is carried over.
     preserve: bool
-    #: The number of resets by hand before it: usage before a reset does not burn a
-    #: grant made after it, even within a second.
+    #: The number of manual resets before the period. A grant has an epoch too: usage
+    #: before a reset does not burn a grant made after it, even in the same second.
     epoch: int
 
 
@@ -170,12 +176,12 @@ class Balance:
 
 
 def periods(entitlement: Document, at: float, until: int) -> list[Period]:
-    """Return all periods that have begun by *at*; the last one goes to *until*."""
-    own = entitlement["_"]
+    """Return all periods that began at or before *at*; the last ends at *until*."""
+    data = entitlement["_"]
     interval = parse_interval(entitlement["usagePeriod"]["intervalISO"])
     preserve = entitlement["preserveOverageAtReset"]
-    first = {"edge": own["measureFrom"], "anchor": own["anchor"], "preserve": False}
-    resets = [first, *own["resets"]]
+    first = {"edge": data["measureFrom"], "anchor": data["anchor"], "preserve": False}
+    resets = [first, *data["resets"]]
     resets = [reset for reset in resets if reset["edge"][0] <= at or reset is first]
     starts: list[tuple[Edge, bool, int]] = []
     for epoch, reset in enumerate(resets):
@@ -194,48 +200,47 @@ def periods(entitlement: Document, at: float, until: int) -> list[Period]:
 
 
 def current_period(entitlement: Document, at: float) -> tuple[int, int]:
-    """Return the start and the end of the period of *at*, in Unix seconds."""
+    """Return the start and the end of the period that contains *at*."""
     start = periods(entitlement, at, math.ceil(at))[-1].start.time
-    own = entitlement["_"]
-    anchors = [r["anchor"] for r in own["resets"] if r["edge"][0] <= at]
+    data = entitlement["_"]
+    anchors = [r["anchor"] for r in data["resets"] if r["edge"][0] <= at]
     interval = parse_interval(entitlement["usagePeriod"]["intervalISO"])
-    anchor = anchors[-1] if anchors else own["anchor"]
+    anchor = anchors[-1] if anchors else data["anchor"]
     return start, Recurrence(anchor, interval).end(max(at, start))
 
 
 def burn_down(entitlement: Document, at: float, until: int, usage: Usage) -> Balance:
-    """Return the balance of *at*.
+    """Return the balance at the time *at*.
 
-    :param until: the end of the minute of *at*, whose usage counts as a whole.
+    :param until: the end of the current minute, up to which usage counts.
     """
     grants = [_Grant(document) for document in entitlement["_"]["grants"]]
-    # The order in which they are used up: priority, then the first to expire, then
-    # the first that was made.
+    # Grants are burnt by priority, then by expiry, then by creation (a stable sort).
     grants.sort(key=lambda grant: (grant.priority, grant.expires))
     balance = Balance(Edge(0))
     for period in periods(entitlement, at, until):
-        balance = _begin(balance, period, grants)
-        _run(balance, period, grants, at, usage)
+        balance = _start_period(balance, period, grants)
+        _burn_period(balance, period, grants, at, usage)
     return balance
 
 
 class _Grant:
-    """A grant, with its times in Unix seconds."""
+    """A parsed grant: times are Unix seconds, missing members have their defaults."""
 
     def __init__(self, document: Document) -> None:
         self.id = document["id"]
         self.amount = float(document["amount"])
         self.priority = document.get("priority", 1)
         self.epoch = document["_"]["epoch"]
-        self.least = document["minRolloverAmount"]
-        self.most = document["maxRolloverAmount"]
+        self.min_rollover = document["minRolloverAmount"]
+        self.max_rollover = document["maxRolloverAmount"]
         self.effective = parse_time(document["effectiveAt"])
         expires = document.get("expiresAt")
         self.expires = parse_time(expires) if expires else math.inf
         self._recurs = document.get("recurrence")
 
     def renewals(self, after: int, until: float) -> list[int]:
-        """Return the times at which the grant is renewed, the first time included."""
+        """Return the times of its start and renewals, in the range (after, until]."""
         until = min(until, self.expires - 1)
         moments = [self.effective] if after < self.effective <= until else []
         if self._recurs:
@@ -245,14 +250,14 @@ class _Grant:
         return moments
 
 
-def _begin(before: Balance, period: Period, grants: list[_Grant]) -> Balance:
-    """Return the balance at the start of *period*: grants roll over."""
+def _start_period(before: Balance, period: Period, grants: list[_Grant]) -> Balance:
+    """Return the balance at the start of *period*, after the rollover of grants."""
     balance = Balance(period.start)
     now = period.start.time
     for grant in grants:
         if grant.id in before.grants and now < grant.expires:
-            left = max(before.grants[grant.id], grant.least)
-            balance.grants[grant.id] = min(left, grant.most)
+            left = max(before.grants[grant.id], grant.min_rollover)
+            balance.grants[grant.id] = min(left, grant.max_rollover)
         elif grant.epoch <= period.epoch and grant.effective <= now < grant.expires:
             balance.grants[grant.id] = grant.amount
     if period.preserve:
@@ -260,18 +265,18 @@ def _begin(before: Balance, period: Period, grants: list[_Grant]) -> Balance:
     return balance
 
 
-def _run(
+def _burn_period(
     balance: Balance, period: Period, grants: list[_Grant], at: float, usage: Usage
 ) -> None:
-    """Burn the usage of *period*, change after change of the grants."""
+    """Burn the usage of *period*, in spans between the changes of the grants."""
     start = period.start.time
     last = min(at, period.end.time - 1)
-    # A reset by hand ends a period within a second: what was granted earlier in that
-    # second is of the period before.
-    with_end = min(at, period.end.time) if period.end.seq else last
+    # A manual reset ends a period within a second: a grant made earlier in that second
+    # belongs to the ended period.
+    last_with_end = min(at, period.end.time) if period.end.seq else last
     renewals = {
         grant.id: grant.renewals(
-            start, with_end if grant.epoch <= period.epoch else last
+            start, last_with_end if grant.epoch <= period.epoch else last
         )
         for grant in grants
     }
@@ -291,12 +296,12 @@ def _burn_until(
     balance: Balance, end: Edge, grants: list[_Grant], usage: Usage
 ) -> None:
     used = usage(balance.start, end)
-    # The overage comes first: a new grant covers it.
-    owed, balance.overage = balance.overage, 0.0
-    # A meter of the latest value can fall; what is burnt stays burnt.
+    # The overage is burnt again with the new usage: a new grant may cover it.
+    overage, balance.overage = balance.overage, 0.0
+    # The usage of a LATEST meter can decrease; burnt grants are not restored.
     added = max(0.0, used - balance.usage)
     balance.usage = used
-    _burn(balance, owed + added, grants)
+    _burn(balance, overage + added, grants)
 
 
 def _burn(balance: Balance, amount: float, grants: list[_Grant]) -> None:

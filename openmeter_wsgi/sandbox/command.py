@@ -1,4 +1,4 @@
-"""``openmeter-wsgi sandbox``."""
+"""The command ``openmeter-wsgi sandbox``."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     _ParamType: TypeAlias = click.ParamType[tuple[tuple[str, ...], dict[str, Any]]]
 else:
-    _ParamType = click.ParamType  # no generic class before 8.2
+    _ParamType = click.ParamType  # not generic before click 8.2
 
 
 class FaultType(_ParamType):
-    """``WHERE:FAULT[=VALUE]``: groups of requests, and one setting for them."""
+    """The type of ``--fault``: ``WHERE:FAULT[=VALUE]``."""
 
     name = "WHERE:FAULT"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """Return the groups that *value* names, and their changed setting."""
+        """Return the groups of requests that *value* names, and the setting."""
         where, _, rest = str(value).partition(":")
         fault, equals, text = rest.partition("=")
         groups = GROUPS if where == "both" else (where,)
@@ -43,7 +43,7 @@ class FaultType(_ParamType):
             self.fail(_expected(value), param, ctx)
         name = fault.replace("-", "_")
         try:
-            setting = {name: _read(name, text) if equals else _FULL[name]}
+            setting = {name: _read(name, text) if equals else _DEFAULTS[name]}
             Settings(**setting)
         except (KeyError, ValueError) as error:
             reason = "it needs a value" if isinstance(error, KeyError) else str(error)
@@ -51,8 +51,8 @@ class FaultType(_ParamType):
         return groups, setting
 
 
-#: The values of faults that are named without one.
-_FULL: dict[str, Any] = {
+#: The values of faults that are given without a value.
+_DEFAULTS: dict[str, Any] = {
     "outage": True, "forget": True, "claim": True, "fail_rate": 1.0, "denied": 401,
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ _FULL: dict[str, Any] = {
 def _read(name: str, text: str) -> Any:
     if name.startswith("refused"):
         return text
-    if _FULL.get(name) is True:
+    if _DEFAULTS.get(name) is True:
         raise ValueError(f"{name} has no value")
     return int(text) if name == "denied" else float(text)
 
@@ -79,17 +79,17 @@ Exit codes:
 
 
 @click.command("sandbox", epilog=_EXIT_CODES, context_settings={"show_default": True})
-@click.option("--host", default="127.0.0.1", help="Address.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option(
     "--port",
     default=8888,
     type=click.IntRange(0, 65535),
-    help="Port; 0 chooses a free one.",
+    help="Port to listen on; 0 chooses a free port.",
 )
 @click.option(
     "--database",
     type=click.Path(dir_okay=False),
-    help="SQLite file to keep events and meters in.  [default: a temporary one]",
+    help="SQLite file for all data.  [default: a temporary file]",
 )
 @click.option(
     "--dedupe/--no-dedupe",
@@ -100,7 +100,7 @@ Exit codes:
     "--fail-rate",
     default=0.0,
     type=click.FloatRange(0, 1),
-    help="Share of ingest requests answered with 500, half of them after storing.",
+    help="Share of ingest requests that get 500, half of them after storing.",
 )
 @click.option(
     "--visible-after",
@@ -113,17 +113,18 @@ Exit codes:
     "faults",
     multiple=True,
     type=FaultType(),
-    help="A fault of ingest, entitlements or both: latency=2, fail-rate=0.1, hang=30,"
-    " byte-delay=0.01, outage, retry-after=5, denied=401; of ingest also forget, claim,"
-    " refused-type=T, refused-subject=S. May be repeated: --fault ingest:outage.",
+    help="A fault of ingest, entitlements or both, such as ingest:outage or"
+    " both:latency=2. Faults: latency=2, fail-rate=0.1, hang=30, byte-delay=0.01,"
+    " outage, retry-after=5, denied=401; only of ingest: forget, claim,"
+    " refused-type=T, refused-subject=S. May be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the URL as JSON.")
 def command(
     host: str, port: int, faults: tuple[Any, ...], as_json: bool, **options: Any
 ) -> None:
     """Serve OpenMeter's API on this machine, with a page that shows the usage.
 
-    For development and tests: point your application at the address it prints.
+    For development and tests. Set api_url of your application to the printed URL.
     """
     console = Console(markup=False, highlight=False, soft_wrap=True)
     with _stop_signals() as stopped:
@@ -139,8 +140,8 @@ def command(
             for group in groups:
                 getattr(sandbox.faults, group).set(**setting)
         with sandbox:
-            said = f"OpenMeter sandbox listens on {sandbox.url}"
-            console.print(json.dumps({"url": sandbox.url}) if as_json else said)
+            sentence = f"OpenMeter sandbox listens on {sandbox.url}"
+            console.print(json.dumps({"url": sandbox.url}) if as_json else sentence)
             console.file.flush()
             stopped.wait()
 
@@ -162,8 +163,8 @@ def _stop_signals() -> Iterator[threading.Event]:
 
 def _explain(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} is in use; choose another with --port (0: any free one)"
+        return f"port {port} is in use; choose another with --port (0: any free port)"
     reason = error.strerror or str(error)
     if error.errno == errno.EACCES:
-        return f"port {port}: {reason}; choose another with --port (0: any free one)"
+        return f"port {port}: {reason}; choose another with --port (0: any free port)"
     return f"cannot listen on {host}:{port}: {reason}"

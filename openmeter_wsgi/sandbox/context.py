@@ -1,4 +1,4 @@
-"""The context that the routes of one sandbox share, and its counts."""
+"""The objects that all routes of one sandbox share: `Context`, and its counters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.faults import Faults, GroupFaults
     from openmeter_wsgi.sandbox.store import Customers, Resources, Store
 
-#: Reasons may quote the client; they must not fill the memory.
+# Reasons may quote the client, so their number and length must be limited.
+#: Maximum number of different reasons that are counted.
 MAX_REASONS = 50
+#: Maximum number of characters of a reason.
 MAX_REASON = 300
 
 
 class Tally:
-    """Counts of requests and events, by outcome. Any thread."""
+    """Counters of requests and events, by outcome. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -47,7 +49,7 @@ class Tally:
             self._refusals[reason] += 1
 
     def counts(self) -> dict[str, int]:
-        """Return the counts; see the keys."""
+        """Return all counts by name."""
         names = ("requests", "received", "stored", "duplicates", "dropped", "refused",
                  "failed")  # fmt: skip
         with self._lock:
@@ -63,10 +65,10 @@ class Tally:
 
 
 class Question(NamedTuple):
-    """One request for an entitlement, as it was made."""
+    """A request for an entitlement or its value."""
 
-    #: ``subject_value`` and ``value`` of the v1 API, ``value_v2``, ``access``, and
-    #: ``entitlement`` and ``entitlements`` for the objects themselves.
+    #: For values ``subject_value`` and ``value`` (v1 API), ``value_v2``, ``access`` and
+    #: ``access_v3``; for entitlements ``entitlement`` and ``entitlements``.
     kind: str
     #: The customer or subject in the path.
     customer: str
@@ -75,7 +77,10 @@ class Question(NamedTuple):
 
 
 class Questions:
-    """Counts of requests for entitlements, by arrival. Any thread."""
+    """Counters of requests for entitlements. Thread-safe.
+
+    A request is counted when it arrives, before it is answered.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -93,12 +98,12 @@ class Questions:
             return self._counts.copy()
 
     def count(self, **which: str | None) -> int:
-        """Return the number of questions of the kind, customer and feature."""
+        """Return the number of questions with the given kind, customer and feature."""
         with self._changed:
             return self._count(which)
 
     def wait(self, count: int, timeout: float, **which: str | None) -> bool:
-        """Return True once *count* of them came, False after *timeout* seconds."""
+        """Wait for *count* such questions; return False after *timeout* seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._count(which) >= count, timeout)
 
@@ -116,13 +121,13 @@ class Questions:
             self._counts.clear()
 
 
-#: The name of the context among the extensions of an application.
+#: The key of the context in the extensions of a Flask application.
 KEY = "openmeter_wsgi.sandbox"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """The objects that all requests to one sandbox share. Any thread."""
+    """The objects that all requests to one sandbox share. Thread-safe."""
 
     store: Store
     tally: Tally
@@ -137,38 +142,42 @@ class Context:
     granting: Granting
 
 
-def context() -> Context:
+def current_context() -> Context:
     """Return the context of the sandbox that serves the current request."""
     return cast("Context", current_app.extensions[KEY])
 
 
-#: A list in the environ for the callable that waits between two bytes of the answer.
+#: The environ key of a list of callables; the server calls them after each byte that
+#: it sends.
 PAUSES = "openmeter_wsgi.sandbox.pauses"
 
 
 def delay(faults: GroupFaults) -> None:
-    """Delay the answer of the current request, or send it byte by byte, if set."""
+    """Delay the response of the current request as *faults* demand.
+
+    If a delay of each byte is set, the server applies it when it sends the response.
+    """
     faults.delay()
     if faults.settings.byte_delay:
         request.environ[PAUSES].append(faults.pause)
 
 
 def question(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a route: count its requests, apply the faults of entitlements."""
+    """Decorate a route: count its requests and apply the faults of entitlements."""
 
     def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(view)
         def answer(**kwargs: str) -> Any:
-            here = context()
-            who = kwargs.get("customer") or kwargs["subject"]
-            here.questions.add(Question(kind, who, kwargs.get("feature")))
+            context = current_context()
+            customer = kwargs.get("customer") or kwargs["subject"]
+            context.questions.add(Question(kind, customer, kwargs.get("feature")))
             try:
-                here.faults.entitlements.check()
-                if here.faults.entitlements.draw() is not None:
+                context.faults.entitlements.check()
+                if context.faults.entitlements.draw() is not None:
                     raise Problem(500)
                 return view(**kwargs)
             finally:
-                delay(here.faults.entitlements)
+                delay(context.faults.entitlements)
 
         return answer
 

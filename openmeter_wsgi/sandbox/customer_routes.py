@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
 from openmeter_wsgi.sandbox.validation import (
     JSON,
@@ -58,7 +58,7 @@ SUBJECT = shape(
     metadata={"type": "object", "nullable": True},
     stripeCustomerId=TEXT | {"nullable": True},
 )
-#: A feature is a running total: averages and extremes are none.
+#: The aggregations of meters that a feature can have.
 FEATURE_AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "LATEST")
 
 customers: Final = Blueprint("customers", __name__, url_prefix="/api/v1/customers")
@@ -67,43 +67,43 @@ customers: Final = Blueprint("customers", __name__, url_prefix="/api/v1/customer
 @customers.post("")
 def _create_customer() -> tuple[Response, int]:
     customer = _read_customer()
-    _check_subjects(customer, context().customers.all())
-    created = context().customers.create(customer)
+    _check_subjects(customer, current_context().customers.all())
+    created = current_context().customers.create(customer)
     _provision_subjects(created)
     return jsonify(created), 201
 
 
 @customers.get("")
 def _list_customers() -> Response:
-    return jsonify(paged([c for c in context().customers.all() if _matches(c)]))
+    return jsonify(paged([c for c in current_context().customers.all() if _matches(c)]))
 
 
 @customers.get("/<customer>")
 def _get_customer(customer: str) -> Response:
-    # Deleted customers too, as in OpenMeter: only here.
-    return jsonify(context().customers.look_up(customer))
+    # As in OpenMeter, only this route also returns deleted customers.
+    return jsonify(current_context().customers.look_up(customer))
 
 
 @customers.put("/<customer>")
 def _change_customer(customer: str) -> Response:
     changed = _read_customer()
-    found = context().customers.get(customer)
-    others = [c for c in context().customers.all() if c["id"] != found["id"]]
+    found = current_context().customers.get(customer)
+    others = [c for c in current_context().customers.all() if c["id"] != found["id"]]
     _check_subjects(changed, others)
     kept = {name: found[name] for name in ("id", "createdAt")}
-    updated = context().customers.update(kept | changed)
+    updated = current_context().customers.update(kept | changed)
     _provision_subjects(updated)
     return jsonify(updated)
 
 
 @customers.delete("/<customer>")
 def _delete_customer(customer: str) -> tuple[str, int]:
-    here = context()
-    found = here.customers.get(customer)
-    if here.entitlements.of(found):
+    context = current_context()
+    found = context.customers.get(customer)
+    if context.entitlements.of(found):
         detail = f"conflict error: customer {found['id']} still has active entitlements"
         raise Problem(409, f"{detail}, please remove them before deleting the customer")
-    here.customers.retire(found["id"])
+    context.customers.retire(found["id"])
     return "", 204
 
 
@@ -119,7 +119,7 @@ def _check_subjects(customer: Document, others: list[Document]) -> None:
         detail = "either key or usageAttribution.subjectKeys must be provided"
         before = "validation error: error creating customer: validation error: "
         raise Problem(400, f"{before}validation error: {detail}")
-    # The key of another customer may be a subject key here: both pay for that subject.
+    # Another customer's key may be a subject key of this one: both pay for it.
     taken = {key: other["id"] for other in others for key in subject_keys(other)}
     if owner := taken.get(customer.get("key", "")):
         detail = f"key {customer['key']} overlaps with subject of another customer"
@@ -131,22 +131,22 @@ def _check_subjects(customer: Document, others: list[Document]) -> None:
 
 
 def _provision_subjects(customer: Document) -> None:
-    """Create the subjects that *customer* names, as OpenMeter does."""
-    known = context().subjects
+    """Create the missing subjects of *customer*, as OpenMeter does."""
+    stored = current_context().subjects
     metadata = {"createdBy": "subject.provisioner", "customerId": customer["id"]}
     for key in subject_keys(customer):
-        if known.find(key) is None:
-            known.create({"key": key, "metadata": metadata})
+        if stored.find(key) is None:
+            stored.create({"key": key, "metadata": metadata})
 
 
 def _matches(customer: Document) -> bool:
-    """Return True if *customer* contains the texts of the parameters."""
+    """Return True if *customer* matches the filters of the request."""
     wanted = request.args
     for name in ("key", "name", "primaryEmail"):
         part = wanted.get(name, "").lower()
         if part not in customer.get(name, "").lower():
             return False
-    # The key of a customer is no subject key here, although its events count.
+    # This filter ignores the customer's own key, although it pays for that subject.
     subject = wanted.get("subject", "").lower()
     return not subject or any(subject in one.lower() for one in subject_keys(customer))
 
@@ -163,15 +163,15 @@ def _create_feature() -> tuple[Response, int]:
         equal = {name: {"$eq": value} for name, value in filters.items()}
         feature["advancedMeterGroupByFilters"] = equal
     _check_feature(feature)
-    return jsonify(context().features.create(feature)), 201
+    return jsonify(current_context().features.create(feature)), 201
 
 
 @features.get("")
 def _list_features() -> Response:
     wanted = request.args.getlist("meterSlug")
-    found = context().features.all()
+    found = current_context().features.all()
     found = [f for f in found if not wanted or f.get("meterSlug") in wanted]
-    # With paging parameters, a page; otherwise OpenMeter's older form, a bare list.
+    # OpenMeter returns a page if there is a parameter `page`, else a list.
     if "page" in request.args:
         return jsonify(paged(found))
     offset = integer(request.args, "offset", 0, 0, 10**9)
@@ -181,13 +181,13 @@ def _list_features() -> Response:
 
 @features.get("/<feature>")
 def _get_feature(feature: str) -> Response:
-    return jsonify(context().features.get(feature))
+    return jsonify(current_context().features.get(feature))
 
 
 @features.delete("/<feature>")
 def _archive_feature(feature: str) -> tuple[str, int]:
-    # Its entitlements stay valid.
-    context().features.retire(context().features.get(feature)["id"])
+    # Entitlements to the feature stay valid.
+    current_context().features.retire(current_context().features.get(feature)["id"])
     return "", 204
 
 
@@ -195,7 +195,7 @@ def _check_feature(feature: Document) -> None:
     slug = feature.get("meterSlug")
     if slug is None:
         return
-    meter = context().meters.get(slug)
+    meter = current_context().meters.get(slug)
     if meter["aggregation"] not in FEATURE_AGGREGATIONS:
         detail = f"meter {slug}'s aggregation is {meter['aggregation']} but features"
         allowed = ", ".join(FEATURE_AGGREGATIONS)
@@ -219,23 +219,23 @@ def _upsert_subjects() -> Response:
 
 @subjects.get("")
 def _list_subjects() -> Response:
-    return jsonify(context().subjects.all())
+    return jsonify(current_context().subjects.all())
 
 
 @subjects.get("/<subject>")
 def _get_subject(subject: str) -> Response:
-    return jsonify(context().subjects.get(subject))
+    return jsonify(current_context().subjects.get(subject))
 
 
 @subjects.delete("/<subject>")
 def _delete_subject(subject: str) -> tuple[str, int]:
-    context().subjects.retire(context().subjects.get(subject)["id"])
+    current_context().subjects.retire(current_context().subjects.get(subject)["id"])
     return "", 204
 
 
 def _upsert(item: Document) -> Document:
-    known = context().subjects
+    stored = current_context().subjects
     shown = {k: item[k] for k in SUBJECT["properties"] if item.get(k) is not None}
-    if found := known.find(item["key"]):
-        return known.update(found | shown)
-    return known.create({"metadata": {}} | shown)
+    if found := stored.find(item["key"]):
+        return stored.update(found | shown)
+    return stored.create({"metadata": {}} | shown)

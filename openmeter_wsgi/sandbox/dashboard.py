@@ -1,4 +1,9 @@
-"""The page: usage over time, uncounted events, entitlements, and its actions."""
+"""The routes of the page: its files, its content as JSON, and its actions.
+
+The page polls ``/sandbox/api/overview``: usage over time, event types that no meter
+counts, entitlements and faults. It shows a meter as curves, one for each *group*: a
+value of the *dimension* by which the user divides the usage, by default the subject.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from flask import Blueprint, Response, jsonify, request, send_from_directory
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.entitlements import NO_ACCESS, wanted
 from openmeter_wsgi.sandbox.usage import (
     AGGREGATES,
@@ -48,26 +53,27 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.validation import Document, Schema
 
 
-#: The number of curves: each has a colour and a pattern of its own.
+#: Maximum number of curves in a plot: each has its own colour and pattern.
 CURVES = 8
+#: Maximum number of groups in the table of a plot.
 GROUPS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The view of a meter on the page."""
+    """The user's choices for the plot of a meter."""
 
-    #: The dimension that divides its usage.
+    #: The dimension by which the usage is grouped.
     by: str = "subject"
-    #: The only subject that is shown; None for all of them.
+    #: Show only the usage of this subject; None shows all subjects.
     subject: str | None = None
 
 
-def meter_over_time(division: _Division, times: range) -> Document:
-    """Return a meter with its usage in total, and in every column of *times*."""
-    meter, view = division.meter, division.view
-    groups = division.totals()
-    whole = division.whole()
+def meter_over_time(grouped: _GroupedUsage, times: range) -> Document:
+    """Return a meter with its usage in total, and in each column of *times*."""
+    meter, view = grouped.meter, grouped.view
+    groups = grouped.totals()
+    whole = grouped.whole()
     shown = [group["group"] for group in groups[:CURVES]]
     return {
         "slug": meter["slug"],
@@ -81,13 +87,13 @@ def meter_over_time(division: _Division, times: range) -> Document:
         "value": whole[0]["value"] if whole else None,
         "events": sum(group["events"] for group in groups),
         "unusable": sum(group["unusable"] for group in groups),
-        "groups": division.with_recent(groups[:GROUPS], times),
+        "groups": grouped.with_recent(groups[:GROUPS], times),
         "moreGroups": max(0, len(groups) - GROUPS),
-        "curves": division.curves(shown, times),
+        "curves": grouped.curves(shown, times),
     }
 
 
-class _Division:
+class _GroupedUsage:
     """The queries of one meter, grouped by the dimension of *view*."""
 
     def __init__(
@@ -125,7 +131,7 @@ class _Division:
         return usage(self._connection, self.meter, query)
 
     def totals(self) -> list[Document]:
-        """Return the usage of every group, the greatest first."""
+        """Return the usage of each group, the greatest first."""
         counted = "count(*)"
         if self._aggregation not in ("COUNT", "UNIQUE_COUNT"):
             counted = f"count({NUMBER})"
@@ -151,7 +157,7 @@ class _Division:
         return [group | {"recent": recent.get(group["group"])} for group in groups]
 
     def curves(self, groups: list[str], times: range) -> list[Document]:
-        """Return the usage in every column of the plot, per group."""
+        """Return the usage of each group in each column of the plot."""
         names = {f"g{n}": group for n, group in enumerate(groups)}
         rows = self._connection.execute(
             f"SELECT {self._group}, (time - :start) / {times.step},"  # noqa: S608
@@ -171,13 +177,14 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else tidy(value)
 
 
+#: Maximum number of event types that are shown as not counted.
 UNCOUNTED = 10
 #: The type of the test events that ``openmeter-wsgi check`` sends.
 PROBE = "openmeter_wsgi.check"
 
 
 def uncounted(connection: sqlite3.Connection, meters: list[Document]) -> list[Document]:
-    """Return the types of events that no meter counts, with the data of the newest."""
+    """Return the event types that no meter counts, each with its newest data."""
     counted = list({meter["eventType"] for meter in meters} | {PROBE})
     marks = ", ".join("?" * len(counted))
     rows = connection.execute(
@@ -201,22 +208,25 @@ def _data(connection: sqlite3.Connection, seq: int) -> Document:
     return dict(json.loads(row[0])) if row and row[0] else {}
 
 
-#: Columns of a plot, whatever time it spans.
+#: Number of columns of a plot, for each time span.
 COLUMNS = 60
 
 
 def dashboard(
-    connection: sqlite3.Connection, here: Context, span: int, views: Mapping[str, View]
+    connection: sqlite3.Connection,
+    context: Context,
+    span: int,
+    views: Mapping[str, View],
 ) -> Document:
-    """Return the content of the page: the last *span* seconds, and all time.
+    """Return the content of the page: the usage of the last *span* seconds, and in all.
 
-    :param views: how the usage of a meter is divided, by slug; else by subject.
+    :param views: the user's choices for the meters, by slug.
     """
-    meters = here.meters.within(connection)
-    horizon = here.store.horizon(connection)
-    now = int(here.store.clock())
+    meters = context.meters.within(connection)
+    horizon = context.store.horizon(connection)
+    now = int(context.store.clock())
     step = max(1, span // COLUMNS)
-    # Whole steps, so that events stay in their column as time passes.
+    # Columns begin at multiples of the step, so that events stay in their column.
     end = (now // step + 1) * step
     times = range(end - step * COLUMNS, end, step)
     stored, waiting, oldest = connection.execute(
@@ -230,7 +240,9 @@ def dashboard(
         "oldest": oldest,
         "meters": [
             meter_over_time(
-                _Division(connection, meter, views.get(meter["slug"], View()), horizon),
+                _GroupedUsage(
+                    connection, meter, views.get(meter["slug"], View()), horizon
+                ),
                 times,
             )
             for meter in meters
@@ -239,50 +251,51 @@ def dashboard(
     }
 
 
-#: Rows shown, the newest; each balance is computed anew for every refresh.
+#: Maximum number of entitlements in the table. Each refresh computes their balances.
 ROWS = 100
-#: Names offered for a new grant.
+#: Maximum number of customers, and of features, that are offered for a new grant.
 NAMES = 200
 
 
-def entitlement_table(here: Context) -> Document:
+def entitlement_table(context: Context) -> Document:
     """Return the rows of the table, and the customers and features for a new grant."""
-    customers = {customer["id"]: customer for customer in here.customers.all()}
-    entitlements = here.entitlements.all()
-    asked = _asked(here)
+    customers = {customer["id"]: customer for customer in context.customers.all()}
+    entitlements = context.entitlements.all()
+    checks = _check_counts(context)
     rows = [
-        _row(here, customers[entitlement["customerId"]], entitlement, asked)
+        _row(context, customers[entitlement["customerId"]], entitlement, checks)
         for entitlement in entitlements[-ROWS:]
         if entitlement["customerId"] in customers
     ]
-    meters = [meter["slug"] for meter in here.meters.all()]
-    features = [feature["key"] for feature in here.features.all()]
+    meters = [meter["slug"] for meter in context.meters.all()]
+    features = [feature["key"] for feature in context.features.all()]
     names = {c["key"] for c in customers.values() if "key" in c}
     return {
         "rows": rows,
         "moreRows": max(0, len(entitlements) - ROWS),
-        "questions": sum(asked.values()),
+        "questions": sum(checks.values()),
         "customers": sorted(names)[:NAMES],
         "features": sorted({*meters, *features})[:NAMES],
     }
 
 
-def _asked(here: Context) -> Counter[tuple[str, str | None]]:
-    asked: Counter[tuple[str, str | None]] = Counter()
-    for question, count in here.questions.counts().items():
-        asked[question.customer, question.feature] += count
-    return asked
+def _check_counts(context: Context) -> Counter[tuple[str, str | None]]:
+    """Return the number of entitlement requests by customer and feature."""
+    counts: Counter[tuple[str, str | None]] = Counter()
+    for question, count in context.questions.counts().items():
+        counts[question.customer, question.feature] += count
+    return counts
 
 
 def _row(
-    here: Context,
+    context: Context,
     customer: Document,
     entitlement: Document,
-    asked: Counter[tuple[str, str | None]],
+    checks: Counter[tuple[str, str | None]],
 ) -> Document:
     feature = entitlement["featureKey"]
     names = {customer["id"], customer.get("key", customer["id"])}
-    shown = here.entitlements.document(entitlement)
+    shown = context.entitlements.document(entitlement)
     return {
         "id": entitlement["id"],
         "customer": customer.get("key", customer["id"]),
@@ -291,23 +304,23 @@ def _row(
         "kind": entitlement["type"],
         "soft": entitlement.get("isSoftLimit", False),
         "periodEnd": shown.get("currentUsagePeriod", {}).get("to"),
-        "asked": sum(asked[name, part] for name in names for part in (feature, None)),
-        **_value(here, customer, entitlement),
+        "asked": sum(checks[name, part] for name in names for part in (feature, None)),
+        **_value(context, customer, entitlement),
     }
 
 
-def _value(here: Context, customer: Document, entitlement: Document) -> Document:
+def _value(context: Context, customer: Document, entitlement: Document) -> Document:
     try:
-        value = here.access.value(customer, entitlement)
+        value = context.access.value(customer, entitlement)
     except Problem as problem:
         return NO_ACCESS | {"error": problem.reason}
     return {name: part for name, part in value.items() if name != "grantBalances"}
 
 
 PAGE = Path(__file__).with_name("page")
-#: Seconds that a plot can span: a minute to a week.
+#: The minimum and the maximum time span of a plot, in seconds.
 SPANS = (60, 7 * 24 * 3600)
-#: The views of meters, by slug: a dimension and a subject.
+#: The schema of the views by slug.
 VIEWS: Schema = {
     "type": "object",
     "additionalProperties": shape("", by=PLAIN, subject=PLAIN | {"nullable": True})
@@ -329,18 +342,18 @@ def _file(name: str) -> Response:
 
 @routes.get("/sandbox/api/overview")
 def _overview() -> Response:
-    here = context()
+    context = current_context()
     span = integer(request.args, "span", 900, *SPANS)
-    with here.store.reading() as connection:
-        shown = dashboard(connection, here, span, _views())
+    with context.store.reading() as connection:
+        shown = dashboard(connection, context, span, _views())
     return jsonify(
         {
-            "dedupe": here.store.dedupe,
-            "visibleAfter": here.store.visible_after,
-            "faults": here.faults.document(),
-            "counts": here.tally.counts(),
-            "refusals": here.tally.refusals(),
-            "access": entitlement_table(here),
+            "dedupe": context.store.dedupe,
+            "visibleAfter": context.store.visible_after,
+            "faults": context.faults.document(),
+            "counts": context.tally.counts(),
+            "refusals": context.tally.refusals(),
+            "access": entitlement_table(context),
         }
         | shown
     )
@@ -379,14 +392,14 @@ def _read(schema: Schema) -> Document:
 
 @routes.put("/sandbox/api/faults")
 def _set_faults() -> Response:
-    faults = context().faults
+    faults = current_context().faults
     faults.update(parse(body_of(JSON)))
     return jsonify(faults.document())
 
 
 @routes.put("/sandbox/api/visibility")
 def _set_visibility() -> Response:
-    store = context().store
+    store = current_context().store
     store.visible_after = _read(_VISIBILITY)["visibleAfter"]
     return jsonify({"visibleAfter": store.visible_after})
 
@@ -395,11 +408,11 @@ def _set_visibility() -> Response:
 def _grant() -> tuple[Response, int]:
     asked = _read(_GRANT)
     which = asked.pop("customer"), asked.pop("feature")
-    made = context().granting.grant(*which, wanted(**asked))
-    return jsonify(context().entitlements.document(made)), 201
+    made = current_context().granting.grant(*which, wanted(**asked))
+    return jsonify(current_context().entitlements.document(made)), 201
 
 
 @routes.post("/sandbox/api/<any(revoke, reset):action>")
 def _act(action: str) -> tuple[str, int]:
-    getattr(context().granting, action)(**_read(_WHICH))
+    getattr(current_context().granting, action)(**_read(_WHICH))
     return "", 204

@@ -1,4 +1,4 @@
-"""The routes of entitlements: create, list, read, delete, grant, reset, values."""
+"""The routes of entitlements: create, list, read, delete, grant, reset and value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox.context import context, question
+from openmeter_wsgi.sandbox.context import current_context, question
 from openmeter_wsgi.sandbox.entitlements import (
     PRESETS,
     grant_document,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _AMOUNT: Schema = {"type": "number", "minimum": 0}
 _PRIORITY: Schema = {"type": "integer", "minimum": 1, "maximum": 255}
-#: An ISO 8601 duration, or a name.
+#: The pattern of an ISO 8601 duration or a name.
 _INTERVAL = (
     r"^(?:P(?:\d+(?:\.\d+)?Y)?(?:\d+(?:\.\d+)?M)?(?:\d+(?:\.\d+)?W)?(?:\d+(?:\.\d+)?D)?"
     r"(?:T(?:\d+(?:\.\d+)?H)?(?:\d+(?:\.\d+)?M)?(?:\d+(?:\.\d+)?S)?)?|DAY|WEEK|MONTH|YEAR)$"
@@ -82,7 +82,7 @@ _COMMON: dict[str, Schema] = {
     "metadata": TEXTS,
     "usagePeriod": PERIOD,
 }
-#: By the kind of entitlement.
+#: The schemas by the type of entitlement.
 ENTITLEMENTS: dict[str, Schema] = {
     "boolean": shape("type", **_COMMON),
     "static": shape("type config", **_COMMON, config=TEXT),
@@ -130,15 +130,15 @@ def _override(customer: str, feature: str) -> tuple[Response, int]:
 
 def _created(customer: Document, instead_of: Document | None = None) -> Document:
     asked = _read_entitlement()
-    here = context()
+    context = current_context()
     wanted = asked.get("featureId", asked.get("featureKey"))
     if wanted is None:
         raise Problem(400, "validation error: feature id or key must be set")
-    feature = here.features.get(wanted)
+    feature = context.features.get(wanted)
     if instead_of is not None:
-        here.entitlements.delete(instead_of)
-    made = here.entitlements.create(customer, feature, asked)
-    return here.entitlements.document(made)
+        context.entitlements.delete(instead_of)
+    made = context.entitlements.create(customer, feature, asked)
+    return context.entitlements.document(made)
 
 
 def _read_entitlement() -> Document:
@@ -154,22 +154,22 @@ def _read_entitlement() -> Document:
 @routes.get(_V2)
 @question("entitlements")
 def _list(customer: str) -> Response:
-    here = context()
-    found = here.entitlements.of(_customer(customer))
-    return jsonify(paged([here.entitlements.document(e) for e in found]))
+    context = current_context()
+    found = context.entitlements.of(_customer(customer))
+    return jsonify(paged([context.entitlements.document(e) for e in found]))
 
 
 @routes.get(_ONE)
 @question("entitlement")
 def _get(customer: str, feature: str) -> Response:
     _, found = _found(customer, feature)
-    return jsonify(context().entitlements.document(found))
+    return jsonify(current_context().entitlements.document(found))
 
 
 @routes.delete(_ONE)
 def _delete(customer: str, feature: str) -> tuple[str, int]:
     _, found = _found(customer, feature)
-    context().entitlements.delete(found)
+    current_context().entitlements.delete(found)
     return "", 204
 
 
@@ -177,23 +177,23 @@ def _delete(customer: str, feature: str) -> tuple[str, int]:
 def _grant(customer: str, feature: str) -> tuple[Response, int]:
     asked = read(GRANT, "EntitlementGrantCreateInputV2")
     _, found = _found(customer, feature)
-    here = context()
-    made = here.entitlements.grant(found, asked)
-    return jsonify(grant_document(made, here.store.clock())), 201
+    context = current_context()
+    made = context.entitlements.grant(found, asked)
+    return jsonify(grant_document(made, context.store.clock())), 201
 
 
 @routes.get(f"{_ONE}/grants")
 def _grants(customer: str, feature: str) -> Response:
     _, found = _found(customer, feature)
-    now = context().store.clock()
+    now = current_context().store.clock()
     made = [grant_document(g, now) for g in found.get("_", {}).get("grants", [])]
     return jsonify(paged(made))
 
 
 @routes.get(f"{_V1_SUBJECT}/<feature>/grants")
 def _grants_of_subject(subject: str, feature: str) -> Response:
-    found = context().entitlements.get(_customer_of(subject), feature)
-    now = context().store.clock()
+    found = current_context().entitlements.get(_customer_of(subject), feature)
+    now = current_context().store.clock()
     made = found.get("_", {}).get("grants", [])
     return jsonify([v1_grant_document(grant, now) for grant in made])
 
@@ -202,7 +202,7 @@ def _grants_of_subject(subject: str, feature: str) -> Response:
 def _reset(customer: str, feature: str) -> tuple[str, int]:
     asked = read(RESET, "ResetEntitlementUsageInput")
     _, found = _found(customer, feature)
-    context().entitlements.reset(found, asked)
+    current_context().entitlements.reset(found, asked)
     return "", 204
 
 
@@ -211,8 +211,8 @@ def _reset(customer: str, feature: str) -> tuple[str, int]:
 def _value_of_subject(subject: str, feature: str) -> Response:
     at = _time()
     customer = _customer_of(subject)
-    found = context().entitlements.get(customer, feature)
-    return jsonify(v1(context().access.value(customer, found, at)))
+    found = current_context().entitlements.get(customer, feature)
+    return jsonify(v1(current_context().access.value(customer, found, at)))
 
 
 @routes.get(f"{_V1}/entitlements/<feature>/value")
@@ -232,11 +232,11 @@ def _value_v2(customer: str, feature: str) -> Response:
 @routes.get(f"{_V1}/access")
 @question("access")
 def _access(customer: str) -> Response:
-    here = context()
+    context = current_context()
     found = _customer(customer)
     values = {
-        entitlement["featureKey"]: v2(here.access.value(found, entitlement))
-        for entitlement in here.entitlements.of(found)
+        entitlement["featureKey"]: v2(context.access.value(found, entitlement))
+        for entitlement in context.entitlements.of(found)
     }
     return jsonify({"entitlements": values})
 
@@ -246,13 +246,13 @@ def _access(customer: str) -> Response:
 def _access_v3(customer: str) -> Response:
     if not matches(ULID, customer):
         raise Problem(404)
-    found = context().customers.find(customer)
+    found = current_context().customers.find(customer)
     if found is None or found["id"] != customer:
         detail = f"not found error: customer with id {customer} not found"
         raise Problem(404, f"{detail} in default namespace")
     listed = []
-    for entitlement in context().entitlements.of(found):
-        value = context().access.value(found, entitlement)
+    for entitlement in current_context().entitlements.of(found):
+        value = current_context().access.value(found, entitlement)
         shown = {"feature_key": entitlement["featureKey"], "type": entitlement["type"]}
         shown |= {k: value[k] for k in ("config",) if k in value}
         listed.append(shown | {"has_access": value["hasAccess"]})
@@ -260,11 +260,11 @@ def _access_v3(customer: str) -> Response:
 
 
 def _value(customer: str, feature: str) -> Document:
-    here = context()
+    context = current_context()
     at = _time()
     found = _customer(customer)
-    # None also if the feature does not exist: OpenMeter does not distinguish these.
-    return here.access.value(found, here.entitlements.find(found, feature), at)
+    # `find` also returns None if the feature does not exist, as in OpenMeter.
+    return context.access.value(found, context.entitlements.find(found, feature), at)
 
 
 def _time() -> int | None:
@@ -276,18 +276,20 @@ def _customer(id_or_key: str) -> Document:
         reason = 'doesn\'t match any schema from "anyOf"'
         detail = f'parameter "customerIdOrKey" in path has an error: {reason}'
         raise invalid(detail)
-    return context().customers.get(id_or_key)
+    return current_context().customers.get(id_or_key)
 
 
 def _customer_of(subject: str) -> Document:
-    """Return the customer of *subject*, which must exist as an entity."""
-    return context().customers.of_subject(context().subjects.get(subject)["key"])
+    """Return the customer of *subject*; answer 404 if the subject does not exist."""
+    return current_context().customers.of_subject(
+        current_context().subjects.get(subject)["key"]
+    )
 
 
 def _found(customer: str, feature: str) -> tuple[Document, Document]:
     _check_feature(feature)
     found = _customer(customer)
-    return found, context().entitlements.get(found, feature)
+    return found, current_context().entitlements.get(found, feature)
 
 
 def _check_feature(feature: str) -> None:

@@ -1,4 +1,9 @@
-"""Entitlements as OpenMeter keeps them: one per customer and feature, with grants."""
+"""Entitlements: one per customer and feature, with grants if it is metered.
+
+`Entitlements` stores them, `Access` computes their values (access and balance), and
+`Granting` offers the short calls of `Sandbox`. In this module *asked* is the body of a
+client's request, which fits its schema.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +39,20 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.store import Customers, Store
     from openmeter_wsgi.sandbox.validation import Document
 
+#: The members of a request for a grant that the grant has unchanged.
 _KEPT = ("priority", "metadata", "annotations", "expiration")
 
 
 def new_grant(entitlement: Document, asked: Document, now: float) -> Document:
-    """Return the grant that a client *asked* for, or answer 400.
+    """Return a new grant for the request *asked*; answer 400 if it is invalid.
 
-    It takes effect at the start of a minute, as in OpenMeter.
+    As in OpenMeter it takes effect at the start of a minute.
     """
     if asked["amount"] <= 0:
         raise Problem(400, "validation error: amount must be positive")
     start = current_period(entitlement, now)[0]
     effective = parse_moment(asked["effectiveAt"])
-    # Only a period that began within this minute starts between two minutes.
+    # A period that began within this minute may start in the middle of the minute.
     effective = max(whole_minute(effective), start if effective >= start else 0)
     if effective < start:
         detail = f"grant effective date {go_time(effective)} is before the current"
@@ -92,7 +98,7 @@ def grant_document(grant: Document, now: float) -> Document:
 
 
 def v1_grant_document(grant: Document, now: float) -> Document:
-    """Return *grant* as version 1 of the API shows it: every grant expires."""
+    """Return *grant* as version 1 of the API shows it, where each grant expires."""
     shown = grant_document(grant, now)
     if "expiration" not in shown:
         shown["expiration"] = {"count": 100, "duration": "YEAR"}
@@ -101,6 +107,7 @@ def v1_grant_document(grant: Document, now: float) -> Document:
     return shown
 
 
+#: The values of ``measureUsageFrom`` that are not times.
 PRESETS = ("CURRENT_PERIOD_START", "NOW")
 
 
@@ -154,7 +161,7 @@ def _metered(
 
 
 def _issue(asked: Document) -> Document:
-    """Return the amount granted anew in every period, in its old and new form."""
+    """Return the amount granted in each period, in the API's old and new form."""
     issue = asked.get("issue") or {}
     amount = issue.get("amount", asked.get("issueAfterReset"))
     priority = issue.get("priority", asked.get("issueAfterResetPriority"))
@@ -182,10 +189,10 @@ def _measure_from(asked: Document, period: Document, now: float) -> int:
 
 
 class Entitlements:
-    """All entitlements. Any thread.
+    """The store of all entitlements. Thread-safe.
 
-    A document holds what the API shows, and under ``_`` what balances are computed
-    from: the meter, the start of measuring, the resets and the grants.
+    A document has the members that the API shows, and under ``_`` the data for
+    balances: the meter, the start of measuring, the resets and the grants.
     """
 
     def __init__(self, store: Store) -> None:
@@ -199,9 +206,10 @@ class Entitlements:
         asked: Document,
         edge: tuple[int, int] | None = None,
     ) -> Document:
-        """Create the entitlement that a client *asked* for; *asked* fits the schema.
+        """Create the entitlement for the request *asked*.
 
-        :param edge: the start of measuring, if *asked* does not name one.
+        :param edge: the start of measuring, as a time and a number of arrival; None
+            takes it from *asked*.
         """
         if old := self.find(customer, feature["key"]):
             detail = f"entitlement with id {old['id']} already exists for feature"
@@ -245,16 +253,16 @@ class Entitlements:
         return found
 
     def of(self, customer: Document) -> list[Document]:
-        """Return all of *customer*, oldest first."""
+        """Return all entitlements of *customer*, the oldest first."""
         with self._store.reading() as connection:
             return self._all.within(connection, f"{customer['id']}:")
 
     def all(self) -> list[Document]:
-        """Return all, oldest first."""
+        """Return all entitlements, the oldest first."""
         return self._all.all()
 
     def delete(self, entitlement: Document) -> None:
-        """Delete *entitlement*; its customer has no access from now on."""
+        """Delete *entitlement*. Its customer loses the access at once."""
         self._all.retire(entitlement["id"])
 
     def grant(self, entitlement: Document, asked: Document) -> Document:
@@ -271,7 +279,7 @@ class Entitlements:
         return made[0]
 
     def reset(self, entitlement: Document, asked: Document) -> None:
-        """Begin a new usage period, to the minute as OpenMeter does."""
+        """Begin a new usage period at the start of a minute, as OpenMeter does."""
         now = self._store.clock()
         moment = asked.get("effectiveAt")
         at = parse_moment(moment) if moment else now
@@ -283,19 +291,19 @@ class Entitlements:
     def reset_at(
         self, entitlement: Document, edge: tuple[int, int], asked: Document
     ) -> None:
-        """Begin a new usage period at *edge*."""
+        """Begin a new usage period at *edge*, a time and a number of arrival."""
 
         def begin(current: Document) -> None:
             _require_metered(current)
-            own = current["_"]
-            last = begun(current, self._store.clock())
+            data = current["_"]
+            last = period_start(current, self._store.clock())
             if edge <= last:
                 detail = f"reset at {go_time(edge[0])} must be after last reset at"
                 raise Problem(400, f"validation error: {detail} {go_time(last[0])}")
-            anchors = [own["anchor"], *(reset["anchor"] for reset in own["resets"])]
+            anchors = [data["anchor"], *(reset["anchor"] for reset in data["resets"])]
             retained = asked.get("retainAnchor", False)
             preserve = asked.get("preserveOverage", current["preserveOverageAtReset"])
-            own["resets"].append(
+            data["resets"].append(
                 {
                     "edge": list(edge),
                     "anchor": anchors[-1] if retained else edge[0],
@@ -315,12 +323,12 @@ class Entitlements:
         return shown
 
 
-def begun(entitlement: Document, now: float) -> tuple[int, int]:
+def period_start(entitlement: Document, now: float) -> tuple[int, int]:
     """Return the edge at which the current period of *entitlement* began."""
     _require_metered(entitlement)
-    own = entitlement["_"]
-    time, seq = own["resets"][-1]["edge"] if own["resets"] else own["measureFrom"]
-    # A period that began without a reset does not start at an event.
+    data = entitlement["_"]
+    time, seq = data["resets"][-1]["edge"] if data["resets"] else data["measureFrom"]
+    # A period that began without a reset starts at a time, not after an event.
     return max((time, seq), (current_period(entitlement, now)[0], 0))
 
 
@@ -331,11 +339,12 @@ def _require_metered(entitlement: Document) -> None:
 
 
 NO_ACCESS = {"hasAccess": False}
+#: Seconds of a hundred years.
 CENTURY = 36_525 * 86_400
 
 
 class Access:
-    """Decides on the access of customers. Any thread."""
+    """The values of entitlements: access and balances. Thread-safe."""
 
     def __init__(self, store: Store, meters: Resources) -> None:
         self._store = store
@@ -347,7 +356,7 @@ class Access:
     ) -> Document:
         """Return the value of *entitlement*, with ``hasAccess`` and all balances.
 
-        :param at: Unix seconds; None is now.
+        :param at: a time in Unix seconds; None is now.
         """
         if entitlement is None:
             return NO_ACCESS
@@ -375,36 +384,36 @@ class Access:
     def balance(
         self, customer: Document, entitlement: Document, at: int | None = None
     ) -> Balance:
-        """Return the balance of a metered *entitlement*, *at* a time or now."""
-        own = entitlement["_"]
-        meter = self._meters.find(own["meter"])
+        """Return the balance of a metered *entitlement* at the time *at*, or now."""
+        data = entitlement["_"]
+        meter = self._meters.find(data["meter"])
         if meter is None:
-            raise Problem(500, reason=f"meter {own['meter']} was deleted")
-        # OpenMeter rounds up to the minute: the running one counts as a whole, and the
-        # last one of a usage period is answered for the next.
+            raise Problem(500, reason=f"meter {data['meter']} was deleted")
+        # OpenMeter rounds the time up to a minute. So the usage of the whole current
+        # minute counts, and the last minute of a period has the balance of the next.
         now = self._store.clock()
         until = math.ceil(at / 60) * 60 if at else whole_minute(now) + 60
         with self._store.reading() as connection:
             query = Query(
                 subjects=subjects_of(customer),
-                filters={name: [text] for name, text in own["filters"].items()},
+                filters={name: [text] for name, text in data["filters"].items()},
                 horizon=self._store.horizon(connection),
             )
 
             def used(start: Edge, end: Edge) -> float:
-                until = replace(query, before=end)
-                return self._usage_cache.usage(connection, meter, until, start)
+                until_end = replace(query, before=end)
+                return self._usage_cache.usage(connection, meter, until_end, start)
 
             return burn_down(entitlement, until, until, used)
 
 
 def v1(value: Document) -> Document:
-    """Return *value* as the v1 API shows it: without the balance of each grant."""
+    """Return *value* as the v1 API shows it: without the balances of grants."""
     return {name: part for name, part in value.items() if name != "grantBalances"}
 
 
 def v2(value: Document) -> Document:
-    """Return *value* as the v2 API shows it: a denial has no ``hasAccess``."""
+    """Return *value* as the v2 API shows it: without ``hasAccess`` if that is false."""
     if value["hasAccess"]:
         return value
     return {name: part for name, part in value.items() if name != "hasAccess"}
@@ -412,10 +421,10 @@ def v2(value: Document) -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Granting:
-    """Grants and revokes access in one call, where the API needs several requests.
+    """Short calls that grant and revoke access; the API needs several requests.
 
-    Unlike in the API, whose resolution is a minute, changes take effect at once: events
-    that arrived before do not count. Any thread.
+    Changes take effect at once, between two events. In the API they take effect at the
+    start of a minute. Thread-safe.
     """
 
     store: Store
@@ -425,62 +434,66 @@ class Granting:
     entitlements: Entitlements
 
     def grant(self, customer: str, feature: str, asked: Document) -> Document:
-        """Give *customer* the access that *asked* describes; create missing objects.
+        """Give *customer* the entitlement *asked*; create missing objects.
 
-        An entitlement of the same kind stays, and an amount is added to it; any other
-        is replaced.
+        If the customer has an entitlement of the same kind, the amount is added to it.
+        An entitlement of another kind is replaced.
         """
         payer = self._customer(customer)
-        known = self._feature(feature, metered=asked["type"] == "metered")
-        found = self.entitlements.find(payer, known["key"])
-        if found and _same(found, asked):
+        measured = self._feature(feature, metered=asked["type"] == "metered")
+        current = self.entitlements.find(payer, measured["key"])
+        if current and _is_same_kind(current, asked):
             amount = asked.get("issueAfterReset")
-            return self._add(payer, found, amount) if amount else found
-        if found:
-            self.entitlements.delete(found)
-        return self.entitlements.create(payer, known, asked, self._now())
+            return self._add(payer, current, amount) if amount else current
+        if current:
+            self.entitlements.delete(current)
+        return self.entitlements.create(payer, measured, asked, self._now())
 
     def revoke(self, customer: str, feature: str) -> None:
-        """Take the access to *feature* from *customer*."""
-        self.entitlements.delete(self._found(customer, feature))
+        """Delete the entitlement of *customer* to *feature*."""
+        self.entitlements.delete(self._get(customer, feature))
 
     def reset(self, customer: str, feature: str) -> None:
         """Begin a new usage period: usage is zero, recurring grants are renewed."""
-        found, edge = self._found(customer, feature), self._now()
+        entitlement, edge = self._get(customer, feature), self._now()
         # Without an event since the period began there is nothing to reset.
-        if edge > begun(found, self.store.clock()):
-            self.entitlements.reset_at(found, edge, {"retainAnchor": True})
+        if edge > period_start(entitlement, self.store.clock()):
+            self.entitlements.reset_at(entitlement, edge, {"retainAnchor": True})
 
-    def forget(self, customer: str) -> None:
-        """Delete *customer*, with all entitlements."""
-        found = self.customers.get(customer)
-        for entitlement in self.entitlements.of(found):
+    def delete_customer(self, customer: str) -> None:
+        """Delete *customer* and its entitlements."""
+        payer = self.customers.get(customer)
+        for entitlement in self.entitlements.of(payer):
             self.entitlements.delete(entitlement)
-        self.customers.retire(found["id"])
+        self.customers.retire(payer["id"])
 
     def _add(self, payer: Document, entitlement: Document, amount: float) -> Document:
         now = self.store.clock()
         start = current_period(entitlement, now)[0]
         grant = {"amount": amount, "effectiveAt": rfc3339(max(start, int(now)))}
-        # As the amount of the period: it is the oldest grant, so it is used up first.
+        # The same priority as the amount of the period, which is burnt first, as it is
+        # the older grant.
         grant["priority"] = 1
         self.entitlements.grant(entitlement, grant)
         return self.entitlements.get(payer, entitlement["id"])
 
     def _now(self) -> tuple[int, int]:
+        """Return the current edge: the time and the number of the newest event."""
         with self.store.reading() as connection:
             (newest,) = connection.execute("SELECT max(seq) FROM events").fetchone()
         return int(self.store.clock()), newest or 0
 
-    def _found(self, customer: str, feature: str) -> Document:
+    def _get(self, customer: str, feature: str) -> Document:
         payer = self.customers.get(customer)
         return self.entitlements.get(payer, feature)
 
     def _customer(self, key: str) -> Document:
+        """Return the customer *key*, which is created if it is missing."""
         found = self.customers.find(key)
         return found or self.customers.create({"key": key, "name": key})
 
     def _feature(self, key: str, *, metered: bool) -> Document:
+        """Return the feature *key*, which is created if it is missing."""
         if found := self.features.find(key):
             return found
         feature = {"key": key, "name": key}
@@ -499,8 +512,10 @@ def wanted(
     period: str = "MONTH",
     config: Mapping[str, Any] | None = None,
 ) -> Document:
-    """Return the entitlement: metered with an amount or a soft limit, static with a
-    configuration, else boolean.
+    """Return a request for an entitlement: metered, static or boolean.
+
+    It is metered if there is an *amount* or a *soft* limit, else static if there is a
+    *config*, else boolean.
     """
     if amount is not None and not 0 <= amount < math.inf:
         detail = f"amount: expected a number of at least 0, got {amount!r}"
@@ -514,6 +529,6 @@ def wanted(
     return {"type": "boolean"}
 
 
-def _same(entitlement: Document, asked: Document) -> bool:
+def _is_same_kind(entitlement: Document, asked: Document) -> bool:
     names = ("type", "isSoftLimit", "config")
     return all(entitlement.get(name) == asked.get(name) for name in names)

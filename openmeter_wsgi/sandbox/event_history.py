@@ -1,4 +1,9 @@
-"""The trace of each event that arrived, for the page."""
+"""The page's list of arrivals, and the trace of one event.
+
+An arrival is an event that arrived, stored or rejected. The trace shows all arrivals of
+the same event, and for each meter the value that it counts or the reason why it counts
+none.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.event_routes import Judge
 from openmeter_wsgi.sandbox.meter_routes import flaw_of
 from openmeter_wsgi.sandbox.store import Outcome, subjects_of
@@ -28,14 +33,14 @@ if TYPE_CHECKING:
 
 
 STORED = "stored"
-#: Stored, but not usable by any meter.
+#: Stored, but no meter can count it.
 UNCOUNTED = "uncounted"
 OUTCOMES = (STORED, UNCOUNTED, *Outcome)
-#: The number up to which matches are counted.
+#: Maximum number of matches that are counted.
 MOST_COUNTED = 10_000
 _COMMON = "id, source, type, subject, time, data, ingested_at"
 _STORED = f"SELECT seq, '{STORED}', NULL, NULL, NULL, {_COMMON} FROM events"  # noqa: S608
-_AWAY = f"SELECT seq, outcome, reason, position, batch, {_COMMON} FROM rejected"  # noqa: S608
+_REJECTED = f"SELECT seq, outcome, reason, position, batch, {_COMMON} FROM rejected"  # noqa: S608
 _NAMES = (
     "seq", "outcome", "reason", "position", "batch", "id", "source", "type", "subject",
     "time", "data", "ingestedAt",
@@ -44,40 +49,41 @@ _NAMES = (
 
 @dataclass(slots=True, kw_only=True)
 class Search:
-    """A search for arrivals: an SQL condition grown term by term."""
+    """A search for arrivals: an SQL condition, made of terms."""
 
     meters: list[Document]
     outcome: str | None = None
     terms: list[str] = field(default_factory=lambda: ["1"])
     parameters: Document = field(default_factory=dict)
 
-    def where(self, term: str, **parameters: Any) -> None:
-        """Require *term*, which names *parameters*."""
+    def add_term(self, term: str, **parameters: Any) -> None:
+        """Add *term* to the condition, with its *parameters*."""
         self.terms.append(term)
         self.parameters |= parameters
 
-    def containing(self, text: str) -> None:
-        """Require each word of *text* somewhere: id, type, subject, source or data."""
+    def add_words(self, text: str) -> None:
+        """Require each word of *text* in the id, type, subject, source or data."""
         for number, word in enumerate(text.split()):
             name = f"word{number}"
             columns = ("id", "type", "subject", "source", "data")
-            found = " OR ".join(f"{c} LIKE :{name} ESCAPE '\\'" for c in columns)
+            matches = " OR ".join(f"{c} LIKE :{name} ESCAPE '\\'" for c in columns)
             escaped = word.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-            self.where(f"({found})", **{name: f"%{escaped}%"})
+            self.add_term(f"({matches})", **{name: f"%{escaped}%"})
 
     def statement(self) -> str:
-        """Return the SELECT of all that match."""
+        """Return the SELECT statement of all matches."""
         common = " AND ".join(self.terms)
         if self.outcome is None:
-            return f"{_STORED} WHERE {common} UNION ALL {_AWAY} WHERE {common}"
+            return f"{_STORED} WHERE {common} UNION ALL {_REJECTED} WHERE {common}"
         if self.outcome == STORED:
             return f"{_STORED} WHERE {common}"
         if self.outcome == UNCOUNTED:
             return f"{_STORED} WHERE {common} AND NOT {self._usable()}"
         self.parameters["outcome"] = self.outcome
-        return f"{_AWAY} WHERE {common} AND outcome = :outcome"
+        return f"{_REJECTED} WHERE {common} AND outcome = :outcome"
 
     def _usable(self) -> str:
+        """Return the condition that at least one meter can count the event."""
         terms = ["0"]
         for number, meter in enumerate(self.meters):
             type_, path, since = (
@@ -101,7 +107,7 @@ class Search:
 def newest(
     connection: sqlite3.Connection, search: Search, limit: int
 ) -> list[Document]:
-    """Return the newest *limit* arrivals that match *search*."""
+    """Return the newest arrivals that match *search*, at most *limit*."""
     rows = connection.execute(
         f"{search.statement()} ORDER BY seq DESC LIMIT :limit",
         search.parameters | {"limit": limit},
@@ -110,14 +116,14 @@ def newest(
 
 
 def count(connection: sqlite3.Connection, search: Search) -> int:
-    """Return the number of matches, at most one more than `MOST_COUNTED`."""
+    """Return the number of matches; `MOST_COUNTED` + 1 if there are more."""
     statement = f"SELECT count(*) FROM ({search.statement()} LIMIT :most)"  # noqa: S608
     parameters = search.parameters | {"most": MOST_COUNTED + 1}
     return int(connection.execute(statement, parameters).fetchone()[0])
 
 
 def document(row: tuple[Any, ...]) -> Document:
-    """Return a row as the page reads it."""
+    """Return a row in the form that the page expects."""
     arrival: Document = dict(zip(_NAMES, row, strict=True))
     arrival["ingestedAt"] = rfc3339(arrival["ingestedAt"])
     if isinstance(arrival["time"], int):
@@ -125,15 +131,17 @@ def document(row: tuple[Any, ...]) -> Document:
     return arrival
 
 
-#: Arrivals of the same event in a trace, the newest.
+#: Maximum number of arrivals of the same event in a trace; the oldest are omitted.
 ARRIVALS = 100
 
 
-def trace(connection: sqlite3.Connection, here: Context, seq: int) -> Document | None:
+def trace(
+    connection: sqlite3.Connection, context: Context, seq: int
+) -> Document | None:
     """Return the trace of arrival number *seq*, or None if it is unknown."""
-    meters = here.meters.within(connection)
+    meters = context.meters.within(connection)
     one = Search(meters=meters)
-    one.where("seq = :seq", seq=seq)
+    one.add_term("seq = :seq", seq=seq)
     found = newest(connection, one, 1)
     if not found:
         return None
@@ -141,9 +149,9 @@ def trace(connection: sqlite3.Connection, here: Context, seq: int) -> Document |
     is_stored = event["outcome"] == STORED
     return {
         "event": event,
-        "customer": _customer(event["subject"], here.customers.within(connection)),
+        "customer": _customer(event["subject"], context.customers.within(connection)),
         "arrivals": _arrivals(connection, event),
-        "visible": seq <= here.store.horizon(connection),
+        "visible": seq <= context.store.horizon(connection),
         "meters": [_verdict(connection, event, m) for m in meters] if is_stored else [],
     }
 
@@ -156,22 +164,22 @@ def _customer(subject: str | None, customers: list[Document]) -> str | None:
 
 
 def _arrivals(connection: sqlite3.Connection, event: Document) -> list[Document]:
-    """Return all arrivals of the same event, the first one first.
+    """Return the arrivals of the same event, the oldest first.
 
-    Events are the same if OpenMeter's key is: it joins source and id.
+    Two events are the same if their keys in OpenMeter are the same (`Event.key`).
     """
     if event["id"] is None or event["source"] is None:
         return [event]
     same = Search(meters=[])
     key = f"{event['source']}-{event['id']}"
-    same.where("source || '-' || id = :key", key=key)
+    same.add_term("source || '-' || id = :key", key=key)
     return newest(connection, same, ARRIVALS)[::-1]
 
 
 def _verdict(
     connection: sqlite3.Connection, event: Document, meter: Document
 ) -> Document:
-    """Return the verdict of *meter* on a stored event."""
+    """Return the value that *meter* counts for a stored event, or why it does not."""
     verdict = {
         "slug": meter["slug"],
         "name": meter["name"],
@@ -202,12 +210,13 @@ def _refusal(event: Document, meter: Document) -> str | None:
     return flaw_of(meter, event["data"])
 
 
-#: Arrivals in one answer.
+#: Maximum number of arrivals in a response.
 MOST = 1_000
-#: Characters of an event's data in the list; the trace has all of them.
+#: Maximum number of characters of an event's data in the list; the trace has all.
 EXCERPT = 300
+#: The greatest number of SQLite.
 _LAST = 2**63 - 1
-#: Types and subjects that are offered for filtering.
+#: Maximum number of types, and of subjects, that are offered as filters.
 NAMES = 200
 
 routes: Final = Blueprint("arrivals", __name__, url_prefix="/sandbox/api/arrivals")
@@ -215,10 +224,10 @@ routes: Final = Blueprint("arrivals", __name__, url_prefix="/sandbox/api/arrival
 
 @routes.get("")
 def _list() -> Response:
-    here = context()
+    context = current_context()
     limit = integer(request.args, "limit", 100, 1, MOST)
-    with here.store.reading() as connection:
-        meters = here.meters.within(connection)
+    with context.store.reading() as connection:
+        meters = context.meters.within(connection)
         search = _search(meters)
         found = newest(connection, search, limit)
         body: Document = {"arrivals": _judged(found, meters)}
@@ -235,11 +244,11 @@ def _search(meters: list[Document]) -> Search:
     if outcome is not None and outcome not in OUTCOMES:
         raise refuse("outcome", f"value is not one of {', '.join(OUTCOMES)}")
     search = Search(meters=meters, outcome=outcome)
-    search.where("seq > :after", after=integer(arguments, "after", 0, 0, _LAST))
+    search.add_term("seq > :after", after=integer(arguments, "after", 0, 0, _LAST))
     for name in ("type", "subject"):
         if arguments.get(name):
-            search.where(f"{name} = :{name}", **{name: arguments[name]})
-    search.containing(arguments.get("search", "")[:200])
+            search.add_term(f"{name} = :{name}", **{name: arguments[name]})
+    search.add_words(arguments.get("search", "")[:200])
     return search
 
 
@@ -254,7 +263,7 @@ def _judged(found: list[Document], meters: list[Document]) -> list[Document]:
 
 
 def _names(connection: sqlite3.Connection) -> Document:
-    """Return the types and subjects of stored events, by the index that has them."""
+    """Return the types and the subjects of stored events, for the filters."""
     found = {}
     for name in ("type", "subject"):
         statement = f"SELECT DISTINCT {name} FROM events ORDER BY 1 LIMIT ?"  # noqa: S608
@@ -264,9 +273,9 @@ def _names(connection: sqlite3.Connection) -> Document:
 
 @routes.get("/<int:seq>")
 def _trace(seq: int) -> Response:
-    here = context()
-    with here.store.reading() as connection:
-        told = trace(connection, here, min(seq, _LAST))
-    if told is None:
-        raise Problem(404, f"arrival {seq} is not known; it may be deleted")
-    return jsonify(told | {"dedupe": here.store.dedupe})
+    context = current_context()
+    with context.store.reading() as connection:
+        result = trace(connection, context, min(seq, _LAST))
+    if result is None:
+        raise Problem(404, f"arrival {seq} does not exist; it may have been deleted")
+    return jsonify(result | {"dedupe": context.store.dedupe})

@@ -1,4 +1,7 @@
-"""Listing events: v1 by time, v2 in pages, with the flaws that OpenMeter names."""
+"""The routes that list events: v1 by time, v2 in pages with filters.
+
+Each event is listed with the reasons why meters do not count it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import Blueprint, jsonify, request
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.meter_routes import flaw_of
 from openmeter_wsgi.sandbox.store import subjects_of
 from openmeter_wsgi.sandbox.validation import (
@@ -32,9 +35,9 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.validation import Document, Schema
 
 _COLUMNS = "seq, id, source, type, subject, time, data, ingested_at, stored_at"
-#: OpenMeter lists no events older than this.
-HORIZON = 32 * 24 * 3600
-#: A condition, and its parameters.
+#: Maximum age of events that OpenMeter lists, in seconds.
+MAX_AGE = 32 * 24 * 3600
+#: An SQL condition and its parameters.
 Term = tuple[str, list[Any]]
 _TRUE: Term = ("1", [])
 
@@ -59,20 +62,20 @@ def _list_v2() -> Response:
 def list_events(
     terms: list[Term], limit: int
 ) -> tuple[list[Document], tuple[Any, ...] | None]:
-    """Return the newest *limit* events that match *terms*, and the row of the last."""
-    here = context()
+    """Return the newest *limit* events that match *terms*, and the last one's row."""
+    context = current_context()
     conditions = " AND ".join(f"({term})" for term, _ in terms)
     values = [value for _, found in terms for value in found]
-    with here.store.reading() as connection:
+    with context.store.reading() as connection:
         # Lists leave out events that the sink has not stored yet.
-        horizon = here.store.horizon(connection)
+        horizon = context.store.horizon(connection)
         rows = connection.execute(
             f"SELECT {_COLUMNS} FROM events WHERE seq <= ? AND {conditions}"  # noqa: S608
             " ORDER BY time DESC, seq DESC LIMIT ?",
             (horizon, *values, limit),
         ).fetchall()
-        meters = here.meters.within(connection)
-        judge = Judge(meters, here.customers.within(connection))
+        meters = context.meters.within(connection)
+        judge = Judge(meters, context.customers.within(connection))
     return [judge.document(row) for row in rows], rows[-1] if rows else None
 
 
@@ -82,10 +85,10 @@ def _limit() -> int:
 
 def _period() -> list[Term]:
     start = moment(request.args.get("from"), "from")
-    horizon = _check_age("from date is too old: {0}, must be after {1}", start)
+    oldest = _check_age("from date is too old: {0}, must be after {1}", start)
     end = moment(request.args.get("to"), "to")
     if start is None:
-        start = horizon
+        start = oldest
     terms: list[Term] = [("time >= ?", [start])]
     if end is not None:
         if end < start:
@@ -96,11 +99,11 @@ def _period() -> list[Term]:
 
 
 def _check_age(sentence: str, start: int | None) -> int:
-    """Return the oldest time of which events are listed; refuse an older *start*."""
-    horizon = int(context().store.clock()) - HORIZON
-    if start is not None and start <= horizon:
-        raise _invalid_input(sentence.format(rfc3339(start), rfc3339(horizon)))
-    return horizon
+    """Return the oldest time of listed events; answer 400 if *start* is older."""
+    oldest = int(current_context().store.clock()) - MAX_AGE
+    if start is not None and start <= oldest:
+        raise _invalid_input(sentence.format(rfc3339(start), rfc3339(oldest)))
+    return oldest
 
 
 def _invalid_input(detail: str) -> Problem:
@@ -128,22 +131,22 @@ def _v1_terms() -> Iterable[Term]:
 
 
 def _of_customers(ids: list[str]) -> Term:
-    customers = [one for one in context().customers.all() if one["id"] in ids]
+    customers = [one for one in current_context().customers.all() if one["id"] in ids]
     return one_of("subject", [s for one in customers for s in subjects_of(one)])
 
 
 def one_of(column: str, values: list[Any]) -> Term:
-    """Return the condition that *column* has one of *values*."""
+    """Return the condition that the value in *column* is one of *values*."""
     return f"{column} IN ({', '.join('?' * len(values))})", values
 
 
 def _like(column: str, pattern: str) -> Term:
-    """Return a LIKE that tells capitals apart, as ClickHouse's does."""
-    glob = re.sub(r"[*?\[]", lambda found: f"[{found[0]}]", pattern)
+    """Return the condition of a case-sensitive LIKE, as in ClickHouse."""
+    glob = re.sub(r"[*?\[]", lambda match: f"[{match[0]}]", pattern)
     return f"{column} GLOB ?", [glob.replace("%", "*").replace("_", "?")]
 
 
-#: The fields of a filter of version 2, and their columns; others are ignored.
+#: The columns by the fields of a filter of version 2. Other fields are ignored.
 _FIELDS = {
     "id": "id",
     "source": "source",
@@ -156,7 +159,7 @@ _FIELDS = {
 }
 _TIMES = ("time", "ingestedAt", "storedAt")
 _SIGNS = {"$eq": "=", "$ne": "<>", "$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
-_DEEPEST = 20
+_MAX_DEPTH = 20
 _LISTS = ("$in", "$nin", "$and", "$or")
 
 
@@ -184,8 +187,8 @@ def _conditions() -> Document:
 
 
 def _term(name: str, condition: Any, depth: int = 1) -> Term:
-    if not isinstance(condition, dict) or depth > _DEEPEST:
-        reason = f"expected an object, at most {_DEEPEST} deep"
+    if not isinstance(condition, dict) or depth > _MAX_DEPTH:
+        reason = f"expected an object, at most {_MAX_DEPTH} deep"
         raise Problem(400, f"unmarshaling param filter: {name}: {reason}")
     if not condition:
         return _TRUE
@@ -228,12 +231,12 @@ def _value(name: str, value: Any) -> Any:
 
 
 def cursor_of(row: tuple[Any, ...]) -> str:
-    """Return the cursor for the events after *row*."""
+    """Return the cursor of the page that begins after *row*."""
     return base64.urlsafe_b64encode(f"{row[5]},{row[0]}".encode()).decode()
 
 
 def read_cursor(cursor: str) -> tuple[int, int]:
-    """Return the time and the number of the row that *cursor* comes after."""
+    """Return the time and the number of the row after which the page begins."""
     try:
         at, _, seq = base64.urlsafe_b64decode(cursor).decode().partition(",")
         return min(int(at), 2**62), min(int(seq), 2**62)
@@ -243,7 +246,10 @@ def read_cursor(cursor: str) -> tuple[int, int]:
 
 
 class Judge:
-    """Lists events as OpenMeter does, with the reasons why meters ignore them."""
+    """A converter of events to the API's form, with the reasons why meters ignore them.
+
+    *customers* are the payers of the events.
+    """
 
     def __init__(self, meters: list[Document], customers: list[Document]) -> None:
         self._meters: dict[str, list[Document]] = {}
@@ -262,13 +268,13 @@ class Judge:
         return [flaw for meter in meters if (flaw := flaw_of(meter, data))]
 
     def document(self, row: tuple[Any, ...]) -> Document:
-        """Return a row as the API lists it."""
+        """Return a row in the form of the API."""
         _, id_, source, event_type, subject, moment, data, ingested_at, stored_at = row
         if "\0" in subject:
             raise Problem(500, reason="PostgreSQL refuses a subject with NUL")
         event: Document = {
             "specversion": "1.0",
-            # Only the list trims spaces; storage, meters and queries do not.
+            # Only the list of events trims spaces.
             "id": id_.strip(),
             "source": source,
             "type": event_type.strip(),

@@ -1,4 +1,8 @@
-"""Simulated faults, set separately for ingest and for entitlement checks."""
+"""Simulated faults of ingest requests and of entitlement checks.
+
+Each group of requests has its own `GroupFaults`. A route calls `GroupFaults.check` and
+`GroupFaults.draw` before it handles a request, and `GroupFaults.delay` afterwards.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +18,36 @@ from openmeter_wsgi.sandbox.validation import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: The requests that have faults of their own.
+#: The groups of requests.
 GROUPS = ("ingest", "entitlements")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The faults of one group of requests; by default none."""
+    """The faults of one group of requests. By default there are none."""
 
-    #: The share that is answered with 500, from 0 to 1.
+    #: The share of requests that is answered with 500, from 0 to 1.
     fail_rate: float = 0.0
-    #: Seconds by which every answer is late.
+    #: Seconds by which each response is delayed.
     latency: float = 0.0
-    #: Seconds for which an accepted request gets no answer, unless it is released
-    #: before.
+    #: Seconds for which a request is handled but not answered.
     hang: float = 0.0
-    #: Seconds between two bytes of an answer.
+    #: Seconds between two bytes of a response.
     byte_delay: float = 0.0
-    #: True: every request is answered with 503.
+    #: True to answer all requests with 503.
     outage: bool = False
-    #: Seconds: every request is answered with 429 and this ``Retry-After``.
+    #: Answer all requests with 429 and this ``Retry-After``, in seconds.
     retry_after: float | None = None
-    #: 401 or 403: the answer to every request, as if its key were wrong.
+    #: Answer all requests with this status, 401 or 403, as if the API key were wrong.
     denied: int | None = None
-    #: The event type, and the subject, for which a request is answered with 400.
+    #: Answer 400 to requests with an event of this type.
     refused_type: str | None = None
+    #: Answer 400 to requests with an event of this subject.
     refused_subject: str | None = None
-    #: True: events are answered with 204 and forgotten.
+    #: True to answer 204 to ingest requests and store nothing.
     forget: bool = False
-    #: True: ids of events are remembered, the events answered with 500 and forgotten;
-    #: a retry is a duplicate.
+    #: True to answer 500 to ingest requests and store only the ids of their events, so
+    #: that the events are duplicates when they are sent again.
     claim: bool = False
 
     def __post_init__(self) -> None:
@@ -72,10 +76,10 @@ _TEXT: _Rule = (
     "a text",
     lambda value: value is None or (isinstance(value, str) and value != ""),
 )
-#: The values that each setting may have.
+#: The valid values of each setting.
 _RULES: dict[str, _Rule] = {
     "fail_rate": _number(1.0),
-    # Longer than any sensible client waits, in seconds.
+    # These are seconds. The maxima exceed the timeouts of usual clients.
     "latency": _number(60.0),
     "hang": _number(600.0),
     "byte_delay": _number(5.0),
@@ -92,70 +96,70 @@ INGEST_ONLY = frozenset(("refused_type", "refused_subject", "forget", "claim"))
 
 
 def names(group: str) -> list[str]:
-    """Return the settings of *group*."""
+    """Return the names of the settings of *group*."""
     known = [field.name for field in fields(Settings)]
     return [n for n in known if group == "ingest" or n not in INGEST_ONLY]
 
 
 def _camel(name: str) -> str:
-    return re.sub("_(.)", lambda found: found[1].upper(), name)
+    return re.sub("_(.)", lambda match: match[1].upper(), name)
 
 
 class GroupFaults:
-    """The faults of one group of requests. Any thread."""
+    """The faults of one group of requests. Thread-safe."""
 
     def __init__(self, group: str) -> None:
         self.settings: Settings = Settings()
         self._names = names(group)
         self._stopped = threading.Event()
         self._released = threading.Event()
-        # Not for secrets, and a seed would make runs alike, not more real.
+        # Without a seed, so that the runs differ.
         self._random = random.SystemRandom()
         self._failures = itertools.cycle(("after", "before"))
 
     def set(self, **changes: Any) -> None:
-        """Change the named settings, as in `Settings`; the others stay.
+        """Change the named settings of `Settings` and keep the others.
 
-        :raises ValueError: if a value makes no sense; nothing is changed then.
+        :raises ValueError: if a value is invalid; then nothing is changed.
         """
         self.apply(self.changed(changes))
 
     def changed(self, changes: dict[str, Any]) -> Settings:
-        """Return the settings with *changes*, or raise ValueError."""
+        """Return the settings with *changes*; raise ValueError if they are invalid."""
         if unknown := changes.keys() - set(self._names):
             listed = ", ".join(map(_camel, self._names))
             raise ValueError(f"{', '.join(unknown)}: expected one of {listed}")
         return replace(self.settings, **changes)
 
     def apply(self, settings: Settings) -> None:
-        """Apply *settings*; release hanging requests if requests no longer hang."""
+        """Apply *settings*. If requests no longer hang, release those that do."""
         self.settings = settings
         if not settings.hang:
             self.release()
 
     def clear(self) -> None:
-        """Set everything right, and answer what hangs."""
+        """Remove all faults, and answer the requests that hang."""
         self.apply(Settings())
 
     def document(self) -> dict[str, Any]:
-        """Return the settings as the page and its API name them."""
+        """Return the settings by the names that the page and its API use."""
         return {_camel(name): getattr(self.settings, name) for name in self._names}
 
     def update(self, document: dict[str, Any]) -> Settings:
-        """Return the settings changed by *document*, or raise ValueError."""
+        """Return the settings with the changes in *document* of the page's API."""
         known = {_camel(name): name for name in self._names}
         return self.changed({known.get(n, n): value for n, value in document.items()})
 
     def release(self) -> None:
-        """Answer the requests that hang now; later ones hang as set."""
+        """Answer the requests that hang now. Later requests hang as set."""
         self._released.set()
         self._released = threading.Event()
 
     def check(self) -> None:
-        """Refuse the request where an outage, a limit or a wrong key is set."""
+        """Raise the error of the fault ``outage``, ``retry_after`` or ``denied``."""
         settings = self.settings
         if settings.outage:
-            raise Problem(503, "the sandbox is out of order, on purpose")
+            raise Problem(503, "the service is unavailable, on purpose")
         if settings.retry_after is not None:
             detail = "too many requests, on purpose"
             raise Problem(429, detail, retry_after=settings.retry_after)
@@ -163,17 +167,17 @@ class GroupFaults:
             raise Problem(settings.denied, "the key is refused, on purpose")
 
     def draw(self) -> str | None:
-        """Return None, or ``before`` or ``after`` if the next request is to fail.
+        """Choose if the request fails: return ``before``, ``after`` or None.
 
-        The events of the first, third and every other failing request are stored, as in
-        OpenMeter, where a 500 does not tell this: the client sends them again.
+        The request fails ``before`` or, alternately, ``after`` its events are stored.
+        As in OpenMeter, the client cannot see the difference and sends them again.
         """
         if self._random.random() >= self.settings.fail_rate:
             return None
         return next(self._failures)
 
     def delay(self) -> None:
-        """Wait as long as answers are late or hang, or until the sandbox closes."""
+        """Wait for ``latency`` and ``hang``, or until the sandbox closes."""
         released, settings = self._released, self.settings
         if settings.latency:
             self._stopped.wait(settings.latency)
@@ -181,17 +185,17 @@ class GroupFaults:
             released.wait(settings.hang)
 
     def pause(self) -> None:
-        """Wait between two bytes of an answer, unless the sandbox closes."""
+        """Wait between two bytes of a response, or until the sandbox closes."""
         self._stopped.wait(self.settings.byte_delay)
 
     def stop(self) -> None:
-        """Let all wait no longer."""
+        """End all waits, now and in future, because the sandbox closes."""
         self._stopped.set()
         self._released.set()
 
 
 class Faults:
-    """The faults of the sandbox, by group of requests. Any thread.
+    """The faults of the sandbox, by group of requests. Thread-safe.
 
     ``faults.ingest`` applies to ingest requests, ``faults.entitlements`` to entitlement
     checks; `set` and `clear` apply to both.
@@ -203,14 +207,14 @@ class Faults:
         self._groups = {name: getattr(self, name) for name in GROUPS}
 
     def set(self, **changes: Any) -> None:
-        """Change the named settings of both groups, as in `Settings`.
+        """Change the named settings of `Settings` in both groups.
 
-        :raises ValueError: if a value makes no sense; nothing is changed then.
+        :raises ValueError: if a value is invalid; then nothing is changed.
         """
         self._apply({g: f.changed(changes) for g, f in self._groups.items()})
 
     def clear(self) -> None:
-        """Set everything right, and answer what hangs."""
+        """Remove all faults, and answer the requests that hang."""
         self._apply(dict.fromkeys(GROUPS, Settings()))
 
     def release(self) -> None:
@@ -219,16 +223,16 @@ class Faults:
             group.release()
 
     def stop(self) -> None:
-        """Let all wait no longer."""
+        """End all waits, now and in future, because the sandbox closes."""
         for group in self._groups.values():
             group.stop()
 
     def document(self) -> dict[str, Any]:
-        """Return the settings, by group."""
+        """Return the settings by group."""
         return {name: group.document() for name, group in self._groups.items()}
 
     def update(self, document: Any) -> None:
-        """Apply the settings in *document*, or answer 400 and change nothing."""
+        """Apply the changes in *document*; if one is invalid, answer 400."""
         groups = document if isinstance(document, dict) else {"": None}
         for name, changes in groups.items():
             if name not in GROUPS or not isinstance(changes, dict):

@@ -1,7 +1,10 @@
-"""Ingest of events, with OpenMeter's order of checks and all its peculiarities.
+"""The ingest of events, with the checks of OpenMeter in OpenMeter's order.
 
-First the validator judges the whole request, then Go's CloudEvents SDK reads each
-event, then one event after the other becomes a message for Kafka.
+OpenMeter checks a request in three steps, each with errors of its own:
+
+1. A validator checks the whole request against the OpenAPI schema (`_check_schema`).
+2. Go's CloudEvents SDK decodes each event (`decode`).
+3. Each event becomes a message for Kafka (`_unsendable`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from urllib.parse import quote, unquote
 
 from flask import Blueprint, Response, request
 
-from openmeter_wsgi.sandbox.context import context, delay
+from openmeter_wsgi.sandbox.context import current_context, delay
 from openmeter_wsgi.sandbox.store import Event, Outcome, rejected_events
 from openmeter_wsgi.sandbox.validation import (
     PREFIX,
@@ -50,36 +53,36 @@ EVENT = shape(
     type=text(),
     subject=text(),
     time=TIME | {"nullable": True},
-    # Anything but null: OpenAPI 3.0 allows null only where a schema says nullable.
+    # Members of the data may not be null: OpenAPI 3.0 requires `nullable` for null.
     data={"type": "object", "nullable": True, "additionalProperties": {}},
     datacontenttype=TEXT | {"nullable": True, "enum": [EITHER]},
     dataschema=text(nullable=True),
 )
-#: v3 knows the same attributes and no others, and fills in the version.
+#: v3 accepts the same attributes and no others. The version is optional.
 EVENT_V3: Schema = EVENT | {
     "additionalProperties": False,
     "required": ["id", "source", "type", "subject"],
 }
 ATTRIBUTES = frozenset((*EVENT["properties"], "data_base64"))
 INT32 = range(-(2**31), 2**31)
-#: The latest time that ClickHouse's DateTime holds, in the year 2106.
+#: The latest time of ClickHouse's DateTime, in the year 2106.
 LATEST = 2**32 - 1
-#: The largest message of Kafka by default; librdkafka counts 36 bytes of its own,
-#: and OpenMeter's three headers have about 110.
+#: Maximum size of a message of Kafka, by default.
 MESSAGE = 1_000_000
+#: Bytes that count in addition: librdkafka's 36, and about 110 of OpenMeter's headers.
 MESSAGE_OVERHEAD = 36 + 110
-#: Bytes that a character can become in the message: ``<`` is ``\\\\u003c`` there.
+#: Maximum number of bytes of a character in the message: ``<`` becomes ``\\\\u003c``.
 _GROWTH = 7
-#: Status codes that the request causes; others are simulated faults.
+#: Status codes of invalid requests; other errors are simulated faults.
 REFUSALS = range(400, 429)
 
 routes: Final = Blueprint("ingest", __name__)
 
 
 class InvalidEvent(ValueError):
-    """An event that passes the schema but not the CloudEvents SDK.
+    """An event that fits the schema but is refused by the CloudEvents SDK.
 
-    :param reason: the text that the page adds to OpenMeter's message.
+    :param reason: a text that the page shows in addition to OpenMeter's message.
     """
 
     def __init__(self, detail: str, reason: str | None = None) -> None:
@@ -99,73 +102,73 @@ def _ingest_v3() -> Response:
 
 
 def _answer(*, v3: bool) -> Response:
-    here = context()
-    faults = here.faults.ingest
-    here.tally.add(requests=1)
+    context = current_context()
+    faults = context.faults.ingest
+    context.tally.add(requests=1)
     try:
         faults.check()
-        _ingest(here, faults.draw(), v3=v3)
+        _ingest(context, faults.draw(), v3=v3)
     except Problem as problem:
-        _explain(here, problem)
+        _record(context, problem)
         raise
     finally:
         delay(faults)
     return Response(status=202 if v3 else 204)
 
 
-def _explain(here: Context, problem: Problem) -> None:
-    """Count a request that is answered with an error, and remember its events."""
-    refused = problem.status in REFUSALS
-    if refused:
-        here.tally.refuse(problem.reason)
+def _record(context: Context, problem: Problem) -> None:
+    """Count a request that is answered with an error, and store its events."""
+    is_refused = problem.status in REFUSALS
+    if is_refused:
+        context.tally.refuse(problem.reason)
     else:
-        here.tally.add(failed=1)
-    outcome = Outcome.REFUSED if refused else Outcome.FAILED
+        context.tally.add(failed=1)
+    outcome = Outcome.REFUSED if is_refused else Outcome.FAILED
     reason = f"answered {problem.status}: {problem.reason}"
     body = request.get_data()
-    here.store.reject(rejected_events(body, outcome, reason, problem.position))
+    context.store.reject(rejected_events(body, outcome, reason, problem.position))
 
 
-def _ingest(here: Context, fault: str | None, *, v3: bool) -> None:
+def _ingest(context: Context, fault: str | None, *, v3: bool) -> None:
     if fault == "before":
         raise Problem(500, reason="on purpose, before anything was stored")
-    events = accept(now=int(here.store.clock()), v3=v3)
-    # OpenMeter sends one event after the other to Kafka, until the first that it cannot
-    # send; events before that one are stored, whatever it then answers.
+    events = accept(now=int(context.store.clock()), v3=v3)
+    # OpenMeter sends one event after the other to Kafka, until the first event that it
+    # cannot send. It stores the events before that one, although it answers 500.
     flaws = [(n, why) for n, event in enumerate(events) if (why := _unsendable(event))]
-    whole, flaw = flaws[0] if flaws else (len(events), None)
-    _meet_faults(here, events)
-    if here.faults.ingest.settings.forget:
+    sendable, flaw = flaws[0] if flaws else (len(events), None)
+    _apply_faults(context, events)
+    if context.faults.ingest.settings.forget:
         reason = "answered 204 and forgotten, on purpose"
         body = request.get_data()
-        here.store.reject(rejected_events(body, Outcome.DROPPED, reason))
+        context.store.reject(rejected_events(body, Outcome.DROPPED, reason))
         return
-    added = here.store.add(events[:whole])
-    here.tally.add(received=whole, **added)
+    added = context.store.add(events[:sendable])
+    context.tally.add(received=sendable, **added)
     if flaw is not None:
-        reason = f"{flaw}; the events before were taken"
-        raise Problem(500, reason=reason, position=whole + 1)
+        reason = f"{flaw}; the events before it were stored"
+        raise Problem(500, reason=reason, position=sendable + 1)
     if fault == "after":
-        raise Problem(500, reason="on purpose, after the events were taken")
+        raise Problem(500, reason="on purpose, after the events were stored")
 
 
-def _meet_faults(here: Context, events: list[Event]) -> None:
-    """Apply the faults for refused types and subjects, and for claimed ids."""
-    settings = here.faults.ingest.settings
+def _apply_faults(context: Context, events: list[Event]) -> None:
+    """Apply the faults ``refused_type``, ``refused_subject`` and ``claim``."""
+    settings = context.faults.ingest.settings
     for position, event in enumerate(events, 1):
         for name, given in (("type", event.type), ("subject", event.subject)):
             if given == getattr(settings, f"refused_{name}"):
                 detail = f"the {name} {given!r} is refused, on purpose"
                 raise Problem(400, detail, position=position)
     if settings.claim:
-        here.store.claim(events)
+        context.store.claim(events)
         raise Problem(500, reason="on purpose, after the ids were remembered")
 
 
 def accept(*, now: int, v3: bool) -> list[Event]:
-    """Return the events of the request, or raise the problem OpenMeter answers with.
+    """Return the events of the request, or raise the problem that OpenMeter answers.
 
-    :param now: the time of an event that has none, in Unix seconds.
+    :param now: the time of an event without a time, in Unix seconds.
     """
     body = body_of(SINGLE, BATCH, EITHER)
     content_type = request.headers["Content-Type"].strip()
@@ -191,8 +194,8 @@ def _check_schema(document: Any, kind: str, event: Schema) -> None:
     position = flaw.pointer.split("/")[1:2]
     reason = str(flaw)
     if kind == EITHER:
-        # Two schemas could match. OpenMeter gives no reason why neither does; the page
-        # of the sandbox gives one.
+        # An event or a list may match. If neither does, OpenMeter gives no reason; the
+        # page of the sandbox shows one.
         flaw = Flaw("", "anyOf", 'doesn\'t match any schema from "anyOf"')
         name = " #/components/schemas/IngestEventsBody"
     else:
@@ -211,7 +214,7 @@ def _decode(
         for item in items:
             events.append(decode(item, now))  # noqa: PERF401
     except InvalidEvent as error:
-        # For application/json OpenMeter throws the reason away, in version 3 always.
+        # OpenMeter omits the reason for application/json, and always in version 3.
         detail = "no events found" if kind == EITHER else str(error)
         raise Problem(
             400,
@@ -226,9 +229,9 @@ def _decode(
 
 
 def decode(document: Document, now: int) -> Event:
-    """Return the event in *document*, which has passed the schema.
+    """Return the event in *document*, which fits the schema.
 
-    :param now: its time where it names none, in Unix seconds.
+    :param now: the time of an event without a time, in Unix seconds.
     """
     version = document.get("specversion", "1.0")
     if version not in ("1.0", "0.3"):
@@ -249,7 +252,7 @@ def decode(document: Document, now: int) -> Event:
 
 
 def _check_extension(name: str, value: Any) -> None:
-    """Raise the SDK's errors; the values that it accepts are discarded later."""
+    """Raise the SDK's error if an extension is invalid; a valid one is ignored."""
     if not re.fullmatch("[A-Za-z0-9]+", name):
         raise InvalidEvent(
             "bad key, CloudEvents attribute names MUST consist of lower-case letters "
@@ -280,7 +283,7 @@ def _seconds(moment: str | None, now: int) -> int:
 
 
 def _data(document: Document) -> tuple[str | None, bool]:
-    """Return the data as JSON, and whether it is none."""
+    """Return the data as JSON text, and True if the data is not JSON."""
     if "data_base64" in document:
         return _base64(document)
     if "data" not in document:
@@ -291,10 +294,10 @@ def _data(document: Document) -> tuple[str | None, bool]:
 def _base64(document: Document) -> tuple[str | None, bool]:
     names = list(document)
     encoded = document["data_base64"]
-    # The SDK reads the attributes in the order of the document. Before it knows the
-    # content type it keeps the text as it stands, with its quotation marks.
-    known = "datacontenttype" in names[: names.index("data_base64")]
-    if not known or "data" in document or not isinstance(encoded, str):
+    # The SDK reads the attributes in the order of the document. Before it has read the
+    # content type, it takes the JSON text with its quotation marks, which is no base64.
+    is_known = "datacontenttype" in names[: names.index("data_base64")]
+    if not is_known or "data" in document or not isinstance(encoded, str):
         raise InvalidEvent("illegal base64 data at input byte 0")
     try:
         content = base64.b64decode(encoded, validate=True)
@@ -308,7 +311,7 @@ def _base64(document: Document) -> tuple[str | None, bool]:
 
 
 def _json(value: Any) -> str:
-    # Go writes the keys of a map in order, and nothing between the parts.
+    # Go writes the keys of a map in alphabetical order, and no white space.
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return well_formed(text)
 
@@ -329,8 +332,8 @@ def _unsendable(event: Event) -> str | None:
 
 
 def _escaped(text: str) -> str:
-    """Return JSON *text* with the characters escaped that Go escapes for browsers."""
-    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Return JSON *text* with the characters escaped that Go escapes for HTML."""
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -340,10 +343,10 @@ _SAFE = "$&+,/:;=@"
 
 
 def reencode(reference: str) -> str:
-    """Return the URI *reference* the way Go writes it after parsing it.
+    """Return the URI *reference* as Go writes it after parsing it.
 
-    CloudEvents sources pass through ``url.Parse`` in OpenMeter, which refuses names
-    that look innocent (``127.0.0.1:8080``) and re-encodes others (``my api``).
+    OpenMeter parses the source of an event with ``url.Parse``. This refuses some common
+    names (``127.0.0.1:8080``) and encodes others (``my api``).
     """
     if any(ch < " " or ch == "\x7f" for ch in reference):
         raise _invalid(reference, "net/url: invalid control character in URL")
@@ -351,7 +354,7 @@ def reencode(reference: str) -> str:
     scheme, rest = _split_scheme(reference, rest)
     path, mark, query = rest.partition("?")
     if scheme and not path.startswith("/"):
-        # Go calls this opaque (urn:x:y) and keeps it as it is.
+        # Go keeps such a URI (urn:x:y) unchanged and calls it opaque.
         return f"{scheme}:{path}{mark}{query}{hash_}{_escape(reference, fragment)}"
     if not scheme and ":" in path.split("/", 1)[0]:
         raise _invalid(reference, "first path segment in URL cannot contain colon")
@@ -368,8 +371,8 @@ def _invalid(reference: str, reason: str) -> InvalidEvent:
 def _split_scheme(reference: str, rest: str) -> tuple[str, str]:
     if rest.startswith(":"):
         raise _invalid(reference, "missing protocol scheme")
-    if found := _SCHEME.match(rest):
-        return found[1], rest[found.end() :]
+    if match := _SCHEME.match(rest):
+        return match[1], rest[match.end() :]
     return "", rest
 
 
@@ -384,7 +387,7 @@ def _split_authority(reference: str, path: str) -> tuple[str, str]:
         raise _invalid(reference, 'invalid character " " in host name')
     if bad := _ESCAPE.search(host):
         raise _invalid(reference, f'invalid URL escape "{bad[0]}"')
-    # Go leaves out an authority without a host, and the two slashes with it.
+    # Go omits an authority without a host, and its two slashes.
     return f"//{host}" if host or slash else "", slash + path
 
 

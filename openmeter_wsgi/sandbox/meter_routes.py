@@ -1,4 +1,4 @@
-"""Meters: create, list, read, change, delete, query."""
+"""The routes of meters: create, list, read, change, delete and query."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.store import subjects_of
 from openmeter_wsgi.sandbox.usage import (
     SIZES,
@@ -86,13 +86,13 @@ def _create_meter() -> Response:
     meter = read(METER, "MeterCreate")
     check_meter(meter)
     empty = {"name": meter["slug"], "metadata": None, "annotations": None}
-    return jsonify(context().meters.create(empty | meter))
+    return jsonify(current_context().meters.create(empty | meter))
 
 
 @routes.get("")
 def _list_meters() -> Response:
     number, size = page(request.args)
-    return jsonify(context().meters.all()[(number - 1) * size : number * size])
+    return jsonify(current_context().meters.all()[(number - 1) * size : number * size])
 
 
 @routes.get("/<meter>")
@@ -106,16 +106,18 @@ def _change_meter(meter: str) -> Response:
     found = _meter(meter)
     check_meter(found | changes)
     kept = {k: v for k, v in found.items() if k not in ("description", "groupBy")}
-    return jsonify(context().meters.update(kept | {"metadata": None} | changes))
+    return jsonify(current_context().meters.update(kept | {"metadata": None} | changes))
 
 
 @routes.delete("/<meter>")
 def _delete_meter(meter: str) -> tuple[str, int]:
     found = _meter(meter)
-    if any(f.get("meterSlug") == found["slug"] for f in context().features.all()):
+    if any(
+        f.get("meterSlug") == found["slug"] for f in current_context().features.all()
+    ):
         detail = "conflict error: meter has active features and cannot be deleted"
         raise Problem(409, detail)
-    context().meters.retire(found["id"])
+    current_context().meters.retire(found["id"])
     return "", 204
 
 
@@ -140,15 +142,15 @@ def _query_meter(meter: str) -> Response:
 
 def _meter(id_or_slug: str) -> Meter:
     path_parameter("meterIdOrSlug", id_or_slug, f"{KEY}|{ULID}")
-    return context().meters.get(id_or_slug)
+    return current_context().meters.get(id_or_slug)
 
 
 def rows_of(meter: Meter, query: Query) -> list[Row]:
-    """Return the usage of *meter*, from the events that the sink has stored."""
-    store = context().store
+    """Return the usage of *meter* from the visible events."""
+    store = current_context().store
     with store.reading() as connection:
-        seen = store.horizon(connection)
-        return usage(connection, meter, replace(query, horizon=seen))
+        horizon = store.horizon(connection)
+        return usage(connection, meter, replace(query, horizon=horizon))
 
 
 def _csv(rows: list[Row], query: Query) -> Response:
@@ -175,14 +177,14 @@ def _echo(asked: Document) -> Document:
 
 
 def _asked() -> Document:
-    """Return the query, from the parameters or the body, in the form of the body."""
+    """Return the query in the form of the body, from the body or the parameters."""
     if request.method == "POST":
         return read(QUERY, "MeterQueryRequest")
     asked: Document = {}
     for name, values in request.args.lists():
-        if found := re.fullmatch(r"filterGroupBy\[([^]]+)\](.*)", name):
-            asked.setdefault("filterGroupBy", {})[found[1]] = values
-            _check_filter(found[1], found[2], values)
+        if match := re.fullmatch(r"filterGroupBy\[([^]]+)\](.*)", name):
+            asked.setdefault("filterGroupBy", {})[match[1]] = values
+            _check_filter(match[1], match[2], values)
         elif name in ("subject", "groupBy", "filterCustomerId"):
             if "" in values:
                 raise refuse(name, "empty value is not allowed")
@@ -196,7 +198,7 @@ def _asked() -> Document:
 
 
 def _check_filter(name: str, index: str, values: list[str]) -> None:
-    """Refuse lists of values, which only a body can hold."""
+    """Answer 400 for a list of values: only a body can contain lists."""
     if index:
         given = re.findall(rf"{re.escape(name)}\]\[(.*?)\]=", unquote(request.url))
         texts = (request.args[f"filterGroupBy[{name}][{one}]"] for one in given)
@@ -240,7 +242,7 @@ def _zone(name: str) -> str:
         raise Problem(400, detail) from None
 
 
-#: Groups that every meter has.
+#: Dimensions of all meters.
 _RESERVED = ("subject", "customer_id")
 
 
@@ -252,7 +254,7 @@ def _group_by(meter: Meter, asked: Document, *, by_customer: bool) -> list[str]:
     for name in names:
         if name not in _RESERVED and name not in meter.get("groupBy", {}):
             raise Problem(400, f"validation error: invalid group by: {name}")
-    # Naming subjects or customers also groups by them.
+    # A filter of subjects or customers also groups by them.
     implied = {"subject": "subject" in asked, "customer_id": by_customer}
     return names + [n for n, wanted in implied.items() if wanted and n not in names]
 
@@ -268,10 +270,10 @@ def _filters(meter: Meter, wanted: dict[str, list[str]]) -> dict[str, list[str]]
 
 
 def _customers(ids: list[str]) -> dict[str, str] | None:
-    """Return the customers with these *ids*, by the subjects that they pay for."""
+    """Return the *ids* by the subjects that the customers pay for; None without any."""
     if not ids:
         return None
-    known = {customer["id"]: customer for customer in context().customers.all()}
+    known = {customer["id"]: customer for customer in current_context().customers.all()}
     for id_ in ids:
         if id_ not in known:
             raise Problem(404, f"not found error: customer with id {id_} not found")
@@ -279,7 +281,7 @@ def _customers(ids: list[str]) -> dict[str, str] | None:
 
 
 def check_meter(meter: Meter) -> None:
-    """Refuse an invalid definition that fits the schema."""
+    """Answer 400 if *meter* is invalid although it fits the schema."""
     path = meter.get("valueProperty")
     counts = meter["aggregation"] == "COUNT"
     if counts == (path is not None):
@@ -296,9 +298,9 @@ def check_meter(meter: Meter) -> None:
 def _check_path(path: str, error: str) -> None:
     try:
         JsonPath(path)
-    except ValueError as unread:
+    except ValueError as error_of_path:
         if path.startswith("$") and path.count("[") == path.count("]"):
-            raise Problem(501, str(unread)) from None
+            raise Problem(501, str(error_of_path)) from None
         raise Problem(400, f"validation error: {error}: %!w(<nil>)") from None
 
 
@@ -314,7 +316,7 @@ def _check_group_by(key: str, path: str, value_property: str | None) -> None:
 
 
 def flaw_of(meter: Meter, data: str | None) -> str | None:
-    """Return the reason why *meter* cannot use *data*, in OpenMeter's words."""
+    """Return OpenMeter's reason why *meter* cannot count *data*, or None."""
     if meter["aggregation"] == "COUNT":
         return None
     document = json.loads(data or "null")
@@ -346,7 +348,7 @@ def _flaw_of_number(value: Any) -> str | None:
 
 
 def _go_float(text: str) -> float:
-    """Return *text* as Go's ``strconv.ParseFloat`` does, which reads more texts."""
+    """Convert *text* as Go's ``strconv.ParseFloat``, which accepts more than Python."""
     if re.fullmatch(r"[+-]?0[xX][0-9a-fA-F_.]+[pP][+-]?[0-9]+", text):
         return float.fromhex(text.replace("_", ""))
     return to_float(re.sub(r"(?<=[0-9])_(?=[0-9])", "", text))

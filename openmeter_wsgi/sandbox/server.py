@@ -1,4 +1,4 @@
-"""The sandbox as a server on this machine."""
+"""The HTTP server of the sandbox, and its Python interface: `Sandbox`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 logger: Final = logging.getLogger("openmeter_wsgi.sandbox")
 
 
-class _Slow(io.RawIOBase):
-    """A file that is written byte by byte."""
+class _SlowFile(io.RawIOBase):
+    """A wrapper of *file* that writes byte by byte and calls *pause* after each."""
 
     def __init__(self, file: Any, pause: Callable[[], None]) -> None:
         self.file = file
@@ -50,15 +50,15 @@ class _Slow(io.RawIOBase):
 
 
 class _Handler(WSGIRequestHandler):
-    """One connection.
+    """The handler of one connection, which may serve several requests.
 
-    Werkzeug's own way of answering closes the connection each time, because it cannot
-    know whether the application has read the whole request. Here the body is always
-    read first, so the connection can stay open.
+    Werkzeug's own handler closes the connection after each response, because the
+    application may have left a part of the request unread. This one always reads the
+    whole body first, so that the connection can stay open.
     """
 
     protocol_version = "HTTP/1.1"
-    # An answer is one small packet; waiting for more costs 40 ms.
+    # A response is one small packet, which Nagle's algorithm would delay by 40 ms.
     disable_nagle_algorithm = True
     wbufsize = -1
 
@@ -84,7 +84,7 @@ class _Handler(WSGIRequestHandler):
         chunks, status, headers = run_wsgi_app(app, environ, buffered=True)
         code, _, reason = status.partition(" ")
         for pause in environ[PAUSES]:
-            self.wfile = _Slow(self.wfile, pause)  # type: ignore[assignment]
+            self.wfile = _SlowFile(self.wfile, pause)  # type: ignore[assignment]
         self.send_response(int(code), reason)
         for name, value in headers:
             self.send_header(name, value)
@@ -94,7 +94,7 @@ class _Handler(WSGIRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(b"".join(chunks))
         self.wfile.flush()
-        if isinstance(self.wfile, _Slow):
+        if isinstance(self.wfile, _SlowFile):
             self.wfile = self.wfile.file
 
     def _read_body(self, environ: dict[str, Any]) -> bytes:
@@ -116,7 +116,7 @@ class _Handler(WSGIRequestHandler):
 
 
 class Server(ThreadedWSGIServer):
-    """A server that keeps a list of its connections, so that it can close them."""
+    """A server with a list of its connections, so that it can close them."""
 
     def __init__(
         self, listener: socket.socket, host: str, app: WSGIApplication
@@ -126,7 +126,7 @@ class Server(ThreadedWSGIServer):
         self._open: dict[socket.socket, threading.Thread] = {}
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection from a thread of its own."""
+        """Serve a connection in a new thread."""
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
@@ -146,10 +146,10 @@ class Server(ThreadedWSGIServer):
         logger.error("%s on %r", client_address, request, exc_info=sys.exception())
 
     def end_connections(self, timeout: float) -> None:
-        """Let requests that are being answered finish, then close all connections."""
+        """Wait *timeout* seconds for current requests, then close all connections."""
         deadline = time.monotonic() + timeout
         for connection, thread in list(self._open.items()):
-            # For a thread that waits for the next request this is the end of file.
+            # A thread that waits for the next request reads the end of file, and ends.
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -160,12 +160,12 @@ class Server(ThreadedWSGIServer):
 def _path_info(target: str) -> str:
     """Return the path of a request, decoded except for ``%2F`` and ``%25``."""
     path = re.sub("%(2[Ff]|25)", r"%25\1", target.partition("?")[0])
-    # A part of a path is text in latin-1, as WSGI has it.
+    # WSGI defines PATH_INFO as latin-1 text.
     return unquote(path, "latin-1")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; werkzeug's own way would exit the process."""
+    """Return a listening socket, or raise OSError; werkzeug would exit the process."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -178,31 +178,31 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-#: Seconds for which `Sandbox.close` waits for requests that are being answered.
+#: Maximum seconds that `Sandbox.close` waits for current requests.
 CLOSE_TIMEOUT = 5.0
 
 
 class Sandbox:
     """A local server with OpenMeter's API, including its quirks.
 
-    It serves from threads of its own as soon as it is constructed, until `close`::
+    It serves in background threads, from its construction until `close`::
 
         with Sandbox() as sandbox:
             requests.post(f"{sandbox.url}/api/v1/events", json=event)
 
-    :param port: 0 chooses a free one, which `url` then names.
-    :param database: the SQLite file to keep everything in; None keeps it for as long
-        as the sandbox lives.
-    :param dedupe: whether an event whose source and id were seen before is dropped,
-        as OpenMeter does where deduplication is switched on.
+    :param port: the port to listen on; 0 chooses a free one, see `url`.
+    :param database: the SQLite file for all data; None uses a temporary file, which
+        `close` removes.
+    :param dedupe: True to drop an event whose source and id were seen before, as
+        OpenMeter does if its deduplication is on.
     :param fail_rate: the share of ingest requests that is answered with 500, half of
         them after the events were stored.
-    :param latency: seconds by which answers to ingest requests are delayed. `faults`
-        sets these two and more, also for entitlement checks.
-    :param visible_after: seconds from an event's arrival until meters and balances
+    :param latency: the seconds by which responses to ingest requests are delayed.
+        `faults` can change these two, and set other faults.
+    :param visible_after: the seconds from an event's arrival until meters, balances
         and lists include it; about 1 in OpenMeter. ``store.visible_after`` changes it.
-    :param clock: returns now in Unix seconds.
-    :raises OSError: if the address cannot be listened on.
+    :param clock: a function that returns the current time in Unix seconds.
+    :raises OSError: if the server cannot listen on the address.
     """
 
     def __init__(
@@ -239,30 +239,33 @@ class Sandbox:
 
     @property
     def url(self) -> str:
-        """The address of the page, and the base of the API's."""
+        """The URL of the page, and the base URL of the API."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
     @property
     def questions(self) -> Counter[Question]:
-        """The number of requests for entitlements, by kind, customer and feature."""
+        """The numbers of entitlement requests by kind, customer and feature."""
         return self._context.questions.counts()
 
     def asked(self, **which: str | None) -> int:
-        """Return the number of such requests with this kind, customer and feature."""
+        """Return the number of entitlement requests of a kind, customer and feature.
+
+        :param which: any of ``kind``, ``customer`` and ``feature``, as in `questions`.
+        """
         return self._context.questions.count(**which)
 
     def wait_asked(
         self, count: int = 1, *, timeout: float = 5.0, **which: str | None
     ) -> bool:
-        """Return True when *count* such requests came, False after *timeout* seconds.
+        """Wait for *count* such requests; return False if *timeout* seconds pass first.
 
-        A request is counted when it arrives, even if its answer is delayed.
+        A request is counted when it arrives, even if its response is delayed.
         """
         return self._context.questions.wait(count, timeout, **which)
 
     def forget_questions(self) -> None:
-        """Set the counts of entitlement requests to zero."""
+        """Set the numbers of entitlement requests to zero."""
         self._context.questions.clear()
 
     def grant(
@@ -277,55 +280,59 @@ class Sandbox:
     ) -> dict[str, Any]:
         """Give *customer* access to *feature*, and return the entitlement.
 
-        With an *amount*, or a *soft* limit, it is metered, with a *config* static, else
-        boolean. A missing customer or feature is created, the feature for the meter of
-        its name. A second amount is added; another kind replaces the entitlement. Only
+        The entitlement is metered if there is an *amount* or a *soft* limit, static if
+        there is a *config*, else boolean. A missing customer or feature is created, the
+        feature with the meter of the same name. If the customer has an entitlement of
+        the same kind, the amount is added to it; one of another kind is replaced. Only
         usage that arrives from now on counts.
 
         :param amount: the amount granted in every usage period; may be 0.
-        :param soft: whether there is access beyond the amount.
+        :param soft: True to keep the access when the amount is used up.
         :param period: DAY, WEEK, MONTH, YEAR or an ISO 8601 duration.
-        :raises ValueError: if there is no meter to measure the feature by.
+        :raises ValueError: if an argument is invalid, or the feature has no meter.
         """
-        asked = wanted(amount, soft=soft, period=period, config=config)
-        found = self._context.granting.grant(customer, feature, asked)
-        return self._context.entitlements.document(found)
+        description = wanted(amount, soft=soft, period=period, config=config)
+        entitlement = self._context.granting.grant(customer, feature, description)
+        return self._context.entitlements.document(entitlement)
 
     def revoke(self, customer: str, feature: str) -> None:
-        """Take the access to *feature* from *customer*.
+        """Delete the entitlement of *customer* to *feature*.
 
-        :raises ValueError: if there is none.
+        :raises ValueError: if there is no such entitlement.
         """
         self._context.granting.revoke(customer, feature)
 
     def reset(self, customer: str, feature: str) -> None:
-        """Begin a new usage period, now: usage is zero, the amount granted anew.
+        """Begin a new usage period now: usage is zero and the amount is granted again.
 
-        :raises ValueError: if there is no metered entitlement.
+        :raises ValueError: if there is no such metered entitlement.
         """
         self._context.granting.reset(customer, feature)
 
     def delete_customer(self, customer: str) -> None:
         """Delete *customer* and its entitlements.
 
-        :raises ValueError: if there is none.
+        :raises ValueError: if there is no such customer.
         """
-        self._context.granting.forget(customer)
+        self._context.granting.delete_customer(customer)
 
     def value(self, customer: str, feature: str) -> dict[str, Any]:
         """Return the value of *customer*'s entitlement to *feature*.
 
-        It holds the whole answer of the API, and ``hasAccess`` even if it is false and
-        the v2 API leaves it out. Faults do not apply, and the call is not counted.
+        It has all members of the API's response, and always ``hasAccess``, which the v2
+        API leaves out if it is false. Faults do not apply, and the call is not counted.
 
         :raises ValueError: if there is no such customer.
         """
         payer = self._context.customers.get(customer)
-        found = self._context.entitlements.find(payer, feature)
-        return self._context.access.value(payer, found)
+        entitlement = self._context.entitlements.find(payer, feature)
+        return self._context.access.value(payer, entitlement)
 
     def close(self) -> None:
-        """Finish the requests under way, then close everything. Idempotent."""
+        """Finish the current requests, then close the server and the store.
+
+        Further calls do nothing.
+        """
         if self._closed:
             return
         self._closed = True

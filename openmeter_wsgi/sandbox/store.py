@@ -1,4 +1,9 @@
-"""The store of the sandbox: one SQLite file, several threads."""
+"""The store of the sandbox: events and resources in one SQLite file.
+
+An *arrival* is an event that arrived, stored or rejected. All arrivals have one
+sequence of numbers (``seq``). A stored event becomes *visible* to meters, balances and
+lists only after a delay, as in OpenMeter; `Store.horizon` is the last visible number.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event with the fields of OpenMeter's Kafka message; others are dropped."""
+    """An event with the fields of OpenMeter's Kafka message, which has no others."""
 
     id: str
     source: str
@@ -33,26 +38,26 @@ class Event:
     subject: str
     #: Seconds since 1970; OpenMeter meters at this resolution.
     time: int
-    #: JSON text, or None where there was no data.
+    #: JSON text, or None if the event has no data.
     data: str | None
-    #: The data is no JSON; OpenMeter detects this late and answers 500.
+    #: True if the data is no JSON. OpenMeter detects this late and answers 500.
     broken: bool = False
 
     @property
-    def lost(self) -> str | None:
-        """The reason why OpenMeter takes it and then drops it; None if it does not."""
+    def drop_reason(self) -> str | None:
+        """The reason why OpenMeter accepts the event but drops it later, or None."""
         if self.time <= 0:
-            return f"its time is 1970 or earlier: {_LOST}"
-        return None if self.source else f"its source is no URI with a name: {_LOST}"
+            return f"its time is 1970 or earlier: {_DROPPED}"
+        return None if self.source else f"its source is no URI with a name: {_DROPPED}"
 
     @property
     def key(self) -> str:
-        """The key of OpenMeter's deduplication: ``a-b`` + ``c`` is ``a`` + ``b-c``."""
+        """OpenMeter's deduplication key; ``a-b``, ``c`` has that of ``a``, ``b-c``."""
         return f"default-{self.source}-{self.id}"
 
 
 def subjects_of(customer: Document) -> list[str]:
-    """Return the event subjects of *customer*: its key and its subject keys."""
+    """Return the subjects that *customer* pays for: its key and its subject keys."""
     key = customer.get("key")
     return [*([key] if key else ()), *subject_keys(customer)]
 
@@ -64,7 +69,7 @@ def subject_keys(customer: Document) -> list[str]:
 
 REJECTED_TABLES = """
 CREATE TABLE IF NOT EXISTS rejected (
-    -- One row of numbers with the events that were stored: the order of arrival.
+    -- The order of arrival, in one sequence with the stored events.
     seq INTEGER PRIMARY KEY,
     outcome TEXT NOT NULL,
     reason TEXT NOT NULL,
@@ -74,17 +79,19 @@ CREATE TABLE IF NOT EXISTS rejected (
     source TEXT,
     type TEXT,
     subject TEXT,
-    -- Whole seconds, or whatever an event that was refused had there.
+    -- Whole seconds, or for an invalid event any text.
     time,
     data TEXT,
     ingested_at REAL NOT NULL
 );
 """
-#: The number of rejected events kept, the newest, and of those from one request.
+#: Maximum number of rejected events that are kept; the oldest are deleted.
 KEPT = 20_000
+#: Maximum number of rejected events that are kept of one request.
 KEPT_OF_REQUEST = 1_000
-#: Characters of an attribute, and of the data, of an event that fits no schema.
+#: Maximum number of characters of an attribute that are kept of an invalid event.
 MAX_TEXT = 300
+#: Maximum number of characters of the data that are kept of an invalid event.
 MAX_DATA = 10_000
 _ATTRIBUTES = ("id", "source", "type", "subject", "time")
 
@@ -93,20 +100,22 @@ class Outcome(StrEnum):
     """The outcome of an event that arrived and was not stored."""
 
     DUPLICATE = "duplicate"
-    #: From 1970 or earlier.
+    #: Accepted with a 204, but not stored, see `Event.drop_reason`.
     DROPPED = "dropped"
+    #: The request was answered with 4xx.
     REFUSED = "refused"
-    #: By a simulated fault, or by data that OpenMeter answers with 500.
+    #: The request was answered with an error by a simulated fault, or with 500.
     FAILED = "failed"
 
 
 class Rejected(NamedTuple):
-    """One event that was not stored, in the order of the table's columns."""
+    """An event that was not stored. The fields are the columns of the table."""
 
     outcome: Outcome
     reason: str
-    #: Its place in the request, from 1, and how many events came with it.
+    #: The position of the event in the request, from 1.
     position: int
+    #: The number of events in the request.
     batch: int
     id: str | None = None
     source: str | None = None
@@ -119,7 +128,7 @@ class Rejected(NamedTuple):
 def insert_rejected(
     connection: sqlite3.Connection, rows: Iterable[Rejected], first: int, now: float
 ) -> None:
-    """Insert *rows* with numbers from *first*, and delete the oldest rows."""
+    """Insert *rows* with numbers from *first* on, and delete the oldest rows."""
     connection.executemany(
         "INSERT INTO rejected VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [(seq, *row, now) for seq, row in enumerate(rows, first)],
@@ -136,7 +145,8 @@ def rejected_events(
 ) -> list[Rejected]:
     """Return the events of a request that was answered with an error.
 
-    :param culprit: the place of the event that caused the *reason*, from 1.
+    :param culprit: the position of the event that caused the error, from 1; None if
+        the whole request caused it.
     """
     items = _items(body)
     shared = f"refused together with event {culprit} of its batch: {reason}"
@@ -169,26 +179,26 @@ def _items(body: bytes) -> list[Any]:
 
 
 def _texts(item: Any) -> dict[str, Any]:
-    """Return the attributes of a value, which may be no event, as texts."""
+    """Return the attributes of *item* as texts. It may be any JSON value."""
     if not isinstance(item, dict):
         return {"data": None if item is None else _text(item, MAX_DATA)}
-    found = {n: _text(item[n], MAX_TEXT) for n in _ATTRIBUTES if n in item}
+    texts = {n: _text(item[n], MAX_TEXT) for n in _ATTRIBUTES if n in item}
     if item.get("data") is not None:
-        found["data"] = _text(item["data"], MAX_DATA)
-    return found
+        texts["data"] = _text(item["data"], MAX_DATA)
+    return texts
 
 
 def _text(value: Any, limit: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    # Halves of surrogate pairs are no text that could be stored.
+    # SQLite cannot store single surrogates.
     return text[:limit].encode("utf-8", "replace").decode()
 
 
-#: Of the tables below.
+#: The version of the tables below.
 _VERSION = 2
 TABLES = f"""
 PRAGMA journal_mode = WAL;
--- A sandbox's events need not survive a power cut.
+-- The events of a sandbox may be lost when the power fails.
 PRAGMA synchronous = OFF;
 PRAGMA user_version = {_VERSION};
 CREATE TABLE IF NOT EXISTS events (
@@ -200,7 +210,7 @@ CREATE TABLE IF NOT EXISTS events (
     time INTEGER NOT NULL,
     data TEXT,
     ingested_at REAL NOT NULL,
-    -- When meters, balances and the list of events begin to know of it.
+    -- The time at which the event becomes visible.
     stored_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_by_meter ON events (type, subject, time);
@@ -216,16 +226,16 @@ CREATE TABLE IF NOT EXISTS resources (
     UNIQUE (kind, key)
 );
 """
-#: The number of the last arrival, stored or not.
+#: SQL for the number of the last arrival, stored or rejected.
 NEWEST = """SELECT max(ifnull((SELECT max(seq) FROM events), 0),
     ifnull((SELECT max(seq) FROM rejected), 0))"""
 
-#: Greater than the number of any event.
+#: A number greater than that of any event.
 EVERYTHING = 2**63 - 1
 
 
 _DUPLICATE = "an event with this source and id had arrived before"
-_LOST = "OpenMeter answers 204 and drops it without a word"
+_DROPPED = "OpenMeter answers 204 and drops it without an error"
 
 
 def _rejected(
@@ -246,16 +256,16 @@ def _rejected(
 
 
 class Store:
-    """The events and resources of one sandbox.
+    """The events and resources of one sandbox. Thread-safe.
 
-    Any thread: writing takes turns under a lock, each reader has a connection of its
-    own for as long as it reads, and SQLite's write-ahead log keeps the two apart.
+    A lock protects the connection for writing; each concurrent reader has another
+    connection. With SQLite's write-ahead log they do not block each other.
 
-    :param path: the file, or None for a temporary one that goes with the store.
-    :param dedupe: whether an event with a known source and id is dropped.
-    :param visible_after: seconds from an event's arrival until meters and balances
-        count it; may be changed at any time.
-    :param clock: returns now in Unix seconds.
+    :param path: the SQLite file; None for a temporary file, which `close` removes.
+    :param dedupe: True to drop an event whose source and id were seen before.
+    :param visible_after: the seconds from an event's arrival until it is visible; may
+        be changed at any time.
+    :param clock: a function that returns the current time in Unix seconds.
     """
 
     def __init__(
@@ -272,6 +282,7 @@ class Store:
         self._directory = None if path else tempfile.TemporaryDirectory("-openmeter")
         self._path = Path(path or Path(self._directory.name, "sandbox.sqlite"))  # type: ignore[union-attr]
         self._lock = threading.Lock()
+        #: The connections of readers that are not in use.
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
         self._writer = self._connect()
@@ -288,13 +299,13 @@ class Store:
             and self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone()
         ):
             raise sqlite3.DatabaseError(
-                "another version of the sandbox made it, or something else; "
-                "delete it or name a new file"
+                "the file was created by another version of the sandbox, or by another "
+                "program; delete it or name a new file"
             )
         self._writer.executescript(TABLES + REJECTED_TABLES)
-        found = self._writer.execute("SELECT max(stored_at) FROM events").fetchone()
-        #: The time at which the newest event was or will be visible.
-        self._latest = found[0] or 0.0
+        row = self._writer.execute("SELECT max(stored_at) FROM events").fetchone()
+        #: The time at which all events are visible.
+        self._all_visible_at = row[0] or 0.0
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -305,7 +316,7 @@ class Store:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection that reads one consistent snapshot."""
+        """Yield a connection that reads one consistent snapshot."""
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -321,7 +332,7 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection that writes, in one transaction."""
+        """Yield the connection that writes, in one transaction."""
         with self._lock:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -332,39 +343,40 @@ class Store:
             self._writer.commit()
 
     def add(self, events: Sequence[Event]) -> dict[str, int]:
-        """Store *events*, the first of each key only; return their outcomes."""
+        """Store *events* unless they are duplicates or dropped; return the numbers."""
         duplicates = 0
         rows: list[tuple[Any, ...]] = []
-        away: list[Rejected] = []
+        rejected: list[Rejected] = []
         with self.writing() as connection:
             now = self.clock()
-            # Events are stored in the order of arrival, whatever the lag.
-            self._latest = stored = max(now + self._visible_after, self._latest)
+            # Events become visible in the order of arrival, even if the delay changes.
+            visible_at = max(now + self._visible_after, self._all_visible_at)
+            self._all_visible_at = visible_at
             for position, event in enumerate(events, 1):
                 if self._is_duplicate(connection, event.key):
                     duplicates += 1
                     if self.dedupe:
-                        away.append(_rejected(event, _DUPLICATE, position, events))
+                        rejected.append(_rejected(event, _DUPLICATE, position, events))
                         continue
-                if event.lost:
-                    away.append(_rejected(event, event.lost, position, events))
+                if reason := event.drop_reason:
+                    rejected.append(_rejected(event, reason, position, events))
                     continue
                 rows.append(
                     (event.id, event.source, event.type, event.subject, event.time,
-                     event.data, now, stored)
+                     event.data, now, visible_at)
                 )  # fmt: skip
-            self._insert(connection, rows, away, now)
-        dropped = sum(one.outcome is Outcome.DROPPED for one in away)
+            self._insert(connection, rows, rejected, now)
+        dropped = sum(event.outcome is Outcome.DROPPED for event in rejected)
         return {"stored": len(rows), "duplicates": duplicates, "dropped": dropped}
 
     def claim(self, events: Sequence[Event]) -> None:
-        """Remember only the ids of *events*."""
+        """Store the ids of *events* for deduplication, but not the events."""
         with self.writing() as connection:
             for event in events:
                 self._is_duplicate(connection, event.key)
 
     def reject(self, events: Sequence[Rejected]) -> None:
-        """Remember *events* that were not stored, with their outcome."""
+        """Store *events* as rejected."""
         with self.writing() as connection:
             self._insert(connection, [], events, self.clock())
 
@@ -372,7 +384,7 @@ class Store:
     def _insert(
         connection: sqlite3.Connection,
         rows: Sequence[tuple[Any, ...]],
-        away: Sequence[Rejected],
+        rejected: Sequence[Rejected],
         now: float,
     ) -> None:
         (newest,) = connection.execute(NEWEST).fetchone()
@@ -381,14 +393,14 @@ class Store:
             " ingested_at, stored_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [(seq, *row) for seq, row in enumerate(rows, newest + 1)],
         )
-        if away:
-            insert_rejected(connection, away, newest + len(rows) + 1, now)
+        if rejected:
+            insert_rejected(connection, rejected, newest + len(rows) + 1, now)
 
     @property
     def visible_after(self) -> float:
-        """Seconds from an event's arrival until it is stored and counted.
+        """The seconds from an event's arrival until it is visible.
 
-        Visible events stay visible; a change applies at once to waiting events.
+        A change applies at once to events that are not visible yet.
         """
         return self._visible_after
 
@@ -401,17 +413,17 @@ class Store:
                 " WHERE stored_at > ?",
                 (now, seconds, now),
             )
-            found = connection.execute("SELECT max(stored_at) FROM events").fetchone()
-            self._latest = found[0] or 0.0
+            row = connection.execute("SELECT max(stored_at) FROM events").fetchone()
+            self._all_visible_at = row[0] or 0.0
 
     def horizon(self, connection: sqlite3.Connection) -> int:
-        """Return the number of the newest event that is visible by now.
+        """Return the number of the newest visible event, or `EVERYTHING`.
 
-        OpenMeter's sink stores events some time after the client was told that they are
-        accepted; until then no meter, balance or list includes them.
+        OpenMeter's sink stores events some time after the response to the client. Until
+        then no meter, balance or list includes them.
         """
         now = self.clock()
-        if now >= self._latest:
+        if now >= self._all_visible_at:
             return EVERYTHING
         row = connection.execute(
             "SELECT seq FROM events WHERE stored_at <= ? ORDER BY seq DESC LIMIT 1",
@@ -421,11 +433,12 @@ class Store:
 
     @staticmethod
     def _is_duplicate(connection: sqlite3.Connection, key: str) -> bool:
+        """Return True if *key* was seen before, and remember it."""
         cursor = connection.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,))
         return cursor.rowcount == 0
 
     def close(self) -> None:
-        """Close all connections; a temporary file is removed."""
+        """Close all connections and remove a temporary file."""
         self._closed = True
         with self._lock:
             self._writer.close()
@@ -443,18 +456,19 @@ _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 def ulid() -> str:
-    """Return a new id of the form that OpenMeter gives its resources."""
+    """Return a new id in the form of OpenMeter's ids."""
     number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-#: OpenMeter's messages for a missing resource, and for a key that is in use.
+#: OpenMeter's messages for a missing resource.
 _UNKNOWN = {
     "meter": "not found error: meter not found: {}",
     "feature": "feature not found: {}",
     "subject": "not found error: subject not found"
     " [namespace=default subject.idOrKey={}]",
 }
+#: OpenMeter's messages for a key that is in use.
 _TAKEN = {
     "meter": "conflict error: meter with the same slug already exists",
     "feature": "feature {id} with key {key} already exists",
@@ -464,8 +478,8 @@ _TAKEN = {
 class Resources:
     """All resources of one kind, by id and by key.
 
-    :param kind: the name of one resource.
-    :param key: the property of a document that is unique among its kind.
+    :param kind: the name of the kind, in the singular.
+    :param key: the name of the property that is unique among resources of the kind.
     """
 
     def __init__(self, store: Store, kind: str, *, key: str = "key") -> None:
@@ -483,15 +497,15 @@ class Resources:
             with self._store.writing() as connection:
                 connection.execute("INSERT INTO resources VALUES (?, ?, ?, ?)", row)
         except sqlite3.IntegrityError:
-            known = self.find(str(key)) or {}
+            existing = self.find(str(key)) or {}
             detail = _TAKEN.get(self._kind, "conflict error: {key} already exists")
-            raise Problem(409, detail.format(id=known.get("id"), key=key)) from None
+            raise Problem(409, detail.format(id=existing.get("id"), key=key)) from None
         return created
 
     def change(self, id_: str, edit: Callable[[Document], None]) -> Document:
-        """Let *edit* change the resource with this id, under a lock.
+        """Change the resource with this id by *edit*, under a lock.
 
-        If *edit* raises, the error passes through and nothing is changed.
+        If *edit* raises, nothing is changed and the error is raised.
         """
         which = (self._kind, id_)
         with self._store.writing() as connection:
@@ -517,14 +531,14 @@ class Resources:
         return self.change(document["id"], replace)
 
     def all(self) -> list[Document]:
-        """Return all, oldest first."""
+        """Return all resources, the oldest first."""
         with self._store.reading() as connection:
             return self.within(connection)
 
     def within(
         self, connection: sqlite3.Connection, prefix: str = ""
     ) -> list[Document]:
-        """Return all whose key begins with *prefix*, as *connection* sees them."""
+        """Return the resources whose key begins with *prefix*, read by *connection*."""
         rows = connection.execute(
             "SELECT document FROM resources WHERE kind = ?"
             " AND (? = '' OR (key >= ? AND key < ?)) ORDER BY rowid",
@@ -533,7 +547,7 @@ class Resources:
         return [json.loads(document) for (document,) in rows]
 
     def find(self, id_or_key: str) -> Document | None:
-        """Return the one with this id or key."""
+        """Return the resource with this id or key, or None."""
         if "\0" in id_or_key:
             raise Problem(500, reason="PostgreSQL refuses a key with NUL")
         with self._store.reading() as connection:
@@ -545,14 +559,14 @@ class Resources:
         return json.loads(row[0]) if row else None
 
     def get(self, id_or_key: str) -> Document:
-        """Return the one with this id or key, or answer 404."""
+        """Return the resource with this id or key, or answer 404."""
         found = self.find(id_or_key)
         if found is None:
             raise Problem(404, _UNKNOWN[self._kind].format(id_or_key))
         return found
 
     def retire(self, id_: str) -> None:
-        """Delete the resource with this id, but remember it as deleted."""
+        """Move the resource with this id to the kind of deleted resources."""
         deleted = {"deletedAt": rfc3339(self._store.clock())}
         with self._store.writing() as connection:
             connection.execute(
@@ -563,14 +577,14 @@ class Resources:
 
 
 class Customers(Resources):
-    """All customers; those that were deleted are remembered by their id."""
+    """All customers; deleted customers can still be found by their id."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store, "customer")
         self._deleted = Resources(store, "deleted customer")
 
     def look_up(self, id_or_key: str) -> Document:
-        """Return the one with this id, deleted or not, or this key; or answer 404."""
+        """Return the customer with this key or id, even if deleted; or answer 404."""
         found = self.find(id_or_key) or self._deleted.find(id_or_key)
         if found is None:
             detail = f"not found error: customer with id or key {id_or_key} not found"
@@ -579,25 +593,25 @@ class Customers(Resources):
 
     def get(self, id_or_key: str) -> Document:
         """Return the customer that `look_up` finds, or answer 412 if it is deleted."""
-        found = self.look_up(id_or_key)
-        if "deletedAt" in found:
-            raise _gone(found)
-        return found
+        customer = self.look_up(id_or_key)
+        if "deletedAt" in customer:
+            raise _gone(customer)
+        return customer
 
     def of_subject(self, subject: str) -> Document:
-        """Return the one that pays for *subject*, or answer 412 if deleted, or 404."""
-        found = _payers(self, subject)
-        if not found:
+        """Return the payer of *subject*; answer 404, or 412 if it is deleted."""
+        payers = _payers(self, subject)
+        if not payers:
             if deleted := _payers(self._deleted, subject):
                 raise _gone(deleted[-1])
             detail = f"not found error: customer with subject key {subject} not found"
             raise Problem(404, f"{detail} in default namespace")
-        # A key wins against the subjects that another customer names.
-        return min(found, key=lambda one: one.get("key") != subject)
+        # The customer with this key is preferred to one with this subject key.
+        return min(payers, key=lambda customer: customer.get("key") != subject)
 
 
 def _payers(customers: Resources, subject: str) -> list[Document]:
-    return [one for one in customers.all() if subject in subjects_of(one)]
+    return [c for c in customers.all() if subject in subjects_of(c)]
 
 
 def _gone(customer: Document) -> Problem:

@@ -1,4 +1,8 @@
-"""Reading meters: the usage that events add up to, whole or in windows."""
+"""The usage of meters: SQL over the stored events, in total or in time windows.
+
+`usage` runs one `Query`. `UsageCache` keeps sums for the balances of entitlements, and
+adds only newly arrived events to them. The SQL functions imitate ClickHouse.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,10 @@ _STEP = re.compile(
 
 
 class JsonPath:
-    """A JSONPath of names and indexes: ``$.usage.tokens``, ``$.items[0]``."""
+    """A JSONPath of names and indexes, such as ``$.usage.tokens`` or ``$.items[0]``.
+
+    :raises ValueError: if *text* is another kind of path, or none.
+    """
 
     def __init__(self, text: str) -> None:
         self._steps: list[str | int] = []
@@ -42,14 +49,17 @@ class JsonPath:
 
     @property
     def sqlite(self) -> str:
-        """The same path for SQLite's JSON functions."""
+        """The path in the syntax of SQLite's JSON functions."""
         return "$" + "".join(
             f"[{step}]" if isinstance(step, int) else f'."{step}"'
             for step in self._steps
         )
 
     def find(self, document: Any) -> Any:
-        """Return the value at the path; LookupError if there is none."""
+        """Return the value at the path.
+
+        :raises LookupError: if *document* has no value there.
+        """
         for step in self._steps:
             if not isinstance(document, list if isinstance(step, int) else dict):
                 raise LookupError(step)
@@ -58,22 +68,24 @@ class JsonPath:
 
 
 def to_float(text: str) -> float:
-    """Return *text* as ClickHouse's ``toFloat64`` does, or raise ValueError."""
+    """Convert *text* as ClickHouse's ``toFloat64`` does, or raise ValueError."""
     if "_" in text or not text.isascii() or text != text.strip():
         raise ValueError(f"could not convert string to float: {text!r}")
     return float(text)
 
 
-#: In units that are aligned in every time zone.
+#: Seconds of the windows whose length is the same in all time zones.
 _SECONDS = {"MINUTE": 60, "HOUR": 3600}
+#: The sizes of windows.
 SIZES = ("MINUTE", "HOUR", "DAY", "MONTH")
 
 
 def window_start(moment: int, size: str, zone: str) -> int:
-    """Return the start of the window of *moment*, in Unix seconds."""
+    """Return the start of the window that contains *moment*, in Unix seconds."""
     if size == "MINUTE":
         return moment - moment % 60
-    # All current time zones have offsets of whole quarters of an hour.
+    # The offsets of all current time zones are multiples of 15 minutes: so all moments
+    # of a quarter of an hour have one start, which is cached.
     return _start(moment - moment % 900, size, zone)
 
 
@@ -81,7 +93,7 @@ def window_start(moment: int, size: str, zone: str) -> int:
 def _start(moment: int, size: str, zone: str) -> int:
     local = datetime.fromtimestamp(moment, ZoneInfo(zone))
     if size == "HOUR":
-        # Not by replacing the minutes: an hour that a clock change repeats is two.
+        # Replacing the minutes would merge the two hours repeated by a clock change.
         return moment - local.minute * 60 - local.second
     midnight = local.replace(hour=0, minute=0, second=0, fold=0)
     if size == "MONTH":
@@ -94,7 +106,7 @@ def window_end(start: int, size: str, zone: str) -> int:
     if seconds := _SECONDS.get(size):
         return start + seconds
     local = datetime.fromtimestamp(start, ZoneInfo(zone))
-    # 32 days after the first of a month lies in the next one.
+    # 32 days after the first day of a month is a day of the next month.
     beyond = local + timedelta(days=1 if size == "DAY" else 32)
     if size == "MONTH":
         beyond = beyond.replace(day=1)
@@ -102,7 +114,7 @@ def window_end(start: int, size: str, zone: str) -> int:
 
 
 def local_time(moment: int, zone: str) -> str:
-    """Return Unix *moment* in the form OpenMeter writes, in the time zone *zone*."""
+    """Return Unix *moment* as OpenMeter writes it, in the time zone *zone*."""
     if zone == "UTC":
         return rfc3339(moment)
     return datetime.fromtimestamp(moment, ZoneInfo(zone)).isoformat()
@@ -111,13 +123,15 @@ def local_time(moment: int, zone: str) -> str:
 Meter = dict[str, Any]
 
 Row = dict[str, Any]
-#: A number, or a number as text; other values are NULL, which no aggregate counts.
+#: SQL for the value as a number: a number, or text that is one. Other values are NULL,
+#: which aggregates ignore.
 NUMBER = """CASE json_type(data, :value)
     WHEN 'integer' THEN CAST(json_extract(data, :value) AS REAL)
     WHEN 'real' THEN json_extract(data, :value)
     WHEN 'text' THEN to_number(json_extract(data, :value)) END"""
 
-#: ClickHouse's JSON_VALUE: a missing value, an object or an array gives empty text.
+#: SQL for a value as text, like ClickHouse's JSON_VALUE: a missing value, an object or
+#: an array is empty text.
 TEXT = """CASE json_type(data, :{0})
     WHEN 'null' THEN 'null' WHEN 'true' THEN 'true' WHEN 'false' THEN 'false'
     WHEN 'object' THEN '' WHEN 'array' THEN ''
@@ -135,39 +149,43 @@ AGGREGATES = {
 
 
 class Edge(NamedTuple):
-    """The edge at which a span of usage begins or ends.
+    """The start or the end of a span of usage.
 
-    An edge has two coordinates, like an event. OpenMeter only knows the time, in whole
-    seconds. The number of the arrival orders the events of one second, so that a reset
-    by hand takes effect at once.
+    An event is after the edge if its time is at or after *time* and its number of
+    arrival is greater than *seq*. OpenMeter compares only times, in whole seconds. The
+    number orders the events within a second, so that a reset in the sandbox takes
+    effect at once.
     """
 
-    #: Unix seconds; events from this moment on are after the edge,
+    #: Unix seconds.
     time: int
-    #: unless they arrived no later than the event of this number.
+    #: The number of the last event before the edge; 0 if only the time decides.
     seq: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """A query of a meter: a selection of its usage, and its division into rows."""
+    """A query of a meter: the selected events, and the groups of the result."""
 
+    #: The half-open range of times [start, end) in Unix seconds; None is unlimited.
     start: int | None = None
-    #: Exclusive.
     end: int | None = None
+    #: The size of time windows, one of `SIZES`; None for the usage in total.
     window: str | None = None
+    #: The time zone of the windows.
     zone: str = "UTC"
     #: None selects all subjects, an empty sequence none.
     subjects: Sequence[str] | None = None
-    #: The requested customers, by the subjects that they pay for.
+    #: The ids of the selected customers, by the subjects that they pay for.
     customers: Mapping[str, str] | None = None
     group_by: Sequence[str] = ()
-    #: Group-by name to the values that count.
+    #: The selected values by the name of a dimension.
     filters: Mapping[str, Sequence[str]] | None = None
-    #: The number of the last event that counts; None for all of them.
+    #: The number of the last visible event; None if all events are visible.
     horizon: int | None = None
-    #: Selects events after the first edge and not after the second.
+    #: Select the events after this edge.
     after: Edge | None = None
+    #: Select the events that are not after this edge.
     before: Edge | None = None
 
 
@@ -179,7 +197,7 @@ def usage(connection: sqlite3.Connection, meter: Meter, query: Query) -> list[Ro
 
 
 class _Statement:
-    """The SQL of one query, with all values as parameters."""
+    """The SQL of a query; all values are bound parameters."""
 
     def __init__(self, meter: Meter, query: Query) -> None:
         self.parameters: dict[str, Any] = {"type": meter["eventType"]}
@@ -204,6 +222,7 @@ class _Statement:
         return ", ".join(["1", *(str(5 + index) for index in range(groups))])
 
     def _bind(self, value: Any) -> str:
+        """Add a parameter with *value* and return its name."""
         name = f"p{len(self.parameters)}"
         self.parameters[name] = value
         return name
@@ -246,7 +265,7 @@ class _Statement:
     def _edges(self, query: Query) -> Iterator[str]:
         if query.after is not None:
             time, seq = map(self._bind, query.after)
-            # The plus makes SQLite use the index of arrivals instead of that of times.
+            # With the plus SQLite uses the index of arrivals, not the one of times.
             yield f"+time >= :{time} AND seq > :{seq}"
         if query.before is not None:
             time, seq = map(self._bind, query.before)
@@ -263,11 +282,11 @@ def _row(meter: Meter, query: Query, values: tuple[Any, ...]) -> Row:
     zone = "UTC"
     if query.window:
         zone = query.zone
-        # ClickHouse's DateTime begins anew after 2106.
+        # ClickHouse's DateTime has 32 bits and overflows in 2106.
         start, end = window, window_end(window, query.window, zone) % 2**32
     else:
-        # Without windows OpenMeter answers with the period asked for, or else with
-        # the whole minutes that hold events.
+        # Without windows OpenMeter returns the period of the query, or else the whole
+        # minutes from the first to the last event.
         start = first - first % 60 if query.start is None else query.start
         end = (last - last % 60 + 60) % 2**32 if query.end is None else query.end
     named = dict(zip(query.group_by, groups, strict=True))
@@ -282,15 +301,16 @@ def _row(meter: Meter, query: Query, values: tuple[Any, ...]) -> Row:
     return row | {"groupBy": named}
 
 
-#: The number of sums kept; another sum is computed from all its events.
+#: Maximum number of sums in the cache.
 KEPT = 4096
 
 
 class UsageCache:
-    """A cache of sums, to which only newly arrived events are added. Any thread."""
+    """A cache of sums, which adds only newly arrived events to them. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        #: For each query: the number of the last event in the sum, and the sum.
         self._sums: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def usage(
@@ -303,7 +323,8 @@ class UsageCache:
         ).fetchone()[0]
         with self._lock:
             seen, total = self._sums.pop(key, (0, 0.0))
-            # The clock was set back: events that were visible are hidden again.
+            # Only these two can be added up. If the clock was set back, events that
+            # were visible are hidden again.
             if meter["aggregation"] not in ("SUM", "COUNT") or seen > (newest or 0):
                 seen, total = 0, 0.0
             after = Edge(start.time, max(start.seq, seen))
@@ -316,20 +337,20 @@ class UsageCache:
 
 
 def install(connection: sqlite3.Connection) -> None:
-    """Teach *connection* the functions of this module."""
+    """Add the SQL functions of this module to *connection*."""
     connection.create_function("to_number", 1, to_number, deterministic=True)
     connection.create_function("window_start", 3, window_start, deterministic=True)
     connection.create_aggregate("latest", 3, Latest)  # type: ignore[arg-type]
 
 
 class Latest:
-    """SQL aggregate: the value of the newest event that has one."""
+    """The SQL aggregate ``latest``: the value of the newest event with a value."""
 
     def __init__(self) -> None:
         self._newest: tuple[int, int, float | None] = (-1, -1, None)
 
     def step(self, moment: int, seq: int, value: float | None) -> None:
-        """Take one event."""
+        """Add one event."""
         if value is not None:
             self._newest = max(self._newest, (moment, seq, value))
 
@@ -340,7 +361,7 @@ class Latest:
 
 @lru_cache(maxsize=4096)
 def to_number(text: str) -> float | None:
-    """Return *text* as ClickHouse's ``toFloat64OrNull`` does, infinities excluded."""
+    """Convert *text* as ClickHouse's ``toFloat64OrNull``; infinities become None."""
     try:
         value = to_float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The lists of version 3: customers, features, meters and their usage, events."""
+"""The routes of version 3: customers, features, meters, their usage, and events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import Blueprint, Response, jsonify, request
 
-from openmeter_wsgi.sandbox.context import context
+from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.event_routes import (
     cursor_of,
     list_events,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 routes: Final = Blueprint("v3", __name__, url_prefix="/api/v3/openmeter")
 
-#: The limits of a filter.
+#: Maximum number of values, and of bytes, in a filter.
 MOST_VALUES, MOST_BYTES = 50, 1_024
 _WINDOWS = {"PT1M": "MINUTE", "PT1H": "HOUR", "P1D": "DAY", "P1M": "MONTH"}
 _QUERY = shape(
@@ -74,19 +74,21 @@ def _customers() -> Response:
         "key": lambda one: [one["key"]] if "key" in one else [],
         "usage_attribution_subject_key": subject_keys,
     }
-    return _page([_customer(c) for c in _chosen(context().customers.all(), fields)])
+    return _page(
+        [_customer(c) for c in _chosen(current_context().customers.all(), fields)]
+    )
 
 
 @routes.get("/features")
 def _features() -> Response:
-    found = _chosen(context().features.all(), {"key": lambda one: [one["key"]]})
-    ids = {meter["slug"]: meter["id"] for meter in context().meters.all()}
+    found = _chosen(current_context().features.all(), {"key": lambda one: [one["key"]]})
+    ids = {meter["slug"]: meter["id"] for meter in current_context().meters.all()}
     return _page([_feature(feature, ids) for feature in found])
 
 
 @routes.get("/meters")
 def _meters() -> Response:
-    found = _chosen(context().meters.all(), {"key": lambda one: [one["slug"]]})
+    found = _chosen(current_context().meters.all(), {"key": lambda one: [one["slug"]]})
     return _page(
         [_meter(one) for one in sorted(found, key=lambda one: str(one["slug"]))]
     )
@@ -97,7 +99,7 @@ def _query_meter(meter: str) -> Response:
     if not matches(ULID, meter):
         raise Problem(404)
     asked = read(_QUERY)
-    found = context().meters.get(meter)
+    found = current_context().meters.get(meter)
     rows = [_row(row) for row in rows_of(found, _query(found, asked))]
     return jsonify({"data": rows} | {k: asked[k] for k in ("from", "to") if k in asked})
 
@@ -119,7 +121,7 @@ def _events() -> Response:
 
 
 def _filters(*names: str) -> list[tuple[str, str, str]]:
-    """Return the filters of the request: name, operator and value."""
+    """Return the filters of the request as tuples of name, operator and value."""
     found = []
     for parameter, value in request.args.items():
         parts = re.fullmatch(r"filter\[(\w+)\](?:\[(\w+)\])?", parameter)

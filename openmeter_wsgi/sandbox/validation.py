@@ -1,7 +1,10 @@
-"""OpenMeter's side of HTTP: bodies, parameters, schemas, and its error bodies.
+"""The HTTP layer of the sandbox: request bodies, parameters, schemas and errors.
 
-The texts are those of OpenMeter and of kin-openapi, the validator in front of it, so
-that a client sees here what it will see there.
+The texts of errors are those of OpenMeter and of kin-openapi, the validator that checks
+requests before OpenMeter handles them. So a client gets the same errors from both.
+
+In docstrings, "answer 400" means: raise a `Problem`, from which `answer` makes the
+response.
 """
 
 from __future__ import annotations
@@ -31,39 +34,39 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger(__name__)
 
-#: OpenMeter's ids are ``<host>/<random>-<number>``.
+#: The start of the ids of requests; OpenMeter's are ``<host>/<random>-<number>``.
 _RUN = f"sandbox/{secrets.token_urlsafe(7)}"
 _numbers = itertools.count(1)
-#: Details of version 3, for answers without one in version 1.
+#: The details of version 3 for errors without a detail in version 1.
 _DETAILS_V3 = {
     404: "The requested entity was not found",
     405: "The requested method is not allowed",
 }
-#: The times that Python knows, in Unix seconds: the years 1 and 9999.
+#: The range of Python's datetime, the years 1 to 9999, in Unix seconds.
 _OLDEST, _NEWEST = -62_135_596_800, 253_402_300_799
 
 
 @dataclass(eq=False)
 class Problem(ValueError):
-    """An error answer to a request; in Python, a ValueError."""
+    """An error response. Callers of `Sandbox` get it as a ValueError."""
 
     status: int
-    #: None where OpenMeter leaves it out: unknown routes and every 500.
+    #: The text of the error. OpenMeter has none for unknown routes and for 500.
     detail: str | None = None
     _: KW_ONLY
-    #: True if the validator in front of OpenMeter found it. Such answers of version 1
-    #: have no ``instance``, those of version 3 name the field.
+    #: True if the validator found the error. Then the response of version 1 has no
+    #: ``instance``, and that of version 3 names the field.
     invalid: bool = False
-    #: The flaw that violates the schema of the body.
+    #: The violation of the schema, if this is the error.
     flaw: Flaw | None = None
-    #: True if version 3 leaves out the detail.
+    #: True if version 3 omits the detail.
     terse: bool = False
     extensions: Document | None = None
     #: A longer text for the page, if the detail is not enough.
     reason: str = ""
-    #: The place of the event in its batch that caused the error, from 1.
+    #: The position of the event in its batch that caused the error, from 1.
     position: int | None = None
-    #: Seconds for the header of that name.
+    #: Seconds for the header ``Retry-After``.
     retry_after: float | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class Problem(ValueError):
         return self.reason
 
     def v1(self) -> Document:
-        """Return the body as the v1 and v2 APIs write it."""
+        """Return the body of the response in the v1 and v2 APIs."""
         body: Document = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
@@ -88,7 +91,7 @@ class Problem(ValueError):
         return body
 
     def v3(self) -> Document:
-        """Return the body as the v3 API writes it."""
+        """Return the body of the response in the v3 API."""
         title = HTTPStatus(self.status).phrase
         detail, parameters = self.detail, None
         if self.invalid:
@@ -120,7 +123,7 @@ class Problem(ValueError):
 
 
 def invalid(detail: str, flaw: Flaw | None = None) -> Problem:
-    """Return the problem of a request that the validator refuses."""
+    """Return the problem for a request that the validator refuses."""
     return Problem(400, detail, invalid=True, flaw=flaw)
 
 
@@ -129,7 +132,7 @@ def _instance() -> str:
 
 
 def answer(problem: Problem) -> Response:
-    """Return *problem* in the format of the requested API version."""
+    """Return the response for *problem*, in the format of the API's version."""
     v3 = request.path.startswith(("/api/v3/", "/v3/"))
     body = problem.v3() if v3 else problem.v1()
     response = Response(
@@ -141,7 +144,7 @@ def answer(problem: Problem) -> Response:
 
 
 def install(app: Flask) -> None:
-    """Answer every error of *app* with a problem."""
+    """Make *app* answer each exception in OpenMeter's format of errors."""
 
     @app.errorhandler(Problem)
     def refused(problem: Problem) -> Response:
@@ -169,19 +172,19 @@ ULID = "^[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25}$"
 TIME: Schema = {"type": "string", "format": "date-time"}
 TEXT: Schema = {"type": "string"}
 FLAG: Schema = {"type": "boolean"}
-#: A map of texts; OpenMeter's metadata may be null.
+#: An object with texts as values.
 TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
 METADATA: Schema = TEXTS | {"nullable": True}
 
 
 def text(most: int | None = None, **more: Any) -> Schema:
-    """Return the schema of a text that is not empty, of at most *most* characters."""
+    """Return the schema of a text with 1 to *most* characters."""
     limit = {} if most is None else {"maxLength": most}
     return TEXT | {"minLength": 1} | limit | more
 
 
 def shape(required: str, /, **properties: Schema) -> Schema:
-    """Return the schema of an object with *properties*, the *required* ones named."""
+    """Return the schema of an object with *properties*; *required* lists names."""
     return {
         "type": "object",
         "required": required.split(),
@@ -199,14 +202,16 @@ SLUG: Schema = text(64, pattern=KEY)
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """The first thing in a document that its schema does not allow."""
+    """The first violation of a schema in a document."""
 
+    #: The JSON pointer of the value.
     pointer: str
+    #: The keyword of the schema that is violated.
     rule: str
     reason: str
 
     def nested(self) -> str:
-        """Return the text of a flaw in a schema that others refer to."""
+        """Return the text of a flaw in a schema to which another schema refers."""
         steps = [f'Error at "/{step}"' for step in self.pointer.split("/")[1:]]
         return ": ".join([": doesn't match schema due to: ".join(steps), self.reason])
 
@@ -217,7 +222,7 @@ class Flaw:
 
 
 def check(schema: Schema, value: Any, pointer: str = "") -> Flaw | None:
-    """Return the first flaw of *value*, or None."""
+    """Return the first flaw of *value*, or None if it fits *schema*."""
     if value is None:
         if schema.get("nullable"):
             return None
@@ -251,7 +256,7 @@ def _string(schema: Schema, value: Any, pointer: str) -> Flaw | None:
 
 def matches(pattern: str, value: str) -> bool:
     """Return True if *value* matches Go's *pattern*."""
-    # Go's `$` is the end of the text, Python's would forgive a newline before it.
+    # Go's `$` matches only at the end; Python's also before a newline at the end.
     return re.search(pattern.removesuffix("$") + r"\Z", value, re.ASCII) is not None
 
 
@@ -285,7 +290,7 @@ def _array(schema: Schema, value: Any, pointer: str) -> Flaw | None:
 
 def _number(schema: Schema, value: Any, pointer: str) -> Flaw | None:
     whole = schema["type"] == "integer"
-    # Whole numbers of a document are ints, however they were written.
+    # `parse` makes ints of all whole numbers, in any spelling.
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         kind = "an integer" if whole else "a number"
@@ -315,7 +320,7 @@ _TYPES: dict[str, Callable[[Schema, Any, str], Flaw | None]] = {
 
 PREFIX = "request body has an error: "
 JSON = "application/json"
-#: Errors of Python's JSON decoder in the words of Go's; %s is the character.
+#: Go's texts for the errors of Python's JSON decoder; %s is the character.
 _SYNTAX = {
     "Expecting value": "invalid character %s looking for beginning of value",
     "Expecting property name enclosed in double quotes": (
@@ -328,7 +333,7 @@ _SYNTAX = {
 
 
 def body_of(*kinds: str) -> bytes:
-    """Return the body of the request, if it has one of a content type in *kinds*."""
+    """Return the body of the request; answer 400 if it has no type in *kinds*."""
     body = request.get_data()
     if not body:
         raise invalid(f"{PREFIX}value is required but missing")
@@ -340,12 +345,11 @@ def body_of(*kinds: str) -> bytes:
 
 
 def parse(body: bytes) -> Any:
-    """Return the first JSON document in *body*; Go's decoder ignores what follows.
+    """Return the first JSON document in *body*; like Go, ignore text after it.
 
-    Numbers are float64, as everything passes through one in OpenMeter: integers
-    beyond 2^53 lose their last digits.
+    OpenMeter converts all numbers to float64, so integers above 2^53 are rounded.
     """
-    # Go reads broken UTF-8, and escapes of half a character, as U+FFFD.
+    # Go reads invalid UTF-8, and escapes of single surrogates, as U+FFFD.
     text = body.decode("utf-8", "replace")
     start = len(text) - len(text.lstrip(" \t\r\n"))
     try:
@@ -359,7 +363,7 @@ def parse(body: bytes) -> Any:
 
 
 def number(digits: str) -> int | float:
-    """Return the float64 nearest to *digits*, as an int where it is a whole one."""
+    """Return *digits* as a float64, or as an int if that is a whole number."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(
@@ -369,9 +373,9 @@ def number(digits: str) -> int | float:
 
 
 def tidy(value: float) -> float:
-    """Return *value* as Go writes it: a whole number without a point up to 1e21.
+    """Return *value* as Go writes it: whole numbers below 1e21 become ints.
 
-    Beyond 2^53 it has the shortest digits that mean this float64, filled with zeros.
+    An int above 2^53 has the shortest digits of the float64, followed by zeros.
     """
     whole = float(value).is_integer() and abs(value) < 1e21
     return int(Decimal(repr(float(value)))) if whole else value
@@ -395,14 +399,14 @@ def _reason(text: str, error: Exception) -> str:
     rest = text[error.pos :].lstrip(" \t\r\n")
     if not rest or error.msg.startswith("Unterminated"):
         return "unexpected EOF" if text.strip(" \t\r\n") else "EOF"
-    # Go names the byte, and U+FFFD stands for one that is no UTF-8.
+    # Go names the byte. U+FFFD stands for a byte that is no UTF-8.
     first = request.get_data()[:1] if rest[0] == "\ufffd" else rest[0].encode()[:1]
     sentence = _SYNTAX.get(error.msg, "invalid character %s in string escape code")
     return sentence % repr(first.decode("latin-1"))
 
 
 def well_formed(text: str) -> str:
-    """Return *text* with halves of surrogate pairs replaced, as Go replaces them."""
+    """Return *text* with U+FFFD for each single surrogate, like Go."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -411,12 +415,12 @@ def well_formed(text: str) -> str:
 def read(schema: Schema, name: str | None = None) -> Document:
     """Return the object in the body of the request, checked against *schema*.
 
-    :param name: what an error calls the schema; None if it names only the place.
+    :param name: the name of the schema in errors; None if they do not name it.
     """
     document: Document = parse(body_of(JSON))
     if flaw := check(schema, document):
         text = f"{PREFIX}doesn't match schema #/components/schemas/{name}: {flaw}"
-        # A schema that another refers to is not named.
+        # The error does not name a schema to which another schema refers.
         bare = name is None or flaw.rule == "enum"
         raise invalid(flaw.nested() if bare else text, flaw)
     known = schema.get("properties", {})
@@ -424,7 +428,7 @@ def read(schema: Schema, name: str | None = None) -> Document:
 
 
 def path_parameter(name: str, value: str, pattern: str) -> str:
-    """Return *value* of the path if it fits, at most 64 characters long."""
+    """Return *value* if it matches *pattern* and has 1 to 64 characters."""
     schema = {"type": "string", "minLength": 1, "maxLength": 64, "pattern": pattern}
     if flaw := check(schema, value):
         raise invalid(f'parameter "{name}" in path has an error: {flaw.reason}')
@@ -432,7 +436,7 @@ def path_parameter(name: str, value: str, pattern: str) -> str:
 
 
 def refuse(name: str, reason: str) -> Problem:
-    """Return the problem of a parameter."""
+    """Return the problem for an invalid parameter of the query string."""
     return invalid(f'parameter "{name}" in query has an error: {reason}')
 
 
@@ -444,7 +448,7 @@ def _format_error(name: str, reason: str) -> Problem:
 def integer(
     arguments: Arguments, name: str, default: int, least: int, most: int
 ) -> int:
-    """Return the number *name* from *least* to *most*."""
+    """Return the parameter *name*, an integer from *least* to *most*."""
     text = arguments.get(name)
     if text is None:
         return default
@@ -460,7 +464,7 @@ def integer(
 
 
 def moment(text: str | None, name: str) -> int | None:
-    """Return RFC 3339 *text*, or a date, in Unix seconds."""
+    """Convert *text*, in RFC 3339 or a date, to Unix seconds."""
     if text is None:
         return None
     try:
@@ -476,7 +480,7 @@ def moment(text: str | None, name: str) -> int | None:
 
 
 def parse_moment(text: str) -> int:
-    """Return a time in a document, which has passed the schema, in Unix seconds."""
+    """Convert a time in a document that fits the schema to Unix seconds."""
     try:
         return parse_time(text)
     except ValueError:
@@ -485,34 +489,34 @@ def parse_moment(text: str) -> int:
 
 
 def parse_time(moment: str) -> int:
-    """Return RFC 3339 *moment* in whole seconds since 1970."""
+    """Convert *moment*, in RFC 3339, to whole Unix seconds."""
     if not re.search(r"(Z|[+-]\d\d:\d\d)$", moment):
         raise ValueError(moment)
     if moment.startswith("0000-"):
-        # A year that Go knows and Python does not; it is dropped for its age anyway.
+        # Python has no year 0. The event is dropped anyway because of its age.
         return -1
     return int(datetime.fromisoformat(moment).timestamp() // 1)
 
 
 def rfc3339(moment: float) -> str:
-    """Return Unix *moment* in the form OpenMeter writes."""
+    """Return Unix *moment* as OpenMeter writes it."""
     known = min(max(moment, _OLDEST), _NEWEST)
     return datetime.fromtimestamp(known, UTC).isoformat().replace("+00:00", "Z")
 
 
 def go_time(moment: float) -> str:
-    """Return Unix *moment* in the form of Go's ``time.Time.String``."""
+    """Return Unix *moment* as Go's ``time.Time.String`` writes it."""
     return rfc3339(moment).replace("T", " ").replace("Z", " +0000 UTC")
 
 
 def page(arguments: Arguments) -> tuple[int, int]:
-    """Return the number of the page, from 1, and how many items are on one."""
+    """Return the number of the requested page, from 1, and its maximum of items."""
     number = integer(arguments, "page", 1, 1, 10**9)
     return number, integer(arguments, "pageSize", 100, 1, 1000)
 
 
 def paged(items: list[Document]) -> Document:
-    """Return the page of *items* that is asked for, as the API wraps it."""
+    """Return the requested page of *items* in the form of the API."""
     number, size = page(request.args)
     return {
         "totalCount": len(items),

@@ -1,1 +1,1 @@
-"""Delivery by way of a directory: what is settled survives the process."""
+"""Delivery from files in a directory: settled events survive the process."""

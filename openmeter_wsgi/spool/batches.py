@@ -1,8 +1,8 @@
-"""Lines of segments, handed out in batches as they are.
+"""Batches of a spool: slices of segments, without an object for each event.
 
-A thousand events are a few texts and a few numbers here. One call makes the body of a
-request of a whole text. Lines are told apart only where a batch is cut: at its end, and
-when the server refuses it.
+A thousand events are a few texts and a few numbers. One call turns a text into the body
+of a request. A text is split into lines only where a batch is cut: at its end, and when
+the server refuses it.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ if TYPE_CHECKING:
 
 
 class ByteRange(NamedTuple):
-    """The place of consecutive lines in one segment."""
+    """The half-open range of consecutive lines in one segment, in bytes."""
 
-    #: The segment's.
+    #: The key of the segment.
     key: str
     start: int
     end: int
 
 
 class Slice(NamedTuple):
-    """Whole lines of one segment that follow each other."""
+    """Consecutive whole lines of one segment."""
 
-    #: The segment's.
+    #: The key of the segment.
     key: str
     text: bytes
+    #: The offset of the text in the segment.
     start: int
     #: The number of lines that are not empty.
     events: int
-    #: Whether any are: one form writes a newline before a line as well as after it.
+    #: True if some lines are empty: one form writes a newline before each line, too.
     sparse: bool
 
     @property
     def end(self) -> int:
-        """Its end in the segment."""
+        """The end of the text in the segment."""
         return self.start + len(self.text)
 
     @property
     def size(self) -> int:
-        """The bytes of its events."""
+        """The bytes of the events, without their newlines."""
         return len(self.text) - self.events
 
     @property
@@ -61,24 +62,24 @@ class Slice(NamedTuple):
             return b",".join(self.lines)
         return self.text[:-1].replace(b"\n", b",")
 
-    def cut(self, events: int) -> tuple[Slice, Slice]:
-        """Return the part that ends with so many events, and the rest."""
+    def split_at(self, events: int) -> tuple[Slice, Slice]:
+        """Return the part with the first *events*, and the rest."""
         lines = self.text.split(b"\n")
-        return self._cut_before(_after(events, lines), lines)
+        return self._split_before(_line_after(events, lines), lines)
 
-    def fitting(self, *, max_events: int, max_bytes: int) -> tuple[Slice, Slice]:
-        """Return the part that is not more than that, and the rest."""
+    def split_to_fit(self, *, max_events: int, max_bytes: int) -> tuple[Slice, Slice]:
+        """Return the largest first part within both limits, and the rest."""
         lines = self.text.split(b"\n")
         line = len(lines)
         if self.events > max_events:
-            line = _after(max_events, lines)
+            line = _line_after(max_events, lines)
         if self.size > max_bytes:
             line = min(line, bisect_right(list(accumulate(map(len, lines))), max_bytes))
-        return self._cut_before(line, lines)
+        return self._split_before(line, lines)
 
-    def _cut_before(self, line: int, lines: list[bytes]) -> tuple[Slice, Slice]:
+    def _split_before(self, line: int, lines: list[bytes]) -> tuple[Slice, Slice]:
         while line < len(lines) and not lines[line]:
-            line += 1  # or the rest might hold no event
+            line += 1  # otherwise the rest might hold empty lines only
         before = lines[:line]
         events = line - before.count(b"")
         middle = min(sum(map(len, before)) + line, len(self.text))
@@ -92,18 +93,19 @@ class Slice(NamedTuple):
         )
 
 
-def _after(events: int, lines: list[bytes]) -> int:
-    """Return the number of the line that follows so many events."""
+def _line_after(events: int, lines: list[bytes]) -> int:
+    """Return the number of the line that follows the first *events*."""
     line = events
+    # Each empty line before it moves it by one.
     while missing := events - line + lines[:line].count(b""):
         line += missing
     return line
 
 
 def take_from(waiting: deque[Slice], *, max_events: int, max_bytes: int) -> list[Slice]:
-    """Take the first lines, as many as one batch may hold: at least one event.
+    """Remove and return the slices of one batch, with at least one event.
 
-    For the few that a nearly full one still lacks no part is cut.
+    A slice is split only if the batch lacks more than a 32nd of its events.
     """
     taken: list[Slice] = []
     left = max_events
@@ -116,21 +118,21 @@ def take_from(waiting: deque[Slice], *, max_events: int, max_bytes: int) -> list
         max_bytes -= part.size
     if waiting and left > max_events // 32:
         whole = waiting.popleft()
-        part, rest = whole.fitting(max_events=left, max_bytes=max_bytes)
+        part, rest = whole.split_to_fit(max_events=left, max_bytes=max_bytes)
         if not taken and not part.events:
-            part, rest = whole.cut(1)
+            part, rest = whole.split_at(1)
         taken += [part] if part.text else []
         waiting.extendleft([rest] if rest.text else [])
     return taken
 
 
 class SpoolBatch(Array):
-    """Events, and the parts of segments that they are."""
+    """A batch of slices of segments."""
 
     def __init__(self, parts: Iterable[Slice]) -> None:
         self.parts: list[Slice] = list(parts)
-        #: The same without the text, as few as may be.
-        self.runs: list[ByteRange] = _merged(self.parts)
+        #: The ranges of the slices, with adjacent ranges merged.
+        self.ranges: list[ByteRange] = _merged_ranges(self.parts)
         self._events = sum(part.events for part in self.parts)
 
     def __len__(self) -> int:
@@ -156,18 +158,18 @@ class SpoolBatch(Array):
         return list(chain.from_iterable(part.lines for part in self.parts))
 
     def joined(self) -> bytes:
-        """Return the JSON array of all."""
+        """Return the JSON array of all events."""
         first, *others = [part.joined() for part in self.parts if part.events]
         *others, last = [b"[" + first, *others]
         return b",".join([*others, last + b"]"])
 
     @property
     def texts(self) -> Iterable[bytes]:
-        """All events, in texts that may hold several."""
+        """Texts that together hold all events, several in each."""
         return (part.text for part in self.parts)
 
     def split_at(self, events: int) -> tuple[Self, Self]:
-        """Return the first *events* and the others: neither is empty."""
+        """Return the first *events* and the other events; neither part is empty."""
         missing = events
         first: list[Slice] = []
         second: list[Slice] = []
@@ -175,7 +177,7 @@ class SpoolBatch(Array):
             if missing >= part.events:
                 first.append(part)
             elif missing:
-                before, after = part.cut(missing)
+                before, after = part.split_at(missing)
                 first.append(before)
                 second.append(after)
             else:
@@ -184,12 +186,12 @@ class SpoolBatch(Array):
         return type(self)(first), type(self)(second)
 
 
-def _merged(parts: Iterable[Slice]) -> list[ByteRange]:
-    runs: list[ByteRange] = []
+def _merged_ranges(parts: Iterable[Slice]) -> list[ByteRange]:
+    ranges: list[ByteRange] = []
     for part in parts:
-        last = runs[-1] if runs else None
+        last = ranges[-1] if ranges else None
         if last and last.end == part.start and last.key == part.key:
-            runs[-1] = last._replace(end=part.end)
+            ranges[-1] = last._replace(end=part.end)
         else:
-            runs.append(ByteRange(part.key, part.start, part.end))
-    return runs
+            ranges.append(ByteRange(part.key, part.start, part.end))
+    return ranges

@@ -1,4 +1,8 @@
-"""Files of events that will never be delivered, for somebody to read."""
+"""Files of dead letters and of unreadable bytes, for operators to inspect.
+
+A dead letter is an event that is never sent again: OpenMeter refuses it for good, or it
+is too old to be sent twice. Unreadable bytes are damaged lines of a segment.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,14 @@ logger: Final = log.get_logger(__name__)
 
 DEAD_LETTERS = "dead-letters.jsonl"
 UNREADABLE = "unreadable.jsonl"
-#: A file that has grown to this many bytes takes no more.
+#: Maximum number of bytes of each file.
 MAX_BYTES = 64 * 1024 * 1024
 
 
 class DeadLetters:
-    """Events that OpenMeter refuses for good, and bytes that are no events.
+    """The dead letters and unreadable bytes of a directory. Belongs to its sender.
 
-    Belongs to the sender of the directory. What finds no room is counted and lost.
+    A line without room in its file is counted and lost.
     """
 
     def __init__(
@@ -39,22 +43,22 @@ class DeadLetters:
         self._counts = counts
         self._max_bytes = max_bytes
 
-    def bury(self, event: bytes, error: DeliveryError) -> None:
-        """Keep *event* with the reason why it is not sent again."""
-        kept = {
+    def add_event(self, event: bytes, error: DeliveryError) -> None:
+        """Append *event* with the reason why it is not sent again."""
+        letter = {
             "event": _document(event),
             "reason": error.reason,
             "status": error.status,
             "time": _now(),
         }
-        self._append(DEAD_LETTERS, kept)
+        self._append(DEAD_LETTERS, letter)
 
-    def set_aside(self, text: bytes, segment: str, offset: int) -> None:
-        """Keep bytes of a segment that are no event; runs of NULs become one."""
+    def add_unreadable(self, text: bytes, segment: str, offset: int) -> None:
+        """Append bytes of a segment that are no event; runs of NULs become one NUL."""
         text = text.rstrip(b"\0")
         self._counts.dropped["unreadable"] += 1
         logger.error(
-            "%s: %d bytes at %d are no event; set aside in %s",
+            "%s: %d bytes at offset %d are no event; they are kept in %s and not sent",
             segment, len(text), offset, UNREADABLE,
         )  # fmt: skip
         readable = re.sub(rb"\0+", b"\0", text).decode(errors="backslashreplace")
@@ -73,7 +77,7 @@ class DeadLetters:
                     raise OSError(f"{name} has reached {self._max_bytes} bytes")
                 if os.write(fd, line) != len(line):
                     raise OSError("no room for all of a line")
-                with contextlib.suppress(OSError):  # it is written all the same
+                with contextlib.suppress(OSError):  # the line is written anyway
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
@@ -83,7 +87,7 @@ class DeadLetters:
 
 
 def _open(path: Path) -> int:
-    """Open or make a file of our own; a symlink is none."""
+    """Open or create a file; a symlink is refused."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o600)
 

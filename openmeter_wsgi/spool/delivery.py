@@ -1,8 +1,12 @@
-"""Delivery from a spool: what is settled survives the process.
+"""Delivery from a spool: settled events survive the process.
 
-A process has three parts: the maintenance of its segments, always; the overflow, a
-delivery from memory, made when the disk first refuses an event; and the worker that
-sends what the directory holds, while this process is elected.
+A `SpoolDelivery` joins these parts of one process:
+
+- the writer appends events to segments, files in the directory of the server;
+- the maintenance thread prepares and syncs segments, and supervises the sender;
+- the own sender delivers the whole directory while this process is elected, and the
+  inherited senders deliver directories that were assigned to the server;
+- the overflow delivers events from memory. It exists once the disk refused an event.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from openmeter_wsgi import log
 from openmeter_wsgi.deadline import MAX_STUCK
 from openmeter_wsgi.delivery.queue import Backlog, MemoryDelivery
-from openmeter_wsgi.delivery.worker import FirstRequestHooks
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.lock import sender_seen_at
 from openmeter_wsgi.spool import watermark
@@ -47,32 +50,33 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-_JOIN_INTERVAL = 0.02
-#: Closing waits at least so many seconds for the thread that writes to the disk.
+#: Seconds between two checks of a close whether its events are delivered.
+_CHECK_INTERVAL = 0.02
+#: Minimum number of seconds that a close waits for the thread that writes to the disk.
 _DISK_TIMEOUT = 1.0
-#: A sender that has said nothing for so many seconds is reported by the others.
-SILENT_TOO_LONG = 60.0
+#: Seconds without a sign of life after which other processes report the sender.
+FROZEN_AFTER = 60.0
 
 
 class DeliveryListener(Protocol):
-    """Is told what the sender of a spool does. Its calls must not raise."""
+    """A listener to the sender of a spool. Its methods must not raise."""
 
     def elected(self) -> None:
-        """Note that this process begins to send."""
+        """Handle the start of this process's turn as the sender."""
 
     def accepted(self, batch: Batch) -> None:
-        """Note that OpenMeter has accepted *batch*, before it counts as delivered."""
+        """Handle a *batch* that OpenMeter accepted, before it counts as delivered."""
 
     def ended(self) -> None:
-        """Note that this process does not send any more; the next one may not yet."""
+        """Handle the end of this process's turn; the next sender may not run yet."""
 
 
 class SpoolDelivery:
-    """Takes encoded events into a journal and delivers what the directory holds.
+    """The spool of one process: it stores events in files and delivers the directory.
 
-    Belongs to one process. Where the disk takes nothing, events go the way they would
-    go without a spool, from memory, and are counted. *elected* is called whenever this
-    process becomes the sender.
+    If the disk takes no event, events are sent from memory, as without a spool, and
+    counted as ``unspooled``. *elected* is called whenever this process becomes the
+    sender.
     """
 
     def __init__(
@@ -95,87 +99,83 @@ class SpoolDelivery:
         server = server_of_policy(policy)
         root = Path(os.path.abspath(policy.spool_dir or ""))
         self._directory = server_directory(root, server)
-        self._hooks = FirstRequestHooks()
         self._exit_hook = ExitHook(self.close_at_exit)
-        self._does_without_threads = False
+        self._has_no_threads = False
         self._writer = SpoolWriter(
             self._directory,
             policy,
             counts,
             new_overflow=self._new_overflow,
-            moved_on=self._moved_on,
+            request_segment=self._request_segment,
             segment_bytes=segment_bytes,
             form=form,
         )
-        self._sending = self._new_sending()
+        self._own_sender = self._new_own_sender()
         self._inherited = InheritedSenders(root, server, self._new_inherited_sender)
         self._keys = KeyWatch(self._directory, server, policy.key)
-        self._has_named_orphans = False
-        #: Senders that were stuck and are given up.
+        self._orphans_are_logged = False
+        #: Senders that were stuck and deposed.
         self._abandoned: list[SpoolSender] = []
         self._maintenance = SegmentMaintenance(
             self._directory,
             self._writer,
             hurry=self._hurry,
-            tend=self._tend,
-            interval=self._sending.source.interval,
+            supervise=self._supervise,
+            interval=self._own_sender.source.interval,
         )
-        #: Take an event. Any thread; never raises, never waits for delivery. Past
-        #: this layer: a put is one call less.
+        #: Take an event. Any thread; never raises, never waits for delivery. The method
+        #: of the writer itself saves one call per event.
         self.put: Callable[[bytes], None] = self._writer.put
 
     # -- Starting and ending
 
-    def announce(self, begin: Callable[[], None]) -> None:
-        """Have *begin* called once, when the first request is settled."""
-        self._hooks.add(begin)
-
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Have *call* made when the process ends, after the delivery was closed."""
+        """Call *call* at the end of the process, after the delivery was closed."""
         self._exit_hook.add(call)
 
     @property
     def started(self) -> bool:
-        """True if all was done that the first settled request brings about."""
-        return self._hooks.made and (
-            self._sending.worker.is_running
-            or self._does_without_threads
+        """True if the worker's thread runs, or this process starts no thread."""
+        return (
+            self._own_sender.worker.is_running
+            or self._has_no_threads
             or self._policy.delivery == "ship"
         )
 
     def start(self, _: Mapping[str, Any] | None = None) -> None:
-        """Start the threads, if this process has any: see to what others left."""
-        self._hooks.make()
+        """Start the threads, if this process may have threads."""
         if self._policy.delivery == "ship":
             return
         if threads_starve():
-            self._do_without_threads()
+            self._prepare_without_threads()
             return
         self._prepare_directory()
-        self._sending.worker.start()
-        if self._sending.worker.is_running:
+        self._own_sender.worker.start()
+        if self._own_sender.worker.is_running:
             self._maintenance.start()
 
     def _prepare_directory(self) -> None:
         if self._directory.is_dir():
             return
-        with contextlib.suppress(ConfigError, OSError):  # a put says what is wrong
+        # The first put logs the problem.
+        with contextlib.suppress(ConfigError, OSError):
             prepare_server_directory(
                 self._directory.parent, server_of_policy(self._policy)
             )
 
-    def _do_without_threads(self) -> None:
-        """Deliver in flush() and close() only: the election is for who can do it."""
-        if not self._does_without_threads:
-            self._does_without_threads = True
+    def _prepare_without_threads(self) -> None:
+        """Deliver in flush() and close() only: another process can be the sender."""
+        if not self._has_no_threads:
+            self._has_no_threads = True
             self._exit_hook.register(self)
             logger.warning(
-                "%s: uWSGI leaves threads no time, so this process delivers what is in "
-                "%s only at its exit: set enable-threads, or run 'openmeter-wsgi ship'",
+                "%s: uWSGI leaves threads no time, so this process delivers the events "
+                "in %s only at its exit: set enable-threads, or run 'openmeter-wsgi "
+                "ship'",
                 "delivery", self._directory,
             )  # fmt: skip
 
-    def _new_sending(self) -> SpoolSender:
+    def _new_own_sender(self) -> SpoolSender:
         return SpoolSender(
             self._directory,
             self._policy,
@@ -200,37 +200,37 @@ class SpoolDelivery:
             ended=lambda _: None,
         )
 
-    def _new_overflow(self, when_full: str) -> MemoryDelivery:
+    def _new_overflow(self, drop_reason: str) -> MemoryDelivery:
         return MemoryDelivery(
-            self._policy, self._new_client(), self.counts, when_full=when_full
+            self._policy, self._new_client(), self.counts, drop_reason=drop_reason
         )
 
-    def _moved_on(self) -> None:
-        """Have the next segment prepared, by a thread that may have to be started."""
+    def _request_segment(self) -> None:
+        """Make the maintenance thread prepare the next segment; start it if needed."""
         if not self.started:
             self.start()
-        self._sending.worker.wake_if_running()
+        self._own_sender.worker.wake_if_running()
         self._maintenance.wake()
 
     def _turn_began(self) -> None:
         forget_sender_key(self._directory)
         self._maintenance.elected = True
-        self._name_orphans()
+        self._log_orphans()
         self._elected()
         if self._listener is not None:
             self._listener.elected()
 
-    def _turn_ended(self, sending: SpoolSender) -> None:
+    def _turn_ended(self, sender: SpoolSender) -> None:
         if self._listener is not None:
             self._listener.ended()
-        if sending is self._sending:
+        if sender is self._own_sender:
             self._maintenance.elected = False
 
-    def _name_orphans(self) -> None:
-        """Say once which events of other servers nobody delivers."""
-        if self._has_named_orphans:
+    def _log_orphans(self) -> None:
+        """Log once the directories of other servers that no process delivers."""
+        if self._orphans_are_logged:
             return
-        self._has_named_orphans = True
+        self._orphans_are_logged = True
         with contextlib.suppress(OSError):
             root, server = self._directory.parent, server_of_policy(self._policy)
             for orphan in orphans(root, but=server):
@@ -242,65 +242,68 @@ class SpoolDelivery:
                 )  # fmt: skip
 
     def _hurry(self) -> None:
-        self._sending.worker.hurry()
+        self._own_sender.worker.hurry()
 
-    # -- Whether the sender is well
+    # -- Supervision of the sender
 
-    def _tend(self) -> None:
-        """See that a sender of this process that is stuck loses its place."""
-        if self._sending.is_stuck:
-            self._replace_sending()
-        elif self._sending.source.is_elected:
-            self._sending.source.touch()
-        elif (problem := self._frozen) is not None:
+    def _supervise(self) -> None:
+        """Replace a stuck sender, report a frozen one, and compare the API keys."""
+        if self._own_sender.is_stuck:
+            self._replace_own_sender()
+        elif self._own_sender.source.is_elected:
+            self._own_sender.source.touch()
+        elif (problem := self._frozen_problem) is not None:
             logger.error("%s: %s", self._directory, problem.text)
-        if self._sending.source.is_elected:
+        if self._own_sender.source.is_elected:
             name_server(self._directory, server_of_policy(self._policy))
             self._inherited.replace_stuck()
-            self._inherited.look()
-        with contextlib.suppress(OSError):  # the directory is gone for a moment
-            self._keys.look(
+            self._inherited.update()
+        with contextlib.suppress(OSError):  # the directory may have been removed
+            self._keys.compare(
                 self._writer.owner,
                 self._writer.write_key_mark,
-                is_sender=self._sending.source.is_elected,
-                is_waiting=self._sending.source.is_waiting,
+                is_sender=self._own_sender.source.is_elected,
+                is_waiting=self._own_sender.source.is_waiting,
             )
 
-    def _replace_sending(self) -> None:
-        stuck = self._sending
+    def _replace_own_sender(self) -> None:
+        stuck = self._own_sender
         stuck.depose()
         self._maintenance.elected = False
-        still = [one for one in self._abandoned if one.worker.is_running]
-        self._abandoned = [*still, *({stuck} - set(still))]
-        others = "another process takes over"
+        running = [s for s in self._abandoned if s.worker.is_running]
+        self._abandoned = [*running, *({stuck} - set(running))]
+        successor = "another process takes over"
         if len(self._abandoned) <= MAX_STUCK:
-            self._sending = self._new_sending()
-            self._sending.worker.start()
-            others = "another thread or process takes over"
+            self._own_sender = self._new_own_sender()
+            self._own_sender.worker.start()
+            successor = "another thread or process takes over"
         logger.error(
-            "%s: an attempt to deliver has not ended for %.0f s; %s",
-            self._directory, stuck.sender.attempt_lasts, others,
+            "%s: an attempt to deliver has not ended for %.0f s; all events are kept, "
+            "and %s",
+            self._directory, stuck.sender.attempt_lasts, successor,
         )  # fmt: skip
 
     @property
-    def _frozen(self) -> Problem | None:
-        """The problem of the sender, if it is another process."""
-        if self._sending.source.is_elected or self._policy.delivery == "ship":
+    def _frozen_problem(self) -> Problem | None:
+        """The problem of a frozen sender in another process, None if it is alive."""
+        if self._own_sender.source.is_elected or self._policy.delivery == "ship":
             return None
         seen_at = sender_seen_at(self._directory)
         silent = 0.0 if seen_at is None else time.time() - seen_at
-        if silent < SILENT_TOO_LONG or not self._sending.source.is_waiting:
+        if silent < FROZEN_AFTER or not self._own_sender.source.is_waiting:
             return None
         return Problem(
             "not_delivering",
             f"the process that delivers the spool has not moved for {silent:.0f} s, "
-            "and holds its lock: it may be stopped, or frozen; all events are kept",
+            "but holds its lock: it may be stopped or frozen; all events are kept "
+            "until it moves or ends",
         )
 
     def close(self, timeout: float | None = None) -> None:
-        """Give up what this process owns; the sender delivers first until *timeout*.
+        """Seal the segments of this process, and deliver until *timeout*.
 
-        May be called twice, and after a fork in the child, where it does nothing.
+        The sender delivers the whole directory; a process without threads delivers its
+        own events. May be called twice. In the child of a fork it does nothing.
         """
         if os.getpid() != self.pid:
             return
@@ -310,55 +313,55 @@ class SpoolDelivery:
         owner = self._writer.owner
         self._writer.close(max(deadline - now(), 0))
         ended = True
-        if self._sending.worker.is_running:
-            ended = self._sending.worker.finish(deadline)
+        if self._own_sender.worker.is_running:
+            ended = self._own_sender.worker.finish(deadline)
             ended = self._inherited.finish(deadline) and ended
         elif owner is not None and self._policy.delivery != "ship":
             self._deliver_own(owner, deadline)
-        self._sending.worker.stop()
+        self._own_sender.worker.stop()
         self._maintenance.close(max(deadline - now(), _DISK_TIMEOUT))
         self._inherited.stop()
-        self._does_without_threads = False
-        self._say_what_stays(unfinished=not ended)
+        self._has_no_threads = False
+        self._log_remaining(unfinished=not ended)
         if overflow := self._writer.overflow:
             overflow.close(max(deadline - now(), 0))
 
     def release(self) -> None:
-        """Give up what this process owns, and end: nobody holds this any more."""
+        """Seal the segments, and end: the delivery is no longer used."""
         if os.getpid() == self.pid:
             self._writer.close()
             self._maintenance.close()
             self._inherited.stop()
-            self._sending.worker.release()
+            self._own_sender.worker.end_when_empty()
 
     def forget_exit(self) -> None:
-        """Do nothing at the exit of the process: it was closed before."""
+        """Do nothing at the exit of the process: the delivery was closed before."""
         self._exit_hook.clear()
 
     def close_at_exit(self) -> None:
-        """Close, and deliver nothing any more: the exit hook of the process."""
+        """Close for good. The exit hook of the process calls this."""
         self.close()
-        self._sending.worker.end()
+        self._own_sender.worker.forbid_start()
 
-    def _say_what_stays(self, *, unfinished: bool) -> None:
-        """Say it where nobody may be there to deliver it, or could."""
-        fails = unfinished or self._sending.sender.outage.problem is not None
+    def _log_remaining(self, *, unfinished: bool) -> None:
+        """Log the remaining events if the delivery was *unfinished* or fails."""
+        fails = unfinished or self._own_sender.sender.outage.problem is not None
         if fails and (left := self.in_spool.events):
             logger.warning(
-                "%s: %d events stay in %s and are delivered as soon as a process that "
-                "uses it runs and OpenMeter takes them",
+                "%s: %d events are kept in %s and are delivered as soon as a process "
+                "that uses it runs and OpenMeter accepts them",
                 "shutdown", left, self._directory,
             )  # fmt: skip
 
     def _deliver_own(self, owner: str, deadline: float) -> None:
-        """Deliver what this process has put, or see another process do it."""
+        """Deliver this process's events, or wait until another process has done it."""
         ends = watermark.ends(self._directory, owner)
         while not watermark.all_done(self._directory, ends):
             if (left := deadline - now()) <= 0:
                 break
-            self._sending.worker.deliver_here(left)
-            self._inherited.deliver_here(max(deadline - now(), 0))
-            time.sleep(_JOIN_INTERVAL)
+            self._own_sender.worker.deliver_in_this_thread(left)
+            self._inherited.deliver_in_this_thread(deadline)
+            time.sleep(_CHECK_INTERVAL)
 
     # -- Waiting for delivery
 
@@ -377,21 +380,22 @@ class SpoolDelivery:
 
     @property
     def is_sender(self) -> bool:
-        """Whether this process sends what is in the spool."""
-        return self._sending.source.is_elected
+        """True if this process sends the events in the spool."""
+        return self._own_sender.source.is_elected
 
     @property
     def in_spool(self) -> Backlog:
-        """The events of the directories that no process has delivered yet.
+        """The undelivered events in all directories of the server.
 
-        An estimate where it is more than some ten thousand.
+        The number is an estimate above some ten thousand events.
         """
-        events, size, oldest_at = watermark.backlog(self._directory)
-        for directory in self._inherited.directories:
-            more, bytes_, at = watermark.backlog(directory)
-            events, size = events + more, size + bytes_
-            oldest_at = min((t for t in (oldest_at, at) if t is not None), default=None)
-        return Backlog(events, size, oldest_at)
+        backlogs = [watermark.backlog(path) for path in self._all_directories]
+        times = (b.oldest_at for b in backlogs if b.oldest_at is not None)
+        return Backlog(
+            sum(b.events for b in backlogs),
+            sum(b.bytes for b in backlogs),
+            min(times, default=None),
+        )
 
     @property
     def in_memory(self) -> Backlog:
@@ -401,72 +405,71 @@ class SpoolDelivery:
 
     @property
     def problems(self) -> list[Problem]:
-        """The problems now, as far as this process knows."""
-        found = []
-        problem = self._sending.sender.outage.problem
-        if self._sending.source.is_elected and problem is not None:
-            found.append(problem)
-        found += [p for p in (self._writer.problem, self._frozen) if p is not None]
-        if self._keys.problem is not None:
-            found.append(self._keys.problem)
+        """The current problems of which this process knows."""
+        outage = self._own_sender.sender.outage
+        candidates = [
+            outage.problem if self._own_sender.source.is_elected else None,
+            self._writer.problem,
+            self._frozen_problem,
+            self._keys.problem,
+        ]
+        problems = [problem for problem in candidates if problem is not None]
         overflow = self._writer.overflow
-        return found + overflow.problems if overflow else found
+        return problems + overflow.problems if overflow else problems
 
     def delivered_until(self) -> float:
-        """Return a moment (wall clock) before which all that was put is delivered.
+        """Return a time (wall clock) before which each put event is done, or 0.0.
 
-        By any process; 0.0 if none is known. What waits in the memory of another
-        process, because the disk takes nothing, is not seen.
+        Events of all processes count, except those in the overflow of another process.
         """
         until = min(map(watermark.read, self._all_directories))
         overflow = self._writer.overflow
         return min(until, overflow.delivered_until()) if overflow else until
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Have delivered what waits now, and say whether it is within *timeout*.
+        """Deliver the waiting events; return True if all are done within *timeout*.
 
-        In the sender's process that is all the directory holds, elsewhere what this
-        process has put. Another process is asked for it and needs a moment.
+        In the sender's process these are all events in the directory. In another
+        process they are its own events, and the sender needs a moment to deliver them.
         """
         deadline = None if timeout is None else now() + timeout
         losses = -1
-        while losses != self._writer.losses:  # removed, so not delivered
-            if not self._writer.look_within(_left(deadline)):
+        while losses != self._writer.losses:  # again, if removed events were put back
+            if not self._writer.check_files_within(_left(deadline)):
                 return False
             losses = self._writer.losses
-            if not self._flush_directory(_left(deadline)):
+            if not self._flush_directory(deadline):
                 return False
-            if not self._writer.look_within(_left(deadline)):
+            if not self._writer.check_files_within(_left(deadline)):
                 return False
         overflow = self._writer.overflow
         return not overflow or overflow.flush(_left(deadline))
 
-    def _flush_directory(self, timeout: float | None) -> bool:
-        owner = None if self._sending.source.is_elected else self._writer.owner
+    def _flush_directory(self, deadline: float | None) -> bool:
+        owner = None if self._own_sender.source.is_elected else self._writer.owner
         directories = [self._directory] if owner else self._all_directories
-        ends = {one: watermark.ends(one, owner) for one in directories}
-        for sender in (self._sending, *self._inherited.senders):
+        ends = {path: watermark.ends(path, owner) for path in directories}
+        for sender in (self._own_sender, *self._inherited.senders):
             sender.worker.hurry()
         self._ask_for_delivery()
         if not self.started:
             self.start()
-        if not self._sending.worker.is_running and self._policy.delivery != "ship":
-            limit = self._policy.shutdown_timeout if timeout is None else timeout
-            self._sending.worker.deliver_here(limit)
-            self._inherited.deliver_here(limit)
-        deadline = None if timeout is None else now() + timeout
+        if not self._own_sender.worker.is_running and self._policy.delivery != "ship":
+            ends_at = deadline or now() + self._policy.shutdown_timeout
+            self._own_sender.worker.deliver_in_this_thread(max(ends_at - now(), 0))
+            self._inherited.deliver_in_this_thread(ends_at)
         return all(
-            watermark.wait_until_done(one, ends[one], _left(deadline))
-            for one in directories
+            watermark.wait_until_done(path, ends[path], _left(deadline))
+            for path in directories
         )
 
     @property
     def _all_directories(self) -> list[Path]:
-        """The directory of the server, and those whose events it got besides."""
+        """The directory of the server, and the directories assigned to it."""
         return [self._directory, *self._inherited.directories]
 
     def _ask_for_delivery(self) -> None:
-        if not self._sending.source.is_elected:  # another one polls for this
+        if not self._own_sender.source.is_elected:  # the sender polls for this file
             with contextlib.suppress(OSError):
                 (self._directory / FLUSH).touch(mode=0o600)
 

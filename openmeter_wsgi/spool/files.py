@@ -1,8 +1,8 @@
-"""The files of a spool: its directory, segments and their names, and their whole lines.
+"""The files of a spool: the directory, the names of segments, and their lines.
 
-A segment holds events as JSON lines. The name says when it was made (ms), whose it
-is, its number there and in which form it is written; ``.sealed`` at the end says
-that its owner writes into it no more.
+A segment holds events as JSON lines. Its name consists of the time at which it was made
+(ms), the owner, its number and its form: *mapped*, with zeros after the last line, or
+*written*. The suffix ``.sealed`` means that the owner no longer writes into it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from openmeter_wsgi.lock import UNFINISHED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Two of these are a process's minimum on the disk. More than the largest event.
+#: Number of bytes of a segment: more than the largest event. A process has two or more.
 SEGMENT_BYTES = 2 * 1024 * 1024
 
 MAPPED, WRITTEN = "mapped", "written"
 SEALED = ".sealed"
-#: The mode of a segment that was delivered, a moment before it is deleted.
+#: The file mode of a delivered segment, set just before it is deleted.
 DELIVERED = 0o400
+#: Number of bytes read by one call.
 _CHUNK_BYTES = 256 * 1024
 _NAME = re.compile(
     r"(\d{13,})-([0-9a-f]{24})-(\d{8,})\.(mapped|written)(\.sealed)?(\.new)?"
@@ -41,6 +42,7 @@ _NAME = re.compile(
 class SegmentName(NamedTuple):
     """The parts of the name of a segment."""
 
+    #: Milliseconds since 1970.
     made: int
     owner: str
     number: int
@@ -50,7 +52,7 @@ class SegmentName(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name as long as the segment lives, sealed or not."""
+        """The part of the name that never changes."""
         return f"{self.made:013}-{self.owner}-{self.number:08}.{self.form}"
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ class SegmentName(NamedTuple):
 
 
 def read_name(name: str) -> SegmentName | None:
-    """Return what *name* says, None if it is no segment's."""
+    """Return the parts of a file name, None if it is not the name of a segment."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -68,29 +70,29 @@ def read_name(name: str) -> SegmentName | None:
     return SegmentName(int(made), owner, int(number), form, bool(sealed), bool(new))
 
 
-class NoFile(OSError):
-    """A directory, a pipe or a device has the name of a file of the spool."""
+class NotAFile(OSError):
+    """A directory, a pipe or a device that has the name of a file of the spool."""
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file of the spool; a symlink is none.
+    """Open a file of the spool without blocking; a symlink is refused.
 
-    :raises NoFile: if it is no file, which to open could take for ever.
+    :raises NotAFile: if it is not a regular file.
     """
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise NoFile(errno.EINVAL, "this is no file", str(path))
+        raise NotAFile(errno.EINVAL, "not a regular file", str(path))
     return fd
 
 
-#: No document of a spool is longer.
+#: Maximum number of bytes of a document.
 _MAX_DOCUMENT = 10_000
 _D = TypeVar("_D")
 
 
 def write_document(path: Path, document: object) -> None:
-    """Write a small JSON document in place of an earlier one.
+    """Write a small JSON document; it replaces an earlier one.
 
     :raises OSError: if the directory cannot take it.
     """
@@ -104,7 +106,7 @@ def write_document(path: Path, document: object) -> None:
 
 
 def read_document(path: Path, kind: type[_D]) -> _D | None:
-    """Return a small JSON document, None if there is none that can be read."""
+    """Return a small JSON document, None if it is missing or invalid."""
     try:
         with open(open_file(path), "rb") as file:
             return msgspec.json.decode(file.read(_MAX_DOCUMENT), type=kind)
@@ -113,58 +115,63 @@ def read_document(path: Path, kind: type[_D]) -> _D | None:
 
 
 class _Event(msgspec.Struct, gc=False):
-    """The fields that every event has."""
+    """The field that every event has."""
 
     id: str
 
 
 _EVENTS = msgspec.json.Decoder(_Event)
-#: The first byte of an unwritten place. Most segments are quiet, and only this byte of
-#: them is read.
-_NOTHING = (b"", b"\0")
+#: The byte after the last line: none in a written segment, zero in a mapped one. Most
+#: segments have no new lines, and only this byte is read.
+_UNWRITTEN = (b"", b"\0")
 _ZEROS = bytes(64 * 1024)
 
 
 class Line(NamedTuple):
-    """Bytes of a segment between two newlines, and where they are."""
+    """A line of a segment without its newline, and its range with the newline."""
 
     text: bytes
     start: int
     end: int
 
 
-def live_text(fd: int, start: int, end: int | None = None) -> bytes:
+def read_live_text(fd: int, start: int, end: int | None = None) -> bytes:
     """Return the next whole lines of a segment that is being written.
 
-    It stops at the first line that is not whole: the copy may be under way.
+    It stops at the first incomplete line, which another thread may be writing.
     """
-    text, whole = _whole(fd, start, end)
-    return text[:whole]
-
-
-def final_text(fd: int, start: int, end: int | None = None) -> bytes:
-    """Return the next lines of a segment that nobody writes any more.
-
-    They may be anything. The last one may lack its newline. Nothing: that was all.
-    """
-    if os.pread(fd, 1, start) in _NOTHING and _is_empty(fd, start, end):
+    if os.pread(fd, 1, start) in _UNWRITTEN:
         return b""
-    text = _read(fd, start, end)
+    # A zero ends the text as well: the rest of a mapped file is zeros.
+    text = _read_until(fd, start, end, until=(b"\n", b"\0"))
+    zero = text.find(b"\0")
+    return text[: text.rfind(b"\n", 0, None if zero < 0 else zero) + 1]
+
+
+def read_final_text(fd: int, start: int, end: int | None = None) -> bytes:
+    """Return the next lines of a segment that no process writes any more.
+
+    The lines may be damaged, and the last one may lack its newline. An empty text means
+    the end.
+    """
+    if os.pread(fd, 1, start) in _UNWRITTEN and _is_all_zeros(fd, start, end):
+        return b""
+    text = _read_until(fd, start, end)
     return text[: text.rfind(b"\n") + 1] or text
 
 
 def read_live(fd: int, start: int, end: int | None = None) -> list[Line]:
-    """Return the pieces of `live_text`."""
-    return list(split_lines(live_text(fd, start, end), start))
+    """Return the lines of `read_live_text`."""
+    return list(split_lines(read_live_text(fd, start, end), start))
 
 
 def read_final(fd: int, start: int, end: int | None = None) -> list[Line]:
-    """Return the pieces of `final_text`."""
-    return list(split_lines(final_text(fd, start, end), start))
+    """Return the lines of `read_final_text`."""
+    return list(split_lines(read_final_text(fd, start, end), start))
 
 
 def split_lines(text: bytes, start: int) -> Iterator[Line]:
-    """Split what was read at *start*. The last one may lack its newline."""
+    """Yield the lines of a text read at *start*. The last one may lack its newline."""
     at = 0
     while (newline := text.find(b"\n", at)) >= 0:
         yield Line(text[at:newline], start + at, start + newline + 1)
@@ -174,14 +181,14 @@ def split_lines(text: bytes, start: int) -> Iterator[Line]:
 
 
 def whole_end(fd: int, start: int) -> int:
-    """Return where the whole lines end that begin at *start*."""
-    while whole := _whole(fd, start, None)[1]:
-        start += whole
+    """Return the end of the whole lines that begin at *start*."""
+    while text := read_live_text(fd, start):
+        start += len(text)
     return start
 
 
 def used_end(fd: int) -> int:
-    """Return where a segment holds nothing but zeros up to its end."""
+    """Return the offset after which a segment holds only zeros."""
     end = os.fstat(fd).st_size
     while end:
         start = max(end - _CHUNK_BYTES, 0)
@@ -193,7 +200,7 @@ def used_end(fd: int) -> int:
 
 
 def is_event(line: bytes) -> bool:
-    """Return True if a whole line is the JSON of an event."""
+    """Return True if *line* is the JSON of an event."""
     if b"\0" in line:
         return False
     try:
@@ -204,30 +211,20 @@ def is_event(line: bytes) -> bool:
 
 
 def are_events(text: bytes, count: int) -> bool:
-    """Return True if *text* is so many whole lines that are one `is_event` each.
+    """Return True if *text* has *count* lines, empty ones aside, and all are events.
 
-    Between them may be empty ones. Where it says no, each has to be asked.
+    This quick check may also return False for valid events. Then check each line.
     """
     try:
-        text.decode()  # what has no name in _Event is only passed over
-        found = _EVENTS.decode_lines(text)
+        text.decode()  # msgspec does not decode the fields that are not in _Event
+        events = _EVENTS.decode_lines(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    return len(found) == count  # so none is spread over two lines
+    return len(events) == count  # a different number: an event spans two lines
 
 
-def _whole(fd: int, start: int, end: int | None) -> tuple[bytes, int]:
-    """Read on in a segment that is being written; say how much of it is whole lines."""
-    if os.pread(fd, 1, start) in _NOTHING:
-        return b"", 0
-    # A hole ends what is read as well: the rest of a mapped file is nothing else.
-    text = _read(fd, start, end, until=(b"\n", b"\0"))
-    hole = text.find(b"\0")
-    return text, text.rfind(b"\n", 0, None if hole < 0 else hole) + 1
-
-
-def _is_empty(fd: int, start: int, end: int | None) -> bool:
-    """Return True if there are zeros only."""
+def _is_all_zeros(fd: int, start: int, end: int | None) -> bool:
+    """Return True if the rest of a segment is zeros."""
     while text := os.pread(fd, len(_ZEROS), start):
         text = text if end is None else text[: end - start]
         if text != _ZEROS[: len(text)]:
@@ -238,37 +235,38 @@ def _is_empty(fd: int, start: int, end: int | None) -> bool:
     return True
 
 
-def _read(
+def _read_until(
     fd: int, start: int, end: int | None, until: tuple[bytes, ...] = (b"\n",)
 ) -> bytes:
-    """Read on from *start* until one of *until* is in it, if there is one."""
+    """Return a text from *start* that contains one of *until*, unless *end* comes."""
     size = _CHUNK_BYTES
     while True:
         wanted = size if end is None else min(size, end - start)
         text = os.pread(fd, wanted, start)
-        found = any(character in text for character in until)
-        if found or len(text) < wanted or wanted < size:
+        is_enough = any(character in text for character in until)
+        if is_enough or len(text) < wanted or wanted < size:
             return text
         size *= 2
 
 
+#: The name of a file with the format of the directory.
 FORMAT = "format"
 #: The format of a directory of this version.
 FORMAT_VERSION = "openmeter_wsgi spool 1"
 
-#: A full disk shows when a file is allocated, and a mapped page stays what it is.
+#: File systems where a write to a preallocated, mapped file cannot fail.
 _MAPPABLE = {"ext2", "ext3", "ext4", "xfs", "tmpfs", "overlay"}
-#: Locks or appends are not those of one machine there.
+#: Network file systems: their locks and appends may fail between machines.
 _REFUSED = ("nfs", "cifs", "smb", "fuse")
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def prepare_directory(path: str, *, to_write: bool = True) -> Path:
-    """Make the directory where there is none, and check it.
+    """Make the directory if it is missing, and check it.
 
-    One that is only looked into need not be *to_write*.
+    Without *to_write* it may be read-only.
 
-    :raises ConfigError: if it cannot hold a spool, or others could write into it.
+    :raises ConfigError: if it cannot hold a spool, or other users can write into it.
     """
     directory = Path(os.path.abspath(path))  # not resolved: a symlink is refused
     try:
@@ -276,14 +274,13 @@ def prepare_directory(path: str, *, to_write: bool = True) -> Path:
             directory.mkdir(mode=0o700)
         if problem := _problem(directory.lstat()):
             raise ConfigError([f"spool_dir: {path!r} {problem}"])
-        if refused := _refused(file_system(directory)):
-            raise ConfigError(
-                [f"spool_dir: {path!r} is on {refused}, where locks fail"]
-            )
+        kind = file_system(directory)
+        if kind and kind.startswith(_REFUSED):
+            raise ConfigError([f"spool_dir: {path!r} is on {kind}, where locks fail"])
         if to_write and not _is_writable(directory):
             raise ConfigError(
-                [f"spool_dir: {path!r} cannot be written: no permission, or a disk "
-                 "that is read-only"]
+                [f"spool_dir: {path!r} cannot be written: no permission, or a "
+                 "read-only disk"]
             )  # fmt: skip
         _check_format(directory)
     except OSError as error:
@@ -299,7 +296,7 @@ def journal_form(directory: Path) -> str:
 
 
 def file_system(directory: Path) -> str | None:
-    """Return the type of the file system, None where that cannot be known."""
+    """Return the type of the file system, None if it is not known."""
     try:
         lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
         real = directory.resolve()
@@ -315,14 +312,10 @@ def file_system(directory: Path) -> str | None:
 
 
 def _unescaped(field: str) -> str:
-    """Return a mount point as it is called; blanks are octal in the list."""
+    """Return the name of a mount point, whose blanks are octal in the list."""
     for character in " \t\n\\":
         field = field.replace(f"\\{ord(character):03o}", character)
     return field
-
-
-def _refused(kind: str | None) -> str | None:
-    return kind if kind and kind.startswith(_REFUSED) else None
 
 
 def _problem(status: os.stat_result) -> str | None:
@@ -353,8 +346,9 @@ def _check_format(directory: Path) -> None:
         unfinished.rename(path)
         return
     with open(fd, "rb") as file:
-        said = file.read(200).decode(errors="replace").strip()
-    if said != FORMAT_VERSION:
+        version = file.read(200).decode(errors="replace").strip()
+    if version != FORMAT_VERSION:
         raise ConfigError(
-            [f"spool_dir: expected {FORMAT_VERSION!r} in {str(path)!r}, got {said!r}"]
-        )
+            [f"spool_dir: expected {FORMAT_VERSION!r} in {str(path)!r}, got "
+             f"{version!r}"]
+        )  # fmt: skip

@@ -1,10 +1,14 @@
-"""The append side of a spool: one live segment of one process, in one of two forms.
+"""The journal of one process: its segments, to which any thread appends lines.
 
-Mapped: one C call that copies the line into the page cache. The GIL is kept for all
-of it, so no writer is ever in the middle when another one seals. Written: one
-system call, during which others run; so writers say when they come and go.
+A segment is live until it is full, then it is *sealed* and the next one takes over. It
+has one of two forms:
 
-Both raise ValueError once the segment is sealed, and neither takes a lock: `write`
+- mapped: `write` is one C call that copies the line into the page cache. It holds the
+  GIL, so no thread is in the middle of a line when another thread seals;
+- written: `write` makes one system call, during which other threads run. So the
+  segment keeps a record of the threads that are in `write`.
+
+In both forms `write` raises ValueError once the segment is sealed. It takes no lock: it
 may run in a finaliser that interrupts another `write` of the same thread.
 """
 
@@ -43,61 +47,61 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: After a failure the disk is left alone for so many seconds.
+#: Seconds after a failure during which the disk is not used.
 RETRY_DELAY = 1.0
-#: Closing waits so long for writers that are in the middle of a line.
-_LEAVING_TIMEOUT = 5.0
-#: So many sealed segments are held open until they are delivered.
+#: Maximum number of seconds that a close waits for threads in the middle of a line.
+_CLOSE_TIMEOUT = 5.0
+#: Maximum number of sealed segments that are held open until they are delivered.
 MAX_KEPT = 32
 
 
 class JournalClosed(Exception):
-    """The journal was closed; another one takes the line."""
+    """The journal is closed: the line must go into another journal."""
 
 
 class RecordTooLarge(Exception):
-    """No segment could hold the line."""
+    """The line is larger than a segment."""
 
 
 class _Closed:
-    """The end of a chain of segments: whoever comes here has come too late."""
+    """The last element of a closed chain of segments. It refuses every call."""
 
-    quiet = True
+    is_quiet = True
 
     def __init__(self) -> None:
         self.links: dict[str, SegmentWriter] = {}
         self.file: SegmentFile | None = None
 
     def write(self, _: bytes) -> None:
-        """Refuse a line."""
+        """Raise `JournalClosed`."""
         raise JournalClosed
 
     position = 0
 
     def seal(self) -> None:
-        """Refuse to go on."""
+        """Raise `JournalClosed`."""
         raise JournalClosed
 
     def remove(self) -> None:
-        """Refuse to go on."""
+        """Raise `JournalClosed`."""
         raise JournalClosed
 
     def release(self) -> None:
-        """Refuse to go on."""
+        """Raise `JournalClosed`."""
         raise JournalClosed
 
 
-#: Stands for a journal that was not opened yet, too.
+#: Also stands for a journal that is not open yet.
 CLOSED: SegmentWriter = _Closed()
 
 
 class Journal:
-    """Appends the lines of one process to segments, one after the other.
+    """The lines of one process, appended to segments one after the other.
 
-    Any thread writes and none waits for another. Segments form a chain in which
-    each link is set once: by `prepare`, beforehand, or else by a writer.
+    Any thread writes, and no thread waits for another. The segments form a chain. Each
+    link is set once: in advance by `prepare`, or else by a writer.
 
-    :raises SpoolError: if the directory cannot take it now.
+    :raises SpoolError: if the first segment cannot be made.
     """
 
     def __init__(
@@ -120,14 +124,14 @@ class Journal:
         try:
             self._owner = SegmentLock.register(directory)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._note_failure(error) from error
         try:
-            self._head: SegmentWriter = self._made()
+            self._current: SegmentWriter = self._new_segment()
         except SpoolError:
             self._owner.leave(nothing_left=True)
             raise
-        #: Append one whole line. ValueError: `append` must do it.
-        self.write: Callable[[bytes], object] = self._head.write
+        #: Append one whole line to the current segment. On ValueError call `append`.
+        self.write: Callable[[bytes], object] = self._current.write
 
     @property
     def owner(self) -> str:
@@ -137,75 +141,75 @@ class Journal:
     @property
     def position(self) -> tuple[int, int]:
         """A value that changes with each line."""
-        head = self._head
-        return id(head), head.position
+        current = self._current
+        return id(current), current.position
 
     @property
     def is_intact(self) -> bool:
-        """True if its lock and its segments are where they were made."""
-        following = self._head.links.get("next")
-        files = [segment.file for segment in (self._head, following) if segment]
+        """True if the lock and the live segments still have their names."""
+        following = self._current.links.get("next")
+        files = [segment.file for segment in (self._current, following) if segment]
         return self._owner.is_intact and all(
-            file is None or file.fate() is Fate.HERE for file in files
+            file is None or file.fate() is Fate.IN_PLACE for file in files
         )
 
     def touch(self) -> None:
-        """Say to a cleaner that the lock is in use."""
+        """Renew the time of the lock, so that no cleaner removes it."""
         self._owner.touch()
 
     def write_key_mark(self, mark: str) -> None:
-        """Write into the lock which key this process uses."""
+        """Write the *mark* of the API key into the lock file."""
         self._owner.write_mark(mark)
 
     def append(self, line: bytes) -> None:
-        """Append *line*, going to the next segment where that is needed.
+        """Append *line*, and go to the next segment if necessary.
 
         :raises RecordTooLarge: if no segment could hold it.
-        :raises SpoolError: if there is no room, or no way to write.
-        :raises JournalClosed: if it was closed.
+        :raises SpoolError: if there is no room, or the disk fails.
+        :raises JournalClosed: if the journal was closed.
         """
         if len(line) > self._segment_bytes:
             raise RecordTooLarge(
                 f"an event of {len(line)} bytes, expected at most {self._segment_bytes}"
             )
         while True:
-            segment = self._head
+            segment = self._current
             try:
                 segment.write(line)
             except ValueError:
                 self._advance(segment)
             except OSError as error:
                 segment.seal()
-                raise self._failed(error) from error
+                raise self._note_failure(error) from error
             else:
                 return
 
     @property
     def is_prepared(self) -> bool:
-        """True if the next segment is there."""
-        return "next" in self._head.links
+        """True if the next segment exists."""
+        return "next" in self._current.links
 
     def prepare(self) -> None:
-        """Make the segment that will be needed next, if there is none yet.
+        """Make the next segment, unless it exists.
 
         :raises SpoolError: if that is impossible now.
         """
         if not self.is_prepared:
-            self._link(self._head)
+            self._link(self._current)
 
     def close(self) -> None:
-        """Seal, and give up what is owned: others may deliver and delete it."""
-        segment = self._head
+        """Seal the segments and release the lock: the sender may adopt the segments."""
+        segment = self._current
         segments = [segment]
         while (segment := segment.links.setdefault("next", CLOSED)) is not CLOSED:
             segments.append(segment)
-        self._head, self.write = CLOSED, CLOSED.write
+        self._current, self.write = CLOSED, CLOSED.write
         for segment in segments:
             segment.seal()
             self._kept.add(segment)
-        deadline = time.monotonic() + _LEAVING_TIMEOUT
-        while not all(segment.quiet for segment in segments):
-            # Not given up while somebody writes: it would be deleted under him.
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
+        while not all(segment.is_quiet for segment in segments):
+            # Keep the lock while a thread writes: a sender could delete the segment.
             if time.monotonic() > deadline:
                 return
             time.sleep(0.001)
@@ -214,27 +218,27 @@ class Journal:
         self._owner.leave()
 
     def _advance(self, full: SegmentWriter) -> None:
-        """Seal *full* and go on to what follows. Every writer may do so."""
+        """Seal *full* and go to the next segment. Any thread."""
         successor = full.links.get("next") or self._link(full)
         full.seal()
         self._kept.add(full)
-        if self._head is full:
-            self._head = successor
+        if self._current is full:
+            self._current = successor
             self.write = successor.write
 
     def _link(self, last: SegmentWriter) -> SegmentWriter:
-        made = self._made()
-        # Atomic: of several that come here together, one wins.
+        made = self._new_segment()
+        # No lock: of several threads the first one sets the link.
         winner = last.links.setdefault("next", made)
         if winner is not made:
             made.remove()
         return winner
 
-    def _made(self) -> SegmentWriter:
+    def _new_segment(self) -> SegmentWriter:
         if self._failure is not None and time.monotonic() < self._retry_at:
             raise self._failure
         try:
-            self._check_room()
+            self._check_space()
             name = SegmentName(
                 time.time_ns() // 1_000_000,
                 self._owner.token,
@@ -243,11 +247,11 @@ class Journal:
             )
             segment = make_segment(self._directory, name, self._segment_bytes)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._note_failure(error) from error
         self._failure = None
         return segment
 
-    def _check_room(self) -> None:
+    def _check_space(self) -> None:
         used = used_bytes(self._directory)
         if used + self._segment_bytes > self._max_bytes:
             raise OSError(
@@ -255,7 +259,7 @@ class Journal:
                 f"max_spool_bytes is {self._max_bytes}, {used} are in use",
             )
 
-    def _failed(self, error: OSError) -> SpoolError:
+    def _note_failure(self, error: OSError) -> SpoolError:
         self._retry_at = time.monotonic() + RETRY_DELAY
         kind = SpoolFull if error.errno in _NO_ROOM else SpoolError
         self._failure = kind(f"{self._directory}: {error}")
@@ -263,7 +267,7 @@ class Journal:
 
 
 def used_bytes(directory: Path) -> int:
-    """Return the bytes that segments take, free room in live ones included."""
+    """Return the bytes of all segments, including the free room in live segments."""
     used = 0
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -285,7 +289,7 @@ class SegmentWriter(Protocol):
     def write(self) -> Callable[[bytes], object]:
         """A function that appends one line, newline included."""
 
-    #: ``next``: what takes over once this one is sealed. Set once, for good.
+    #: The following segment, under "next". Set once, with `setdefault`.
     links: dict[str, SegmentWriter]
     file: SegmentFile | None
 
@@ -294,29 +298,31 @@ class SegmentWriter(Protocol):
         """A value that changes with each line."""
 
     @property
-    def quiet(self) -> bool:
-        """True if it is sealed and every writer has left."""
+    def is_quiet(self) -> bool:
+        """True if the segment is sealed and no thread is writing."""
 
     def seal(self) -> None:
-        """Let nobody write from now on. May be repeated."""
+        """Refuse all further lines. May be repeated."""
 
     def remove(self) -> None:
-        """Delete it: nobody has written."""
+        """Delete the unused segment."""
 
     def release(self) -> None:
-        """Give back what no line takes: it is sealed, and quiet."""
+        """Free the unused room of a sealed and quiet segment."""
 
 
 class Fate(enum.Enum):
-    """The fate of a segment that this process has made."""
+    """The fate of a segment file that this process has made."""
 
-    HERE = "it is where it was made"
+    IN_PLACE = "it has its name"
     DELIVERED = "the sender has deleted it"
-    GONE = "somebody else has removed or replaced it"
+    REMOVED = "another program has removed or replaced it"
 
 
 class SegmentFile:
-    """The file of a segment, held open: it can be read whatever becomes of its name."""
+    """The file of a segment. It stays open, so it can be read after a removal."""
+
+    _fd: int = -1
 
     def __init__(self, path: Path, key: str, fd: int) -> None:
         self.key = key
@@ -324,15 +330,15 @@ class SegmentFile:
         self._fd = os.dup(fd)
 
     def fate(self) -> Fate:
-        """Return its fate."""
+        """Return the fate of the file."""
         status = os.fstat(self._fd)
         for path in (self._path, self._path.with_name(self._path.name + SEALED)):
             with contextlib.suppress(OSError):
                 if os.path.samestat(status, path.stat(follow_symlinks=False)):
-                    return Fate.HERE
-        # Only now: the sender marks a segment and then deletes it.
+                    return Fate.IN_PLACE
+        # Read the mode again: the sender first sets it, then deletes the file.
         mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
-        return Fate.DELIVERED if mode == DELIVERED else Fate.GONE
+        return Fate.DELIVERED if mode == DELIVERED else Fate.REMOVED
 
     def lines(self) -> Iterator[Line]:
         """Yield the whole lines that are events."""
@@ -342,17 +348,19 @@ class SegmentFile:
                 yield line
 
     def truncate(self, size: int) -> None:
-        """Give back what is behind so many bytes. Nobody may have it mapped."""
+        """Cut the file to *size* bytes. No process may have it mapped."""
         os.ftruncate(self._fd, size)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class KeptSegments:
-    """Sealed segments of this process that are not delivered, as far as is known.
+    """Sealed segments of this process that are not known to be delivered.
 
-    They are held open, up to a number, so that one that is removed can be put back.
+    The newest `MAX_KEPT` are held open, so that the events of a removed segment can be
+    put back.
     """
 
     def __init__(self) -> None:
@@ -369,13 +377,13 @@ class KeptSegments:
             self._files.pop(key, None)
 
     def take_lost(self) -> list[SegmentFile]:
-        """Forget what was delivered; return, and forget, what is gone."""
+        """Forget the delivered and the removed segments; return the removed ones."""
         lost = []
         for key, file in list(self._files.items()):
             fate = file.fate()
-            if fate is not Fate.HERE:
+            if fate is not Fate.IN_PLACE:
                 self._files.pop(key, None)
-            if fate is Fate.GONE:
+            if fate is Fate.REMOVED:
                 lost.append(file)
         return lost
 
@@ -402,9 +410,10 @@ def make_segment(directory: Path, name: SegmentName, size: int) -> SegmentWriter
 
 
 class MmapWriter:
-    """A preallocated file, mapped: a full disk is an error here and no SIGBUS later.
+    """A segment in mapped form: a preallocated file that is mapped into memory.
 
-    Never truncated while it is mapped, never used twice.
+    As it is preallocated, a full disk is an error here, not a SIGBUS during a write.
+    The file is not truncated while it is mapped, and never reused.
     """
 
     flags = 0
@@ -413,7 +422,7 @@ class MmapWriter:
         self._path = path
         self.file: SegmentFile | None = None
         self.links: dict[str, SegmentWriter] = {}
-        self.quiet: bool = False
+        self.is_quiet: bool = False
         try:
             os.posix_fallocate(fd, 0, size)
             self._map = mmap.mmap(fd, size)
@@ -428,95 +437,98 @@ class MmapWriter:
         return 0 if self._map.closed else self._map.tell()
 
     def seal(self) -> None:
-        """Let nobody write from now on. May be repeated."""
-        # One C call: whoever writes after it gets ValueError, whoever wrote before
-        # has written all of its line.
+        """Refuse all further lines. May be repeated."""
+        # One C call: a later `write` raises ValueError, an earlier one is complete.
         with contextlib.suppress(ValueError):  # released already
             self._map.seek(0, os.SEEK_END)
-        self.quiet = True
+        self.is_quiet = True
         _rename_sealed(self._path)
 
     def release(self) -> None:
-        """Give back what no line takes: it is sealed, and quiet."""
+        """Free the unused room of a sealed and quiet segment."""
         with contextlib.suppress(ValueError, OSError):
             end = self._map.rfind(b"\n", 0) + 1
-            self._map.close()  # or to truncate it would be SIGBUS for a writer
+            self._map.close()  # before truncate(): a later write would get a SIGBUS
             if self.file is not None:
                 self.file.truncate(end)
 
     def remove(self) -> None:
-        """Delete it: nobody has written."""
+        """Delete the unused segment."""
         self._map.seek(0, os.SEEK_END)
         self._path.unlink(missing_ok=True)
 
 
 class AppendWriter:
-    """A file that grows by one system call a line."""
+    """A segment in written form: a file that grows by one system call per line."""
 
     flags: int = os.O_APPEND
 
     def __init__(self, fd: int, path: Path, key: str, size: int) -> None:
-        self._path = path
-        self.file: SegmentFile | None = None
-        self.links: dict[str, SegmentWriter] = {}
-        #: One descriptor; taken out by the one who closes it.
+        #: The file descriptor. The thread that closes it takes it out of the list.
         self._fds = [fd]
-        self.file = SegmentFile(path, key, fd)
-        self._left = size
+        self._path = path
+        self.file: SegmentFile | None = SegmentFile(path, key, fd)
+        self.links: dict[str, SegmentWriter] = {}
+        self._room = size
         self._sealed = False
-        #: One token a writer between its entry and its leaving.
-        self._inside: set[object] = set()
+        #: One token for each call of `write` that has not returned.
+        self._writing: set[object] = set()
 
     @property
     def position(self) -> int:
         """A value that changes with each line."""
-        return self._left
+        return self._room
 
     def release(self) -> None:
-        """Do nothing: it takes no more than its lines."""
+        """Do nothing: the file has no unused room."""
 
     def write(self, line: bytes) -> None:
         """Append one line, newline included."""
         token = object()
-        self._inside.add(token)
+        self._writing.add(token)
         try:
-            # Looked at after the entry: the sealer looks the other way round.
-            if self._sealed or self._left < len(line):
+            # After adding the token: `seal` sets the flag before it checks the tokens.
+            if self._sealed or self._room < len(line):
                 raise ValueError("the segment is full")
-            self._left -= len(line)
-            # A line that a full disk cut short must not spoil the next one.
+            self._room -= len(line)
+            # The first newline ends a line that a full disk has cut short.
             text = b"\n" + line
             if os.write(self._fds[0], text) != len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
-            self._inside.discard(token)
+            self._writing.discard(token)
             if self._sealed:
-                self._publish()
+                self._finish_if_quiet()
 
     @property
-    def quiet(self) -> bool:
-        """True if it is sealed and every writer has left."""
-        return self._sealed and not self._inside
+    def is_quiet(self) -> bool:
+        """True if the segment is sealed and no thread is writing."""
+        return self._sealed and not self._writing
 
     def seal(self) -> None:
-        """Let nobody write from now on. May be repeated."""
+        """Refuse all further lines. May be repeated."""
         self._sealed = True
-        self._publish()
+        self._finish_if_quiet()
 
     def remove(self) -> None:
-        """Delete it: nobody has written."""
+        """Delete the unused segment."""
         self._path.unlink(missing_ok=True)
         self.seal()
 
-    def _publish(self) -> None:
-        """Say that it is sealed: by the sealer, or by the last writer to leave."""
-        if self.quiet:
+    def _finish_if_quiet(self) -> None:
+        """Rename and close the sealed segment, once no thread is writing."""
+        if self.is_quiet:
             _rename_sealed(self._path)
-            with contextlib.suppress(IndexError):
-                os.close(self._fds.pop())
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(IndexError):
+            os.close(self._fds.pop())
+
+    __del__ = _close  # a segment that could not be made is never sealed
 
 
 def _rename_sealed(path: Path) -> None:
-    # Gone if it has been done, or if the sender was even faster.
+    # The file has another name, or none, if another thread or the sender was faster.
     with contextlib.suppress(OSError):
         path.rename(path.with_name(path.name + SEALED))

@@ -1,4 +1,4 @@
-"""The maintenance of a journal: it prepares segments and forces them on the disk."""
+"""The maintenance thread of a spool: it prepares segments and syncs them to disk."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
 from openmeter_wsgi.errors import SpoolError
-from openmeter_wsgi.spool.files import NoFile, open_file, read_name, whole_end
-from openmeter_wsgi.spool.progress import is_synced, sync_directory
+from openmeter_wsgi.spool.files import NotAFile, open_file, read_name, whole_end
+from openmeter_wsgi.spool.progress import sync_directory, try_sync
 from openmeter_wsgi.spool.watermark import Watermark
 from openmeter_wsgi.threads import Wakeup
 
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     from openmeter_wsgi.spool.files import SegmentName
     from openmeter_wsgi.spool.writer import SpoolWriter
 
-#: By making this file a process asks the sender to deliver now.
+#: The name of a file by which a process asks the sender to deliver now.
 FLUSH = "flush"
 
 logger: Final = log.get_logger(__name__)
 
-#: Seconds between two looks while events come.
-_LOOK_INTERVAL = 1.0
+#: Seconds between two rounds of work while events come.
+_CHECK_INTERVAL = 1.0
 
 
 class SegmentMaintenance:
-    """A thread that keeps the segments of a process; in the sender's it syncs them all.
+    """A thread that prepares and checks the segments of a process.
 
-    Not the sender's thread: that one may wait seconds for an answer. While events come
-    it looks each second whether what the process owns is still there; without them,
-    and in a process that is not the sender, it sleeps without a timeout.
+    In the sender's process it also syncs the segments of all processes. It is not the
+    sender's thread, which may wait seconds for an answer. While events come it works
+    every second. Without events it sleeps without a timeout, unless this process is the
+    sender.
     """
 
     def __init__(
@@ -43,40 +44,41 @@ class SegmentMaintenance:
         writer: SpoolWriter,
         *,
         hurry: Callable[[], None],
-        tend: Callable[[], None],
+        supervise: Callable[[], None],
         interval: float,
     ) -> None:
         self._directory = directory
         self._writer = writer
         self._hurry = hurry
-        #: Called at each look: to see whether the sender, here or elsewhere, is well.
-        self._tend = tend
+        #: Called in each round: checks the sender, here or in another process.
+        self._supervise = supervise
         self._interval = interval
         self._wakeup = Wakeup()
         self._thread: threading.Thread | None = None
         self._elected = False
-        #: The end of the part of each segment that is on the disk, by its key.
+        #: The end of the synced lines of each segment, by its key.
         self._synced: dict[str, int] = {}
-        #: The keys of segments that are on the disk as a whole and do not grow.
-        self._settled: set[str] = set()
+        #: The keys of sealed segments that are completely synced.
+        self._complete: set[str] = set()
+        #: The file names at the last sync of the directory.
         self._names: set[str] = set()
         self._watermark = Watermark(directory)
 
     def start(self) -> None:
-        """Start the thread. Without one, writers prepare segments themselves."""
+        """Start the thread. Without it, writers prepare segments themselves."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="openmeter_wsgi.journal", daemon=True
             )
             try:
                 self._thread.start()
-            except RuntimeError:  # no more threads, or the interpreter shuts down
+            except RuntimeError:  # the limit of threads, or the interpreter shuts down
                 self._thread = None
 
     def close(self, timeout: float = 0) -> None:
         """End the thread, and wait up to *timeout* seconds for it.
 
-        If the process ends first, a segment that the thread is making stays behind.
+        If the process ends before the thread, it may leave an unfinished segment.
         """
         thread, self._thread = self._thread, None
         self._wakeup.set()
@@ -84,7 +86,7 @@ class SegmentMaintenance:
             thread.join(timeout)
 
     def wake(self) -> None:
-        """Let the thread look whether a segment is to be prepared."""
+        """Make the thread do a round of work."""
         self._wakeup.set()
 
     @property
@@ -102,40 +104,44 @@ class SegmentMaintenance:
         while self._thread is threading.current_thread():
             self._wakeup.wait(self._interval if self._elected else interval)
             if self._thread is threading.current_thread():
-                self._turn()
-                interval = _LOOK_INTERVAL if self._writer.has_moved() else None
+                self._work()
+                interval = _CHECK_INTERVAL if self._writer.is_active() else None
                 if interval is None:
-                    self._writer.rest()
+                    self._writer.make_next_put_slow()
 
-    def _turn(self) -> None:
+    def _work(self) -> None:
+        """Do one round of work. Never raises an Exception."""
         try:
-            self._writer.look()
+            self._writer.check_files()
             self._writer.prepare()
             self._writer.touch()
-            self._tend()
+            self._supervise()
             if self._elected:
-                self.look()
+                self._sync_all()
         except SpoolError as error:
             logger.warning(
-                "%s: the next segment cannot be made; events go into the current one "
-                "until it is full, then into memory",
+                "%s: the next segment cannot be made; events go into the current "
+                "segment until it is full, then into memory",
                 error,
             )
         except OSError as error:
             logger.warning(
-                "%s: the spool cannot be forced on the disk; until it can, a loss of "
-                "power costs more than one flush_interval",
+                "%s: the spool cannot be synced to the disk; all events are kept, but "
+                "until it can, a loss of power loses more than one flush_interval",
                 error,
             )
         except Exception:
-            logger.exception("%s: its maintenance failed and goes on", "journal")
+            logger.exception(
+                "%s: its maintenance failed and goes on; all events are kept",
+                "journal",
+            )
 
-    def look(self) -> None:
-        """See who asks for delivery; bring on the disk what was put.
+    def _sync_all(self) -> None:
+        """Sync all segments, publish the watermark and handle a request to flush.
 
-        From then on it survives a loss of power. Say how far all is delivered.
+        Synced events survive a loss of power.
         """
-        moment = self._watermark.begin_look()
+        moment = self._watermark.begin_mark()
         entries = os.listdir(self._directory)
         if FLUSH in entries:
             (self._directory / FLUSH).unlink(missing_ok=True)
@@ -146,29 +152,29 @@ class SegmentMaintenance:
             self._names = set(names)
             keys = {name.key for name in names.values()}
             self._synced = {k: v for k, v in self._synced.items() if k in keys}
-            self._settled &= keys
+            self._complete &= keys
             sync_directory(self._directory)
         if moment is not None and not missed:
             self._watermark.publish(moment, dict(self._synced))
 
     def _sync(self, entry: str, name: SegmentName) -> bool:
-        """Bring one segment on the disk; False if it cannot be found any more."""
-        if name.key in self._settled:
+        """Sync one segment; return False if its name has changed or is gone."""
+        if name.key in self._complete:
             return True
         try:
             fd = open_file(self._directory / entry)
         except FileNotFoundError:  # sealed or delivered meanwhile
             return False
-        except NoFile:
-            return True  # there is nothing in it
+        except NotAFile:
+            return True  # no segment, so it holds no events
         try:
             synced = self._synced.get(name.key, 0)
             end = whole_end(fd, synced)
             if end > synced:
-                is_synced(fd)
+                try_sync(fd)
                 self._synced[name.key] = end
             if name.sealed:
-                self._settled.add(name.key)
+                self._complete.add(name.key)
         finally:
             os.close(fd)
         return True

@@ -1,10 +1,13 @@
-"""The progress file: the delivered lines of a spool, and the batch in flight.
+"""The progress file: the done lines of a spool, and the batches in flight.
 
-The file of it has two places of the same size, and each holds all of it as a line of
-JSON, with a number and a checksum; the higher number is the newer. One is written over
-while the other stays, so a write that a crash cuts short costs nothing but itself. The
-room is made once: from then on bringing it on the disk is one block, and waits neither
-for the file system's journal nor for what else is written.
+A batch is *in flight* from the moment before its request until the answer. If the
+sender dies in between, the next sender knows that the batch may have arrived.
+
+The file has two slots of the same size. Each holds the whole progress as one line of
+JSON with a number and a checksum, and the higher number is newer. A write replaces one
+slot and keeps the other, so a crash in the middle loses that write only. The file never
+grows: a sync writes one block, and waits neither for the journal of the file system nor
+for other files.
 """
 
 from __future__ import annotations
@@ -32,53 +35,53 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 PROGRESS_NAME = "progress.jsonl"
-#: Of so many batches in flight it is remembered how old they are.
-_SEEN = 100
-#: A page: no process that is killed leaves half of one.
-_PLACE_BYTES = 4_096
+#: Maximum number of batches in flight whose age is remembered.
+_MAX_AGES = 100
+#: Minimum number of bytes of a slot: a page, which a killed process writes whole.
+_SLOT_BYTES = 4_096
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class InFlightBatch(msgspec.Struct):
-    """Lines of one batch that was posted and not answered."""
+    """The lines of one batch that was sent and not answered."""
 
-    #: The wall clock's time before the first such attempt, in seconds.
+    #: The time (wall clock, seconds) before the first such attempt.
     since: float
-    #: The bytes of each segment, by its key.
+    #: The byte ranges of each segment, by its key.
     lines: dict[str, Ranges]
 
 
 class Progress(msgspec.Struct):
-    """The content of one place of the file."""
+    """The content of one slot of the file."""
 
-    #: The lines of each segment that are delivered or set aside, by its key.
+    #: The ranges of each segment that are delivered, dead letters or set aside.
     done: dict[str, Ranges] = {}
     in_flight: list[InFlightBatch] = msgspec.field(default_factory=list, name="doubts")
-    #: Of how many writes this one is the last.
+    #: The number of this write.
     number: int = 0
 
 
 class _Line(msgspec.Struct):
-    """The form in which it is written."""
+    """The line of a slot."""
 
     progress: msgspec.Raw
     checksum: int
 
 
 def load_progress(directory: Path) -> Progress | None:
-    """Return the content of the file, None if it cannot be read.
+    """Return the progress in the file, None if no slot is valid.
 
-    :raises OSError: if there is one that cannot be opened.
+    :raises OSError: if the file exists and cannot be opened.
     """
     try:
         text = (directory / PROGRESS_NAME).read_bytes()
     except FileNotFoundError:
         return Progress()
-    return max(_valid(text), key=lambda found: found.number, default=None)
+    return max(_valid_slots(text), key=lambda slot: slot.number, default=None)
 
 
 def recover(directory: Path) -> Progress:
-    """Return the content of the file; an unreadable file gets another name.
+    """Return the progress in the file; an invalid file is renamed.
 
     :raises OSError: as `load_progress` does.
     """
@@ -94,41 +97,41 @@ def recover(directory: Path) -> Progress:
 
 
 class ProgressFile:
-    """Writes the progress of a directory. Belongs to its sender, for one turn."""
+    """The progress file of a directory, for writing. Belongs to its sender's turn."""
 
     def __init__(self, directory: Path, number: int) -> None:
         self._directory = directory
         self._number = number
-        #: The file that this object has made, held open: each call to the system is
-        #: another wait where an application computes.
+        #: The file that this object has made. It stays open: each system call lets
+        #: busy threads of the application go first.
         self._fd: int | None = None
-        self._place_bytes = 0
-        #: The place of the last write that is known to be on the disk.
-        self._kept = 0
+        self._slot_bytes = 0
+        #: The slot of the last write that was synced.
+        self._synced_slot = 0
 
     def save(self, progress: Progress, *, lasting: bool) -> None:
-        """Write it down; *lasting*: so that it survives a loss of power, too.
+        """Write *progress*; if *lasting*, so that it survives a loss of power.
 
-        Without that it survives the death of every process.
+        Otherwise it survives the death of every process.
 
-        :raises OSError: if there is no room, no permission.
+        :raises OSError: if there is no room or no permission.
         """
         progress.number = self._number = self._number + 1
-        text = _encoded(progress)
-        if len(text) >= self._place_bytes or not self._is_there:
+        text = _encode(progress)
+        if len(text) >= self._slot_bytes or not self._is_in_place:
             self._make(text)
             return
-        # Never over what is known to be on the disk: this may be torn on its way.
-        place = 1 - self._kept
+        # Keep the slot that is on the disk: a loss of power may tear this write.
+        slot = 1 - self._synced_slot
         fd = self._fd
-        assert fd is not None  # noqa: S101 - `_is_there` has seen it
-        _write(fd, text.ljust(self._place_bytes - 1) + b"\n", place)
-        if lasting and is_synced(fd):
-            self._kept = place
+        assert fd is not None  # noqa: S101 - `_is_in_place` has checked it
+        _write(fd, text.ljust(self._slot_bytes - 1) + b"\n", slot)
+        if lasting and try_sync(fd):
+            self._synced_slot = slot
 
     @property
-    def _is_there(self) -> bool:
-        """True if the file is still what others read: somebody may have deleted it."""
+    def _is_in_place(self) -> bool:
+        """True if the file still has its name: a cleaner may have deleted it."""
         if self._fd is None:
             return False
         try:
@@ -146,8 +149,8 @@ class ProgressFile:
     __del__ = close
 
     def _make(self, text: bytes) -> None:
-        """Replace the file by one in which *text* has room to grow."""
-        size = _PLACE_BYTES
+        """Replace the file by one whose slots leave *text* room to grow."""
+        size = _SLOT_BYTES
         while size < 2 * len(text):
             size *= 2
         path = self._directory / PROGRESS_NAME
@@ -157,31 +160,31 @@ class ProgressFile:
         fd = os.open(unfinished, _NEW_FILE, 0o600)
         try:
             _write(fd, text.ljust(size - 1) + b"\n" + b"\n".rjust(size), 0)
-            is_synced(fd)
+            try_sync(fd)
             unfinished.rename(path)
             sync_directory(self._directory)
         except BaseException:
             os.close(fd)
-            self.close()  # it may be another file's by now that has the name
+            self.close()  # the new file may already have the name
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
         self.close()
-        self._fd, self._place_bytes, self._kept = fd, size, 0
+        self._fd, self._slot_bytes, self._synced_slot = fd, size, 0
 
 
-def is_synced(fd: int) -> bool:
-    """Bring a file on the disk, and say whether the disk has done it.
+def try_sync(fd: int) -> bool:
+    """Sync a file to the disk; return False if the disk failed.
 
-    A disk that fails costs what a loss of power would: what was written is there for
-    every process, and is counted as written.
+    After a failure all processes still read the new content, and it counts as written.
+    Only a loss of power would lose it.
     """
     try:
         os.fdatasync(fd)
     except OSError as error:
         logger.error(
-            "%s: the disk has not kept what was written to the spool; until it does, a "
-            "loss of power costs more than one flush_interval",
+            "%s: the disk could not sync a file of the spool; all events are kept, but "
+            "until it can, a loss of power loses more than one flush_interval",
             error,
         )
         return False
@@ -189,7 +192,7 @@ def is_synced(fd: int) -> bool:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory on the disk.
+    """Sync the file names of a directory to the disk.
 
     :raises OSError: if that is impossible.
     """
@@ -200,86 +203,84 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def _encoded(progress: Progress) -> bytes:
+def _encode(progress: Progress) -> bytes:
     raw = msgspec.json.encode(progress)
     return msgspec.json.encode(_Line(msgspec.Raw(raw), zlib.crc32(raw)))
 
 
-def _write(fd: int, text: bytes, place: int) -> None:
-    if os.pwrite(fd, text, place * len(text)) != len(text):
+def _write(fd: int, text: bytes, slot: int) -> None:
+    if os.pwrite(fd, text, slot * len(text)) != len(text):
         raise OSError("no room for all of the progress")
 
 
-def _valid(text: bytes) -> list[Progress]:
-    found = []
+def _valid_slots(text: bytes) -> list[Progress]:
+    slots = []
     for line in text.split(b"\n"):
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-            read = msgspec.json.decode(line, type=_Line)
-            if zlib.crc32(read.progress) == read.checksum:
-                found.append(msgspec.json.decode(read.progress, type=Progress))
-    return found
+            slot = msgspec.json.decode(line, type=_Line)
+            if zlib.crc32(slot.progress) == slot.checksum:
+                slots.append(msgspec.json.decode(slot.progress, type=Progress))
+    return slots
 
 
 class InFlight:
     """The lines that may have been sent, with the time of the first attempt."""
 
     def __init__(self) -> None:
-        self._by_moment: dict[float, InFlightBatch] = {}
+        self._by_time: dict[float, InFlightBatch] = {}
 
     @property
-    def known(self) -> list[InFlightBatch]:
-        """All of them."""
-        return list(self._by_moment.values())
+    def batches(self) -> list[InFlightBatch]:
+        """The batches in flight."""
+        return list(self._by_time.values())
 
-    def since(self, runs: Iterable[ByteRange]) -> float | None:
-        """Return when the first of *runs* may have been sent, None if none was."""
-        moments = (
+    def since(self, ranges: Iterable[ByteRange]) -> float | None:
+        """Return the time of the first attempt with any of *ranges*, or None."""
+        times = (
             batch.since
-            for run in runs
-            for batch in self._by_moment.values()
-            if number_ranges.overlap(batch.lines.get(run.key, []), run.start, run.end)
+            for key, start, end in ranges
+            for batch in self._by_time.values()
+            if number_ranges.overlap(batch.lines.get(key, []), start, end)
         )
-        return min(moments, default=None)
+        return min(times, default=None)
 
-    def add(self, runs: Iterable[ByteRange], since: float) -> None:
-        """Note that *runs* are sent at that moment."""
-        batch = self._by_moment.setdefault(since, InFlightBatch(since, {}))
-        for run in runs:
-            places = batch.lines.setdefault(run.key, [])
-            number_ranges.add(places, run.start, run.end)
+    def add(self, ranges: Iterable[ByteRange], since: float) -> None:
+        """Record that *ranges* are about to be sent, at the time *since*."""
+        batch = self._by_time.setdefault(since, InFlightBatch(since, {}))
+        for key, start, end in ranges:
+            number_ranges.add(batch.lines.setdefault(key, []), start, end)
 
-    def forget(self, runs: Iterable[ByteRange]) -> None:
-        """Note that *runs* have arrived, or have not."""
-        for run in runs:
-            key = run.key
-            for batch in self._by_moment.values():
-                if places := batch.lines.pop(key, None):
-                    left = number_ranges.subtract(places, run.start, run.end)
+    def forget(self, ranges: Iterable[ByteRange]) -> None:
+        """Record that *ranges* are not in flight any more."""
+        for key, start, end in ranges:
+            for batch in self._by_time.values():
+                if lines := batch.lines.pop(key, None):
+                    left = number_ranges.subtract(lines, start, end)
                     batch.lines.update({key: left} if left else {})
-        self._by_moment = {k: v for k, v in self._by_moment.items() if v.lines}
+        self._by_time = {k: v for k, v in self._by_time.items() if v.lines}
 
 
 class Recorder(Protocol):
-    """Keeps the in-flight record of a spool."""
+    """The part of a spool that keeps the record of batches in flight."""
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
         """Return the time of the first attempt that may have arrived, or None."""
 
     def record(self, batch: SpoolBatch, since: float) -> None:
-        """Write down that *batch* is about to be sent."""
+        """Write to the progress file that *batch* is about to be sent."""
 
     def withdraw(self, batch: SpoolBatch) -> None:
-        """Write down that *batch* has certainly not arrived."""
+        """Write to the progress file that *batch* has certainly not arrived."""
 
-    def check(self) -> None:
-        """Go on only as the sender.
+    def check_is_sender(self) -> None:
+        """Raise an error unless this process is still the sender.
 
-        :raises Deposed: if another one has taken its place.
+        :raises Deposed: if another sender may have taken its place.
         """
 
 
 class RecordingClient:
-    """Writes down which batch is in flight before it sends it.
+    """A client that records each batch as in flight before it sends the batch.
 
     A batch whose first ambiguous attempt is longer ago than *resend_window* seconds
     is not sent again: OpenMeter may have forgotten its ids.
@@ -299,16 +300,16 @@ class RecordingClient:
         self._resend_window = resend_window
         self._clock = clock
         self._monotonic = monotonic
-        #: The age of each batch in flight when it was first seen, and that moment: to
-        #: set the clock must not expire a batch.
-        self._seen: dict[float, tuple[float, float]] = {}
+        #: The age of each batch in flight when it was first seen, and the time then
+        #: (monotonic clock). So a change of the wall clock expires no batch.
+        self._ages: dict[float, tuple[float, float]] = {}
 
     def ingest(self, batch: SpoolBatch, /) -> None:
-        """Send *batch* as the client does.
+        """Send *batch* with the client.
 
-        :raises Expired: if it has been in flight for too long.
+        :raises Expired: if *batch* has been in flight for too long.
         """
-        self._spool.check()
+        self._spool.check_is_sender()
         now = self._clock()
         since = self._spool.in_flight_since(batch)
         if since is not None and (age := self._age(since, now)) > self._resend_window:
@@ -322,17 +323,17 @@ class RecordingClient:
         try:
             self._client.ingest(batch)
         except DeliveryError as error:
-            self._spool.check()
+            self._spool.check_is_sender()
             if since is None and not error.ambiguous:
                 self._spool.withdraw(batch)
             raise
-        self._spool.check()
+        self._spool.check_is_sender()
 
     def _age(self, since: float, now: float) -> float:
-        """Return for how long a batch is in flight that is so *since* then."""
+        """Return the seconds for which a batch has been in flight."""
         monotonic = self._monotonic()
-        if since not in self._seen:
-            self._seen = dict(list(self._seen.items())[-_SEEN:])
-            self._seen[since] = (now - since, monotonic)
-        age, seen_at = self._seen[since]
+        if since not in self._ages:
+            self._ages = dict(list(self._ages.items())[-_MAX_AGES:])
+            self._ages[since] = (now - since, monotonic)
+        age, seen_at = self._ages[since]
         return age + monotonic - seen_at

@@ -1,7 +1,12 @@
-"""The read side of a spool: the elected sender's view of all segments.
+"""The read side of a spool: a source of batches from the segments of a directory.
 
-It reads live segments too, up to the last whole line, so what an idle process put
-leaves although no thread of that process runs.
+A segment is a file of events, one per line. Its *owner*, a process, appends to it until
+it is *sealed*. The elected sender reads all segments, also the live ones up to their
+last whole line: so the events of an idle process are delivered, too. It *adopts* the
+segments of owners that have died. A segment whose lines are all done is deleted.
+
+`SpoolReader` reads the directory, `SegmentReader` one segment, and `Liveness` finds the
+owners that have died.
 """
 
 from __future__ import annotations
@@ -26,10 +31,10 @@ from openmeter_wsgi.spool.files import (
     Line,
     SegmentName,
     are_events,
-    final_text,
     is_event,
-    live_text,
     open_file,
+    read_final_text,
+    read_live_text,
     read_name,
     split_lines,
     used_end,
@@ -46,19 +51,19 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: While enough is known to be sent, the directory is not looked at more often.
+#: Minimum number of seconds between two scans of the directory while a batch is full.
 _SCAN_INTERVAL = 0.1
-#: Seconds until an unreadable place is tried again.
-_READ_AGAIN = 1.0
-#: So many deletions are brought on the disk together.
-_DELETIONS = 16
+#: Seconds until a failed read of a delayed batch is repeated.
+_REREAD_DELAY = 1.0
+#: Number of deleted segments after which the directory is synced.
+_DELETIONS_PER_SYNC = 16
 
 
 class SpoolReader:
     """The segments of a directory as a source of batches.
 
-    Belongs to the elected sender; a new one is made with every election. It reads
-    ahead as much as a batch of *max_events* may hold.
+    Belongs to the elected sender. Each election makes a new reader. It reads ahead at
+    most one batch of *max_events*.
     """
 
     def __init__(
@@ -73,194 +78,203 @@ class SpoolReader:
         self._election = election
         self._max_events = max_events
         self._letters = letters
-        self._readings: dict[str, SegmentReader] = {}
-        #: The lines of deleted segments, all done: a loss of power may bring a segment
-        #: back until the directory is on the disk.
+        self._segments: dict[str, SegmentReader] = {}
+        #: The done lines of deleted segments. A loss of power may restore a segment
+        #: until the directory is synced.
         self._deleted: dict[str, Ranges] = {}
         self._names: dict[str, SegmentName] = {}
-        #: The segment of each owner that is read next, and the owners that have no more
-        #: until the next look.
+        #: The segment of each owner that is read next, the oldest first.
         self._heads: list[SegmentReader] = []
+        #: Owners without unread lines, until the next scan.
         self._exhausted: set[str] = set()
+        #: Lines that are read and not taken.
         self._waiting: deque[Slice] = deque()
         self._waiting_events = 0
         self._waiting_bytes = 0
-        #: Batches in flight when the last sender died: each goes again, alone.
-        self._again: deque[SpoolBatch] = deque()
-        #: The places of events that were handed out and are not to be sent yet. They
-        #: are read once more when they are due, or by the next sender.
+        #: Batches in flight when the previous sender died: sent again unchanged.
+        self._resend: deque[SpoolBatch] = deque()
+        #: The ranges of events that were taken and must not be sent yet. They are read
+        #: again when they are due, or by the next sender.
         self._delayed: Delayed[list[ByteRange]] = Delayed()
         self._in_flight = InFlight()
-        #: Whether there is progress that the disk did not take.
-        self._unsaved = False
+        #: True if the last write of the progress failed.
+        self._is_unsaved = False
         self._liveness = Liveness(directory)
-        self._loaded = progress.recover(directory)
-        self._file = ProgressFile(directory, self._loaded.number)
+        #: The progress of the previous sender.
+        self._previous = progress.recover(directory)
+        self._file = ProgressFile(directory, self._previous.number)
         self._scan()
         self._load_in_flight()
 
     def __len__(self) -> int:
         """Return the number of events that are read and not taken."""
-        return self._waiting_events + sum(map(len, self._again))
+        return self._waiting_events + sum(map(len, self._resend))
 
     @property
-    def segments(self) -> int:
-        """The number of segments that are not delivered yet, those in use included."""
-        return len(self._readings)
+    def segment_count(self) -> int:
+        """The number of segments in the directory."""
+        return len(self._segments)
 
     @property
-    def is_full(self) -> bool:
-        """True if a batch can be filled with what was read."""
+    def has_full_batch(self) -> bool:
+        """True if the events that were read fill a batch."""
         return (
             self._waiting_events >= self._max_events
             or self._waiting_bytes >= MAX_BATCH_BYTES
         )
 
-    def refresh(self, *, last: bool = False) -> None:
-        """Look for new segments, lines and deaths; with *last* for every one."""
-        if last:
-            self._liveness.look_now_next()
-        due = last or monotonic() >= self._scan_at
-        if due:
+    def refresh(self, *, everything: bool = False) -> None:
+        """Look for new segments, new lines and dead owners.
+
+        With *everything* the intervals between two looks do not count.
+        """
+        if everything:
+            self._liveness.force_next()
+        scans = everything or monotonic() >= self._scan_at
+        if scans:
             self._scan()
-        self._fill()
-        if not due and not self.is_full:
-            due = True
+        self._read_ahead()
+        if not scans and not self.has_full_batch:
+            scans = True
             self._scan()
-            self._fill()
-        if self._unsaved:
+            self._read_ahead()
+        if self._is_unsaved:
             self._save(lasting=True)
-        if due:
-            self._forget_done(list(self._readings.values()))
+        if scans:
+            self._delete_done(list(self._segments.values()))
 
     def close(self) -> None:
-        """Close what is open. The directory stays as it is."""
+        """Close the progress file. The directory does not change."""
         self._file.close()
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
-        """Return the oldest events, as many as one batch may hold.
+        """Remove and return the oldest events, at most those of one batch.
 
-        What was delayed and is due now comes before them, as the batch that it was.
+        A delayed batch that is due comes first, unchanged.
         """
-        if (places := self._delayed.take_due()) is not None and (
-            batch := self._delayed_batch(places)
+        if (ranges := self._delayed.take_due()) is not None and (
+            batch := self._delayed_batch(ranges)
         ):
             return batch
-        self._fill()
-        if self._again:
-            return self._again.popleft()
+        self._read_ahead()
+        if self._resend:
+            return self._resend.popleft()
         parts = take_from(self._waiting, max_events=max_events, max_bytes=max_bytes)
         self._waiting_events -= sum(part.events for part in parts)
         self._waiting_bytes -= sum(part.size for part in parts)
         return SpoolBatch(parts)
 
     def done(self, batch: SpoolBatch) -> None:
-        """Remember, for good, that *batch* is delivered or set aside."""
-        self._in_flight.forget(batch.runs)
-        found = (self._readings.get(run.key) for run in batch.runs)
-        touched = {reading.key: reading for reading in found if reading}
-        for key, start, end in batch.runs:
+        """Record that the events of *batch* are delivered, or dead letters."""
+        self._in_flight.forget(batch.ranges)
+        segments = (self._segments.get(key) for key, _, _ in batch.ranges)
+        touched = {segment.key: segment for segment in segments if segment}
+        for key, start, end in batch.ranges:
             if key in touched:
                 number_ranges.add(touched[key].done, start, end)
-        # Not synced here: the next `record` syncs it. After a crash before that, the
-        # disk shows this batch alone as in flight.
+        # Not synced here: the next `record` syncs it. After a loss of power before
+        # that, this batch is in flight on the disk, and no other one.
         self._save(lasting=False)
-        self._forget_done(touched.values())
+        self._delete_done(touched.values())
 
     # -- Delay
 
     def delay(self, batch: SpoolBatch, seconds: float) -> None:
-        """Hand out *batch*, which was taken, once more after so many seconds."""
-        self._delayed.add(batch.runs, seconds)
+        """Make `take` return *batch*, which was taken, again after some *seconds*."""
+        self._delayed.add(batch.ranges, seconds)
 
     @property
     def due_in(self) -> float | None:
-        """The seconds until delayed events are due, None if there are none."""
+        """The seconds until delayed events are due, None without delayed events."""
         return self._delayed.due_in
 
-    def _delayed_batch(self, places: list[ByteRange]) -> SpoolBatch | None:
+    def _delayed_batch(self, ranges: list[ByteRange]) -> SpoolBatch | None:
         try:
-            parts = [part for place in places for part in self._read_place(place)]
-        except OSError:
-            self._delayed.add(places, _READ_AGAIN)  # being renamed, it may be
+            parts = self._read_ranges(ranges)
+        except OSError:  # the owner may be renaming the segment
+            self._delayed.add(ranges, _REREAD_DELAY)
             return None
         return SpoolBatch(parts) if parts else None
 
-    def _read_place(self, place: ByteRange) -> list[Slice]:
-        """Return the content of a place that was read before.
+    def _read_ranges(self, ranges: Iterable[ByteRange]) -> list[Slice]:
+        """Return the lines of ranges that were taken before.
 
-        :raises OSError: if the segment cannot be read.
+        :raises OSError: if a segment cannot be read.
         """
-        if (reading := self._readings.get(place.key)) is None:
-            return []
-        parts, damaged = reading.read_range(place.start, place.end)
-        self._set_aside(reading, damaged)
+        parts: list[Slice] = []
+        for key, start, end in ranges:
+            if (segment := self._segments.get(key)) is not None:
+                lines, damaged = segment.read_range(start, end)
+                self._set_aside(segment, damaged)
+                parts += lines
         return parts
 
     # -- In flight
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
         """Return the time of the first attempt that may have arrived, or None."""
-        return self._in_flight.since(batch.runs)
+        return self._in_flight.since(batch.ranges)
 
     def record(self, batch: SpoolBatch, since: float) -> None:
-        """Write down that *batch* is about to be sent."""
-        self._in_flight.add(batch.runs, since)
+        """Write to the progress file that *batch* is about to be sent."""
+        self._in_flight.add(batch.ranges, since)
         self._save(lasting=True)
 
     def withdraw(self, batch: SpoolBatch) -> None:
-        """Write down that *batch* has certainly not arrived."""
-        self._in_flight.forget(batch.runs)
+        """Write to the progress file that *batch* has certainly not arrived."""
+        self._in_flight.forget(batch.ranges)
         self._save(lasting=True)
 
-    def check(self) -> None:
-        """Go on only as the sender.
+    def check_is_sender(self) -> None:
+        """Raise an error unless this process is still the sender.
 
-        :raises Deposed: if another one has taken its place.
+        :raises Deposed: if another sender may have taken its place.
         """
-        with self._in_office():
+        with self._as_sender():
             pass
 
     # -- Progress
 
     def _load_in_flight(self) -> None:
-        for in_flight in self._loaded.in_flight:
-            places = [
+        for in_flight in self._previous.in_flight:
+            ranges = (
                 ByteRange(key, start, end)
-                for key, ranges_ in in_flight.lines.items()
-                for start, end in ranges_
-            ]
-            if parts := [part for place in places for part in self._read_place(place)]:
+                for key, pairs in in_flight.lines.items()
+                for start, end in pairs
+            )
+            if parts := self._read_ranges(ranges):
                 batch = SpoolBatch(parts)
-                self._in_flight.add(batch.runs, in_flight.since)
-                self._again.append(batch)
+                self._in_flight.add(batch.ranges, in_flight.since)
+                self._resend.append(batch)
 
-    def _set_aside(self, reading: SegmentReader, damaged: list[Line]) -> None:
+    def _set_aside(self, segment: SegmentReader, damaged: list[Line]) -> None:
         for line in damaged:
-            self._letters.set_aside(line.text, reading.name.key, line.start)
-            number_ranges.add(reading.done, line.start, line.end)
+            self._letters.add_unreadable(line.text, segment.name.key, line.start)
+            number_ranges.add(segment.done, line.start, line.end)
 
     def _save(self, *, lasting: bool) -> None:
-        done = {key: r.done for key, r in self._readings.items() if r.done}
+        done = {key: r.done for key, r in self._segments.items() if r.done}
         done.update(self._deleted)
         try:
-            with self._in_office():
-                self._file.save(Progress(done, self._in_flight.known), lasting=lasting)
-            self._unsaved = False
+            with self._as_sender():
+                self._file.save(
+                    Progress(done, self._in_flight.batches), lasting=lasting
+                )
+            self._is_unsaved = False
         except OSError as error:
-            # Sending on is what makes room on a full disk.
-            self._unsaved = True
+            # Go on: on a full disk, delivered segments make room.
+            self._is_unsaved = True
             logger.error(
-                "%s: progress cannot be written; after a crash several batches may be "
-                "sent twice under the same ids",
+                "%s: progress cannot be written; delivery goes on, and after a crash "
+                "several batches may be sent twice under the same ids",
                 error,
             )
 
     @contextlib.contextmanager
-    def _in_office(self) -> Iterator[None]:
-        """Write only as long as no other can be the sender.
+    def _as_sender(self) -> Iterator[None]:
+        """Keep this process the sender within the context.
 
-        :raises Deposed: if another thread has given the election up.
+        :raises Deposed: if another thread of this process has given up the election.
         """
         if self._election is None:
             yield
@@ -273,174 +287,166 @@ class SpoolReader:
     # -- Segments
 
     def _scan(self) -> None:
-        """Find the segments, and the owners that have died."""
+        """List the segments, and adopt those of owners that have died."""
         self._scan_at = monotonic() + _SCAN_INTERVAL
         entries = sorted(os.listdir(self._directory))
         names = {e: n for e in entries if (n := self._names.get(e) or read_name(e))}
         self._names = names
-        self._liveness.look(entries, names.values())
-        found = {name.key: name for name in names.values() if not name.unfinished}
-        for key in self._readings.keys() - found.keys():
-            del self._readings[key]
-        for key, name in found.items():
-            reading = self._readings.get(key)
-            if reading is None:
-                done = self._loaded.done.get(key, [])
-                reading = self._readings[key] = SegmentReader(
+        self._liveness.update(entries, names.values())
+        by_key = {name.key: name for name in names.values() if not name.unfinished}
+        for key in self._segments.keys() - by_key.keys():
+            del self._segments[key]
+        for key, name in by_key.items():
+            segment = self._segments.get(key)
+            if segment is None:
+                done = self._previous.done.get(key, [])
+                segment = self._segments[key] = SegmentReader(
                     self._directory, name, done
                 )
-            reading.name = name
-            adopted = self._liveness.is_dead(name.owner, reading)
-            if adopted and not reading.adopted and self._liveness.has_died(name.owner):
+            segment.name = name
+            adopted = self._liveness.is_abandoned(segment)
+            if adopted and not segment.adopted and self._liveness.has_died(name.owner):
                 self._truncate_unused(name)
-            reading.adopted = adopted
+            segment.adopted = adopted
         self._heads, self._exhausted = [], set()
 
-    def _fill(self) -> None:
-        """Read ahead. An owner's next segment is read when its last is at its end."""
-        while not self.is_full:
+    def _read_ahead(self) -> None:
+        """Read lines until they fill a batch. Each owner's segments come in order."""
+        while not self.has_full_batch:
             if not self._heads or self._heads[0].at_end:
-                self._heads = first_of_each(self._readings, but=self._exhausted)
+                self._heads = next_segments(self._segments, but=self._exhausted)
             if not self._heads:
                 return
             if not self._read(self._heads[0]):
                 self._exhausted.add(self._heads.pop(0).name.owner)
 
-    def _read(self, reading: SegmentReader) -> bool:
-        """Read on in a segment and say whether its owner may have more."""
-        before = reading.offset
+    def _read(self, segment: SegmentReader) -> bool:
+        """Read the next lines of a segment; return False if its owner has none now."""
+        before = segment.offset
         try:
-            parts, damaged = reading.read()
+            parts, damaged = segment.read()
         except FileNotFoundError:
-            return False  # sealed at this moment; the next scan finds it
+            return False  # the owner is sealing it; the next scan finds its new name
         except OSError as error:
             logger.error(
-                "%s: cannot be read (%s); its events wait until it can be",
-                reading.name.key, error,
+                "%s: cannot be read (%s); its events are kept until it can be read",
+                segment.name.key, error,
             )  # fmt: skip
             return False
-        self._set_aside(reading, damaged)
+        self._set_aside(segment, damaged)
         for part in parts:
             self._waiting.append(part)
             self._waiting_events += part.events
             self._waiting_bytes += part.size
-        return reading.at_end or reading.offset > before
+        return segment.at_end or segment.offset > before
 
     def _truncate_unused(self, name: SegmentName) -> None:
-        """Cut the unused end off a dead owner's segment, which no process maps."""
+        """Cut off the unused end of a dead owner's segment: no process maps it."""
         path = self._directory / str(name)
-        with contextlib.suppress(OSError), self._in_office():
+        with contextlib.suppress(OSError), self._as_sender():
             fd = open_file(path, os.O_RDWR)
             try:
                 os.ftruncate(fd, used_end(fd))
             finally:
                 os.close(fd)
 
-    def _forget_done(self, readings: Iterable[SegmentReader]) -> None:
-        """Delete those segments of which nothing is left to do."""
-        for reading in readings:
-            if reading.is_final and reading.is_done:
-                with self._in_office():
-                    self._delete(reading)
-                self._readings.pop(reading.key, None)
-                self._deleted[reading.key] = reading.done
-        if len(self._deleted) >= _DELETIONS:
+    def _delete_done(self, segments: Iterable[SegmentReader]) -> None:
+        """Delete the segments that are complete and done."""
+        for segment in segments:
+            if segment.is_final and segment.is_done:
+                with self._as_sender():
+                    self._delete(segment)
+                self._segments.pop(segment.key, None)
+                self._deleted[segment.key] = segment.done
+        if len(self._deleted) >= _DELETIONS_PER_SYNC:
             with contextlib.suppress(OSError):
                 progress.sync_directory(self._directory)
                 self._deleted.clear()
 
-    def _delete(self, reading: SegmentReader) -> None:
-        path = self._directory / str(reading.name)
+    def _delete(self, segment: SegmentReader) -> None:
+        path = self._directory / str(segment.name)
         with contextlib.suppress(FileNotFoundError):
-            # The mode tells an owner that has it open: delivered, not lost.
+            # The mode tells the owner, which has the file open: delivered, not lost.
             path.chmod(DELIVERED)
             path.unlink()
 
 
-#: So much is looked at by one call: each keeps all other threads waiting.
+#: Typical number of bytes checked by one C call, which blocks all other threads.
 _BLOCK_BYTES = 32 * 1024
 
 
 class SegmentReader:
-    """The lines of one segment, each handed out once.
+    """The lines of one segment, each of which is returned once.
 
-    Belongs to the sender. *done* is what an earlier sender delivered of it.
+    Belongs to the sender. *done* are the ranges that an earlier sender has delivered.
     """
 
     __slots__ = (
-        "_directory",
-        "_taken",
-        "adopted",
-        "at_end",
-        "done",
-        "key",
-        "name",
-        "offset",
-    )
+        "_directory", "_skipped", "adopted", "at_end", "done", "key", "name", "offset",
+    )  # fmt: skip
 
     def __init__(self, directory: Path, name: SegmentName, done: Ranges) -> None:
         self.name: SegmentName = name
         self.key: str = name.key
         self.done: Ranges = done
-        #: Nobody owns it any more, and a crash may have damaged it.
+        #: True if its owner has died, or seems so. A crash may have damaged its lines.
         self.adopted: bool = False
-        #: All that will ever be in it was read.
+        #: True if all lines were read and no more can come.
         self.at_end: bool = False
         self._directory = directory
-        #: The end of the part that was read, in bytes.
+        #: The number of bytes read.
         self.offset: int = 0
-        #: Ranges that `read` skips: done, or loaded as in flight.
-        self._taken: Ranges = list(done)
+        #: Ranges that `read` skips: done, or in flight when the previous sender died.
+        self._skipped: Ranges = list(done)
 
     @property
     def is_final(self) -> bool:
-        """True if nobody writes into it any more."""
+        """True if no process writes into the segment any more."""
         return self.name.sealed or self.adopted
 
     @property
     def is_done(self) -> bool:
-        """True if all that was read of it is delivered or set aside."""
+        """True if all lines are delivered, dead letters or set aside."""
         if not self.at_end:
             return False
         return not self.offset or self.done == [(0, self.offset)]
 
     def read(self) -> tuple[list[Slice], list[Line]]:
-        """Return the next lines, and what should be an event and is not.
-
-        Both are empty where there is nothing to read now.
+        """Return the next events and the next damaged lines, or two empty lists.
 
         :raises OSError: if it cannot be read, e.g. because it was just renamed.
         """
         fd = open_file(self._directory / str(self.name))
         try:
-            start, text = self._read_on(fd)
+            start, text = self._read_text(fd)
         finally:
             os.close(fd)
-        return self._classified(text, start)
+        return self._classify(text, start)
 
     def read_range(self, start: int, end: int) -> tuple[list[Slice], list[Line]]:
-        """Return what is in a range that was handed out before a crash, as `read`."""
-        number_ranges.add(self._taken, start, end)
+        """Return the events and damaged lines of a range, which `read` then skips."""
+        number_ranges.add(self._skipped, start, end)
         parts: list[Slice] = []
         damaged: list[Line] = []
         fd = open_file(self._directory / str(self.name))
         try:
-            while start < end and (text := final_text(fd, start, end)):
-                good, bad = self._classified(text, start)
+            while start < end and (text := read_final_text(fd, start, end)):
+                good, bad = self._classify(text, start)
                 parts += good
                 damaged += bad
                 start += len(text)
         finally:
             os.close(fd)
         if start < end:
-            number_ranges.add(self.done, start, end)  # zeros
+            number_ranges.add(self.done, start, end)  # the rest is zeros
         return parts, damaged
 
-    def _classified(self, text: bytes, start: int) -> tuple[list[Slice], list[Line]]:
+    def _classify(self, text: bytes, start: int) -> tuple[list[Slice], list[Line]]:
+        """Return the events and the damaged lines of *text*, read at *start*."""
         parts: list[Slice] = []
         damaged: list[Line] = []
         for block in _blocks(text):
-            part = self._part(block, start)
+            part = self._valid_slice(block, start)
             if part is None:
                 self._classify_lines(split_lines(block, start), parts, damaged)
             elif part.events:
@@ -450,28 +456,28 @@ class SegmentReader:
             start += len(block)
         return parts, damaged
 
-    def _part(self, text: bytes, start: int) -> Slice | None:
-        """Return what was read at *start*, None if each line must be looked at."""
+    def _valid_slice(self, text: bytes, start: int) -> Slice | None:
+        """Return *text* as a slice, None if a line may be no event."""
         if not text.endswith(b"\n"):
             return None
         if self.adopted or self.name.form == WRITTEN:
             lines = text.split(b"\n")
             events = len(lines) - lines.count(b"")
             sparse = events + 1 < len(lines)
-            good = are_events(text, events)
+            valid = are_events(text, events)
         else:
-            # Copied by one who lives: all of it or nothing, and never an empty line.
-            good, sparse = b"\0" not in text, False
+            # A live owner copies a whole line or none, and never an empty line.
+            valid, sparse = b"\0" not in text, False
             # Several times as fast as count().
             events = len(text) - len(text.replace(b"\n", b""))
-        return Slice(self.key, text, start, events, sparse) if good else None
+        return Slice(self.key, text, start, events, sparse) if valid else None
 
     def _classify_lines(
-        self, found: Iterator[Line], parts: list[Slice], damaged: list[Line]
+        self, lines: Iterator[Line], parts: list[Slice], damaged: list[Line]
     ) -> None:
         """Add each line to the events or to the damaged lines."""
-        for text, start, end in found:
-            whole = end - start > len(text)
+        for text, start, end in lines:
+            whole = end - start > len(text)  # it ends with a newline
             if whole and not text:
                 number_ranges.add(self.done, start, end)
             elif whole and is_event(text):
@@ -479,25 +485,25 @@ class SegmentReader:
             else:
                 damaged.append(Line(text, start, end))
 
-    def _read_on(self, fd: int) -> tuple[int, bytes]:
-        """Read on from where the last call ended; return from where, and what."""
-        limit = self._skip_taken()
+    def _read_text(self, fd: int) -> tuple[int, bytes]:
+        """Read the next bytes; return their offset and the bytes."""
+        limit = self._skip_ranges()
         start = self.offset
-        # Before the bytes: what is sealed or adopted now has been written.
+        # Before the read: a segment that is final now has all its lines.
         final = self.is_final
-        text = (final_text if final else live_text)(fd, start, limit)
+        text = (read_final_text if final else read_live_text)(fd, start, limit)
         self.offset += len(text)
         if not text and final and limit is None:
             self.at_end = True
         elif not text and final and limit is not None:
-            # A hole before what was done: there is nothing in it.
+            # Only zeros before the next skipped range.
             number_ranges.add(self.done, start, limit)
             self.offset = limit
         return start, text
 
-    def _skip_taken(self) -> int | None:
-        """Go past what was taken; return where the next such range begins."""
-        for start, end in self._taken:
+    def _skip_ranges(self) -> int | None:
+        """Move the offset past a skipped range; return the start of the next one."""
+        for start, end in self._skipped:
             if start <= self.offset < end:
                 self.offset = end
             elif start > self.offset:
@@ -505,22 +511,22 @@ class SegmentReader:
         return None
 
 
-def first_of_each(
-    readings: Mapping[str, SegmentReader], *, but: Container[str]
+def next_segments(
+    segments: Mapping[str, SegmentReader], *, but: Container[str]
 ) -> list[SegmentReader]:
-    """Return of each owner, *but* some, what is read next, the oldest first."""
+    """Return the next segment to read of each owner, *but* some; the oldest first."""
     heads: dict[str, SegmentReader] = {}
-    for reading in readings.values():
-        name = reading.name
-        if not reading.at_end and name.owner not in but:
+    for segment in segments.values():
+        name = segment.name
+        if not segment.at_end and name.owner not in but:
             head = heads.get(name.owner)
             if head is None or head.name.number > name.number:
-                heads[name.owner] = reading
-    return sorted(heads.values(), key=lambda reading: reading.name)
+                heads[name.owner] = segment
+    return sorted(heads.values(), key=lambda segment: segment.name)
 
 
 def _blocks(text: bytes) -> Iterator[bytes]:
-    """Cut *text* after newlines, so that no block is long without need."""
+    """Yield *text* in blocks of whole lines, of about `_BLOCK_BYTES` if possible."""
     at = 0
     while len(text) - at > _BLOCK_BYTES:
         newline = text.rfind(b"\n", at, at + _BLOCK_BYTES)
@@ -534,71 +540,69 @@ def _blocks(text: bytes) -> Iterator[bytes]:
         yield text[at:]
 
 
-#: A segment without a lock is taken for a dead owner's after so many seconds.
+#: Seconds without growth after which a segment whose owner has no lock is adopted.
 LOCKLESS_TIME = 3_600.0
-#: Seconds between two looks at the owners' locks.
+#: Minimum number of seconds between two checks of the owners' locks.
 LIVENESS_INTERVAL = 0.5
 
 
 class Liveness:
-    """Knows which owners have died, and deletes their unfinished segments and locks.
+    """The owners that have died. Their unfinished segments and locks are deleted.
 
-    Only the elected sender uses it: of two processes that test one lock at a time,
-    each would think that its owner is alive.
+    Only the elected sender uses it. If two processes tried a lock at the same time,
+    each would mistake the other for its living owner.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.dead: set[str] = set()
+        self._dead: set[str] = set()
         self._directory = directory
         self._due_at = 0.0
-        #: Owners whose lock file somebody has deleted.
-        self._lockless: set[str] = set()
-        #: The end of the part of their segments that was read, and since when.
-        self._still: dict[str, tuple[int, float]] = {}
+        #: Owners without a lock file: a cleaner may have deleted it.
+        self._without_lock: set[str] = set()
+        #: The number of bytes read of their segments, and the time of the last change.
+        self._last_growth: dict[str, tuple[int, float]] = {}
 
-    def look_now_next(self) -> None:
-        """Make the next `look` run without waiting for its time."""
+    def force_next(self) -> None:
+        """Make the next `update` run even within the interval."""
         self._due_at = 0.0
 
-    def look(self, entries: Iterable[str], names: Iterable[SegmentName]) -> None:
-        """Find the owners that have died; *entries* is the content of the directory."""
+    def update(self, entries: Iterable[str], names: Iterable[SegmentName]) -> None:
+        """Find the owners that have died; *entries* are the files of the directory."""
         now = monotonic()
         if now < self._due_at:
             return
         self._due_at = now + LIVENESS_INTERVAL
         owners = {name.owner for name in names}
-        # A free lock means that its owner is dead. A missing one proves nothing.
-        self._lockless = {o for o in owners if not is_there(self._directory, o)}
-        unknown = owners - self.dead - self._lockless
-        alive = {owner for owner in unknown if self._is_alive(owner)}
-        self.dead = (owners - alive - self._lockless) | (self.dead & owners)
+        # The owner of a free lock is dead. A missing lock proves nothing.
+        self._without_lock = {o for o in owners if not is_there(self._directory, o)}
+        unknown = owners - self._dead - self._without_lock
+        alive = {owner for owner in unknown if is_alive(self._directory, owner)}
+        self._dead = (owners - alive - self._without_lock) | (self._dead & owners)
         for name in names:
-            if name.unfinished and name.owner in self.dead:
+            if name.unfinished and name.owner in self._dead:
                 (self._directory / str(name)).unlink(missing_ok=True)
         for entry in entries:
             owner = owner_of_lock(entry)
             if owner is not None and owner not in owners:
                 remove_lock(self._directory / entry)
 
-    def is_dead(self, owner: str, reading: SegmentReader) -> bool:
-        """Return True if nobody writes into a segment any more.
+    def is_abandoned(self, segment: SegmentReader) -> bool:
+        """Return True if the owner of a segment has died, or seems so.
 
-        An owner without a lock file may be alive. It is taken for dead if the segment
+        An owner without a lock file may be alive. Its segment counts as abandoned if it
         has not grown for an hour.
         """
-        if owner not in self._lockless:
-            self._still.pop(reading.key, None)
-            return owner in self.dead
+        owner = segment.name.owner
+        if owner not in self._without_lock:
+            self._last_growth.pop(segment.key, None)
+            return owner in self._dead
         now = monotonic()
-        offset, since = self._still.get(reading.key, (-1, now))
-        if offset != reading.offset:
+        offset, since = self._last_growth.get(segment.key, (-1, now))
+        if offset != segment.offset:
             since = now
-        self._still[reading.key] = (reading.offset, since)
+        self._last_growth[segment.key] = (segment.offset, since)
         return now - since >= LOCKLESS_TIME
 
     def has_died(self, owner: str) -> bool:
-        """Return True if an owner's process is known to have ended."""
-        return owner in self.dead
-
-    def _is_alive(self, owner: str) -> bool:
-        return is_alive(self._directory, owner)
+        """Return True if the process of an owner is known to have ended."""
+        return owner in self._dead

@@ -1,8 +1,14 @@
-"""The sender of a process that shares a spool: one of all processes delivers."""
+"""The delivery of one directory of a spool, by one of the processes that use it.
+
+Each process has a `SpoolSender`, whose thread waits for its turn: for the election, a
+lock that one process holds at a time. The elected process reads all segments of the
+directory and sends their events. When it ends, the next process is elected.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from openmeter_wsgi import log
@@ -32,19 +38,19 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-#: The sender looks at least this often for what others put.
+#: Bounds, in seconds, of the time between two looks for events of other processes.
 _MAX_POLL = 1.0
 _MIN_POLL = 0.02
 
 
-#: An attempt that has not ended after so many request timeouts holds the sender.
+#: Number of request timeouts after which an attempt counts as stuck.
 _STUCK_AFTER = 3
 
 
 class SpoolSender:
-    """The worker of a spool, with its source and its sender.
+    """The worker of a directory, with its source and its sender.
 
-    *began* and *ended* are called with each turn as the sender of the directory.
+    *began* and *ended* are called at the start and the end of each turn.
     """
 
     def __init__(
@@ -74,7 +80,7 @@ class SpoolSender:
             RecordingClient(client, self.source, resend_window=policy.resend_window),
             counts,
             self.source.done,
-            bury=self.source.letters.bury,
+            keep_dead_letter=self.source.letters.add_event,
             waiting=waiting,
             delay=self.source.delay,
             clock_ahead=lambda: client.clock_ahead,
@@ -90,20 +96,20 @@ class SpoolSender:
 
     @property
     def is_stuck(self) -> bool:
-        """True if an attempt does not end, though it has a deadline."""
+        """True if an attempt lasts far longer than its deadline."""
         lasts = self.sender.attempt_lasts
         return lasts > _STUCK_AFTER * self._policy.request_timeout
 
     def depose(self) -> None:
-        """Take its place away. What it was doing may go on, and writes nothing."""
+        """End its turn. Its attempt may go on, but then writes nothing to the spool."""
         self.worker.stop()
         self.source.depose()
 
 
 class InheritedSenders:
-    """Deliver the directories that this server got from others, until they are empty.
+    """The senders of the directories that were assigned to a server.
 
-    Each has a sender of its own, so all that is known of a directory is used as it is.
+    Each directory keeps its progress and has a sender of its own, until it is empty.
     Belongs to the process that delivers the server's own directory.
     """
 
@@ -114,85 +120,83 @@ class InheritedSenders:
         self._server = server
         self._new_sender = new_sender
         self._senders: dict[Path, SpoolSender] = {}
-        #: Those that are empty, and may still be closing.
+        #: Senders of empty directories. They may still be closing.
         self._drained: dict[Path, SpoolSender] = {}
-        self._looked_at: int | None = None
+        #: The time of the last change of the root directory that was looked at.
+        self._root_changed_at: int | None = None
 
     @property
     def directories(self) -> list[Path]:
-        """The directories of which something is left to deliver."""
+        """The assigned directories that still have events."""
         return inherited_directories(self._root, self._server)
 
     @property
     def senders(self) -> list[SpoolSender]:
-        """The senders that are at work."""
+        """The senders of directories with events."""
         return list(self._senders.values())
 
-    def look(self) -> None:
-        """Start a sender for each directory, and end those of the empty ones."""
+    def update(self) -> None:
+        """Start a sender for each new directory, and end those of empty directories."""
         with contextlib.suppress(OSError):
             changed_at = self._root.stat().st_mtime_ns
-            if self._senders or self._drained or changed_at != self._looked_at:
-                self._looked_at = changed_at
-                self._look()
+            if self._senders or self._drained or changed_at != self._root_changed_at:
+                self._root_changed_at = changed_at
+                for path in self._match_directories():
+                    self._senders[path].worker.start()
+                self._remove_drained()
 
-    def _look(self) -> None:
-        for path in self._find():
-            self._senders[path].worker.start()
-        self._clean()
+    def _match_directories(self) -> list[Path]:
+        """Return the directories with events, and make one sender for each."""
+        paths = self.directories
+        for path in self._senders.keys() - set(paths):
+            sender = self._drained[path] = self._senders.pop(path)
+            sender.worker.end_when_empty()
+        for path in paths:
+            if path not in self._senders:
+                self._senders[path] = self._new_sender(path)
+                logger.info("%s: sends its events to %s", path, self._server.api_url)
+        return paths
 
-    def _clean(self) -> None:
+    def _remove_drained(self) -> None:
         for path, sender in list(self._drained.items()):
             if not sender.worker.is_running:
                 del self._drained[path]
                 if path != self._root:
                     remove_if_drained(path)
 
-    def _find(self) -> list[Path]:
-        found = self.directories
-        for path in self._senders.keys() - set(found):
-            sender = self._drained[path] = self._senders.pop(path)
-            sender.worker.release()
-        for path in found:
-            if path not in self._senders:
-                self._senders[path] = self._new_sender(path)
-                logger.info(
-                    "%s: delivers to %s what it holds", path, self._server.api_url
-                )
-        return found
-
-    def deliver_here(self, timeout: float) -> None:
-        """Deliver in the calling thread, where no other can be had."""
-        for path in self._find():
-            self._senders[path].worker.deliver_here(timeout)
-        self._find()
-        self._clean()
+    def deliver_in_this_thread(self, deadline: float) -> None:
+        """Deliver in the calling thread: the senders have no threads of their own."""
+        for path in self._match_directories():
+            left = max(deadline - monotonic(), 0)
+            self._senders[path].worker.deliver_in_this_thread(left)
+        self._match_directories()
+        self._remove_drained()
 
     def replace_stuck(self) -> None:
-        """Depose each sender that is stuck; the next look starts another one."""
+        """Depose each stuck sender; the next `update` starts another one."""
         for path, sender in list(self._senders.items()):
             if sender.is_stuck:
                 sender.depose()
                 del self._senders[path]
 
     def finish(self, deadline: float) -> bool:
-        """Deliver until *deadline* and end; say whether all have ended."""
+        """Deliver until *deadline*, end, and return True if all senders have ended."""
         ended = [sender.worker.finish(deadline) for sender in self.senders]
         return all(ended)
 
     def stop(self) -> None:
-        """End without delivering any more."""
+        """End, and leave the waiting events in the directories."""
         for sender in self.senders:
             sender.worker.stop()
-            sender.worker.end()
+            sender.worker.forbid_start()
         self._senders.clear()
 
 
 class SpoolSource(Source[SpoolBatch]):
-    """The events of a directory, while it is this process's turn to deliver them.
+    """The events of a directory, during the turns of this process as its sender.
 
-    *began* and *ended* are called with each turn. Everything known of the directory is
-    read anew then.
+    *began* and *ended* are called at the start and the end of each turn. Each turn
+    reads the directory anew.
     """
 
     def __init__(
@@ -208,7 +212,7 @@ class SpoolSource(Source[SpoolBatch]):
         #: Seconds between two looks into the directory.
         self.interval: float = max(min(policy.flush_interval, _MAX_POLL), _MIN_POLL)
         self.poll: float | None = self.interval
-        #: The files for events that are not sent again.
+        #: The files of dead letters and unreadable bytes.
         self.letters: DeadLetters = DeadLetters(directory, counts)
         self._directory = directory
         self._policy = policy
@@ -218,10 +222,10 @@ class SpoolSource(Source[SpoolBatch]):
         self._reader: SpoolReader | None = None
         self._election: Election | None = None
         self._is_waiting = False
-        #: Whether there may be an answer in the directory that is over.
-        self._has_told = True
-        #: Whether it was said what is known of the server's deduplication.
-        self._said = False
+        #: True if the directory may hold an answer: also one of an earlier sender.
+        self._may_hold_answer = True
+        #: True if the verdict on the server's deduplication was logged.
+        self._verdict_is_logged = False
 
     @property
     def is_elected(self) -> bool:
@@ -230,7 +234,7 @@ class SpoolSource(Source[SpoolBatch]):
 
     @property
     def is_waiting(self) -> bool:
-        """True if the worker's thread sleeps until another process ends."""
+        """True if the worker's thread waits for the sender to end."""
         return self._is_waiting
 
     @contextlib.contextmanager
@@ -241,7 +245,7 @@ class SpoolSource(Source[SpoolBatch]):
         """
         with election(self._directory, wait=False) as won:
             if won:
-                with self._elected(won):
+                with self._reading(won):
                     yield True
         if not won and not wait:
             yield False
@@ -251,21 +255,21 @@ class SpoolSource(Source[SpoolBatch]):
                 with election(self._directory) as won:
                     self._is_waiting = False
                     if won:
-                        with self._elected(won):
+                        with self._reading(won):
                             yield True
             finally:
                 self._is_waiting = False
 
     @contextlib.contextmanager
-    def _elected(self, won: Election) -> Iterator[None]:
+    def _reading(self, won: Election) -> Iterator[None]:
         reader = SpoolReader(
             self._directory,
             self.letters,
             max_events=self._max_events,
             election=won,
         )
-        if not self._said:
-            self._said = True
+        if not self._verdict_is_logged:
+            self._verdict_is_logged = True
             server_answers.log_verdict(self._directory, self._policy.api_url)
         self._reader, self._election = reader, won
         try:
@@ -282,18 +286,21 @@ class SpoolSource(Source[SpoolBatch]):
         return self._election is not None and self._election.is_intact
 
     def depose(self) -> None:
-        """Let another sender take the place of this one, which is stuck."""
+        """Give the election to another sender: this one is stuck."""
         if (held := self._election) is not None:
             held.depose()
 
     def touch(self) -> None:
-        """Say to the other processes that the sender lives."""
+        """Show the other processes that the sender is alive."""
         if (held := self._election) is not None:
             held.touch()
 
     @property
     def reader(self) -> SpoolReader:
-        """The reader of this turn."""
+        """The reader of this turn.
+
+        :raises RuntimeError: between two turns.
+        """
         if self._reader is None:
             raise RuntimeError("the spool is read while this process is its sender")
         return self._reader
@@ -305,50 +312,50 @@ class SpoolSource(Source[SpoolBatch]):
         return len(self._reader) if self._reader is not None else 0
 
     def take(self, *, max_events: int, max_bytes: int) -> SpoolBatch:
-        """Return the oldest events, as many as one batch may hold."""
+        """Remove and return the oldest events, at most those of one batch."""
         return self.reader.take(max_events=max_events, max_bytes=max_bytes)
 
-    def look(self, *, last: bool) -> None:
-        """Look for new segments, lines and deaths; with *last* for every one."""
+    def refresh(self, *, everything: bool) -> None:
+        """Look for new segments, new lines and dead owners."""
         if self.is_ours:
-            self.reader.refresh(last=last)
+            self.reader.refresh(everything=everything)
 
-    def tell(self, answer: str | None, *, next_in: float) -> None:
-        """Tell others why events wait: the *answer*, None if events were taken."""
+    def share_answer(self, answer: str | None, *, next_in: float) -> None:
+        """Write OpenMeter's *answer* into the directory, None if it took the batch."""
         if not self.is_ours:
             return
         if answer is not None:
-            self._has_told = True
-            with contextlib.suppress(OSError):  # of a full disk the log tells
+            self._may_hold_answer = True
+            with contextlib.suppress(OSError):  # a full disk is logged elsewhere
                 server_answers.save_answer(self._directory, answer, next_in=next_in)
-        elif self._has_told:
-            self._has_told = False
+        elif self._may_hold_answer:
+            self._may_hold_answer = False
             server_answers.forget_answer(self._directory)
 
     @property
-    def is_full(self) -> bool:
-        """True if a batch can be filled with what was read."""
-        return self.reader.is_full
+    def has_full_batch(self) -> bool:
+        """True if the events that were read fill a batch."""
+        return self.reader.has_full_batch
 
     @property
-    def is_pressed(self) -> bool:
-        """True if the segments take half of the room or more."""
-        used = self.reader.segments * SEGMENT_BYTES
+    def is_half_full(self) -> bool:
+        """True if the segments take half of the allowed bytes or more."""
+        used = self.reader.segment_count * SEGMENT_BYTES
         return 2 * used >= self._policy.max_spool_bytes
 
     @property
     def due_in(self) -> float | None:
-        """The seconds until delayed events are due, None if there are none."""
+        """The seconds until delayed events are due, None without delayed events."""
         return self.reader.due_in
 
     # -- For the sender
 
     def delay(self, batch: SpoolBatch, seconds: float) -> None:
-        """Hand out *batch*, which was taken, once more after so many seconds."""
+        """Make `take` return *batch*, which was taken, again after some *seconds*."""
         self.reader.delay(batch, seconds)
 
     def done(self, batch: SpoolBatch) -> None:
-        """Remember, for good, that *batch* is delivered or set aside."""
+        """Record that the events of *batch* are delivered, or dead letters."""
         self.reader.done(batch)
 
     def in_flight_since(self, batch: SpoolBatch) -> float | None:
@@ -356,13 +363,13 @@ class SpoolSource(Source[SpoolBatch]):
         return self.reader.in_flight_since(batch)
 
     def record(self, batch: SpoolBatch, since: float) -> None:
-        """Write down that *batch* is about to be sent."""
+        """Write to the progress file that *batch* is about to be sent."""
         self.reader.record(batch, since)
 
-    def check(self) -> None:
-        """Go on only as the sender."""
-        self.reader.check()
+    def check_is_sender(self) -> None:
+        """Raise an error unless this process is still the sender."""
+        self.reader.check_is_sender()
 
     def withdraw(self, batch: SpoolBatch) -> None:
-        """Write down that *batch* has certainly not arrived."""
+        """Write to the progress file that *batch* has certainly not arrived."""
         self.reader.withdraw(batch)

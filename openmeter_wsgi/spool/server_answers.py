@@ -1,8 +1,8 @@
-"""Answers of OpenMeter, kept in the spool for every process and command.
+"""Answers of OpenMeter, stored in the spool for every process and command.
 
-The last answer says why events wait. The verdict says whether the server drops an event
-that it gets twice: to find out, an event must be sent twice, which delivery never does.
-``openmeter-wsgi check`` does it and leaves its verdict here.
+The last answer explains why events wait. The verdict tells if the server deduplicates,
+that is, if it drops an event that arrives twice. ``openmeter-wsgi check`` finds out by
+sending an event twice, which delivery never does, and stores the verdict.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ logger: Final = log.get_logger(__name__)
 
 LAST_ANSWER_NAME = "last_answer.json"
 VERDICT_NAME = "deduplication.json"
-#: OpenMeter Cloud: there it is always switched on.
+#: The domain of OpenMeter Cloud, which always deduplicates.
 _CLOUD = "openmeter.cloud"
 VERDICT_REMEDY = (
     "switch on sink.dedupe in the server's configuration (driver redis), or an attempt "
     "without an answer may be billed twice"
 )
-#: From outside the two look the same.
+#: A hint for servers that deduplicate: a client cannot tell the two options apart.
 IN_THE_SINK = (
-    "on a server of your own see that sink.dedupe does it and dedupe.enabled is off: "
-    "with the latter a batch that was answered 5xx is answered 204 when it is sent "
-    "again, and is never counted"
+    "on a server of your own, sink.dedupe must be on and dedupe.enabled off: with "
+    "dedupe.enabled, a batch that got a 5xx is answered 204 when it is sent again, and "
+    "is never counted"
 )
 
 
@@ -47,7 +47,7 @@ class LastAnswer(msgspec.Struct, frozen=True):
 
 
 def save_answer(directory: Path, answer: str, *, next_in: float) -> None:
-    """Keep what was answered just now, in place of an earlier answer.
+    """Store an *answer* of this moment; it replaces an earlier answer.
 
     :raises OSError: if the directory cannot take it.
     """
@@ -56,7 +56,7 @@ def save_answer(directory: Path, answer: str, *, next_in: float) -> None:
 
 
 def forget_answer(directory: Path) -> None:
-    """Forget the last answer: an attempt has succeeded."""
+    """Delete the last answer: an attempt has succeeded."""
     with contextlib.suppress(OSError):
         (directory / LAST_ANSWER_NAME).unlink()
 
@@ -67,16 +67,16 @@ def load_answer(directory: Path) -> LastAnswer | None:
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The result of a check."""
+    """The result of a check if a server deduplicates."""
 
     api_url: str
     deduplicates: bool
-    #: When, in RFC 3339.
+    #: The time of the check (RFC 3339).
     time: str
 
 
 def save_verdict(directory: Path, api_url: str, *, deduplicates: bool) -> None:
-    """Keep a verdict of this moment in place of an earlier one.
+    """Store a verdict of this moment; it replaces an earlier verdict.
 
     :raises OSError: if the directory cannot take it.
     """
@@ -85,13 +85,13 @@ def save_verdict(directory: Path, api_url: str, *, deduplicates: bool) -> None:
 
 
 def load_verdict(directory: Path, api_url: str) -> Verdict | None:
-    """Return what is known of the server at *api_url*, None if that is nothing."""
+    """Return the verdict on the server at *api_url*, None without one."""
     verdict = read_document(directory / VERDICT_NAME, Verdict)
     return verdict if verdict is not None and verdict.api_url == api_url else None
 
 
 def log_verdict(directory: Path, api_url: str) -> None:
-    """Write one line into the log: does the server deduplicate?"""
+    """Log the verdict on the server at *api_url*."""
     verdict = load_verdict(directory, api_url)
     host = urlsplit(api_url).hostname or ""
     if verdict is not None and verdict.deduplicates:
@@ -105,7 +105,7 @@ def log_verdict(directory: Path, api_url: str) -> None:
         logger.info("OpenMeter Cloud at %s deduplicates", api_url)
     else:
         logger.warning(
-            "whether OpenMeter at %s deduplicates is not known: run 'openmeter-wsgi "
+            "it is not known if OpenMeter at %s deduplicates: run 'openmeter-wsgi "
             "check'; until then an attempt without an answer may be billed twice",
             api_url,
         )

@@ -1,8 +1,10 @@
-"""The directories in a spool: each server, an address and an API version, has its own.
+"""The directories in a spool: one for each server, that is, address and API version.
 
-A directory is named after its server, and its events go to no other one. The process of
-a server also delivers the directories that ``openmeter-wsgi spool assign`` has given to
-it, and the files that an earlier version of this package has left in ``spool_dir``.
+A directory is named after its server, and its events go to this server only. The
+process that delivers it also delivers *inherited* directories: those assigned to the
+server by ``openmeter-wsgi spool assign``, and the files that an earlier version of this
+package has left in ``spool_dir``. A directory with events that no running process uses
+is an *orphan*. `KeyWatch` reports processes with different API keys.
 """
 
 from __future__ import annotations
@@ -49,16 +51,16 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 SERVER_NAME = "server.json"
-#: Between the name of a server and that of the directory that was assigned to it.
+#: Separates the name of a server from the name of a directory assigned to it.
 _FROM = "+from-"
 _DIRECTORY = re.compile(r"[a-z0-9._-]+-[0-9a-f]{8}(\+from-.+)?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-#: The readable part of a directory's name is not longer.
+#: Maximum length of the readable part of a directory's name.
 _MAX_NAME = 80
 
 
 class Server(msgspec.Struct, frozen=True):
-    """A server that events are sent to."""
+    """A server to which events are sent."""
 
     api_url: str
     api_flavor: str = "v1"
@@ -72,8 +74,8 @@ class Server(msgspec.Struct, frozen=True):
         path = parts.path.rstrip("/")
         address = f"{parts.scheme}://{host}:{port} {path} {self.api_flavor}"
         short = hashlib.blake2b(address.encode(), digest_size=4).hexdigest()
-        said = [host, str(port or ""), *path.split("/"), self.api_flavor]
-        words = [re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") for word in said]
+        pieces = [host, str(port or ""), *path.split("/"), self.api_flavor]
+        words = [re.sub(r"[^a-z0-9.]+", "-", p.lower()).strip("-.") for p in pieces]
         return f"{'-'.join(filter(None, words))[:_MAX_NAME]}-{short}"
 
 
@@ -85,7 +87,7 @@ def server_directory(root: str | Path, server: Server) -> Path:
 def prepare_server_directory(root: str | Path, server: Server) -> Path:
     """Make the directory of *server* in the spool at *root*, and check both.
 
-    :raises ConfigError: if it cannot hold a spool, or others could write into it.
+    :raises ConfigError: if it cannot hold a spool, or other users can write into it.
     """
     prepare_directory(str(root))
     directory = prepare_directory(str(server_directory(root, server)))
@@ -94,44 +96,44 @@ def prepare_server_directory(root: str | Path, server: Server) -> Path:
 
 
 def name_server(directory: Path, server: Server) -> None:
-    """Record the server of a directory, unless the file is there."""
+    """Write the server of a directory into a file, unless the file exists."""
     if not (directory / SERVER_NAME).exists():
-        with contextlib.suppress(OSError):  # the name of the directory says it, too
+        with contextlib.suppress(OSError):  # the directory's name identifies it, too
             write_document(directory / SERVER_NAME, server)
 
 
 def server_of_policy(policy: Policy) -> Server:
-    """Return the server that a policy sends events to."""
+    """Return the server to which a policy sends events."""
     return Server(policy.api_url, policy.api_flavor)
 
 
 def server_of(directory: Path) -> Server | None:
-    """Return the server that a directory's events go to.
+    """Return the server to which the events of a directory are sent.
 
-    None: no file says it, or an earlier version has left them, and they go to the
-    server of the process that finds them.
+    None: the file is missing, or an earlier version has left the events. These are sent
+    to the server of the first process that finds them.
     """
     own = directory.parent / directory.name.partition(_FROM)[0]
     return read_document(own / SERVER_NAME, Server)
 
 
 def spool_directories(root: Path) -> list[Path]:
-    """Return all directories of a spool that hold events or could.
+    """Return the directories of all servers in a spool.
 
-    The spool's own directory is one if an earlier version has left files in it.
+    *root* is among them if an earlier version has left files in it.
     """
     with os.scandir(root) as entries:
-        found = sorted(
+        paths = sorted(
             root / entry.name
             for entry in entries
             if _DIRECTORY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
         )
-    return [*([root] if _is_of_earlier_version(root) else []), *found]
+    is_used = has_segments(root) or _has_letters(root)
+    return [root, *paths] if is_used else paths
 
 
-def _is_of_earlier_version(root: Path) -> bool:
-    kept = (root / name for name in (DEAD_LETTERS, UNREADABLE))
-    return has_segments(root) or any(path.exists() for path in kept)
+def _has_letters(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (DEAD_LETTERS, UNREADABLE))
 
 
 def has_segments(directory: Path) -> bool:
@@ -143,7 +145,7 @@ def has_segments(directory: Path) -> bool:
 
 
 def inherited_directories(root: Path, server: Server) -> list[Path]:
-    """Return the directories whose events *server* gets besides those of its own."""
+    """Return the directories with events that were assigned or left to *server*."""
     prefix = server.directory_name + _FROM
     try:
         names = sorted(n for n in os.listdir(root) if n.startswith(prefix))
@@ -153,10 +155,9 @@ def inherited_directories(root: Path, server: Server) -> list[Path]:
 
 
 def remove_if_drained(directory: Path) -> None:
-    """Remove an assigned directory in which no event and no dead letter is left."""
-    kept = (directory / name for name in (DEAD_LETTERS, UNREADABLE))
+    """Remove an assigned directory without events and dead letters."""
     with contextlib.suppress(OSError), election(directory, wait=False) as won:
-        if won and not has_segments(directory) and not any(p.exists() for p in kept):
+        if won and not has_segments(directory) and not _has_letters(directory):
             shutil.rmtree(directory)
 
 
@@ -174,7 +175,7 @@ class Orphan(NamedTuple):
 
 
 def orphans(root: Path, *, but: Server | None = None) -> list[Orphan]:
-    """Return the directories of servers, *but* one, that no running process uses."""
+    """Return the directories with events, *but* one, that no running process uses."""
     found = []
     for directory in spool_directories(root):
         own = root / directory.name.partition(_FROM)[0]
@@ -187,10 +188,10 @@ def orphans(root: Path, *, but: Server | None = None) -> list[Orphan]:
 
 
 def assign(directory: Path, server: Server) -> Path:
-    """Give the events of a directory to another *server*; return its new path.
+    """Assign the events of a directory to another *server*; return its new path.
 
-    One `rename`: at every moment they belong to exactly one server, with all that is
-    known of their delivery.
+    As this is one `rename`, the events always belong to exactly one server, and keep
+    their progress.
 
     :raises SpoolError: if a process uses the directory.
     """
@@ -204,29 +205,29 @@ def assign(directory: Path, server: Server) -> Path:
         while (target := root / name).exists():
             name = f"{server.directory_name}{_FROM}{time.time_ns()}-{origin}"
         directory.rename(target)
-        if has_live_owner(target):  # it began between the look and the rename
+        if has_live_owner(target):  # it came between the check and the rename
             target.rename(directory)
-            raise SpoolError(f"{directory}: a process that has just begun uses it")
+            raise SpoolError(f"{directory}: a process that has just started uses it")
         sync_directory(root)
     return target
 
 
-#: Says which key the sender of a directory uses.
+#: The name of a file with the mark of the sender's key.
 SENDER_KEY = "sender.key"
-#: Seconds between two looks at the keys of others.
+#: Minimum number of seconds between two comparisons of the keys.
 _KEY_INTERVAL = 1.0
-#: A key that another process wrote down longer than so many seconds before this one
-#: got its own may have been replaced: it is written again while events come.
+#: Maximum age, in seconds, of another process's mark at the time when this process got
+#: its key. Marks are renewed while events come; an older one may be out of date.
 _KEY_AGE = 5.0
 
 
 class KeyWatch:
-    """Notices that another running process sends to the same server with another key.
+    """A watch for another process that sends to the same server with another API key.
 
-    Each process writes a salted hash of its key into the file of its lock, the sender
-    also into a file of the directory. A key that a dead process had says nothing. Only
-    the sender learns by a 401 that a key was replaced, so the others read theirs again
-    before they report anything.
+    Each process writes a *mark*, a salted hash of its key, into its lock file. The
+    sender also writes its mark into the directory. Marks of dead processes do not
+    count. Only the sender learns by a 401 that a key was replaced, so other processes
+    read their key again before they report a problem.
     """
 
     def __init__(self, directory: Path, server: Server, key: ApiKey) -> None:
@@ -238,10 +239,10 @@ class KeyWatch:
         self._changed_at = 0.0
         self._sender_mark: str | None = None
         self._due_at = 0.0
-        #: The problem now, None if none is known.
+        #: The current problem, or None.
         self.problem: Problem | None = None
 
-    def look(
+    def compare(
         self,
         token: str | None,
         write: Callable[[str], None],
@@ -249,28 +250,28 @@ class KeyWatch:
         is_sender: bool,
         is_waiting: bool,
     ) -> None:
-        """Write down the key of this process, and compare it with those of others.
+        """Compare the key of this process with the marks of others; write its own mark.
 
-        *token* is that of its lock, into which *write* writes.
+        *token* is the owner token of this process, whose lock file *write* writes.
 
         :raises OSError: if the directory cannot be read.
         """
         if time.monotonic() < self._due_at:
             return
         self._due_at = time.monotonic() + _KEY_INTERVAL
-        differs = self._differs(token, is_waiting=is_waiting)
+        differs = self._key_differs(token, is_waiting=is_waiting)
         if differs and not is_sender:
             with contextlib.suppress(ValueError):
                 self._key.renew()
-            differs = self._differs(token, is_waiting=is_waiting)
+            differs = self._key_differs(token, is_waiting=is_waiting)
         write(self._mark)
         self._write_as_sender(is_sender=is_sender)
-        self._note(differs)
+        self._update_problem(differs)
 
-    def _differs(self, token: str | None, *, is_waiting: bool) -> bool:
+    def _key_differs(self, token: str | None, *, is_waiting: bool) -> bool:
         try:
             text = self._key.current()
-        except ValueError:  # the sender says so
+        except ValueError:  # the sender reports it
             text = None
         if text != self._key_text:
             self._key_text = text
@@ -279,7 +280,7 @@ class KeyWatch:
         if not text:
             return False
         others = self._marks_of_others(token, is_waiting=is_waiting)
-        return any(_differs(mark, text) for mark in others)
+        return any(_is_of_another_key(mark, text) for mark in others)
 
     def _write_as_sender(self, *, is_sender: bool) -> None:
         path = self._directory / SENDER_KEY
@@ -292,19 +293,19 @@ class KeyWatch:
             os.utime(path)
 
     def _marks_of_others(self, token: str | None, *, is_waiting: bool) -> list[str]:
-        found = []
+        marks = []
         since = self._changed_at - _KEY_AGE
         path = self._directory / SENDER_KEY
-        # Who waits is not the sender: another process is.
+        # A process that waits for its turn is not the sender: the file is another's.
         if is_waiting and path.exists() and path.stat().st_mtime >= since:
-            found.append(read_document(path, str) or "")
+            marks.append(read_document(path, str) or "")
         for entry in os.listdir(self._directory):
             owner = owner_of_lock(entry)
             if owner is not None and owner != token:
-                found.append(key_mark(self._directory, owner, since=since))
-        return found
+                marks.append(key_mark(self._directory, owner, since=since))
+        return marks
 
-    def _note(self, differs: bool) -> None:
+    def _update_problem(self, differs: bool) -> None:
         if differs == (self.problem is not None):
             return
         if not differs:
@@ -317,15 +318,15 @@ class KeyWatch:
         self.problem = Problem(
             "two_keys",
             f"another running process sends to {self._server.api_url} from the same "
-            "spool with another api_key: all events of both go out under the key of "
-            "the one that delivers; give both the same api_key, or each its own "
+            "spool with another api_key: the events of both are sent with the key of "
+            "the process that delivers; give both the same api_key, or each its own "
             "spool_dir",
         )
         logger.error("%s: %s", self._directory, self.problem.text)
 
 
 def forget_sender_key(directory: Path) -> None:
-    """Forget the key of an earlier sender."""
+    """Delete the mark of an earlier sender's key."""
     with contextlib.suppress(OSError):
         (directory / SENDER_KEY).unlink(missing_ok=True)
 
@@ -340,7 +341,7 @@ def _hash(key: str, salt: str) -> str:
     return digest.hexdigest()
 
 
-def _differs(mark: str, key: str) -> bool:
-    """Return True if a mark is that of another key; an empty one says nothing."""
+def _is_of_another_key(mark: str, key: str) -> bool:
+    """Return True if a mark is of another key, False also for an invalid mark."""
     salt, _, digest = mark.strip().partition(" ")
     return len(salt) == 16 and bool(digest) and digest != _hash(key, salt)

@@ -1,7 +1,8 @@
-"""The watermark and the backlog of a spool, as every process sees them.
+"""The watermark and the backlog of a directory, which every process can read.
 
-The watermark says up to which moment all is delivered: what a local quota asks. The
-backlog is what is not delivered yet.
+The watermark is the time before which each event is done. Local quotas use it. The
+backlog is the number, size and age of the events that are not done. Both follow from
+the segments and the progress file.
 """
 
 from __future__ import annotations
@@ -30,69 +31,61 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.delivery.number_ranges import Ranges
 
-#: Its time of modification is the watermark: it is set, and read, in one call.
+#: A file whose modification time is the watermark: one call writes or reads it.
 WATERMARK_NAME = "delivered_until"
 #: Seconds between two marks.
 WATERMARK_INTERVAL = 0.25
 
 
 class Watermark:
-    """The watermark of a spool, as its sender's process publishes it."""
+    """The watermark of a directory, which the process of its sender publishes."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        #: Of each mark what is new in it: all of it each time would be much where
-        #: much waits.
+        #: Each mark has only the ends that differ from the mark before, which saves
+        #: memory if many segments wait.
         self._marks: Marks[dict[str, int]] = Marks(join=operator.or_)
+        #: All ends at the last mark.
         self._marked: dict[str, int] = {}
         self._due_at = 0.0
 
-    def begin_look(self) -> float | None:
-        """Return the moment of a mark to be made now, None if none is due."""
+    def begin_mark(self) -> float | None:
+        """Return the time of a mark to be made now, None if none is due."""
         if time.monotonic() < self._due_at:
             return None
         self._due_at = time.monotonic() + WATERMARK_INTERVAL
         return time.time()
 
     def publish(self, moment: float, ends: dict[str, int]) -> None:
-        """Publish the moment up to which all is delivered.
+        """Add a mark of *moment*, and write the newest reached mark as the watermark.
 
-        *ends* says where the lines of each segment end, by its key, and was found
-        out after *moment*.
+        *ends* has the end of the lines in each segment, by its key. It must have been
+        read after *moment*.
 
         :raises OSError: if the directory does not take it.
         """
         self._mark(moment, ends)
-        # In this order: a segment is deleted after it is done.
-        there = {
-            name.key for e in os.listdir(self._directory) if (name := read_name(e))
-        }
+        # Names before progress: a segment that is gone by now was done before.
+        keys = {name.key for e in os.listdir(self._directory) if (name := read_name(e))}
         loaded = progress.load_progress(self._directory)
         done = loaded.done if loaded else {}
-
-        def is_done(ends: dict[str, int]) -> bool:
-            return all(
-                key not in there or number_ranges.first_gap(done.get(key, [])) >= end
-                for key, end in ends.items()
-            )
-
-        until = self._marks.reached(is_done)
-        known = read(self._directory)
-        # It stands in the future where the clock was put back.
-        if until and (until > known or known > moment):
+        until = self._marks.reached(lambda marked: _are_done(marked, keys, done))
+        published = read(self._directory)
+        # A watermark in the future: the clock was set back.
+        if until and (until > published or published > moment):
             _write(self._directory, until)
 
     def _mark(self, moment: float, ends: dict[str, int]) -> None:
-        known = self._marked
-        new = {key: end for key, end in ends.items() if known.get(key) != end}
+        marked = self._marked
+        new = {key: end for key, end in ends.items() if marked.get(key) != end}
         if not new:
-            self._marks.renew(moment, {})
+            self._marks.move_last(moment, {})
         elif self._marks.add(moment, new):
             self._marked = ends
 
 
 def read(directory: Path) -> float:
-    """Return the watermark of a spool, 0.0 if there is none."""
+    """Return the watermark of a directory, 0.0 without one."""
     try:
         return (directory / WATERMARK_NAME).stat().st_mtime
     except OSError:
@@ -104,7 +97,7 @@ def _write(directory: Path, until: float) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, (until, until))
         return
-    # Under its name it never has the time at which it was made.
+    # Set the time before the name: the time of creation is not a watermark.
     unfinished = path.with_name(WATERMARK_NAME + UNFINISHED)
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     os.close(os.open(unfinished, flags, 0o600))
@@ -112,39 +105,44 @@ def _write(directory: Path, until: float) -> None:
     unfinished.rename(path)
 
 
-#: So many bytes are counted exactly; of more, the number of events is estimated.
+#: Number of bytes after which the number of further events is estimated.
 _COUNTED_BYTES = 16 * 1024 * 1024
+#: Bytes of a typical event.
 _TYPICAL_EVENT = 250
-#: So many bytes are counted by one call: each keeps all other threads waiting.
+#: Number of bytes counted by one C call, which blocks all other threads.
 _BLOCK_BYTES = 64 * 1024
-#: An event that is longer is not asked for its time.
+#: Maximum number of bytes of an event whose time is read.
 _FIRST_LINE = 65_536
-#: Seconds between two looks; nothing wakes one process when another delivers.
-_INTERVAL = 0.02
+#: Seconds between two checks whether another process has delivered.
+_CHECK_INTERVAL = 0.02
 
 
 def ends(directory: Path, owner: str | None = None) -> dict[str, int]:
     """Return the end of the whole lines in each segment, of one owner or of all."""
-    found: dict[str, int] = {}
+    by_key: dict[str, int] = {}
     done = _done(directory)
     for name in _names(directory):
         if owner in {None, name.owner}:
             start = number_ranges.first_gap(done.get(name.key, []))
-            if (fd := _opened(directory, name)) is not None:
+            if (fd := _open_segment(directory, name)) is not None:
                 with open(fd, "rb", buffering=0):
-                    found[name.key] = whole_end(fd, start)
-    return {key: end for key, end in found.items() if end}
+                    by_key[name.key] = whole_end(fd, start)
+    return {key: end for key, end in by_key.items() if end}
 
 
 def all_done(directory: Path, ends: dict[str, int]) -> bool:
-    """Return True if all segments are delivered as far as *ends* says."""
+    """Return True if each segment is done up to its end in *ends*."""
     if not ends:
         return True
-    # In this order: a segment is deleted after it is done.
-    there = {name.key for name in _names(directory)}
-    done = _done(directory)
+    # Names before progress: a segment that is gone by now was done before.
+    keys = {name.key for name in _names(directory)}
+    return _are_done(ends, keys, _done(directory))
+
+
+def _are_done(ends: dict[str, int], keys: set[str], done: dict[str, Ranges]) -> bool:
+    """Return True if each segment is deleted, or done up to its end in *ends*."""
     return all(
-        key not in there or number_ranges.first_gap(done.get(key, [])) >= end
+        key not in keys or number_ranges.first_gap(done.get(key, [])) >= end
         for key, end in ends.items()
     )
 
@@ -152,48 +150,50 @@ def all_done(directory: Path, ends: dict[str, int]) -> bool:
 def wait_until_done(
     directory: Path, ends: dict[str, int], timeout: float | None
 ) -> bool:
-    """Wait for `all_done`, and say whether it came within *timeout*."""
+    """Wait for `all_done`; return False on timeout."""
     deadline = None if timeout is None else time.monotonic() + timeout
     while not all_done(directory, ends):
         if deadline is not None and time.monotonic() >= deadline:
             return False
-        time.sleep(_INTERVAL)
+        time.sleep(_CHECK_INTERVAL)
     return True
 
 
 def backlog(directory: Path) -> Backlog:
-    """Return the undelivered events; an estimate if there are many."""
+    """Return the backlog of a directory; a large number of events is an estimate."""
     done = _done(directory)
-    events = counted = rest = 0
-    moments: list[float] = []
+    events = counted_bytes = other_bytes = 0
+    times: list[float] = []
     for name in _names(directory):
-        places = done.get(name.key, [])
-        if (fd := _opened(directory, name)) is None:
+        ranges = done.get(name.key, [])
+        if (fd := _open_segment(directory, name)) is None:
             continue
         with open(fd, "rb", buffering=0):
             size = os.fstat(fd).st_size
-            first = number_ranges.first_gap(places)
-            moments += _moments(os.pread(fd, _FIRST_LINE, first))
-            if counted > _COUNTED_BYTES:
-                rest += size - first
+            first = number_ranges.first_gap(ranges)
+            times += _first_time(os.pread(fd, _FIRST_LINE, first))
+            if counted_bytes > _COUNTED_BYTES:
+                other_bytes += size - first
                 continue
             start = 0
-            for low, high in [*places, (size, size)]:
+            for low, high in [*ranges, (size, size)]:
                 for at in range(start, low, _BLOCK_BYTES):
-                    # With one byte more: what is counted may lie across the border.
+                    # One byte more: the pattern may lie across the end of a block.
                     text = os.pread(fd, min(low - at, _BLOCK_BYTES + 1), at)
-                    # A form writes a newline before each line as well as after it.
+                    # Not b"\n": one form writes a newline before each line, too.
                     events += text.count(b"}\n")
-                    counted += len(text[:_BLOCK_BYTES].rstrip(b"\0"))
+                    counted_bytes += len(text[:_BLOCK_BYTES].rstrip(b"\0"))
                 start = high
-    per_event = counted / events if events else _TYPICAL_EVENT
+    bytes_per_event = counted_bytes / events if events else _TYPICAL_EVENT
     return Backlog(
-        events + round(rest / per_event), counted + rest, min(moments, default=None)
+        events + round(other_bytes / bytes_per_event),
+        counted_bytes + other_bytes,
+        min(times, default=None),
     )
 
 
-def _moments(text: bytes) -> list[float]:
-    """Return the time of the first event in *text*, if there is one."""
+def _first_time(text: bytes) -> list[float]:
+    """Return the time of the first event in *text*, or an empty list."""
     line, newline, _ = text.lstrip(b"\n").partition(b"\n")
     moment = moment_of(line) if newline else None
     return [] if moment is None else [moment]
@@ -216,7 +216,7 @@ def _done(directory: Path) -> dict[str, Ranges]:
     return loaded.done if loaded else {}
 
 
-def _opened(directory: Path, name: SegmentName) -> int | None:
+def _open_segment(directory: Path, name: SegmentName) -> int | None:
     for path in (name, name._replace(sealed=True)):
         try:
             return open_file(directory / str(path))

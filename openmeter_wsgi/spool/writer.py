@@ -1,4 +1,9 @@
-"""The way into a spool: into the journal, and where that fails into memory."""
+"""The write side of a spool: events go into the journal, or into memory on failure.
+
+`SpoolWriter.put` appends an event to the current segment with one call. If that fails,
+the slow path opens the journal, goes to the next segment, or passes the event to the
+overflow, a delivery from memory.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +43,15 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: Seconds between two times at which a lock is said to be in use.
+#: Seconds after which the modification time of a lock in use is renewed.
 TOUCH_INTERVAL = 3_600.0
-#: A failure of the disk that is older than so many seconds is no longer reported: a
-#: smaller event may have found room since.
-_MOMENT = 60.0
+#: Seconds for which the last failure of the disk is reported. Later, a smaller event
+#: may have found room.
+_REPORT_TIME = 60.0
 
 
-class _Failing(NamedTuple):
-    """Since when and until when the disk took none of so many events, and why."""
+class _FailurePeriod(NamedTuple):
+    """A period in which the disk took no event, with the number of these events."""
 
     since: float
     last: float
@@ -55,12 +60,12 @@ class _Failing(NamedTuple):
 
 
 class SpoolWriter:
-    """Appends the events of one process to its journal, which the first one opens.
+    """The writer of one process's events. The first event opens the journal.
 
-    *moved_on* is called when a segment was full, or none was there. Where the disk
-    takes nothing, what *new_overflow* makes takes the event, and it is counted; a
-    process that does not deliver can only drop it. The form of the journal is the
-    fastest that is safe in the directory; tests choose it.
+    *request_segment* is called when the next segment must be prepared. If the disk
+    takes no event, the delivery that *new_overflow* makes takes it, and it is counted.
+    With ``delivery="ship"`` it can only be dropped. The *form* of the journal is the
+    fastest safe one; tests choose it.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class SpoolWriter:
         counts: Counts,
         *,
         new_overflow: Callable[[str], MemoryDelivery],
-        moved_on: Callable[[], None],
+        request_segment: Callable[[], None],
         segment_bytes: int = SEGMENT_BYTES,
         form: str | None = None,
     ) -> None:
@@ -78,35 +83,39 @@ class SpoolWriter:
         self._policy = policy
         self._counts = counts
         self._new_overflow = new_overflow
-        self._moved_on = moved_on
+        self._request_segment = request_segment
         self._segment_bytes = segment_bytes
         self._form = form
-        #: Holds the journal. Another one after a close.
+        #: The journal under "journal", a dictionary because `setdefault` is atomic.
+        #: A close replaces the dictionary.
         self._slot: dict[str, Journal] = {}
+        #: The target of the fast path. `CLOSED` sends the next `put` on the slow path.
         self._journal: Journal | SegmentWriter = CLOSED
+        #: The overflow under "queue", in a dictionary for the same reason.
         self._overflows: dict[str, MemoryDelivery] = {}
-        self._failure = SpoolError("not tried yet")
+        #: The last error of opening the journal, repeated until `_retry_at`.
+        self._open_error = SpoolError("not tried yet")
         self._retry_at = 0.0
-        self._failing: _Failing | None = None
-        #: Sealed segments that are not delivered.
+        self._failures: _FailurePeriod | None = None
+        #: Sealed segments that are not known to be delivered.
         self._kept = KeptSegments()
-        #: Held by the thread that looks at them and puts back what is gone.
-        self._looking = threading.Lock()
-        #: The number of looks that found segments gone.
+        #: Held by the thread that checks the files.
+        self._check_lock = threading.Lock()
+        #: The number of checks that found segments removed.
         self.losses: int = 0
-        self._position: object = None
+        self._last_position: object = None
         self._touched_at = time.monotonic()
 
     def put(self, event: bytes) -> None:
         """Take *event*. Any thread; never raises, never waits for delivery."""
         try:
             self._journal.write(event + b"\n")
-        except Exception:  # noqa: BLE001 - sealed, full, closed: all go on here
+        except Exception:  # noqa: BLE001 - sealed, full, closed or failed
             self._put_slowly(event)
 
     def _put_slowly(self, event: bytes) -> None:
         try:
-            self.look()
+            self.check_files()
             self._append(event + b"\n")
         except RecordTooLarge as error:
             self._counts.dropped["too_large"] += 1
@@ -119,25 +128,25 @@ class SpoolWriter:
             )
             self._put_into_memory(event, SpoolError(str(error)))
         else:
-            if self._failing is not None:
-                self._recovered()
-        self._moved_on()
+            if self._failures is not None:
+                self._log_recovery()
+        self._request_segment()
 
     def _append(self, line: bytes) -> None:
         while True:
             slot = self._slot
             try:
-                self._opened(slot).append(line)
+                self._open_journal(slot).append(line)
             except JournalClosed:
                 if slot is self._slot:
                     self._slot = {}
             else:
                 return
 
-    def _opened(self, slot: dict[str, Journal]) -> Journal:
+    def _open_journal(self, slot: dict[str, Journal]) -> Journal:
         journal = slot.get("journal")
         if journal is None:
-            # Atomic, as nobody may wait here: of several journals one stays.
+            # No lock: of several journals made at once, the first one stays.
             made = self._new_journal()
             journal = slot.setdefault("journal", made)
             if journal is not made:
@@ -148,7 +157,7 @@ class SpoolWriter:
 
     def _new_journal(self) -> Journal:
         if time.monotonic() < self._retry_at:
-            raise self._failure
+            raise self._open_error
         try:
             return Journal(
                 prepare_server_directory(
@@ -163,24 +172,24 @@ class SpoolWriter:
             failure = SpoolError(str(error))
         except SpoolError as error:
             failure = error
-        self._failure, self._retry_at = failure, time.monotonic() + RETRY_DELAY
+        self._open_error, self._retry_at = failure, time.monotonic() + RETRY_DELAY
         raise failure
 
     def _put_into_memory(self, event: bytes, error: SpoolError) -> None:
         reason = "spool_full" if isinstance(error, SpoolFull) else "spool_error"
         if self._policy.delivery == "ship":
             self._counts.dropped[reason] += 1
-            self._note(error)
+            self._note_failure(error)
             logger.error(
-                "%s: the spool takes no event; new ones are lost and counted as %s "
+                "%s: the spool takes no event; new events are lost and counted as %s "
                 "until it does",
                 error, reason,
             )  # fmt: skip
             return
         self._counts.unspooled += 1
-        self._note(error)
+        self._note_failure(error)
         logger.error(
-            "%s: the spool takes no event; until it does, new ones are sent from "
+            "%s: the spool takes no event; until it does, new events are sent from "
             "memory and are lost if this process dies",
             error,
         )
@@ -189,84 +198,85 @@ class SpoolWriter:
         )
         overflow.put(event)
 
-    def _note(self, error: SpoolError) -> None:
+    def _note_failure(self, error: SpoolError) -> None:
         now = time.monotonic()
-        since, _, events, _ = self._failing or (now, now, 0, error)
-        self._failing = _Failing(since, now, events + 1, error)
+        since, _, events, _ = self._failures or (now, now, 0, error)
+        self._failures = _FailurePeriod(since, now, events + 1, error)
 
-    def _recovered(self) -> None:
-        failing, self._failing = self._failing, None
-        if failing is not None:
+    def _log_recovery(self) -> None:
+        failures, self._failures = self._failures, None
+        if failures is not None:
             logger.warning(
-                "%s: the spool takes events again after %.0f s, in which %d were %s",
-                self._directory, time.monotonic() - failing.since, failing.events,
+                "%s: the spool takes events again after %.0f s, in which %d events "
+                "were %s",
+                self._directory, time.monotonic() - failures.since, failures.events,
                 self._fate, extra=log.OVER,
             )  # fmt: skip
 
     @property
     def _fate(self) -> str:
-        return "lost" if self._policy.delivery == "ship" else "left to memory"
+        return "lost" if self._policy.delivery == "ship" else "put into memory"
 
     @property
     def problem(self) -> Problem | None:
-        """Why the disk took no event a moment ago, None if it did."""
-        failing, now = self._failing, time.monotonic()
-        if failing is None or now - failing.last > _MOMENT:
+        """The problem of a disk that took no event a moment ago, or None."""
+        failures, now = self._failures, time.monotonic()
+        if failures is None or now - failures.last > _REPORT_TIME:
             return None
         loses = self._policy.delivery == "ship"
         return Problem(
             "spool_dropping" if loses else "spool_failing",
-            f"the spool takes no event since {now - failing.since:.0f} s "
-            f"({failing.error}); {failing.events} were {self._fate}",
+            f"the spool has taken no event for {now - failures.since:.0f} s "
+            f"({failures.error}); {failures.events} events were {self._fate}",
             loses=loses,
         )
 
     @property
     def owner(self) -> str | None:
-        """The owner in the names of this process's segments, None if it has none."""
+        """The owner in the names of this process's segments, None without a journal."""
         journal = self._slot.get("journal")
         return journal.owner if journal else None
 
     @property
     def overflow(self) -> MemoryDelivery | None:
-        """The queue of the events that the disk did not take, None if it took all."""
+        """The delivery of events that the disk did not take, None if it took all."""
         return self._overflows.get("queue")
 
     def prepare(self) -> None:
-        """Make the segment that will be needed next.
+        """Make the next segment.
 
         :raises SpoolError: if that is impossible now.
         """
         if journal := self._slot.get("journal"):
             with contextlib.suppress(JournalClosed):
                 journal.prepare()
-                if self._failing is not None:
-                    self._recovered()
+                if self._failures is not None:
+                    self._log_recovery()
 
-    # -- What somebody else may do to the directory
+    # -- Files that are removed by others
 
-    def look(self) -> None:
-        """Check that the segments are still in place, and put back what is gone.
+    def check_files(self) -> None:
+        """Check that the segments are in place; put back the events of removed ones.
 
-        Any thread. Returns at once while another thread does this.
+        Any thread. Returns at once while another thread checks.
         """
-        if self._looking.acquire(blocking=False):
+        if self._check_lock.acquire(blocking=False):
             try:
-                self._look()
+                self._check_files()
             finally:
-                self._looking.release()
+                self._check_lock.release()
 
-    def look_within(self, timeout: float | None) -> bool:
-        """Do the same, but wait for a thread that does it; False at the timeout."""
-        if not self._looking.acquire(timeout=-1 if timeout is None else timeout):
+    def check_files_within(self, timeout: float | None) -> bool:
+        """Wait for the check of another thread, then check; False on timeout."""
+        if not self._check_lock.acquire(timeout=-1 if timeout is None else timeout):
             return False
         try:
-            self._look()
+            self._check_files()
         finally:
-            self._looking.release()
+            self._check_lock.release()
         return True
 
-    def _look(self) -> None:
+    def _check_files(self) -> None:
         journal = self._slot.get("journal")
         intact = journal is None or journal.is_intact
         if journal is not None and not intact:
@@ -278,7 +288,8 @@ class SpoolWriter:
             self._put_back(lost)
         elif not intact:
             logger.error(
-                "%s: the lock of this process was removed; it goes on in a new segment",
+                "%s: the lock of this process was removed; all events are kept, and "
+                "new events go into a new segment",
                 self._directory,
             )
 
@@ -294,42 +305,42 @@ class SpoolWriter:
             if not overlap(progress.done.get(file.key, []), line.start, line.end)
         ]
         logger.error(
-            "%s: %d segments of this process were removed or replaced by somebody "
-            "else; %d events in them that are not known to be delivered are put back",
+            "%s: %d segments of this process were removed or replaced from outside; "
+            "%d events in them that are not known to be delivered are put back",
             self._directory, len(lost), len(lines),
         )  # fmt: skip
         for line in lines:
             self.put(line)
 
-    def has_moved(self) -> bool:
-        """Return True if lines came since the last call, or may have to be put back."""
+    def is_active(self) -> bool:
+        """Return True if events came since the last call or are in sealed segments."""
         journal = self._slot.get("journal")
-        before, self._position = self._position, journal and journal.position
-        return before != self._position or len(self._kept) > 0
+        before, self._last_position = self._last_position, journal and journal.position
+        return before != self._last_position or len(self._kept) > 0
 
-    def rest(self) -> None:
-        """Have the next put look around, and wake the maintenance."""
+    def make_next_put_slow(self) -> None:
+        """Make the next `put` check the files and wake the maintenance thread."""
         self._journal = CLOSED
 
     def touch(self) -> None:
-        """Say to a cleaner, once an hour, that the lock is in use."""
+        """Renew the time of the lock once an hour, so that no cleaner removes it."""
         journal, now = self._slot.get("journal"), time.monotonic()
         if journal is not None and now - self._touched_at > TOUCH_INTERVAL:
             self._touched_at = now
             journal.touch()
 
     def write_key_mark(self, mark: str) -> None:
-        """Write into the lock of this process which key it uses."""
+        """Write the *mark* of the API key into the lock file of this process."""
         if (journal := self._slot.get("journal")) is not None:
             journal.write_key_mark(mark)
 
     def close(self, timeout: float = 0) -> bool:
-        """Give up what this process owns, and say if that was anything.
+        """Close the journal; return False if there was none.
 
-        A later event opens another journal. Waits up to *timeout* seconds for a
-        thread that puts back what is gone.
+        A later event opens another journal. Waits up to *timeout* seconds for a thread
+        that checks the files.
         """
-        self.look_within(timeout)
+        self.check_files_within(timeout)
         slot, self._slot, self._journal = self._slot, {}, CLOSED
         journal = slot.get("journal")
         if journal is not None:

@@ -316,7 +316,7 @@ class Collected:
             transport=transport,
             ids=self._ids,
             entitlements=self._entitlements(policy, transport),
-            watch=self.responses.watch,
+            wrap=self.responses.watch,
         )
 
     def end(self) -> None:
@@ -419,6 +419,6 @@ def _both(
 
     def tell_both(record: dict[str, Any]) -> None:
         tell(record)
-        audit.tell(own, record)
+        audit.call_audit(own, record)
 
     return tell_both

@@ -18,7 +18,7 @@ import msgspec
 
 from openmeter_wsgi.errors import ConfigError, MeterValueError
 from openmeter_wsgi.events import read_usage
-from openmeter_wsgi.options import feature_like, feature_problem
+from openmeter_wsgi.options import feature_problem, similar_feature_key
 from openmeter_wsgi.status_codes import StatusCodes
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def feature_key(name: str) -> str:
     """Return *name*, or the key like it that OpenMeter takes."""
     if variables_in(name) or (problem := feature_problem(name)) is None:
         return name
-    if (like := feature_like(name)) is None:
+    if (like := similar_feature_key(name)) is None:
         raise ValueError(problem)
     return like
 
@@ -594,7 +594,7 @@ def _note_what_zuplo_checks(policy: ZuploPolicy, place: str) -> None:
     """Note the checks of ``monetization-inbound``, which are not taken over."""
     asked = policy.options.get("required_entitlements", [])
     meters = policy.options.get("meters", {})
-    if unasked := [m for m in meters if (feature_like(m) or m) not in asked]:
+    if unasked := [m for m in meters if (similar_feature_key(m) or m) not in asked]:
         why = (
             "Zuplo refuses a caller without a balance of "
             f"{', '.join(map(repr, unasked))}; here required_entitlements would"

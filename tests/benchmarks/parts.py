@@ -51,8 +51,8 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
     guard = ProcessGuard()
     guard.confirm()
     ids = RequestIds()
-    queue = MemoryQueue(max_events=10**7, max_bytes=4 * 10**9, counts=Counts())
-    queue.wake_from(10**6)
+    queue = MemoryQueue(max_bytes=4 * 10**9, counts=Counts())
+    queue.set_wake_threshold(10**6)
     put = queue.put
 
     def function(environ: object, start_response: object) -> None:

@@ -260,7 +260,7 @@ def test_a_lag_is_set_and_what_waits_is_named(browser, sandbox, api):
 
     api.ingest([event(2), event(3)])
     browser.go("usage")
-    browser.until("return counts.textContent.includes('2 not visible yet: lag')")
+    browser.until("return counts.textContent.includes('2 not visible yet (lag)')")
     during = browser.text(".meter .total")
     browser.go("faults")
     browser.find("#all-right").click()
@@ -291,9 +291,9 @@ def set_field(browser, selector, value):
         ("denied", "403", "ingest answered 403", 403),
         ("refusedType", "call", "400 for type call", 400),
         ("refusedSubject", "customer", "400 for subject customer", 400),
-        ("retryAfter", "7", "ingest limited", 429),
+        ("retryAfter", "7", "ingest answered 429", 429),
         ("outage", True, "outage of ingest", 503),
-        ("claim", True, "ids claimed, events lost", 500),
+        ("claim", True, "ids claimed, events not stored", 500),
         ("forget", True, "events forgotten", 204),
         ("byteDelay", "0.001", "ingest answered byte by byte", 204),
     ],

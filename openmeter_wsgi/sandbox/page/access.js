@@ -2,7 +2,7 @@
 import { $, node, number, redraw, send, show, write } from "./dom.js";
 
 const day = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "short" });
-const KINDS = { boolean: "on or off", static: "configuration", metered: "metered" };
+const KINDS = { boolean: "boolean", static: "static", metered: "metered" };
 
 let changed = () => {};
 export function onAccessChange(callback) {

@@ -10,9 +10,9 @@ function tiles({ counts, dedupe, stored, waiting, access }) {
   const earlier = stored - counts.stored;
   const kinds = [
     earlier > 0 ? `${number.format(earlier)} of them in earlier runs` : "in this run",
-    ...(waiting ? [`${number.format(waiting)} not visible yet: lag`] : []),
+    ...(waiting ? [`${number.format(waiting)} not visible yet (lag)`] : []),
   ];
-  const kept = dedupe ? "dropped, as with deduplication" : "counted again: no deduplication";
+  const kept = dedupe ? "not stored: deduplication is on" : "stored again: deduplication is off";
   const items = [
     { name: "Received", count: counts.received, note: `since the start, in ${many(counts.requests, "request")}` },
     { name: "Stored", count: stored, note: kinds.join(", ") },
@@ -21,7 +21,7 @@ function tiles({ counts, dedupe, stored, waiting, access }) {
     { name: "Failed", count: counts.failed, note: "requests answered 5xx or 429", outcome: "failed" },
     { name: "Checks", count: access.questions, note: "of entitlements" },
   ];
-  if (counts.dropped) items.push({ name: "Lost", count: counts.dropped, note: "dropped after a 204", outcome: "dropped", bad: true });
+  if (counts.dropped) items.push({ name: "Dropped", count: counts.dropped, note: "answered 204, but not stored", outcome: "dropped", bad: true });
   return items;
 }
 

@@ -1,7 +1,7 @@
 // The live list of events, with search. The sandbox searches, so the page holds only
 // the rows that it shows.
 import { $, clock, get, many, node, number, options, write } from "./dom.js";
-import { tell } from "./trace.js";
+import { openTrace } from "./trace.js";
 import { onEnter, shown } from "./views.js";
 
 const PAGE = 100;
@@ -10,7 +10,7 @@ const MOST_COUNTED = 10_000;
 const TYPING = 250;
 const OUTCOMES = {
   stored: ["✓", "counted", "fine"], duplicate: ["=", "duplicate", "soft"], refused: ["✕", "refused", "denied"],
-  dropped: ["✕", "lost", "denied"], failed: ["!", "failed", "flaw"],
+  dropped: ["✕", "dropped", "denied"], failed: ["!", "failed", "flaw"],
 };
 const form = $("search");
 const body = $("arrivals").tBodies[0];
@@ -28,7 +28,7 @@ function row(arrival) {
   const [sign, text, mark] = outcomeOf(arrival);
   const batch = arrival.batch > 1 ? ` · event ${arrival.position} of ${arrival.batch}` : "";
   const id = arrival.id ?? "not an event";
-  return node("tr", { onclick: () => tell(arrival.seq) },
+  return node("tr", { onclick: () => openTrace(arrival.seq) },
     node("td", { class: "soft", "data-label": "Arrived" }, node("time", { datetime: arrival.ingestedAt }, clock.format(new Date(arrival.ingestedAt)))),
     node("td", { class: mark, "data-label": "Outcome" }, `${sign} ${text}${batch}`,
       ...(arrival.reason && arrival.outcome !== "duplicate" ? [node("small", {}, arrival.reason)] : [])),

@@ -38,7 +38,7 @@ export function showFaults({ faults, visibleAfter }) {
 function names(who, { outage, latency, failRate, hang, retryAfter, byteDelay, denied, ...more }) {
   const found = [];
   if (outage) found.push(`outage of ${who}`);
-  else if (retryAfter !== null) found.push(`${who} limited`);
+  else if (retryAfter !== null) found.push(`${who} answered 429`);
   else if (denied) found.push(`${who} answered ${denied}`);
   else if (failRate) found.push(`${number.format(failRate * 100)} % of ${who} fail`);
   if (latency) found.push(`${who} ${number.format(latency)} s late`);
@@ -47,7 +47,7 @@ function names(who, { outage, latency, failRate, hang, retryAfter, byteDelay, de
   if (more.refusedType) found.push(`400 for type ${more.refusedType}`);
   if (more.refusedSubject) found.push(`400 for subject ${more.refusedSubject}`);
   if (more.forget) found.push("events forgotten");
-  if (more.claim) found.push("ids claimed, events lost");
+  if (more.claim) found.push("ids claimed, events not stored");
   return found;
 }
 

@@ -44,8 +44,8 @@ class MeterCard {
     this.definition = node("p", { class: "definition" });
     this.total = node("p", { class: "total" });
     this.unusable = node("p", { class: "unusable" });
-    this.by = node("select", { onchange: () => this.#look() });
-    this.subject = node("input", { type: "search", list: `subjects-${slug}`, placeholder: "all", autocomplete: "off", onchange: () => this.#look() });
+    this.by = node("select", { onchange: () => this.#changeView() });
+    this.subject = node("input", { type: "search", list: `subjects-${slug}`, placeholder: "all", autocomplete: "off", onchange: () => this.#changeView() });
     this.subjects = node("datalist", { id: `subjects-${slug}` });
     this.canvas = node("div", { class: "plot", role: "slider", tabindex: "0", "aria-valuemin": "0", "aria-valuenow": "0" });
     this.unit = node("figcaption");
@@ -65,7 +65,7 @@ class MeterCard {
       this.details);
   }
 
-  #look() {
+  #changeView() {
     views.set(this.slug, { by: this.by.value, subject: this.subject.value || null });
     changed();
   }
@@ -125,7 +125,7 @@ let repainted = 0;
 document.addEventListener("themechange", () => { repainted += 1; });
 
 // One card at a time: drawing all plots at once would delay a click or a key.
-const breathe = () => new Promise((resolve) => setTimeout(resolve));
+const nextTask = () => new Promise((resolve) => setTimeout(resolve));
 
 const cards = new Map();
 export async function showMeters({ meters, times, step, stored, counts }) {
@@ -145,6 +145,6 @@ export async function showMeters({ meters, times, step, stored, counts }) {
     // Colours and patterns are assigned in the order of the totals, the largest first.
     for (const { group } of meter.curves) lookOf(group);
     if (shown() === "usage") cards.get(meter.slug).update(meter, times, step, runs);
-    await breathe();
+    await nextTask();
   }
 }

@@ -9,7 +9,7 @@ import { asked, fit, onViewChange, showMeters } from "./meters.js";
 import { onEnter, start } from "./views.js";
 
 const PARTS = [showCounts, showRefusals, showUncounted, showEmpty, showMeters, showAccess, showFaults];
-const EVERY = 1000;
+const INTERVAL = 1000;  // milliseconds
 
 function status(text, mark) {
   write($("status"), text);
@@ -43,5 +43,5 @@ onEnter("usage", refresh);
 start();
 (async function poll() {
   if (!document.hidden) await refresh();
-  setTimeout(poll, EVERY);
+  setTimeout(poll, INTERVAL);
 })();

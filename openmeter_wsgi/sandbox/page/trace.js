@@ -6,13 +6,13 @@ const dialog = $("trace");
 const precise = new Intl.DateTimeFormat("en-GB", {
   day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3,
 });
-const SAID = {
-  stored: "Stored", duplicate: "Duplicate, not counted again", refused: "Refused", dropped: "Dropped", failed: "Answered with an error",
+const OUTCOMES = {
+  stored: "Stored", duplicate: "Duplicate, not counted again", refused: "Refused", dropped: "Dropped after a 204", failed: "Answered with an error",
 };
 let current = null;
 let opener = null;
 
-export async function tell(seq) {
+export async function openTrace(seq) {
   current = seq;
   opener = document.activeElement;
   await refreshTrace();
@@ -25,15 +25,15 @@ export async function tell(seq) {
 export async function refreshTrace() {
   if (current === null) return;
   const seq = current;
-  const told = await get(`/sandbox/api/arrivals/${seq}`).catch((error) => ({ error: error.message }));
+  const trace = await get(`/sandbox/api/arrivals/${seq}`).catch((error) => ({ error: error.message }));
   if (seq !== current) return;
-  write($("trace-error"), told.error ?? "");
-  if (told.error) return;
-  write($("trace-title"), `Trace of ${told.event.id ?? "an invalid event"}`);
-  redraw($("trace-attributes"), [told.event, told.customer], () => attributes(told));
-  redraw($("trace-arrivals"), [told.arrivals, seq], () => told.arrivals.map((arrival) => step(arrival, told)));
-  redraw($("trace-meters"), told, () => meters(told));
-  write($("trace-data"), pretty(told.event.data));
+  write($("trace-error"), trace.error ?? "");
+  if (trace.error) return;
+  write($("trace-title"), `Trace of ${trace.event.id ?? "an invalid event"}`);
+  redraw($("trace-attributes"), [trace.event, trace.customer], () => attributes(trace));
+  redraw($("trace-arrivals"), [trace.arrivals, seq], () => trace.arrivals.map((arrival) => step(arrival, trace)));
+  redraw($("trace-meters"), trace, () => meters(trace));
+  write($("trace-data"), pretty(trace.event.data));
 }
 
 function attributes({ event, customer }) {
@@ -46,7 +46,7 @@ function attributes({ event, customer }) {
 function step(arrival, { event, arrivals, dedupe }) {
   const first = arrivals.find(({ outcome }) => outcome === "stored");
   const isRepeated = arrival.outcome === "stored" && first && arrival.seq !== first.seq;
-  const said = isRepeated && !dedupe ? "Stored and counted again: deduplication is off" : SAID[arrival.outcome];
+  const said = isRepeated && !dedupe ? "Stored and counted again: deduplication is off" : OUTCOMES[arrival.outcome];
   const place = arrival.batch > 1 ? `Event ${arrival.position} of the ${arrival.batch} in its request. ` : "";
   const of = arrival.outcome === "duplicate" && first
     ? `Duplicate of the event that arrived at ${precise.format(new Date(first.ingestedAt))}: ` : "";
@@ -56,16 +56,16 @@ function step(arrival, { event, arrivals, dedupe }) {
     ...(arrival.reason ? [node("p", {}, `${place}${of}${arrival.reason}`)] : []));
 }
 
-function meters(told) {
-  if (told.event.outcome !== "stored") {
-    return [node("p", {}, "No meter counts it, because it was not stored.")];
+function meters(trace) {
+  if (trace.event.outcome !== "stored") {
+    return [node("p", {}, "No meter counts the event, because it was not stored.")];
   }
-  const others = told.meters.filter(({ why }) => why?.startsWith("counts events of type"));
-  const near = told.meters.filter((meter) => !others.includes(meter));
+  const others = trace.meters.filter(({ why }) => why?.startsWith("counts events of type"));
+  const near = trace.meters.filter((meter) => !others.includes(meter));
   const made = [];
-  if (!near.length) made.push(node("p", { class: "flaw" }, `No meter counts events of type ${told.event.type}.`));
+  if (!near.length) made.push(node("p", { class: "flaw" }, `No meter counts events of type ${trace.event.type}.`));
   if (near.length) made.push(verdicts(near));
-  if (!told.visible) made.push(node("p", {}, "Not yet visible: usage is shown with the delay that is set under Faults."));
+  if (!trace.visible) made.push(node("p", {}, "Not yet visible: usage is shown with the delay that is set under Faults."));
   if (others.length) {
     made.push(node("p", { class: "soft" }, `Meters for other types: ${others.map(({ name, why }) => `${name} ${why}`).join("; ")}.`));
   }
