@@ -106,6 +106,7 @@ def middlewares(openmeter):
 def patient_ledger(monkeypatch):
     """No request passes only because a busy machine gives it no turn in time."""
     monkeypatch.setattr("openmeter_wsgi.quota.sqlite.STORE_TIMEOUT", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.quota.sqlite._MEMORY_TIMEOUT", PATIENCE)
     monkeypatch.setattr("openmeter_wsgi.quota.account._LOCK_TIMEOUT", PATIENCE)
 
 

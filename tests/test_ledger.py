@@ -10,7 +10,7 @@ import pytest
 from ledger_contract import START, Clock, LedgerContract
 from ledger_machine import Machine, machine_settings
 from openmeter_wsgi.quota.account import Account, NotReserved
-from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
+from openmeter_wsgi.quota.ledger import CLOSE_TIMEOUT, Ledger, LocalQuota
 from openmeter_wsgi.quota.sqlite import SqliteStore
 from openmeter_wsgi.quota.store import Lessee
 from servers import TIMEOUT
@@ -140,6 +140,25 @@ def test_closing_waits_for_the_exchange_that_the_thread_makes(tmp_path, monkeypa
     later.close()
     for each in (store, other):
         each.close()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "limit"), [(None, CLOSE_TIMEOUT), (60.0, CLOSE_TIMEOUT), (0.0, 0.0)]
+)
+def test_closing_is_bounded_by_its_own_limit_and_by_the_caller(
+    timeout, limit, monkeypatch
+):
+    ledger = Ledger(SqliteStore(), visible_until=time.time)
+    quota = LocalQuota(ledger, {"searches": None})
+    quota.answered("acme", "searches", 10.0, time.time())
+    close, limits = ledger.close, []
+    monkeypatch.setattr(ledger, "close", limits.append)
+
+    quota.close(timeout)
+
+    assert 0.0 <= limits[0] <= limit
+    close()
+    ledger._store.close()
 
 
 TestLedgerMachine = Machine.TestCase
