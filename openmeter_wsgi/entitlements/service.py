@@ -398,8 +398,10 @@ class EntitlementService:
         )
         self._answers.put(new.customer, new.feature, cached)
 
-    def _needs_terms(self, new: _NewAnswer, terms: Terms | None, at: float) -> bool:
-        """Return True if new terms are needed for an answer."""
+    def _needs_terms(
+        self, new: _NewAnswer, terms: Terms | None, terms_at: float
+    ) -> bool:
+        """Return True if new terms are needed for an answer; *terms* are the last."""
         answer = new.answer
         if answer.balance is None:
             return False
@@ -408,7 +410,7 @@ class EntitlementService:
         is_counted = new.feature in self.countdown.meters
         if not is_counted and not self._shows_periods:
             return False
-        if terms is None or new.asked_at - at > _TERMS_TTL:
+        if terms is None or new.asked_at - terms_at > _TERMS_TTL:
             return True
         granted = answer.total_available_grant_amount or 0.0
         is_low = is_counted and answer.balance <= granted * _LOW_SHARE
@@ -592,7 +594,7 @@ def entitlement_service(
             new_client=new_client,
             ask_openmeter=ask_openmeter,
             load_shared=load_shared,
-            take_token=lambda reserve: store.take_token(rate, reserve=reserve),
+            take_token=lambda kept_back: store.take_token(rate, reserve=kept_back),
             timeout=policy.entitlement_timeout,
             rate=rate,
             tokens_kept_back=max(min(rate * _KEPT_BACK_SHARE, rate - 1), 0),

@@ -123,7 +123,7 @@ class Ledger:
             with self._lock:
                 accounts = list(self._accounts.values())
             if self._returns == last_returns:  # else a store is back: exchange all
-                accounts = [one for one in accounts if one.is_exchange_due(now)]
+                accounts = [each for each in accounts if each.is_exchange_due(now)]
             self._exchange_leases(accounts)
             self._drop_surplus()
             self._publish(lessee)

@@ -61,9 +61,9 @@ def register_for_forks(listener: ForkAware) -> None:
 
 
 def _before() -> None:
-    living = [one for reference in tuple(_fork_listeners) if (one := reference())]
+    living = [found for reference in tuple(_fork_listeners) if (found := reference())]
     _locked_by_fork[threading.get_ident()] = [
-        one for one in living if one.before_fork()
+        listener for listener in living if listener.before_fork()
     ]
 
 
@@ -446,15 +446,15 @@ class SqliteStore:
         """Remove dead lessees, return True if any were removed; remove unused rows."""
         self._database.disconnect_if_replaced()
         lessees = self._database.run(sqlite_tables.lessees, write=False)
-        dead = [one for one in lessees if not self._liveness.is_alive(one.token)]
+        dead = [each for each in lessees if not self._liveness.is_alive(each.token)]
         is_prune_due = not 0 <= now - self._pruned_at < _PRUNE_INTERVAL
         if not dead and not is_prune_due:
             return False
 
         def work(db: sqlite3.Connection) -> None:
-            for one in dead:
-                sqlite_tables.remove_lessee(db, one, now)
-                self._liveness.remove_lessee(one.token)
+            for each in dead:
+                sqlite_tables.remove_lessee(db, each, now)
+                self._liveness.remove_lessee(each.token)
             if is_prune_due:
                 sqlite_tables.prune(db, now)
 
