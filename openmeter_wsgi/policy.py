@@ -117,7 +117,9 @@ class BillingOptions:
 
     # -- Subject
     #: The subject to bill: a callable that takes the environ, or ``"header:Name"``. If
-    #: clients can set that header, they can send usage to another customer's bill.
+    #: clients can set that header, they can send usage to another customer's bill. The
+    #: packages for Flask and Django also take a path, such as ``"g.customer"`` and
+    #: ``"request.user.pk"``.
     subject: str | SubjectCallable | None = dataclasses.field(
         default=None, metadata={"read": read.subject}
     )
@@ -215,14 +217,14 @@ class EntitlementOptions:
     required_entitlements: tuple[str, ...] = dataclasses.field(
         default=(), metadata={"read": read.features}
     )
-    #: The customer key of a subject: a callable or a mapping. Default: the subject
-    #: itself.
+    #: A callable or a mapping from a subject to its customer key. Default: the customer
+    #: whose key, or one of whose subject keys, is the subject.
     customer: Callable[[str], str | None] | Mapping[str, str] | None = (
         dataclasses.field(default=None, metadata={"read": read.customer})
     )
-    #: The decision if OpenMeter does not answer and no valid answer is cached.
-    #: ``"open"`` allows the request, ``"closed"`` answers 503, ``"stale"`` uses the
-    #: last answer, however old it is.
+    #: The decision if OpenMeter does not answer and no cached answer is usable (see
+    #: ``max_stale``). ``"open"`` allows the request, ``"closed"`` answers 503,
+    #: ``"stale"`` uses the last answer, however old, and allows if there is none.
     fail_mode: FailMode = "open"
     #: False allows all requests, and only counts and logs denials.
     enforce: bool = True

@@ -1,4 +1,4 @@
-"""The demo finds the bill right when it is, wrong when it is not, and cleans up."""
+"""The demo accepts a right bill, reports a wrong one, and ends its processes."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from examples.demo import access
-from examples.demo.access import Scene
+from examples.demo.access import Check
 from examples.demo.comparison import Billed, differences
 from examples.demo.expectation import Account, expect
 from examples.demo.load import Answer, Kind, Request, plan
@@ -25,7 +25,7 @@ from openmeter_wsgi.sandbox.store import Store
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 50
-#: A run whose sandbox gets the options that follow.
+#: Runs the demo; the arguments are options of the sandbox.
 WITH_SANDBOX = (
     "import sys; from examples.demo.__main__ import main; "
     "sys.exit(main(['--requests', '60'], sandbox=sys.argv[1:]))"
@@ -57,7 +57,7 @@ def demo(*arguments):
 
 @contextlib.contextmanager
 def started(*arguments):
-    """Run the demo as long as the context, and let it end by itself after that."""
+    """Run the demo within the context, and terminate it at the end."""
     command = [sys.executable, "-m", "examples.demo", *arguments]
     with subprocess.Popen(
         command, cwd=ROOT, env=environ(), stdout=subprocess.PIPE, encoding="utf-8"
@@ -66,12 +66,12 @@ def started(*arguments):
             yield process
         finally:
             if process.poll() is None:
-                # Not kill(): the processes that it has started would stay.
+                # Not kill(): its child processes would stay.
                 process.terminate()
 
 
 def read_until(process, text):
-    """Return what it prints up to the line that has *text*."""
+    """Return the output of *process* up to the line that contains *text*."""
     printed = []
     for line in process.stdout:
         printed.append(line)
@@ -91,7 +91,7 @@ def is_listening(address):
         return client.connect_ex(address) == 0
 
 
-def test_what_is_billed_is_what_clients_were_given():
+def test_the_billed_usage_is_the_expected_usage():
     run = demo("-m", "examples.demo", "--requests", "300")
 
     assert (run.returncode, run.stderr) == (0, "")
@@ -102,12 +102,12 @@ def test_what_is_billed_is_what_clients_were_given():
     assert all(expected == billed and sign == "✓" for expected, billed, sign in rows)
     delivery = run.stdout.partition("Delivery")[2].partition("Access")[0]
     (repeated,) = re.findall(r"repeated events dropped +([\d,]+)", delivery)
-    (unmetered,) = re.findall(r"of these not metered +([\d,]+)", delivery)
+    (not_billed,) = re.findall(r"requests not billed +([\d,]+)", delivery)
     assert int(repeated) > 0
-    assert f"{unmetered} by their status code" in delivery
+    assert f"{not_billed} by their status code" in delivery
 
 
-def test_who_may_is_tried_and_right():
+def test_entitlements_are_checked_and_right():
     run = demo("-m", "examples.demo", "--requests", "40")
 
     access = run.stdout.partition("\nAccess")[2].partition("✓ Access is right.")[0]
@@ -125,29 +125,29 @@ def test_who_may_is_tried_and_right():
         assert said in access
 
 
-def test_access_that_is_wrong_is_named(capsys):
-    scenes = [
-        Scene("acme", "200", "200"),
-        Scene("  hooli", "403 no_access", "200"),
+def test_wrong_access_is_named(capsys):
+    checks = [
+        Check("acme", "200", "200"),
+        Check("  hooli", "403 no_access", "200"),
     ]
 
-    wrong = conclude_access(make_console(), scenes)
+    wrong = conclude_access(make_console(), checks)
 
     assert wrong == ["hooli: expected 403 no_access, got 200"]
     assert "Access is wrong" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["fail_mode", "entitlement_meters", "enforce"])
-def test_a_mistake_in_who_may_is_found(monkeypatch, name):
-    """Each of these options, were it ignored, would let somebody through."""
-    ignored = {"fail_mode": "open", "entitlement_meters": {}, "enforce": False}
+def test_an_option_that_is_ignored_is_found(monkeypatch, name):
+    """If one of these options were ignored, the demo would report it."""
+    defaults = {"fail_mode": "open", "entitlement_meters": {}, "enforce": False}
 
-    def mistaken(**options):
-        return Policy(**{**options, name: ignored[name]})
+    def without_option(**options):
+        return Policy(**{**options, name: defaults[name]})
 
-    monkeypatch.setattr(access, "Policy", mistaken)
+    monkeypatch.setattr(access, "Policy", without_option)
 
-    assert not all(scene.is_right for scene in access.play())
+    assert not all(check.is_right for check in access.run_checks())
 
 
 def test_a_log_file_gets_no_animation_and_no_long_lines():
@@ -185,7 +185,7 @@ def test_a_server_with_one_event_too_few_or_too_many_fails_the_demo(
     assert said in run.stdout
 
 
-def test_a_server_that_does_not_start_is_shown_with_its_words():
+def test_the_output_of_a_server_that_does_not_start_is_shown():
     run = demo("-c", WITH_SANDBOX, "--visible-after", "never")
 
     assert run.returncode == 1
@@ -205,7 +205,7 @@ def test_options_are_checked_before_anything_is_started(arguments):
 
 def test_left_running_it_serves_until_it_is_interrupted():
     with started("--requests", "40", "--keep") as process:
-        printed = read_until(process, "What it cost")
+        printed = read_until(process, "The usage of acme")
         printed += process.stdout.readline()
         url = re.search(r"(http://\S+/products)", printed)[1]
         answer = requests.get(url, headers={"X-API-Key": "acme-key"}, timeout=TIMEOUT)
@@ -242,7 +242,7 @@ CHAT = Request(Kind.CHAT, "acme", "/chat", {"model": "large"})
 CHAT_ANSWER = Answer(200, b'{"usage": {"prompt": 3, "completion": 4}}')
 
 
-def test_expected_is_what_the_client_was_told():
+def test_the_expected_usage_follows_from_the_answers():
     expected = expect([(CHAT, CHAT_ANSWER)])
 
     assert expected.events == 4
@@ -265,7 +265,7 @@ def test_expected_is_what_the_client_was_told():
         ),
     ],
 )
-def test_an_answer_that_was_not_to_be_expected_is_a_difference(request_, answer, said):
+def test_an_unexpected_answer_is_a_difference(request_, answer, said):
     expected = expect([(request_, answer)])
 
     assert differences(expected, Billed(Counter(), [], {})) == [said]
@@ -276,7 +276,7 @@ def stored(*ids, flaw=None):
     return [one | {"validationError": flaw} if flaw else one for one in events]
 
 
-def test_a_prepared_mismatch_is_named():
+def test_each_kind_of_mismatch_is_named():
     expected = expect([(CHAT, CHAT_ANSWER)])
     usage = Counter(expected.usage)
     right = Billed(usage, stored("1", "2", "3", "4"), {})
@@ -299,7 +299,7 @@ def test_a_prepared_mismatch_is_named():
     assert differences(expected, flawed)[0] == "event 1: no meter"
 
 
-def test_what_the_workers_counted_must_agree_too():
+def test_the_counts_of_the_workers_must_agree():
     expected = expect([(CHAT, CHAT_ANSWER)])
     counts = {
         "settled": 1, "delivered": 3, "waiting": 1, "dead_lettered": 0,

@@ -68,6 +68,13 @@ def test_the_address_can_be_json():
         process.kill()
 
 
+def test_the_removed_option_latency_names_its_replacement():
+    refused = run("sandbox", "--latency", "2")
+
+    assert refused.returncode == 2
+    assert "is no longer an option: write --fault ingest:latency=2" in refused.stderr
+
+
 def test_faults_can_be_there_from_the_start():
     faults = ["entitlements:outage", "ingest:retry-after=5", "both:latency=0.01"]
     faults += ["entitlements:denied", "ingest:refused-type=x", "ingest:claim"]

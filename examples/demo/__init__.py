@@ -1,6 +1,6 @@
-"""The demo: requests go in, usage comes out, and the two are compared.
+"""A demo: send requests to a metered application, and check the billed usage.
 
-A sandbox and gunicorn with the Flask example run as processes of their own. What is
-to be billed is worked out from what the clients sent and received, and compared with
-what the server answers when it is asked for the usage.
+A sandbox, and gunicorn with the Flask example, run as separate processes. The expected
+usage is computed from the requests and responses of the clients. It is compared with
+the usage that the sandbox reports.
 """

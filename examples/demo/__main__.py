@@ -1,4 +1,4 @@
-"""``python -m examples.demo``: send requests, and check what they are billed."""
+"""``python -m examples.demo``: send requests, and check the billed usage."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MAX_FAIL_RATE = 0.5
 
 
 def main(arguments: Sequence[str] | None = None, **options: Any) -> int:
-    """Run the demo; return 0 if what was billed is what was to be billed."""
+    """Run the demo; return 0 if the billed usage is the expected usage."""
     chosen = Options(**vars(_parser().parse_args(arguments)), **options)
-    # A terminal that is closed, and a supervisor, end it as Ctrl-C does.
+    # SIGHUP (a closed terminal) and SIGTERM (a supervisor) stop it as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -46,11 +46,11 @@ def _run(console: Console, options: Options, logs: Path) -> int:
         try:
             differences = demo.run()
         except (ProcessFailed, OSError, requests.RequestException) as error:
-            console.print(f"[bold red]The demo broke off:[/] {error}", soft_wrap=True)
-            demo.say_logs()
+            console.print(f"[bold red]The demo failed:[/] {error}", soft_wrap=True)
+            demo.print_logs()
             return 1
         if differences:
-            demo.say_logs()
+            demo.print_logs()
         return 1 if differences else 0
 
 
@@ -58,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
         description="Send requests to a metered Flask application on gunicorn, and "
-        "compare what OpenMeter billed with what the clients were given.",
+        "compare the billed usage with the responses that the clients received.",
     )
-    about = "leave the application and OpenMeter running, to look at"
+    about = "leave the application and the sandbox running"
     parser.add_argument("--keep", action="store_true", help=about)
     for name, read, about in (
-        ("requests", _count, "how many requests to send"),
-        ("seed", int, "the same number draws the same requests"),
-        ("fail-rate", _share, "share of batches that OpenMeter fails on purpose"),
+        ("requests", _count, "number of requests"),
+        ("seed", int, "seed of the random requests"),
+        ("fail-rate", _share, "share of batches that the sandbox answers with 500"),
     ):
         default = getattr(Options, name.replace("-", "_"))
         parser.add_argument(
@@ -85,7 +85,7 @@ def _count(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    # With a larger one the last batches may not get through before the workers end.
+    # With a larger share the last batches may fail until the workers end.
     if not re.fullmatch(r"0(\.\d+)?", text) or float(text) > MAX_FAIL_RATE:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to {MAX_FAIL_RATE}")
     return float(text)

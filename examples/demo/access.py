@@ -1,7 +1,7 @@
-"""Who may: a denial, a quota, and OpenMeter that is away, over real HTTP.
+"""Entitlement checks over real HTTP: a denial, a quota and an outage of OpenMeter.
 
-A sandbox and an application of their own, in this process, so that what OpenMeter
-grants and when it is away can be changed while the application serves.
+The sandbox and the application run in this process, so that grants and outages can be
+changed while the application serves.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse
 
 QUOTA = 20
-ASKED = 25
+REQUESTS = 25
 FEATURE = "api_requests"
 STATIC = "exports"
 TIMEOUT = 30.0
-#: Seconds for which an answer holds; after twice as many it has to be asked again.
+#: Seconds for which an answer is cached. After twice this time a request waits for a
+#: new answer.
 LIFETIME = 0.2
 
 
-class Scene(NamedTuple):
-    """What was tried, what must come of it, and what came."""
+class Check(NamedTuple):
+    """One check: its label, the expected result and the actual result."""
 
     label: str
     expected: str
@@ -46,10 +47,12 @@ class Scene(NamedTuple):
         return self.expected == self.got
 
 
-def play() -> list[Scene]:
-    """Try all of it. It takes some two seconds."""
+def run_checks() -> list[Check]:
+    """Return the results of all checks. They take about two seconds."""
     logger = logging.getLogger("openmeter_wsgi")
-    silence = logging.NullHandler()  # denials are logged, and here they are printed
+    silence = (
+        logging.NullHandler()
+    )  # the report prints the denials, so the log need not
     logger.addHandler(silence)
     try:
         with Sandbox() as sandbox:
@@ -57,46 +60,46 @@ def play() -> list[Scene]:
                 openmeter.define([])
             sandbox.grant("acme", FEATURE, QUOTA)
             sandbox.grant("hooli", STATIC, config={"formats": ["csv"]})
-            return [*_granted(sandbox), *_static(sandbox), *_away(sandbox)]
+            return [*_quota(sandbox), *_static(sandbox), *_outage(sandbox)]
     finally:
         logger.removeHandler(silence)
 
 
-def _granted(sandbox: Sandbox) -> Iterator[Scene]:
+def _quota(sandbox: Sandbox) -> Iterator[Check]:
     with _application(sandbox) as (url, app):
-        denial = _ask(url, "hooli")
-        yield Scene("hooli, who has no access", "403 no_access", _problem(denial))
-        answers = [_ask(url, "acme") for _ in range(ASKED)]
-        yield Scene(
-            f"acme, {ASKED} times, quota of {QUOTA}",
-            f"{QUOTA}x 200, {ASKED - QUOTA}x 429, Retry-After",
+        denial = _get(url, "hooli")
+        yield Check("hooli, no entitlement", "403 no_access", _problem(denial))
+        answers = [_get(url, "acme") for _ in range(REQUESTS)]
+        yield Check(
+            f"acme, {REQUESTS} requests, quota of {QUOTA}",
+            f"{QUOTA}x 200, {REQUESTS - QUOTA}x 429, Retry-After",
             _counted(answers),
         )
         asked = sandbox.asked(customer="acme", kind="value_v2")
-        yield Scene(
-            "  questions for that to OpenMeter",
-            "1, counted down from there",
-            f"{asked}, counted down from there",
+        yield Check(
+            "  checks sent to OpenMeter",
+            "1, then counted down locally",
+            f"{asked}, then counted down locally",
         )
         app.flush(TIMEOUT)
         usage = sandbox.value("acme", FEATURE)["usage"]
-        yield Scene("  requests that were billed", f"{QUOTA}", f"{usage:g}")
+        yield Check("  requests billed", f"{QUOTA}", f"{usage:g}")
 
 
-def _static(sandbox: Sandbox) -> Iterator[Scene]:
+def _static(sandbox: Sandbox) -> Iterator[Check]:
     options: Any = {"required_entitlements": [STATIC], "entitlement_meters": {}}
     with _application(sandbox, **options) as (url, _):
         for subject, expected in (
             ("hooli", '200, {"formats": ["csv"]}'),
             ("acme", "403 no_access"),
         ):
-            answer = _ask(url, subject)
+            answer = _get(url, subject)
             got = f"200, {answer.text}" if answer.ok else _problem(answer)
-            label = f"{subject}, {STATIC}: what the handler gets"
-            yield Scene(label, expected, got)
+            label = f"{subject}, static entitlement {STATIC}"
+            yield Check(label, expected, got)
 
 
-def _away(sandbox: Sandbox) -> Iterator[Scene]:
+def _outage(sandbox: Sandbox) -> Iterator[Check]:
     sandbox.grant("acme", FEATURE, 1_000)
     short: Any = {"allow_ttl": LIFETIME, "deny_ttl": LIFETIME, "max_stale": 0.0}
     with contextlib.ExitStack() as stack:
@@ -105,50 +108,50 @@ def _away(sandbox: Sandbox) -> Iterator[Scene]:
             application = _application(sandbox, fail_mode=mode, **short)
             urls[mode], _ = stack.enter_context(application)
             for subject in ("acme", "hooli"):
-                _ask(urls[mode], subject)  # from now on both are known
+                _get(urls[mode], subject)  # caches the answers of both
         sandbox.faults.entitlements.set(outage=True)
-        time.sleep(3 * LIFETIME)  # and now what is known has outlived its time
+        time.sleep(3 * LIFETIME)  # lets the cached answers expire
         for mode, expected in (
             ("open", "acme 200, hooli 200"),
             ("closed", "acme 503, hooli 503, Retry-After"),
             ("stale", "acme 200, hooli 403"),
         ):
-            answers = {name: _ask(urls[mode], name) for name in ("acme", "hooli")}
+            answers = {name: _get(urls[mode], name) for name in ("acme", "hooli")}
             got = ", ".join(f"{who} {a.status_code}" for who, a in answers.items())
-            label = f"OpenMeter is away, fail_mode={mode}"
-            yield Scene(label, expected, got + _wait(answers.values()))
+            label = f"outage, max_stale=0, fail_mode={mode}"
+            yield Check(label, expected, got + _retry_after(answers.values()))
 
 
 def _problem(answer: requests.Response) -> str:
-    """Say what a problem document (RFC 9457) says, the reason in a word."""
+    """Return the status and the reason of a problem document (RFC 9457)."""
     is_problem = answer.headers["Content-Type"] == "application/problem+json"
     reason = answer.json()["reason"] if is_problem else "without a problem"
     return f"{answer.status_code} {reason}"
 
 
 def _counted(answers: Sequence[requests.Response]) -> str:
-    """Say what came how often one after the other."""
+    """Return the statuses of consecutive answers, with their number."""
     runs = [
         (status, list(run))
         for status, run in itertools.groupby(answers, lambda a: a.status_code)
     ]
-    return ", ".join(f"{len(run)}x {status}{_wait(run)}" for status, run in runs)
+    return ", ".join(f"{len(run)}x {status}{_retry_after(run)}" for status, run in runs)
 
 
-def _wait(answers: Iterable[requests.Response]) -> str:
-    """Say whether all of them say when to come back."""
+def _retry_after(answers: Iterable[requests.Response]) -> str:
+    """Return a note if all answers have the header Retry-After."""
     waits = [answer.headers.get("Retry-After", "") for answer in answers]
     return ", Retry-After" if all(map(str.isdecimal, waits)) else ""
 
 
-def _ask(url: str, subject: str) -> requests.Response:
+def _get(url: str, subject: str) -> requests.Response:
     with requests.Session() as session:
         session.trust_env = False
         return session.get(url, headers={"X-Subject": subject}, timeout=TIMEOUT)
 
 
 def _show_config(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
-    """Answer with the value of the static entitlement, null where there is none."""
+    """Answer with the value of the static entitlement, or null."""
     config = check_entitlements(environ).config
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(config).encode()]
@@ -156,14 +159,14 @@ def _show_config(environ: dict[str, Any], start_response: StartResponse) -> list
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Write no access log."""
 
 
 @contextlib.contextmanager
 def _application(
     sandbox: Sandbox, **options: Any
 ) -> Iterator[tuple[str, OpenMeterMiddleware]]:
-    """Serve an application that needs the feature, and counts it down."""
+    """Serve an application that requires the feature and counts its quota down."""
     usual: Any = {
         "required_entitlements": [FEATURE],
         "entitlement_meters": {FEATURE: "api-request"},

@@ -1,4 +1,4 @@
-"""Expected beside billed: what differs."""
+"""Compares the expected usage with the billed usage."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
     from examples.demo.expectation import Account, Expectation
 
-#: More than this of one kind tells nothing new.
+#: Maximum number of reported differences of one kind.
 MOST = 10
 
 
 @dataclass(frozen=True)
 class Billed:
-    """What the server has, and what the workers say."""
+    """The usage, events and counts of the server, and the counts of the workers."""
 
     usage: Counter[Account]
-    #: As the server lists them.
+    #: In the form of the server's list.
     events: Sequence[dict[str, Any]]
-    #: The server's counts of what arrived; see the sandbox.
+    #: The sandbox's counts of received requests and events.
     counts: dict[str, int]
-    #: The middleware's counts, one set per worker; None while they still run.
+    #: The middleware's counts, one set per worker; None while the workers run.
     workers: Sequence[dict[str, Any]] | None = None
 
     def total(self, name: str) -> int:
@@ -40,7 +40,7 @@ class Billed:
 
 
 def differences(expected: Expectation, billed: Billed) -> list[str]:
-    """Return a sentence for each thing that is not as it must be."""
+    """Return a sentence for each difference."""
     return [
         *_some(expected.surprises),
         *_some(list(_accounts(expected, billed))),

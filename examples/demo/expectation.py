@@ -1,6 +1,6 @@
-"""What is to be billed, from what clients sent and received.
+"""Computes the expected usage from the requests and responses of the clients.
 
-Independent of the middleware: nothing here asks it, or the application, anything.
+It is independent of the middleware and of the application: it uses neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Account(NamedTuple):
-    """Where usage is added up: a subject's meter, for tokens by model."""
+    """The key of a sum: subject and meter, and for tokens the model."""
 
     subject: str
     meter: str
@@ -28,22 +28,22 @@ class Account(NamedTuple):
 
 @dataclass
 class Expectation:
-    """What the requests must add up to."""
+    """The expected usage and number of events."""
 
     usage: Counter[Account] = field(default_factory=Counter)
-    #: How many events they become.
+    #: Number of events.
     events: int = 0
     sent: Counter[Kind] = field(default_factory=Counter)
-    #: Requests that got the answer that they should get.
+    #: Requests that got the expected answer.
     answered: Counter[Kind] = field(default_factory=Counter)
-    #: Requests that are billed something.
+    #: Requests that became at least one event.
     metered: Counter[Kind] = field(default_factory=Counter)
-    #: What other answers there were.
+    #: A sentence for each unexpected answer.
     surprises: list[str] = field(default_factory=list)
 
 
 def expect(exchanges: Iterable[tuple[Request, Answer]]) -> Expectation:
-    """Return what *exchanges* must add up to."""
+    """Return the expected usage of *exchanges*."""
     expected = Expectation()
     for request, answer in exchanges:
         expected.sent[request.kind] += 1
@@ -52,7 +52,7 @@ def expect(exchanges: Iterable[tuple[Request, Answer]]) -> Expectation:
             continue
         amounts = _amounts(request, answer)
         expected.usage.update(amounts)
-        # Prompt and completion are an event each.
+        # The tokens of the prompt and of the completion are separate events.
         expected.events += sum(2 if account.model else 1 for account in amounts)
         expected.answered[request.kind] += 1
         expected.metered[request.kind] += bool(amounts)
@@ -60,7 +60,7 @@ def expect(exchanges: Iterable[tuple[Request, Answer]]) -> Expectation:
 
 
 def _surprise(request: Request, answer: Answer) -> str | None:
-    """Say what is wrong with an answer, by itself."""
+    """Return a sentence if the answer is not the expected one, else None."""
     kind = request.kind
     if answer.status != kind.status:
         return f"{kind.label}: expected status {kind.status}, got {answer.status}"

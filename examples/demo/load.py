@@ -1,4 +1,4 @@
-"""The requests of the demo: which there are, and sending them."""
+"""Plans the requests of the demo and sends them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: Subject to API key, and model to its price in credits. The application has them too,
-#: but what it believes is what is to be checked.
+#: The API key of each subject, and the price of each model in credits. The application
+#: has its own copies, because this module checks it.
 KEYS = {
     "acme": "acme-key",
     "globex": "globex-key",
@@ -26,25 +26,25 @@ KEYS = {
 }
 CREDITS = {"small": 1, "large": 5}
 CLIENTS = 8
-#: Seconds until an answer is given up.
+#: Seconds to wait for an answer.
 TIMEOUT = 30.0
 KIB = 4
-#: More than the socket buffers of both ends take: a server that writes such a page to
-#: a client that does not read it is still writing when the client is gone.
+#: More than the socket buffers of both sides hold: the server is still writing such a
+#: page when a client that does not read it hangs up.
 HUGE_KIB = 16 * 1024
-#: Closing sends a reset, as the kernel of a killed client does.
+#: Makes close() send a reset, as the kernel does for a killed client.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class Kind(enum.Enum):
-    """A kind of request: its name, its share, its status, and what it is billed."""
+    """A kind of request: its name, share in percent, status and billed usage."""
 
     READ = "read", 38, 200, "request"
     CREATE = "create", 15, 201, "request"
     CHAT = "language model", 17, 200, "request, tokens, credits"
-    STREAM = "stream to its end", 10, 200, "request, credit a page"
-    BROKEN = "stream, app fails", 4, 200, "only the pages sent"
-    HANG_UP = "stream, client leaves", 3, 200, "request, pages taken"
+    STREAM = "stream to its end", 10, 200, "request, credits by page"
+    BROKEN = "stream, app fails", 4, 200, "credits by sent page"
+    HANG_UP = "stream, client leaves", 3, 200, "request, credits by page"
     MISSING = "not found", 5, 404, "nothing: status 404"
     FAILING = "server error", 4, 500, "nothing: status 500"
     STRANGER = "without a key", 4, 401, "nothing: status 401"
@@ -58,7 +58,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Request:
-    """One request, and what its client does with the answer."""
+    """One request, and the number of pages that its client reads."""
 
     kind: Kind
     subject: str | None
@@ -66,7 +66,7 @@ class Request:
     body: dict[str, Any] | None = None
     #: The size of a page of a stream.
     page_bytes: int = KIB * 1024
-    #: So many whole pages must come. Whoever hangs up does so in the next one.
+    #: Number of complete pages of a stream. A client that hangs up does so in the next.
     pages: int = 0
 
     @property
@@ -78,19 +78,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client received."""
+    """The answer that a client received."""
 
     status: int
     body: bytes = field(repr=False)
-    #: Whether it was received to its end.
+    #: True if it was received to its end.
     whole: bool = True
 
 
 def plan(requests: int, seed: int) -> list[Request]:
-    """Return so many requests, mixed; the same ones for the same seed."""
+    """Return *requests* random requests; the same seed gives the same requests."""
     chance = random.Random(seed)
     kinds = list(Kind)
-    # One of each first, so that a small plan has all of them.
+    # One of each kind, so that a small plan has all kinds.
     shares = [kind.share for kind in kinds]
     chosen = [*kinds, *chance.choices(kinds, shares, k=max(0, requests - len(kinds)))]
     chance.shuffle(chosen)
@@ -140,7 +140,7 @@ def send_all(
     """Send *requests* from several clients at once; call *sent* after each.
 
     :raises OSError: if a client could not connect, or had no answer in time. All
-        clients stop then, as they do when this thread is interrupted.
+        clients stop then, and also when this thread is interrupted.
     """
     stopped = threading.Event()
 
@@ -204,7 +204,7 @@ def _read_and_leave(address: tuple[str, int], request: Request) -> Answer:
     """Read some pages and one byte of the next, then reset the connection."""
     connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
     with socket.socket() as connection.sock:
-        # Before connecting: it bounds what the kernel takes for a client that waits.
+        # Before connecting: it limits the bytes that the kernel takes for the client.
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         connection.sock.settimeout(TIMEOUT)
         connection.sock.connect(address)

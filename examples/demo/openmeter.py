@@ -1,4 +1,4 @@
-"""Asking the OpenMeter server what it billed, through its own API."""
+"""A client of the OpenMeter server that reads the billed usage."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ METERS: list[dict[str, Any]] = [
 
 
 class OpenMeter:
-    """The server at an address, asked by a client that is not the middleware's."""
+    """A client of the server, independent of the middleware's client."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._session = requests.Session()
-        # A proxy of this machine's user has no business on the way to itself.
+        # The server runs on this machine: use no proxy.
         self._session.trust_env = False
 
     def define(self, subjects: Iterable[str]) -> None:
@@ -54,8 +54,8 @@ class OpenMeter:
 
     def grant(self, subject: str, feature: str, amount: float | None) -> None:
         """Grant a customer a feature, and *amount* of it (the sandbox's own API)."""
-        asked = {"customer": subject, "feature": feature, "amount": amount}
-        self._call("POST", "/sandbox/api/grant", json=asked)
+        document = {"customer": subject, "feature": feature, "amount": amount}
+        self._call("POST", "/sandbox/api/grant", json=document)
 
     def fail(self, share: float) -> None:
         """Let *share* of ingest requests fail (the sandbox's own API)."""
@@ -76,12 +76,12 @@ class OpenMeter:
         return billed
 
     def events(self) -> list[dict[str, Any]]:
-        """Return all events, with what the server has to say of each."""
+        """Return all events, each with its validation error, if any."""
         listed: list[dict[str, Any]] = []
         page: dict[str, Any] = {"nextCursor": None}
         while "nextCursor" in page:
-            asked = {"limit": 100, "cursor": page["nextCursor"]}
-            page = self._call("GET", "/api/v2/events", params=asked)
+            params = {"limit": 100, "cursor": page["nextCursor"]}
+            page = self._call("GET", "/api/v2/events", params=params)
             listed += page["items"]
         return listed
 

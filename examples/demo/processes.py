@@ -1,4 +1,4 @@
-"""Processes that the demo starts, and ends whatever happens."""
+"""Starts the processes of the demo and ends them in every case."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 START_TIMEOUT = 20.0
-#: Gunicorn's graceful_timeout, and some more.
+#: More than gunicorn's graceful_timeout.
 STOP_TIMEOUT = 40.0
 _LOOK_INTERVAL = 0.02
 
@@ -28,7 +28,7 @@ class ProcessFailed(Exception):
 class Process:
     """A server in a session of its own, so that Ctrl-C reaches only the demo.
 
-    What it writes goes to a file. Leaving the context ends it and what it started.
+    Its output goes to a file. Leaving the context ends it and its children.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Process:
             )
 
     def wait_for_address(self, announcement: str) -> tuple[str, int]:
-        """Return the address that it says it listens on, once it can be reached.
+        """Return the address of the server once it can be reached.
 
-        *announcement* is what it says before its address.
+        *announcement* is the text in front of the address in its output.
         """
         pattern = re.compile(re.escape(announcement) + r" http://([\d.]+):(\d+)\s")
         deadline = time.monotonic() + START_TIMEOUT
@@ -57,20 +57,22 @@ class Process:
             if self._process.poll() is not None:
                 raise ProcessFailed(f"{self.name} ended before it listened")
             if time.monotonic() > deadline:
-                raise ProcessFailed(f"{self.name} said nothing for {START_TIMEOUT:g} s")
+                raise ProcessFailed(
+                    f"{self.name} did not listen within {START_TIMEOUT:g} s"
+                )
             time.sleep(_LOOK_INTERVAL)
         address = found[1], int(found[2])
         socket.create_connection(address, START_TIMEOUT).close()
         return address
 
     def output(self) -> str:
-        """Return what it wrote so far."""
+        """Return its output so far."""
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """Ask it to end, and wait until it has.
+        """Send SIGTERM and wait for the end of the process.
 
-        :raises ProcessFailed: if it had to be killed, or did not end well.
+        :raises ProcessFailed: if it had to be killed, or ended with an error.
         """
         if self._process.returncode is not None:
             return
@@ -85,9 +87,9 @@ class Process:
             raise ProcessFailed(f"{self.name} ended with status {status}")
 
     def _kill(self) -> None:
-        """Kill it with all that it started, unless it has ended."""
+        """Kill the process and its children, unless it has ended."""
         if self._process.returncode is None:
-            # Not reaped yet, so that the number is still its own.
+            # It is not reaped yet, so its process id is not reused.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -1,4 +1,4 @@
-"""What the demo prints."""
+"""Prints the tables and results of the demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from examples.demo.load import KEYS, Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from examples.demo.access import Scene
+    from examples.demo.access import Check
     from examples.demo.comparison import Billed
     from examples.demo.expectation import Account, Expectation
 
@@ -26,14 +26,14 @@ YES, NO = "[green]✓[/]", "[bold red]✗[/]"
 
 def make_console() -> Console:
     """Return a console for a terminal of any width, or for a file."""
-    # Where nobody can see colours and movement, rich leaves them out by itself.
+    # rich leaves out colours and animation unless the output is a terminal.
     console = Console(highlight=False, emoji=False)
     console.width = min(console.width, WIDTH)
     return console
 
 
 def make_progress(console: Console) -> Progress:
-    """Return a bar for a terminal, and nothing for a file."""
+    """Return a progress bar, which a file does not show."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -45,21 +45,21 @@ def make_progress(console: Console) -> Progress:
 
 
 def _table(*columns: str) -> Table:
-    """Return a table whose columns after a ``>`` are numbers."""
+    """Return a table; a column whose name begins with ``>`` has numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         name = column.removeprefix(">")
         if name == column:
             table.add_column(name)
         else:
-            # A number that is cut is a wrong number.
+            # A truncated number would be a wrong number.
             table.add_column(name, justify="right", no_wrap=True, min_width=6)
     return table
 
 
 def requests_table(expected: Expectation) -> Table:
-    """Return the requests by kind: how many there were, and what they cost."""
-    table = _table("kind", ">sent", ">answered", ">metered", "billed")
+    """Return a table of the requests by kind: their numbers and billed usage."""
+    table = _table("request", ">sent", ">answered", ">billed", "usage")
     counts = (expected.sent, expected.answered, expected.metered)
     for kind in Kind:
         if expected.sent[kind]:
@@ -67,12 +67,12 @@ def requests_table(expected: Expectation) -> Table:
             table.add_row(kind.label, *numbers, kind.billed)
     table.add_section()
     totals = (f"{count.total():,}" for count in counts)
-    table.add_row("together", *totals, f"{expected.events:,} events")
+    table.add_row("total", *totals, f"{expected.events:,} events")
     return table
 
 
 def usage_table(expected: Expectation, billed: Billed) -> Table:
-    """Return what the requests add up to beside what the server has."""
+    """Return a table of the expected and the billed usage."""
     table = _table("subject", "meter", ">expected", ">billed", "")
     order = list(KEYS)
     accounts = expected.usage.keys() | billed.usage.keys()
@@ -97,7 +97,7 @@ def _rank(order: list[str], account: Account) -> int:
 
 
 def delivery_table(billed: Billed, *, before_stop: int | None) -> Table:
-    """Return how the events came to the server, and what the workers counted."""
+    """Return a table of the counts of the server and of the workers."""
     counts = billed.counts
     table = _table("", ">", "")
     table.show_header = False
@@ -105,16 +105,16 @@ def delivery_table(billed: Billed, *, before_stop: int | None) -> Table:
     rows = [
         ("batches accepted", accepted, ""),
         (
-            "batches failed on purpose",
+            "batches answered with 500",
             counts["failed"],
-            "every other after storing",
+            f"{(counts['failed'] + 1) // 2} of them after storing",
         ),
         ("repeated events dropped", counts["duplicates"], "recognised by their ids"),
         ("events stored", counts["stored"], ""),
     ]
     if before_stop is not None:
         at_exit = counts["stored"] - before_stop
-        rows.append(("of these at exit", at_exit, "they waited when SIGTERM came"))
+        rows.append(("stored events sent at exit", at_exit, "they waited at SIGTERM"))
     if billed.workers is not None:
         rows += _worker_rows(billed)
     for label, number, note in rows:
@@ -122,26 +122,26 @@ def delivery_table(billed: Billed, *, before_stop: int | None) -> Table:
     return table
 
 
-#: The reasons for which the requests of the demo are not metered.
-_BY = defaultdict(lambda: "another reason", status="their status code")
+#: Texts for the reasons why requests are not billed.
+_REASON_TEXTS = defaultdict(lambda: "another reason", status="their status code")
 
 
 def _worker_rows(billed: Billed) -> list[tuple[str, int, str]]:
     reasons = billed.reasons("not_metered")
     named = ", ".join(
-        f"{count:,} by {_BY[reason]}" for reason, count in reasons.items()
+        f"{count:,} by {_REASON_TEXTS[reason]}" for reason, count in reasons.items()
     )
     lost = billed.reasons("dropped").total() + billed.total("dead_lettered")
     return [
-        ("requests the workers saw", billed.total("settled"), ""),
-        ("of these not metered", reasons.total(), named),
+        ("requests seen by workers", billed.total("settled"), ""),
+        ("requests not billed", reasons.total(), named),
         ("events dropped or refused", lost, ""),
-        ("events left behind", billed.total("waiting"), ""),
+        ("events still waiting", billed.total("waiting"), ""),
     ]
 
 
 def conclude(console: Console, expected: Expectation, found: Sequence[str]) -> None:
-    """Print whether the bill is right, and if not, what differs."""
+    """Print that the bill is right, or the differences."""
     if found:
         console.print("[bold red]The bill is wrong:[/]")
         for sentence in found:
@@ -153,27 +153,27 @@ def conclude(console: Console, expected: Expectation, found: Sequence[str]) -> N
         "events: all of them arrived, and none was counted twice."
     )
     console.print(
-        "Not shown: without a spool a killed worker loses what waits in its memory.",
+        "Not shown: without a spool, a killed worker loses the events in its memory.",
         style="dim",
     )
 
 
-def access_table(scenes: Sequence[Scene]) -> Table:
-    """Return who was let through, and who was not."""
-    table = _table("who asks", "answer", "")
-    for scene in scenes:
+def access_table(checks: Sequence[Check]) -> Table:
+    """Return a table of the entitlement checks and their results."""
+    table = _table("request", "answer", "")
+    for check in checks:
         table.add_row(
-            escape(scene.label), escape(scene.got), YES if scene.is_right else NO
+            escape(check.label), escape(check.got), YES if check.is_right else NO
         )
     return table
 
 
-def conclude_access(console: Console, scenes: Sequence[Scene]) -> list[str]:
-    """Print whether those were let through who may; return what differs."""
+def conclude_access(console: Console, checks: Sequence[Check]) -> list[str]:
+    """Print that all checks gave the expected result; return the differences."""
     wrong = [
-        f"{scene.label.strip()}: expected {scene.expected}, got {scene.got}"
-        for scene in scenes
-        if not scene.is_right
+        f"{check.label.strip()}: expected {check.expected}, got {check.got}"
+        for check in checks
+        if not check.is_right
     ]
     if wrong:
         console.print("[bold red]Access is wrong:[/]")
@@ -181,22 +181,22 @@ def conclude_access(console: Console, scenes: Sequence[Scene]) -> list[str]:
             console.print(f"  {NO} {escape(sentence)}")
     else:
         console.print(
-            f"{YES} [bold]Access is right.[/] The quota was served to its end and not "
-            "beyond; the handler got the value of the static entitlement; with "
-            "OpenMeter away the fail mode decides."
+            f"{YES} [bold]Access is right.[/] The quota was served exactly. The "
+            "handler got the value of the static entitlement. During the outage "
+            "fail_mode decided."
         )
     return wrong
 
 
-def say_addresses(console: Console, openmeter: str, app: str) -> None:
-    """Print where to look, and what to try."""
+def print_addresses(console: Console, openmeter: str, app: str) -> None:
+    """Print the addresses of both servers, and commands to try."""
     curl = f"curl -H 'X-API-Key: {KEYS['acme']}' {app}/products"
     console.print("\n[bold]Both are left running.[/] Ctrl-C stops them.")
     for label, text in (
         ("Usage as it arrives:", openmeter),
         ("A request of your own:", curl),
         (
-            "What it cost:",
+            "The usage of acme:",
             f"curl '{openmeter}/api/v1/meters/api_requests/query?subject=acme'",
         ),
     ):
@@ -204,8 +204,8 @@ def say_addresses(console: Console, openmeter: str, app: str) -> None:
         console.print(f"    {text}", markup=False, soft_wrap=True)
 
 
-def say_tail(console: Console, name: str, text: str, lines: int = 15) -> None:
-    """Print the end of a log."""
+def print_end_of_log(console: Console, name: str, text: str, lines: int = 15) -> None:
+    """Print the last lines of a log."""
     console.rule(f"the end of the log of {name}", align="left", style="dim")
     last = text.splitlines()[-lines:] or ["(it is empty)"]
     console.print("\n".join(last), markup=False, style="dim")

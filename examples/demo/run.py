@@ -1,4 +1,4 @@
-"""The demo from beginning to end."""
+"""Runs the demo from beginning to end."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     from examples.demo.load import Answer, Request
 
 ROOT = Path(__file__).parents[2]
-#: Seconds that usage may take to arrive while the workers run on.
+#: Seconds to wait for the usage while the workers keep running.
 ARRIVAL_TIMEOUT = 30.0
-#: What each customer may use, shown by the sandbox's page.
+#: The quota of each customer, shown on the sandbox's page.
 QUOTA = 1_000
-#: Seconds of silence after which nothing more comes: more than the flush interval.
+#: Seconds without a new event after which all have arrived; more than the flush
+#: interval.
 QUIET = 1.5
 _LOOK_INTERVAL = 0.1
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     requests: int = 3_000
     keep: bool = False
@@ -73,15 +74,15 @@ class Demo:
         self._stack.close()
 
     def run(self) -> list[str]:
-        """Run it, print its tables, and return what differs."""
+        """Run the demo, print its tables, and return the differences."""
         openmeter = self._stack.enter_context(OpenMeter(self._start_sandbox()))
         openmeter.define(KEYS)
         for subject in KEYS:
             openmeter.grant(subject, "api_requests", QUOTA)
         openmeter.grant("acme", "exports", None)
-        self._say(f"OpenMeter sandbox  {openmeter.url}  (a page: open it to watch)")
+        self._print(f"OpenMeter sandbox  {openmeter.url}  (open it in a browser)")
         gunicorn, address = self._start_gunicorn(openmeter.url)
-        self._say(f"Flask on gunicorn  {_url(address)}  2 workers")
+        self._print(f"Flask on gunicorn  {_url(address)}  2 workers")
         if self._options.fail_rate:
             self._stack.enter_context(_first_fails(openmeter.url, self._options))
         expected = expect(self._send(address))
@@ -92,19 +93,19 @@ class Demo:
             billed = self._stop_and_read(gunicorn, openmeter)
         found = differences(expected, billed)
         self._print_tables(expected, billed, before)
-        scenes = self._try_access()
-        wrong = report.conclude_access(self._console, scenes)
+        checks = self._try_access()
+        wrong = report.conclude_access(self._console, checks)
         report.conclude(self._console, expected, found)
         if self._options.keep:
             self._keep_running(openmeter.url, _url(address))
         return found + wrong
 
-    def say_logs(self) -> None:
-        """Print the end of what the processes wrote."""
+    def print_logs(self) -> None:
+        """Print the last lines of the logs of the processes."""
         for process in self.processes:
-            report.say_tail(self._console, process.name, process.output())
+            report.print_end_of_log(self._console, process.name, process.output())
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def _start(self, name: str, command: Sequence[str], **environ: str) -> Process:
@@ -127,7 +128,7 @@ class Demo:
             "gunicorn",
             [*command, "examples.flask_app:app"],
             BIND="127.0.0.1:0",
-            # Newer gunicorns make a socket there, and would take another's place.
+            # New versions of gunicorn make a socket there; another may have one.
             XDG_RUNTIME_DIR=str(self._logs),
             OPENMETER_API_URL=url,
         )
@@ -140,18 +141,18 @@ class Demo:
             task = progress.add_task("sending requests", total=len(planned))
             answers = send_all(address, planned, lambda: progress.advance(task))
         seconds = time.monotonic() - started
-        self._say(f"{len(answers):,} requests answered in {seconds:.1f} s")
+        self._print(f"{len(answers):,} requests answered in {seconds:.1f} s")
         return answers
 
     def _stop_and_read(self, gunicorn: Process, openmeter: OpenMeter) -> Billed:
-        """Stop the workers, which send what still waits, and read what arrived."""
+        """Stop the workers, which send their waiting events, and read the usage."""
         gunicorn.stop()
-        self._say("gunicorn stopped (SIGTERM); its workers sent what was waiting")
+        self._print("gunicorn stopped (SIGTERM); its workers sent the waiting events")
         counts = re.findall(r"usage (\{.*\})", gunicorn.output())
         return _read(openmeter, [json.loads(worker) for worker in counts])
 
     def _await(self, openmeter: OpenMeter, expected: Expectation) -> Billed:
-        """Read what arrived once all did, and nothing comes after it."""
+        """Wait until all events have arrived and no more follow; read the usage."""
         due = expected.events
         now = changed = time.monotonic()
         deadline, stored = now + ARRIVAL_TIMEOUT, -1
@@ -176,27 +177,27 @@ class Demo:
             self._console.print(f"[bold]{title}[/]")
             self._console.print(table)
 
-    def _try_access(self) -> list[access.Scene]:
-        with self._console.status("trying who may"):
-            scenes = access.play()
+    def _try_access(self) -> list[access.Check]:
+        with self._console.status("checking access"):
+            checks = access.run_checks()
         self._console.print("[bold]Access[/]")
-        self._console.print(report.access_table(scenes))
-        return scenes
+        self._console.print(report.access_table(checks))
+        return checks
 
     def _keep_running(self, openmeter: str, app: str) -> None:
-        """Print the addresses and wait for Ctrl-C, which is no failure from then on."""
+        """Print the addresses and wait for Ctrl-C."""
         with contextlib.suppress(KeyboardInterrupt):
-            report.say_addresses(self._console, openmeter, app)
+            report.print_addresses(self._console, openmeter, app)
             while True:
                 signal.pause()
-        self._say("\nstopping both")
+        self._print("\nstopping both")
 
 
 @contextlib.contextmanager
 def _first_fails(url: str, options: Options) -> Iterator[None]:
-    """Let ingest requests fail until one did, and then the share that was chosen.
+    """Fail all ingest requests until one has failed, then the chosen share.
 
-    The sandbox stores the events of the first one that fails, so that they come again.
+    The sandbox stores the events of the first failed request, and so gets them twice.
     """
     is_over = threading.Event()
 
@@ -228,7 +229,7 @@ def _url(address: tuple[str, int]) -> str:
 
 
 def _environ() -> dict[str, str]:
-    """Return the environment without what would lead usage or requests elsewhere."""
+    """Return the environment without variables that redirect usage or requests."""
     foreign = ("OPENMETER_", "GUNICORN_")
     return {
         name: value

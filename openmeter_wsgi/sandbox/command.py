@@ -71,6 +71,13 @@ def _expected(value: str) -> str:
     return f"{value!r}: expected {where}:{listed}, such as both:outage"
 
 
+def _refuse_latency(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Name the replacement of an option of version 0.1.0."""
+    if value is not None:
+        written = f"--fault ingest:latency={value}"
+        raise click.BadParameter(f"is no longer an option: write {written}", ctx, param)
+
+
 _EXIT_CODES = """\b
 Exit codes:
   0  ended by SIGTERM or SIGINT
@@ -96,6 +103,7 @@ Exit codes:
     default=True,
     help="Drop events whose source and id were seen before.",
 )
+@click.option("--latency", hidden=True, expose_value=False, callback=_refuse_latency)
 @click.option(
     "--fail-rate",
     default=0.0,
