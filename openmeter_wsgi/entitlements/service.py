@@ -5,8 +5,8 @@ for a missing or expired answer it asks the `Lookup` and waits. The lookup calls
 `_ask_openmeter` in a worker thread, which asks over HTTP, caches the answer, hands its
 balance to the local quota (`countdown`) and shares it with other processes.
 
-The *terms* of an entitlement are its usage period and its kind of limit. An answer does
-not contain them, so they cost a second HTTP request, whose result is used for minutes.
+The *terms* of an entitlement (usage period, soft limit) are not part of an answer: they
+cost a second HTTP request, and are used for minutes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from openmeter_wsgi.subject import FindSubject
 
 logger: Final = log.get_logger(__name__)
-
 
 #: Seconds after which the terms of an entitlement are fetched again.
 _TERMS_TTL = 600.0
@@ -238,13 +237,11 @@ class EntitlementService:
             elif now >= answer.fresh_until:
                 expired.append(feature)
         if not missing:
-            if expired:
-                for question in questions_about(customer, expired):
-                    self._lookup.refresh(question)
+            for question in questions_about(customer, expired):
+                self._lookup.refresh(question)
             return cached, None
-        is_known = any(cached)
         waits = [
-            self._lookup.ask(question, is_known=is_known)
+            self._lookup.ask(question, is_known=any(cached))
             for question in questions_about(customer, missing)
         ]
         cached = [self._answers.get(customer, feature) for feature in features]
@@ -261,9 +258,8 @@ class EntitlementService:
         if self._shared is None:
             return SharedResult()
         customer, features = question
-        for feature, shared in zip(
-            features, self._shared.get(customer, features), strict=True
-        ):
+        answers = self._shared.get(customer, features)
+        for feature, shared in zip(features, answers, strict=True):
             if shared is not None:
                 self._adopt_shared(customer, feature, shared)
         now = time.monotonic()
@@ -330,9 +326,8 @@ class EntitlementService:
         """
         before = self._answers.get(new.customer, new.feature)
         terms, terms_at = _terms_for(new.answer, before)
-        if not self._accept(new, before, terms, terms_at):
-            return False
-        if not self._needs_terms(new, terms, terms_at):
+        is_accepted = self._accept(new, before, terms, terms_at)
+        if not is_accepted or not self._needs_terms(new, terms, terms_at):
             return False
         if self._lookup.is_busy or not self._waits_for_terms(new, terms):
             return True
@@ -385,7 +380,7 @@ class EntitlementService:
         at_most = math.inf
         if terms is not None and terms.period_end is not None:
             left = terms.period_end + 1 - new.server_time
-            at_most = left if left > 0 else at_most
+            at_most = left if left > 0 else math.inf
         cached = CachedAnswer(
             new.feature,
             new.answer,
@@ -501,8 +496,7 @@ def _decision(cached: CachedAnswer, now: float) -> Decision:
         cached.used = True
     if now >= cached.fresh_until:
         source = "stale"
-    decision = cached.decision
-    return replace(decision, source=source)
+    return replace(cached.decision, source=source)
 
 
 #: Share of the tokens that is kept back for known customers.
@@ -514,16 +508,9 @@ _ID_TTL = 600.0
 
 def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     """Return a client for *policy*'s server and API version."""
-    url = _questions_url(policy)
-    key = policy.entitlements_key
-    if policy.api_flavor == "v3":
-        return ClientV3(url=url, key=key, timeout=timeout)
-    return ClientV1(url=url, key=key, timeout=timeout)
-
-
-def _has_shared_store(policy: Policy) -> bool:
-    """Return True if the policy names a store that several processes share."""
-    return policy.spool_dir is not None or policy.redis_url is not None
+    client = ClientV3 if policy.api_flavor == "v3" else ClientV1
+    url, key = _questions_url(policy), policy.entitlements_key
+    return client(url=url, key=key, timeout=timeout)
 
 
 def _scope(policy: Policy) -> str:
@@ -587,11 +574,11 @@ def entitlement_service(
         visible_until = visibility.until
         follow_delivery(policy, visibility, transport, store)
     ledger = Ledger(store, visible_until=visible_until)
-    new_client = partial(question_client, policy, policy.entitlement_timeout)
+    has_shared_store = policy.spool_dir is not None or policy.redis_url is not None
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
         new_lookup=lambda ask_openmeter, load_shared: BackgroundLookup(
-            new_client=new_client,
+            new_client=partial(question_client, policy, policy.entitlement_timeout),
             ask_openmeter=ask_openmeter,
             load_shared=load_shared,
             take_token=lambda kept_back: store.take_token(rate, reserve=kept_back),
@@ -603,7 +590,7 @@ def entitlement_service(
         lifetimes=lifetimes,
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         close_store=store.close,
-        shared=SharedAnswers(store) if _has_shared_store(policy) else None,
+        shared=SharedAnswers(store) if has_shared_store else None,
         visibility=visibility,
         shows_periods=any(
             each.usage_headers
