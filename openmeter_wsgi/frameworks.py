@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from openmeter_wsgi.decorators import checks_own_entitlements
 from openmeter_wsgi.entitlements.handlers import quota_headers
 from openmeter_wsgi.errors import ConfigError
+from openmeter_wsgi.framework_routes import handler_of
 from openmeter_wsgi.middleware import OpenMeterMiddleware
 from openmeter_wsgi.policy import DEFAULT_SOURCE, Policy, read_text_options
 from openmeter_wsgi.request import (
@@ -16,6 +17,7 @@ from openmeter_wsgi.request import (
     RequestRecord,
     billing_of,
     metered_request,
+    method_of,
     record_of,
 )
 from openmeter_wsgi.subject import MissingPath
@@ -149,9 +151,10 @@ class LastingSubject:
 def must_ask(environ: dict[str, Any] | None, view: object) -> bool:
     """Return True if entitlements must be checked before *view* is called."""
     billing = billing_of(environ)
-    if environ is None or billing is None or checks_own_entitlements(view):
+    if environ is None or billing is None or not billing.needs_decision(environ):
         return False
-    return billing.needs_decision(environ)
+    handler = handler_of(view, method_of(environ))
+    return not (checks_own_entitlements(view) or checks_own_entitlements(handler))
 
 
 def make_policy(

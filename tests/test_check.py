@@ -1,4 +1,4 @@
-"""What ``openmeter-wsgi check`` finds, on servers that are right and wrong."""
+"""The findings of ``openmeter-wsgi check``, on working and on faulty servers."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_nothing_fails_where_all_is_right(sandbox, api, tmp_path):
         ],
         "ok",
     )  # fmt: skip
-    # From outside nobody can tell where OpenMeter does that.
+    # A client cannot find out if OpenMeter deduplicates.
     assert findings.pop("deduplication")["remedy"] is not None
     assert all(finding["remedy"] is None for finding in findings.values())
 

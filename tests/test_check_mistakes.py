@@ -62,7 +62,7 @@ def application(tmp_path, monkeypatch):
 
 
 def check(*arguments, **variables):
-    """Return the exit code, and what is no ``ok``: by name, as (what, remedy)."""
+    """Return the exit code, and the findings except ``ok``: name to (what, remedy)."""
     environ = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
     result = CliRunner().invoke(command, ["--json", *arguments], env=environ)
     assert result.stderr == ""
@@ -405,7 +405,7 @@ def missing_meter(**variables):
 
 
 def commands(*arguments, **variables):
-    """Return the words of the commands that are told, by the names of the findings."""
+    """Return the words of the commands in the remedies, by finding."""
     environ = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
     arguments = ["--json", "--no-dedupe-check", *arguments]
     result = CliRunner().invoke(command, arguments, env=environ)
@@ -656,7 +656,7 @@ def test_a_key_that_may_not_ask(openmeter):
     assert "entitlements_api_key" in wrong["entitlements"][2]
 
 
-# -- Billed twice, or what is free
+# -- Billed twice, or billed although free
 
 
 def test_deduplication_that_is_off():
@@ -780,7 +780,7 @@ def test_a_variable_that_is_misspelt(sandbox):
 
 @contextlib.contextmanager
 def as_nobody():
-    """Be nobody where the tests are run by root, whom no mode keeps out."""
+    """Run as the user nobody if root runs the tests: file modes do not bind root."""
     if os.geteuid():
         yield
         return

@@ -329,7 +329,7 @@ def test_the_installed_command_sends(openmeter):
     assert openmeter.subjects == ["acme"]
 
 
-# -- What version 3 refuses
+# -- Events that version 3 refuses
 
 #: Of these the attribute that is wrong is filled in, or left out.
 MENDED = {"missing.id", "missing.source", "missing.specversion", "data.nullvalue"}
@@ -349,7 +349,7 @@ def _attribute(name):
 
 @pytest.mark.parametrize("name", REFUSED_BY_V3)
 def test_what_v3_refuses_is_refused_before_it_is_sent_or_mended(name):
-    """Of the source and the specversion it says "Bad Request", and no more."""
+    """For a wrong source or specversion, its message is only "Bad Request"."""
     recording = REFUSED_BY_V3[name]
     assert recording.status == 400
 

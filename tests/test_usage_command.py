@@ -1,4 +1,4 @@
-"""``openmeter-wsgi usage``: what it asks the server, and how it shows the answer."""
+"""``openmeter-wsgi usage``: its questions to the server, and its output."""
 
 import json
 import os

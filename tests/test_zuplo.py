@@ -23,7 +23,7 @@ IN_FILE = {"api_key": "key-in-the-file"}
 
 
 def openmeter(name: str | None = "metering", **options: Any) -> dict[str, Any]:
-    """Return an openmeter-inbound policy as it stands in a policies.json."""
+    """Return an openmeter-inbound policy as in a policies.json."""
     handler = {"export": "OpenMeterInboundPolicy", "options": options}
     return {"name": name, "policyType": "openmeter-inbound", "handler": handler}
 

@@ -21,9 +21,11 @@ from openmeter_wsgi.cli.findings import failure, note, ok, unknown, warning
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import (
     OPTIONS_ATTRIBUTE,
+    handlers_of,
     layers_of,
     misplaced_decorators,
     served_routes,
+    view_class_of,
 )
 from openmeter_wsgi.lock import ELECTION, holder
 from openmeter_wsgi.log import PREFIX
@@ -276,25 +278,25 @@ def look_at_views(app: Any) -> Iterator[Finding]:
 def decorated_views(
     middleware: OpenMeterMiddleware,
 ) -> tuple[list[tuple[str, Policy]], list[Finding]]:
-    """Return the policies of views with `meter`, and the decorators that fail."""
+    """Return the policies of views with options of their own, and wrong options."""
     policies: list[tuple[str, Policy]] = []
     problems: list[Finding] = []
+    seen = set()
     for route in served_routes(middleware.app):
         governing = policy_of_route(middleware.policy, route)
-        for name, options in _decorated(route.view):
-            if governing is None:
-                continue
+        # A router of the REST framework has several routes to one view.
+        if governing is None or (id(route.view), id(governing)) in seen:
+            continue
+        seen.add((id(route.view), id(governing)))
+        for name, options, remedy in _own_options(route.view):
             try:
                 own = overriding_options(options)
                 policy = dataclasses.replace(governing, routes=None, **own)
             except ConfigError as error:
-                remedy = (
-                    "mend its @meter: its requests are billed as those of its route"
-                )
                 problems.append(failure(f"view {name!r}", str(error), remedy))
             else:
                 policies.append((name, policy))
-    return policies, problems
+    return policies, list(dict.fromkeys(problems))
 
 
 def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
@@ -308,17 +310,23 @@ def policy_of_route(policy: Policy, route: ServedRoute) -> Policy | None:
     return governing
 
 
-_METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
+def _own_options(view: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield options of a view, of its class and of its functions.
 
-
-def _decorated(view: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the options of `meter` on a view, and on the methods of its class."""
-    of_class = getattr(view, "view_class", None) or getattr(view, "cls", None)
-    functions = [getattr(of_class, method, None) for method in _METHODS]
-    for function in (view, *functions):
+    Each with the name of the object that has them, and the remedy if they are wrong.
+    """
+    of_class = view_class_of(view)
+    for function in (view, *handlers_of(view)):
         if options := getattr(function, OPTIONS_ATTRIBUTE, None):
             named = of_class if function is view and of_class else function
-            yield getattr(named, "__qualname__", repr(named)), options
+            remedy = "mend its @meter: its requests are billed as those of its route"
+            yield getattr(named, "__qualname__", repr(named)), options, remedy
+    # `HasEntitlements` reads this attribute of a view of the REST framework.
+    features = getattr(of_class, "required_entitlements", None)
+    if features and isinstance(features, str | list | tuple | set | frozenset):
+        options = {"meter": None, "meters": None, "required_entitlements": features}
+        remedy = "mend its required_entitlements: nobody has access to such a feature"
+        yield of_class.__qualname__, options, remedy
 
 
 _SPOOL = "spool directory"

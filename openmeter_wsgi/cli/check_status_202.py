@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from openmeter_wsgi.cli.check_configuration import policy_of_route
 from openmeter_wsgi.cli.findings import warning
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, served_routes
+from openmeter_wsgi.framework_routes import (
+    OPTIONS_ATTRIBUTE,
+    handlers_of,
+    served_routes,
+    view_class_of,
+)
 from openmeter_wsgi.policy import overriding_options
 
 if TYPE_CHECKING:
@@ -42,11 +47,13 @@ def look_at_accepted(situation: Situation) -> Iterator[Finding]:
 def look_at_accepting_views(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
     """Name each view that answers 202 and bills a flat price, as far as code tells."""
     for route in served_routes(middleware.app, closures=False):
-        policy = _policy_of(route, middleware.policy)
-        if policy is None or not policy.static_meters or not _answers_202(route.view):
-            continue
-        if "202" in policy.meter_on_status_codes.codes:  # type: ignore[union-attr]
-            yield _accepted(repr(route.template), policy)
+        for function in _accepting(route.view):
+            policy = _policy_of(route, function, middleware.policy)
+            if policy is None or not policy.static_meters:
+                continue
+            if "202" in policy.meter_on_status_codes.codes:  # type: ignore[union-attr]
+                yield _accepted(repr(route.template), policy)
+                break
 
 
 def _accepted(route: str | None, policy: Policy) -> Finding:
@@ -59,10 +66,11 @@ def _accepted(route: str | None, policy: Policy) -> Finding:
     )
 
 
-def _policy_of(route: ServedRoute, policy: Policy) -> Policy | None:
-    """Return the policy that bills *route*, None if nothing does."""
+def _policy_of(route: ServedRoute, function: Any, policy: Policy) -> Policy | None:
+    """Return the policy of *function*, which serves *route*; None: it is unmetered."""
     found = policy_of_route(policy, route)
-    options = getattr(route.view, OPTIONS_ATTRIBUTE, {})
+    of_view = getattr(route.view, OPTIONS_ATTRIBUTE, {})
+    options = getattr(function, OPTIONS_ATTRIBUTE, of_view)
     if found is None or options is None:
         return None
     try:
@@ -71,17 +79,30 @@ def _policy_of(route: ServedRoute, policy: Policy) -> Policy | None:
         return found  # as when a request is billed; `decorated_views` reports it
 
 
-def _answers_202(view: Any) -> bool:
-    """Return True if the code of *view* says 202 and calls no `defer`."""
-    inner = inspect.unwrap(view) if callable(view) else view
-    inner = getattr(inner, "view_class", None) or getattr(inner, "cls", inner)
-    functions = vars(inner).values() if isinstance(inner, type) else (inner,)
-    codes = [each.__code__ for each in functions if hasattr(each, "__code__")]
-    said: set[object] = set()
+def _accepting(view: Any) -> list[Any]:
+    """Return the functions of *view* whose code says 202, none if it calls `defer`."""
+    of_class, handlers = view_class_of(view), handlers_of(view)
+    members = [view] if of_class is None else [*vars(of_class).values(), *handlers]
+    if any("defer" in _words(member) for member in members):
+        return []
+    # A route of a ViewSet is served by some of its functions.
+    serving = handlers if hasattr(view, "actions") else members
+    return [function for function in serving if _says_202(_words(function))]
+
+
+def _says_202(words: set[object]) -> bool:
+    says = any(each == 202 or str(each).startswith("202 ") for each in words)
+    return says or not _NAMES_OF_202.isdisjoint(words)
+
+
+def _words(function: Any) -> set[object]:
+    """Return the names and constants in the code of *function*, inner ones included."""
+    inner = inspect.unwrap(function) if callable(function) else function
+    codes = [inner.__code__] if hasattr(inner, "__code__") else []
+    words: set[object] = set()
     for code in codes:  # it grows by the functions inside
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-        said.update(code.co_names)
+        words.update(code.co_names)
         for each in code.co_consts:
-            said.update(each if isinstance(each, tuple) else (each,))
-    says = any(each == 202 or str(each).startswith("202 ") for each in said)
-    return (says or not _NAMES_OF_202.isdisjoint(said)) and "defer" not in said
+            words.update(each if isinstance(each, tuple) else (each,))
+    return words
