@@ -10,12 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from openmeter_wsgi.options import invalid_feature_keys
+from openmeter_wsgi import log
+from openmeter_wsgi.options import feature_problem, invalid_feature_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+logger: Final = log.get_logger(__name__)
+
 
 #: Minimum and maximum seconds between two tries of an open breaker. Each failure
 #: doubles the pause.
@@ -81,18 +85,34 @@ class Question(NamedTuple):
     features: tuple[str, ...]
 
 
-def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
-    """Return one question about all valid *features*, and one for each invalid key.
+def invalid_features(features: Iterable[str]) -> list[str]:
+    """Return the *features* that OpenMeter cannot have, and log an error for each.
 
-    In an answer about several features an invalid key would only be missing, which
-    looks like a denial. Asked for alone, it is answered with an error.
+    Options with such a feature are rejected at the start. A view may name one only when
+    a request comes.
+    """
+    problems = {feature: feature_problem(feature) for feature in features}
+    invalid = [feature for feature, problem in problems.items() if problem]
+    for feature in invalid:
+        logger.error(
+            "feature %r: every request that requires it is denied: %s",
+            feature, problems[feature],
+        )  # fmt: skip
+    return invalid
+
+
+def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
+    """Return one question about all feature keys, and one for each feature id.
+
+    OpenMeter's answer about several features contains only keys. An id would be missing
+    there, which looks like a denial.
     """
     if len(features) == 1:
         return [Question(customer, (features[0],))]
-    refused = invalid_feature_keys(features)
-    valid = tuple(feature for feature in features if feature not in refused)
-    alone = [Question(customer, (feature,)) for feature in refused]
-    return [Question(customer, valid), *alone] if valid else alone
+    ids = invalid_feature_keys(features)
+    keys = tuple(feature for feature in features if feature not in ids)
+    alone = [Question(customer, (feature,)) for feature in ids]
+    return [Question(customer, keys), *alone] if keys else alone
 
 
 #: Maximum number of questions per queue; less than 4 MiB with keys of 256 characters.

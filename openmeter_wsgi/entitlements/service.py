@@ -37,10 +37,14 @@ from openmeter_wsgi.entitlements.decision import (
     no_answer_decision,
 )
 from openmeter_wsgi.entitlements.lookup import BackgroundLookup, SharedResult
-from openmeter_wsgi.entitlements.questions import Question, questions_about
+from openmeter_wsgi.entitlements.questions import (
+    Question,
+    invalid_features,
+    questions_about,
+)
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options import feature_problem, question_rate
+from openmeter_wsgi.options import question_rate
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.store import StoreAway
@@ -131,7 +135,7 @@ class EntitlementService:
         if not is_key(customer):  # no valid key: OpenMeter need not be asked
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
             return Decision(False, denied, source="request")
-        if invalid := _invalid_features(features):
+        if invalid := invalid_features(features):
             denied = tuple(Denial(feature, "no_access") for feature in invalid)
             return Decision(False, denied, source="request")
         now = time.monotonic()
@@ -267,20 +271,16 @@ class EntitlementService:
                 self._adopt_shared(customer, feature, shared)
         now = time.monotonic()
         cached = [self._answers.get(customer, feature) for feature in features]
-        return SharedResult(
-            all(k and k.asked_at >= since and now < k.fresh_until for k in cached),
-            any(cached),
-        )
+        fresh = all(k and k.asked_at >= since and now < k.fresh_until for k in cached)
+        return SharedResult(is_answered=fresh, is_known=any(cached))
 
     def _adopt_shared(self, customer: str, feature: str, shared: SharedAnswer) -> None:
         """Cache an answer of another process, unless the cached one is newer."""
         cached = self._answers.get(customer, feature)
         if cached is not None and cached.asked_at >= shared.asked_at:
             return
-        if shared.customer is not None:
-            self._customers.put(
-                customer, shared.customer, shared.asked_at, shared.names
-            )
+        if (found := shared.customer) is not None:
+            self._customers.put(customer, found, shared.asked_at, shared.names)
         new = _NewAnswer(
             customer, self.account(customer), feature, shared.answer, shared.asked_at,
             shared.asked_wall, shared.asked_wall,
@@ -396,10 +396,8 @@ class EntitlementService:
         )
         self._answers.put(new.customer, new.feature, cached)
 
-    def _needs_terms(
-        self, new: _NewAnswer, terms: Terms | None, terms_at: float
-    ) -> bool:
-        """Return True if new terms are needed for an answer; *terms* are the last."""
+    def _needs_terms(self, new: _NewAnswer, terms: Terms | None, at: float) -> bool:
+        """Return True if an answer needs newer terms than *terms*, fetched at *at*."""
         answer = new.answer
         if answer.balance is None:
             return False
@@ -408,7 +406,7 @@ class EntitlementService:
         is_counted = new.feature in self.countdown.meters
         if not is_counted and not self._shows_periods:
             return False
-        if terms is None or new.asked_at - terms_at > _TERMS_TTL:
+        if terms is None or new.asked_at - at > _TERMS_TTL:
             return True
         granted = answer.total_available_grant_amount or 0.0
         is_low = is_counted and answer.balance <= granted * _LOW_SHARE
@@ -456,22 +454,6 @@ class _NewAnswer(NamedTuple):
     server_time: float
 
 
-def _invalid_features(features: Iterable[str]) -> list[str]:
-    """Return the *features* that OpenMeter cannot have, and log an error for each.
-
-    Options with such a feature are rejected at the start. A view may name one only when
-    a request comes.
-    """
-    problems = {feature: feature_problem(feature) for feature in features}
-    invalid = [feature for feature, problem in problems.items() if problem]
-    for feature in invalid:
-        logger.error(
-            "feature %r: every request that requires it is denied: %s",
-            feature, problems[feature],
-        )  # fmt: skip
-    return invalid
-
-
 def _is_of_next_period(new: _NewAnswer, before: CachedAnswer) -> bool:
     """Return True if *new* is about the period that follows *before*'s.
 
@@ -508,10 +490,8 @@ def _terms_for(
 
 def _decision(cached: CachedAnswer, now: float) -> Decision:
     """Return the decision of a cached answer, with its source."""
-    source: DecisionSource = "cache"
-    if cached.asked_at >= now:
-        source = "openmeter"
-    else:
+    source: DecisionSource = "openmeter" if cached.asked_at >= now else "cache"
+    if source == "cache":
         cached.used = True
     if now >= cached.fresh_until:
         source = "stale"
