@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.audit import NotMetered
-from openmeter_wsgi.audit import logger as audit_logger
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
@@ -34,6 +32,8 @@ from openmeter_wsgi.events import (
 )
 from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measures import Measure, computed, evaluate
+from openmeter_wsgi.not_metered import NotMetered
+from openmeter_wsgi.not_metered import logger as audit_logger
 from openmeter_wsgi.policy import overriding_options
 from openmeter_wsgi.request import (
     COMPLETED,

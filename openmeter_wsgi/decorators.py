@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, Unpack
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.entitlements.denials import require_entitlements
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, note_decorated

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.handlers import (
+from openmeter_wsgi.entitlements.denials import (
     DeniedResponse,
     EntitlementDenied,
     with_quota,

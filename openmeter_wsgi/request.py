@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.exchange import ResponseCapture
-    from openmeter_wsgi.frameworks import RememberedSubjects
+    from openmeter_wsgi.framework_base import RememberedSubjects
     from openmeter_wsgi.quota.account import Reservation
 
 logger: Final = log.get_logger(__name__)

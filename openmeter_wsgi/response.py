@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.entitlements.handlers import EntitlementDenied
+from openmeter_wsgi.entitlements.denials import EntitlementDenied
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.request import (
     ABORTED,
