@@ -315,7 +315,7 @@ class Sender(Generic[_B]):
             self._suspects.append(head)
             self._refused_in_a_row += 1
         if self._refused_in_a_row:
-            self.outage.note(error, refused=True)
+            self.outage.note(error, refused=self._refused_in_a_row > 1)
         if self._refused_in_a_row < 2:
             return 0.0  # the next event may be accepted
         delay = self._backoff(self._refused_in_a_row)
