@@ -3,7 +3,8 @@
 A segment is a file of events, one per line. Its *owner*, a process, appends to it until
 it is *sealed*. The elected sender reads all segments, also the live ones up to their
 last whole line: so the events of an idle process are delivered, too. It *adopts* the
-segments of owners that have died. A segment whose lines are all done is deleted.
+segments of owners that have died. A segment whose lines are all done is deleted. Some
+segments are mapped into memory at their full size: the unused end is zeros.
 
 `SpoolReader` reads the directory, `SegmentReader` one segment, and `Liveness` finds the
 owners that have died.
@@ -180,7 +181,7 @@ class SpoolReader:
     # -- Delay
 
     def delay(self, batch: SpoolBatch, seconds: float) -> None:
-        """Make `take` return *batch*, which was taken, again after some *seconds*."""
+        """Make `take` return the taken *batch* again after *seconds*."""
         self._delayed.add(batch.ranges, seconds)
 
     @property
@@ -378,7 +379,7 @@ _BLOCK_BYTES = 32 * 1024
 
 
 class SegmentReader:
-    """The lines of one segment, each of which is returned once.
+    """Reader of one segment, which returns each line once.
 
     Belongs to the sender. *done* are the ranges that an earlier sender has delivered.
     """
@@ -459,7 +460,7 @@ class SegmentReader:
         return parts, damaged
 
     def _valid_slice(self, text: bytes, start: int) -> Slice | None:
-        """Return *text* as a slice, None if a line may be no event."""
+        """Return *text* as a slice, None if a line may not be an event."""
         if not text.endswith(b"\n"):
             return None
         if self.adopted or self.name.form == WRITTEN:
