@@ -1,4 +1,4 @@
-"""The code of the README and of the documentation is run as it stands."""
+"""Run the code blocks of the README and of the documentation as tests."""
 
 import os
 import sys
@@ -22,10 +22,10 @@ from documented import parsers
 
 
 class Page:
-    """What the examples of one page have at hand, beside what they show.
+    """The objects that the code blocks of one page can use without defining them.
 
-    Blocks inside a comment, which no reader sees, ask with it whether the visible
-    ones before them do what the page says.
+    Blocks inside a comment of the page, which readers do not see, use them to check
+    the visible blocks before them.
     """
 
     def __init__(self) -> None:
@@ -49,17 +49,17 @@ class Page:
         }
 
     def call(self, app: Any, path: str = "/", **request: Any) -> TestResponse:
-        """Send *app* a request, and read the response to its end."""
+        """Send a request to *app* and read the response to its end."""
         request.setdefault("method", "GET")
         with Client(app).open(path, **request) as response:
             response.get_data()
         if hasattr(app, "wsgi_app"):
-            # Flask takes no views after the first request; a page adds some.
+            # Flask accepts no views after the first request, but a page adds some.
             app._got_first_request = False
         return response
 
     def billed(self, middleware: OpenMeterMiddleware) -> list[tuple[str, str, Any]]:
-        """Return what was billed since the last time: subject, type and data."""
+        """Return subject, type and data of the events billed since the last call."""
         self._used.append(middleware)
         assert middleware.flush(20)
         answer = requests.get(f"{self.sandbox.url}/api/v2/events", timeout=20)
@@ -69,7 +69,7 @@ class Page:
         return sorted(((e["subject"], e["type"], e["data"]) for e in new), key=repr)
 
     def close(self) -> None:
-        """End what the examples left running."""
+        """Close the middlewares, the sandbox and the spool of the page."""
         for middleware in self._used:
             middleware.close(5)
         self._variables.stop()
@@ -79,7 +79,7 @@ class Page:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the blocks of a page run in its order: each builds on those before it."""
+    """Sort the blocks of a page into its order: each builds on those before it."""
     blocks = [item for item in items if isinstance(item, SybilItem)]
     in_order = iter(sorted(blocks, key=lambda item: (item.path, item.example.line)))
     items[:] = [

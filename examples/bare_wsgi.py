@@ -1,4 +1,4 @@
-"""A WSGI application without any framework that bills what it delivers.
+"""A WSGI application without a framework that sends its usage to OpenMeter.
 
 ::
 
@@ -20,7 +20,7 @@ TEXT = [("Content-Type", "text/plain; charset=utf-8")]
 
 
 def shop(environ: dict[str, Any], start_response: StartResponse) -> Iterator[bytes]:
-    """Serve products, a credit for each; anything else is not found, and not billed."""
+    """Serve products for a credit each; other paths are not found and not billed."""
     if environ["PATH_INFO"] != "/products":
         start_response("404 Not Found", TEXT)
         yield b"nothing here\n"
@@ -31,5 +31,5 @@ def shop(environ: dict[str, Any], start_response: StartResponse) -> Iterator[byt
         add_meters(environ, {"credits": 1})
 
 
-# Your proxy sets the header once it has authenticated, and lets no client set it.
+# Your proxy sets the header after authentication, and removes it from client requests.
 app = OpenMeterMiddleware(shop, meters={"api_requests": 1}, subject="header:X-Customer")

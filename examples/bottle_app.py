@@ -1,4 +1,4 @@
-"""A Bottle application that bills what it delivers.
+"""A Bottle application that sends its usage to OpenMeter.
 
 ::
 
@@ -24,7 +24,7 @@ from openmeter_wsgi import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: API key to customer. Yours are in a database, and hashed.
+#: API key to customer. In your application: hashed, in a database.
 CUSTOMERS = {"acme-key": "acme", "globex-key": "globex"}
 
 shop = Bottle()
@@ -32,7 +32,7 @@ shop = Bottle()
 
 @shop.hook("before_request")
 def authenticate() -> None:
-    """Whoever is unknown is answered 401, and billed nothing."""
+    """Set the subject; an unknown caller gets 401, which is not billed."""
     customer = CUSTOMERS.get(request.headers.get("X-API-Key"))
     if customer is None:
         abort(401)
@@ -41,7 +41,7 @@ def authenticate() -> None:
 
 @shop.get("/products/<name>")
 def product(name: str) -> dict[str, str]:
-    """Not found is not billed."""
+    """Return a product; a 404 is not billed."""
     if name != "anvil":
         abort(404)
     return {"name": name}
@@ -49,7 +49,7 @@ def product(name: str) -> dict[str, str]:
 
 @shop.get("/export/<pages:int>")
 def export(pages: int) -> Iterator[bytes]:
-    """Stream pages, a credit each."""
+    """Stream pages for a credit each."""
     environ = request.environ
     for _ in range(pages):
         yield b"x" * 1024
@@ -57,7 +57,7 @@ def export(pages: int) -> Iterator[bytes]:
 
 
 def refuse(view: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer who is denied: Bottle would make 500 of an exception."""
+    """Turn a denial into its response: Bottle would answer an exception with 500."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -74,7 +74,7 @@ shop.install(refuse)
 
 @shop.get("/report")
 def report() -> dict[str, str]:
-    """Only for customers who have the feature."""
+    """Return a report, only for customers with the feature "reports"."""
     require_entitlements(request, "reports")
     return {"report": "all is well"}
 

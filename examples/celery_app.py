@@ -1,4 +1,4 @@
-"""A Flask endpoint that answers 202, and a Celery job that bills when it has succeeded.
+"""A Flask endpoint that answers 202, and a Celery job that is billed if it succeeds.
 
 With a Redis and an OpenMeter on this machine::
 
@@ -26,14 +26,14 @@ REDIS = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 policy = Policy.from_env(
     meters={"requests": 1},
     event_source="videos",
-    # Your authentication sets it: a header that clients can set lets them bill others.
+    # Your authentication must set this header: clients that can set it can bill others.
     subject="header:X-Customer",
 )
 app = Flask(__name__)
 app.wsgi_app = OpenMeterMiddleware(app.wsgi_app, policy)  # type: ignore[method-assign]
 usage = Usage(policy)
 queue = Celery("videos", broker=REDIS, backend=REDIS)
-# A job that was interrupted runs again. Its ticket bills once all the same.
+# An interrupted job runs again. Its ticket is still billed only once.
 queue.conf.update(
     task_acks_late=True, task_reject_on_worker_lost=True, worker_prefetch_multiplier=1
 )
@@ -41,14 +41,14 @@ queue.conf.update(
 
 @app.post("/videos/<name>")
 def submit(name: str) -> tuple[dict[str, str], int]:
-    """Accept the work. The request itself is billed now, the video by the job."""
+    """Start the job. The request is billed now, the video by the job."""
     job = encode.delay(defer(request, "videos"), name)
     return {"job": job.id}, 202
 
 
 @queue.task  # type: ignore[untyped-decorator]
 def encode(ticket: str, name: str) -> str:
-    """Do the work, then bill it. Whatever raises before that bills nothing."""
+    """Do the work, then bill it. If the work fails, it is not billed."""
     time.sleep(0.02)
     if name.startswith("broken"):
         raise ValueError(f"{name} is no video")
@@ -58,5 +58,5 @@ def encode(ticket: str, name: str) -> str:
 
 @signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]
 def close(**_: Any) -> None:
-    """Send what waits: Celery ends its processes without Python's exit hooks."""
+    """Send the waiting events: Celery ends processes without Python's exit hooks."""
     usage.close()

@@ -1,4 +1,4 @@
-"""A Falcon application that bills what it delivers.
+"""A Falcon application that sends its usage to OpenMeter.
 
 ::
 
@@ -25,15 +25,15 @@ from openmeter_wsgi import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: API key to customer. Yours are in a database, and hashed.
+#: API key to customer. In your application: hashed, in a database.
 CUSTOMERS = {"acme-key": "acme", "globex-key": "globex"}
 
 
 class Metered:
-    """Falcon's middleware: says who is calling, and which route is called."""
+    """Falcon middleware that sets the subject and the route of a request."""
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Whoever is unknown is answered 401, and billed nothing."""
+        """Set the subject; an unknown caller gets 401, which is not billed."""
         customer = CUSTOMERS.get(req.get_header("X-API-Key", default=""))
         if customer is None:
             raise falcon.HTTPUnauthorized
@@ -48,7 +48,7 @@ class Metered:
 
 class Product:
     def on_get(self, req: falcon.Request, resp: falcon.Response, name: str) -> None:
-        """Not found is not billed."""
+        """Return a product; a 404 is not billed."""
         if name != "anvil":
             raise falcon.HTTPNotFound
         resp.media = {"name": name}
@@ -56,7 +56,7 @@ class Product:
 
 class Export:
     def on_get(self, req: falcon.Request, resp: falcon.Response, pages: int) -> None:
-        """Stream pages, a credit each."""
+        """Stream pages for a credit each."""
 
         def stream() -> Iterator[bytes]:
             for _ in range(pages):
@@ -69,7 +69,7 @@ class Export:
 
 class Report:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        """Only for customers who have the feature."""
+        """Return a report, only for customers with the feature "reports"."""
         require_entitlements(req, "reports")
         resp.media = {"report": "all is well"}
 
@@ -77,7 +77,7 @@ class Report:
 def refuse(
     req: falcon.Request, resp: falcon.Response, denied: EntitlementDenied, _: Any
 ) -> None:
-    """Answer who is denied: Falcon would make 500 of an exception."""
+    """Turn a denial into its response: Falcon would answer an exception with 500."""
     answer = denied.get_response(req.env)
     resp.status, resp.data = answer.status, answer.data
     resp.set_headers(list(answer.headers))

@@ -1,13 +1,13 @@
-"""A Flask application that bills what it delivers.
+"""A Flask application that sends its usage to OpenMeter.
 
-Against an OpenMeter on this machine::
+With a local sandbox instead of OpenMeter::
 
     openmeter-wsgi sandbox &
     OPENMETER_API_URL=http://127.0.0.1:8888 \
         gunicorn -c examples/gunicorn.conf.py examples.flask_app:app
     curl -H 'X-API-Key: acme-key' http://127.0.0.1:8000/products
 
-Against OpenMeter Cloud: set ``OPENMETER_API_KEY`` and leave the address out.
+With OpenMeter Cloud: set ``OPENMETER_API_KEY`` instead of the address.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from openmeter_wsgi import OpenMeterMiddleware, add_meters, set_meters, set_user
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: API key to customer. Yours are in a database, and hashed.
+#: API key to customer. In your application: hashed, in a database.
 CUSTOMERS = {
     "acme-key": {"sub": "acme"},
     "globex-key": {"sub": "globex"},
     "initech-key": {"sub": "initech"},
     "cafe-key": {"sub": "Zoë's Café"},
 }
-#: What a call of each model costs, in credits.
+#: Price of a call, in credits, by model.
 MODELS = {"small": 1, "large": 5}
 MAX_PAGES, MAX_KIB = 100, 16 * 1024
 
 app = Flask(__name__)
-# Key and address come from OPENMETER_API_KEY and OPENMETER_API_URL.
+# OPENMETER_API_KEY and OPENMETER_API_URL set the key and the address of OpenMeter.
 app.wsgi_app = OpenMeterMiddleware(  # type: ignore[method-assign]
     app.wsgi_app,
     meter={"type": "api-request", "data": {"region": "eu"}},
@@ -45,7 +45,7 @@ app.wsgi_app = OpenMeterMiddleware(  # type: ignore[method-assign]
 
 @app.before_request
 def authenticate() -> tuple[dict[str, str], int] | None:
-    """Say who is calling; whoever is unknown is answered 401 and billed nothing."""
+    """Set the user; an unknown caller gets 401, which is not billed."""
     customer = CUSTOMERS.get(request.headers.get("X-API-Key", ""))
     if customer is None:
         return {"error": "unknown API key"}, 401
@@ -55,13 +55,13 @@ def authenticate() -> tuple[dict[str, str], int] | None:
 
 @app.get("/products")
 def products() -> list[str]:
-    """Nothing to do: a request that succeeds is one ``api-request``."""
+    """List the products; no code is needed to bill one ``api-request``."""
     return ["anvil", "rocket skates"]
 
 
 @app.get("/products/<name>")
 def product(name: str) -> dict[str, str]:
-    """Not found is not billed."""
+    """Return a product; a 404 is not billed."""
     if name not in products():
         abort(404)
     return {"name": name}
@@ -69,13 +69,13 @@ def product(name: str) -> dict[str, str]:
 
 @app.post("/orders")
 def order() -> tuple[dict[str, str], int]:
-    """201 is within 200-299."""
+    """Accept an order; it is billed, as 201 is within 200-299."""
     return {"ordered": request.get_json()["product"]}, 201
 
 
 @app.post("/chat")
 def chat() -> dict[str, Any]:
-    """Answer as a language model would: tokens by model, and credits on top."""
+    """Answer as a language model would; bill tokens by model, and credits."""
     question = request.get_json()
     model = question["model"]
     if model not in MODELS:
@@ -97,7 +97,7 @@ def chat() -> dict[str, Any]:
 
 @app.get("/export")
 def export() -> Response:
-    """Stream pages, a credit each; ``?break_after=2`` fails after two of them."""
+    """Stream pages for a credit each; ``?break_after=2`` fails after two pages."""
     pages = min(request.args.get("pages", 3, int), MAX_PAGES)
     kib = min(request.args.get("kib", 4, int), MAX_KIB)
     break_after = request.args.get("break_after", -1, int)
@@ -107,7 +107,7 @@ def export() -> Response:
             if number == break_after:
                 raise RuntimeError("the database went away")
             yield b"x" * kib * 1024
-            # Only now has the server passed the page on: what was not sent is free.
+            # Bill the page only now, when the server has sent it.
             add_meters(request, {"credits": 1})
 
     return Response(stream_with_context(stream()), mimetype="text/plain")
@@ -115,6 +115,6 @@ def export() -> Response:
 
 @app.get("/report")
 def report() -> str:
-    """An error of ours is not billed, whatever was counted before it."""
+    """Fail with 500, so that the credits added before are not billed."""
     add_meters(request, {"credits": 100})
     raise RuntimeError("the printer is on fire")

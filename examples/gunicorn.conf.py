@@ -1,8 +1,8 @@
-# ruff: noqa: N999 - the name that gunicorn looks for
-"""Gunicorn for a metered application: ``gunicorn -c examples/gunicorn.conf.py app``.
+# ruff: noqa: N999 - gunicorn's name for its configuration
+"""Configuration of gunicorn: ``gunicorn -c examples/gunicorn.conf.py app``.
 
-The middleware needs nothing of this: each worker delivers from a thread of its own,
-which its first request starts.
+The middleware works without these settings: the first request of each worker starts
+a thread that delivers the events of this worker.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ worker_class = "gthread"
 threads = 4
 # Longer than a load balancer keeps its idle connections.
 keepalive = 75
-# Time for the requests under way and, after them, for the usage that still waits: the
-# middleware's shutdown_timeout, 5 s by default. Then gunicorn kills what is left.
+# Time for the running requests and then for the waiting events, which takes up to
+# shutdown_timeout (5 s by default). After that gunicorn kills the workers.
 graceful_timeout = 30
 
 
 def post_worker_init(worker: Worker) -> None:
-    """Let the worker say at its end what it billed, what not, and why."""
+    """Make the worker log the middleware's statistics when it ends."""
     middleware = worker.wsgi.wsgi_app
 
-    def say() -> None:
+    def log_stats() -> None:
         counts = msgspec.json.encode(middleware.stats()).decode()
         worker.log.info("usage %s", counts)
 
-    # Exit hooks run in reverse: the middleware's own, which comes with its first
-    # event, runs before this one, and sends what waits.
-    atexit.register(say)
+    # Exit hooks run in reverse order. The middleware registers its own later, at its
+    # first event, so it sends the waiting events before this hook runs.
+    atexit.register(log_stats)

@@ -1,4 +1,4 @@
-"""A Pyramid application that bills what it delivers.
+"""A Pyramid application that sends its usage to OpenMeter.
 
 ::
 
@@ -27,12 +27,12 @@ from openmeter_wsgi import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: API key to customer. Yours are in a database, and hashed.
+#: API key to customer. In your application: hashed, in a database.
 CUSTOMERS = {"acme-key": "acme", "globex-key": "globex"}
 
 
 def authenticate(event: ContextFound) -> None:
-    """Whoever is unknown is answered 401, and billed nothing."""
+    """Set subject and route; an unknown caller gets 401, which is not billed."""
     request = event.request
     customer = CUSTOMERS.get(request.headers.get("X-API-Key", ""))
     if customer is None:
@@ -43,14 +43,14 @@ def authenticate(event: ContextFound) -> None:
 
 
 def product(request: Any) -> dict[str, str]:
-    """Not found is not billed."""
+    """Return a product; a 404 is not billed."""
     if request.matchdict["name"] != "anvil":
         raise HTTPNotFound
     return {"name": request.matchdict["name"]}
 
 
 def export(request: Any) -> Response:
-    """Stream pages, a credit each."""
+    """Stream pages for a credit each."""
 
     def stream() -> Iterator[bytes]:
         for _ in range(int(request.matchdict["pages"])):
@@ -61,7 +61,7 @@ def export(request: Any) -> Response:
 
 
 def report(request: Any) -> dict[str, str]:
-    """Only for customers who have the feature. The middleware answers the others."""
+    """Return a report for customers with the feature; the middleware denies others."""
     require_entitlements(request, "reports")
     return {"report": "all is well"}
 

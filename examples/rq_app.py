@@ -1,4 +1,4 @@
-"""A Flask endpoint that answers 202, and an RQ job that bills when it has succeeded.
+"""A Flask endpoint that answers 202, and an RQ job that is billed if it succeeds.
 
 With a Redis and an OpenMeter on this machine::
 
@@ -25,11 +25,11 @@ REDIS = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 
 policy = Policy.from_env(
     meters={"requests": 1},
-    # RQ runs each job in a process that ends without exit hooks. A spool keeps what
-    # such a process could not send; the web server, or `openmeter-wsgi ship`, sends it.
+    # RQ runs each job in a process that ends without exit hooks. A spool keeps the
+    # events of such a process; the web server, or `openmeter-wsgi ship`, sends them.
     spool_dir=os.environ["OPENMETER_SPOOL_DIR"],
     event_source="videos",
-    # Your authentication sets it: a header that clients can set lets them bill others.
+    # Your authentication must set this header: clients that can set it can bill others.
     subject="header:X-Customer",
 )
 app = Flask(__name__)
@@ -40,13 +40,13 @@ queue = Queue("videos", connection=Redis.from_url(REDIS))
 
 @app.post("/videos/<name>")
 def submit(name: str) -> tuple[dict[str, str], int]:
-    """Accept the work. The request itself is billed now, the video by the job."""
+    """Start the job. The request is billed now, the video by the job."""
     job = queue.enqueue(encode, defer(request, "videos"), name, retry=Retry(max=3))
     return {"job": job.id}, 202
 
 
 def encode(ticket: str, name: str) -> str:
-    """Do the work, then bill it. Whatever raises before that bills nothing."""
+    """Do the work, then bill it. If the work fails, it is not billed."""
     time.sleep(0.02)
     if name.startswith("broken"):
         raise ValueError(f"{name} is no video")

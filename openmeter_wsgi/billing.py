@@ -312,17 +312,20 @@ class Billing:
         return kept or "message_too_large"
 
     def _warn_of_missing_subject(self, environ: Environ) -> None:
+        method = method_of(environ)
+        path = f"{environ.get('SCRIPT_NAME', '')}{environ.get('PATH_INFO', '')}"
         if (missing := self.subjects.missing_path(environ)) is None:
             logger.warning(
-                "%s: a request without subject is not billed (see subject, "
+                "%s: a request without subject is not billed: %s %s (see subject, "
                 "subject_path, set_subject and on_missing_subject)",
-                "no_subject",
-            )
+                "no_subject", method, path,
+            )  # fmt: skip
             return
         logger.error(
-            "subject at %r: %s has no %r; %d requests without subject are not billed",
+            "subject at %r: %s has no %r; %d requests without subject are not billed; "
+            "the last one: %s %s",
             missing.path, missing.owner, missing.name,
-            self.not_metered.counts["no_subject"] + 1,
+            self.not_metered.counts["no_subject"] + 1, method, path,
         )  # fmt: skip
 
     def _storable(self, events: list[bytes]) -> list[bytes]:

@@ -132,7 +132,8 @@ def _of_pyramid(app: Any) -> Iterator[ServedRoute]:
         yield ServedRoute("/" + route.pattern.lstrip("/"), None, None)
 
 
-def _of_django(_: Any) -> Iterator[ServedRoute]:
+def routes_of_django(_: Any = None) -> Iterator[ServedRoute]:
+    """Yield the routes of the Django project in this process."""
     from django.urls import get_resolver
 
     to_visit: list[tuple[str, Any]] = [
@@ -147,12 +148,55 @@ def _of_django(_: Any) -> Iterator[ServedRoute]:
             yield ServedRoute(f"/{template}", None, pattern.callback)
 
 
+#: The methods of HTTP after which the functions of a view class are named.
+_METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
+
+
+def view_class_of(view: Any) -> Any:
+    """Return the class of a class-based view of Flask or Django, None for others."""
+    # The REST framework calls it `cls`.
+    return getattr(view, "view_class", None) or getattr(view, "cls", None)
+
+
+def handlers_of(view: Any) -> list[Any]:
+    """Return the functions of a view class that serve the requests of *view*."""
+    names = dict.fromkeys(_actions(view).values() or _METHODS)
+    handlers = (_handler(view, name) for name in names)
+    return [handler for handler in handlers if handler is not None]
+
+
+def handler_of(view: Any, method: str) -> Any:
+    """Return the function of a view class that serves *method*.
+
+    None if there is no such function, or *view* has no class.
+    """
+    if view_class_of(view) is None:
+        return None
+    name = method.lower()
+    handler = _handler(view, _actions(view).get(name, name))
+    return handler_of(view, "get") if handler is None and name == "head" else handler
+
+
+def _actions(view: Any) -> dict[str, str]:
+    """Return the functions of a ViewSet by method, such as ``{"get": "list"}``."""
+    actions = getattr(view, "actions", None)
+    return actions if isinstance(actions, dict) else {}
+
+
+def _handler(view: Any, name: str) -> Any:
+    handler = getattr(view_class_of(view), name, None)
+    if getattr(handler, "__module__", None) == "rest_framework.decorators":
+        # `@api_view` makes a class whose methods call the function.
+        return next(_closed_over(handler), handler)
+    return handler
+
+
 _FRAMEWORKS: tuple[tuple[str, str, Callable[[Any], Iterable[ServedRoute]]], ...] = (
     ("flask", "Flask", _of_flask),
     ("bottle", "Bottle", _of_bottle),
     ("falcon", "App", _of_falcon),
     ("pyramid.router", "Router", _of_pyramid),
-    ("django.core.handlers.wsgi", "WSGIHandler", _of_django),
+    ("django.core.handlers.wsgi", "WSGIHandler", routes_of_django),
 )
 
 

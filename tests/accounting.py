@@ -1,4 +1,4 @@
-"""An application whose processes leave their counts behind when they end."""
+"""WSGI application whose processes write their stats to a file when they end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from wsgiref.types import StartResponse
 
-#: How a request may end, by its path.
+#: The paths, each of which ends its request in a different way.
 ENDINGS = ("/", "/two", "/nothing", "/missing", "/breaks", "/nobody")
 
 
@@ -31,16 +31,16 @@ def _answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[
     return [b"answered"]
 
 
-def _at_rest(application: OpenMeterMiddleware) -> Stats:
-    """Return the counts when nothing is on its way from one figure to another."""
+def _settled_stats(application: OpenMeterMiddleware) -> Stats:
+    """Return the stats once they no longer change."""
     before = application.stats()
     while (after := application.stats()) != before:
         before = after
     return after
 
 
-def _leave_behind(application: OpenMeterMiddleware, path: str) -> None:
-    line = msgspec.json.encode(_at_rest(application)) + b"\n"
+def _write_stats(application: OpenMeterMiddleware, path: str) -> None:
+    line = msgspec.json.encode(_settled_stats(application)) + b"\n"
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(fd, line)
     os.close(fd)
@@ -52,7 +52,7 @@ def left_behind(path: str) -> list[Stats]:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the application that gunicorn is told to load, in its workers alone."""
+    """Make `application` when gunicorn loads it, so only in its workers."""
     if name != "application":
         raise AttributeError(name)
     app = OpenMeterMiddleware(
@@ -63,6 +63,7 @@ def __getattr__(name: str) -> Any:
         batch_size=20,
         shutdown_timeout=0.3,
     )
-    # Before the middleware's own exit hook is registered, so that it runs after it.
-    atexit.register(_leave_behind, app, os.environ["ACCOUNTS"])
+    # Exit hooks run in reverse order. The middleware registers its own later, so this
+    # one runs after it.
+    atexit.register(_write_stats, app, os.environ["ACCOUNTS"])
     return app

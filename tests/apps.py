@@ -1,4 +1,4 @@
-"""Small applications, each with one way of answering that WSGI allows."""
+"""Small WSGI applications, each with another form of response that WSGI allows."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def large_digest() -> str:
 
 
 def gated(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
-    """Make the second chunk only once the test has opened its gate."""
+    """Send the second chunk once the test sends bytes over its port ``gate``."""
     gate = int(parse_qs(environ["QUERY_STRING"])["gate"][0])
     start_response("200 OK", list(TEXT))
     yield b"first\n"
@@ -213,7 +213,7 @@ def gated(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
 
 
 def keyed(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
-    """Do what the query's key names, once; say who does it, and wait at a gate."""
+    """Set the idempotency key, answer with the process id, and wait for ``gate``."""
     query = parse_qs(environ["QUERY_STRING"])
     set_idempotency_key(environ, query["key"][0])
     start_response("200 OK", list(TEXT))
@@ -225,14 +225,14 @@ def keyed(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
 
 
 def counted(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer with what the query asks to be billed."""
+    """Bill five tokens."""
     add_meters(environ, {"tokens": 5})
     start_response("200 OK", list(TEXT))
     return [b"counted"]
 
 
 def stuck(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer at once, except for the path that never does."""
+    """Answer at once; never answer a request of ``/stuck``."""
     if environ["PATH_INFO"] == "/stuck":
         left, right = socket.socketpair()
         with left, right:
@@ -271,7 +271,7 @@ def _flask_at(path: str) -> WSGIApplication:
     return app
 
 
-#: Those that end well.
+#: The applications that succeed.
 APPS: dict[str, WSGIApplication] = {
     app.__name__: app
     for app in (
@@ -295,17 +295,17 @@ SERVED = {**APPS, **FAILING, **FRAMEWORK}
 
 
 def metered(app: WSGIApplication, **options: Any) -> OpenMeterMiddleware:
-    """Bill a request to whom the header says, wherever the environment says."""
+    """Return *app* in a middleware that takes the subject from X-Subject."""
     options = {"meters": {"requests": 1}, "subject": "header:X-Subject", **options}
     options.setdefault("on_missing_subject", "anonymous")
     return OpenMeterMiddleware(app, **options)
 
 
-#: All that can be measured, so that all of a response is looked at.
 HALF = {
     "type": "api_requests",
     "data": {"total": 1, "half": "$request.header.X-Half"},
 }
+#: A meter with all measures, so that the middleware reads the whole response.
 MEASURED = {
     "type": "measured",
     "data": {
@@ -320,28 +320,28 @@ MEASURED = {
 
 
 def one_of_many() -> WSGIApplication:
-    """Serve `/bare/NAME`, `/metered/NAME` and `/measured/NAME`, the same thrice."""
-    both: dict[str, dict[str, Callable[..., Iterable[bytes]]]] = {
+    """Serve each application as `/bare/NAME`, `/metered/NAME` and `/measured/NAME`."""
+    apps: dict[str, dict[str, Callable[..., Iterable[bytes]]]] = {
         "bare": {**SERVED, "gated": gated, "large": large},
     }
-    both["metered"] = {
-        name: metered(app, dry_run=True) for name, app in both["bare"].items()
+    apps["metered"] = {
+        name: metered(app, dry_run=True) for name, app in apps["bare"].items()
     }
-    both["measured"] = {
+    apps["measured"] = {
         name: metered(app, dry_run=True, meter=MEASURED)
-        for name, app in both["bare"].items()
+        for name, app in apps["bare"].items()
     }
 
     def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         _, kind, name = environ["PATH_INFO"].split("/")
         environ["PATH_INFO"] = f"/{name}"
-        return both[kind][name](environ, start_response)
+        return apps[kind][name](environ, start_response)
 
     return app
 
 
 def __getattr__(name: str) -> Any:
-    """Make the application that a server is told to load, in the server alone."""
+    """Make an application when a server loads it by name, so only in the server."""
     makers = {
         "bare_or_metered": one_of_many,
         "billed": lambda: metered(listed, flush_interval=0.05),

@@ -1,4 +1,4 @@
-"""Serve requests through a middleware and see what arrives at OpenMeter."""
+"""Serve requests through a middleware and return the events that OpenMeter gets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def metered_environ() -> Environ:
 
 
 def serve(app: Any, request: Environ) -> bytes:
-    """Be a server: iterate and close."""
+    """Serve one request as a server does: iterate and close the response."""
     response = app(request, lambda *args: lambda data: None)
     try:
         return b"".join(response)
@@ -55,7 +55,7 @@ def bill(
     request: Environ | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Return the events that one request makes, as OpenMeter gets them."""
+    """Serve one request and return the events that OpenMeter gets."""
     options = {"on_missing_subject": "acme", **options}
     middleware = OpenMeterMiddleware(
         handled(handler), api_url=openmeter.url, flush_interval=60, **options

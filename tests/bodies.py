@@ -1,4 +1,4 @@
-"""Bodies for the readers, and ways to cut them into chunks."""
+"""Bodies for the tests of body readers, and functions that cut them into chunks."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def in_steps(body, size):
 
 @st.composite
 def cuts_of(draw, bodies):
-    """A body, and the same in chunks."""
+    """Draw a body, and a list of chunks into which it is cut."""
     body = draw(bodies)
     positions = draw(st.lists(st.integers(0, len(body)), max_size=12))
     return body, cut(body, positions)
@@ -58,7 +58,7 @@ def cuts_of(draw, bodies):
 
 @st.composite
 def damaged(draw, bodies):
-    """A body of which something is missing, doubled or replaced."""
+    """Draw a body with a part missing, doubled or replaced."""
     body = draw(bodies)
     start, end = sorted(draw(st.tuples(*[st.integers(0, len(body))] * 2)))
     middle = draw(st.one_of(st.binary(max_size=20), st.just(body[start:end] * 2)))

@@ -1,17 +1,22 @@
-"""What kills and other faults cost, counted: nothing that was settled may be lost.
+"""Count lost and repeated events under kills and other faults.
 
     python -m tests.chaos [--kills 200] [--seed 1]
 
-gunicorn serves under load while its workers, or it and all its workers, are killed
-at random moments; while somebody deletes the oldest files of the spool; while workers
-are stopped for a while; while OpenMeter answers byte by byte; while workers live for a
-few requests only; while applications of two servers share one spool. Above the
-middleware stands an application that writes a mark for every request whose response is
-closed, hence settled. In the end every mark must have an event at OpenMeter, at the
-server that it was for, and no request may have two.
+gunicorn serves requests under load, each run with one fault at random moments:
+
+- one worker, or gunicorn with all workers, is killed with SIGKILL;
+- the oldest files of the spool are deleted ("cleaned");
+- a worker is stopped for a second ("frozen");
+- OpenMeter answers byte by byte ("dripping");
+- workers end after a few requests ("short-lived");
+- applications that send to two different servers share one spool.
+
+The middleware is wrapped in `Marked`, which writes a mark for each request whose
+response was closed, and so was settled. In the end every mark must have exactly one
+event, at the right server.
 """
 
-# ruff: noqa: T201 - a program, too
+# ruff: noqa: T201 - also a program that prints
 from __future__ import annotations
 
 import argparse
@@ -52,15 +57,15 @@ VICTIMS = ("worker", "all")
 FAULTS = ("cleaned", "frozen", "dripping", "short-lived")
 FORMS = (MAPPED, WRITTEN)
 CLIENTS = 4
-#: A kill comes within so many seconds after the server has settled something.
+#: Maximum number of seconds between a settled request and the next kill.
 _MOMENT = 0.4
-#: The sink answers within so many seconds, so that kills strike while it does.
+#: Maximum number of seconds until the sink answers, so that kills hit open requests.
 _THINKING = 0.02
-#: So long a worker is frozen, or the server drips.
+#: Number of seconds for which a worker is frozen, or the sink drips.
 _FAULT_TIME = 1.0
-#: A cleaner deletes what is older than this many seconds.
+#: Age in seconds from which on a spool file is deleted.
 _OLD = 0.5
-#: A worker that is short-lived ends after so many requests.
+#: Number of requests after which a short-lived worker ends.
 _FEW_REQUESTS = "40"
 
 
@@ -68,7 +73,7 @@ _FEW_REQUESTS = "40"
 
 
 class Marked:
-    """Writes the name of each request after the middleware has closed its response."""
+    """WSGI middleware that writes the name of each request once it is settled."""
 
     def __init__(self, app: WSGIApplication, marks: str) -> None:
         self._app = app
@@ -102,7 +107,7 @@ def _answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[
 
 
 def __getattr__(name: str) -> Any:
-    """Make the application that gunicorn is told to load, in its workers alone."""
+    """Make `application` when gunicorn loads it, so only in its workers."""
     if name != "application":
         raise AttributeError(name)
     app = OpenMeterMiddleware(
@@ -123,32 +128,33 @@ def _new_process(policy: Policy) -> Process:
     return Process(policy, counts=counts, transport=transport)
 
 
-# -- Around it
+# -- Outside the server
 
 
 @dataclasses.dataclass
 class Result:
-    """What a number of kills did."""
+    """The counts of one run."""
 
+    #: Number of kills or other faults.
     kills: int = 0
-    #: Requests that were settled for certain.
+    #: Number of requests with a mark: they were settled.
     acknowledged: int = 0
-    #: Of these, without an event.
+    #: Number of marked requests without an event.
     lost: int = 0
-    #: Requests that arrived under more than one id.
+    #: Number of requests with events of different ids: they would be billed twice.
     twice: int = 0
-    #: Events whose id came more than once: OpenMeter counts them once.
+    #: Number of ids received more than once: OpenMeter counts each once.
     repeated: int = 0
-    #: Batches that held such events.
+    #: Number of batches with such ids.
     repeated_batches: int = 0
-    #: Answers that came byte by byte: each batch has to be repeated.
+    #: Number of batches answered byte by byte: each of them has to be repeated.
     dripped: int = 0
-    #: Requests whose events came to another server.
+    #: Number of requests whose events came to the wrong server.
     strayed: int = 0
 
     @property
     def repeats_as_it_may(self) -> bool:
-        """Whether there was at most one batch in flight for each fault."""
+        """True if at most one batch per fault was repeated."""
         return self.repeated_batches <= self.kills + self.dripped
 
     def __add__(self, other: Result) -> Result:
@@ -157,7 +163,7 @@ class Result:
 
 
 class CountingSink(Sink):
-    """A sink that thinks before it answers and counts what comes again."""
+    """A sink that delays its answers and counts repeated events."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -193,7 +199,7 @@ class CountingSink(Sink):
 
 
 class Gunicorn:
-    """A gunicorn that is killed and started again behind one listening socket."""
+    """A gunicorn process that can be killed and restarted on one listening socket."""
 
     def __init__(self, command: list[str], directory: Path, **env: str) -> None:
         self.marks = directory / "marks"
@@ -227,11 +233,11 @@ class Gunicorn:
             self._process.wait()
             self._start()
         else:
-            # The master reaps it; no other process can have got its id before.
+            # The id still belongs to this worker, as the master has not reaped it.
             os.kill(chance.choice(self.workers()), signal.SIGKILL)
 
     def strike(self, fault: str, spool: Path, sink: CountingSink, seed: Any) -> None:
-        """Let one of `FAULTS` happen."""
+        """Cause one of `FAULTS`."""
         if fault == "cleaned":
             _delete_oldest(spool)
         elif fault == "frozen":
@@ -245,7 +251,7 @@ class Gunicorn:
             sink.dripping.clear()
 
     def stop(self) -> int:
-        """Stop it as a deployment does."""
+        """Stop gunicorn with SIGTERM, as a deployment does, and return its status."""
         self._process.terminate()
         return self._process.wait(TIMEOUT)
 
@@ -260,7 +266,7 @@ class Gunicorn:
 
 
 class Load:
-    """Clients that ask without end, each request under a name of its own."""
+    """Clients that send requests until the end, each with a name of its own."""
 
     def __init__(self, address: tuple[str, int], prefix: str = "client") -> None:
         self._address = address
@@ -285,7 +291,7 @@ class Load:
 
 
 def ask(address: tuple[str, int], name: str) -> bool:
-    """Ask once under *name*, and say if the whole answer came."""
+    """Send a request with *name* and return True if the whole answer came."""
     connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
     try:
         connection.request("GET", "/", headers={"X-Subject": name})
@@ -305,7 +311,7 @@ def run(
     form: str = MAPPED,
     seed: int = 0,
 ) -> Result:
-    """Kill *victim* so many times under load, start again, count what arrived."""
+    """Kill *victim* under load and restart it, *kills* times; count the events."""
     chance = random.Random(f"{server} {victim} {form} {seed}")
     with (
         CountingSink(chance) as sink,
@@ -323,7 +329,7 @@ def run(
                 time.sleep(chance.uniform(0, _MOMENT))
                 gunicorn.kill(victim, chance)
             _wait_for_marks(gunicorn)
-        # The load ends with a kill too, or a clean exit would deliver the rest.
+        # The load ends with a kill, as a clean exit would deliver the waiting events.
         gunicorn.kill("all", chance)
         if not ask(gunicorn.address, "who-wakes-the-sender"):
             raise AssertionError(f"gunicorn does not answer, see {gunicorn.log}")
@@ -345,7 +351,7 @@ def run(
 def run_fault(
     server: str, fault: str, times: int, directory: Path, *, seed: int = 0
 ) -> Result:
-    """Let a fault happen so many times under load, stop, and count what arrived."""
+    """Cause *fault* under load, *times* times, stop, and count the events."""
     chance = random.Random(f"{server} {fault} {seed}")
     command = SERVERS[server]
     if fault == "short-lived":
@@ -368,7 +374,7 @@ def run_fault(
                 gunicorn.strike(fault, spool, sink, chance)
             _wait_for_marks(gunicorn)
         marked = _names(gunicorn.marks)
-        # Each worker, too, whose files are gone: it looks when it is asked.
+        # A worker whose files were deleted notices it at its next request.
         _wait_until(lambda: _all_arrived(gunicorn, marked, sink))
         status = gunicorn.stop()
         if status:
@@ -387,7 +393,7 @@ def run_fault(
 def run_two_servers(
     server: str, kills: int, directory: Path, *, seed: int = 0
 ) -> Result:
-    """Kill applications that share a spool and send to two servers, each its own."""
+    """Kill two applications that share a spool and send to different servers."""
     chance = random.Random(f"{server} two servers {seed}")
     total = Result()
     with contextlib.ExitStack() as opened:
@@ -439,12 +445,12 @@ def _all_arrived(gunicorn: Gunicorn, marked: set[str], sink: CountingSink) -> bo
 
 
 def _delete_oldest(spool: Path) -> None:
-    """Delete what is the oldest in a spool, as a cleaner of old files does."""
-    found = []
+    """Delete the three oldest files of a spool if they are old enough."""
+    files = []
     for path in filter(Path.is_file, spool.rglob("*")):
         with contextlib.suppress(OSError):
-            found.append((path.stat().st_mtime, path))
-    for modified, path in sorted(found)[:3]:
+            files.append((path.stat().st_mtime, path))
+    for modified, path in sorted(files)[:3]:
         if time.time() - modified > _OLD:
             path.unlink(missing_ok=True)
 
@@ -464,7 +470,7 @@ def _size(path: Path) -> int:
 
 
 def _wait_until(condition: Callable[[], bool], timeout: float = 40.0) -> bool:
-    """Wait for something that other processes do, which can only be looked at."""
+    """Poll *condition*, which other processes make true; return False at timeout."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -477,7 +483,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
+    args = parser.parse_args()
     runs = list(itertools.product(SERVERS, VICTIMS, FORMS))
     print(
         "| server | struck | journal | times | acknowledged | lost "
@@ -490,23 +496,23 @@ def main() -> None:
             result = run(
                 server,
                 victim,
-                max(given.kills // len(runs) - 1, 1),
+                max(args.kills // len(runs) - 1, 1),
                 Path(directory),
                 form=form,
-                seed=given.seed,
+                seed=args.seed,
             )
         total += result
         _print_row(server, victim, form, result)
     for server, fault in itertools.product(SERVERS, FAULTS):
-        times = max(given.kills // 20, 1)
+        times = max(args.kills // 20, 1)
         with tempfile.TemporaryDirectory() as directory:
-            result = run_fault(server, fault, times, Path(directory), seed=given.seed)
+            result = run_fault(server, fault, times, Path(directory), seed=args.seed)
         total += result
         _print_row(server, fault, MAPPED, result)
     for server in SERVERS:
-        times = max(given.kills // 20, 1)
+        times = max(args.kills // 20, 1)
         with tempfile.TemporaryDirectory() as directory:
-            result = run_two_servers(server, times, Path(directory), seed=given.seed)
+            result = run_two_servers(server, times, Path(directory), seed=args.seed)
         total += result
         _print_row(server, "two servers", MAPPED, result)
     _print_row("all", "", "", total)

@@ -1,4 +1,4 @@
-"""What all tests share: a server to send to, and nothing of the machine they run on."""
+"""Fixtures of all tests: a server to send to, and isolation from the machine."""
 
 import logging
 import os
@@ -21,14 +21,14 @@ _FOREIGN = {
     "requests_ca_bundle", "curl_ca_bundle", "ssl_cert_file", "ssl_cert_dir",
 }  # fmt: skip
 
-#: A busy machine is no fault of the code: what is slow shows in the benchmarks.
+# No deadline: a busy machine must not fail a test. Benchmarks measure the speed.
 settings.register_profile("tests", deadline=None)
 settings.register_profile("long", deadline=None, max_examples=3_000)
 settings.load_profile("tests")
 
 
-#: The modules that `make test-pythons` runs: another interpreter, or another version of
-#: a dependency, would show there.
+#: The modules that `make test-pythons` runs with other versions of Python and of the
+#: dependencies.
 CORE = {
     f"test_{name}"
     for name in (
@@ -41,7 +41,7 @@ CORE = {
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of these modules with ``core``."""
+    """Mark the tests of the core modules with ``core``."""
     for item in items:
         if getattr(item, "module", None) and item.module.__name__ in CORE:
             item.add_marker(pytest.mark.core)
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch, tmp_path_factory):
-    """No key, proxy, CA bundle or .netrc of the developer's reaches a test."""
+    """Hide the developer's keys, proxies, CA bundles and .netrc from a test."""
     for name in list(os.environ):
         if name.lower() in _FOREIGN or name.startswith("OPENMETER_"):
             monkeypatch.delenv(name)
@@ -59,24 +59,24 @@ def _own_environment(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_threads(caplog):
-    """No thread of another test is taken for one of this, and none is left behind."""
-    # The threads, not their numbers: a new thread may get that of one that ended.
+    """Ignore log lines of earlier tests' threads; wait until this test's have ended."""
+    # Compare threads and not their numbers, which the system uses again.
     earlier = begin_test() - {threading.current_thread()}
     caplog.handler.addFilter(lambda _: threading.current_thread() not in earlier)
     yield
-    # Set up first, this ends last: all that a test made is closed by now.
-    until(lambda: not _left_behind(), told=lambda: [str(t) for t in _left_behind()])
+    # This fixture is set up first and so ends last: the others have closed everything.
+    until(lambda: not _leaked(), failure=lambda: [str(t) for t in _leaked()])
 
 
-def _left_behind():
-    # A sandbox that several tests share may have connections that are open.
+def _leaked():
+    # A sandbox that several tests share may have open connections.
     sandbox = "openmeter_wsgi.sandbox"
     return [t for t in threads("openmeter_wsgi") if not t.name.startswith(sandbox)]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_log():
-    """A line thinned out in one test is written again in the next."""
+    """Forget repeated log lines, which RepeatFilter would suppress in the next test."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("openmeter_wsgi"):
             logger = logging.getLogger(name)
@@ -87,13 +87,13 @@ def _fresh_log():
 
 @pytest.fixture
 def entitled(openmeter):
-    """The answers of the server about entitlements, which a test changes."""
+    """The entitlements that the server knows; a test can change them."""
     return Entitled(openmeter)
 
 
 @pytest.fixture
 def middlewares(openmeter):
-    """A list of middlewares that are closed after the test, by a healthy server."""
+    """A list of middlewares that are closed after the test, with a healthy server."""
     made = []
     yield made
     openmeter.heal()
@@ -104,38 +104,38 @@ def middlewares(openmeter):
 
 @pytest.fixture
 def patient_ledger(monkeypatch):
-    """No request passes only because a busy machine gives it no turn in time."""
+    """Let requests wait longer for the ledger, as a busy machine may need it."""
     monkeypatch.setattr("openmeter_wsgi.quota.sqlite.STORE_TIMEOUT", PATIENCE)
     monkeypatch.setattr("openmeter_wsgi.quota.account._LOCK_TIMEOUT", PATIENCE)
 
 
 @pytest.fixture
 def quick_path():
-    """A directory in memory, where there is one: to sync a file there takes no time."""
-    room = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=room) as directory:
+    """A temporary directory, in memory if possible, where fsync takes no time."""
+    parent = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
         yield Path(directory)
 
 
 @pytest.fixture
 def sandbox():
-    """A sandbox of the test's own."""
+    """A sandbox for one test."""
     with Sandbox() as sandbox:
         yield sandbox
 
 
 @pytest.fixture
 def api(sandbox):
-    """A session of requests to that sandbox."""
+    """A client of the sandbox's API."""
     with Api(sandbox.url) as api:
         yield api
 
 
 @pytest.fixture
 def openmeter(monkeypatch):
-    """A fake of OpenMeter's ingest that accepts everything until told otherwise.
+    """A fake OpenMeter server that accepts all events unless a test changes it.
 
-    Workers of the test (`spool_support`) put their events for it.
+    Workers of `spool_support` put events for this server.
     """
     with OpenMeterServer() as server:
         monkeypatch.setenv("SPOOL_SERVER", server.url)

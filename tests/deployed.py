@@ -1,4 +1,4 @@
-"""The files in examples/deploy, as the processes that they would start."""
+"""Start the processes that the files in examples/deploy describe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEPLOY = Path(__file__).parents[1] / "examples" / "deploy"
 BODY = b"hello\n"
 REQUESTS = 60
-#: What the files call by the name that it would have on a server.
+#: Paths in these files, which tests replace by paths of this machine.
 _BIN, _SPOOL = "/srv/app/.venv/bin", "/var/lib/openmeter-spool"
 
 
@@ -35,17 +35,17 @@ def free_address() -> tuple[str, int]:
 
 
 def settings(openmeter: OpenMeterServer, **variables: str) -> dict[str, str]:
-    """Return what stands in /etc/openmeter.env, and more."""
-    said = {
+    """Return the variables of a typical /etc/openmeter.env, and *variables*."""
+    usual = {
         "OPENMETER_API_URL": openmeter.url,
         "OPENMETER_SUBJECT": "header:X-Subject",
         "OPENMETER_FLUSH_INTERVAL": "0.1",
     }
-    return environment(**said, **variables)
+    return environment(**usual, **variables)
 
 
 class Unit(NamedTuple):
-    """What a unit of systemd says."""
+    """The settings of a systemd unit that tests use."""
 
     command: list[str]
     variables: dict[str, str]
@@ -53,20 +53,20 @@ class Unit(NamedTuple):
 
 
 def read_unit(name: str, spool: Path) -> Unit:
-    """Return a unit with the paths of this machine in it."""
+    """Read a systemd unit, with its paths replaced by those of this machine."""
     parser = configparser.RawConfigParser(strict=False)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(DEPLOY / name)
     service = parser["Service"]
     command = shlex.split(service["ExecStart"].replace(_BIN, sys.exec_prefix + "/bin"))
-    said = service["Environment"].replace(_SPOOL, str(spool))
-    variables = dict(word.split("=", 1) for word in shlex.split(said))
+    assignments = service["Environment"].replace(_SPOOL, str(spool))
+    variables = dict(word.split("=", 1) for word in shlex.split(assignments))
     stop_signal = signal.Signals[service.get("KillSignal", "SIGTERM")]
     return Unit(command, variables, stop_signal)
 
 
 def make_state_directory(spool: Path) -> Path:
-    """Make what systemd makes for a service, and a container's image has in it."""
+    """Make the spool directory, as systemd or the image of a container does."""
     spool.mkdir(mode=0o700)
     return spool
 
@@ -84,14 +84,14 @@ def gunicorn(log: Path, env: dict[str, str]) -> InstalledServer:
 def serving(
     command: list[str], address: tuple[str, int], log: Path, env: dict[str, str]
 ) -> InstalledServer:
-    """Start a server in the directory of its application."""
+    """Start a server in examples/deploy, the directory of its application."""
     bind = f"{address[0]}:{address[1]}"
     return InstalledServer(command, address, log, {**env, "BIND": bind}, DEPLOY)
 
 
 @contextmanager
 def shipper(command: list[str], log: Path, env: dict[str, str]) -> Iterator[None]:
-    """Run a shipper; it must end well, and soon."""
+    """Run a shipper, stop it with SIGTERM, and check that it exits with status 0."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
     try:

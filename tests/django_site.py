@@ -1,6 +1,6 @@
-"""A site of Django's, for tests: users are made up, so it needs no database.
+"""Django site for tests; its users are made up, so it needs no database.
 
-It is named in settings, and imported once there are some.
+The settings name it, and Django imports it after they are configured.
 """
 
 from pathlib import Path
@@ -8,17 +8,19 @@ from pathlib import Path
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.urls import include, path, re_path
 from django.views import View
-from rest_framework.authentication import BaseAuthentication
+from rest_framework.authentication import BaseAuthentication, SessionAuthentication
 from rest_framework.decorators import (
     api_view,
     authentication_classes,
     permission_classes,
 )
 from rest_framework.permissions import AllowAny, IsAuthenticated
-from rest_framework.renderers import BaseRenderer
+from rest_framework.renderers import BaseRenderer, BrowsableAPIRenderer, JSONRenderer
 from rest_framework.request import clone_request
 from rest_framework.response import Response
 from rest_framework.routers import SimpleRouter
+from rest_framework.schemas.generators import BaseSchemaGenerator
+from rest_framework.serializers import CharField, Serializer
 from rest_framework.views import APIView
 from rest_framework.viewsets import ViewSet
 
@@ -43,7 +45,7 @@ class User:
 
 
 class Authenticate:
-    """What an authenticating middleware does: an attribute of the request."""
+    """Django middleware that sets the user that the header X-User names."""
 
     def __init__(self, get_response):
         self.get_response = get_response
@@ -77,7 +79,7 @@ class NeedsSearches(Api):
 
 
 class Forms(BaseRenderer):
-    """Asks, as the browsable API does, which forms the user may see."""
+    """Renderer that checks permissions for its forms, as the browsable API does."""
 
     media_type, format, charset = "text/html", "html", "utf-8"
 
@@ -97,12 +99,91 @@ class Export(Api):
     required_entitlements = ("exports",)
 
 
+class Sessions(Export):
+    authentication_classes = (SessionAuthentication,)
+    permission_classes = (HasEntitlements,)
+
+
+class ForMethods(TokenAuthentication):
+    def __init__(self, method):
+        self.method = method
+
+    def authenticate_header(self, request):
+        if self.method != "GET":
+            raise RuntimeError("nobody should see this")
+        return f"Token method={self.method}"
+
+
+class Choosing(Export):
+    def post(self, request):
+        return self.get(request)
+
+    def get_authenticators(self):
+        return [ForMethods(self.request.method)]
+
+
+class Text(Export):
+    required_entitlements = "exports"
+
+
+class Misspelt(Export):
+    required_entitlements = ("Create-Books", "exports")
+
+
 class Products(ViewSet):
     authentication_classes = (TokenAuthentication,)
     permission_classes = (AllowAny,)
 
     def retrieve(self, request, pk):
         return Response({})
+
+
+class BookSerializer(Serializer):
+    title = CharField(required=False)
+
+
+class Books(ViewSet):
+    """Whoever creates a book needs a feature; whoever lists them needs none."""
+
+    authentication_classes = (TokenAuthentication,)
+    renderer_classes = (BrowsableAPIRenderer, JSONRenderer)
+    required_entitlements = ("exports",)
+
+    def get_permissions(self):
+        creating = self.action == "create" or self.request.method in {"POST", "PUT"}
+        return [HasEntitlements()] if creating else [AllowAny()]
+
+    def get_serializer(self, *args, **kwargs):
+        return BookSerializer(*args, **kwargs)
+
+    def list(self, request):
+        return Response(["a book"])
+
+    def create(self, request):
+        return Response("a new book", status=201)
+
+    def update(self, request, pk):
+        self.check_permissions(clone_request(request, "POST"))  # it may create one
+        return Response("a book")
+
+
+class Schema(Api):
+    """Tells, as a schema does, which views the user may call."""
+
+    schema_generator = BaseSchemaGenerator()
+
+    def get(self, request):
+        generator = self.schema_generator
+        view = generator.create_view(Export.as_view(), "GET", request)
+        return Response(generator.has_view_permissions("api/export", "GET", view))
+
+
+class Facade(Api):
+    """Does the work of another view, if the user may call that one."""
+
+    def get(self, request):
+        Export().check_permissions(clone_request(request, "POST"))
+        return Response("exported")
 
 
 def plain(request):
@@ -141,10 +222,43 @@ def deciding(request):
     return HttpResponse("all of it")
 
 
+def misspelt(request):
+    require_entitlements(request, "Create-Books")
+    return HttpResponse("a new book")
+
+
 class ClassBased(View):
     @meter(meters={"reports": 1}, subject=subject_from("request.user.company.customer"))
     def get(self, request):
         return HttpResponse("ok")
+
+    @meter(required_entitlements=["exports"])
+    def post(self, request):
+        return HttpResponse("ok")
+
+    @no_meter
+    def delete(self, request):
+        return HttpResponse("ok")
+
+
+class Decorated(ViewSet):
+    authentication_classes = (TokenAuthentication,)
+    permission_classes = (AllowAny,)
+
+    @meter(required_entitlements=["exports"])
+    def create(self, request):
+        return Response({})
+
+    @no_meter
+    def list(self, request):
+        return Response([])
+
+
+class DecoratedWithPermission(Decorated):
+    permission_classes = (IsAuthenticated, HasEntitlements)
+
+    def retrieve(self, request, pk):
+        return Response({})
 
 
 @api_view()
@@ -154,8 +268,26 @@ def function(request):
     return Response({})
 
 
+@api_view()
+@authentication_classes([TokenAuthentication])
+@permission_classes([AllowAny])
+@meter(required_entitlements=["exports"])
+def function_that_exports(request):
+    return Response({})
+
+
+@api_view()
+@permission_classes([AllowAny])
+@no_meter
+def free_function(request):
+    return Response({})
+
+
 router = SimpleRouter()
 router.register("products", Products, basename="product")
+router.register("books", Books, basename="book")
+router.register("decorated", Decorated, basename="decorated")
+router.register("permitted", DecoratedWithPermission, basename="permitted")
 urlpatterns = [
     path("plain", plain),
     path("failing", failing),
@@ -164,6 +296,7 @@ urlpatterns = [
     path("asynchronous", asynchronous),
     path("partner", partner),
     path("deciding", deciding),
+    path("misspelt", misspelt),
     path("report", ClassBased.as_view()),
     path("things/<slug:name>/", lambda request, **_: plain(request)),
     path("free", no_meter(plain)),
@@ -172,8 +305,16 @@ urlpatterns = [
     path("api/entitled", NeedsSearches.as_view()),
     path("api/page", Page.as_view()),
     path("api/export", Export.as_view()),
+    path("api/misspelt", Misspelt.as_view()),
+    path("api/text", Text.as_view()),
+    path("api/sessions", Sessions.as_view()),
+    path("api/choosing", Choosing.as_view()),
+    path("api/facade", Facade.as_view()),
+    path("api/schema", Schema.as_view()),
     path("api/open", Api.as_view(permission_classes=(HasEntitlements,))),
     path("api/function", function),
+    path("api/function/exports", function_that_exports),
+    path("api/function/free", free_function),
     path("api/v1/", include(router.urls)),
     re_path(
         r"^legacy/(?P<year>\d{4})/(\w+)/$", lambda request, *_, **__: plain(request)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests of the Django edge under each version of Django that is supported, in
-# environments of their own.
+# Run the Django tests with each supported version of Django, each in its own virtual
+# environment.
 #   tests/django_versions.sh PYTHON [NEWEST_PYTHON]
-# The newest Django may want a newer Python: NEWEST_PYTHON, or the newest on the path.
+# The newest Django may need a newer Python: NEWEST_PYTHON, or the newest on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
@@ -13,7 +13,7 @@ for candidate in python3.14 python3.13 python3.12; do
 done
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
-# What follows from the version of Django, which differs here.
+# Without the packages whose versions depend on that of Django.
 grep -viE '^(django|djangorestframework|django-stubs.*)==' constraints.txt >"$constraints"
 
 try() {
@@ -25,7 +25,7 @@ try() {
         --editable '.[cli,django,flask,jsonpath,prometheus,redis,sandbox]'
     "$env/bin/python" -c 'import django, platform
 print("Django", django.__version__, "on Python", platform.python_version())'
-    "$env/bin/python" -X dev -m pytest tests/test_django.py
+    "$env/bin/python" -X dev -m pytest tests/test_django.py tests/test_django_check.py
     "$env/bin/python" -X dev -m pytest tests/test_example_projects.py -k django
 }
 

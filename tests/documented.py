@@ -1,4 +1,4 @@
-"""What the documentation shows is run as it stands, and what it names exists."""
+"""Checks of the code blocks in the documentation: run, compare, parse, look up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _python = PythonEvaluator()
 
 
 def parsers() -> list[Parser]:
-    """Return what finds the examples of a page, and says how each is tried."""
+    """Return the Sybil parsers of the code blocks, each with its check."""
     return [
         CodeBlockParser("python", run_python),
         CodeBlockParser("output", compare_output),
@@ -46,7 +46,7 @@ def parsers() -> list[Parser]:
 
 
 def run_python(example: Example) -> str | None:
-    """Run the block, and keep what it prints."""
+    """Run the block and keep its output for a following ``output`` block."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         problem = _python(example)
@@ -55,7 +55,7 @@ def run_python(example: Example) -> str | None:
 
 
 def compare_output(example: Example) -> str | None:
-    """Compare the block with what the Python block before it printed."""
+    """Compare the block with the output of the Python block before it."""
     printed = example.namespace.pop("printed", None)
     expected = str(example.parsed)
     if printed == expected:
@@ -64,12 +64,12 @@ def compare_output(example: Example) -> str | None:
 
 
 def read_toml(example: Example) -> str | None:
-    """Make a policy of the block, if it is one."""
+    """Check that the block is a valid policy, if it contains options."""
     return _policy_problem(tomllib.loads(str(example.parsed)))
 
 
 def read_json(example: Example) -> str | None:
-    """Make a policy of the block, Zuplo's or ours, or read it as events."""
+    """Check that the block is a valid Zuplo policy, a policy of ours, or events."""
     text = example.namespace["shown_json"] = str(example.parsed)
     document = msgspec.json.decode(text)
     if isinstance(document, dict) and "handler" in document:
@@ -84,7 +84,7 @@ def read_json(example: Example) -> str | None:
 
 
 def _policy_problem(document: object) -> str | None:
-    """Say what is wrong with a policy; what has none of its options is no policy."""
+    """Return the error of an invalid policy; a document without options is fine."""
     if not isinstance(document, dict) or OPTIONS.isdisjoint(document):
         return None
     try:
@@ -98,7 +98,7 @@ def _policy_problem(document: object) -> str | None:
 
 
 def check_commands(example: Example) -> str | None:
-    """Say which of our own commands, in a block of a shell session, do not exist."""
+    """Return the problems of the commands in a block of a shell session."""
     typed = list(_typed(str(example.parsed).splitlines()))
     if not typed:
         return "expected at least one line that begins with '$ '"
@@ -106,7 +106,7 @@ def check_commands(example: Example) -> str | None:
 
 
 def _typed(lines: Iterable[str]) -> Iterator[str]:
-    """Yield what is typed in a session: after a prompt, with the lines it goes on."""
+    """Yield the commands of a session: lines after a prompt, with continuations."""
     command = None
     for line in lines:
         if command is not None:
@@ -123,7 +123,7 @@ def _typed(lines: Iterable[str]) -> Iterator[str]:
 
 
 def problems_of(command: str) -> Iterator[str]:
-    """Yield what is wrong with a line of shell, as far as it calls what is ours."""
+    """Yield the unknown targets, commands, options and extras in a line of shell."""
     for words in _simple_commands(command.replace("\\\n", " ")):
         name, *arguments = words
         if name == "make":
@@ -136,7 +136,7 @@ def problems_of(command: str) -> Iterator[str]:
 
 
 def _simple_commands(line: str) -> Iterator[list[str]]:
-    """Split a line where the shell would, without variables set in front."""
+    """Split a line into its commands, as the shell does, without leading variables."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>()")
     lexer.whitespace_split = True
     words: list[str] = []

@@ -1,4 +1,4 @@
-"""What OpenMeter says of entitlements, over real HTTP, and requests that need them."""
+"""Fake OpenMeter answers about entitlements, and requests that need entitlements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO: dict[str, Any] = {"hasAccess": False}
 
 
 def close_all(middlewares: list[OpenMeterMiddleware]) -> None:
-    """Close them when nothing is being asked: a later answer would begin anew."""
+    """Close all middlewares once none of them asks OpenMeter any more."""
     until(lambda: not threads(QUESTION))
     for each in middlewares:
         each.close(40)
@@ -49,7 +49,7 @@ def sandbox_with_meter(feature: str) -> Iterator[Sandbox]:
 
 
 def metered(balance: float, *, granted: float = 100, soft: bool = False) -> Any:
-    """The value of a metered entitlement."""
+    """Return the value of a metered entitlement, as OpenMeter answers it."""
     return {
         "hasAccess": soft or balance > 0,
         "balance": max(balance, 0),
@@ -66,21 +66,21 @@ def document(value: Any, status: int = 200) -> Answer:
 
 
 class Entitled:
-    """The rule of a server that knows some customers and their entitlements."""
+    """The rule of an `OpenMeterServer` that has some customers with entitlements."""
 
     def __init__(self, server: OpenMeterServer) -> None:
-        #: By customer, then by feature.
+        #: Entitlement values, by customer, then by feature.
         self.values: dict[str, dict[str, Any]] = {}
-        #: The entitlement itself, by customer and feature.
+        #: Entitlements, by customer and feature.
         self.terms: dict[tuple[str, str], Any] = {}
-        #: What every question gets in place of an answer.
+        #: The answer to every question, if set.
         self.instead: Answer | None = None
-        #: The same for the questions of single customers, or of their features.
+        #: Answers to all questions about a customer, or about one of its features.
         self.refused: dict[str | tuple[str, str], Answer] = {}
-        #: The questions for values, by customer and feature (``access`` for all).
+        #: Number of questions for a value, by customer and feature (``access``: all).
         self.asked: Counter[tuple[str, str]] = Counter()
         self.asked_terms: Counter[tuple[str, str]] = Counter()
-        #: The questions for the customer of a subject.
+        #: Number of questions for the customer of a subject.
         self.lookups = 0
         server.rule = self
 
@@ -94,21 +94,21 @@ class Entitled:
             page = {"items": [], "page": 1, "pageSize": 100, "totalCount": 0}
             return self.instead or document(page)
         parts = [unquote(part) for part in request.target.split("?")[0].split("/")]
-        customer, what, feature = (*parts[4:], "", "")[:3]
+        customer, kind, feature = (*parts[4:], "", "")[:3]
         is_terms = len(parts) == 7
-        (self.asked_terms if is_terms else self.asked)[customer, feature or what] += 1
+        (self.asked_terms if is_terms else self.asked)[customer, feature or kind] += 1
         for refusal in (self.instead, self.refused.get((customer, feature)),
                         self.refused.get(customer)):  # fmt: skip
             if refusal is not None:
                 return refusal
-        return self._answer(customer, what, feature, is_terms=is_terms)
+        return self._answer(customer, kind, feature, is_terms=is_terms)
 
     def _answer(
-        self, customer: str, what: str, feature: str, *, is_terms: bool
+        self, customer: str, kind: str, feature: str, *, is_terms: bool
     ) -> Answer:
         if (values := self.values.get(customer)) is None:
             return problem(404, f"customer with id or key {customer} not found")
-        if what == "access":
+        if kind == "access":
             return document({"entitlements": values})
         if is_terms:
             terms = self.terms.get((customer, feature))
@@ -131,7 +131,7 @@ def middleware(server: OpenMeterServer, app: Any, **options: Any) -> Any:
         "meters": {"api_requests": 1},
         "flush_interval": 60,
         "shutdown_timeout": 0,
-        # No test fails because the machine is busy.
+        # Long, so that a busy machine fails no test.
         "entitlement_timeout": 30,
     }
     return OpenMeterMiddleware(app, **{"api_url": server.url, **usual, **options})
@@ -150,8 +150,8 @@ def ask(app: Any, subject: str | None = "acme", **entries: Any) -> Consumer:
 
 
 def wait_for(condition: Callable[[], object], timeout: float = 40.0) -> None:
-    """Wait for what only time brings about."""
+    """Wait until *condition* is true, and fail after *timeout* seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, f"not true after {timeout} s"
         threading.Event().wait(0.01)

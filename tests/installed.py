@@ -1,4 +1,4 @@
-"""Start servers that have to be installed, load them, and empty their spools."""
+"""Start servers that have to be installed, send them requests, empty their spools."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "servers_installed"
 REQUESTS = 500
-#: Seconds that a server may take to start, or to stop, or another to deliver.
+#: Maximum number of seconds for a server to start, to stop, or to deliver.
 PATIENCE = 40
 CLIENTS = 4
 
 
 class InstalledServer:
-    """A server that is started by a command, in a process of its own."""
+    """A server that a command starts in another process."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class InstalledServer:
             connection.close()
 
     def load(self, requests: int = REQUESTS, body: bytes = b"all at once") -> set[str]:
-        """Ask as often as it must be billed, and return to whom."""
+        """Send *requests* requests and return their subjects, all different."""
         names = {f"client-{n}" for n in range(requests)}
         with ThreadPoolExecutor(CLIENTS) as clients:
             bodies = set(clients.map(lambda name: self.get("/", name), names))
@@ -70,12 +70,12 @@ class InstalledServer:
         return names
 
     def stop(self, signum: int = signal.SIGTERM) -> None:
-        """Stop it as a deployment does; it must end well, and soon."""
+        """Stop the server as a deployment does, and check that its status is 0."""
         self.process.send_signal(signum)
         try:
             status: int | None = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            status = None  # it hangs
+            status = None  # the server hangs
         assert status == 0, self.log.read_text()
 
     def _answers(self) -> bool:
@@ -87,7 +87,7 @@ class InstalledServer:
         return True
 
     def _end(self) -> None:
-        """Whatever it does: no process of it is left."""
+        """End the server and its children, by SIGKILL if necessary."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -116,7 +116,7 @@ def variables(openmeter: OpenMeterServer, **more: str) -> dict[str, str]:
 
 
 def deliver_from_elsewhere(env: dict[str, str]) -> None:
-    """Have another process deliver what is in the spool that *env* names."""
+    """Deliver the events of the spool that *env* names, from another process."""
     code = (
         "import os; os.environ.pop('OPENMETER_DELIVERY', None)\n"
         "from installed_app import application\n"
@@ -130,7 +130,7 @@ def deliver_from_elsewhere(env: dict[str, str]) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for another process, which can only be asked."""
+    """Poll *condition*, which another process makes true."""
     deadline = time.monotonic() + PATIENCE
     never = threading.Event()
     while not condition():
@@ -139,7 +139,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def assert_billed_once(openmeter: OpenMeterServer, names: set[str]) -> None:
-    """Check that *names*, and nobody else, are billed for one request each."""
+    """Check that exactly the subjects *names* are billed, each for one request."""
     subjects = openmeter.subjects
     missing = names - set(subjects)
     assert not missing, f"{len(missing)} of {len(names)} are not billed"

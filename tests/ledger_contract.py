@@ -1,4 +1,4 @@
-"""What a ledger promises on whichever store: a test class for each kind inherits it."""
+"""Tests of a ledger for every kind of store: the base class of their test classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START = 1_000_000.0
 
 
 class Clock:
-    """A wall clock that goes when it is told to."""
+    """A wall clock that moves only when a test sets it."""
 
     def __init__(self):
         self.now = START
@@ -26,13 +26,13 @@ class Clock:
 
 
 def end(ledger):
-    """Close a ledger, and the store that it has for itself."""
+    """Close a ledger and its store."""
     ledger.close()
     ledger._store.close()
 
 
 class LedgerContract:
-    """`new_store` is a fixture that returns a function: each call is a process."""
+    """Tests with the fixture `new_store`, a function: each call is a new process."""
 
     shares_answers = True
 
@@ -94,7 +94,7 @@ class LedgerContract:
         used = one.reserve("acme", "tokens", 10.0)
         used.settle(3.0)
 
-        # The clock stands still: nothing has lain idle for any time.
+        # The clock stands still, so no chunk counts as idle.
         wait_for(lambda: not ledgers[0].account("acme\0tokens").lease.free)
 
         assert isinstance(other.reserve("acme", "tokens", 7.0), Reservation)
@@ -108,7 +108,7 @@ class LedgerContract:
         ledgers = [new_ledger(), new_ledger()]
         one, other = (LocalQuota(ledger, {"tokens": None}) for ledger in ledgers)
         one.answered("acme", "tokens", 10.0, START)
-        one.reserve("acme", "tokens", 4.0).settle(4.0)  # so it is in use
+        one.reserve("acme", "tokens", 4.0).settle(4.0)  # the account is in use
         clock.now += 0.1
         one.answered("acme", "tokens", 10.0, clock.now)
 
@@ -234,7 +234,7 @@ class LedgerContract:
         assert account.reserve(7.0) == NotReserved(held_back=False, available=6.0)
 
     def test_what_was_delivered_late_is_covered_late(self, new_ledger, clock):
-        # An outage: spent at once, delivered only 60 seconds later.
+        # An outage: the usage is spent at once and delivered 60 seconds later.
         delivered_until = START
         ledger = new_ledger(delivered_until=lambda: delivered_until)
         account = ledger.account("acme")
@@ -245,7 +245,7 @@ class LedgerContract:
         delivered_until = clock.now
         clock.now += 1
         ledger.maintain()
-        account.answered(10.0, clock.now)  # delivered a second ago: not seen yet
+        account.answered(10.0, clock.now)  # delivered a second ago: not visible yet
         assert isinstance(account.reserve(1.0), NotReserved)
         clock.now += LAG
         ledger.maintain()
@@ -262,7 +262,7 @@ class LedgerContract:
         account.reserve(10.0).settle(10.0)
         clock.now += 30
         ledger.maintain()
-        asked_at = clock.now  # and on its way while the usage becomes visible
+        asked_at = clock.now  # the usage becomes visible before the answer arrives
         clock.now += 1
         visible_until = clock.now
         ledger.maintain()
@@ -327,7 +327,7 @@ class LedgerContract:
         for _ in range(1_000):
             account.reserve(1.0).settle(1.0)
         assert asked < 100
-        for _ in range(100):  # "nothing left" is remembered
+        for _ in range(100):  # "nothing left" is cached
             assert isinstance(account.reserve(1.0), NotReserved)
         assert asked < 100
         ledger.close()
@@ -366,7 +366,7 @@ class LedgerContract:
         never = 0.0
         ours = new_ledger(delivered_until=lambda: never)
         others = new_ledger()
-        for ledger in (ours, others):  # no spool
+        for ledger in (ours, others):  # as without a spool
             ledger._origin = ledger._token
         account = ours.account("acme")
         account.answered(10.0, START)

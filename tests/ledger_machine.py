@@ -1,4 +1,4 @@
-"""Whatever happens between answers, in whatever order: a quota holds, and is served."""
+"""State machine of several workers: a quota is never exceeded, and fully served."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from openmeter_wsgi.quota.ledger import Ledger
 from openmeter_wsgi.quota.sqlite import SqliteStore
 from openmeter_wsgi.quota.visibility_mark import Probes
 
-#: An event that is not listed after so many seconds counts as visible.
+#: Number of seconds after which an event counts as visible even if it is not listed.
 MAX_LAG = 40.0
 WORKERS = 3
-#: Floats.
+#: Tolerance for rounding errors of floats.
 NOTHING = 1e-6
 
 
 class OpenMeter:
-    """A toy of it: usage is listed, and in a balance, *lag* seconds after delivery."""
+    """Model of OpenMeter: usage is visible *lag* seconds after its delivery."""
 
     def __init__(self, quota):
         self.quota = quota
         self.lag = 5.0
-        self.accepted = {}  # by id: when it is visible, and its amount
+        self.accepted = {}  # id to the time at which it is visible, and its amount
 
     def accept(self, now, events, *, lost=()):
         for event_id, amount in events:
-            # In the order of arrival, whatever the lag is by now.
+            # Events become visible in the order of arrival, even if the lag shrinks.
             last = max((at for at, _ in self.accepted.values()), default=0.0)
             if event_id not in lost:
                 self.accepted[event_id] = (max(now + self.lag, last), amount)
@@ -54,7 +54,7 @@ class OpenMeter:
 
 
 class Spool:
-    """What waits to be delivered, of all workers; and the ids that are looked for."""
+    """Model of the spool: the waiting events of all workers, and the probes."""
 
     def __init__(self, clock):
         self._clock = clock
@@ -65,13 +65,13 @@ class Spool:
         return min((at for at, *_ in self.waiting), default=self._clock.now)
 
     def look(self, openmeter):
-        """Ask for the oldest probes, as the thread of the sender does."""
+        """Ask OpenMeter for the oldest probes, as the sender's thread does."""
         self.probes.close_group(self.delivered_until())
         ids = self.probes.oldest_unlisted(10)
         self.probes.note_listed(openmeter.listed(self._clock.now, ids))
 
     def new_sender(self):
-        """Let another process go on."""
+        """Let another process continue as the sender."""
         state, self.probes = self.probes.state(), Probes(MAX_LAG, self._clock)
         self.probes.restore(state)
 
@@ -87,9 +87,9 @@ class Worker:
 
 
 class Machine(RuleBasedStateMachine):
-    """Several workers of one host and one customer; time goes when a rule says so."""
+    """Several workers of one host, one customer, and a clock that the rules move."""
 
-    #: Seconds between two looks at the end; some stores find out late who is dead.
+    #: Seconds between two checks at the end: some stores notice dead workers late.
     step = 0.5
 
     @initialize(quota=st.integers(0, 12), unit=st.sampled_from([1.0, 0.1, 7.0]))
@@ -126,9 +126,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, WORKERS - 1), used=st.booleans())
     def take_all(self, who, used):
-        """The greediest of customers: whatever is granted too much shows."""
+        """Reserve until nothing is left, to find quota granted by mistake."""
         worker = self.workers[who]
-        self.clock.now += 0.3  # a refusal is believed for a moment
+        self.clock.now += 0.3  # a refusal is cached for a moment
         while isinstance(outcome := worker.account.reserve(self.unit), Reservation):
             worker.in_flight.append((outcome, self.unit))
             self.the_quota_holds()
@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         if worker.in_flight:
             reservation, amount = worker.in_flight.pop(0)
             used = amount * share
-            if used:  # the event is put first, and has the earlier time
+            if used:  # the event is put before the reservation is settled
                 event = self.clock.now, next(self.ids), used
                 self.spool.waiting.append(event)
             reservation.settle(used)
@@ -159,10 +159,10 @@ class Machine(RuleBasedStateMachine):
     def deliver(self, count, first, loses):
         waiting = self.spool.waiting
         batch, rest = waiting[:count], waiting[count:]
-        if not first:  # what was split, or stood aside, goes out of order
+        if not first:  # parts of a split batch, and held events, go out of order
             rest, batch = waiting[:-count], waiting[-count:]
         events = [(event_id, amount) for _, event_id, amount in batch]
-        # Behind a 204 OpenMeter loses whole batches, or the last of them.
+        # OpenMeter may lose events that it answered with 204: the last two here.
         lost = {event_id for event_id, _ in events[-2:]} if loses else set()
         self.openmeter.accept(self.clock.now, events, lost=lost)
         self.lost += sum(amount for event_id, amount in events if event_id in lost)
@@ -184,7 +184,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def reset(self):
-        """What was used counts no more; what is not visible yet never will."""
+        """Reset the usage: neither visible nor waiting events count from now on."""
         self.openmeter.accepted = dict.fromkeys(
             self.openmeter.accepted, (self.clock.now + self.openmeter.lag, 0.0)
         )
@@ -208,8 +208,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, WORKERS - 1), in_the_middle=st.booleans())
     def crash(self, who, in_the_middle):
-        """What was settled is in the spool; what was in flight is never settled."""
-        if in_the_middle:  # settled, and not handed in
+        """Kill a worker: its settled usage is in the spool, the rest is lost."""
+        if in_the_middle:  # settled, but not yet written to the store
             self.reserve(who, 1)
             self.settle(who, 1)
         self.end(self.workers[who])
@@ -221,7 +221,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_quota_holds(self):
         in_flight = sum(a for w in self.workers for _, a in w.in_flight)
-        # What is lost is given once more, when it has been missing for long.
+        # Lost usage is served a second time once it has been missing for long.
         allowed = self.openmeter.quota + self.lost
         assert self.served + in_flight <= allowed + NOTHING
 
@@ -236,7 +236,7 @@ class Machine(RuleBasedStateMachine):
             self.spool.probes.add([event_id for event_id, _ in events])
         self.spool.waiting = []
         account = self.workers[-1].account
-        account.reserve(0.0)  # somebody is there: else nobody maintains
+        account.reserve(0.0)  # accounts that nobody uses are not maintained
         for _ in range(45):
             self.clock.now += max(self.step, 2.0)
             self.spool.look(self.openmeter)

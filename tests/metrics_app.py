@@ -1,6 +1,7 @@
-"""An application with a page of metrics, for servers of several processes.
+"""WSGI application with a metrics page, for servers of several processes.
 
-It is also the configuration of gunicorn that multi-process mode asks for.
+This file is also the gunicorn configuration that the multi-process mode of
+prometheus_client needs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""OpenMeter's ingest as it looks from outside: real HTTP, on a thread, scriptable.
+"""Fake OpenMeter server for tests: real HTTP, on a thread, with scripted answers.
 
-A server accepts everything until it is told otherwise::
+By default it accepts everything. Tests can change that::
 
     with OpenMeterServer() as server:
         server.script += [Answer(503), RESET]  # for the next two requests
-        server.rule = lambda request: Answer(401)  # for all after them
-        server.poison = {"carol"}  # 400 to every batch with an event of hers
-        server.down()  # connection refused, until up()
+        server.rule = lambda request: Answer(401)  # for all later requests
+        server.poison = {"carol"}  # 400 to every batch with an event of this subject
+        server.down()  # refuse connections until up()
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
-#: Longer than anything takes here; a test that waits for so long has failed.
+#: Maximum number of seconds to wait; a test that waits longer has failed.
 PATIENCE = 40.0
 ACCEPTED = {200, 202, 204}
 _PATHS = {
@@ -40,25 +40,25 @@ _PATHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a request gets."""
+    """The answer to a request."""
 
     status: int = 204
     body: bytes = b""
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
-    #: Whether the events are taken; by default if the status says so.
+    #: True if the events are accepted; None: depends on the status.
     takes: bool | None = None
-    #: Instead of the answer: the connection is closed in the usual way, or reset.
+    #: If set, the connection is closed or reset, and no answer is sent.
     instead: Literal["close", "reset"] | None = None
-    #: Whether the answer is kept back until :meth:`OpenMeterServer.release`.
+    #: True if the answer is sent only after :meth:`OpenMeterServer.release`.
     hangs: bool = False
 
 
 CLOSE = Answer(takes=False, instead="close")
 RESET = Answer(takes=False, instead="reset")
-#: The events arrive, the answer does not.
+#: The events are accepted, but the answer is not sent.
 TAKEN_BUT_RESET = Answer(takes=True, instead="reset")
 HANG = Answer(takes=False, instead="close", hangs=True)
-#: A page that a proxy, a captive portal or a login shows.
+#: An HTML page, as a proxy, a captive portal or a login sends it.
 PAGE = Answer(
     200,
     b"<!DOCTYPE html><html><body>Please sign in</body></html>",
@@ -68,7 +68,7 @@ PAGE = Answer(
 
 
 def problem(status: int, detail: str | None = None) -> Answer:
-    """An error as OpenMeter's v1 answers it."""
+    """Return an error document of OpenMeter's v1 API."""
     document = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -90,14 +90,15 @@ def redirect(status: int, location: str) -> Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one request was, as it came."""
+    """A request as received."""
 
     method: str
     target: str
     headers: HTTPMessage
     body: bytes
-    #: The monotonic time at which it was read, and the client's port.
+    #: The monotonic time at which it was read.
     at: float
+    #: The client's port, which tells connections apart.
     connection: int
 
     @property
@@ -125,19 +126,19 @@ class Request:
 
 
 class OpenMeterServer:
-    """A server on 127.0.0.1 that records every request and what it has taken."""
+    """A server on 127.0.0.1 that records requests and accepted events."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._tls = tls
-        #: Answers for the next requests, then `rule`, then `poison`, then 204 or 202.
+        #: Answers to the next requests. After them `rule`, `poison`, 204 or 202 apply.
         self.script: deque[Answer] = deque()
         self.rule: Callable[[Request], Answer | None] | None = None
-        #: Subjects whose events make a batch invalid, at the schema's level.
+        #: Subjects whose events make a batch invalid against the schema.
         self.poison: set[str] = set()
-        #: What its answers say the time is, in seconds since 1970. None: nothing.
+        #: Clock of the Date header, in seconds since 1970. None: no header.
         self.clock: Callable[[], float] | None = None
         self.requests: list[Request] = []
-        #: Every event taken, in order, repetitions included.
+        #: All accepted events in order, with repetitions.
         self.taken: list[dict[str, Any]] = []
         self._counts: Counter[str] = Counter()
         self._changed = threading.Condition()
@@ -153,28 +154,28 @@ class OpenMeterServer:
     def url(self) -> str:
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
-    # -- What has come
+    # -- Received events
 
     @property
     def ids(self) -> list[str]:
-        """The ids of the events taken, in order, each once."""
+        """The ids of the accepted events in order, each once."""
         with self._changed:
             return list(self._counts)
 
     @property
     def subjects(self) -> list[str]:
-        """The subjects of the events taken, in order, repetitions included."""
+        """The subjects of the accepted events in order, with repetitions."""
         with self._changed:
             return [event["subject"] for event in self.taken]
 
     @property
     def duplicates(self) -> dict[str, int]:
-        """The ids taken more than once, and how often."""
+        """The ids accepted more than once, each with its number."""
         with self._changed:
             return {id_: n for id_, n in self._counts.items() if n > 1}
 
     def wait_for(self, events: int, timeout: float = PATIENCE) -> None:
-        """Wait until so many distinct events are taken."""
+        """Wait until *events* distinct events are accepted."""
         self.wait_until(lambda: len(self._counts) >= events, timeout)
 
     def wait_for_requests(self, requests: int, timeout: float = PATIENCE) -> None:
@@ -183,7 +184,7 @@ class OpenMeterServer:
     def wait_until(
         self, condition: Callable[[], bool], timeout: float = PATIENCE
     ) -> None:
-        """Wait for something that can change with a request only."""
+        """Wait until *condition* is true; it is checked after each request."""
         with self._changed:
             came = self._changed.wait_for(condition, timeout)
             assert came, (
@@ -191,7 +192,7 @@ class OpenMeterServer:
                 f"within {timeout} s"
             )
 
-    # -- What it does
+    # -- Behaviour
 
     def heal(self) -> None:
         """Accept everything from now on."""
@@ -202,11 +203,11 @@ class OpenMeterServer:
         self.up()
 
     def release(self) -> None:
-        """Let everything go on that hangs, now and later."""
+        """Send the answers that hang, now and from now on."""
         self._released.set()
 
     def down(self) -> None:
-        """Refuse connections on the same port, and break those that are open."""
+        """Refuse new connections and break the open ones."""
         if not self._listening:
             return
         self._listening = False
@@ -215,7 +216,7 @@ class OpenMeterServer:
         self._accepting.join(PATIENCE)
         self._break_connections()
         self._join()
-        self._listener = _bound(self.port)  # so that nobody else takes it meanwhile
+        self._listener = _bound(self.port)  # keeps the port for up()
 
     def up(self) -> None:
         if self._listening:
@@ -275,7 +276,7 @@ class OpenMeterServer:
             self._started(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
-        # The client may go away at any moment, or down() be called.
+        # The client may disconnect, or a test call down(), at any moment.
         with contextlib.suppress(OSError, ValueError):
             if self._tls is not None:
                 connection = self._secured(connection, self._tls)
@@ -311,7 +312,7 @@ class OpenMeterServer:
         return Request(line[0], line[1], headers, body, time.monotonic(), port)
 
     def _answer(self, request: Request, stream: Any, connection: socket.socket) -> bool:
-        """Answer, and say whether the connection can be used again."""
+        """Send the answer and return True if the connection can be used again."""
         with self._changed:
             answer = self.script.popleft() if self.script else self._usual(request)
             self.requests.append(request)
@@ -322,7 +323,7 @@ class OpenMeterServer:
         if takes:
             self._take(request)
         if answer.instead == "reset":
-            # To be closed at once, without the FIN that would come first.
+            # Makes close() send RST instead of FIN.
             linger = struct.pack("ii", 1, 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         if answer.instead:
@@ -361,7 +362,7 @@ class OpenMeterServer:
 
 
 def _bound(port: int) -> socket.socket:
-    """A socket that has the port, on which nobody listens yet."""
+    """Return a socket that is bound to the port but does not listen yet."""
     made = socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.bind(("127.0.0.1", port))

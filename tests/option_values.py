@@ -1,4 +1,4 @@
-"""The values of an option, described from its type in the code."""
+"""Descriptions of the values that an option accepts, made from its type."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def can_be_written(hint: Any) -> bool:
 
 
 def default(field: dataclasses.Field[Any]) -> str:
-    """Return the default of *field* as it would be written."""
+    """Return the default of *field* as Python source."""
     if field.default_factory is not dataclasses.MISSING:
         return repr(field.default_factory())
     value = field.default

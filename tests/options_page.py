@@ -1,10 +1,10 @@
-"""The reference of all options in docs/options.md, made from the code.
+"""Reference of all options in docs/options.md, generated from the code.
 
     python -m tests.options_page
 
-writes it anew, below the page's marker. Name, type and default are those of the fields
-of `Policy`; the text is the comment above a field. The page is committed, so that it is
-complete without a build; a test fails when it differs from the code.
+This command rewrites the reference, below the marker of the page. Names, types and
+defaults are those of the fields of `Policy`; the text is the comment above a field. The
+page is committed, and a test fails if it differs from the code.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, comment: list[str]) -> Opt
 
 
 def _markdown(text: str) -> str:
-    """Return reStructuredText of the kind that our comments hold as Markdown."""
+    """Convert the reStructuredText of our comments to Markdown."""
     text = re.sub(r":func:`(\w+)`", r"`\1()`", text)
     return text.replace("``", "`")
 
@@ -132,7 +132,7 @@ def _table(options: Iterable[Option]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Rewrite the page."""
     before, _, _ = PAGE.read_text().partition(MARKER)
     PAGE.write_text(f"{before}{MARKER}\n{reference()}")
 

@@ -1,12 +1,12 @@
-"""By how much a quota is overshot, with real servers and many clients at once.
+"""Measure the overshoot of a quota, with real servers and many clients.
 
-``python -m tests.overshoot [--redis URL]`` serves a quota of 1,000 with four workers
-of gunicorn, to 32 clients that come back when Retry-After says, while usage becomes
-visible in OpenMeter only 3 s late; with the address of a Redis, the same by two
-gunicorns that share nothing else; then the same with a plain cache of 60 seconds.
+``python -m tests.overshoot [--redis URL]`` serves a quota of 1,000 with four workers of
+gunicorn to 32 clients that retry after Retry-After. Usage becomes visible in OpenMeter
+after 3 s. It measures the quota counted down by the middleware and, for comparison, a
+plain cache of 60 seconds; with --redis also two gunicorns that share only a Redis.
 """
 
-# ruff: noqa: T201 - a program, too
+# ruff: noqa: T201 - also a program that prints
 from __future__ import annotations
 
 import argparse
@@ -33,9 +33,9 @@ QUOTA = 1_000
 CLIENTS = 32
 WORKERS = 4
 VISIBLE_AFTER = 3.0
-#: A Retry-After of more than this says that the quota is spent: the client goes home.
+#: A longer Retry-After means that the quota is spent: the client stops.
 SPENT = 60
-#: No measurement takes more requests, or more seconds.
+#: Maximum number of requests, and of seconds, of a measurement.
 MAX_REQUESTS = 8_000
 MAX_SECONDS = 90.0
 
@@ -48,18 +48,18 @@ COUNTED = {**LIMITED, "OPENMETER_ENTITLEMENT_METERS": "api_requests"}
 
 
 class Served(NamedTuple):
-    """What came of one measurement."""
+    """The result of one measurement."""
 
-    #: Requests that were let through.
+    #: Number of requests with status 200, and with 429.
     served: int
     denied: int
-    #: What OpenMeter counted in the end.
+    #: Usage that OpenMeter counted in the end.
     billed: float
     seconds: float
 
 
 class Crowd:
-    """Clients of one customer that take all they can get."""
+    """Clients of one customer that send as many requests as they are allowed."""
 
     def __init__(
         self, addresses: Sequence[tuple[str, int]], clients: int = CLIENTS
@@ -87,7 +87,7 @@ class Crowd:
                 wait = self._ask(connection)
 
     def _ask(self, connection: http.client.HTTPConnection) -> float | None:
-        """Ask once; return the seconds to wait, None if there is no use in waiting."""
+        """Send a request; return the seconds until the next one, or None to stop."""
         connection.request("GET", "/", headers={"X-Subject": "acme"})
         response = connection.getresponse()
         response.read()
@@ -107,7 +107,7 @@ class Crowd:
 
 @contextlib.contextmanager
 def quota() -> Iterator[Sandbox]:
-    """Serve an OpenMeter that has granted the quota to one customer."""
+    """Run a sandbox that has granted the quota to one customer."""
     meter = {
         "slug": "api_requests", "eventType": "api_requests", "aggregation": "SUM",
         "valueProperty": "$.total",
@@ -120,7 +120,7 @@ def quota() -> Iterator[Sandbox]:
 
 
 def measure(directories: Sequence[Path], **options: str) -> Served:
-    """Serve with one gunicorn for each of *directories*, its spool among its files."""
+    """Serve with one gunicorn for each of *directories*, which holds its spool."""
     threads = str(CLIENTS // WORKERS // len(directories))
     command = [
         *GUNICORN, "--workers", str(WORKERS), "--worker-class", "gthread",
@@ -146,7 +146,7 @@ def measure(directories: Sequence[Path], **options: str) -> Served:
 
 
 def _billed(sandbox: Sandbox, expected: int) -> float:
-    """Return the usage once all is visible."""
+    """Return the usage once all of it is visible."""
     deadline = time.monotonic() + 30
     while True:
         value = sandbox.value("acme", "api_requests")
@@ -157,17 +157,17 @@ def _billed(sandbox: Sandbox, expected: int) -> float:
 
 
 def main(redis_url: str | None) -> None:
-    """Print what each way of limiting serves."""
-    print("| limit | served of 1,000 | denied | billed | seconds |")
+    """Print a row for each kind of limit."""
+    print("| during the run | served of 1,000 | denied | billed | seconds |")
     print("|---|---:|---:|---:|---:|")
-    ways = [
-        ("counted down", 1, COUNTED),
-        ("a plain cache of 60 s, until 8,000 were asked for", 1, LIMITED),
+    limits = [
+        ("nothing else happens", 1, COUNTED),
+        ("instead of this package, a plain cache with a TTL of 60 s", 1, LIMITED),
     ]
     if redis_url is not None:
         shared = {**COUNTED, "OPENMETER_REDIS_URL": redis_url}
-        ways.insert(1, ("counted down by two gunicorns with Redis", 2, shared))
-    for name, servers, options in ways:
+        limits.insert(1, ("two gunicorns share a Redis, and no spool", 2, shared))
+    for name, servers, options in limits:
         with contextlib.ExitStack() as stack:
             directories = [
                 Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -183,5 +183,5 @@ def main(redis_url: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--redis", help="the address of a Redis that is empty")
+    parser.add_argument("--redis", help="the address of an empty Redis")
     main(parser.parse_args().redis)

@@ -1,11 +1,11 @@
-"""What a process that starts beside a healthy OpenMeter does to 1,000 customers.
+"""Count wrong decisions of a new process, for 1,000 customers and a healthy OpenMeter.
 
-``python -m tests.overshoot_cold_start`` serves 140 requests a second, of customers of
-whom every second one is over its quota, from a process that knows nobody; OpenMeter
-answers within a millisecond. Then a second process on the same spool does the same.
+``python -m tests.overshoot_cold_start`` serves 140 requests a second from a process
+with an empty cache; every second customer is over its quota. OpenMeter answers within
+a millisecond. Then a second process on the same spool does the same.
 """
 
-# ruff: noqa: T201 - a program, too
+# ruff: noqa: T201 - also a program that prints
 from __future__ import annotations
 
 import argparse
@@ -36,7 +36,7 @@ THREADS = 64
 
 
 class Healthy(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """An OpenMeter that answers at once: customers of an odd number are over quota."""
+    """Fake OpenMeter that answers at once; odd-numbered customers are over quota."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -44,7 +44,7 @@ class Healthy(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: Counter[str] = Counter()
-        #: When each customer was asked for first.
+        #: The time of the first question for each customer.
         self.asked_at: dict[str, float] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         self._thread = threading.Thread(target=self.serve_forever, daemon=True)
@@ -82,13 +82,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Started(NamedTuple):
-    """What came of the requests to one new process."""
+    """The counts of one new process."""
 
     requests: int
-    #: Paying customers that were refused, and spent quotas that were let through.
+    #: Number of refused requests of customers with quota left.
     refused: int
+    #: Number of served requests of customers without quota.
     let_through: int
+    #: Number of decisions without an answer, as questions were limited by their rate.
     busy: int
+    #: Number of questions to OpenMeter, and maximum for one customer.
     asked: int
     most_asked: int
 
@@ -101,7 +104,7 @@ def _ok(environ: Any, start_response: Any) -> Iterable[bytes]:
 def start(
     openmeter: Healthy, spool: Path, *, seconds: float, mode: str, rate: float
 ) -> Started:
-    """Serve requests by a process that knows nobody."""
+    """Serve requests with a new middleware, whose cache is empty."""
     before = openmeter.asked.total()
     app = OpenMeterMiddleware(
         _ok,
@@ -115,9 +118,9 @@ def start(
     )
     found: Counter[tuple[bool, str]] = Counter()
     began = time.monotonic()
-    chosen = random.Random(7)  # each process meets the same customers
+    chance = random.Random(7)  # the same customers for each process
     customers = [
-        chosen.randrange(CUSTOMERS) for _ in range(int(seconds * REQUESTS_PER_SECOND))
+        chance.randrange(CUSTOMERS) for _ in range(int(seconds * REQUESTS_PER_SECOND))
     ]
 
     def serve(number: int) -> None:
@@ -134,7 +137,7 @@ def start(
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(serve, range(len(customers))))
     stats = app.stats()
-    # What waits in line is asked for, although nobody waits any longer.
+    # Pending questions are still asked, although their requests have ended.
     pending = app.process().entitlements._lookup._pending  # type: ignore[attr-defined]
     while pending:
         time.sleep(0.05)
@@ -150,10 +153,10 @@ def start(
 
 
 def main(seconds: float) -> None:
-    """Print what each way of starting does."""
+    """Print a row for each rate, fail mode and process."""
     print(
-        "| question_rate | fail_mode | process | requests | paying and refused "
-        "| spent and let through | busy | questions | most for one customer |"
+        "| question_rate | fail_mode | process | requests | refused with quota left "
+        "| served without quota | busy | questions | most for one customer |"
     )
     print("|---:|---|---|---:|---:|---:|---:|---:|---:|")
     for rate in (200.0, 25.0):
@@ -172,15 +175,15 @@ def main(seconds: float) -> None:
                         flush=True,
                     )
                 if rate == 25.0:
-                    _say_pace(openmeter)
+                    _print_pace(openmeter)
             openmeter.stop()
 
 
-def _say_pace(openmeter: Healthy) -> None:
+def _print_pace(openmeter: Healthy) -> None:
     times = sorted(openmeter.asked_at.values())
     n = len(times)
-    print(f"(customer {n} in line was asked for {times[-1] - times[0]:.1f} s after "
-          f"the first; {n} / 25 = {n / 25:.1f} s)", flush=True)  # fmt: skip
+    print(f"(OpenMeter was first asked for customer {n} {times[-1] - times[0]:.1f} s "
+          f"after the first one; {n} / 25 = {n / 25:.1f} s)", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""A quota beside an OpenMeter whose sink lags by 90 seconds.
+"""Measure the overshoot of a quota while usage becomes visible 90 seconds late.
 
 ``python -m tests.overshoot_lag [--only NAME] [--lag 90]`` serves a quota of 1,000 with
-four workers of gunicorn that share a spool, to 32 clients that come back when
-Retry-After says. All cases run at a time, each with a server and an OpenMeter of its
-own; it takes about four minutes. It ends with 1 if a case serves more than it may, or
-refuses a customer who has balance.
+four workers of gunicorn that share a spool, to 32 clients that retry after Retry-After.
+All cases run at the same time, each with its own server and sandbox, and take about
+four minutes. The exit status is 1 if a case serves too many requests, or refuses a
+customer who has balance.
 """
 
-# ruff: noqa: T201 - a program, too
+# ruff: noqa: T201 - also a program that prints
 from __future__ import annotations
 
 import argparse
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 QUOTA, CLIENTS, WORKERS = 1_000, 32, 4
-#: More than the quota by as many is no fault: so many requests are made at once.
+#: Allowed overshoot: the number of requests that run at the same time.
 MORE = CLIENTS
 METER = {
     "slug": "api_requests", "eventType": "api_requests", "aggregation": "SUM",
@@ -42,7 +42,7 @@ FEATURE = {"key": "api_requests", "name": "api_requests", "meterSlug": "api_requ
 
 
 class Crowd:
-    """Clients of one customer that take all they can get, until they are told to go."""
+    """Clients of one customer that send requests until `stop`."""
 
     def __init__(self, address: tuple[str, int], think: float) -> None:
         self.served_at: list[float] = []
@@ -78,7 +78,7 @@ class Crowd:
                         self.denied += 1
                 wait = self._think
                 if response.status != 200:
-                    # Who is sent away for a month looks in again all the same.
+                    # Retry-After may be a month; the client retries earlier.
                     wait = min(float(response.headers["Retry-After"]), 30.0)
 
     def stop(self) -> None:
@@ -88,7 +88,7 @@ class Crowd:
 
 
 class Run(NamedTuple):
-    """One run: an OpenMeter, a crowd, and the moment at which it began."""
+    """One run: a sandbox, its clients, and the time at which they began."""
 
     sandbox: Sandbox
     crowd: Crowd
@@ -96,11 +96,11 @@ class Run(NamedTuple):
     lag: float
 
     def wait(self, seconds: float) -> None:
-        """Wait until so many seconds after the beginning."""
+        """Wait until *seconds* after the beginning."""
         time.sleep(max(self.began + seconds - time.time(), 0))
 
     def wait_until_served(self, requests: int, timeout: float = 120) -> None:
-        """Wait until so many requests were served."""
+        """Wait until *requests* requests were served, at most *timeout* seconds."""
         deadline = time.time() + timeout
         while self.crowd.served < requests and time.time() < deadline:
             time.sleep(0.1)
@@ -109,7 +109,7 @@ class Run(NamedTuple):
         return sum(at < moment for at in self.crowd.served_at)
 
     def stored(self, like: str = "%") -> int:
-        """Return how many events OpenMeter has, visible or not."""
+        """Return the number of events in the sandbox, visible or not."""
         with self.sandbox.store.reading() as connection:
             query = "SELECT COUNT(*) FROM events WHERE data LIKE ?"
             (count,) = connection.execute(query, (like,)).fetchone()
@@ -124,7 +124,7 @@ def running(
     think: float = 0.0,
     **options: str,
 ) -> Iterator[Run]:
-    """Serve a crowd; *before* makes the entitlement."""
+    """Serve a crowd; *before* creates the entitlement."""
     command = [
         *GUNICORN, "--workers", str(WORKERS), "--worker-class", "gthread",
         "--threads", str(CLIENTS // WORKERS), "--keep-alive", "75",
@@ -159,7 +159,7 @@ def granted(sandbox: Sandbox) -> None:
 
 
 def write_200(sandbox: Sandbox) -> None:
-    """Use 200 as another writer."""
+    """Send 200 events as another writer than the middleware."""
     events = [
         {"specversion": "1.0", "id": f"other-{n}", "source": "other",
          "type": "api_requests", "subject": "acme", "data": {"total": 1, "half": "a"}}
@@ -171,7 +171,7 @@ def write_200(sandbox: Sandbox) -> None:
 
 
 class Found(NamedTuple):
-    """What came of a case, and whether it may."""
+    """The result of a case; `fine` is True if it is as expected."""
 
     served: str
     denied: int
@@ -179,7 +179,7 @@ class Found(NamedTuple):
 
 
 def plain(lag: float) -> Found:
-    """A quota of 1,000, until all is visible."""
+    """Nothing else happens."""
     with running(lag, granted) as run:
         run.wait(lag + 30)
     crowd = run.crowd
@@ -188,7 +188,7 @@ def plain(lag: float) -> Found:
 
 
 def visible_before(lag: float) -> Found:
-    """(a) Another writer's 200 are visible before the run."""
+    """Another writer has used 200 before the run."""
 
     def before(sandbox: Sandbox) -> None:
         granted(sandbox)
@@ -204,7 +204,7 @@ def visible_before(lag: float) -> Found:
 
 
 def visible_later(lag: float) -> Found:
-    """(b) Another writer's 200 are written in the run, and visible later."""
+    """Another writer's 200 become visible after two thirds of the lag."""
     later = lag * 2 / 3
 
     def before(sandbox: Sandbox) -> None:
@@ -220,12 +220,12 @@ def visible_later(lag: float) -> Found:
     crowd = run.crowd
     after = crowd.served - run.served_until(run.began + later)
     fine = crowd.served + 200 <= QUOTA + 200 + MORE and after == 0
-    said = f"{crowd.served:,} + 200, {after} of them after those were visible"
-    return Found(said, crowd.denied, fine)
+    result = f"{crowd.served:,} + 200, {after} of them after those were visible"
+    return Found(result, crowd.denied, fine)
 
 
 def filtered(lag: float) -> Found:
-    """(c) A feature that filters half of the events."""
+    """The feature counts only half of the events."""
 
     def before(sandbox: Sandbox) -> None:
         filters = {"meterGroupByFilters": {"half": "a"}}
@@ -237,14 +237,14 @@ def filtered(lag: float) -> Found:
         first = run.crowd.served
         run.wait(2 * lag + 120)
         billed = run.stored('%"half":"a"%')
-    # The second thousand comes as the lag goes by, in halves.
+    # Half of the usage does not count, so another thousand is served bit by bit.
     fine = billed <= QUOTA + MORE and first >= 1_250 and run.crowd.served > first
-    said = f"{run.crowd.served:,}, {billed:,.0f} of them billed of 1,000"
-    return Found(said, run.crowd.denied, fine)
+    result = f"{run.crowd.served:,}, {billed:,.0f} of them billed of 1,000"
+    return Found(result, run.crowd.denied, fine)
 
 
 def reset(lag: float) -> Found:
-    """(c) A reset in mid-run."""
+    """The usage is reset."""
     with running(lag, granted) as run:
         run.wait_until_served(QUOTA)
         run.sandbox.reset("acme", "api_requests")
@@ -255,7 +255,7 @@ def reset(lag: float) -> Found:
 
 
 def grant(lag: float) -> Found:
-    """(c) A grant of 500 in mid-run."""
+    """500 more are granted."""
     with running(lag, granted) as run:
         run.wait_until_served(QUOTA)
         run.sandbox.grant("acme", "api_requests", 500)
@@ -266,7 +266,7 @@ def grant(lag: float) -> Found:
 
 
 def changing(lag: float) -> Found:
-    """(c) The lag changes from 2 to 90 to 2 s."""
+    """The lag changes: 2 s, then 90 s, then 2 s."""
     with running(2.0, granted, think=1.0) as run:
         run.wait(8)
         run.sandbox.store.visible_after = lag
@@ -278,7 +278,7 @@ def changing(lag: float) -> Found:
 
 
 def period_end(lag: float) -> Found:
-    """(d) A period ends in mid-run; its last minute is answered for the next one."""
+    """The period ends, and a new one begins."""
     end = 0
 
     def before(sandbox: Sandbox) -> None:
@@ -299,12 +299,12 @@ def period_end(lag: float) -> Found:
     old = run.served_until(end)
     new = run.crowd.served - old
     fine = QUOTA <= old <= QUOTA + MORE and QUOTA <= new <= QUOTA + MORE
-    said = f"{old:,} of 1,000 before the end, {new:,} of 1,000 after it"
-    return Found(said, run.crowd.denied, fine)
+    result = f"{old:,} of 1,000 before the end, {new:,} of 1,000 after it"
+    return Found(result, run.crowd.denied, fine)
 
 
 def lost(lag: float) -> Found:
-    """(e) One event in a hundred is lost behind its 204; a bound of 20 s."""
+    """OpenMeter loses one event in a hundred after its 204; maximum lag 20 s."""
     bound, count = 20.0, 0
 
     def before(sandbox: Sandbox) -> None:
@@ -324,18 +324,18 @@ def lost(lag: float) -> Found:
 
     longest = 0.0
     with running(lag / 45, before, OPENMETER_MAX_VISIBILITY_LAG=str(bound)) as run:
-        had_none_at = time.time()
+        exhausted_at = time.time()  # the last time at which no quota was left
         while time.time() < run.began + 120:
             time.sleep(0.5)
             last = max(run.crowd.served_at, default=0.0)
             if run.stored() >= QUOTA:
-                had_none_at = time.time()
-            longest = max(longest, time.time() - max(last, had_none_at))
+                exhausted_at = time.time()
+            longest = max(longest, time.time() - max(last, exhausted_at))
         left = QUOTA - run.stored()
-    # Beyond the bound: the next answer, and the client's own wait.
+    # Added to the bound: the time of the next answer, and the wait of the client.
     fine = left <= 1 and longest <= bound + 35 and run.crowd.served <= 1_010 + 2 * MORE
-    said = f"{run.crowd.served:,}, {left} left, denied for {longest:.0f} s at most"
-    return Found(said, run.crowd.denied, fine)
+    result = f"{run.crowd.served:,}, {left} left, denied for {longest:.0f} s at most"
+    return Found(result, run.crowd.denied, fine)
 
 
 CASES = {
@@ -348,8 +348,8 @@ CASES = {
 
 
 def main(names: list[str], lag: float) -> None:
-    """Run the cases, all at a time, and print what each serves."""
-    print("| case | served | denied | as it must be |")
+    """Run all cases at the same time and print a row for each."""
+    print("| during the run | served | denied | as expected |")
     print("|---|---|---:|---|", flush=True)
     fine = []
 
@@ -357,8 +357,9 @@ def main(names: list[str], lag: float) -> None:
         case = CASES[name]
         found = case(lag)
         title = (case.__doc__ or "").rstrip(".")
-        said = "yes" if found.fine else "NO"
-        print(f"| {title} | {found.served} | {found.denied:,} | {said} |", flush=True)
+        fine_text = "yes" if found.fine else "NO"
+        row = f"| {title} | {found.served} | {found.denied:,} | {fine_text} |"
+        print(row, flush=True)
         fine.append(found.fine)
 
     threads = [threading.Thread(target=run, args=(name,)) for name in names]
@@ -375,5 +376,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=CASES, action="append")
     parser.add_argument("--lag", type=float, default=90.0)
-    given = parser.parse_args()
-    main(given.only or [*CASES], given.lag)
+    args = parser.parse_args()
+    main(args.only or [*CASES], args.lag)

@@ -3,8 +3,8 @@
 # Python, and with the newest versions under the newest Python. (The oldest Python with
 # the versions of constraints.txt is what `make test` runs.)
 #   tests/pythons.sh PYTHON [NEWEST_PYTHON]
-# Where no newer Python is named or found, one comes from Debian's unstable release, into
-# a directory of its own: as root, on Debian.
+# If no newer Python is given or found, the one of Debian unstable is installed into a
+# separate directory, which needs root and Debian.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 oldest=$1
@@ -12,11 +12,12 @@ newest=${2:-$(command -v python3.15 || command -v python3.14 || true)}
 extras='cli,django,flask,jobs,jsonpath,prometheus,redis,sandbox'
 work=build/pythons
 mkdir -p "$work"
-# The core tests need these; the other ones of the group have lower bounds of their own.
+# The core tests need only these. Other tools of the group "test" would need newer
+# versions than the lowest.
 tools=(pytest pytest-randomly pytest-timeout pytest-xdist hypothesis flask-login
     djangorestframework trustme waitress gunicorn sybil pyyaml
     "$(grep --ignore-case '^cloudevents==' constraints.txt)")
-# Of the other modules some import what is not installed here.
+# Only the core modules: some others import packages that are not installed here.
 mapfile -t modules < <(sed -n '/^CORE = {/,/^}/p' tests/conftest.py \
     | grep --only-matching '"[a-z_]*"' | sed 's|"\(.*\)"|tests/test_\1.py|')
 core=(-X dev -m pytest -m core --numprocesses 2 --dist worksteal "${modules[@]}")
@@ -64,9 +65,9 @@ python3.14 -m venv /venv
 exec /venv/bin/python ${core[@]@Q}
 SCRIPT
 echo "The newest versions, $(chroot "$root" python3.14 --version) of Debian unstable:"
-# Mounts of its own, which end with it.
+# In a separate mount namespace, whose mounts end with it.
 unshare --mount --fork bash -euc '
-mount --bind "$0" "$0"  # so that its file system is known inside
+mount --bind "$0" "$0"  # makes the root directory a mount point
 for each in proc dev sys; do mount --rbind "/$each" "$0/$each"; done
 exec chroot "$0" env HOME=/root LANG=C.UTF-8 bash /src/build/pythons.sh
 ' "$root"

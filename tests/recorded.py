@@ -1,4 +1,4 @@
-"""An OpenMeter that answers with the recorded answers of a real one.
+"""Fake OpenMeter (API versions 1 and 2) with the recorded answers of a real one.
 
 The answers are in ``fixtures/openmeter/answers.jsonl``: OpenMeter v1.0.0-beta.232.
 """
@@ -42,7 +42,7 @@ class Recording(NamedTuple):
 def document(
     body: Any, status: int = 200, content_type: str = "application/json"
 ) -> Answer:
-    """An answer with *body* in the form in which Go writes JSON."""
+    """Return an answer with *body* as JSON in the form that Go writes."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     headers = {"Content-Type": content_type}
     return Answer(status, text.encode() + b"\n", headers, takes=False)
@@ -57,24 +57,24 @@ RECORDINGS = {
 
 
 class RecordedOpenMeter:
-    """The rule of a server that gives the recorded answers of these names.
+    """The rule of an `OpenMeterServer` that gives the recorded answers *names*.
 
-    To everything else it answers as the real server does where it knows nothing.
+    It answers other questions as the real server does for an unknown customer.
     """
 
     def __init__(self, server: OpenMeterServer, *names: str) -> None:
         self.answers: dict[str, Answer] = {}
-        #: What the list of customers is made of.
+        #: The customers that the list of customers contains.
         self.customers: list[dict[str, Any]] = []
         self.page_size = 100
-        #: The targets of all questions, as they came.
+        #: The request targets of all questions.
         self.asked: list[str] = []
         for name in names:
             self.play(name)
         server.rule = self
 
     def play(self, name: str) -> None:
-        """Give the recorded answer of this name from now on."""
+        """Give the recorded answer *name* from now on."""
         recording = RECORDINGS[name]
         if recording.path.startswith("/api/v1/customers?"):
             self.customers += recording.body["items"]
@@ -82,20 +82,20 @@ class RecordedOpenMeter:
             self.answers[recording.path] = recording.answer()
 
     def play_access(self, customer: str, *names: str) -> None:
-        """Give what ``/access`` makes of these recorded values."""
+        """Answer ``/access`` of *customer* with the recorded values *names*."""
         values = {RECORDINGS[name].feature: RECORDINGS[name].body for name in names}
         path = f"/api/v1/customers/{quote(customer, safe='')}/access"
         self.answers[path] = document({"entitlements": values})
 
     @staticmethod
     def value_path(customer: str, feature: str) -> str:
-        """Return where the value of a feature is asked for."""
+        """Return the path of the value of a feature."""
         return (
             f"/api/v2/customers/{quote(customer, safe='')}/entitlements/{feature}/value"
         )
 
     def count(self, begin: str) -> int:
-        """Return how many targets of questions begin in this way."""
+        """Return the number of questions whose target starts with *begin*."""
         return sum(target.startswith(begin) for target in self.asked)
 
     def __call__(self, request: Request) -> Answer | None:
@@ -130,7 +130,7 @@ def _subjects(customer: dict[str, Any]) -> list[str]:
 
 
 def unknown_customer(key: str) -> Answer:
-    """What the real server answers for a key that no customer has."""
+    """Return the recorded answer for an unknown customer, with *key* in its text."""
     recording = RECORDINGS["value2.unknown_customer"]
     detail = recording.body["detail"].replace("g-none", key)
     body = {**recording.body, "detail": detail}
@@ -140,7 +140,7 @@ def unknown_customer(key: str) -> Answer:
 def customer(
     key: str | None, *subjects: str, id_: str = "01M8J9X1FN5V7R64DFBZPF9Y4T"
 ) -> dict[str, Any]:
-    """A customer of the list, in the form of the recorded one."""
+    """Return a customer for the list, in the form of the recorded one."""
     (like,) = RECORDINGS["customer.list_subject"].body["items"]
     made = {**like, "id": id_, "usageAttribution": {"subjectKeys": [*subjects]}}
     del made["key"]

@@ -1,4 +1,4 @@
-"""An OpenMeter that answers by version 3, with the recorded answers of a real one.
+"""Fake OpenMeter (API version 3) with the recorded answers of a real one.
 
 The answers are in ``fixtures/openmeter/answers-v3.jsonl``: OpenMeter v1.0.0-beta.232.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _FILE = Path(__file__).parent / "fixtures" / "openmeter" / "answers-v3.jsonl"
 BASE = "/api/v3/openmeter"
-#: Its bearer has no access to anything.
+#: An id that no customer has.
 NO_ID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
 
 
@@ -42,31 +42,31 @@ RECORDINGS = {
         Recording(**json.loads(line)) for line in _FILE.read_text("utf-8").splitlines()
     )
 }
-#: By their keys.
+#: The recorded customers, by key.
 CUSTOMERS = {
     customer["key"]: customer for customer in RECORDINGS["customer.list"].body["data"]
 }
 
 
 def with_brackets(target: str) -> str:
-    """Return *target* with its brackets as they are in the recording."""
+    """Return *target* with unquoted brackets, as in the recording."""
     return target.replace("%5B", "[").replace("%5D", "]")
 
 
 def access_path(id_: str) -> str:
-    """Where the access of the customer with this id is asked for."""
+    """Return the path of the entitlement access of a customer."""
     return f"{BASE}/customers/{id_}/entitlement-access"
 
 
 def customers_path(by: str, value: str) -> str:
-    """Where customers are asked for by a filter; *value* as it is in a URL."""
+    """Return the target that filters customers; *value* is already quoted."""
     return f"{BASE}/customers?filter[{by}]={value}"
 
 
 class RecordedV3:
-    """The rule of a server that gives the recorded answers about its customers.
+    """The rule of an `OpenMeterServer` that gives the recorded answers.
 
-    To everything else it answers as the real server does where it knows nothing.
+    It answers other questions as the real server does for an unknown customer.
     """
 
     def __init__(self, server: OpenMeterServer) -> None:
@@ -76,12 +76,12 @@ class RecordedV3:
             for name, recording in RECORDINGS.items()
             if name.startswith("access.list.")
         }
-        #: The targets of all questions, as they came.
+        #: The request targets of all questions.
         self.asked: list[str] = []
         server.rule = self
 
     def count(self, begin: str) -> int:
-        """Return how many targets of questions begin in this way."""
+        """Return the number of questions whose target starts with *begin*."""
         return sum(target.startswith(begin) for target in self.asked)
 
     def __call__(self, request: Request) -> Answer | None:
@@ -109,7 +109,7 @@ class RecordedV3:
 
     @staticmethod
     def unknown(id_: str) -> Answer:
-        """What the real server answers for an id that no customer has."""
+        """Return the recorded answer for an unknown customer, with its id replaced."""
         recording = RECORDINGS["access.list.unknown"]
         detail = recording.body["detail"].replace(NO_ID, id_)
         return document(
@@ -128,7 +128,7 @@ def _names(customer: dict[str, Any], by: str) -> list[str]:
 def customer(
     key: str | None, *subjects: str, id_: str = "01M8J9X1FN5V7R64DFBZPF9Y4T"
 ) -> dict[str, Any]:
-    """A customer of the list, in the form of the recorded ones."""
+    """Return a customer for the list, in the form of the recorded ones."""
     made = {**CUSTOMERS["h-bool"], "id": id_, "key": key}
     made["usage_attribution"] = {"subject_keys": [*subjects]}
     return {
@@ -139,7 +139,7 @@ def customer(
 
 
 def access(**features: Any) -> Answer:
-    """An access list: of each feature whether there is access, or a whole entry."""
+    """Return an access list; each feature has a bool for access or a whole entry."""
     entries = [
         value if isinstance(value, dict) else {"type": "boolean", "has_access": value}
         for value in features.values()

@@ -1,9 +1,9 @@
-"""Calls that a real OpenMeter has answered, sent to another server and compared.
+"""Send recorded calls to another server and compare its answers with OpenMeter's.
 
-Not compared: identifiers and times of creation, the order of rows that nothing orders,
-and what is chance in OpenMeter itself (which of several events of one second is the
-latest, or stands first in a list). What a call is answered is compared in three parts:
-status, meaning (the whole body but the sentence for a person) and wording.
+An answer is compared in three parts: its status, its meaning (the body without the
+sentences for people) and its wording. Left out are identifiers, times of creation, the
+order of unordered rows, and random parts of OpenMeter's answers (such as the latest of
+several events of one second), which the recording lists as ``chance``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 RECORDED = Path(__file__).with_name("fixtures") / "openmeter_answers.jsonl"
-#: 2026-11-29T00:04:00Z, from which the clock of the recording counts.
+#: Start of the recording's clock: 2026-11-29T00:04:00Z.
 START = 1_795_910_640
 WORDING = ("detail", "invalid_parameters")
 _ULID = re.compile(r"\b[0-7][0-9A-HJKMNP-TV-Z]{25}\b")
@@ -36,7 +36,7 @@ _MASKS = dict.fromkeys(("nextCursor", "first", "last"), "<cursor>") | {
 
 @dataclass(frozen=True)
 class Difference:
-    """One call that two servers answer differently."""
+    """A call that two servers answer differently."""
 
     name: str
     #: ``status``, ``meaning`` or ``wording``.
@@ -50,13 +50,13 @@ class Difference:
 
 
 def calls() -> list[dict[str, Any]]:
-    """Return the calls and the steps of the clock, in order."""
+    """Return the recorded calls and clock steps in order."""
     lines = RECORDED.read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines[1:]]
 
 
 def replay(url: str, set_clock: Callable[[float], None]) -> Iterator[Difference]:
-    """Send all calls, in order, to a server that has seen none; yield differences."""
+    """Send all calls in order to a new server and yield the differences."""
     known: dict[str, str] = {}
     for call in calls():
         if "clock" in call:
@@ -156,12 +156,12 @@ def _mask_text(text: str, name: str) -> str:
         return "<time>"
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{4,9}Z", "<now>", text)
     text = re.sub(r"must be after \S+", "must be after <now>", text)
-    # The first line says what is wrong, the others repeat OpenMeter's own document.
+    # The first line is the error, the others repeat OpenMeter's API description.
     return _ULID.sub("<ulid>", text.split("\nSchema:")[0])
 
 
 def _without(value: Any, chance: list[str]) -> Any:
-    """Mask what lies at the dotted paths in *chance*."""
+    """Mask the values at the dotted paths *chance*."""
     for path in chance:
         *way, last = (int(x) if x.isdigit() else x for x in path.split("."))
         place = value
@@ -172,7 +172,7 @@ def _without(value: Any, chance: list[str]) -> Any:
 
 
 def _sorted(value: Any) -> Any:
-    """Sort rows, which have no order of their own."""
+    """Sort the rows of lists and CSV documents, which are unordered."""
     if isinstance(value, dict):
         return {key: _sorted(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,15 +1,15 @@
-"""Threads put ten million events through thousands of seals: all of them are there.
+"""Put ten million events through thousands of small segments and count lost ones.
 
     python -m tests.seal_loop [--seconds 60] [--events 10000000]
 
-Threads append to one journal whose segments are small, and go on until both bounds
-are reached. Another process reads each segment as soon as it is said to be sealed,
-as the sender does, and deletes it. In the end every line that `write` or `append`
-has taken must have been read whole and once. The form of one system call a line
+Threads append lines to one journal with small segments, for at least --seconds and
+--events. Another process reads each segment as soon as it is sealed, as the sender
+does, and deletes it. In the end every line that `write` or `append` accepted must have
+been read exactly once, and whole. The journal that makes a system call for each line
 gets a tenth of the events.
 """
 
-# ruff: noqa: T201 - a program, too
+# ruff: noqa: T201 - also a program that prints
 from __future__ import annotations
 
 import argparse
@@ -29,28 +29,28 @@ from openmeter_wsgi.spool.journal import Journal
 
 THREADS = 8
 SEGMENT_BYTES = 32 * 1024
-#: What is sealed and not read yet takes no more of the disk than this.
+#: Maximum number of bytes of segments that are not read yet.
 MAX_BYTES = 64 * 1024 * 1024
-#: So many lines are put between two looks at the clock.
+#: Number of lines put between two checks of the time.
 _CHUNK = 1_000
 _LINE = b'{"id":"%d-%09d","data":{"total":1}}\n'
 _WHOLE = re.compile(rb'^\{"id":"(\d+)-(\d{9})","data":\{"total":1\}\}$', re.MULTILINE)
-#: By making this file the writers say that nothing comes any more.
+#: Name of the file that the writers create at the end.
 _ENDED = "ended"
 
 
 @dataclasses.dataclass
 class Found:
-    """What stood in the sealed segments of a directory."""
+    """The contents of the sealed segments of a directory."""
 
     seals: int = 0
-    #: Lines that are not as they were put.
+    #: Number of lines that differ from the lines that were put.
     torn: int = 0
-    #: By thread: the numbers of its lines, as runs (first, end).
+    #: By thread: the numbers of its lines, as half-open ranges (first, end).
     runs: dict[int, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
 
     def read(self, text: bytes) -> None:
-        """Note the lines of one segment."""
+        """Count the lines of one segment."""
         lines = _WHOLE.findall(text)
         self.seals += 1
         self.torn += sum(map(bool, text.rstrip(b"\0").split(b"\n"))) - len(lines)
@@ -61,7 +61,7 @@ class Found:
             self.runs.setdefault(int(thread), []).extend(_runs(own))
 
     def compare(self, put: list[int]) -> tuple[int, int]:
-        """Return how many of the lines *put* by each thread are lost, and twice."""
+        """Return the numbers of lost and repeated lines, given the lines *put*."""
         lost = twice = 0
         for thread, count in enumerate(put):
             end = 0
@@ -69,7 +69,7 @@ class Found:
                 lost += max(first - end, 0)
                 twice += max(min(after, end) - first, 0)
                 end = max(after, end)
-            # More than was put would be lines that nobody has put: torn ones.
+            # A number beyond the last line that was put: the line was torn.
             lost += max(count - end, 0)
             self.torn += max(end - count, 0)
         return lost, twice
@@ -93,7 +93,10 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
 
 
 def collect(directory: Path) -> Found:
-    """Read and delete what is sealed until all is. In a process of its own."""
+    """Read and delete sealed segments until the writers have ended.
+
+    Runs in another process.
+    """
     found = Found()
     while True:
         ended = (directory / _ENDED).exists()
@@ -108,7 +111,7 @@ def collect(directory: Path) -> Found:
 
 
 class Writer(threading.Thread):
-    """Puts numbered lines until it has put enough, for long enough."""
+    """A thread that puts numbered lines until both minimums are reached."""
 
     def __init__(
         self, journal: Journal, number: int, events: int, until: float
@@ -143,8 +146,8 @@ class Writer(threading.Thread):
 
 
 def run(form: str, events: int, seconds: float, directory: Path) -> Result:
-    """Put so many events, at least for so long, and compare what can be read."""
-    # Not forked: the child would hold on to what is mapped.
+    """Put at least *events* events for at least *seconds*; compare the lines read."""
+    # Not forked: the child would keep the mapped segments open.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as elsewhere:
         collecting = elsewhere.submit(collect, directory)
@@ -169,7 +172,7 @@ def run(form: str, events: int, seconds: float, directory: Path) -> Result:
 
 
 def _keep(journal: Journal, writers: list[Writer]) -> None:
-    """Prepare segments as the keeper does, while others do it themselves."""
+    """Prepare segments as the keeper does; the writers also prepare some themselves."""
     while any(writer.is_alive() or not writer.ident for writer in writers):
         try:
             journal.prepare()
@@ -182,14 +185,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--events", type=int, default=10_000_000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     print("| form | seconds | events | seals | lost | twice | torn |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     failed = False
     for form, part in ((MAPPED, 1.0), (WRITTEN, 0.1)):
         with tempfile.TemporaryDirectory() as directory:
-            events = int(given.events * part)
-            result = run(form, events, given.seconds * part, Path(directory))
+            events = int(args.events * part)
+            result = run(form, events, args.seconds * part, Path(directory))
         print(
             f"| {form} | {result.seconds:.0f} | {result.events} | {result.seals} | "
             f"{result.lost} | {result.twice} | {result.torn} |",

@@ -1,4 +1,4 @@
-"""Examples in processes of their own, billing to a sandbox on this machine."""
+"""Run an example in another process that sends its events to a sandbox."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = b"x" * 1024
 
 
 class ServedExample:
-    """An example behind a real server, and what it is asked for and billed."""
+    """An example on a real server; sends it requests and returns the billed events."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ServedExample:
         return self.request("GET", path, **options)
 
     def billed(self) -> list[tuple[str, str, Any]]:
-        """End the server, as a deploy does, and return what it billed."""
+        """Stop the server, and return the events that it billed."""
         self._server.stop()
         answer = requests.get(f"{self.sandbox.url}/api/v2/events", timeout=TIMEOUT)
         events = [item["event"] for item in answer.json()["items"]]

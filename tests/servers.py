@@ -1,4 +1,4 @@
-"""Servers for tests: a consumer in this process, real ones in others, and a sink."""
+"""Servers for tests: a WSGI server in this process, real ones in others, a sink."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
 
 TESTS = Path(__file__).parent
-#: Long enough for a loaded machine, short enough to see a stack.
+#: Maximum number of seconds: below the timeout of pytest, so that it shows the stack.
 TIMEOUT = 40
 
 GUNICORN = [sys.executable, "-m", "gunicorn", "--no-control-socket"]
@@ -37,7 +37,7 @@ SERVERS = {"wsgiref": WSGIREF, "waitress": WAITRESS, "sync": SYNC, "gthread": GT
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return the variables of a process that imports what these tests import."""
+    """Return the environment of a process that can import the modules of tests/."""
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, **variables}
 
@@ -55,10 +55,11 @@ def make_environ(method: str = "GET", **entries: Any) -> dict[str, Any]:
 
 
 class Consumer:
-    """The smallest server that keeps PEP 3333, and remembers all that it saw.
+    """A minimal WSGI server (PEP 3333) that records everything it gets.
 
-    It raises the exception of a repeated `start_response` once headers are out,
-    and may stop after some chunks, as a server does whose client went away.
+    A repeated `start_response` with exc_info raises the exception if a part of the
+    body was sent. With *stop_after* it stops after that number of chunks, as a server
+    does when the client disconnects.
     """
 
     def __init__(self, *, stop_after: int | None = None) -> None:
@@ -71,7 +72,7 @@ class Consumer:
         self.length: int | None = None
         self.exhausted = False
         self.raised: BaseException | None = None
-        #: Whether it was this that raised, over a chunk of the application's.
+        #: True if this server raised, at a chunk of the application.
         self.by_server = False
         self.raised_by_close: BaseException | None = None
 
@@ -92,7 +93,7 @@ class Consumer:
         self.body.append(data)
 
     def serve(self, app: WSGIApplication, environ: dict[str, Any]) -> Self:
-        """Serve one request. What the application raises is kept in `raised`."""
+        """Serve one request and keep the application's exception in `raised`."""
         try:
             response = app(environ, self.start_response)
         except BaseException as error:  # noqa: BLE001 - a server catches them all
@@ -128,14 +129,14 @@ class Consumer:
 
 
 class Sink:
-    """An OpenMeter that takes everything, and counts every id that it was sent."""
+    """A fake OpenMeter that accepts everything and counts the ids of events."""
 
     def __init__(self) -> None:
         self.ids: Counter[str] = Counter()
         self.events: list[dict[str, Any]] = []
         #: Set by every batch.
         self.received = threading.Event()
-        #: While it is clear, batches are taken in but not answered.
+        #: While it is clear, batches are received but not answered.
         self.answering = threading.Event()
         self.answering.set()
         sink = self
@@ -189,13 +190,13 @@ class _SinkServer(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing: processes that are killed break their connections."""
+        """Log nothing: killed processes break their connections."""
 
 
 class Server:
-    """A server in a process of its own, on a socket that it inherits.
+    """A server in another process, on a listening socket that it inherits.
 
-    The socket listens before the server starts, so there is nothing to wait for.
+    The socket listens before the server starts, so clients can connect at once.
     """
 
     def __init__(self, command: list[str], app: str, log: Path, **env: str) -> None:
@@ -214,7 +215,7 @@ class Server:
                 )
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
-        """Stop it the way a deployment does, and return its exit code."""
+        """Stop the server as a deployment does, and return its exit code."""
         self.process.send_signal(signum)
         try:
             return self.process.wait(TIMEOUT)
@@ -232,7 +233,7 @@ class Server:
 
 
 class _Recorder(io.RawIOBase):
-    """The bytes that come from a socket, kept as they pass."""
+    """A reader of a socket that records all bytes."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -251,9 +252,9 @@ class _Recorder(io.RawIOBase):
 
 
 def exchange(address: tuple[str, int], *requests: str) -> bytes:
-    """Send *requests* on one connection as long as it lives; return all the bytes.
+    """Send *requests* on one connection until it ends, and return all bytes received.
 
-    Whether the server keeps the connection open shows in what comes back.
+    The bytes end with ``<end>`` if the server closed the connection.
     """
     received = b""
     with socket.create_connection(address, timeout=TIMEOUT) as connection:
@@ -295,8 +296,8 @@ def _wsgiref(listener: socket.socket, app: WSGIApplication) -> None:
     server.server_name, server.server_port = address
     server.setup_environ()
     server.set_app(app)
-    # Not by an exception, as for the others: in the middle of a response wsgiref
-    # takes SystemExit for an error of the application, and serves on.
+    # No SystemExit as in main(): in the middle of a response wsgiref treats it as an
+    # error of the application, and continues.
     stop = threading.Thread(target=server.shutdown)
     signal.signal(signal.SIGTERM, lambda *_: stop.start())
     server.serve_forever()
@@ -308,7 +309,7 @@ def _waitress(listener: socket.socket, app: WSGIApplication) -> None:
 
 
 def main(kind: str, fd: str, app: str) -> None:
-    """Serve until SIGTERM, which ends the process as an exit does."""
+    """Serve until SIGTERM, at which the process exits and runs its exit hooks."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     module, _, name = app.partition(":")
     serve = {"wsgiref": _wsgiref, "waitress": _waitress}[kind]

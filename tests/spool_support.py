@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a worker that really puts, and the commands."""
+"""Helpers for tests of the commands: processes that put events, and the commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openmeter_wsgi.cli import spool
 from openmeter_wsgi.spool.files import MAPPED
 
 COMMAND = [sys.executable, "-X", "dev", "-W", "error", "-m", "openmeter_wsgi"]
-#: Its events are for the server that SPOOL_SERVER names.
+#: Program that puts the events of its input into a spool, for the server SPOOL_SERVER.
 WORKER = """
 import json, os, sys
 from openmeter_wsgi.delivery.client import OpenMeterClient
@@ -44,12 +44,12 @@ def event(id_, **changes):
 
 
 def days_ago(days):
-    """Return the time so many days ago as an event has it."""
+    """Return the time of *days* days ago, in the form of an event."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days * 86_400))
 
 
 class Worker:
-    """A process that puts events into a spool, and no more."""
+    """A process that puts events into a spool and does not deliver them."""
 
     def __init__(self, directory, form):
         self._process = subprocess.Popen(
@@ -80,42 +80,42 @@ def worker(directory, form=MAPPED):
 
 
 def put(directory, *events, form=MAPPED):
-    """Put events by a process that is dead afterwards."""
+    """Put events with a process that is killed afterwards."""
     with worker(directory, form) as made:
         made.put(*events)
 
 
 class Ship:
-    """A ``ship`` process, and what it says."""
+    """A ``ship`` process and its output."""
 
     def __init__(self, process):
         self.process = process
-        self.said = []
+        self.output = []
 
     def wait_for(self, text):
         for line in self.process.stderr:
-            self.said.append(line)
+            self.output.append(line)
             if text in line:
                 return line
-        raise AssertionError(self.said)
+        raise AssertionError(self.output)
 
     def end(self, signal):
         self.process.send_signal(signal)
         _, rest = self.process.communicate(timeout=40)
-        self.said.append(rest)
-        return self.process.returncode, "".join(self.said)
+        self.output.append(rest)
+        return self.process.returncode, "".join(self.output)
 
 
 @contextlib.contextmanager
 def shipping(directory, server, *options, **variables):
-    said = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
+    overrides = {f"OPENMETER_{k.upper()}": str(v) for k, v in variables.items()}
     settings = {"OPENMETER_API_URL": server.url, "OPENMETER_FLUSH_INTERVAL": "0.01"}
     with subprocess.Popen(
         [*COMMAND, "ship", "--spool-dir", str(directory), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | settings | said,
+        env=os.environ | settings | overrides,
     ) as process:
         try:
             yield Ship(process)
@@ -133,13 +133,13 @@ def run(directory, *arguments, **variables):
 
 
 def status_of(directory):
-    """Return what ``status`` says of the only server in a spool."""
-    (status,) = said(directory, "status")["servers"]
+    """Return the output of ``status`` about the only server in a spool."""
+    (status,) = json_output(directory, "status")["servers"]
     return status
 
 
-def said(directory, *arguments, **variables):
-    """Return what a subcommand says in JSON."""
+def json_output(directory, *arguments, **variables):
+    """Return the JSON output of a subcommand."""
     result = run(directory, *arguments, "--json", **variables)
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""Make spools and processes that use them, and look at what is in the directory."""
+"""Helpers for tests of a spool: make one, run processes with it, list its files."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from openmeter_wsgi.spool.delivery import SpoolDelivery
 from openmeter_wsgi.spool.server_directories import Server, prepare_server_directory
 from openmeter_wsgi.stats import Counts
 
-#: Longer than anything takes here.
+#: Maximum number of seconds to wait.
 PATIENCE = 40.0
-#: Small enough that a test goes through many of them.
+#: Bytes of a segment: so few that a test fills several segments.
 SMALL = 16 * 1024
 
 
@@ -36,7 +36,7 @@ def event(id_: str, subject: str = "acme", **data: Any) -> bytes:
 def spool_policy(
     directory: Path, url: str = "http://127.0.0.1:1", **options: Any
 ) -> Policy:
-    """Return a policy with a spool, delivering at once."""
+    """Return a policy with a spool and a short flush_interval."""
     options = {"flush_interval": 0.1, "api_key": "secret", **options}
     return Policy(spool_dir=str(directory), api_url=url, **options)
 
@@ -55,7 +55,7 @@ def spool_queue(
     form: str | None = None,
     **options: Any,
 ) -> SpoolDelivery:
-    """Return a queue on the directory; it is the caller's to close it."""
+    """Return a queue on the directory, which the caller must close."""
     directory.mkdir(mode=0o700, exist_ok=True)
     return SpoolDelivery(
         spool_policy(directory, url, **options),
@@ -67,7 +67,7 @@ def spool_queue(
 
 
 class Process:
-    """A Python process that runs the code given, and tells lines over its output."""
+    """A Python process that runs *code* and reports in lines of its output."""
 
     def __init__(self, code: str, *arguments: str) -> None:
         here = Path(__file__).parent
@@ -80,14 +80,14 @@ class Process:
         )
 
     def line(self) -> str:
-        """Return the next line it says; it must say one."""
+        """Return the next line of its output; fail if there is none."""
         assert self.process.stdout is not None
-        said = self.process.stdout.readline().decode().strip()
-        assert said, "the process ended without a word"
-        return said
+        line = self.process.stdout.readline().decode().strip()
+        assert line, "the process ended without output"
+        return line
 
     def kill(self) -> list[str]:
-        """Kill it with -9 and return what it said until then, whole lines only."""
+        """Kill it with -9 and return the remaining words of its whole lines."""
         self.process.kill()
         assert self.process.stdout is not None
         text = self.process.stdout.read().decode()
@@ -99,7 +99,7 @@ class Process:
             return self.process.wait(PATIENCE)
 
     def end(self) -> int:
-        """Close its input, which tells it to end."""
+        """Close its input, at which it ends, and return its status."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         return self.wait()
@@ -114,7 +114,7 @@ class Process:
 
 
 def server_dir(directory: Path, url: str | None = None) -> Path:
-    """Return the directory of a server in a spool, or of the only one that is there."""
+    """Return the directory of a server in a spool; without *url*, of the only one."""
     if url is not None:
         return prepare_server_directory(directory, Server(url))
     (found,) = [path for path in directory.iterdir() if path.is_dir()]
@@ -122,30 +122,30 @@ def server_dir(directory: Path, url: str | None = None) -> Path:
 
 
 def files(directory: Path, ending: str) -> list[Path]:
-    """Return the files of all servers whose names end so."""
+    """Return the files of all servers whose names end with *ending*."""
     return sorted(path for path in directory.rglob("*") if path.name.endswith(ending))
 
 
 def segments(directory: Path) -> list[Path]:
-    """Return the segments of all servers, sealed ones too."""
+    """Return the segments of all servers, with sealed ones."""
     return sorted(
         p for p in directory.rglob("*") if ".mapped" in p.name or ".written" in p.name
     )
 
 
-#: Threads that another test has left behind.
+#: Threads that existed before the test.
 _earlier: set[threading.Thread] = set()
 
 
 def begin_test() -> set[threading.Thread]:
-    """Let `threads` tell of nothing that is there now, and return that."""
+    """Exclude all current threads from `threads`, and return them."""
     _earlier.clear()
     _earlier.update(threading.enumerate())
     return _earlier
 
 
 def threads(prefix: str) -> list[threading.Thread]:
-    """Return the threads of that name that this test has brought about."""
+    """Return the threads of this test whose names start with *prefix*."""
     return [
         thread
         for thread in threading.enumerate()
@@ -157,10 +157,10 @@ def until(
     condition: Callable[[], bool],
     timeout: float = PATIENCE,
     *,
-    told: Callable[[], object] = lambda: "it did not happen",
+    failure: Callable[[], object] = lambda: "the condition did not become true",
 ) -> None:
-    """Wait for something that another process brings about."""
+    """Poll *condition*; after *timeout* fail with the result of *failure*."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, told()
+        assert time.monotonic() < deadline, failure()
         time.sleep(0.01)

@@ -2,7 +2,8 @@
 
     python -m tests.structure [PACKAGE_DIRECTORY]
 
-All are read from the source; nothing is imported. Lines are those of Python files.
+The figures are read from the source, and nothing is imported. Only lines of Python
+files count.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "openmeter_wsgi"
-#: What a request that becomes an event goes through.
+#: The modules that run in a request which becomes an event.
 REQUEST_PATH = (
     "middleware", "response", "request", "billing", "process", "subject", "routes",
     "events", "values", "errors", "log", "delivery.queue",
 )  # fmt: skip
-#: What is not the core: an application imports it only if it asks for it.
+#: The modules outside the core: an application imports them only if it uses them.
 EDGES = (
     "cli", "sandbox", "zuplo", "testing", "pytest_plugin", "flask", "django",
     "frameworks", "prometheus",
@@ -30,7 +31,7 @@ _BEHIND_VERB = re.compile(rf"\w+ {_CLAUSE}", re.IGNORECASE)
 
 
 class Module:
-    """One module, by its name within the package."""
+    """A module with its name relative to the package."""
 
     def __init__(self, path: Path, package: Path) -> None:
         parts = path.relative_to(package).with_suffix("").parts
@@ -40,7 +41,7 @@ class Module:
         self.tree = ast.parse(text)
 
     def is_in(self, *names: str) -> bool:
-        """Say whether it is one of these modules, or in one of these packages."""
+        """Return True if it is one of the modules or in one of the packages *names*."""
         return any(self.name == n or self.name.startswith(f"{n}.") for n in names)
 
     def first_lines(self) -> list[str]:
@@ -50,7 +51,7 @@ class Module:
         return [text.split("\n")[0] for text in map(ast.get_docstring, nodes) if text]
 
     def imported(self, package: str, names: frozenset[str]) -> set[str]:
-        """Return the modules of the package that it imports, now or later."""
+        """Return the modules of the package that it imports, also inside functions."""
         found = set()
         for node in _at_run_time(self.tree):
             if not isinstance(node, ast.ImportFrom) or not node.module:
@@ -58,21 +59,21 @@ class Module:
             root, _, module = node.module.partition(".")
             if root == package:
                 for alias in node.names:
-                    there = f"{module}.{alias.name}".lstrip(".")
-                    found.add(there if there in names else module)
+                    submodule = f"{module}.{alias.name}".lstrip(".")
+                    found.add(submodule if submodule in names else module)
         return (found & names) - {self.name}
 
 
 def _at_run_time(node: ast.AST) -> list[ast.AST]:
-    """Return all nodes below *node* but those for the type checker alone."""
+    """Return *node* and all nodes below it, without those for type checkers only."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return []
     below = [_at_run_time(child) for child in ast.iter_child_nodes(node)]
-    return [node, *(each for nodes in below for each in nodes)]
+    return [node, *(child for nodes in below for child in nodes)]
 
 
 def import_depth(modules: list[Module], package: str) -> int:
-    """Return how many modules the longest chain of imports has."""
+    """Return the number of modules in the longest chain of imports."""
     names = frozenset(module.name for module in modules if module.name)
     graph = {m.name: m.imported(package, names) for m in modules if m.name}
 
@@ -84,7 +85,7 @@ def import_depth(modules: list[Module], package: str) -> int:
 
 
 def public_names(modules: list[Module]) -> int:
-    """Return how many names the package's own module offers."""
+    """Return the number of names in `__all__` of the package."""
     (top,) = (module for module in modules if not module.name)
     return sum(
         len(node.value.elts)
@@ -95,7 +96,7 @@ def public_names(modules: list[Module]) -> int:
 
 
 def options(modules: list[Module]) -> int:
-    """Return how many options a policy has."""
+    """Return the number of options of a policy."""
     classes = [
         node
         for module in modules
@@ -107,7 +108,7 @@ def options(modules: list[Module]) -> int:
 
 
 def figures(package: Path) -> dict[str, str]:
-    """Return the figures of a package, by what they say."""
+    """Return the figures of a package, by label."""
     paths = sorted(package.rglob("*.py"))
     modules = [Module(path, package) for path in paths]
     outside = [m for m in modules if not m.is_in("sandbox", "zuplo")]
@@ -118,16 +119,16 @@ def figures(package: Path) -> dict[str, str]:
     begin = sum(bool(_BEGINS.match(line)) for line in lines)
     behind = sum(bool(_BEHIND_VERB.match(line)) for line in lines)
 
-    def of(some: list[Module]) -> str:
+    def size_of(some: list[Module]) -> str:
         return f"{len(some)} modules, {sum(m.lines for m in some):,} lines"
 
     return {
-        "the package": of(modules),
-        "outside sandbox and zuplo": of(outside),
-        "the core": of(core),
-        "the sandbox": of([m for m in modules if m.is_in("sandbox")]),
-        "zuplo": of([m for m in modules if m.is_in("zuplo")]),
-        "the way of a request": of(path),
+        "the package": size_of(modules),
+        "outside sandbox and zuplo": size_of(outside),
+        "the core": size_of(core),
+        "the sandbox": size_of([m for m in modules if m.is_in("sandbox")]),
+        "zuplo": size_of([m for m in modules if m.is_in("zuplo")]),
+        "the request path": size_of(path),
         "modules of 150 to 600 lines": _share(
             sum(150 <= size <= 600 for size in sizes), len(sizes)
         ),
@@ -147,8 +148,8 @@ def _share(some: int, whole: int) -> str:
 def main() -> None:
     """Print the figures."""
     package = Path(sys.argv[1]) if sys.argv[1:] else PACKAGE
-    for what, figure in figures(package.resolve()).items():
-        print(f"{what:50} {figure}")  # noqa: T201
+    for label, figure in figures(package.resolve()).items():
+        print(f"{label:50} {figure}")  # noqa: T201
 
 
 if __name__ == "__main__":

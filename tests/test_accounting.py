@@ -1,4 +1,4 @@
-"""Counters add up, whatever happened: nothing that was settled is unaccounted for."""
+"""The counters add up after every fault: each settled request is accounted for."""
 
 import functools
 import http.client
@@ -26,7 +26,7 @@ RECYCLING = [
 
 
 class Clients:
-    """Ask with chance, four at a time, and count what is known of the answers."""
+    """Clients that send random requests, four at a time, and count the answers."""
 
     def __init__(self, address: tuple[str, int], chance: random.Random) -> None:
         self._address = address
@@ -83,7 +83,9 @@ def chaos(openmeter, server: Server, clients: Clients, chance: random.Random) ->
     openmeter.up()
     openmeter.rule = None
     before = len(openmeter.ids)
-    for worker in children(server.process.pid):  # each sends what waits when it ends
+    for worker in children(
+        server.process.pid
+    ):  # each sends its waiting events when it ends
         os.kill(worker, signal.SIGTERM)
     healthy_since = len(openmeter.requests)
     clients.ask(100)
@@ -95,9 +97,9 @@ def chaos(openmeter, server: Server, clients: Clients, chance: random.Random) ->
 
 
 def is_one_buried(requests: list[Request]) -> bool:
-    """Say whether an event was refused, another taken, and it was refused again alone.
+    """Return True if an event was refused in a batch and, after others, again alone.
 
-    Each connection is of one sender.
+    Each connection belongs to one sender.
     """
     taken: Counter[int] = Counter()
     refused_at: dict[tuple[int, str], int] = {}
@@ -160,7 +162,7 @@ def test_all_that_was_settled_is_accounted_for_in_a_spool(openmeter, tmp_path):
 
     total, clients = account(openmeter, tmp_path, OPENMETER_SPOOL_DIR=spool)
 
-    # Each process has seen the spool at its own end: what counts is what is in it now.
+    # Each process counted the spool at its own end; only its present state counts.
     look = OpenMeterMiddleware(
         lambda *_: [], api_url=openmeter.url, spool_dir=spool, meters={"requests": 1}
     ).stats()

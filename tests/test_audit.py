@@ -1,4 +1,4 @@
-"""Why was it not billed? Every request without an event is told, with its reason."""
+"""The audit log: every request without an event is logged with its reason."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_policy_of_a_route_is_named_by_its_rule() -> None:
 
 
 def test_a_file_grows_by_a_line_for_each(tmp_path: Path) -> None:
-    """By a handler of the logger, as the documentation has it."""
+    """Collect the records with a handler of the logger, as the documentation shows."""
     logger = logging.getLogger("openmeter_wsgi.audit")
     handler = logging.FileHandler(tmp_path / "not-billed.log")
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""What a response is billed: no way around a price, and no request without a count."""
+"""The bill of a response: no price can be evaded, and every request is counted."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_a_wrong_path_in_flask_is_named_with_the_object_and_the_count(
     [said] = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert said.getMessage() == (
         "openmeter_wsgi: subject at 'g.custmer': g has no 'custmer'; "
-        "1 requests without subject are not billed"
+        "1 requests without subject are not billed; the last one: GET /"
     )
     assert extension is not None
 

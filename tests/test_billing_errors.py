@@ -24,7 +24,7 @@ def decorated(environ: Any, start_response: Any) -> list[bytes]:
 def said(
     caplog: pytest.LogCaptureFixture, app: Any = nothing, **options: Any
 ) -> list[tuple[str, str]]:
-    """Return level and text of what is logged at the start."""
+    """Return level and text of the log lines at the start."""
     caplog.set_level(logging.INFO, "openmeter_wsgi")
     OpenMeterMiddleware(app, dry_run=True, **options)
     return [(record.levelname, record.getMessage()) for record in caplog.records]

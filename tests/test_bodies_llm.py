@@ -202,7 +202,7 @@ def test_a_result_on_the_way_changes_nothing():
         assert reader.result() == llm_expected(name)
 
 
-#: A list of vectors, a long text and a deep structure, all with what misleads.
+#: A list of vectors, a long text and a deep structure, all with misleading parts.
 PADDING = b"[[%b], %b, [%b]]" % (
     b"-0.0123456, " * 80_000 + b"1",
     b'"' + rb"lorem \"usage\": {\\" * 10_000 + b'"',

@@ -1,4 +1,4 @@
-"""Bodies of 64 MiB: what a reader keeps does not depend on what it reads."""
+"""Bodies of 64 MiB: the memory of a reader does not depend on the body."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""All commands together: how they end, what the documentation says, completion."""
+"""All commands together: exit codes, documentation, completion."""
 
 import os
 import re
@@ -147,7 +147,7 @@ def test_a_removed_command_says_what_to_write(name):
 
 @pytest.fixture
 def completed(monkeypatch):
-    """Return a function that answers a shell that asks what fits."""
+    """A function that completes *words* for a shell."""
 
     def ask(shell, *words):
         incomplete, number = words[-1], str(len(words) - 1)

@@ -33,7 +33,7 @@ def served(app, requests, subject="acme"):
 
 
 def left(app, subject):
-    """Return what is left, and let it be asked for if the answer has aged."""
+    """Return the remaining balance; OpenMeter is asked if the answer is too old."""
     environ = {"REMOTE_USER": subject}
     gate = app.process().billing.gate
     gate.check(environ, ["api_requests"], {"api_requests": 0})
@@ -70,7 +70,7 @@ def test_an_event_that_is_too_large_to_be_sent_takes_nothing_of_the_quota(
 
 
 def is_denied_now(entitlements):
-    """Ask behind the request's back, and say whether the answer is a no."""
+    """Ask OpenMeter again, outside a request, and return True if it denies access."""
     entitlements.refresh("acme", "api_requests")
     return not entitlements.cached_answer("acme", "api_requests").answer.has_access
 

@@ -1,4 +1,4 @@
-"""An attempt ends in time, whatever holds it."""
+"""An attempt ends at its deadline, for every cause of the delay."""
 
 import contextlib
 import socket

@@ -57,7 +57,7 @@ if not settings.configured:
 
 
 def with_user(view: Any) -> Any:
-    """Hand over a mapping of its own, as decorators for authentication do."""
+    """Pass a mapping as first argument, as decorators for authentication do."""
 
     @functools.wraps(view)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -244,7 +244,7 @@ def billed(
     stop_after: int | None = None,
     **options: Any,
 ) -> tuple[list[tuple[str, Any]], Stats]:
-    """Request *paths*; return what is billed and the counts."""
+    """Request *paths* and return the usage and the statistics."""
     options = {"meters": {"requests": 1}, **options}
     middleware = OpenMeterMiddleware(
         app, api_url=openmeter.url, flush_interval=60, **options
@@ -343,7 +343,7 @@ def test_usage_stated_in_a_stream_counts_until_it_ends(
 def test_a_duration_lasts_from_the_call_of_the_view(openmeter: OpenMeterServer) -> None:
     events, _ = billed(openmeter, of_flask.wsgi_app, "/slow")
 
-    # What the view did, and not only what came after it.
+    # The time of the view counts, and not only the time after it.
     assert events[0][1]["total"] > 0.0005
 
 
@@ -408,7 +408,7 @@ def test_a_view_counts_a_body_that_states_no_length(
 
     middleware.close(40)
     assert answer == b"5"
-    # What was read before the view was called, nobody has counted.
+    # Bytes that were read before the view was called are not counted.
     expected = [] if read_before else [("bytes", {"total": 5})]
     assert usage(openmeter.taken) == expected
     assert middleware.stats().not_metered == (
@@ -436,7 +436,7 @@ def anew(**made: Any) -> list[dict[str, Any]]:
 def governing(
     middleware: OpenMeterMiddleware, options: dict[str, Any], view: Any
 ) -> object:
-    """Return what bills a request whose view is decorated while it is served."""
+    """Return the billing of a request whose view is decorated during the request."""
     governs: list[object] = []
 
     def served(environ: Environ) -> None:

@@ -30,7 +30,7 @@ def text_of(moment):
 
 
 def dated(id_, ahead, **data):
-    """Encode an event that is so many seconds ahead of our clock."""
+    """Encode an event whose time is *ahead* seconds ahead of our clock."""
     document = {
         "specversion": "1.0", "type": "a", "source": "s", "data": data, "id": id_,
         "time": text_of(time.time() + ahead), "subject": "acme",
@@ -40,7 +40,7 @@ def dated(id_, ahead, **data):
 
 @pytest.fixture
 def kafka(openmeter):
-    """Make OpenMeter lose what Kafka loses, by a clock that may differ from ours."""
+    """An OpenMeter that loses events from the future, as Kafka does."""
     lost = []
 
     def rule(request):
@@ -58,7 +58,7 @@ def kafka(openmeter):
 
 @pytest.fixture(params=["memory", "spool"])
 def queue(request, kafka, tmp_path):
-    """Return what takes encoded events and delivers them, from memory or a spool."""
+    """A queue in memory or a spool, whose events are delivered."""
     spool_dir = str(tmp_path / "spool") if request.param == "spool" else None
     middleware = OpenMeterMiddleware(
         handled(lambda environ: None), api_url=kafka.url, flush_interval=0.05,

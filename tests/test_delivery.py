@@ -124,7 +124,7 @@ def add_up(stats, requests):
     return (stats.settled, stats.events, known) == (requests,) * 3
 
 
-# -- What is sent
+# -- Requests
 
 
 def test_one_event_is_sent_bare_and_several_as_a_batch(openmeter, serve):
@@ -679,7 +679,7 @@ def test_an_outage_loses_and_doubles_nothing_and_keeps_the_order(
     assert {r.method for r in openmeter.requests} == {"POST"}
     stats = service.stats
     assert (stats.delivered, stats.waiting, stats.dead_lettered) == (12, 0, 0)
-    # After a 500 what is left goes in two requests.
+    # After a 500 the remaining events go in two requests.
     assert stats.retries == (7 if name == "500" else 6)
     assert stats.ambiguous == (
         6 if name in {"500", "502", "503", "close", "reset"} else 0
@@ -797,7 +797,7 @@ def test_a_wrong_key_or_address_is_said_loudly(openmeter, serve, caplog, name):
     assert "om_secret" not in caplog.text
 
 
-# -- What OpenMeter refuses
+# -- Refused events
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The files in examples/deploy that need nothing but Python, run as they stand."""
+"""Tests of the unchanged files in examples/deploy that need only Python."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_waitress_leaves_at_a_sigterm_is_shipped(
 
     with serving(command, address, tmp_path / "log", slow) as server:
         names = server.load(REQUESTS, BODY)
-        # Whoever has an answer may have it before the response is closed.
+        # A client may have its answer before the response is closed.
         until(
             lambda: (
                 watermark.backlog(server_dir(spool, openmeter.url)).events == REQUESTS

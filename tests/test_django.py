@@ -13,6 +13,7 @@ from django.test import Client, override_settings
 
 from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
+from openmeter_server import problem as problem_of_server
 from openmeter_wsgi import ConfigError, Policy, route
 from openmeter_wsgi.django import get_wsgi_application
 from openmeter_wsgi.django.settings import check_configuration
@@ -20,6 +21,9 @@ from openmeter_wsgi.django.view_middleware import template_of
 from servers import Consumer, make_environ
 
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
+TEMPLATES = [
+    {"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}
+]
 
 if not settings.configured:
     settings.configure(SECRET_KEY="example", ROOT_URLCONF=())
@@ -43,7 +47,10 @@ def make(openmeter):
                 "ALLOWED_HOSTS": ["*"],
                 "DEBUG_PROPAGATE_EXCEPTIONS": False,
                 "LOGGING_CONFIG": None,
+                "INSTALLED_APPS": ["rest_framework"],
                 "REST_FRAMEWORK": {"UNAUTHENTICATED_USER": None},
+                "TEMPLATES": TEMPLATES,
+                "STATIC_URL": "/static/",
                 "OPENMETER": {
                     "api_url": openmeter.url,
                     "meters": {"api_requests": 1},
@@ -76,7 +83,7 @@ def by_token(name):
 
 
 def billed(app, openmeter):
-    """Return what was billed: subject and usage."""
+    """Return subject and type of the billed events."""
     assert app.flush(20)
     return [(event["subject"], event["type"]) for event in openmeter.taken]
 
@@ -88,7 +95,7 @@ def answer(response):
     return response.status[:3], headers["Content-Type"], body
 
 
-# -- Who is billed
+# -- Subjects
 
 
 def test_the_authenticated_user_is_the_subject(make, openmeter):
@@ -163,7 +170,31 @@ def test_nobody_is_looked_up_for_what_is_not_billed(make):
     assert app.stats().not_metered == {"status": 1}
 
 
-# -- What is billed
+def test_a_request_without_subject_is_named_by_method_and_path(make, caplog):
+    app = make()
+
+    for mount in ("/a\nb\x1b", ""):
+        environ = make_environ(SCRIPT_NAME=mount, PATH_INFO="/plain")
+        del environ["REMOTE_USER"]
+        Consumer().serve(app, environ)
+
+    (line,) = [one for one in caplog.messages if "without subject" in one]
+    assert "a request without subject is not billed: GET /a b /plain (see" in line
+
+
+def test_a_path_that_leads_to_nothing_is_named_with_the_request(make, caplog):
+    app = make({"subject": "request.user.organization.slug"})
+
+    get(app, "/plain", **by_user("acme"))
+
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "'request.user.organization.slug': a User has no 'organization'" in line
+    assert line.endswith(
+        "1 requests without subject are not billed; the last one: GET /plain"
+    )
+
+
+# -- Usage
 
 
 def test_a_stream_is_billed_as_far_as_it_was_sent(make, openmeter):
@@ -238,10 +269,11 @@ def test_a_request_that_came_by_another_way_is_served_and_said(make, caplog):
     response = Client().get("/plain", headers={"X-User": "acme"})
 
     assert response.content == b"ok"
-    assert "a request did not come through openmeter_wsgi.django" in caplog.text
+    (line,) = [one for one in caplog.messages if "not metered" in one]
+    assert line.startswith("openmeter_wsgi: a request did not come through openmeter_")
 
 
-# -- Who may
+# -- Entitlements
 
 
 def test_entitlements_are_asked_for_after_authentication(make, entitled):
@@ -291,6 +323,59 @@ def test_a_permission_asks_for_the_features_of_its_view(make, entitled):
     assert answer(response)[2]["feature"] == "exports"
 
 
+def test_one_feature_of_a_view_may_be_written_as_text(make, entitled):
+    entitled.values["acme"] = {"exports": YES}
+    app = make()
+
+    response = get(app, "/api/text", **by_token("acme"))
+
+    assert response.status == "200 OK"
+    assert set(entitled.asked) == {("acme", "exports")}
+
+
+def test_a_permission_that_checks_nothing_is_told(make, entitled, caplog):
+    app = make()
+
+    for _ in range(2):
+        assert get(app, "/api/entitled", **by_token("acme")).status == "200 OK"
+    get(app, "/api/entitled", "OPTIONS", **by_token("acme"))
+
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "view NeedsSearches: HasEntitlements checks nothing" in line
+    assert "required_entitlements" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/api/export", {}),
+        ("/api/entitled", {"required_entitlements": ["searches"]}),
+        ("/api/entitled", {"routes": {"/api/entitled": None}}),
+        ("/api/v1/permitted/", {}),
+    ],
+)
+def test_a_permission_that_checks_something_or_needs_not_is_not_told(
+    make, entitled, caplog, path, options
+):
+    entitled.values["acme"] = {"exports": YES, "searches": YES}
+    app = make(options)
+
+    get(app, path, "POST" if "permitted" in path else "GET", **by_token("acme"))
+    get(app, path, "OPTIONS", **by_token("acme"))
+
+    assert "checks nothing" not in caplog.text
+
+
+def test_a_permission_of_all_views_may_check_nothing(make, caplog):
+    everywhere = ["openmeter_wsgi.django.rest_framework.HasEntitlements"]
+    app = make()
+
+    with override_settings(REST_FRAMEWORK={"DEFAULT_PERMISSION_CLASSES": everywhere}):
+        get(app, "/api/entitled", **by_token("acme"))
+
+    assert "checks nothing" not in caplog.text
+
+
 def test_a_permission_may_be_named_where_the_view_is_routed(make, entitled):
     entitled.values["acme"] = {"searches": YES}
     app = make({"required_entitlements": ["searches"]})
@@ -308,6 +393,133 @@ def test_the_browsable_api_asks_once(make, entitled):
 
     assert b"".join(response.body) == b"a page with 2 forms"
     assert app.stats().allowed == {"openmeter": 1}
+
+
+HTML, JSON = {"accept": "text/html"}, {"accept": "application/json"}
+
+
+def test_a_form_that_the_browsable_api_asks_for_denies_nothing(
+    make, openmeter, entitled, caplog
+):
+    entitled.values["acme"] = {"exports": NO}
+    caplog.set_level("INFO", "openmeter_wsgi")
+    app = make()
+
+    page = get(app, "/api/v1/books/", **HTML, **by_token("acme"))
+
+    assert page.status == "200 OK"
+    assert b"a book" in b"".join(page.body)
+    assert entitled.questions == 0
+    assert app.stats().denied == {}
+    assert "denied" not in caplog.text
+    assert billed(app, openmeter) == [("acme", "api_requests")]
+
+
+@pytest.mark.parametrize("accept", [HTML, JSON])
+def test_an_action_that_is_denied_is_answered_by_a_problem(
+    make, openmeter, entitled, accept
+):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    denied = get(app, "/api/v1/books/", "POST", **accept, **by_token("acme"))
+
+    assert answer(denied)[:2] == ("403", "application/problem+json")
+    assert app.stats().denied == {"no_access": 1}
+    assert billed(app, openmeter) == []
+
+
+def test_the_form_is_shown_after_the_action_was_allowed(make, entitled):
+    entitled.values["acme"] = {"exports": YES}
+    app = make()
+
+    page = get(app, "/api/v1/books/", "POST", **HTML, **by_token("acme"))
+
+    assert page.status.startswith("201")
+    assert app.stats().allowed == {"openmeter": 1}
+
+
+def test_the_methods_that_options_tells_of_are_not_asked_for(make, entitled):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    told = get(app, "/api/v1/books/", "OPTIONS", **JSON, **by_token("acme"))
+
+    assert told.status == "200 OK"
+    assert b'"actions":{"POST"' in b"".join(told.body)
+    assert entitled.questions == 0
+
+
+def test_a_schema_that_names_a_view_asks_for_nothing(make, entitled):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    told = get(app, "/api/schema", **by_token("acme"))
+
+    assert told.body == [b"true"]
+    assert entitled.questions == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("PUT", "/api/v1/books/7/"), ("GET", "/api/facade")]
+)
+def test_a_view_may_ask_for_the_permission_of_another_method_or_view(
+    make, entitled, method, path
+):
+    entitled.values["acme"] = {"exports": NO}
+    app = make()
+
+    denied = get(app, path, method, **JSON, **by_token("acme"))
+
+    assert answer(denied)[:2] == ("403", "application/problem+json")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "challenge"),
+    [
+        ("GET", "/api/export", "Token"),
+        ("POST", "/api/v1/decorated/", "Token"),
+        ("GET", "/api/function/exports", "Token"),
+        ("GET", "/api/choosing", "Token method=GET"),
+        ("POST", "/api/choosing", "Bearer"),  # the view cannot tell
+        ("GET", "/api/sessions", "Bearer"),  # sessions have no challenge
+        ("GET", "/deciding", "Bearer"),
+    ],
+)
+def test_who_has_no_subject_is_challenged_as_by_the_rest_framework(
+    make, openmeter, method, path, challenge
+):
+    app = make({"subject": lambda environ: None})
+
+    response = get(app, path, method, **by_user("acme"), **by_token("acme"))
+
+    status, media_type, problem = answer(response)
+    assert (status, media_type) == ("401", "application/problem+json")
+    assert problem["reason"] == "no_subject"
+    assert dict(response.headers)["WWW-Authenticate"] == challenge
+
+
+def test_a_view_that_is_asked_for_before_it_authenticates_has_its_challenge(make):
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, "/api/token", **by_token("acme"))
+
+    assert dict(response.headers)["WWW-Authenticate"] == "Token"
+
+
+def test_an_answer_of_the_applications_own_keeps_its_challenge(make):
+    def denied_response(environ, decision):
+        def app(environ, start_response):
+            start_response("401 Unauthorized", [("WWW-Authenticate", "Shop")])
+            return [b"log in"]
+
+        return app
+
+    app = make({"denied_response": denied_response, "subject": lambda environ: None})
+
+    response = get(app, "/api/export", **by_token("acme"))
+
+    assert dict(response.headers)["WWW-Authenticate"] == "Shop"
 
 
 def test_a_view_decides_by_itself(make, entitled):
@@ -340,6 +552,78 @@ def test_a_decorated_view_is_asked_for_its_own_features_alone(make, entitled):
 
     assert response.body == [b"ok"]
     assert set(entitled.asked) == {("acme", "exports")}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/report"), ("POST", "/api/v1/decorated/"),
+        ("POST", "/api/v1/permitted/"), ("GET", "/api/function/exports"),
+    ],
+)  # fmt: skip
+def test_a_decorated_method_is_asked_for_its_own_features_alone(
+    make, entitled, method, path
+):
+    entitled.values["acme"] = {"exports": YES}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, method, **by_user("acme"), **by_token("acme"))
+
+    assert response.status == "200 OK"
+    assert set(entitled.asked) == {("acme", "exports")}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/report"), ("GET", "/api/v1/decorated/"),
+        ("HEAD", "/api/v1/decorated/"), ("GET", "/api/v1/permitted/"),
+        ("GET", "/api/function/free"),
+    ],
+)  # fmt: skip
+def test_nothing_is_asked_for_a_method_that_is_not_metered(
+    make, openmeter, entitled, method, path
+):
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, method, **by_user("acme"), **by_token("acme"))
+
+    assert response.status == "200 OK"
+    assert entitled.questions == 0
+    assert billed(app, openmeter) == []
+
+
+@pytest.mark.parametrize("path", ["/report", "/api/v1/permitted/7/"])
+def test_the_other_methods_of_a_class_are_asked_for_the_features_of_the_settings(
+    make, entitled, path
+):
+    entitled.values["acme"] = {"searches": NO}
+    app = make({"required_entitlements": ["searches"]})
+
+    response = get(app, path, **by_user("acme"), **by_token("acme"))
+
+    assert answer(response)[2]["feature"] == "searches"
+
+
+@pytest.mark.parametrize("path", ["/api/misspelt", "/misspelt"])
+@pytest.mark.parametrize("fail_mode", ["open", "closed"])
+def test_nobody_has_a_feature_that_openmeter_cannot_have(
+    make, openmeter, entitled, caplog, path, fail_mode
+):
+    entitled.values["acme"] = {"exports": YES}
+    entitled.refused["acme", "Create-Books"] = problem_of_server(400, "invalid key")
+    app = make({"fail_mode": fail_mode})
+
+    response = get(app, path, **by_user("acme"), **by_token("acme"))
+
+    status, media_type, problem = answer(response)
+    assert (status, media_type) == ("403", "application/problem+json")
+    assert (problem["feature"], problem["reason"]) == ("Create-Books", "no_access")
+    assert billed(app, openmeter) == []
+    assert entitled.questions == 0
+    (line,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "'Create-Books' (expected a-z and 0-9" in line.getMessage()
+    assert "write 'create_books' here and in OpenMeter" in line.getMessage()
 
 
 def test_the_application_answers_in_its_own_way(make, entitled):
@@ -433,7 +717,7 @@ def test_without_the_view_middleware_there_is_no_application(make):
         ),
         (
             {"OPENMETER": {"api_key": "om_x"}, "MIDDLEWARE": []},
-            ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' among them"],
+            ["MIDDLEWARE: expected 'openmeter_wsgi.django.ViewMiddleware' in it"],
         ),
     ],
 )
@@ -518,3 +802,4 @@ def test_a_request_that_came_through_asgi_is_an_error_in_the_log(make, caplog):
     assert answered["status"] == 200
     (record,) = [one for one in caplog.records if "ASGI" in one.getMessage()]
     assert record.levelname == "ERROR"
+    assert record.getMessage().startswith("openmeter_wsgi: a request came through ASGI")

@@ -120,7 +120,7 @@ def test_a_view_that_logs_out_or_deletes_its_user_is_billed_to_it(
         "public": ["first"],
         "public_404": [],
     }
-    # Who is billed is read when the headers are made, so none is added for it.
+    # The subject is read when the headers are made, so no "Vary" is added for it.
     assert billed["public"][1] is billed["public_404"][1] is None
 
 

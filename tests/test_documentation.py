@@ -1,4 +1,4 @@
-"""What the documentation names exists, and what exists is named."""
+"""Names, links and commands in the documentation exist, and all options are named."""
 
 import ast
 import functools
@@ -14,9 +14,9 @@ from tests import options_page
 from tests.packaging.absolute_links import absolute
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Code, shown or not.
+#: Code blocks and comments.
 _FENCE = re.compile(r"^```.*?^```$|^<!--.*?-->$", re.M | re.S)
-#: Settings of servers and of what else is served, which pages may name as well.
+#: Settings of other software, which pages may name as well.
 FOREIGN = {
     "preload_app",
     "processes",
@@ -29,13 +29,13 @@ _LITERAL = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
 def literals(page: Path) -> list[str]:
-    """Return what a page sets as code within its text."""
+    """Return the inline code of a page."""
     text = _FENCE.sub("", page.read_text())
     return [" ".join(literal.split()) for literal in _LITERAL.findall(text)]
 
 
 def is_there(target: Path, anchor: str) -> bool:
-    """Say whether a file is there, and the heading in it."""
+    """Return True if the file exists and contains the heading."""
     if not anchor or not target.exists():
         return target.exists()
     text = target.read_text()
@@ -68,7 +68,7 @@ def test_a_keyword_in_the_text_is_an_option_or_a_parameter(page: Path) -> None:
     keywords = re.compile(r"(?:\w+\(|@meter\()?([a-z][a-z_]*)=")
     named = {found[1] for text in literals(page) if (found := keywords.match(text))}
 
-    # The page on upgrading names what there was before.
+    # The page on upgrading names removed options.
     before = REMOVED.keys() if page.stem == "upgrading" else set()
     assert named <= OPTIONS | parameters() | FOREIGN | before
 

@@ -38,6 +38,10 @@ def ok(environ, start_response):
     return [b"ok"]
 
 
+#: The form of an id, which a request may name in place of a key.
+ID = "01M8J9X1RNQGDXW4D8BHQ7G0CN"
+
+
 @pytest.fixture
 def make(openmeter, entitled, middlewares):
     def make(app=ok, **options):
@@ -311,7 +315,7 @@ def test_of_several_spent_quotas_the_last_to_come_back_says_when(make, entitled)
     assert body(response)["feature"] == "exports"
 
 
-# -- Who is asked for
+# -- Customers
 
 
 @pytest.mark.parametrize(
@@ -473,7 +477,7 @@ def test_outside_a_metered_request_there_is_no_answer(caplog):
     assert "outside a metered request" in caplog.text
 
 
-# -- What is known
+# -- Cached answers
 
 
 def test_an_answer_is_asked_for_once(make, entitled):
@@ -620,7 +624,7 @@ def test_many_requests_of_a_new_subject_ask_once(make, entitled, openmeter):
 
 
 def wait_until_aged(app, *customers):
-    """Wait until what is known of them would be asked for anew."""
+    """Wait until the cached answers about *customers* are too old."""
     known = app.process().entitlements.cached_answer
     wait_for(
         lambda: all(
@@ -664,19 +668,36 @@ def test_a_mistake_in_the_configuration_is_loud_and_no_denial(make, entitled, ca
 
 
 @pytest.mark.parametrize(("mode", "allowed"), [("open", True), ("closed", False)])
-def test_a_feature_key_that_openmeter_refuses_is_no_denial_among_others(
+def test_an_id_that_openmeter_refuses_is_no_denial_among_features(
     make, entitled, caplog, mode, allowed
 ):
     entitled.values["acme"] = {"searches": YES}
-    entitled.refused["acme", "Api-Requests"] = problem(400, "no such key")
+    entitled.refused["acme", ID] = problem(400, "no such id")
     gate = make(fail_mode=mode).process().billing.gate
 
-    decision = gate.check({"REMOTE_USER": "acme"}, ["searches", "Api-Requests"])
+    decision = gate.check({"REMOTE_USER": "acme"}, ["searches", ID])
 
     assert decision.allowed is allowed
     (denial,) = decision.denied
-    assert (denial.feature, denial.reason) == ("Api-Requests", "unavailable")
-    assert "no such key" in caplog.text
+    assert (denial.feature, denial.reason) == (ID, "unavailable")
+    assert "no such id" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["open", "closed", "stale"])
+@pytest.mark.parametrize("feature", ["Api-Requests", "", "a" * 65, 7])
+def test_nobody_has_a_feature_that_openmeter_cannot_have(
+    make, entitled, caplog, mode, feature
+):
+    entitled.values["acme"] = {"searches": YES}
+    gate = make(fail_mode=mode).process().billing.gate
+
+    decision = gate.check({"REMOTE_USER": "acme"}, ["searches", feature])
+
+    assert not decision.allowed
+    (denial,) = decision.denied
+    assert (denial.feature, denial.reason) == (feature, "no_access")
+    assert entitled.questions == 0
+    assert f"feature {feature!r}: every request that requires it is" in caplog.text
 
 
 def test_a_mistake_in_one_feature_leaves_the_others_alone(make, entitled):

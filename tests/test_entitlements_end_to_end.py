@@ -1,4 +1,4 @@
-"""From a request to an OpenMeter that computes what it answers, and back."""
+"""Requests with entitlements, and an OpenMeter that computes its answers."""
 
 import pytest
 import requests
@@ -84,7 +84,7 @@ QUICK = {
 
 
 def use_up(app, sandbox, amount):
-    """Serve until so much is used, and see that no more is to be had."""
+    """Serve until the quota is used, and check that no more is served."""
     served = 0
 
     def is_used_up():

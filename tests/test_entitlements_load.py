@@ -72,12 +72,12 @@ def limited(url: str, **options: Any) -> OpenMeterMiddleware:
 
 
 def statuses(app: OpenMeterMiddleware, requests: int, subject: str = "acme") -> Any:
-    """Serve so many requests one after the other."""
+    """Serve *requests* requests one after the other, and count their statuses."""
     return Counter(ask(app, subject).status for _ in range(requests))
 
 
 def crowd(work: Callable[[int], None], threads: int = THREADS) -> None:
-    """Let so many threads work, all from the same moment on."""
+    """Call *work* in *threads* threads that start at the same moment."""
     together = threading.Barrier(threads)
 
     def run(number: int) -> None:
@@ -131,7 +131,7 @@ def test_ten_thousand_requests_of_a_new_subject_ask_once(
 
 
 def test_a_crowd_gets_a_quota_and_hardly_more(sandbox: Sandbox) -> None:
-    """Nobody is refused who waits too long for others, which is all that is more."""
+    """A request that waits too long for other requests is served beyond the quota."""
     sandbox.grant("acme", "api_requests", 1_000)
     app = limited(sandbox.url)
     found = Counter[str]()
@@ -161,10 +161,10 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     app = limited(sandbox.url, allow_ttl=3_600, entitlement_timeout=timeout)
     assert ask(app).status == "200 OK"
     known = app.process().entitlements.cached_answer
-    until(lambda: known("acme", "api_requests").terms)  # they come behind the back
+    until(lambda: known("acme", "api_requests").terms)  # asked in the background
     sandbox.faults.entitlements.set(hang=60)
 
-    # It has outlived its time while nobody answers, and is asked for behind the back.
+    # The cached answer is too old and is asked for in the background, without success.
     known("acme", "api_requests").fresh_until = 0.0
     started = time.monotonic()
     assert statuses(app, 1_000) == {"200 OK": 1_000}
@@ -174,7 +174,7 @@ def test_a_known_decision_is_not_delayed_by_an_openmeter_that_hangs(
     app.close(40)
 
     assert app.stats().allowed == {"openmeter": 1, "stale": 1_000}
-    assert taken < timeout  # what waiting once would cost
+    assert taken < timeout  # a single wait would take longer
 
 
 @pytest.mark.load
@@ -197,9 +197,9 @@ def test_each_new_subject_waits_once_at_most_and_then_nobody(
     asked = sandbox.asked()
     sandbox.faults.clear()
 
-    assert max(first) < 2 * timeout  # once, and what a busy machine adds
+    assert max(first) < 2 * timeout  # one wait, and the delay of a busy machine
     assert max(again) < timeout
-    assert 1 <= asked <= 12  # as many as are asked at once, and who tries later
+    assert 1 <= asked <= 12  # the parallel questions, and later retries
 
 
 # -- Closing
@@ -222,7 +222,7 @@ def test_a_request_after_close_works_as_before(
 
 
 def open_files(path: Path) -> list[str]:
-    """Return what this process has open of the file and what lies beside it."""
+    """Return the open files of this process whose paths start with *path*."""
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -266,11 +266,11 @@ def fork_after_use(url: str, spool_dir: str, fork: str, leave: str) -> None:
         served += response.status == "200 OK"
     print(served, end="", flush=True)  # noqa: T201
     app.close(0)
-    os._exit(0)  # what waits for delivery is not the subject here
+    os._exit(0)  # without delivery, which is not tested here
 
 
 def _is_soon(response: Any) -> bool:
-    """Say whether another try makes sense, after a moment."""
+    """Wait a moment, and return True if Retry-After is one second."""
     threading.Event().wait(0.05)
     return int(dict(response.headers)["Retry-After"]) == 1
 
@@ -285,7 +285,7 @@ def test_processes_that_share_a_spool_serve_one_quota(
 
     process = start(fork_after_use, sandbox.url, spool, fork, leave)
 
-    # The parent gets all that its children left: none closed what it had leased.
+    # The parent gets the quota that its children left, except their open leases.
     assert served_by(process) == 30 - 3 - 2 * 5
     assert sandbox.asked(kind="value_v2") == 1
 
@@ -384,7 +384,7 @@ def test_workers_of_a_preloaded_application_serve_one_quota(
 
 
 class Late:
-    """Serves a request when it is torn down, with what it has: nothing is imported."""
+    """An object that serves a request when it is freed, without imports."""
 
     def __init__(self, app: OpenMeterMiddleware) -> None:
         self._serve = functools.partial(Consumer().serve, app, make_environ())

@@ -92,7 +92,7 @@ def called():
 
 @pytest.fixture
 def make(openmeter, called):
-    """Return what makes a fresh middleware whose requests are all of one subject."""
+    """A function that makes a new middleware with one subject for all requests."""
     made = []
 
     def app(environ, start_response):
@@ -113,7 +113,7 @@ def make(openmeter, called):
 
 
 def check(response, called, status, reason=None):
-    """Say that this is what the caller got, and only with access the application."""
+    """Check the response; the application must be called only with access."""
     assert response.status == status
     assert len(called) == (status == OK)
     headers = dict(response.headers)
@@ -591,7 +591,7 @@ def test_two_subjects_of_a_customer_count_its_quota_down_together(
      "x\\..\\g-acme", "a\0b", "", "x" * 257, "\ud800"],
 )  # fmt: skip
 def test_a_key_that_could_leave_its_place_is_no_customer(make, called, recorded, key):
-    """Whoever chooses such a name for himself must not get what others have."""
+    """A customer that chooses such a key must not get the entitlements of others."""
     recorded.play("value2.bool")
     app = make("who", "g_f_bool", customer=lambda subject: key)
 

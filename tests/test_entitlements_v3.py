@@ -47,7 +47,7 @@ def called():
 
 @pytest.fixture
 def make(openmeter, called):
-    """Return what makes a fresh middleware whose requests are all of one subject."""
+    """A function that makes a new middleware with one subject for all requests."""
     made = []
 
     def app(environ, start_response):
@@ -70,7 +70,7 @@ def make(openmeter, called):
 
 
 def check(response, called, status, reason=None):
-    """Say that this is what the caller got, and only with access the application."""
+    """Check the response; the application must be called only with access."""
     assert response.status == status
     assert len(called) == (status == OK)
     headers = dict(response.headers)
@@ -399,7 +399,7 @@ def test_a_server_that_answers_nobody_is_not_asked_for_each(make, called, openme
 def test_either_kind_of_question_that_fails_for_all_stops_them(
     make, called, recorded, openmeter, part
 ):
-    """A customer that does not exist is looked up and asked for, to tell."""
+    """For a customer that does not exist, both requests are needed to know it."""
     openmeter.rule = lambda request: (
         problem(403, "no role") if part in request.target else recorded(request)
     )
@@ -410,7 +410,7 @@ def test_either_kind_of_question_that_fails_for_all_stops_them(
     wait_for(lambda: app.process().entitlements._lookup.breaker.is_open)
 
 
-# -- What the application gets
+# -- The application
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -58,7 +58,7 @@ def written(value: Any) -> Any:
 def usual_encoder(
     meters: tuple[Meter, ...], ids: RequestIds
 ) -> Callable[[str], list[dict[str, Any]]]:
-    """Return what makes the events of a subject's usual request."""
+    """Return a function that makes the events of a usual request of a subject."""
     policy = Policy(
         meter=[written(meter.document()) for meter in meters],
         event_source="api",
@@ -196,12 +196,12 @@ def without_exponent(value: float) -> str:
     return f"{sign}0.{'0' * (-shift - 1)}{whole}{'' if part == '0' else part}"
 
 
-#: What `message_bytes` counts among the frame.
+#: Bytes that `message_bytes` counts as a part of the frame.
 FIELDS = '{"id":,"type":,"source":,"subject":,"data":""}'
 
 
 def go_message(event: dict[str, Any]) -> int:
-    """Return the size of what is in a Kafka message, its key included."""
+    """Return the size of a Kafka message with its key."""
     value = go_text(
         {
             **{name: event[name] for name in ("id", "type", "source", "subject")},

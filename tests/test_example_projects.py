@@ -1,4 +1,4 @@
-"""The example projects and applications, behind real servers, bill what they say."""
+"""Bills of the example projects and applications, on real servers."""
 
 import json
 import subprocess

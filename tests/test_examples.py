@@ -1,4 +1,4 @@
-"""The Flask example bills what its comments say, to an OpenMeter on this machine."""
+"""Bills of the Flask example, which must be as its comments say."""
 
 import importlib.util
 from pathlib import Path
@@ -13,7 +13,7 @@ REQUEST = ("api-request", {"region": "eu"})
 
 @pytest.fixture
 def app(sandbox, monkeypatch):
-    """The example, imported anew: it reads the variables when it is imported."""
+    """The example, imported again, as it reads the environment at its import."""
     monkeypatch.setenv("OPENMETER_API_URL", sandbox.url)
     spec = importlib.util.spec_from_file_location("flask_example", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
@@ -29,7 +29,7 @@ def client(app):
 
 @pytest.fixture
 def billed(app, sandbox):
-    """Return a function that returns what was billed: (type, data) by event."""
+    """A function that returns type and data of the billed events."""
 
     def read(subject="acme"):
         assert app.wsgi_app.flush(20)

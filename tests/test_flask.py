@@ -6,6 +6,7 @@ import logging
 import flask
 import flask_login
 import pytest
+from flask.views import MethodView
 
 from entitling import NO, YES, Entitled
 from entitling import metered as metered_entitlement
@@ -63,7 +64,7 @@ def make(openmeter):
 
 
 def billed(app, openmeter):
-    """Return what was billed: subject and usage."""
+    """Return subject and type of the billed events."""
     assert app.extensions["openmeter"].flush(20)
     return [(event["subject"], event["type"]) for event in openmeter.taken]
 
@@ -232,11 +233,11 @@ def test_one_extension_meters_every_application_of_a_factory(openmeter):
 def test_an_application_is_not_metered_twice(make):
     app = make()
 
-    with pytest.raises(ConfigError, match="app 'shop': is metered already"):
+    with pytest.raises(ConfigError, match="app 'shop': is already metered"):
         OpenMeter().init_app(app)
 
 
-# -- Who is billed
+# -- Subjects
 
 
 def test_the_user_of_flask_login_is_the_subject(make, openmeter):
@@ -407,7 +408,7 @@ def test_a_login_that_fails_costs_the_event_and_not_the_response(make, caplog):
     assert app.extensions["openmeter"].stats().not_metered == {"no_subject": 1}
 
 
-# -- What is billed
+# -- Usage
 
 
 def test_a_blueprint_is_metered_by_its_route(openmeter):
@@ -529,7 +530,7 @@ def test_a_test_client_of_ones_own_keeps_what_it_can(openmeter):
     app.extensions["openmeter"].close(40)
 
 
-# -- Who may
+# -- Entitlements
 
 
 def test_entitlements_are_asked_for_after_authentication(make, entitled):
@@ -618,6 +619,37 @@ def test_a_view_with_features_of_its_own_is_asked_for_those_alone(make, entitled
 
     assert get(app, "/v1/export").text == "ok"
     assert set(entitled.asked) == {("acme", "exports")}
+
+
+class Exports(MethodView):
+    @meter(required_entitlements=["exports"])
+    def get(self):
+        return "ok"
+
+    @no_meter
+    def delete(self):
+        return "ok"
+
+    def post(self):
+        return "ok"
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("GET", {("acme", "exports")}), ("HEAD", {("acme", "exports")}),
+        ("DELETE", set()), ("POST", {("acme", "searches")}),
+    ],
+)  # fmt: skip
+def test_a_method_of_a_class_is_asked_for_its_own_features_alone(
+    make, entitled, method, asked
+):
+    entitled.values["acme"] = {"exports": YES, "searches": YES}
+    app = make(required_entitlements=["searches"], on_missing_subject="acme")
+    app.add_url_rule("/v1/export", view_func=Exports.as_view("export"))
+
+    assert app.test_client().open("/v1/export", method=method).status_code == 200
+    assert set(entitled.asked) == asked
 
 
 def test_the_application_answers_in_its_own_way(make, entitled):

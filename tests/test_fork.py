@@ -57,7 +57,7 @@ def start(case: Callable[..., None], *arguments: str) -> subprocess.Popen[str]:
     return start_code(call, *arguments)
 
 
-#: Newer interpreters warn of what is tried here: forks beside threads, and processes
+#: Newer interpreters warn of things that are tested here: forks with threads, processes
 #: that end with a connection.
 _QUIET = (
     ("-W", "ignore:This process:DeprecationWarning", "-W", "ignore:unclosed")
@@ -299,7 +299,7 @@ def work_and_end(url: str, spool: str, ready: Any) -> None:
 
 
 class Ready:
-    """Tells the parent that a child has served; it may be pickled."""
+    """Callable that reports to the parent that a child has served; can be pickled."""
 
     def __init__(self, context: Any, *, terminated: bool) -> None:
         self._event = context.Event()
@@ -353,7 +353,7 @@ def test_a_child_of_multiprocessing_that_is_terminated_loses_nothing_of_a_spool(
     with case:
         _, said = case.communicate(timeout=TIMEOUT)
     assert case.returncode == 0, said
-    # The child may be terminated before or after it has said this.
+    # The child may be terminated before or after it has logged this.
     assert all("it is not known if OpenMeter" in line for line in said.splitlines())
 
     other = metered(listed, api_url=sink.url, spool_dir=str(spool))
@@ -638,7 +638,7 @@ def test_an_exit_does_not_wait_for_an_openmeter_that_does_not_answer(
 # -- Imports
 
 
-#: Imports no more than it must, as what is imported already is not seen.
+#: Imports as little as possible, since an earlier import would hide a later one.
 IMPORT_NOTHING = """
 import os, sys
 from wsgiref.util import setup_testing_defaults

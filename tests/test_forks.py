@@ -1,7 +1,7 @@
-"""Whether a process knows that it is not the one that made something.
+"""Detection of a fork: a process notices that it did not make an object itself.
 
-What forks is a function that runs in an interpreter of its own: where another thread
-wants to run, a child of a fork in C may wait for it forever.
+The forking functions run in a new interpreter. With other threads, the child of a fork
+in C may wait for one of them forever.
 """
 
 import os

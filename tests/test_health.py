@@ -1,4 +1,4 @@
-"""Health: what is wrong now, as far as a process can know it."""
+"""Health: the current problems that a process can know."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def codes(app, **options):
 
 
 def until(app, *expected):
-    """Wait for what the sender finds out after it was answered."""
+    """Wait until the health of *app* has the codes *expected*."""
     looking = threading.Event()
     for _ in range(400):
         if codes(app) == list(expected):

@@ -31,7 +31,7 @@ WHOLE = 4_000_000
 def attempt(
     server: Server, key: str, subject: str = "acme", path: str = "/", gate: int = 0
 ) -> Iterator[tuple[int, Any, socket.socket]]:
-    """Begin an attempt: who serves it, the rest of its body, its connection."""
+    """Begin a request; yield the server's process id, the rest, and the connection."""
     at_gate = f"&gate={gate}" if gate else ""
     with (
         socket.create_connection(server.address, timeout=TIMEOUT) as connection,

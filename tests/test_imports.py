@@ -1,4 +1,4 @@
-"""What is imported when: nothing with the package, all the rest before a request."""
+"""Times of imports: few modules with the package, all others before a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FEATURE = "searches"
 
-#: What most of the package consists of, or is slow to import: see docs/performance.md.
+#: Modules that are large or slow to import: see docs/performance.md.
 LATER = {
     "difflib", "jsonpath", "redis", "sqlite3", "tomllib", "werkzeug.routing", "xml",
     "openmeter_wsgi.delivery", "openmeter_wsgi.quota", "openmeter_wsgi.options",
@@ -102,9 +102,9 @@ def test_a_name_that_is_none_is_told_as_by_any_module() -> None:
 # -- With a request
 
 
-#: Makes a middleware, notes what is imported from there on, serves, delivers, forks,
-#: serves and delivers again. Imports no more than it must, as what is imported already
-#: is not seen.
+#: Makes a middleware, records all later imports, serves, delivers, forks,
+#: serves and delivers again. Imports as little as possible, since an earlier import
+#: would hide a later one.
 SERVING = """
 import json, os, sys
 from wsgiref.util import setup_testing_defaults

@@ -150,7 +150,7 @@ def test_a_directory_that_is_gone_is_a_spool_error(tmp_path):
 
 @FORMS
 def test_threads_lose_nothing_through_thousands_of_seals(make, tmp_path, form):
-    """What is said to be sealed is read and deleted at once, as the sender does."""
+    """Read and delete each sealed segment at once, as the sender does."""
     journal = make(form, segment_bytes=512)
     start = threading.Barrier(6)
     ended = threading.Event()
@@ -189,7 +189,7 @@ def test_threads_lose_nothing_through_thousands_of_seals(make, tmp_path, form):
 
 @FORMS
 def test_a_put_may_interrupt_another_one_of_its_thread(make, tmp_path, form):
-    """As a finaliser does: at every line of the way to the next segment."""
+    """Put at every line of the code that starts the next segment, like a finalizer."""
     journal = make(form, segment_bytes=1_024)
     put(journal, b"x" * 1_023 + b"\n")
     interrupted = []

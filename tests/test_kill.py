@@ -1,4 +1,4 @@
-"""Processes that are killed with -9: what they acknowledged is delivered."""
+"""Processes that are killed with -9: their acknowledged events are delivered."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 #: How many processes are killed; a long form is OPENMETER_TEST_KILLS=200.
 KILLS = int(os.environ.get("OPENMETER_TEST_KILLS") or "20")
 
-#: Puts from several threads and says each id once `put` has returned.
+#: Puts events from several threads and prints each id once `put` has returned.
 PUTTING = """
 import os, sys, threading
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_what_was_acknowledged_before_a_kill_is_delivered(openmeter, tmp_path, f
 
 
 def again(openmeter: OpenMeterServer) -> int:
-    """How many requests brought what had been taken before."""
+    """Return the number of requests with events that were taken before."""
     seen: set[str] = set()
     count = 0
     for request in openmeter.requests:
@@ -102,7 +102,7 @@ def again(openmeter: OpenMeterServer) -> int:
 
 
 def in_order(openmeter: OpenMeterServer, subject: str) -> bool:
-    """Whether the events of one thread came in the order of their numbers."""
+    """Return True if the events of one thread came in the order of their numbers."""
     ids = dict.fromkeys(e["id"] for e in openmeter.taken if e["subject"] == subject)
     numbers = [int(id_.rpartition("-")[2]) for id_ in ids]
     return numbers == sorted(numbers)

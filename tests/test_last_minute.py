@@ -1,4 +1,4 @@
-"""In the last minute of a usage period OpenMeter already answers for the next one."""
+"""The last minute of a usage period, in which OpenMeter answers for the next one."""
 
 import time
 
@@ -25,7 +25,7 @@ def make(openmeter, entitled, middlewares):
 
 
 def period(seconds):
-    """The terms of a period that ends so many seconds from now."""
+    """Return the terms of a period that ends in *seconds*."""
     now = time.time()
     times = [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
              for at in (now + seconds - 3_600, now + seconds)]  # fmt: skip
@@ -37,7 +37,7 @@ def known(app):
 
 
 def ask_again(app, entitled):
-    """Have OpenMeter asked anew, and wait until its answer is known."""
+    """Make the middleware ask OpenMeter again, and wait for the answer."""
     asked_at = known(app).asked_at
     app.process().entitlements.refresh("acme", FEATURE, since=time.monotonic())
     wait_for(lambda: known(app).asked_at > asked_at)

@@ -52,7 +52,7 @@ class TestHostStore(LedgerContract):
 
 
 def test_what_is_left_is_known_also_while_the_store_is_asked():
-    """A request that looks in the middle of an exchange is told the same."""
+    """A request that reads the ledger during an exchange gets the same result."""
     store, clock, seen = SqliteStore(), Clock(), []
 
     def exchange(requests):

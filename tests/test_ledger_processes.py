@@ -25,7 +25,7 @@ QUOTA = 1_000
 PROCESSES, THREADS = 4, 8
 #: Seconds.
 VISIBILITY_LAG = 1.0
-#: No step takes so long, on whatever machine.
+#: Maximum number of seconds of a step, also on a slow machine.
 LONG = 30.0
 
 HAMMER = """
@@ -56,7 +56,7 @@ def deliver():
 
 visible = FixedLag(delivered_until, float(lag))
 ledger = Ledger(open_store(directory), origin=None, visible_until=visible.until)
-ledger._origin = ledger._token  # each delivers what it has served
+ledger._origin = ledger._token  # each delivers its own usage
 account = ledger.account("acme")
 
 def ask():
@@ -137,7 +137,7 @@ sys.stdin.read()
 
 
 class Balances(ThreadingHTTPServer):
-    """A toy of OpenMeter: what was posted is in the balance some time later."""
+    """Model of OpenMeter: posted usage is in the balance some time later."""
 
     daemon_threads = True
 
@@ -192,7 +192,7 @@ def test_processes_and_threads_serve_the_quota_and_not_more(tmp_path):
         assert [worker.line() for worker in workers] == ["works"] * PROCESSES
         until(lambda: len(openmeter.arrived) >= QUOTA, 40)
         until(lambda: openmeter.balance() <= 0)
-        # Whoever would serve more has many answers' time for it.
+        # Many more answers come, so that a worker could serve too much.
         asked = openmeter.asked
         until(lambda: openmeter.asked > asked + 12 * PROCESSES)
         for worker in workers:
@@ -326,7 +326,7 @@ def test_a_file_that_is_damaged_while_it_is_used_is_replaced(tmp_path, caplog):
         for table in ("accounts", "spent", "leases"):
             db.execute(f"DROP TABLE {table}")
     db.close()
-    # What was spent here is told to the new one.
+    # The new file gets the usage of this process.
     assert isinstance(account.reserve(31.0), NotReserved)
     assert isinstance(account.reserve(30.0), Reservation)
     assert "a new one is created" in caplog.text
@@ -360,11 +360,11 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
         assert isinstance(account.reserve(1.0), Reservation)
         for _ in range(400):
             ledger.account("other").reserve(1.0)
-        # Half of what it would be if each waited for the store.
+        # Half of the time that it would take if each request waited for the store.
         assert time.monotonic() - began < 200 * STORE_TIMEOUT
         assert "may be overshot" in caplog.text
     until(lambda: ledger.maintain() or "counted here again" in caplog.text)
-    # What was spent meanwhile is told.
+    # The store gets the usage of the time without it.
     assert account.reserve(10.0).available == 9.0
     end(ledger)
 
@@ -375,7 +375,7 @@ def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):
 
 
 def test_a_place_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
-    """For root, who may write to every directory, as well."""
+    """A directory in place of the file cannot be written to even by root."""
     (tmp_path / DATABASE_NAME).mkdir()
     assert served(tmp_path) < LONG
     assert "may be overshot" in caplog.text

@@ -28,7 +28,7 @@ def parts_of(*contents):
 
 
 def tiled(parts):
-    """Say where they are, which must be without a gap."""
+    """Return the range of adjacent parts as start and end."""
     merged = SpoolBatch(parts).ranges
     assert len(merged) <= 1
     return (merged[0].start, merged[0].end) if merged else (0, 0)

@@ -106,7 +106,7 @@ def test_a_meter_that_is_not_there_is_named(openmeter, listing):
 
 
 def test_an_unknown_dimension_is_told_as_openmeter_says_it(openmeter, listing):
-    """This error has no detail, only what each validation said."""
+    """This error has no detail, only the messages of the validations."""
     openmeter.rule = lambda request: RECORDINGS["query.by.unknown"].answer()
 
     with pytest.raises(NoAnswer, match=r"400: invalid group by dimension.*'nope'"):

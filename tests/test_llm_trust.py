@@ -36,7 +36,7 @@ def _bedrock(a: int, b: int) -> dict[str, int]:
     return {"inputTokens": a, "outputTokens": b, "totalTokens": a + b}
 
 
-#: The provider, and the document in which it reports so many tokens.
+#: The provider, and a function that makes its document from numbers of tokens.
 SHAPES: dict[str, Any] = {
     "openai": ("openai", lambda a, b: {"model": "m", "usage": _openai(a, b)}),
     "openai responses": (
@@ -135,7 +135,7 @@ STREAMS: dict[str, Any] = {
         ],
     ),
 }
-#: The members in which a report can stand, or that can tell what kind it is.
+#: The members that can contain a report, or tell its kind.
 NAMES = (
     "usage", "usageMetadata", "meta", "metadata", "message", "response", "delta",
     "interaction", "x_groq", "choices", "eval_count", "prompt_eval_count", "type",
@@ -171,7 +171,7 @@ callers_json = st.recursive(
 callers_members = st.one_of(
     st.dictionaries(st.sampled_from(NAMES), callers_json, max_size=5), forged
 )
-#: What holds the figures themselves: there is nothing of a caller's.
+#: The members with the figures: they contain no text of a caller.
 REPORTS = {"usage", "usageMetadata", "meta"}
 
 

@@ -1,4 +1,6 @@
+import ast
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,17 @@ def test_loggers_are_thinned_each_on_its_own(caplog):
     assert caplog.messages == ["openmeter_wsgi: again"] * 2
     one.filters.clear()
     two.filters.clear()
+
+
+def test_no_line_of_the_package_has_the_name_of_the_package_twice():
+    package = Path(log.__file__).parent
+    texts = [
+        f"{path.name}:{node.lineno}"
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith(log.PREFIX)
+    ]
+
+    assert [place.partition(":")[0] for place in texts] == ["log.py"], texts

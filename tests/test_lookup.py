@@ -50,7 +50,7 @@ class Tokens:
 
 
 class Answering:
-    """Remembers who was asked for, in the order of the answers."""
+    """Records the customers of the questions, in the order of the answers."""
 
     def __init__(self):
         self.order = []
@@ -93,7 +93,7 @@ def make_lookup(tokens, answering):
 
 
 def enlist(lookup, names, *, is_known=False):
-    """Let each of *names* wait in line, from a thread of its own, in this order."""
+    """Queue a question for each of *names*, from separate threads, in this order."""
     found, started = {}, []
     for name in names:
 
@@ -181,7 +181,7 @@ def test_nobody_waits_whose_turn_is_further_than_the_timeout(make_lookup):
 
     waits = [lookup.ask(question(f"customer-{n}")) for n in range(50)]
 
-    # From the second on no time passes, and each is told the length of the line.
+    # Later questions do not wait; each gets the length of the queue as its wait.
     assert waits[1:] == sorted(waits[1:])
     assert waits[-1] == pytest.approx(4.9, rel=0.3)
 

@@ -142,7 +142,7 @@ def billed(
     consumer: Consumer | None = None,
     **options: Any,
 ) -> tuple[list[Any], dict[str, int]]:
-    """Serve one request; return the data of its events, and what became no event."""
+    """Serve one request; return the data of its events, and the unmetered counts."""
     middleware = OpenMeterMiddleware(
         app, api_url=openmeter.url, flush_interval=60, **options
     )
@@ -285,7 +285,7 @@ def test_a_body_of_unstated_length_is_counted_as_it_is_read(
 
 
 class _Body:
-    """What PEP 3333 asks of a request's body, and no more."""
+    """A request body with only the methods that PEP 3333 requires."""
 
     def __init__(self, content: bytes) -> None:
         body = io.BytesIO(content)
@@ -537,7 +537,7 @@ def test_zero_is_a_value_and_no_event(openmeter: OpenMeterServer) -> None:
         ("many", "not_a_number"),
         ("nan", "not_a_number"),
         ("", "not_a_number"),
-        # What Python reads as numbers, and HTTP does not.
+        # Python reads these as numbers, HTTP does not.
         ("1_000", "not_a_number"),
         ("\u0661\u0662", "not_a_number"),
         ("\xa012", "not_a_number"),
@@ -957,7 +957,7 @@ def test_a_measure_of_nothing_is_refused_where_it_is_made(
         make(*arguments)
 
 
-# -- Whatever comes
+# -- Arbitrary requests
 
 
 ALL = {

@@ -1,4 +1,4 @@
-"""Each mistake of a beginner gets one sentence that says what to do."""
+"""Each mistake of a beginner gets one sentence with its remedy."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def answering(body: bytes, status: str = "200 OK", *headers: Any) -> WSGIApplica
 def billed(
     openmeter: OpenMeterServer, app: WSGIApplication, **options: Any
 ) -> tuple[list[tuple[str, Any]], dict[str, int]]:
-    """Return what a request is billed, and why not."""
+    """Serve one request and return its usage and the counts of unmetered requests."""
     options = {"meters": {"calls": 1}, **options}
     middleware = OpenMeterMiddleware(
         app, api_url=openmeter.url, flush_interval=60, **options

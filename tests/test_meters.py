@@ -130,7 +130,7 @@ def test_flat_and_measured_parts_of_one_type_are_kept_apart() -> None:
     stated.add(read_usage({"a": 5}))
 
     assert stated.merged(static, with_flat=True).numbers == {"b": 1, "a": 15}
-    # Of a response that broke off the policy counts what it measured, if anything.
+    # Of a response that broke off, the policy counts only measured values, if any.
     measured = read_usage({"c": 7})
     assert stated.merged(measured, with_flat=False).numbers == {"a": 5, "c": 7}
     assert stated.merged(measured, with_flat=False).documents == ()
@@ -283,7 +283,7 @@ def test_numbers_travel_with_all_their_digits_and_no_exponent(
     openmeter: OpenMeterServer, number: decimal.Decimal | int, text: str
 ) -> None:
     def handler(request: Any) -> None:
-        # Added to nothing, each number was rounded to what the context holds.
+        # Without care, adding a number to 0 would round it to the context's precision.
         add_meters(request, [{"n": number}, {"type": "doc", "data": {"value": number}}])
 
     billed = usage(bill(openmeter, handler))

@@ -1,4 +1,4 @@
-"""The dashboard, the alerts and the pod in examples/deploy name what there is."""
+"""The dashboard, the alerts and the pod in examples/deploy use existing names."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DEPLOY = Path(__file__).parents[1] / "examples" / "deploy"
 #: The metrics of an expression, and the labels that it groups or selects by.
 METRIC = re.compile(r"\bopenmeter_wsgi_\w+")
 LABEL = re.compile(r"\bby \(([^)]*)\)|(\w+)(?:=~|!=|=)\"")
-#: What a scrape, or a histogram, adds to the labels of a metric.
+#: Labels that a scrape, or a histogram, adds to a metric.
 ADDED = {"job", "instance", "le"}
 
 

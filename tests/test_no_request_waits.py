@@ -12,7 +12,7 @@ from apps import listed
 from openmeter_wsgi import OpenMeterMiddleware
 from spooling import PATIENCE
 
-#: By each of so many threads.
+#: Requests of each thread, and number of threads.
 REQUESTS, THREADS = 1_500, 4
 #: More than a segment holds, so that requests also seal one and make the next.
 SPOOLED = {"spool_dir": "spool", "max_spool_bytes": 2**26}

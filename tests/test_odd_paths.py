@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 if not settings.configured:
     settings.configure(SECRET_KEY="tests")
 
-#: What every framework here serves: a path, a value of one part, and of several.
+#: Rules of every framework here: a path, a value of one part, and of several parts.
 RULES = ("/v1/search", "/v1/users/<id>", "/v1/files/<path:name>")
 
 
@@ -275,7 +275,7 @@ def test_a_repetition_is_one_whatever_the_case_of_its_method(
     assert len({event["id"] for event in openmeter.taken}) == 1
 
 
-# -- What a rule cannot know: how a framework reads a value
+# -- Values that a framework reads differently from a rule
 
 
 def with_numbers() -> WSGIApplication:

@@ -1,4 +1,4 @@
-"""What the log says when something goes wrong, and when it is over."""
+"""Log lines at the beginning and at the end of an outage."""
 
 import logging
 import re
@@ -201,7 +201,7 @@ def test_what_stays_in_a_spool_at_the_end_is_told(make, openmeter, caplog, tmp_p
     )
 
 
-# -- Who may
+# -- Entitlements
 
 
 def test_a_denial_is_no_alarm_and_what_is_let_through_is(make, openmeter, caplog):
@@ -213,6 +213,6 @@ def test_a_denial_is_no_alarm_and_what_is_let_through_is(make, openmeter, caplog
 
     assert [line.split(" (")[0] for line in lines(caplog)] == [
         "INFO subject 'acme', feature 'searches': unknown_customer, denied",
-        # One line a minute, whoever it is: a fail mode may let thousands through.
+        # One line a minute for all subjects: a fail mode may let thousands through.
         "WARNING feature 'searches', unknown_customer: subject 'acme' is let through",
     ]

@@ -14,7 +14,7 @@ KEY = "om_secret_0123456789"
 
 
 def problem(**options: Any) -> str:
-    """Return what is said of the options."""
+    """Return the error message for the options."""
     with pytest.raises(ConfigError) as refused:
         Policy(**{"api_url": LOCAL, **options})
     return str(refused.value)

@@ -1,4 +1,4 @@
-"""Progress is on the disk when it is said to be, whatever a loss of power tears."""
+"""Lasting progress is on the disk, even if a power loss tears a later write."""
 
 import os
 import random
@@ -44,7 +44,7 @@ def test_what_is_written_is_read_whether_it_lasts_or_not(file, quick_path):
 def test_a_loss_of_power_leaves_no_older_progress_than_the_last_that_lasts(
     file, quick_path
 ):
-    """Of what was written since, the disk may have any part, in any order."""
+    """After a power loss the disk may have any sectors of the later writes."""
     dice = random.Random(11)
     path = quick_path / progress.PROGRESS_NAME
     file.save(of(1), lasting=True)
@@ -62,7 +62,7 @@ def test_a_loss_of_power_leaves_no_older_progress_than_the_last_that_lasts(
 
 
 def torn(disk, written, dice):
-    """Return what is on the disk when some sectors of what is written are."""
+    """Return *disk* with some sectors replaced by those of *written*."""
     assert len(disk) == len(written)
     return b"".join(
         (written if dice.random() < 0.5 else disk)[at : at + SECTOR]

@@ -1,4 +1,4 @@
-"""Metrics: what Prometheus reads is what was counted, of one process or of many."""
+"""Metrics for Prometheus, which equal the counts of one or of many processes."""
 
 import http.client
 import os
@@ -202,7 +202,7 @@ Consumer().serve(middleware, make_environ(HTTP_X_SUBJECT="acme"))
 
 
 def test_what_the_exit_delivers_is_published(openmeter, tmp_path):
-    """Also where the delivery has begun before there were metrics."""
+    """The delivery may have begun before the metrics exist."""
     env = environment(PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
     command = [sys.executable, "-c", PUBLISHED_LATE, openmeter.url]
     subprocess.run(command, env=env, check=True, timeout=120)

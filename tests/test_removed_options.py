@@ -1,4 +1,4 @@
-"""Each option that was removed is refused, with what to write in its place."""
+"""Each removed option is refused, with its replacement in the message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a response ended, and what of it is billed."""
+"""Endings of a response, and its bill."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_settlement_that_is_interrupted_is_repeated_with_the_same_event() -> N
         billed.events *= 2
 
 
-# -- Outcomes and what they bill
+# -- Outcomes and their bills
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_a_raise_after_write_has_the_status_that_write_sent(
 
 
 class GreenletExitLike(BaseException):
-    """What gevent raises into a greenlet that it ends, or much like it."""
+    """An exception like GreenletExit, which gevent raises in a greenlet to end it."""
 
 
 @pytest.mark.parametrize(
@@ -713,7 +713,7 @@ def test_wrapped_twice_the_outer_meters_and_the_inner_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Inner(OpenMeterMiddleware):
-        """Has a name of its own, as repeated log lines are thinned by it."""
+        """An error with its own name, as repeated log lines are suppressed by name."""
 
     inner = Inner(using_50(), meters={"inner": 1}, dry_run=True)
     with recording(inner) as billed:
@@ -873,11 +873,11 @@ def test_a_wrapped_file_that_is_not_what_is_returned_is_an_ordinary_response() -
         assert billed.amounts == {"requests": 1}
 
 
-# -- Whatever an application does
+# -- Arbitrary applications
 
 
 class Plan(NamedTuple):
-    """What a made-up application does, in order."""
+    """The actions of a made-up application, in order."""
 
     before: list[tuple[str, Any]]
     kind: str
@@ -892,11 +892,11 @@ class Broken(Exception):
 
 
 class BrokenBase(BaseException):
-    """The same, and no Exception."""
+    """The same as a BaseException."""
 
 
 class Application:
-    """Does what its plan says, and says how it was treated."""
+    """An application that follows its plan and records how it was called."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -994,7 +994,7 @@ def seen(consumer: Consumer) -> list[object]:
 
 
 def expected_bill(bare: Consumer, plan: Plan, on_failure: str, on_abort: str) -> object:
-    """Return what the outcome that the server saw is worth, or why it is nothing."""
+    """Return the bill for the outcome that the server saw, or the reason for none."""
     broke = bare.raised is not None and not bare.by_server
     status = bare.status
     if broke and not bare.sent:

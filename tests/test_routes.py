@@ -1,4 +1,4 @@
-"""Which policy governs a request, by its method and path."""
+"""Choice of the policy of a request, by its method and path."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def found(rules: Iterable[str], method: str, path: str) -> str | None:
 def billed(
     openmeter: OpenMeterServer, *requests: str, **options: Any
 ) -> list[tuple[str, Any]]:
-    """Return what *requests* (``GET /v1/search``) are billed."""
+    """Return the usage of *requests* (``GET /v1/search``)."""
     middleware = OpenMeterMiddleware(
         answer, api_url=openmeter.url, flush_interval=60, **options
     )
@@ -202,7 +202,7 @@ def test_no_request_raises(method: str, path: str) -> None:
     routes.find({})
 
 
-# -- What it is billed
+# -- Bills
 
 
 def test_a_route_inherits_what_it_does_not_name(openmeter: OpenMeterServer) -> None:
@@ -400,11 +400,11 @@ def test_all_problems_of_all_routes_are_told_at_once() -> None:
     ]  # fmt: skip
 
 
-# -- What it costs
+# -- Cost
 
 
 def calls(rules: Iterable[str], path: str) -> list[str]:
-    """Return what is called, in Python and in C, to find a path's route."""
+    """Return the Python and C functions that are called to find a path's route."""
     routes = Routes([(RouteRule(rule), rule) for rule in rules], None)
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path}
     made: list[str] = []

@@ -1,4 +1,4 @@
-"""The page's table of who has access to what, and what its buttons do."""
+"""The page's table of entitlements, and its buttons."""
 
 from html.parser import HTMLParser
 
@@ -138,7 +138,7 @@ def test_the_page_sets_when_usage_becomes_visible(sandbox, api):
 
 
 class Outline(HTMLParser):
-    """The controls of a page, and what names them."""
+    """Parser of the controls of a page and of their labels."""
 
     def __init__(self) -> None:
         super().__init__()

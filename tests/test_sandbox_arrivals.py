@@ -1,4 +1,4 @@
-"""The page's list of what arrived, and the trace of one event."""
+"""The page's list of received events, and the trace of one event."""
 
 import base64
 import json

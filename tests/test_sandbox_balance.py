@@ -103,12 +103,12 @@ def test_the_lag_can_be_changed_while_the_sandbox_runs(sandbox, api, clock):
     seen = []
     entitle(api, issueAfterReset=10)
     use(api, 4)
-    sandbox.store.visible_after = 60.0  # what is visible stays visible
+    sandbox.store.visible_after = 60.0  # visible usage stays visible
     look()
     use(api, 1)
     look()
     clock.now += 30
-    sandbox.store.visible_after = 29.0  # what waits follows at once
+    sandbox.store.visible_after = 29.0  # the waiting usage follows at once
     look()
     sandbox.store.visible_after = 120.0
     use(api, 2)
@@ -213,7 +213,7 @@ def test_a_grant_expires_and_a_recurring_one_is_renewed(api, clock):
 
     assert seen == [(1, 12, 0), (3, 12, 0), (3, 12, 0)]
     assert balance(api) == (2, 13, 0)
-    # What was used of the grant that has expired still counts as granted.
+    # The used part of an expired grant still counts as granted.
     assert value(api)["totalAvailableGrantAmount"] == 15
 
 
@@ -247,7 +247,7 @@ def test_a_reset_begins_a_period_and_moves_the_anchor_unless_it_is_retained(api,
         "from": "2026-03-10T18:00:00Z", "to": "2026-03-11T18:00:00Z",
     }  # fmt: skip
     assert moved["lastReset"] == "2026-03-10T18:00:00Z"
-    # What was measured before the reset and arrives after it is of the old period.
+    # Usage from before the reset that arrives after it belongs to the old period.
     old = "2026-03-10T17:59:00Z"
     api.ingest(event("late", subject="acme", data={"n": 1}, time=old))
     assert balance(api) == (10, 0, 0)

@@ -1,4 +1,4 @@
-"""Entitlements over HTTP: what is created, and what each question is answered with."""
+"""Entitlements over HTTP: their creation, and the answers to questions."""
 
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -535,7 +535,7 @@ def test_a_value_over_thousands_of_events_does_not_add_them_up_anew():
 
 
 def steps(sandbox, act):
-    """Return how many tens of steps the database takes for what *act* asks."""
+    """Return the steps of the database during *act*, in tens."""
     taken = []
     with ExitStack() as stack:
         for _ in range(3):  # more than one request reads with at once

@@ -14,7 +14,7 @@ def at(**later) -> str:
 
 
 def as_moments(parameters):
-    """Let what is so much later be a time, seen from the test that is running."""
+    """Replace each timedelta by the time that much later than now."""
     return {
         name: at(seconds=value.total_seconds()) if isinstance(value, timedelta)
         else value for name, value in parameters.items()

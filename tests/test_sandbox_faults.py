@@ -49,7 +49,7 @@ def api(sandbox):
 
 
 def statuses(api, number=1):
-    """What ingest and a question are answered with."""
+    """Return the status of an ingest and those of the questions."""
     ingested = api.ingest(event(number)).status_code
     return ingested, {api.get(question).status_code for question in QUESTIONS}
 

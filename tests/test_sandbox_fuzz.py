@@ -1,4 +1,4 @@
-"""Requests that nobody would write; none may be a fault of the sandbox's own."""
+"""Random requests: none of them may make the sandbox fail."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from openmeter_wsgi.sandbox import Sandbox
 from test_sandbox_support import BATCH, EITHER, SINGLE, Api
 
 REQUESTS = 500
-#: What OpenMeter answers with 500 as well, and what the sandbox does not offer.
+#: Expected errors: OpenMeter also answers 500; 501 is not offered by the sandbox.
 PLANNED = (500, 501)
 TIMES = [
     "9999-12-31T23:59:59Z", "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59",

@@ -24,7 +24,7 @@ HOSTILE = [
 
 
 class Links(HTMLParser):
-    """The addresses that a page loads, and what it would run by itself."""
+    """Parser of the addresses that a page loads, and of its inline scripts."""
 
     def __init__(self) -> None:
         super().__init__()

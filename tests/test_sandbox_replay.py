@@ -17,7 +17,7 @@ VERSION_3 = "`POST /api/v3/openmeter/entitlement-access/query`"
 METERS = "`GET /api/v3/openmeter/meters`"
 OTHERS = "Other calls of OpenMeter's API"
 WORDS = "A feature with unknown filters"
-#: All calls that are answered otherwise, and the row of the page that says why.
+#: All calls with a different answer, and the row of the page with the reason.
 DIFFERENT = {
     "ingest.body_deep": DEEP,
     "query.count_deep": DEEP,

@@ -1,4 +1,4 @@
-"""What the tests of the sandbox share: a client, and events to send."""
+"""Helpers for the tests of the sandbox: an API client, and events to send."""
 
 from __future__ import annotations
 

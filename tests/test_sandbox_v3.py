@@ -6,7 +6,7 @@ from openmeter_wsgi.sandbox import Sandbox
 from recorded_v3 import BASE, RECORDINGS
 from test_sandbox_support import Api, event
 
-#: What is made up by each server for itself.
+#: Members whose values each server makes up.
 OWN = {"id", "created_at", "updated_at", "ingested_at", "stored_at", "instance",
        "customer", "first", "last", "next", "time"}  # fmt: skip
 

@@ -30,7 +30,7 @@ TOO_LARGE = Rejected("too large", status=413)
 
 
 class ScriptedClient:
-    """Answers by a script, then accepts what is not poisonous."""
+    """Client that follows a script, then accepts all events that are not poisonous."""
 
     def __init__(self, script=(), poison=()):
         self.script = list(script)
@@ -49,7 +49,7 @@ class ScriptedClient:
 
 
 class Case:
-    """A sender, its collaborators, and what became of the events."""
+    """A sender, its collaborators, and the outcomes of the events."""
 
     def __init__(self, client, jitter=lambda _, most: most):
         self.client = client
@@ -374,7 +374,7 @@ def test_any_other_answer_begins_the_count_anew(other):
     assert case.client.tried == [numbered(4)] * 20
 
 
-# -- What gets a 500
+# -- Answers with 500
 
 
 @pytest.mark.parametrize("position", [0, 1, 63, 126, 127])
@@ -497,7 +497,7 @@ def test_an_event_that_breaks_the_server_is_buried_once_others_are_accepted(
     assert "500: Internal Server Error" in caplog.text
 
 
-# -- Whatever happens
+# -- Arbitrary answers
 
 ERRORS = st.sampled_from(
     [None, NO_ANSWER, BUSY, BROKEN, TOO_MANY, WRONG_KEY, INVALID, TOO_LARGE]
@@ -610,7 +610,7 @@ def test_what_is_pending_is_delivered_once_the_server_is_well(sizes, script):
 
 
 def test_a_status_of_success_that_is_no_success_is_held(openmeter):
-    """A page is not what OpenMeter answers; the events are kept."""
+    """OpenMeter never answers with an HTML page, so the events are kept."""
     page = {"Content-Type": "text/html"}
     openmeter.script.append(Answer(200, b"<html>", page, takes=False))
     client = OpenMeterClient(

@@ -1,4 +1,4 @@
-"""What the sender of a spool says at its start: does the server deduplicate?"""
+"""Log lines of a starting sender: a server may count repeated events twice."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ def spool(tmp_path):
 
 
 def lines(caplog):
-    """Return (level, text) of what was said about deduplication."""
+    """Return level and text of the log lines about deduplication."""
     return [
         (record.levelname, record.getMessage().removeprefix(PREFIX))
         for record in caplog.records

@@ -34,11 +34,11 @@ CLIENTS = 8
 
 
 class Load:
-    """Clients that ask until they have so many whole answers, each under one name.
+    """Clients that send requests, each with its own name, until *requests* succeed.
 
-    A name is the subject that is billed, so what arrives tells for each answer
+    The name is the subject, so the events show for each answer
     whether it was billed, and how often. An attempt that breaks off is repeated
-    under another name: nobody can say whether the server had settled it.
+    with another name, as the server may or may not have settled it.
     """
 
     def __init__(self, address: tuple[str, int], requests: int = REQUESTS) -> None:
@@ -202,5 +202,5 @@ def test_which_servers_let_underscores_through(
             connection.getresponse().read()
         server.stop(SIGINT if command is WAITRESS else SIGTERM)
 
-    # docs/deploying.md says which: in WSGI nobody can tell the two forms apart.
+    # docs/deploying.md lists the servers: WSGI cannot tell the two forms apart.
     assert sink.subjects() == {("victim" if lets_through else "anonymous"): 1}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("patient_ledger")
 
 @pytest.fixture
 def make(openmeter, entitled, tmp_path):
-    """Make applications that share a spool: each is like a process of its own."""
+    """A function that makes applications which share a spool like several processes."""
     made = []
 
     def make(**options):

@@ -297,7 +297,7 @@ def test_an_outage_leaves_files_by_their_size_and_not_by_the_time(
 def test_the_sender_brings_on_the_disk_what_any_process_puts(
     queue, openmeter, spool, monkeypatch
 ):
-    """Or a loss of power would cost more than what was put since the last look."""
+    """So a power loss costs only the events put since the sender's last look."""
     synced = set()
 
     def sync(fd, kernel=os.fdatasync):
@@ -391,7 +391,7 @@ def test_a_poison_event_is_a_dead_letter_with_the_servers_reason(
     assert (server_dir(spool) / DEAD_LETTERS).stat().st_mode & 0o777 == 0o600
 
 
-# -- What the disk refuses
+# -- Errors of the disk
 
 
 def test_a_full_spool_lets_events_wait_in_memory_and_counts_them(

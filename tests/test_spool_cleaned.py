@@ -30,7 +30,7 @@ def queue(openmeter, tmp_path):
 
 @pytest.fixture
 def waiting(openmeter, tmp_path):
-    """A delivery whose server is away, so that what is put waits."""
+    """A delivery whose server is down, so that all events wait."""
     openmeter.down()
     made = spool_queue(tmp_path / "spool", openmeter.url, segment_bytes=64 * 1024)
     made.start()
@@ -102,7 +102,7 @@ def test_no_flush_says_yes_while_another_thread_puts_back(waiting, openmeter, tm
 
 
 def answers_together(call, threads=8):
-    """Return the set of what *call* answers to threads that make it at once."""
+    """Return the set of results of *call* in threads that start it at once."""
     together = threading.Barrier(threads)
 
     def answer(_):
@@ -290,7 +290,7 @@ def test_another_thread_takes_the_place_of_a_sender_that_is_stuck(
             released.set()
             until(lambda: not stuck_one.worker.is_running)
 
-        # It has written nothing, and what it sent is counted where it was sent again.
+        # It wrote nothing; its events are counted by the process that sent them again.
         assert (
             server_dir(tmp_path / "spool") / progress.PROGRESS_NAME
         ).read_bytes() == written
@@ -361,7 +361,7 @@ def test_short_lived_processes_do_not_fill_the_spool(openmeter, tmp_path, end):
     openmeter.down()
     queue = spool_queue(spool, openmeter.url)
     if end == "killed":
-        queue.start()  # whoever is the sender adopts what is left
+        queue.start()  # the sender adopts the segments
     try:
         for n in range(9):
             with Process(ENDING, str(spool), str(n), end, openmeter.url) as process:

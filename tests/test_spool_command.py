@@ -20,9 +20,9 @@ from spool_support import (
     COMMAND,
     days_ago,
     event,
+    json_output,
     put,
     run,
-    said,
     shipping,
     status_of,
     worker,
@@ -108,7 +108,7 @@ def test_the_status_names_the_sender_and_what_is_in_doubt(spool, openmeter):
 def test_dead_letters_are_listed_counted_and_shown_with_their_reason(spool, openmeter):
     bury(spool, openmeter, event("bad", subject="carol"))
 
-    (letter,) = said(spool, "list")
+    (letter,) = json_output(spool, "list")
     status = status_of(spool)
     shown = run(spool, "show", "bad")
 
@@ -122,8 +122,8 @@ def test_dead_letters_are_listed_counted_and_shown_with_their_reason(spool, open
 def test_the_list_holds_waiting_events_where_they_are_wanted(spool):
     put(spool, event("1"))
 
-    assert said(spool, "list") == []
-    assert ids(said(spool, "list", "--waiting")) == ["1"]
+    assert json_output(spool, "list") == []
+    assert ids(json_output(spool, "list", "--waiting")) == ["1"]
     assert f"no dead letters in {spool}; 1 event waits (--waiting)\n" == (
         run(spool, "list").stderr
     )
@@ -135,12 +135,12 @@ def test_what_is_requeued_is_delivered_under_its_id_once(spool, openmeter):
     letters = [event("a", subject="x"), event("b", subject="y")]
     bury(spool, openmeter, *letters)
 
-    one = said(spool, "requeue", "a")
-    left = ids(said(spool, "list"))
-    rest = said(spool, "requeue", "--all")
+    one = json_output(spool, "requeue", "a")
+    left = ids(json_output(spool, "list"))
+    rest = json_output(spool, "requeue", "--all")
 
     assert (one["requeued"], left, rest["requeued"]) == (1, ["b"], 1)
-    assert said(spool, "list") == []
+    assert json_output(spool, "list") == []
     assert (server_dir(spool) / DEAD).read_bytes() == b""
     with shipping(spool, openmeter):
         openmeter.wait_for(4)
@@ -169,12 +169,12 @@ def test_dead_letters_are_requeued_and_purged_beside_a_sender(spool, openmeter):
         ship.wait_for("is the sender")
         before = (server_dir(spool) / DEAD).read_bytes()
 
-        assert said(spool, "requeue", "a")["requeued"] == 1
-        purged = said(spool, "purge", "b", "--yes")
+        assert json_output(spool, "requeue", "a")["requeued"] == 1
+        purged = json_output(spool, "purge", "b", "--yes")
 
         openmeter.wait_for(3)
         assert purged == {"purged": 1, "erased": False}
-        assert said(spool, "list") == []
+        assert json_output(spool, "list") == []
         # The sender appends to the file; nobody else may write it.
         assert (server_dir(spool) / DEAD).read_bytes() == before
         ship.end(signal.SIGTERM)
@@ -187,14 +187,14 @@ def test_dead_letters_are_requeued_and_purged_beside_a_sender(spool, openmeter):
 def test_a_letter_that_is_refused_again_is_a_letter_again(spool, openmeter):
     bad = event("bad", subject="carol")
     bury(spool, openmeter, bad)
-    said(spool, "requeue", "bad")
+    json_output(spool, "requeue", "bad")
     openmeter.poison = {"carol"}
     put(spool, event("good-2"))
     with shipping(spool, openmeter) as ship:
         ship.wait_for("is refused by OpenMeter for good")
         ship.end(signal.SIGTERM)
 
-    assert ids(said(spool, "list")) == ["bad"]
+    assert ids(json_output(spool, "list")) == ["bad"]
 
 
 _KILLED = """
@@ -202,7 +202,7 @@ import resource, signal, sys
 from openmeter_wsgi.cli import main
 
 sys.dont_write_bytecode = True
-# The kernel kills whoever writes past the limit; Python would get an error.
+# The kernel kills a process that writes past the limit.
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -229,8 +229,10 @@ def test_a_requeue_killed_in_the_middle_of_a_write_loses_nothing(
     )  # fmt: skip
 
     assert killed.returncode == -signal.SIGXFSZ
-    assert sorted(ids(said(spool, "list", "--waiting"))) == ["a"] * copies + ["b"]
-    assert said(spool, "requeue", "--all")["requeued"] >= 1
+    assert sorted(ids(json_output(spool, "list", "--waiting"))) == ["a"] * copies + [
+        "b"
+    ]
+    assert json_output(spool, "requeue", "--all")["requeued"] >= 1
     with shipping(spool, openmeter):
         openmeter.wait_for(4)
     assert sorted(openmeter.ids) == ["a", "b", "good-0", "good-1"]
@@ -247,7 +249,7 @@ def test_a_requeue_without_room_leaves_the_letters(spool, openmeter):
 
     assert result.exit_code == 1
     assert "max_spool_bytes is 16777216" in result.output
-    assert ids(said(spool, "list")) == ["a"]
+    assert ids(json_output(spool, "list")) == ["a"]
 
 
 def test_marks_and_letters_that_were_cut_short_are_passed_over(spool, openmeter):
@@ -256,9 +258,12 @@ def test_marks_and_letters_that_were_cut_short_are_passed_over(spool, openmeter)
         file.write(b'{"event": {"id"\n')
     (server_dir(spool) / "dead-letters.settled.jsonl").write_bytes(b"[12, ")
 
-    assert ids(said(spool, "list")) == ["a"]
-    assert said(spool, "purge", "--all", "--yes") == {"purged": 1, "erased": True}
-    assert said(spool, "list") == []
+    assert ids(json_output(spool, "list")) == ["a"]
+    assert json_output(spool, "purge", "--all", "--yes") == {
+        "purged": 1,
+        "erased": True,
+    }
+    assert json_output(spool, "list") == []
 
 
 def test_purge_wants_a_yes_and_a_choice(spool, openmeter):
@@ -270,8 +275,8 @@ def test_purge_wants_a_yes_and_a_choice(spool, openmeter):
     ]
 
     assert codes == [2, 2, 2, 1]
-    assert said(spool, "purge", "a", "--yes") == {"purged": 1, "erased": True}
-    assert ids(said(spool, "list")) == ["b"]
+    assert json_output(spool, "purge", "a", "--yes") == {"purged": 1, "erased": True}
+    assert ids(json_output(spool, "list")) == ["b"]
     assert b'"a"' not in (server_dir(spool) / DEAD).read_bytes()
 
 
@@ -289,8 +294,8 @@ def test_only_one_command_changes_dead_letters_at_a_time(spool, openmeter):
 
         holder.kill()
     assert result.exit_code == 1
-    assert "another requeue or purge is at work" in result.output
-    assert ids(said(spool, "list")) == ["a"]
+    assert "another requeue or purge is running" in result.output
+    assert ids(json_output(spool, "list")) == ["a"]
 
 
 _HOLD = """
@@ -306,11 +311,11 @@ def test_what_may_have_arrived_is_requeued_on_demand_only(spool, openmeter):
     expire(spool, openmeter, event("a"), event("b"))
 
     assert status_of(spool)["dead_letters_by_reason"] == {"expired": 2}
-    assert said(spool, "requeue", "--all") == {
+    assert json_output(spool, "requeue", "--all") == {
         "requeued": 0, "old": 0, "expired": 2, "no_event": 0,
     }  # fmt: skip
-    assert said(spool, "requeue", "a", "--expired")["requeued"] == 1
-    assert ids(said(spool, "list", "--waiting")) == ["b", "a"]
+    assert json_output(spool, "requeue", "a", "--expired")["requeued"] == 1
+    assert ids(json_output(spool, "list", "--waiting")) == ["b", "a"]
 
 
 @pytest.mark.parametrize("flavor", ["v1", "v3"])
@@ -367,7 +372,7 @@ def test_the_export_holds_dead_and_waiting_events(spool, openmeter, tmp_path):
     put(spool, event("waiting"))
     file = tmp_path / "export.jsonl"
 
-    counts = said(spool, "export", str(file))
+    counts = json_output(spool, "export", str(file))
     again = run(spool, "export", str(file))
 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -440,6 +445,6 @@ def test_a_subcommand_says_what_is_missing_or_no_spool(tmp_path):
 
     assert (missing.exit_code, empty.exit_code, none.exit_code) == (2, 1, 1)
     assert "Missing option '--spool-dir'" in missing.output
-    assert "is no spool" in empty.output
+    assert "is not a spool" in empty.output
     assert "No such file or directory" in none.output
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""A process dies before any one of its calls to the system: nothing is lost by it."""
+"""A process is killed before any of its system calls, and loses nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-#: What changes files, or who owns them. All of `pathlib` comes down to these.
+#: System calls that change files or their owners. `pathlib` uses only these.
 CALLS = [
     (os, "open"), (os, "close"), (os, "write"), (os, "pwrite"), (os, "fsync"),
     (os, "fdatasync"), (os, "rename"), (os, "unlink"), (os, "posix_fallocate"),
@@ -39,11 +39,11 @@ SEGMENT_BYTES = 400
 
 
 class Note:
-    """A file to which a process adds what it has done; it survives its death."""
+    """A file in which a process records its actions; it survives the process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # As they are before anything is made to die in them.
+        # The originals: die_at() replaces these functions later.
         self._open, self._write, self._close = os.open, os.write, os.close
 
     def add(self, *ids: str) -> None:
@@ -66,7 +66,7 @@ class Taking:
 
 
 def deliver(directory: Path, taken: Note) -> None:
-    """Deliver what the directory holds, as the elected sender does."""
+    """Deliver the events of the directory, as the elected sender does."""
     counts = Counts()
     with election(directory):
         letters = DeadLetters(directory, counts)
@@ -97,7 +97,7 @@ def live(directory: Path, form: str, settled: Note, taken: Note) -> None:
 
 
 def die_at(call: int) -> None:
-    """Be killed before so many calls to the system are made."""
+    """Kill this process before its system call number *call*."""
     calls = itertools.count(1)
 
     def dying(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def written(tmp_path):
 
 @pytest.mark.parametrize("start", [b"", event("1") + b"\n", event("torn")[:9]])
 def test_the_free_room_of_a_live_segment_is_not_read(written, start):
-    """It is looked at many times a second, and what it takes stays with the process."""
+    """It is read many times a second, and its memory would stay with the process."""
     fd = written(start + b"\0" * 4_000_000)
 
     tracemalloc.start()
@@ -47,6 +47,22 @@ def test_the_free_room_of_a_live_segment_is_not_read(written, start):
 
     assert end == (len(start) if start.endswith(b"\n") else 0)
     assert peak < 600_000
+
+
+def test_the_end_of_the_whole_lines_is_found_without_copying_them(written):
+    """It is looked up often, and a copy's memory would stay with the process."""
+    text = (event("1") + b"\n") * 4_000
+    fd = written(text + b"\0" * 1_000_000)
+
+    tracemalloc.start()
+    try:
+        end = whole_end(fd, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert end == len(text)
+    assert peak < 560_000  # two texts of 256 KiB, while the second one is read
 
 
 def test_a_line_longer_than_what_is_read_at_once_is_read(written):

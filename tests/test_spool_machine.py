@@ -1,4 +1,4 @@
-"""Whatever happens to a spool, in whatever order: nothing is lost or foreign."""
+"""State machine of a spool: it loses no event and delivers no foreign one."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ class Server:
 
 
 class Writer:
-    """A process, as far as the directory can tell one."""
+    """Model of a process: it uses the directory as a process does."""
 
     def __init__(self, directory, name, form):
         self.name = name
@@ -118,7 +118,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @initialize(poisonous=st.booleans())
     def choose(self, poisonous):
-        # With poison less can be said of what must be there in the end.
+        # With poisonous events the final checks are weaker.
         self.poisonous = poisonous
 
     def elect(self):
@@ -184,7 +184,7 @@ class SpoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.children) < 2)
     @rule(form=st.sampled_from([MAPPED, WRITTEN]), count=st.integers(1, 12))
     def fork(self, form, count):
-        """The child lives on, whatever becomes of its parent's journals."""
+        """Fork a child, which lives on whether or not its parent's journals do."""
         self.names += 1
         child = Child(self.directory, f"p{self.names}", form, count)
         self.put_ids += child.ids
@@ -198,7 +198,7 @@ class SpoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writers and len(self.children) < 2)
     @rule(data=st.data())
     def fork_and_kill_the_parent(self, data):
-        """What the child has open keeps nothing of its parent's from being adopted."""
+        """A child's open files do not keep the sender from adopting its parent's."""
         self.fork(MAPPED, 1)
         self.kill(data, 0)
         self.deliver_all()

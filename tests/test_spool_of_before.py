@@ -55,7 +55,7 @@ def deliver(spool, url, **options):
 
 
 def taken(openmeter):
-    """Return how often each event of the fixture was taken, by its id."""
+    """Count the deliveries of each event of the fixture, by its id."""
     return Counter(
         event["id"]
         for request in openmeter.requests

@@ -1,4 +1,4 @@
-"""What a crash can leave in the directory, and what comes out of it."""
+"""Recovery of every state in which a crash can leave the directory."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_a_page_of_zeros_costs_the_lines_in_it_and_no_other(tmp_path, page):
 
     delivered = drain(opened(tmp_path))
 
-    # The line that begins where the zeros end cannot be told from the tail of one.
+    # A line directly after the zeros may be the end of a torn one, so it may be lost.
     assert set(delivered) <= set(untouched)
     assert len(delivered) >= len(untouched) - 1
     assert delivered == [line for line in untouched if line in delivered]

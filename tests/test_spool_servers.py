@@ -9,7 +9,7 @@ from openmeter_server import HANG, OpenMeterServer
 from openmeter_wsgi.errors import SpoolError
 from openmeter_wsgi.spool import server_directories
 from openmeter_wsgi.spool.server_directories import Server, server_directory
-from spool_support import run, said
+from spool_support import json_output, run
 from spooling import PATIENCE, Process, event, segments, spool_queue, until
 from test_check import found
 
@@ -116,7 +116,7 @@ def test_events_of_an_address_without_a_process_are_named_and_kept(
     lines = [r.getMessage() for r in caplog.records if NOWHERE in r.getMessage()]
     assert len(lines) == 1
     assert f"2 events wait for {NOWHERE}, and no running process" in lines[0]
-    status = {one["api_url"]: one for one in said(spool, "status")["servers"]}
+    status = {one["api_url"]: one for one in json_output(spool, "status")["servers"]}
     assert (status[NOWHERE]["in_use"], status[NOWHERE]["waiting"]) == (False, 2)
     assert status[openmeter.url]["in_use"]
     assert "assign --to URL" in run(spool, "status").stderr
@@ -141,20 +141,20 @@ def test_assigned_events_go_to_the_running_process_of_that_server_once(
     assert one.flush(PATIENCE)
     left_behind(spool, NOWHERE, "1", "2", "3")
 
-    answer = said(spool, "assign", "--to", openmeter.url)
+    answer = json_output(spool, "assign", "--to", openmeter.url)
 
     assert answer == {"assigned": 3, "from": NOWHERE, "to": openmeter.url}
     openmeter.wait_for(4)
     assert sorted(openmeter.ids) == ["1", "2", "3", "own"]
-    until(lambda: len(said(spool, "status")["servers"]) == 1)  # it is removed
+    until(lambda: len(json_output(spool, "status")["servers"]) == 1)  # it is removed
     assert segments(spool) == [] or one.waiting == 0
     assert not openmeter.duplicates
 
 
 def test_assigned_events_wait_for_a_process_that_starts_later(spool, queue, openmeter):
     left_behind(spool, NOWHERE, "1")
-    assert said(spool, "assign", "--to", openmeter.url)["assigned"] == 1
-    assert said(spool, "status")["waiting"] == 1
+    assert json_output(spool, "assign", "--to", openmeter.url)["assigned"] == 1
+    assert json_output(spool, "status")["waiting"] == 1
 
     one = queue(openmeter.url)
     one.start()
@@ -172,14 +172,14 @@ def test_what_may_have_arrived_stays_in_doubt_after_it_is_assigned(
         openmeter.wait_for_requests(1)
         process.kill()
     openmeter.release()
-    said(spool, "assign", "--to", production.url)
-    assert said(spool, "status")["in_doubt"] == 1
+    json_output(spool, "assign", "--to", production.url)
+    assert json_output(spool, "status")["in_doubt"] == 1
 
     one = queue(production.url, resend_window=0.001)
     one.start()
     until(lambda: one.counts.dead_lettered == 1)
     assert production.ids == []
-    assert [one["event"]["id"] for one in said(spool, "list")] == ["doubt"]
+    assert [one["event"]["id"] for one in json_output(spool, "list")] == ["doubt"]
 
 
 def test_nothing_that_a_running_process_uses_is_assigned(spool, queue, openmeter):
@@ -187,7 +187,7 @@ def test_nothing_that_a_running_process_uses_is_assigned(spool, queue, openmeter
     one = queue(openmeter.url)
     one.put(event("1"))
     one.start()
-    until(lambda: said(spool, "status")["servers"][0]["sender_alive"])
+    until(lambda: json_output(spool, "status")["servers"][0]["sender_alive"])
 
     result = run(spool, "assign", "--to", NOWHERE)
     assert result.exit_code == 1
@@ -206,11 +206,11 @@ def test_of_several_addresses_one_must_be_named(spool):
     result = run(spool, "assign", "--to", target)
     assert result.exit_code == 2
     assert NOWHERE in result.output
-    named = said(spool, "assign", "--to", target, "--from", NOWHERE)
+    named = json_output(spool, "assign", "--to", target, "--from", NOWHERE)
     assert named["assigned"] == 1
-    again = said(spool, "assign", "--to", target, "--from", "http://127.0.0.1:8")
+    again = json_output(spool, "assign", "--to", target, "--from", "http://127.0.0.1:8")
     assert again["assigned"] == 1
-    assert said(spool, "status")["waiting"] == 2
+    assert json_output(spool, "status")["waiting"] == 2
 
 
 def test_what_is_no_address_is_refused(spool):
@@ -227,7 +227,7 @@ def test_a_kill_while_events_are_assigned_loses_and_doubles_none(spool):
             for _ in range(moved):
                 process.line()
             process.kill()
-        documents = said(spool, "list", "--waiting")
+        documents = json_output(spool, "list", "--waiting")
         assert Counter(one["event"]["id"] for one in documents) == Counter(
             map(str, range(50))
         )

@@ -1,4 +1,4 @@
-"""Which uWSGI leaves threads no time, and what a spool does there without any."""
+"""uWSGI without threads: its detection, and the delivery of a spool there."""
 
 import logging
 import sys
@@ -97,7 +97,7 @@ def test_at_its_exit_it_waits_for_its_turn(uwsgi, openmeter, tmp_path):
 
 
 def test_at_its_exit_it_waits_no_longer_than_it_may(uwsgi, openmeter, tmp_path):
-    """The spool keeps what waits."""
+    """The spool keeps the waiting events."""
     uwsgi()
     queue = spool_queue(tmp_path / "spool", openmeter.url)
     queue.put(event("1"))

@@ -1,4 +1,4 @@
-"""Counts of several processes together, and what a process counts by itself."""
+"""Counts of several processes together, and those of one process."""
 
 import msgspec
 

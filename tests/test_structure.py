@@ -1,4 +1,4 @@
-"""The figures of the package's structure, of a package made up for it."""
+"""The figures of `tests.structure`, for a sample package and for ours."""
 
 from tests import structure
 
@@ -21,7 +21,7 @@ def test_figures_are_read_from_the_source(tmp_path):
     found = structure.figures(package)
 
     assert found["the package"] == "3 modules, 18 lines"
-    assert found["the way of a request"] == "1 modules, 8 lines"
+    assert found["the request path"] == "1 modules, 8 lines"
     assert found["import depth"] == "2 modules"
     assert found["public names"] == found["options"] == "1"
     assert found["docstrings that begin with what, who, which, …"].startswith("1 of 5")
@@ -32,4 +32,4 @@ def test_the_package_itself_has_all_modules_of_a_request():
     found = structure.figures(structure.PACKAGE)
 
     modules = len(structure.REQUEST_PATH)
-    assert found["the way of a request"].startswith(f"{modules} modules")
+    assert found["the request path"].startswith(f"{modules} modules")

@@ -102,7 +102,7 @@ def test_a_header_that_was_sent_twice_is_no_subject(
     assert "subject_commas" in caplog.text
     allowed = find(request, subject="header:X-Name", subject_commas=True)
     assert allowed == said
-    # What a server or the application itself says was not joined of two.
+    # A value set by the server or the application was not joined from two headers.
     assert find(environ(REMOTE_USER="a,b")) == "a,b"
 
 

@@ -1,4 +1,4 @@
-"""The fixture for tests of an application: what it would bill, and why not."""
+"""The fixture for tests of an application: its bill, and reasons for none."""
 
 import datetime
 import threading
@@ -75,7 +75,7 @@ def application(**options):
     return app
 
 
-# -- What is collected
+# -- Collected events
 
 
 def test_what_a_request_would_be_billed_is_there_without_closing_its_response(
@@ -272,7 +272,7 @@ def test_what_is_audited_goes_to_the_audit_of_the_policy_too(openmeter):
     assert [record["path"] for record in told] == ["/missing", "/gone"]
 
 
-# -- What is asserted
+# -- Assertions
 
 
 def failure(check):
@@ -297,7 +297,7 @@ def test_totals_are_exact_and_of_any_property(openmeter):
     openmeter.assert_metered("tokens", total=2**60, data={"total": 2**60})
     found = openmeter.assert_metered("llm", total=3.3, of="in", data={"model": "m"})
     assert [event.id for event in found] == ["request-1:llm", "request-1:llm:2"]
-    assert "say of='in' or 'model'" in failure(
+    assert "use of='in' or 'model'" in failure(
         lambda: openmeter.assert_metered("llm", total=3)
     )
 
@@ -388,7 +388,7 @@ def test_a_derived_id_shows_that_two_requests_are_one(openmeter):
     assert len({event.id for event in openmeter.events}) == 1
 
 
-# -- Who may
+# -- Entitlements
 
 
 def guarded(**options):

@@ -59,7 +59,7 @@ def deferred(
 
 
 def settled(openmeter: OpenMeterServer, *tickets: str, **options: Any) -> list[Any]:
-    """Return what OpenMeter gets when one video is settled with each ticket."""
+    """Settle one video with each ticket and return the events that OpenMeter gets."""
     usage = Usage(api_url=openmeter.url, ticket_secret=SECRET, **options)
     for ticket in tickets:
         usage.settle(ticket, {"videos": 1})
@@ -68,7 +68,7 @@ def settled(openmeter: OpenMeterServer, *tickets: str, **options: Any) -> list[A
     return [event for event in openmeter.taken if event["type"] == "videos"]
 
 
-# -- What the request is billed
+# -- The bill of the request
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_deferred_meters_are_no_part_of_any_response(
     assert event["data"] == {"total": 1}
 
 
-# -- What a ticket bills
+# -- The bill of a ticket
 
 
 def test_a_ticket_bills_its_subject_at_its_source_under_fixed_ids(

@@ -1,4 +1,4 @@
-"""The application and its clients cannot tell whether it is metered."""
+"""The application and its clients see no difference with the middleware."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def validated(app: Any, **options: Any) -> Any:
 
 
 def outcome(app: Any, method: str, stop_after: int | None) -> list[object]:
-    """Return what a server and its client see of one request."""
+    """Return all that a server and its client see of one request."""
     consumer = Consumer(stop_after=stop_after).serve(app, make_environ(method))
     errors = [consumer.raised, consumer.raised_by_close]
     return [
@@ -146,7 +146,7 @@ def test_100_megabytes_pass_without_being_held() -> None:
 def address(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, int]]:
-    """Where a real server serves every application bare and metered."""
+    """The address of a real server with every application bare and metered."""
     log: Path = tmp_path_factory.mktemp("server") / "log"
     with Server(SERVERS[request.param], "apps:bare_or_metered", log) as server:
         yield server.address
@@ -157,7 +157,7 @@ def without_date(received: bytes) -> bytes:
 
 
 def wire(address: tuple[str, int], kind: str, name: str, *request: str) -> bytes:
-    """Return what a client receives that asks twice on a connection, if it can."""
+    """Send a request twice on one connection, if possible; return the bytes."""
     method, version, *headers = request
     body = "name=value" if method == "POST" else ""
     length = [f"Content-Length: {len(body)}"] if body else []

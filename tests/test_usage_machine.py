@@ -129,7 +129,7 @@ def server() -> Iterator[OpenMeterServer]:
 
 
 class Run:
-    """Commands to one worker after the other, and what they may have billed."""
+    """Commands to one worker after another, and the events that they may bill."""
 
     def __init__(self, policy: Any) -> None:
         self._policy = policy

@@ -152,4 +152,4 @@ def test_a_decorated_view_has_the_signature_of_the_view(decorate: Any) -> None:
     decorated = decorate(view)
 
     assert inspect.getfullargspec(decorated) == inspect.getfullargspec(view)
-    assert decorate(max) is not None  # of which nobody knows the signature
+    assert decorate(max) is not None  # has no readable signature

@@ -1,4 +1,4 @@
-"""The mark *visible until*: what OpenMeter lists moves it, and nothing else."""
+"""The mark *visible until*: only events that OpenMeter lists move it."""
 
 import dataclasses
 import itertools

@@ -120,7 +120,7 @@ def test_the_watermark_of_a_spool_moves_when_what_a_mark_saw_is_delivered(
     until(lambda: not threads("openmeter_wsgi.journal"))
     (directory / watermark.WATERMARK_NAME).unlink(missing_ok=True)
     mark.publish(2_000.0, {**ends, next(iter(ends)): 10**9})
-    assert watermark.read(directory) == 1_000.0  # what came since is not
+    assert watermark.read(directory) == 1_000.0  # later events are not
     worker.close()
 
 

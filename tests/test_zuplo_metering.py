@@ -1,4 +1,4 @@
-"""Zuplo's documented configurations, served: what each of them meters."""
+"""The usage that each documented Zuplo configuration meters."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_documents_set_in_code_may_override_id_and_subject(
     assert openmeter.taken[1]["id"] == "own-id"
 
 
-# -- What is said about it
+# -- Log lines
 
 
 def test_what_has_no_meaning_is_warned_of_with_its_place(

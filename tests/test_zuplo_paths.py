@@ -12,7 +12,7 @@ from openmeter_wsgi.zuplo.openapi import OPEN_API, URL_PATTERN, rules
 
 
 def matches(made: list[str], path: str) -> bool:
-    """Say whether one of the rules matches *path*, as it stands."""
+    """Return True if one of the rules matches *path* unchanged."""
     table = Map(
         [Rule(rule, endpoint=rule) for rule in made],
         strict_slashes=True,

@@ -1,7 +1,7 @@
-"""Pictures in SVG become part of the page, so that they have its colours.
+"""Sphinx extension that inserts SVG pictures into the page, so they have its colours.
 
-As an image of its own a picture would follow the system's choice of dark or light and
-not the reader's, which the page has a switch for.
+A picture in an `<img>` element follows the dark or light mode of the system, and not
+the mode that the reader chooses with the switch of the page.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Add the transform."""
+    """Register the transform."""
     app.add_transform(InlineDiagrams)
     return {"parallel_read_safe": True}
 
 
 class InlineDiagrams(SphinxTransform):
-    """Replaces an image by what its file holds."""
+    """Transform that replaces an SVG image by the contents of its file."""
 
-    default_priority = 200  # before images are collected, to be copied as files
+    default_priority = 200  # before Sphinx collects the images, to copy their files
 
     def apply(self, **_options: Any) -> None:
-        """Change the document."""
+        """Replace the images of the document."""
         for image in list(self.document.findall(nodes.image)):
             if image["uri"].endswith(".svg"):
                 name, path = self.env.relfn2path(image["uri"], self.env.docname)

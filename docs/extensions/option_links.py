@@ -1,7 +1,8 @@
-"""Literals that name an option of a policy lead to it.
+"""Sphinx extension that links literals with the name of an option to its description.
 
-```` ``flush_interval=`` ```` and ```` ``flush_interval`` ````: a single word such as
-``meter`` only with its equals sign, since it may mean something else.
+A literal is linked if it is the name of an option and either ends with an equals sign
+(```` ``meter=`` ````) or contains an underscore (```` ``flush_interval`` ````). A
+single word such as ``meter`` may mean something else.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ OPTIONS = frozenset(field.name for field in dataclasses.fields(Policy) if field.
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Add the transform."""
+    """Register the transform."""
     app.add_transform(OptionLinks)
     return {"parallel_read_safe": True}
 
 
 class OptionLinks(SphinxTransform):
-    """Wraps such a literal in a reference."""
+    """Transform that wraps the literals with names of options in references."""
 
     default_priority = 700
 
     def apply(self, **_options: Any) -> None:
-        """Change the document."""
+        """Link the literals of the document."""
         for literal in list(self.document.findall(nodes.literal)):
             name = _option(literal.astext())
             if name and not _is_within_a_link(literal):
@@ -48,7 +49,7 @@ class OptionLinks(SphinxTransform):
                     refwarn=True,
                 )
                 literal.replace_self(reference)
-                reference += nodes.inline("", "", literal)  # its children are shown
+                reference += nodes.inline("", "", literal)  # Sphinx shows the children
 
 
 def _option(text: str) -> str | None:
@@ -57,7 +58,7 @@ def _option(text: str) -> str | None:
 
 
 def _is_within_a_link(node: nodes.Node) -> bool:
-    """Say whether it leads somewhere already, as a title does from the list of them."""
+    """Return True if the node is in a link, or in a title, which lists link to."""
     while (node := node.parent) is not None:
         if isinstance(node, nodes.reference | pending_xref | nodes.title):
             return True

@@ -1,7 +1,7 @@
-"""What the configurations beside it serve: your application stands in its place.
+"""Application of the configurations in this directory; replace it by your own.
 
-Address, key, spool and subject come from ``OPENMETER_…`` variables, so the application
-and ``openmeter-wsgi ship`` read the same ones.
+Variables ``OPENMETER_…`` set address, key, spool and subject, so the application and
+``openmeter-wsgi ship`` read the same ones.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Commands of the project; `python manage.py` lists them."""
+"""Run a command of the project; `python manage.py` lists them."""
 
 import os
 import sys

@@ -1,6 +1,6 @@
-"""Settings of an API that bills what it delivers.
+"""Settings of an API that sends its usage to OpenMeter.
 
-Against an OpenMeter on this machine::
+With a local sandbox instead of OpenMeter::
 
     openmeter-wsgi sandbox &
     export OPENMETER_API_URL=http://127.0.0.1:8888
@@ -9,7 +9,7 @@ Against an OpenMeter on this machine::
     gunicorn wsgi
     curl -H 'Authorization: Token …' http://127.0.0.1:8000/products/
 
-Against OpenMeter Cloud: set ``OPENMETER_API_KEY`` and leave the address out.
+With OpenMeter Cloud: set ``OPENMETER_API_KEY`` instead of the address.
 """
 
 import os
@@ -57,7 +57,7 @@ REST_FRAMEWORK = {
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
 }
 
-# Key and address come from OPENMETER_API_KEY and OPENMETER_API_URL.
+# OPENMETER_API_KEY and OPENMETER_API_URL set the key and the address of OpenMeter.
 OPENMETER = {
     "meter": {"type": "api-request", "data": {"region": "eu"}},
     "subject": "request.user.username",

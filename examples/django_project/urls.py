@@ -1,4 +1,4 @@
-"""The addresses of the API."""
+"""URLs of the API."""
 
 from django.urls import include, path
 from rest_framework.routers import SimpleRouter

@@ -1,4 +1,4 @@
-"""What a server serves: Django, metered as the settings say."""
+"""WSGI application for servers: Django with the middleware of the settings."""
 
 import os
 

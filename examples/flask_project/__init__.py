@@ -1,13 +1,13 @@
-"""A Flask project that bills what it delivers: a factory, blueprints, Flask-Login.
+"""A Flask project that sends its usage to OpenMeter, with blueprints and Flask-Login.
 
-Against an OpenMeter on this machine::
+With a local sandbox instead of OpenMeter::
 
     openmeter-wsgi sandbox &
     export FLASK_OPENMETER_API_URL=http://127.0.0.1:8888
     gunicorn 'examples.flask_project:create_app()'
     curl -H 'Authorization: Bearer acme-token' http://127.0.0.1:8000/v1/products
 
-Against OpenMeter Cloud: set ``FLASK_OPENMETER_API_KEY`` and leave the address out.
+With OpenMeter Cloud: set ``FLASK_OPENMETER_API_KEY`` instead of the address.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ openmeter = OpenMeter(meter={"type": "api-request", "data": {"region": "eu"}})
 
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:
-    """Return the application; *config* goes before the variables ``FLASK_…``."""
+    """Return the application; *config* overrides the variables ``FLASK_…``."""
     app = Flask(__name__)
     app.config["SECRET_KEY"] = "not-secret-for-it-is-an-example"
     app.config["OPENMETER_EVENT_SOURCE"] = "flask-example"

@@ -1,4 +1,4 @@
-"""Who may log in: by a token, as programs do, or by a session, as people do."""
+"""Users, and their login: programs send a token, people use a session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ login_manager = LoginManager()
 
 
 class User(UserMixin):
-    """A user; what it uses is billed to its company."""
+    """A user, whose usage is billed to its company."""
 
     def __init__(self, name: str, company: str, token: str) -> None:
         self.id = name
@@ -21,7 +21,7 @@ class User(UserMixin):
         self.token = token
 
 
-#: Yours are in a database, and tokens hashed.
+#: In your application: in a database, with hashed tokens.
 USERS = {
     user.id: user
     for user in (

@@ -1,4 +1,4 @@
-"""The API: each view is billed in another way."""
+"""Views of the API, each billed in a different way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODUCTS = ["anvil", "rocket skates"]
 
 @api.before_request
 def authenticate() -> tuple[dict[str, str], int] | None:
-    """Whoever is unknown is answered 401, and billed nothing."""
+    """Answer an unknown caller with 401, which is not billed."""
     if not current_user.is_authenticated:
         return {"error": "unknown token"}, 401
     return None
@@ -26,13 +26,13 @@ def authenticate() -> tuple[dict[str, str], int] | None:
 
 @api.get("/products")
 def products() -> list[str]:
-    """Nothing to do: a request that succeeds is one ``api-request``."""
+    """List the products; no code is needed to bill one ``api-request``."""
     return PRODUCTS
 
 
 @api.get("/products/<int:number>")
 def product(number: int) -> dict[str, str]:
-    """Not found is not billed."""
+    """Return a product; a 404 is not billed."""
     if number >= len(PRODUCTS):
         abort(404)
     return {"name": PRODUCTS[number]}
@@ -40,7 +40,7 @@ def product(number: int) -> dict[str, str]:
 
 @api.post("/chat")
 def chat() -> dict[str, Any]:
-    """Answer as a language model would, and bill tokens on top of the request."""
+    """Answer as a language model would; bill tokens in addition to the request."""
     question = request.get_json()
     usage = {
         "prompt": len(question["prompt"].split()),
@@ -59,18 +59,18 @@ def chat() -> dict[str, Any]:
 @api.get("/reports")
 @meter(required_entitlements=["reports"], meters={"reports": 1})
 def report() -> dict[str, str]:
-    """For customers whose plan has the feature."""
+    """Return a report, only for customers with the feature "reports"."""
     return {"report": "all is well"}
 
 
 @api.get("/export/<int:pages>")
 def export(pages: int) -> Response:
-    """Stream pages, a credit each."""
+    """Stream pages for a credit each."""
 
     def stream() -> Iterator[bytes]:
         for _ in range(min(pages, 100)):
             yield b"x" * 1024
-            # Only now has the server passed the page on: what was not sent is free.
+            # Bill the page only now, when the server has sent it.
             add_meters(request, {"credits": 1})
 
     return Response(stream_with_context(stream()), mimetype="text/plain")

@@ -1,4 +1,4 @@
-"""Pages for people: none of them is billed."""
+"""Pages for people, which are not billed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ site = Blueprint("site", __name__)
 @site.get("/health")
 @no_meter
 def health() -> str:
-    """What a load balancer asks is nobody's usage."""
+    """Answer a load balancer; its requests are not billed."""
     return "ok"
 
 
 @site.post("/login")
 @no_meter
 def login() -> dict[str, str]:
-    """Begin a session."""
+    """Log a user in."""
     user = USERS.get(request.form.get("name", ""))
     if user is None or request.form.get("token") != user.token:
         abort(401)

@@ -1,4 +1,4 @@
-"""Metering for Django: `get_wsgi_application()` in `wsgi.py`, and a middleware."""
+"""Metering for Django: `get_wsgi_application` for ``wsgi.py``, and `ViewMiddleware`."""
 
 from openmeter_wsgi.errors import missing_extra
 

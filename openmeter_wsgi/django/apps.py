@@ -5,9 +5,11 @@ from __future__ import annotations
 from django.apps import AppConfig
 from django.core import checks
 
+from openmeter_wsgi.django.settings import check_configuration
+
 
 class OpenMeterConfig(AppConfig):
-    """Brings ``manage.py openmeter_check``, and has ``manage.py check`` look."""
+    """The application that adds ``openmeter_check`` and our checks to ``manage.py``."""
 
     name = "openmeter_wsgi.django"
     label = "openmeter"
@@ -15,7 +17,4 @@ class OpenMeterConfig(AppConfig):
 
     def ready(self) -> None:
         """Register the checks."""
-        # Not at the top: there are settings only now.
-        from openmeter_wsgi.django.settings import check_configuration
-
         checks.register(check_configuration, "openmeter")

@@ -1,14 +1,19 @@
-"""Django's settings: their policy, the application it is put around, system checks."""
+"""The policy in the settings, its system checks, and Django's application around it.
+
+`get_wsgi_application` wraps Django's WSGI application in the middleware, with the
+policy of ``settings.OPENMETER``. `check_configuration` is the system check of that
+policy.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Unpack
 
-from django.apps import apps
 from django.conf import settings
 from django.core import checks, wsgi
 from django.utils.module_loading import import_string
 
+from openmeter_wsgi.django.view_checks import SETTING, check_subject, check_views
 from openmeter_wsgi.django.view_middleware import (
     ViewMiddleware,
     authenticated_user,
@@ -25,65 +30,61 @@ if TYPE_CHECKING:
     from openmeter_wsgi.middleware import OpenMeterMiddleware
     from openmeter_wsgi.option_types import Options
 
-SETTING = "OPENMETER"
 VIEW_MIDDLEWARE = "openmeter_wsgi.django.ViewMiddleware"
 
 
 def policy_of_settings(**options: Unpack[Options]) -> Policy:
-    """Return the policy of ``settings.OPENMETER``; *options* go before it.
+    """Return the policy of ``settings.OPENMETER``; *options* override the settings.
 
     :raises ConfigError: with every problem of the configuration.
     """
-    said = getattr(settings, SETTING, {})
-    policy = said if isinstance(said, Policy) else None
-    if policy is None and not isinstance(said, dict):
+    given = getattr(settings, SETTING, {})
+    policy = given if isinstance(given, Policy) else None
+    if policy is None and not isinstance(given, dict):
         raise ConfigError(
-            [f"{SETTING}: expected options by name, or a Policy, got {said!r}"]
+            [f"{SETTING}: expected options by name, or a Policy, got {given!r}"]
         )
     urls = getattr(settings, "ROOT_URLCONF", None)
     return make_policy(
-        {} if policy else said,
+        {} if policy else given,
         options,
         policy=policy,
         read_subject=subject_from,
         default_subject=authenticated_user,
-        # The package of the project: shop.urls is of the project shop.
+        # The package of the project: shop for shop.urls.
         default_source=urls.partition(".")[0] if isinstance(urls, str) else "",
     )
 
 
 def view_middleware_problem() -> str | None:
-    """Return the problem that our middleware is missing, None if it is there."""
-    if any(_is_class(name, ViewMiddleware) for name in settings.MIDDLEWARE):
+    """Return an error if `ViewMiddleware` is not in the settings, else None."""
+    if any(map(_is_view_middleware, settings.MIDDLEWARE)):
         return None
     return (
-        f"MIDDLEWARE: expected {VIEW_MIDDLEWARE!r} among them, without which neither "
-        "subject nor route is known and no entitlement is asked for"
+        f"MIDDLEWARE: expected {VIEW_MIDDLEWARE!r} in it; without it neither subject "
+        "nor route is known, and no entitlement is checked"
     )
 
 
-def _is_class(name: str, expected: type) -> bool:
+def _is_view_middleware(name: str) -> bool:
     try:
-        found = import_string(name)
-    except Exception:  # noqa: BLE001 - Django itself says what is wrong, and better
+        middleware = import_string(name)
+    except Exception:  # noqa: BLE001 - Django reports it when it loads the middleware
         return False
-    return isinstance(found, type) and issubclass(found, expected)
-
-
-_PERMISSION = "openmeter_wsgi.django.rest_framework.HasEntitlements"
+    return isinstance(middleware, type) and issubclass(middleware, ViewMiddleware)
 
 
 def check_configuration(**_: Any) -> list[checks.CheckMessage]:
     """Return a message for each problem of the configuration.
 
-    A missing key is a warning: ``migrate`` and continuous integration have none. Where
-    ``wsgi.py`` is loaded it is an error.
+    A missing API key is a warning here, because ``migrate`` and continuous integration
+    need none. It is an error when ``wsgi.py`` is loaded.
     """
-    found = list(_check_policy())
+    messages = list(_check_policy())
     if problem := view_middleware_problem():
         hint = f"Put {VIEW_MIDDLEWARE!r} at the end of MIDDLEWARE."
-        found.append(checks.Error(problem, hint=hint, id="openmeter.E002"))
-    return [*found, *_check_asgi()]
+        messages.append(checks.Error(problem, hint=hint, id="openmeter.E002"))
+    return [*messages, *_check_asgi()]
 
 
 def _check_policy() -> Iterator[checks.CheckMessage]:
@@ -95,7 +96,8 @@ def _check_policy() -> Iterator[checks.CheckMessage]:
         if not all(map(_is_missing_key, error.problems)):
             return
         policy = policy_of_settings(dry_run=True)
-    yield from _check_rest_framework(policy)
+    yield from check_views(policy)
+    yield from check_subject(policy)
 
 
 def _is_missing_key(problem: str) -> bool:
@@ -105,16 +107,16 @@ def _is_missing_key(problem: str) -> bool:
 def _message(problem: str) -> checks.CheckMessage:
     if _is_missing_key(problem):
         hint = (
-            "The application does not start without it. Where nothing is to be sent, "
-            f"set {SETTING}_DRY_RUN=1."
+            "The application does not start without a key. To send nothing, set "
+            f"{SETTING}_DRY_RUN=1."
         )
         return checks.Warning(problem, hint=hint, id="openmeter.W002")
-    hint = f"See {SETTING} in the settings, and the variables {SETTING}_…"
+    hint = f"Correct it in {SETTING} in the settings, or in a variable {SETTING}_…"
     return checks.Error(problem, hint=hint, id="openmeter.E001")
 
 
 def _check_asgi() -> Iterator[checks.CheckMessage]:
-    """Yield a message if the settings name an ASGI application."""
+    """Yield a message if the settings have an ASGI application."""
     asgi = getattr(settings, "ASGI_APPLICATION", None)
     if asgi is None:
         return
@@ -126,31 +128,14 @@ def _check_asgi() -> Iterator[checks.CheckMessage]:
         hint = "Serve the project through wsgi.py, and set WSGI_APPLICATION."
         yield checks.Error(problem, hint=hint, id="openmeter.E003")
     else:
-        hint = "Serve through ASGI only what is free, such as websockets."
+        hint = "Serve only free requests through ASGI, such as websockets."
         yield checks.Warning(problem, hint=hint, id="openmeter.W003")
 
 
-def _check_rest_framework(policy: Policy) -> list[checks.CheckMessage]:
-    if not policy.required_entitlements or not apps.is_installed("rest_framework"):
-        return []
-    named = getattr(settings, "REST_FRAMEWORK", {})
-    if _PERMISSION in named.get("DEFAULT_PERMISSION_CLASSES", ()):
-        return []
-    return [
-        checks.Warning(
-            "required_entitlements: views of the REST framework authenticate after "
-            "they would be asked for, so whoever has no session is answered 401",
-            hint=f"Add {_PERMISSION!r} to DEFAULT_PERMISSION_CLASSES, after the "
-            "permissions that authenticate.",
-            id="openmeter.W001",
-        )
-    ]
-
-
 def get_wsgi_application(**options: Any) -> OpenMeterMiddleware:
-    """Return Django's WSGI application, metered as ``settings.OPENMETER`` says.
+    """Return Django's WSGI application, metered by ``settings.OPENMETER``.
 
-    *options* go before the settings, and those before variables.
+    *options* override the settings, and the settings override variables.
 
     :raises ConfigError: with every problem of the configuration.
     """

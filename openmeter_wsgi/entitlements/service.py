@@ -41,7 +41,7 @@ from openmeter_wsgi.entitlements.lookup import (
 )
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.options import feature_problem, question_rate
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.store import StoreAway
@@ -132,6 +132,9 @@ class EntitlementService:
             return combined(fresh)  # type: ignore[arg-type]
         if not is_key(customer):  # no valid key: OpenMeter need not be asked
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
+            return Decision(False, denied, source="request")
+        if invalid := _invalid_features(features):
+            denied = tuple(Denial(feature, "no_access") for feature in invalid)
             return Decision(False, denied, source="request")
         now = time.monotonic()
         answers, busy_for = self._usable_answers(customer, features, now, fail_mode)
@@ -440,6 +443,22 @@ class _NewAnswer(NamedTuple):
     asked_wall: float
     #: … and by the clock of the server.
     server_time: float
+
+
+def _invalid_features(features: Iterable[str]) -> list[str]:
+    """Return the *features* that OpenMeter cannot have, and log an error for each.
+
+    Options with such a feature are rejected at the start. A view may name one only when
+    a request comes.
+    """
+    problems = {feature: feature_problem(feature) for feature in features}
+    invalid = [feature for feature, problem in problems.items() if problem]
+    for feature in invalid:
+        logger.error(
+            "feature %r: every request that requires it is denied: %s",
+            feature, problems[feature],
+        )  # fmt: skip
+    return invalid
 
 
 def _is_of_next_period(new: _NewAnswer, before: CachedAnswer) -> bool:

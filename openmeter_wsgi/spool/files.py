@@ -141,12 +141,8 @@ def read_live_text(fd: int, start: int, end: int | None = None) -> bytes:
 
     It stops at the first incomplete line, which another thread may be writing.
     """
-    if os.pread(fd, 1, start) in _UNWRITTEN:
-        return b""
-    # A zero ends the text as well: the rest of a mapped file is zeros.
-    text = _read_until(fd, start, end, until=(b"\n", b"\0"))
-    zero = text.find(b"\0")
-    return text[: text.rfind(b"\n", 0, None if zero < 0 else zero) + 1]
+    text, size = _read_live(fd, start, end)
+    return text[:size]
 
 
 def read_final_text(fd: int, start: int, end: int | None = None) -> bytes:
@@ -183,8 +179,8 @@ def split_lines(text: bytes, start: int) -> Iterator[Line]:
 
 def whole_end(fd: int, start: int) -> int:
     """Return the end of the whole lines that begin at *start*."""
-    while text := read_live_text(fd, start):
-        start += len(text)
+    while size := _read_live(fd, start, None)[1]:  # copies no lines
+        start += size
     return start
 
 
@@ -222,6 +218,16 @@ def are_events(text: bytes, count: int) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return len(events) == count  # a different number: an event spans two lines
+
+
+def _read_live(fd: int, start: int, end: int | None) -> tuple[bytes, int]:
+    """Return the next text of a live segment, and the size of its whole lines."""
+    if os.pread(fd, 1, start) in _UNWRITTEN:
+        return b"", 0
+    # A zero ends the text as well: the rest of a mapped file is zeros.
+    text = _read_until(fd, start, end, until=(b"\n", b"\0"))
+    zero = text.find(b"\0")
+    return text, text.rfind(b"\n", 0, None if zero < 0 else zero) + 1
 
 
 def _is_all_zeros(fd: int, start: int, end: int | None) -> bool:

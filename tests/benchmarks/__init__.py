@@ -1,1 +1,1 @@
-"""What metering costs, measured beside the bare application in the same run."""
+"""Benchmarks: the cost of metering, compared with the bare application in one run."""

@@ -1,10 +1,10 @@
-"""What reading a body costs, chunk by chunk.
+"""Cost of reading a body, per chunk.
 
     python -m tests.benchmarks.body_cost [--rounds 15]
 
-Every round times all readers one after the other and a reader that does nothing;
-a figure is the median over the rounds of the ratio to that one, and of the cost of
-a chunk in nanoseconds of processor time.
+Every round times all readers, and a reader that does nothing, one after the other. The
+figures are medians over the rounds: nanoseconds of processor time per chunk, and the
+ratio to the reader that does nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK_BYTES = 2**14
-#: So few that what is kept stays below the size from which on it is scanned.
+#: Number of large chunks: so few that the body stays below MAX_DOCUMENT_BYTES, the size
+#: above which a reader scans a body instead of keeping it.
 LOOPS = 60
 SMALL_LOOPS = 20_000
 
@@ -49,7 +50,7 @@ LARGE = b" " * (MAX_DOCUMENT_BYTES + 1)
 
 
 class Nothing:
-    """What the rest is measured beside."""
+    """A reader that does nothing: the reference of the ratios."""
 
     def feed(self, chunk: bytes) -> None:
         """Let the chunk pass."""
@@ -68,7 +69,7 @@ def fed(
 
 
 def cases() -> dict[str, tuple[Callable[[bytes], None], bytes]]:
-    """Return a feed, and the chunk that it is fed, under the name of the case."""
+    """Return for each case the feed method of a reader, and the chunk to feed."""
     xml = b'<multistatus xmlns="DAV:">'
     return {
         "nothing": (Nothing().feed, EVENT),

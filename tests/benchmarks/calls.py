@@ -1,8 +1,8 @@
-"""The C calls of a thread that keep the GIL, and how long each of them takes.
+"""Durations of the C calls of a thread that hold the GIL.
 
-While one runs no other thread does: a Python function can be interrupted, a C call
-cannot. Calls that let others run meanwhile, and those that call Python again, are left
-out. It is the processor time that counts, as the machine does other work, too.
+A C call keeps all other threads waiting, while a Python function can be interrupted.
+Calls that release the GIL, and those that call Python again, are left out. Durations
+are processor time, so that other processes do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-#: Modules and types whose calls wait for the kernel without the GIL.
+#: Modules and types whose calls release the GIL while they wait for the kernel.
 _RELEASING = (
     "posix.", "socket.", "_socket.", "poll.", "select.", "lock.", "time.",
     "BufferedReader.", "_io.",
@@ -25,7 +25,7 @@ _RELEASING = (
 
 
 class Calls:
-    """Measures the threads of a name that are started while it is entered."""
+    """Profiler of threads with a given name that start inside its ``with`` block."""
 
     def __init__(self, thread: str) -> None:
         self._thread = thread
@@ -40,9 +40,10 @@ class Calls:
 
     @property
     def longest(self) -> tuple[str, float]:
-        """The call that takes longest, and its seconds: but for one in a hundred.
+        """The name of the slowest call, and the 99th percentile of its seconds.
 
-        That one was interrupted by the machine. Of few calls it is the median.
+        The slowest percent is left out, as the machine may have interrupted it. Fewer
+        than 100 calls count with their median.
         """
         usual = {name: _usual(of) for name, of in self._taken.items()}
         return max(usual.items(), key=lambda found: found[1])
@@ -58,7 +59,7 @@ class Calls:
             if event == "c_call":
                 began.append(time.thread_time())
             elif event == "call":
-                began[:] = [None] * len(began)  # whatever called this is no C alone
+                began[:] = [None] * len(began)  # the C calls around it run Python code
             elif event in {"c_return", "c_exception"} and began:
                 start = began.pop()
                 name = _name(called)

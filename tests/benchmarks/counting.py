@@ -1,7 +1,7 @@
-"""Count what Python code executes, in instructions, under valgrind.
+"""Count the instructions of Python code with valgrind.
 
-What is counted runs in a process of its own, between `begin` and `end`, once for each
-name that it has written to a file.
+The code runs in a new process. It writes the names of its cases to the file NAMES, and
+calls `begin` and `end` around each case, in the order of the names.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-#: The file, in the directory given, with the names of what is counted, in its order.
+#: Name of the file with the names of the cases, in the directory of --run.
 NAMES = "names.json"
-#: System calls that nothing else makes: where it sees them valgrind writes a report of
-#: what was executed since the last one.
+#: System calls that nothing else makes. At each call valgrind writes a report of the
+#: instructions since the report before.
 begin, end = os.getpgrp, os.getppid
 
 
 def count(module: str, option: str, times: int) -> dict[str, float]:
-    """Return the instructions of one time of each, run by ``python -m`` *module*.
+    """Run ``python -m`` *module* and return the instructions of one run of each case.
 
-    It is told by *option* how many *times*, and by ``--run`` which directory.
+    *option* gives *module* the number of *times*, and ``--run`` a directory.
     """
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
@@ -42,14 +42,14 @@ def count(module: str, option: str, times: int) -> dict[str, float]:
             raise RuntimeError(f"expected valgrind to count, got {done.stderr}")
         names = json.loads(Path(directory, NAMES).read_text())
         return {
-            # Every other report is of what was executed in between.
+            # Every other report counts the instructions between begin and end.
             name: _total(Path(directory, f"out.{2 * number}")) / times
             for number, name in enumerate(names, 1)
         }
 
 
 def _total(report: Path) -> int:
-    found = re.search(r"^summary: (\d+)$", report.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(r"^summary: (\d+)$", report.read_text(), re.MULTILINE)
+    if match is None:
         raise ValueError(f"{report}: expected a line 'summary: …', found none")
-    return int(found[1])
+    return int(match[1])

@@ -1,11 +1,11 @@
-"""What delivering costs: at a usual rate, at full speed, and beside requests.
+"""Cost of delivery: at 10,000 events a second, at full speed, and during requests.
 
     python -m tests.benchmarks.delivery [--rounds 5] [--seconds 3] [--events 100000]
 
-Each round takes memory and spool in turns, to a sink in a process of its own on
-loopback. The part of a core is the processor time of the threads that deliver, not of
-the one that puts events. Catching up is the throughput of a Flask application
-meanwhile, divided by that of the same application before and after.
+Each round measures memory and spool in turn, with a sink in another process on
+loopback. "Part of a core" is the processor time of the threads that deliver, without
+that of the thread that puts events. "While it catches up" is the throughput of a Flask
+application during delivery, divided by its throughput before and after.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from openmeter_wsgi import OpenMeterMiddleware
 
 PLACES = ("memory", "spool")
-#: In this form of the journal each line is parsed, as all are after a crash.
+#: The spool with a journal that the sender parses line by line, as after a crash.
 _PARSED = "spool, os.write"
 RATE = 10_000
-#: Events and requests come in turns of so many: the sleeps of a finer pace, and a look
-#: at the delivery after each request, would cost more.
+#: Number of events or requests per turn. Shorter turns would add the cost of sleeping
+#: and of reading the counters.
 _TURN = 100
-#: How long an application is served to know its throughput, in requests.
+#: Number of requests that measure the throughput of an application.
 _REQUESTS = 1_500
 
 CORE = f"{RATE:,} events a second, {{}}: part of a core"
 SPEED = "at full speed, {}"
 CATCHING_UP = "throughput of a Flask application while it catches up, {}"
 LONGEST = "longest C call of the sender, {}"
-#: In what it is given, what is demanded, and whether that is the least.
-_DEMANDED: dict[str, tuple[str, float, bool]] = {
+#: Unit, target, and True if the target is a minimum.
+_TARGETS: dict[str, tuple[str, float, bool]] = {
     CORE: ("%", 2.0, False),
     SPEED: ("events/s", 100_000.0, True),
     CATCHING_UP: ("%", 90.0, True),
@@ -62,11 +62,11 @@ def delivering(url: str, place: str, directory: str) -> OpenMeterMiddleware:
 
 
 def percent_of_core(middleware: OpenMeterMiddleware, seconds: float) -> float:
-    """Put events at the rate, and return what the delivery of as many takes."""
+    """Put events at RATE and return the part of a core that their delivery takes."""
     put, counts = middleware.process().transport.put, middleware.process().counts
     events = waiting.events(RequestIds())
     put(next(events))
-    middleware.flush(10)  # threads and connections are there
+    middleware.flush(10)  # starts the thread and opens the connection
     began, delivered = time.perf_counter(), counts.delivered
     before = time.process_time() - time.thread_time()
     for turn in range(1, int(seconds * RATE / _TURN) + 1):
@@ -74,16 +74,16 @@ def percent_of_core(middleware: OpenMeterMiddleware, seconds: float) -> float:
             put(event)
         time.sleep(max(began + turn * _TURN / RATE - time.perf_counter(), 0))
     taken = time.process_time() - time.thread_time() - before
-    # Not by the time: of what was put last a part is still to be delivered.
+    # Per delivered event, not per second: the last events are not delivered yet.
     return 100 * taken / (counts.delivered - delivered) * RATE
 
 
 def events_a_second(middleware: OpenMeterMiddleware, count: int) -> float:
-    """Return how many are delivered in a second, from the first put to the last."""
+    """Return the delivered events per second, from first put to last delivery."""
     put = middleware.process().transport.put
-    made = list(itertools.islice(waiting.events(RequestIds()), count))
+    events = list(itertools.islice(waiting.events(RequestIds()), count))
     began = time.perf_counter()
-    for event in made:
+    for event in events:
         put(event)
     if not middleware.flush(60):
         raise RuntimeError(f"expected {count} events to be delivered within 60 s")
@@ -91,10 +91,10 @@ def events_a_second(middleware: OpenMeterMiddleware, count: int) -> float:
 
 
 def percent_of_throughput(middleware: OpenMeterMiddleware, count: int) -> float:
-    """Serve requests without a backlog, and while one is delivered.
+    """Return the throughput during delivery of a backlog, in percent of that without.
 
-    One backlog follows another until as many were served beside them as without: a
-    short one may be gone before its first request is.
+    A new backlog is put whenever one is delivered, until enough requests were served
+    during delivery: a short backlog may be delivered before the first request ends.
     """
     app = paths.flask_app()
     paths.serve(app, 300)
@@ -124,29 +124,29 @@ def longest_call(url: str, place: str, directory: str, count: int) -> tuple[str,
 
 
 def measure(rounds: int, seconds: float, count: int) -> list[report.Row]:
-    found: defaultdict[str, list[float]] = defaultdict(list)
+    figures: defaultdict[str, list[float]] = defaultdict(list)
     names: defaultdict[str, Counter[str]] = defaultdict(Counter)
     with running_sink() as url, tempfile.TemporaryDirectory() as directory:
         for _, place in itertools.product(range(rounds), PLACES):
-            for what, measured in _measures(seconds, count).items():
+            for label, measured in _measures(seconds, count).items():
                 gc.collect()
                 middleware = delivering(url, place, directory)
-                found[what.format(place)].append(measured(middleware))
+                figures[label.format(place)].append(measured(middleware))
                 middleware.close(60)
-        for _, where in itertools.product(range(rounds), (*PLACES, _PARSED)):
-            name, longest = longest_call(url, where, directory, count)
-            found[LONGEST.format(where)].append(longest)
-            names[LONGEST.format(where)][name] += 1
-    return [_row(what, names[what], taken) for what, taken in found.items()]
+        for _, place in itertools.product(range(rounds), (*PLACES, _PARSED)):
+            name, longest = longest_call(url, place, directory, count)
+            figures[LONGEST.format(place)].append(longest)
+            names[LONGEST.format(place)][name] += 1
+    return [_row(label, names[label], taken) for label, taken in figures.items()]
 
 
-def _row(what: str, names: Counter[str], taken: list[float]) -> report.Row:
+def _row(label: str, names: Counter[str], taken: list[float]) -> report.Row:
     unit, *limit = next(
-        demanded
-        for general, demanded in _DEMANDED.items()
-        if what.startswith(general.partition("{}")[0])
+        target
+        for template, target in _TARGETS.items()
+        if label.startswith(template.partition("{}")[0])
     )
-    named = f"{what}: `{names.most_common(1)[0][0]}`" if names else what
+    named = f"{label}: `{names.most_common(1)[0][0]}`" if names else label
     return report.Row(named, unit, taken, *limit)
 
 
@@ -162,10 +162,10 @@ def _measures(
 
 def main() -> None:
     parser = report.arguments(__doc__, rounds=5, seconds=3, events=100_000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
-    rows = measure(given.rounds, given.seconds, given.events)
-    report.show("Delivery", rows, given.json)
+    rows = measure(args.rounds, args.seconds, args.events)
+    report.show("Delivery", rows, args.json)
 
 
 if __name__ == "__main__":

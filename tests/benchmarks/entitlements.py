@@ -1,12 +1,12 @@
-"""What a request pays for a decision on its entitlements.
+"""Cost of the decision on a request's entitlements.
 
     python -m tests.benchmarks.entitlements [--rounds 25] [--calls 2000]
 
-Every round times all ways one after the other, so that what slows the machine down
-slows all of them: a figure is the median over the rounds, with the smallest and the
-largest; a ratio is to cachetools.TTLCache behind a lock, in the same round. The last
-two lines are whole requests with a known decision, while OpenMeter answers and while
-it takes questions and answers none, also in turns.
+Every round times all kinds of decision one after the other, so that a busy machine
+slows all of them. A figure is the median over the rounds, with the smallest and the
+largest value. A ratio is to a cachetools.TTLCache behind a lock, in the same round.
+The last two rows are whole requests with a cached answer, while OpenMeter answers
+and while it hangs.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from tests.benchmarks.paths import serve, trivial_app
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: What a hit may cost: µs, and in relation to the TTLCache.
+#: Maximum time to find a cached answer: in µs, and divided by that of the TTLCache.
 MOST_MICROSECONDS, MOST_RATIO = 0.6, 0.4
 FEATURES = ("api_requests", "exports", "searches")
-FRESH = "a known decision, found"
-TTL_CACHE = "TTLCache behind a lock"
+FRESH = "find the cached answer"
+TTL_CACHE = "`TTLCache` behind a lock"
 
 
 @contextlib.contextmanager
 def granting() -> Iterator[Sandbox]:
-    """Serve an OpenMeter in which 'acme' may all."""
+    """Run a sandbox in which 'acme' has access to all features."""
     meter = {"slug": "api_requests", "eventType": "api_requests",
              "aggregation": "SUM", "valueProperty": "$.total"}  # fmt: skip
     with Sandbox() as sandbox:
@@ -68,21 +68,21 @@ def middleware(sandbox: Sandbox, **options: Any) -> OpenMeterMiddleware:
     return OpenMeterMiddleware(trivial_app, Policy(**{**usual, **options}))
 
 
-#: What is timed. An environ is as empty as it can be: it is not what is measured.
-WAYS = {
+#: The timed statement of each row. The environ is empty, as it is not the subject.
+STATEMENTS = {
     TTL_CACHE: "with lock: cache.get('acme')",
     FRESH: "fresh('acme')",
-    "the same, subject and counts with it": "admit({})",
-    "counted down, until it is settled": (
+    "find the subject and the answer, and count the decision": "admit({})",
+    "the same, and count down the quota until the request is settled": (
         "environ = {}; admit_counted(environ); settle(record(environ), static, 'acme')"
     ),
-    "three features, known": "decide('acme', FEATURES, 'closed')",
+    "find the cached answers of three features": "decide('acme', FEATURES, 'closed')",
 }
 
 
 @contextlib.contextmanager
 def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
-    """Yield what times each way."""
+    """Yield the timer of each row."""
     apps = [middleware(sandbox), middleware(sandbox, entitlement_meters=FEATURES[:1])]
     plain, counted = (app.process() for app in apps)
     cache: TTLCache[str, bool] = TTLCache(10_000, 60.0)
@@ -102,12 +102,12 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
     assert plain.billing.gate.admit({}).allowed
     assert counted.billing.gate.admit({}).allowed
     assert plain.entitlements.decide("acme", FEATURES, "closed").allowed
-    # Local variables of the loop, as they are those of a function elsewhere.
+    # Local variables of the timed loop, as in a function.
     setup = "; ".join(f"{name} = names['{name}']" for name in names)
     try:
         yield {
-            name: timeit.Timer(way, setup, globals={"names": names})
-            for name, way in WAYS.items()
+            name: timeit.Timer(statement, setup, globals={"names": names})
+            for name, statement in STATEMENTS.items()
         }
     finally:
         for app in apps:
@@ -115,22 +115,22 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
 
 
 def measure(sandbox: Sandbox, rounds: int, calls: int) -> dict[str, list[float]]:
-    """Return for each way the µs of one call, by round."""
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    with timers(sandbox) as ways:
+    """Return the µs of one call for each row, by round."""
+    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
+    with timers(sandbox) as row_timers:
         for turn in range(rounds + 1):
             gc.collect()
-            for name, way in ways.items():
-                taken = way.timeit(calls) / calls * 1e6
+            for name, timer in row_timers.items():
+                taken = timer.timeit(calls) / calls * 1e6
                 if turn:  # the first round warms up
                     times[name].append(taken)
     return times
 
 
 def measure_outage(rounds: int, calls: int) -> dict[str, list[float]]:
-    """Return the µs of requests, by whether OpenMeter answers."""
+    """Return the µs of requests while OpenMeter answers and while it hangs."""
     with granting() as answering, granting() as hanging:
-        # What is known outlives its time, and is asked for while requests go on.
+        # A cached answer is used beyond its TTL while it is asked for again.
         short: dict[str, Any] = {"allow_ttl": 1.0, "entitlement_timeout": 0.9}
         apps = {
             "a request, OpenMeter answers": middleware(answering, **short),
@@ -153,36 +153,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--calls", type=int, default=2_000)
-    given = parser.parse_args()
-    # That OpenMeter hangs is said in the log; here it is the subject.
+    args = parser.parse_args()
+    # The log would say that OpenMeter hangs.
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
     with granting() as sandbox:
-        times = measure(sandbox, given.rounds, given.calls)
+        times = measure(sandbox, args.rounds, args.calls)
     ratios = {
-        name: [one / other for one, other in zip(of, times[TTL_CACHE], strict=True)]
-        for name, of in times.items()
+        name: [a / b for a, b in zip(values, times[TTL_CACHE], strict=True)]
+        for name, values in times.items()
     }
-    outage = measure_outage(given.rounds, given.calls)
+    outage = measure_outage(args.rounds, args.calls)
     print(f"{platform.python_implementation()} {platform.python_version()}, ", end="")
-    print(f"{given.rounds} rounds of {given.calls} calls\n")
-    print("| what | µs, median | ratio to TTLCache |")
+    print(f"{args.rounds} rounds of {args.calls} calls\n")
+    print("| decision | median, µs | median, ÷ `TTLCache` |")
     print("|---|---|---|")
-    for name, of in times.items():
-        print(f"| {name} | {_spread(of)} | {_spread(ratios[name])} |")
-    for name, of in outage.items():
-        p99 = statistics.quantiles(of, n=100)[98]
-        print(f"| {name} | {statistics.median(of):.1f}, 99 in 100 below {p99:.1f} | |")
-    hit, ratio = (statistics.median(of[FRESH]) for of in (times, ratios))
-    most = f"{MOST_MICROSECONDS} µs, {MOST_RATIO} of a TTLCache"
-    print(
-        f"\na known decision: {hit:.2f} µs, {ratio:.2f} of a TTLCache (at most {most})"
-    )
+    for name, values in times.items():
+        print(f"| {name} | {_spread(values)} | {_spread(ratios[name])} |")
+    for name, values in outage.items():
+        p99 = statistics.quantiles(values, n=100)[98]
+        print(f"| {name} | {statistics.median(values):.1f} (p99 {p99:.1f}) | |")
+    hit, ratio = (statistics.median(values[FRESH]) for values in (times, ratios))
+    most = f"{MOST_MICROSECONDS} µs, {MOST_RATIO} of a `TTLCache`"
+    print(f"\n{FRESH}: {hit:.2f} µs, {ratio:.2f} of a `TTLCache` (at most {most})")
     if hit > MOST_MICROSECONDS or ratio > MOST_RATIO:
         sys.exit(1)
 
 
-def _spread(of: list[float]) -> str:
-    return f"{statistics.median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What one event costs where there is so much of something else, in nanoseconds."""
+"""Measurements of `tests.benchmarks.growth`: nanoseconds of one event, by size."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi import OpenMeterMiddleware
 
-#: So many are timed at once, and so many times; the smallest is what it costs.
+#: Number of events timed together, and of repetitions. The fastest one is the result.
 _EVENTS = 1_000
 _REPEATS = 5
 
 
-def _nanoseconds(act: Callable[[bytes], object], on: Iterable[bytes]) -> float:
-    given = list(on)
+def _nanoseconds(put: Callable[[bytes], object], events: Iterable[bytes]) -> float:
+    made = list(events)
     began = time.thread_time_ns()
-    for each in given:
-        act(each)
-    return (time.thread_time_ns() - began) / len(given)
+    for event in made:
+        put(event)
+    return (time.thread_time_ns() - began) / len(made)
 
 
 def waiting_events(size: int, directory: str) -> dict[str, float]:
-    """Put and take where so many wait already."""
+    """Put and take events while *size* events wait."""
     events = waiting.events(RequestIds())
-    far = waiting.middleware(flush_interval=3_600.0, batch_size=100_000)
+    in_memory = waiting.middleware(flush_interval=3_600.0, batch_size=100_000)
     spooled = waiting.middleware(spool_dir=f"{directory}/spool", delivery="ship")
     found = {}
-    for name, middleware in (("memory", far), ("spool", spooled)):
+    for name, middleware in (("memory", in_memory), ("spool", spooled)):
         put = middleware.process().transport.put
         for event in itertools.islice(events, size):
             put(event)
@@ -71,46 +71,50 @@ def _taken(middleware: OpenMeterMiddleware, directory: str) -> float:
 
 
 def workers(size: int, directory: str) -> dict[str, float]:
-    """Append in so many processes at once; the median of what they took."""
-    go_read, go = os.pipe()
-    result, told = os.pipe()
-    children = [_forked(directory, go_read, go, told) for _ in range(size)]
+    """Append in *size* processes at once, and return the median of their times."""
+    start_read, start_write = os.pipe()
+    results_read, results_write = os.pipe()
+    children = [
+        _forked(directory, start_read, start_write, results_write) for _ in range(size)
+    ]
     for _ in children:
-        os.read(result, 1)  # its journal is open
-    os.close(go)
-    os.close(go_read)
+        os.read(results_read, 1)  # one byte per child, written when its journal is open
+    os.close(start_write)
+    os.close(start_read)
     for child in children:
         os.waitpid(child, 0)
-    os.close(told)
-    figures = os.read(result, 8 * size)
-    os.close(result)
+    os.close(results_write)
+    figures = os.read(results_read, 8 * size)
+    os.close(results_read)
     taken = [figure for (figure,) in struct.iter_unpack("d", figures)]
     return {"append, spool": statistics.median(taken)}
 
 
-def _forked(directory: str, go_read: int, go: int, told: int) -> int:
+def _forked(
+    directory: str, start_read: int, start_write: int, results_write: int
+) -> int:
     child = os.fork()
     if child:
         return child
     try:
-        os.close(go)
+        os.close(start_write)
         middleware = waiting.middleware(spool_dir=directory, delivery="ship")
         put = middleware.process().transport.put
         events = waiting.events(RequestIds())
         put(next(events))
-        os.write(told, b".")
-        os.read(go_read, 1)  # ends when the parent has closed the other end
+        os.write(results_write, b".")
+        os.read(start_read, 1)  # ends when the parent has closed the other end
         taken = [
             _nanoseconds(put, itertools.islice(events, _EVENTS))
             for _ in range(_REPEATS)
         ]
-        os.write(told, struct.pack("d", min(taken)))
+        os.write(results_write, struct.pack("d", min(taken)))
     finally:
         os._exit(0)
 
 
 def routes(size: int, directory: str) -> dict[str, float]:
-    """Serve the last of so many routes."""
+    """Serve a request to the last of *size* routes."""
     exact = {f"/v1/{n}": {"meters": {"calls": 1}} for n in range(size)}
     variable = {f"/v1/{n}/<id>": {"meters": {"calls": 1}} for n in range(size)}
     return {
@@ -143,7 +147,7 @@ def _start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
 
 
 def subjects(size: int, directory: str) -> dict[str, float]:
-    """Serve, and decide on, any of so many known subjects."""
+    """Serve and decide requests of random subjects, of *size* known ones."""
     app = waiting.middleware(flush_interval=3_600.0, batch_size=100_000)
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)

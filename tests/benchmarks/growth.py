@@ -1,10 +1,10 @@
-"""Whether an event costs the same however much there is of everything else.
+"""Cost of an event or request, by the number of events, workers, routes and subjects.
 
     python -m tests.benchmarks.growth [--rounds 5] [--plots build/bench]
 
-Processor time of one event: with so many waiting, so many workers on one directory of
-a spool, so many routes, so many known subjects. Rounds go through all sizes in turns;
-a figure is the median. One plot each is written to --plots.
+Measures the processor time of one event or request for growing numbers of waiting
+events, workers on one spool directory, routes, and known subjects. Each round measures
+all sizes in turn; a figure is the median. --plots is the directory for the plots.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from tests.benchmarks.plot import plot
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: What still passes for flat: caches of the processor are smaller than a million.
+#: Maximum growth that counts as constant: a table of a million entries is larger than
+#: the caches of the processor.
 FLAT = 1.5
 
 
 class Dimension(NamedTuple):
-    """What there may be much of, and what is measured of each size."""
+    """A number that may grow, its sizes, and the measurement at each size."""
 
     name: str
     sizes: Sequence[int]
-    #: Returns the nanoseconds of one event by what is done with it.
+    #: Takes the size and a directory; returns the nanoseconds of each operation.
     measure: Callable[[int, str], dict[str, float]]
 
 
@@ -47,52 +48,57 @@ DIMENSIONS = (
 
 
 def measure(dimension: Dimension, rounds: int) -> dict[str, dict[int, list[float]]]:
-    """Return the figures of each round, by what is done and by size."""
-    found: defaultdict[str, defaultdict[int, list[float]]]
-    found = defaultdict(lambda: defaultdict(list))
+    """Return the figures of each round, by operation and by size."""
+    figures: defaultdict[str, defaultdict[int, list[float]]]
+    figures = defaultdict(lambda: defaultdict(list))
     for _, size in itertools.product(range(rounds), dimension.sizes):
         with tempfile.TemporaryDirectory() as directory:
             gc.collect()
-            for what, taken in dimension.measure(size, directory).items():
-                found[what][size].append(taken)
-    return {what: dict(by_size) for what, by_size in found.items()}
+            for operation, taken in dimension.measure(size, directory).items():
+                figures[operation][size].append(taken)
+    return {operation: dict(by_size) for operation, by_size in figures.items()}
 
 
 def rows(
-    dimension: Dimension, found: dict[str, dict[int, list[float]]]
+    dimension: Dimension, figures: dict[str, dict[int, list[float]]]
 ) -> list[report.Row]:
-    """Return the cost of an event among the fewest, and how it grows to the most."""
+    """Return the cost at the smallest size, and its growth up to the largest size."""
     least, most = dimension.sizes[0], dimension.sizes[-1]
-    made = []
-    for what, by_size in found.items():
+    table = []
+    for operation, by_size in figures.items():
         ratios = [b / a for a, b in zip(by_size[least], by_size[most], strict=True)]
-        made += [
-            report.Row(f"{what}, {dimension.name}: {least}", "ns", by_size[least]),
+        table += [
+            report.Row(f"{operation}, {dimension.name}: {least}", "ns", by_size[least]),
             report.Row(
-                f"{what}, {dimension.name}: {most:,}, beside {least}", "x", ratios, FLAT
+                f"{operation}, {dimension.name}: {most:,}, beside {least}",
+                "x",
+                ratios,
+                FLAT,
             ),
         ]
-    return made
+    return table
 
 
 def main() -> None:
     parser = report.arguments(__doc__, rounds=5)
     parser.add_argument("--plots", type=Path, default=Path("build/bench"))
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
-    given.plots.mkdir(parents=True, exist_ok=True)
+    args.plots.mkdir(parents=True, exist_ok=True)
     table = []
     for dimension in DIMENSIONS:
-        found = measure(dimension, given.rounds)
-        table += rows(dimension, found)
+        figures = measure(dimension, args.rounds)
+        table += rows(dimension, figures)
         medians = {
-            what: {size: statistics.median(of) for size, of in by_size.items()}
-            for what, by_size in found.items()
+            operation: {
+                size: statistics.median(values) for size, values in by_size.items()
+            }
+            for operation, by_size in figures.items()
         }
         drawn = plot(medians, across=dimension.name, upwards="ns of one event")
         name = f"growth-{dimension.name.replace(' ', '-')}.svg"
-        (given.plots / name).write_text(drawn)
-    report.show("Growth", table, given.json)
+        (args.plots / name).write_text(drawn)
+    report.show("Growth", table, args.json)
 
 
 if __name__ == "__main__":

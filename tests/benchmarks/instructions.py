@@ -1,13 +1,13 @@
-"""How many instructions each way through the middleware adds to a request.
+"""Instructions that the middleware adds to a request, for different policies.
 
     python -m tests.benchmarks.instructions [--requests 1000] [--json FILE] [--guard]
 
-Counted by valgrind, so the figures are the same on a busy machine and on an idle one.
-One process serves so many requests in each way, one after the other; what it executes
-before, between and after is not counted, nor is what the kernel does in a system call.
-The delivery threads sleep meanwhile: what they do later is not the request's.
+valgrind counts them, so the figures are the same on a busy machine and on an idle one.
+One process serves --requests requests to each application in turn. Only the
+instructions of these requests count: not those between the turns, in the kernel, or in
+delivery threads, which sleep meanwhile.
 
-With --guard it ends with 1 if a way costs 5 % more than its budget.
+With --guard the exit status is 1 if a row exceeds its budget by more than 5 %.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FLASK = "Flask, bare"
 
-#: What a way may cost more than which other, in instructions.
+#: Maximum number of instructions added, and the row to which they are added.
 BUDGETS = {
     paths.NO_METERS: (16_500, paths.BARE),
     paths.FILTERED: (16_500, paths.BARE),
@@ -37,15 +37,16 @@ BUDGETS = {
     paths.THREE: (2 * 6_500, paths.MEMORY),
     paths.ENTITLED: (4_500, paths.NO_METERS),
 }
-#: What the guard lets pass, for another build of CPython or another libc.
+#: Factor by which the guard lets a budget be exceeded, for another build of CPython or
+#: another libc.
 TOLERANCE = 1.05
 _WARM_UP = 300
 
 
 def run(requests: int, directory: str) -> None:
-    """Serve so many requests in each way, and end at once. Runs under valgrind."""
-    apps = ways(directory)
-    # Under valgrind a hundredth of a second is over after some requests, not hundreds.
+    """Serve *requests* requests to each application, and exit. Runs under valgrind."""
+    apps = counted_applications(directory)
+    # Under valgrind requests are slow, so that the cached time would expire too often.
     clock.renew()
     clock.until = inf
     Path(directory, counting.NAMES).write_text(json.dumps(list(apps)))
@@ -57,51 +58,51 @@ def run(requests: int, directory: str) -> None:
     os._exit(0)
 
 
-def ways(directory: str) -> dict[str, WSGIApplication]:
-    """Return all applications that are counted."""
-    # The thread of a spool would look for work while requests are counted.
-    found = paths.applications(
+def counted_applications(directory: str) -> dict[str, WSGIApplication]:
+    """Return all applications whose requests are counted, by label."""
+    # delivery="ship": the thread of a spool would run while requests are counted.
+    apps = paths.applications(
         paths.trivial_app, directory, api_url="http://127.0.0.1:9", delivery="ship"
     )
-    return {**found, paths.ENTITLED: paths.entitled_app(), FLASK: paths.flask_app()}
+    return {**apps, paths.ENTITLED: paths.entitled_app(), FLASK: paths.flask_app()}
 
 
 def rows(counts: dict[str, float]) -> list[dict[str, object]]:
-    """Return what the table says of each way."""
-    made: list[dict[str, object]] = []
+    """Return the rows of the table."""
+    table_rows: list[dict[str, object]] = []
     for name, counted in counts.items():
         budget, base = BUDGETS.get(name, (None, paths.BARE))
-        made.append(
+        table_rows.append(
             {
-                "way": name,
+                "request": name,
                 "instructions": round(counted),
                 "added": round(counted - counts[base]),
                 "to": base,
                 "budget": budget,
             }
         )
-    return made
+    return table_rows
 
 
 def table(rows: list[dict[str, object]]) -> str:
     """Return *rows* in Markdown."""
     lines = [
-        "| way | instructions | added | to | budget |",
+        "| request | instructions | added | to | budget |",
         "|---|---:|---:|---|---:|",
     ]
     for row in rows:
         budget = f"{row['budget']:,}" if row["budget"] else ""
         lines.append(
-            f"| {row['way']} | {row['instructions']:,} | {row['added']:,} "
+            f"| {row['request']} | {row['instructions']:,} | {row['added']:,} "
             f"| {row['to']} | {budget} |"
         )
     return "\n".join(lines)
 
 
 def over_budget(rows: list[dict[str, object]]) -> list[str]:
-    """Return a sentence for each way that costs more than it may."""
+    """Return a sentence for each row that exceeds its budget."""
     return [
-        f"{row['way']}: expected at most {row['budget']:,} instructions more than "
+        f"{row['request']}: expected at most {row['budget']:,} instructions more than "
         f"{row['to']}, got {row['added']:,}"
         for row in rows
         if row["budget"] and row["added"] > row["budget"] * TOLERANCE  # type: ignore[operator]
@@ -111,19 +112,19 @@ def over_budget(rows: list[dict[str, object]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1_000)
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--guard", action="store_true", help="fail above the budgets")
     parser.add_argument("--run", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        run(given.requests, given.run)
+    args = parser.parse_args()
+    if args.run:
+        run(args.requests, args.run)
     counted = rows(
-        counting.count("tests.benchmarks.instructions", "--requests", given.requests)
+        counting.count("tests.benchmarks.instructions", "--requests", args.requests)
     )
     print(table(counted))
-    if given.json:
-        given.json.write_text(json.dumps(counted, indent=1) + "\n")
-    if given.guard and (exceeded := over_budget(counted)):
+    if args.json:
+        args.json.write_text(json.dumps(counted, indent=1) + "\n")
+    if args.guard and (exceeded := over_budget(counted)):
         sys.exit("\n".join(exceeded))
 
 

@@ -1,11 +1,11 @@
-"""How long requests take under threads: bare, metered, while events go, in an outage.
+"""Latency of requests on a threaded server: bare, metered, and during an outage.
 
     python -m tests.benchmarks.latency [--rounds 5] [--seconds 3]
 
 gunicorn's gthread with 8 threads serves a handler that computes for 200 µs. Requests
-come at a fixed pace over 8 connections and are timed from the moment at which each
-was due. Each round asks all servers in turns; two of them are bare, so that the spread
-of equal servers stands beside every difference.
+are sent at fixed times over 8 connections, and each is timed from its planned start.
+Each round measures all servers in turn. Two of them are bare: their difference shows
+the noise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BARE = "bare"
-#: Where OpenMeter is, whether with a spool, whether events come besides.
+#: The address of OpenMeter (the sink, or nobody listens), and two booleans: with a
+#: spool; with events put at 10,000 a second by a thread of the server.
 SERVERS = {
     BARE: None,
     "bare, once more": None,
@@ -43,13 +44,14 @@ SERVERS = {
     "spool, outage": ("away", True, True),
 }
 HANDLER_SECONDS = 200e-6
-#: Of one core less than a sixth: what waits for another request is not the subject.
+#: Requests per second. They take less than a sixth of one core, so that few requests
+#: wait for others.
 PACE = 400
 _GUNICORN = ("--worker-class", "gthread", "--threads", "8", "--log-level", "error")
 
 
 def loops() -> int:
-    """Return how often the handler must count to take its time on this machine."""
+    """Return the number of loops that take HANDLER_SECONDS on this machine."""
     from tests.benchmarks.latency_app import work
 
     taken = []
@@ -86,7 +88,7 @@ def serving(options: tuple[str, bool, bool] | None, variables: dict[str, str],
 
 def measure(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
     """Return the seconds of all requests, by server and round."""
-    found: defaultdict[str, list[list[float]]] = defaultdict(list)
+    seconds_of: defaultdict[str, list[list[float]]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(running_sink())
         directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -98,23 +100,26 @@ def measure(rounds: int, seconds: float) -> dict[str, list[list[float]]]:
         for port in ports.values():
             ask(port, PACE, 0.5)
         for _, (name, port) in itertools.product(range(rounds), ports.items()):
-            found[name].append(ask(port, PACE, seconds))
-    return found
+            seconds_of[name].append(ask(port, PACE, seconds))
+    return seconds_of
 
 
-def rows(found: dict[str, list[list[float]]]) -> list[report.Row]:
-    made = []
+def rows(seconds_of: dict[str, list[list[float]]]) -> list[report.Row]:
+    table = []
     for percent, place in (("50", 499), ("99", 989), ("99.9", 998)):
-        for name, by_round in found.items():
-            cut = [statistics.quantiles(of, n=1_000)[place] * 1e3 for of in by_round]
-            made.append(report.Row(f"p{percent}, {name}", "ms", cut))
-    return made
+        for name, by_round in seconds_of.items():
+            cut = [
+                statistics.quantiles(seconds, n=1_000)[place] * 1e3
+                for seconds in by_round
+            ]
+            table.append(report.Row(f"p{percent}, {name}", "ms", cut))
+    return table
 
 
 def main() -> None:
-    given = report.arguments(__doc__, rounds=5, seconds=3).parse_args()
-    found = measure(given.rounds, given.seconds)
-    report.show("Latency", rows(found), given.json)
+    args = report.arguments(__doc__, rounds=5, seconds=3).parse_args()
+    seconds_of = measure(args.rounds, args.seconds)
+    report.show("Latency", rows(seconds_of), args.json)
 
 
 if __name__ == "__main__":

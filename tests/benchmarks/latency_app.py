@@ -1,4 +1,4 @@
-"""The application of `tests.benchmarks.latency`, as gunicorn loads it."""
+"""Application of `tests.benchmarks.latency`, loaded by gunicorn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RATE, _TURN = 10_000, 100
 
 
 def work(loops: int) -> int:
-    """Compute as an application does: in Python, with the interpreter's lock."""
+    """Compute in Python and hold the GIL, as an application does."""
     total = 0
     for n in range(loops):
         total += n
@@ -38,7 +38,7 @@ def handler(environ: dict[str, Any], start_response: StartResponse) -> Iterable[
 
 
 def _fed(metered: OpenMeterMiddleware) -> WSGIApplication:
-    """Return *metered*; while it is asked, events come at the rate."""
+    """Return *metered*, with a thread that puts events at _RATE during requests."""
     asked_at = [0.0]
     asked = threading.Event()
 
@@ -70,7 +70,7 @@ def _app() -> WSGIApplication:
     url = os.environ.get("BENCH_URL")
     if not url:
         return handler
-    # What is said of the outage is the subject of another place.
+    # Log lines about the outage are not part of this benchmark.
     logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
     spool = os.environ.get("BENCH_SPOOL")
     metered = waiting.middleware(url, app=handler, spool_dir=spool or None)

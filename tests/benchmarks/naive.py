@@ -1,4 +1,4 @@
-"""The wrapper that everybody writes first: what this project is measured against."""
+"""Naive wrapper that most people would write first, for comparison."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class NaiveMetering:
-    """Appends one encoded event a request to a queue that nobody empties.
+    """WSGI middleware that appends one encoded event per request to a queue.
 
-    It counts a request before its response has ended, knows no fork and no bound, and
-    sends nothing: all that is left to compare is what making an event costs.
+    It counts a request before its response has ended, handles no fork, and sends
+    nothing. So it shows only the cost of making an event.
     """
 
     def __init__(self, app: WSGIApplication) -> None:

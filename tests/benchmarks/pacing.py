@@ -1,4 +1,4 @@
-"""Requests at a fixed pace over a few connections, and how long each took."""
+"""HTTP client that sends requests at fixed times over a few connections."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import socket
 import time
 
 CONNECTIONS = 8
-#: All that is answered.
+#: The body of every response.
 BODY = b"ok"
 _REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 
 
 def ask(port: int, pace: int, seconds: float) -> list[float]:
-    """Return the seconds of each request, from when it was due to its answer.
+    """Send *pace* requests a second and return the seconds of each.
 
-    What is due while all connections are busy waits for one, and that counts, too.
+    A request is timed from its planned start. So the time in which it waits for a free
+    connection counts, too.
     """
     with selectors.DefaultSelector() as selector:
         free = [_connected(port, selector) for _ in range(CONNECTIONS)]

@@ -1,9 +1,9 @@
-"""What a metered request pays for: its parts, in instructions, one by one.
+"""Parts of the instructions that the middleware adds to a request.
 
     python -m tests.benchmarks.parts [--times 500]
 
-Counted as by `tests.benchmarks.instructions`. Each part is repeated in a loop of its
-own, whose own price is taken off; what a bare request pays as well is not in it.
+valgrind counts them, as in `tests.benchmarks.instructions`. Each part runs in a loop of
+its own, and the instructions of an empty loop are subtracted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Callable:
 
 
 def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
-    """Return what repeats each part so many times."""
+    """Return for each part a function that repeats it."""
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)
     body = [paths.BODY]
@@ -149,28 +149,28 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
 
     return {
         _LOOP: loop,
-        "a call of a function": call_function,
-        "a call of an object, as a server calls the middleware": call_object,
-        "is this the process that it was made in? asked twice": ask_guard,
-        "a record in the environ": make_record,
-        "start_response, with the server's own": start_response,
-        "a response, made and freed": make_response,
-        "the body iterated, a list": iterate_list,
-        "the body iterated, through the response": iterate_response,
-        "a request that is not billed, counted": count_unbilled,
-        "is it OPTIONS?": look_for_options,
-        "an id": make_id,
-        "the time": read_clock,
-        "the event, from text to bytes": encode,
-        "a put into a queue with two bounds, in memory": put_event,
+        "call a function": call_function,
+        "call an object, as a server calls the middleware": call_object,
+        "check twice that the process has not forked": ask_guard,
+        "put a record into the environ": make_record,
+        "wrap the server's `start_response`": start_response,
+        "make and free a response object": make_response,
+        "iterate the body as a list": iterate_list,
+        "iterate the body through the response": iterate_response,
+        "count a request that is not billed": count_unbilled,
+        "check for OPTIONS": look_for_options,
+        "make an id": make_id,
+        "read the time": read_clock,
+        "encode the event": encode,
+        "put it into the queue": put_event,
     }
 
 
 def run(times: int, directory: str) -> None:
-    """Repeat each part so many times, and end at once. Runs under valgrind."""
-    found = parts()
-    Path(directory, counting.NAMES).write_text(json.dumps(list(found)))
-    for repeat in found.values():
+    """Repeat each part, and exit. Runs under valgrind."""
+    repeats = parts()
+    Path(directory, counting.NAMES).write_text(json.dumps(list(repeats)))
+    for repeat in repeats.values():
         repeat(300)
         counting.begin()
         repeat(times)
@@ -182,14 +182,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=500)
     parser.add_argument("--run", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.run:
-        run(given.times, given.run)
-    counted = counting.count("tests.benchmarks.parts", "--times", given.times)
+    args = parser.parse_args()
+    if args.run:
+        run(args.times, args.run)
+    counted = counting.count("tests.benchmarks.parts", "--times", args.times)
     loop = counted.pop(_LOOP)
     print("| part | instructions |\n|---|---:|")
-    for name, each in counted.items():
-        print(f"| {name} | {round(each - loop):,} |")
+    for name, instructions in counted.items():
+        print(f"| {name} | {round(instructions - loop):,} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ways through the middleware that are measured, one application each."""
+"""The applications that are measured: bare, naively metered, and with each policy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def flask_app() -> WSGIApplication:
 
 
 def policies(spool_dir: str, delivery: str) -> dict[str, dict[str, Any]]:
-    """Return the options of each way, but those that say where OpenMeter is."""
+    """Return the options of each policy, without the address of OpenMeter."""
     spool = {"meter": _ONE, "delivery": delivery}
     return {
         NO_METERS: {},
@@ -72,7 +72,7 @@ def policies(spool_dir: str, delivery: str) -> dict[str, dict[str, Any]]:
 
 
 def written_process(policy: Policy) -> Process:
-    """Return a process whose spool is written, wherever it could be mapped."""
+    """Return a process whose spool uses os.write even if a memory map is possible."""
     counts = Counts()
     transport = SpoolDelivery(policy, client_factory(policy), counts, form=WRITTEN)
     return Process(policy, counts=counts, transport=transport)
@@ -81,7 +81,7 @@ def written_process(policy: Policy) -> Process:
 def applications(
     app: WSGIApplication, spool_dir: str, delivery: str = "thread", **options: Any
 ) -> dict[str, WSGIApplication]:
-    """Return *app* bare, behind the naive wrapper, and metered in every way."""
+    """Return *app* bare, in the naive wrapper, and metered with each policy."""
     common: dict[str, Any] = {
         "on_missing_subject": "acme",
         "flush_interval": 3_600.0,
@@ -98,7 +98,7 @@ def applications(
 
 
 def entitled_app() -> WSGIApplication:
-    """Return an application whose subject is known to be entitled."""
+    """Return an application that has the entitlement of its subject in the cache."""
     with Sandbox() as sandbox:
         sandbox.grant("acme", "api_requests", config={"on": True})
         app = OpenMeterMiddleware(
@@ -111,12 +111,12 @@ def entitled_app() -> WSGIApplication:
                 entitlement_timeout=60.0,
             ),
         )
-        serve(app, 1)  # asks, and remembers the answer
+        serve(app, 1)  # fills the cache
         return app
 
 
 def serve(app: WSGIApplication, requests: int, **variables: str) -> float:
-    """Return the seconds that a server's part of so many requests takes."""
+    """Serve *requests* requests as a server does, and return the seconds."""
     template: dict[str, Any] = {**variables}
     setup_testing_defaults(template)
 

@@ -1,10 +1,11 @@
-"""The process of `tests.benchmarks.peers` that serves one peer and times it.
+"""Process of `tests.benchmarks.peers` that serves requests with one peer and times it.
 
     python -m tests.benchmarks.peer_process PEER APPLICATION URL
 
-Each line that it reads is a number of requests; it answers with the seconds that one
-takes, bare and wrapped, or with why it cannot. Every peer is set up as its own
-documentation shows it first, with the defaults that it has, and sends to the sink.
+It reads a number of requests from each line of its standard input, and answers in JSON
+with the seconds of one request, bare and wrapped, or with an error message. Every peer
+is set up in the way its documentation shows first, with its defaults, and sends to the
+sink.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
     from flask import Flask
 
-    #: The wrapped application, and what waits until the events of a turn are away.
+    #: The wrapped application, and a function that waits until its events are sent.
     Wrapped = tuple[WSGIApplication, Callable[[], object]]
 
-#: A turn is made of fewer requests where they would take longer than that.
+#: Maximum number of seconds of a turn: slow peers serve fewer requests.
 MOST_SECONDS = 0.15
 _TRIED = 20
 
@@ -71,7 +72,7 @@ def apitally(app: Flask, url: str) -> Wrapped:
 
     os.environ["APITALLY_OTLP_ENDPOINT"] = url
     apitally.init(app, write_token="apt_" + "a" * 24, env="dev")
-    serve(app.wsgi_app, 1)  # starts what delivers
+    serve(app.wsgi_app, 1)  # starts its delivery
     return app.wsgi_app, trace.get_tracer_provider().force_flush
 
 
@@ -124,23 +125,23 @@ def wrap(peer: str, application: str, url: str) -> tuple[WSGIApplication, Wrappe
     wrapper = WRAPPERS[peer.split()[0]]
     if application == "trivial":
         return paths.trivial_app, wrapper(paths.trivial_app, url)
-    whole = paths.greeting()  # an application that is instrumented is not bare
-    given = whole if wrapper is apitally else whole.wsgi_app
-    return paths.flask_app(), wrapper(given, url)
+    whole = paths.greeting()  # apitally changes it, so it cannot also be the bare one
+    instrumented = whole if wrapper is apitally else whole.wsgi_app
+    return paths.flask_app(), wrapper(instrumented, url)
 
 
 def serve(app: WSGIApplication, requests: int) -> float:
-    """Return the seconds a request; a peer asks for the address, which servers give."""
+    """Return the seconds per request, with REMOTE_ADDR, which one peer needs."""
     return paths.serve(app, requests, REMOTE_ADDR="127.0.0.1") / requests
 
 
 def affordable(app: WSGIApplication, requests: int) -> int:
-    """Return how many of so many requests a turn has time for."""
+    """Return the number of requests that a turn has time for, at most *requests*."""
     return max(_TRIED, min(requests, int(MOST_SECONDS / serve(app, _TRIED))))
 
 
 def turns(peer: str, application: str, url: str) -> Iterator[tuple[float, float]]:
-    """Yield the seconds that a request takes, bare and wrapped, for each line."""
+    """Yield the seconds of a request, bare and wrapped, for each line of the input."""
     bare, (wrapped, drain) = wrap(peer, application, url)
     for line in sys.stdin:
         requests = int(line)
@@ -154,7 +155,7 @@ def turns(peer: str, application: str, url: str) -> Iterator[tuple[float, float]
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a peer prints is no answer
+    os.dup2(2, 1)  # the output of a peer must not mix with the answers
     try:
         for taken in turns(*sys.argv[1:]):
             print(json.dumps(taken), file=answers, flush=True)

@@ -1,8 +1,8 @@
-"""What others would pick instead, each in an environment and a process of its own.
+"""Other packages for comparison, each in a virtual environment and process of its own.
 
-They are installed from PyPI, into `build/peers`, and only when somebody asks for them.
-A turn times the bare application and the wrapped one in the same process, so that two
-processes are not compared.
+They are installed from PyPI into `build/peers`, only for a run with --peers. A turn
+times the bare and the wrapped application in the same process, so that differences
+between processes do not count.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from typing import NamedTuple
 
 CHECKOUT = Path(__file__).parents[2]
 ENVIRONMENTS = CHECKOUT / "build" / "peers"
-#: Seconds until what is still not installed, or gives no answer, is given up.
+#: Maximum number of seconds for an installation, and for an answer of the process.
 INSTALLING, ANSWERING = 120.0, 30.0
 
 TRIVIAL, FLASK = "trivial", "Flask"
 
 
 class Peer(NamedTuple):
-    """What is compared."""
+    """A package that is compared."""
 
     name: str
-    #: What pip installs; nothing where this interpreter has it.
+    #: The requirements that pip installs; none if this interpreter has the package.
     requirements: tuple[str, ...]
     applications: tuple[str, ...] = (TRIVIAL, FLASK)
 
 
-THIS_PACKAGE = Peer("this package, as it comes", ())
+THIS_PACKAGE = Peer("this package, with delivery", ())
 PEERS = (
     THIS_PACKAGE,
     Peer("moesifwsgi 1.10.5", ("moesifwsgi==1.10.5", "moesifapi==1.5.5")),
@@ -55,7 +55,7 @@ PEERS = (
 
 
 class UnavailableError(Exception):
-    """A peer cannot be measured: why, in a line."""
+    """A peer cannot be measured; the message is the reason in one line."""
 
 
 class Turn(NamedTuple):
@@ -66,7 +66,7 @@ class Turn(NamedTuple):
 
 
 def interpreter(peer: Peer, environments: Path = ENVIRONMENTS) -> str:
-    """Return the interpreter that has *peer*, which is installed unless it is there."""
+    """Return the interpreter of *peer*, and install the peer if it is missing."""
     if not peer.requirements:
         return sys.executable
     directory = environments / peer.name.split()[0]
@@ -85,13 +85,13 @@ def interpreter(peer: Peer, environments: Path = ENVIRONMENTS) -> str:
 
 
 def _dependencies() -> list[str]:
-    """Return what this package needs, which itself is taken from the checkout."""
+    """Return the dependencies of this package, which itself comes from the checkout."""
     parted = [each.partition(";") for each in requires("openmeter_wsgi") or ()]
     return [name for name, _, marker in parted if not marker or '"sandbox"' in marker]
 
 
 def install(environments: Path = ENVIRONMENTS) -> dict[str, str | UnavailableError]:
-    """Return the interpreter of every peer, or why there is none."""
+    """Return the interpreter of every peer, or the reason for a missing one."""
 
     def tried(peer: Peer) -> str | UnavailableError:
         try:
@@ -118,11 +118,11 @@ def _run(module: str, *arguments: str) -> None:
 
 
 class Running:
-    """One peer around one application, in a process that ends with it."""
+    """The process of one peer that wraps one application; close() ends it."""
 
     def __init__(self, peer: Peer, application: str, url: str, python: str) -> None:
         self.name = peer.name
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [
                 python, "-m", "tests.benchmarks.peer_process",
@@ -130,11 +130,11 @@ class Running:
             ],
             cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
             text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
         )  # fmt: skip
 
     def turn(self, requests: int) -> Turn:
-        """Return what each of so many requests takes, at most."""
+        """Serve at most *requests* requests and return the time of one."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         late = threading.Timer(ANSWERING, self._process.kill)
@@ -147,29 +147,29 @@ class Running:
             answer = ""
         finally:
             late.cancel()
-        found = json.loads(answer) if answer else self._why()
-        if isinstance(found, str):
-            raise UnavailableError(found)
-        return Turn(*found)
+        result = json.loads(answer) if answer else self._failure()
+        if isinstance(result, str):
+            raise UnavailableError(result)
+        return Turn(*result)
 
     def close(self) -> None:
-        """End the process; its last deliveries may take it a moment."""
+        """End the process, and wait for its last deliveries."""
         try:
             self._process.communicate(timeout=ANSWERING)
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self._process.kill()
             self._process.communicate()
-        self._said.close()
+        self._stderr.close()
 
-    def _why(self) -> str:
+    def _failure(self) -> str:
         code = self._process.wait()
         if code < 0:
             return f"gave no answer in {ANSWERING:g} s"
-        self._said.seek(0)
-        return _last_line(self._said.read()) or f"ended with {code}"
+        self._stderr.seek(0)
+        return _last_line(self._stderr.read()) or f"ended with {code}"
 
 
 def _last_line(text: str) -> str:
-    """Return the last line with words: pip may end with an arrow below an error."""
+    """Return the last line with words: pip may print an arrow below an error."""
     lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return lines[-1] if lines else ""

@@ -1,6 +1,6 @@
-"""A plot as SVG: lines over a logarithmic axis.
+"""Line plots as SVG, with a logarithmic horizontal axis.
 
-Alone it has colours of its own, inside a page those of the page.
+A plot opened alone has its own colours; inside a page it takes those of the page.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _STYLE = (
 def plot(
     series: Mapping[str, Mapping[int, float]], *, across: str, upwards: str
 ) -> str:
-    """Return the plot of each series: a figure by how much there is of *across*.
+    """Return the SVG of all *series*.
 
-    Both axes are named; the horizontal one names the plot, too.
+    *across* and *upwards* are the labels of the axes, and together the title.
     """
     bottom = _HEIGHT - 2 * _LINE
     xs = sorted({x for points in series.values() for x in points})
@@ -55,7 +55,7 @@ def plot(
 
 
 def _spoken(series: Mapping[str, Mapping[int, float]]) -> str:
-    """Say in words what the plot shows."""
+    """Return the figures as text, for screen readers."""
     return "; ".join(
         f"{name}: " + ", ".join(f"{y:,.4g} at {x:,}" for x, y in sorted(points.items()))
         for name, points in series.items()
@@ -86,7 +86,7 @@ def _grid(height: float) -> str:
 
 
 def _text(x: float, y: float, text: str, share: float = 0) -> str:
-    """Place *text* so that this share of it is left of *x*."""
+    """Return *text* placed so that *share* of its width is left of *x*."""
     anchor = {0: "start", 0.5: "middle", 1: "end"}[share]
     return f'<text x="{x}" y="{y}" style="text-anchor:{anchor}">{escape(text)}</text>'
 

@@ -1,4 +1,4 @@
-"""How figures are shown: a table, its machine and versions, the same as JSON."""
+"""Output of figures: a Markdown table with machine and versions, and JSON."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _LIBRARIES = ("werkzeug", "requests", "urllib3", "msgspec", "gunicorn")
 
 
 class Row(NamedTuple):
-    """One figure: what of, as measured, as demanded."""
+    """One row of a table: a label, the measured values and their target."""
 
     what: str
     unit: str
-    #: One for each round, process or step.
+    #: One value for each round, process or step.
     measured: Sequence[float]
-    #: At most so much, or at least if it says so; None where nothing is demanded.
+    #: Maximum of the median, or its minimum if `at_least` is set; None: no target.
     target: float | None = None
     at_least: bool = False
 
     @property
     def median(self) -> float:
-        """The figure itself."""
+        """The median of the measured values: the figure of the row."""
         return statistics.median(self.measured)
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met, None where there is none."""
+        """True if the target is met, None without a target."""
         if self.target is None:
             return None
         if self.at_least:
@@ -44,17 +44,17 @@ class Row(NamedTuple):
 
 
 def arguments(doc: str, **numbers: int) -> argparse.ArgumentParser:
-    """Return a parser of --json and of options that are numbers."""
+    """Return a parser of --json and of one integer option for each of *numbers*."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    for name, usual in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     return parser
 
 
 def machine() -> dict[str, str]:
-    """Return where and with what it was measured."""
-    found = [
+    """Return the interpreter, system, processor and libraries of this run."""
+    models = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
@@ -62,7 +62,7 @@ def machine() -> dict[str, str]:
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()}",
-        "processor": f"{os.cpu_count()} x {found[0] if found else platform.machine()}",
+        "processor": f"{os.cpu_count()} x {(models or [platform.machine()])[0]}",
         "libraries": ", ".join(f"{name} {version(name)}" for name in _LIBRARIES),
     }
 
@@ -82,7 +82,7 @@ def show(title: str, rows: Sequence[Row], path: Path | None = None) -> None:
 
 
 def number(value: float) -> str:
-    """Return it with three digits that say something."""
+    """Format *value* with three significant digits, or as a whole number."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

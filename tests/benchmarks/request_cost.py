@@ -1,16 +1,15 @@
-"""How much longer a request takes when it is metered.
+"""Time that the middleware adds to a request.
 
     python -m tests.benchmarks.request_cost [--rounds 11] [--requests 2000] [--peers]
 
-Every round times all variants one after the other, so that what slows the machine
-down slows all of them; a figure is the median over the rounds, a ratio to the bare
-application of the same round, with the smallest and the largest. What is added is
-compared with what the naive wrapper adds in the same run.
+Every round times all variants one after the other, so that a busy machine slows all of
+them. A figure is the median over the rounds, with the smallest and the largest value.
+Each variant is compared with the bare application of the same round, and the time that
+it adds with the time that the naive wrapper adds in the same run.
 
-With --peers the same rounds time what others would pick instead
-(`tests.benchmarks.peers`). These deliver to a sink while they are timed, as they would
-in use, and so does "this package, as it comes"; the ways before them only make events,
-and deliver afterwards.
+With --peers the same rounds also time other packages (`tests.benchmarks.peers`). These
+deliver to a sink while they are timed, as they would in use, and so does "this package,
+with delivery". The rows above it only make events while they are timed.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ if TYPE_CHECKING:
 
 
 class Rounds(NamedTuple):
-    """What one variant took, round by round."""
+    """The figures of one variant, one for each round."""
 
-    #: The ratio to the bare application.
+    #: Time of a request, divided by that of the bare application.
     ratios: list[float]
-    #: The microseconds that it adds.
+    #: Microseconds added to a request.
     added: list[float]
 
     def append(self, bare: float, seconds: float) -> None:
-        """Add what a request took in one round."""
+        """Add the seconds of a request in one round, bare and in this variant."""
         self.ratios.append(seconds / bare)
         self.added.append((seconds - bare) * 1e6)
 
 
 class Compared:
-    """The peers around one application, and why some of them are not measured."""
+    """The peers that wrap one application, and the reasons for missing ones."""
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class Compared:
             self.running.append(running)
 
     def turn(self, requests: int) -> Iterator[tuple[str, peers.Turn]]:
-        """Yield what each takes; who fails once is not asked again."""
+        """Yield the times of each peer; a peer that fails is left out from then on."""
         for running in tuple(self.running):
             try:
                 yield running.name, running.turn(requests)
@@ -89,9 +88,9 @@ def measure(
     requests: int,
     compared: Compared | None = None,
 ) -> dict[str, Rounds]:
-    """Return what each variant takes beside the bare one."""
+    """Return the figures of each variant, compared with the bare application."""
     variants = paths.applications(app, spool_dir, api_url=url)
-    found = {name: Rounds([], []) for name in variants}
+    figures = {name: Rounds([], []) for name in variants}
     for turn in range(rounds + 1):
         gc.collect()
         taken = {
@@ -102,13 +101,13 @@ def measure(
         if not turn:  # the first round warms up
             continue
         for name, seconds in taken.items():
-            found[name].append(taken[paths.BARE], seconds)
+            figures[name].append(taken[paths.BARE], seconds)
         for name, other in others.items():
-            found.setdefault(name, Rounds([], [])).append(*other)
+            figures.setdefault(name, Rounds([], [])).append(*other)
     for variant in variants.values():
         if isinstance(variant, OpenMeterMiddleware):
             variant.close(60)
-    return found
+    return figures
 
 
 def _serve(app: WSGIApplication, requests: int) -> float:
@@ -119,23 +118,24 @@ def _serve(app: WSGIApplication, requests: int) -> float:
 
 
 def rows(
-    label: str, found: Mapping[str, Rounds], missing: Mapping[str, str]
+    label: str, figures: Mapping[str, Rounds], missing: Mapping[str, str]
 ) -> Iterator[str]:
-    """Yield the lines of the table: what was measured, and what was not and why."""
-    naive = statistics.median(found[paths.NAIVE].added)
-    for name, each in found.items():
+    """Yield the rows of the table: the figures, then the reasons for missing peers."""
+    naive = statistics.median(figures[paths.NAIVE].added)
+    for name, variant in figures.items():
         if name != paths.BARE and name not in missing:
             yield (
-                f"| {label} | {name} | {_spread(each.ratios)} "
-                f"| {_spread(each.added)} µs "
-                f"| {number(statistics.median(each.added) / naive)} |"
+                f"| {label} | {name} | {_spread(variant.ratios)} "
+                f"| {_spread(variant.added)} µs "
+                f"| {number(statistics.median(variant.added) / naive)} |"
             )
     for name, reason in missing.items():
         yield f"| {label} | {name} | not measured: {reason} | | |"
 
 
-def _spread(of: Sequence[float]) -> str:
-    return f"{number(statistics.median(of))} ({number(min(of))} to {number(max(of))})"
+def _spread(values: Sequence[float]) -> str:
+    median = number(statistics.median(values))
+    return f"{median} ({number(min(values))} to {number(max(values))})"
 
 
 def main() -> None:
@@ -143,13 +143,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--requests", type=int, default=2_000)
     parser.add_argument(
-        "--peers", action="store_true", help="install from PyPI what is compared, too"
+        "--peers", action="store_true", help="compare other packages, from PyPI"
     )
-    given = parser.parse_args()
-    installed = peers.install() if given.peers else {}
+    args = parser.parse_args()
+    installed = peers.install() if args.peers else {}
     print(f"{platform.python_implementation()} {platform.python_version()}, ", end="")
-    print(f"{given.rounds} rounds of {given.requests} requests\n")
-    print("| application | metering | time, ratio to bare | added | of naive |")
+    print(f"{args.rounds} rounds of {args.requests} requests\n")
+    print("| application | metering | time ÷ bare ", end="")
+    print("| added (smallest to largest) | ÷ naive wrapper |")
     print("|---|---|---|---:|---:|")
     applications = {peers.TRIVIAL: paths.trivial_app, peers.FLASK: paths.flask_app()}
     for label, app in applications.items():
@@ -157,11 +158,11 @@ def main() -> None:
             url = stack.enter_context(running_sink())
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             compared = Compared(label, url, installed, stack) if installed else None
-            found = measure(
-                app, url, directory, rounds=given.rounds, requests=given.requests,
+            figures = measure(
+                app, url, directory, rounds=args.rounds, requests=args.requests,
                 compared=compared,
             )  # fmt: skip
-            for line in rows(label, found, compared.missing if compared else {}):
+            for line in rows(label, figures, compared.missing if compared else {}):
                 print(line, flush=True)
 
 

@@ -1,6 +1,7 @@
-"""A Flask "hello" as gunicorn serves it: bare, metered, or with amberflo.
+"""Flask "hello" application of `tests.benchmarks.served_cost`, loaded by gunicorn.
 
-`SERVED_AS` says which; `SERVED_SINK` is the address of the server that takes events.
+The variable `SERVED_AS` selects bare, metered or amberflo; `SERVED_SINK` is the address
+of the server that takes the events.
 """
 
 from __future__ import annotations
@@ -37,14 +38,13 @@ def metered(app: Any) -> Any:
 
 
 def amberflo(app: Any) -> Any:
-    """Meter as its documentation shows it: one record for each request."""
+    """Meter with amberflo as its documentation shows: one record for each request."""
     from metering.ingest import create_ingest_client
     from metering.session import ApiSession, IngestSession
 
     ApiSession.root_url = IngestSession.root_url = SINK
-    clients: list[
-        Any
-    ] = []  # made by the first request: its threads do not outlive a fork
+    # The first request makes the client, as its threads do not outlive a fork.
+    clients: list[Any] = []
 
     def wrapped(environ: Any, start_response: Any) -> Any:
         if not clients:

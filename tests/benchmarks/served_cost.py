@@ -1,10 +1,10 @@
-"""The wall time that metering adds to a Flask "hello" under gunicorn, beside amberflo.
+"""Time that metering adds to a Flask "hello" under gunicorn, compared with amberflo.
 
     python -m tests.benchmarks.served_cost [--rounds 5] [--seconds 4]
 
-Two sync workers, eight connections of wrk, the three ways in turn in every round. The
-peer is the fastest one that sends an event for each request. Needs wrk; installs the
-peer from PyPI.
+gunicorn has two sync workers, wrk eight connections. Every round measures the bare
+application, this package and amberflo in turn. amberflo is the fastest other package
+that sends an event for each request. Needs wrk; installs amberflo from PyPI.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ AMBERFLO = Peer(
 )
 THIS_PACKAGE = Peer("this package", ())
 WORKERS, CONNECTIONS = 2, 8
-#: Metered is at most so much of the peer's added wall time.
+#: Maximum of this package's added wall time, divided by that of the peer.
 MOST = 1 / 6
 
 
 @contextlib.contextmanager
-def serving(way: str, python: str, sink: str) -> Iterator[str]:
+def serving(name: str, python: str, sink: str) -> Iterator[str]:
     """Run gunicorn with the application and yield its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def serving(way: str, python: str, sink: str) -> Iterator[str]:
             "--log-level", "error", "tests.benchmarks.served_app",
         ],
         cwd=CHECKOUT,
-        env=os.environ | {"SERVED_AS": way, "SERVED_SINK": sink},
+        env=os.environ | {"SERVED_AS": name, "SERVED_SINK": sink},
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}/"
     try:
@@ -70,7 +70,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def requests_per_second(url: str, seconds: int) -> float:
-    """Return what wrk reports."""
+    """Return the request rate that wrk reports."""
     done = subprocess.run(
         ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", url],
         capture_output=True, text=True, check=True,
@@ -82,53 +82,53 @@ def requests_per_second(url: str, seconds: int) -> float:
 
 
 def measure(rounds: int, seconds: int) -> dict[str, list[float]]:
-    """Return the requests a second of each way, by round."""
+    """Return the requests per second of each application, by round."""
     pythons = {
         "bare": interpreter(THIS_PACKAGE),
         "metered": interpreter(THIS_PACKAGE),
         "amberflo": interpreter(AMBERFLO),
     }
-    found: dict[str, list[float]] = {way: [] for way in pythons}
+    rates: dict[str, list[float]] = {name: [] for name in pythons}
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(running_sink())
         urls = {
-            way: stack.enter_context(serving(way, python, sink))
-            for way, python in pythons.items()
+            name: stack.enter_context(serving(name, python, sink))
+            for name, python in pythons.items()
         }
         for turn in range(rounds + 1):
-            for way, url in urls.items():
+            for name, url in urls.items():
                 rate = requests_per_second(url, seconds)
                 if turn:  # the first round warms up
-                    found[way].append(rate)
-    return found
+                    rates[name].append(rate)
+    return rates
 
 
-def rows(found: dict[str, list[float]]) -> list[Row]:
-    """Return the figures: the ratios are of one round each."""
+def rows(rates: dict[str, list[float]]) -> list[Row]:
+    """Return the rows; differences and ratios are taken within each round."""
     added = {
-        way: [
+        name: [
             (1 / rate - 1 / bare) * 1e6
-            for rate, bare in zip(found[way], found["bare"], strict=True)
+            for rate, bare in zip(rates[name], rates["bare"], strict=True)
         ]
-        for way in ("metered", "amberflo")
+        for name in ("metered", "amberflo")
     }
     ratios = [
         ours / theirs
         for ours, theirs in zip(added["metered"], added["amberflo"], strict=True)
     ]
     return [
-        *[Row(f"{way}", "requests/s", found[way]) for way in found],
-        Row("wall time added, this package", "µs", added["metered"]),
-        Row("wall time added, amberflo 3.3.1", "µs", added["amberflo"]),
-        Row("this package beside amberflo", "x", ratios, target=MOST),
+        *[Row(f"{name}", "requests/s", rates[name]) for name in rates],
+        Row("time added to a request, this package", "µs", added["metered"]),
+        Row("time added to a request, amberflo 3.3.1", "µs", added["amberflo"]),
+        Row("time added, this package ÷ amberflo", "x", ratios, target=MOST),
     ]
 
 
 def main() -> None:
     """Print the figures."""
-    given = report.arguments(__doc__, rounds=5, seconds=4).parse_args()
-    found = measure(given.rounds, given.seconds)
-    report.show("A Flask hello under gunicorn", rows(found), given.json)
+    args = report.arguments(__doc__, rounds=5, seconds=4).parse_args()
+    rates = measure(args.rounds, args.seconds)
+    report.show("A Flask hello under gunicorn", rows(rates), args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A server that takes every batch: it must never be what is measured.
+"""Server that accepts every batch and does nothing else, to be fast.
 
-To questions, of which only the peers ask any, it answers with an empty document.
+It answers a GET, which only peers send, with an empty document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         if self.path.startswith("/ingest"):
-            self.do_GET()  # amberflo takes nothing but a 200 for a success
+            self.do_GET()  # amberflo takes only a 200 for a success
             return
         self.send_response(204)
         self.end_headers()
@@ -35,7 +35,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _serve(ready: Connection) -> None:
@@ -46,13 +46,13 @@ def _serve(ready: Connection) -> None:
 
 @contextlib.contextmanager
 def running_sink() -> Iterator[str]:
-    """Run the sink in a process of its own and yield its address."""
+    """Run the sink in another process and yield its address."""
     spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there,), daemon=True)
+    receiver, sender = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(sender,), daemon=True)
     process.start()
     try:
-        yield f"http://127.0.0.1:{here.recv()}"
+        yield f"http://127.0.0.1:{receiver.recv()}"
     finally:
         process.terminate()
         process.join()

@@ -1,9 +1,9 @@
-"""What a stream over a socket costs more when its response is metered.
+"""Cost of a metered stream over a socket, compared with a bare one.
 
     python -m tests.benchmarks.socket_cost [--rounds 15] [--chunks 2000]
 
 Every round sends the same chunks of 16 KiB bare and metered, one after the other, into
-a socket that another process empties; a figure is the ratio of the seconds that took.
+a socket that another process empties. A figure is the ratio of the two times.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
 CHUNK = bytes(16 * 1024)
-WHAT = "a chunk of 16 KiB over a socket, beside bare"
-#: What a metered stream may take, beside a bare one.
+WHAT = "a chunk of 16 KiB over a socket, metered ÷ bare"
+#: Maximum time of a metered stream, divided by that of a bare one.
 MOST = 1.10
 
 
 @contextlib.contextmanager
 def emptied_socket() -> Iterator[socket.socket]:
-    """Make a socket whose other end is read by a process of its own."""
+    """Yield a socket whose other end another process reads."""
     ours, theirs = socket.socketpair()
     with (
         ours,
@@ -46,7 +46,7 @@ def emptied_socket() -> Iterator[socket.socket]:
 
 
 def send(app: WSGIApplication, receiver: socket.socket) -> float:
-    """Return the seconds in which a server's part of one response is done."""
+    """Serve one response as a server does, and return the seconds that it took."""
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)
     began = time.perf_counter()
@@ -77,8 +77,8 @@ def measure(rounds: int, chunks: int) -> list[report.Row]:
 
 
 def main() -> None:
-    given = report.arguments(__doc__, rounds=15, chunks=2_000).parse_args()
-    report.show("Streams", measure(given.rounds, given.chunks), given.json)
+    args = report.arguments(__doc__, rounds=15, chunks=2_000).parse_args()
+    report.show("Streams", measure(args.rounds, args.chunks), args.json)
 
 
 if __name__ == "__main__":

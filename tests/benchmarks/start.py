@@ -1,13 +1,13 @@
-"""What importing costs, and making a middleware, and that neither opens anything.
+"""Cost of the import and of making a middleware; files and threads that they open.
 
     python -m tests.benchmarks.start [--rounds 15] [--guard]
 
-Each round starts an interpreter that imports what everybody has, then this package,
-then makes a middleware. It is timed in processor time: on a busy machine the clock on
-the wall says more of the other processes. Bytecode is there, as an installer puts it.
+Each round starts an interpreter that imports werkzeug and requests, then this package,
+then makes a middleware. It measures processor time, which depends less on other
+processes than wall time. The bytecode is compiled before, as an installer does.
 
-With --guard it counts the instructions of both imports instead, by valgrind, which a
-busy machine does not disturb, and ends with 1 if the package takes more than its share.
+With --guard valgrind counts the instructions of both imports instead, which do not
+depend on other processes. The exit status is 1 if this package exceeds its share.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from typing import Any, NamedTuple
 
 from tests.benchmarks import report
 
-#: Milliseconds that the import may add.
+#: Maximum number of milliseconds that the import adds.
 MOST_ADDED = 25.0
-#: The same beside the import of werkzeug and requests, which takes 208 ms.
+#: Maximum instructions of the import, divided by those of werkzeug and requests.
 MOST_SHARE = 0.12
-#: What the guard lets pass, for other releases of what both imports consist of.
+#: Factor by which the guard lets the share be exceeded, for other releases of the
+#: imported libraries.
 TOLERANCE = 1.05
 
-#: What is made, by the options that it is made with.
+#: The options of each middleware that is made, by its label.
 MADE: dict[str, dict[str, Any]] = {
     "in memory": {},
     "with a spool": {"spool_dir": "spool"},
@@ -60,8 +61,8 @@ print((base - began) * 1e3, (taken - base) * 1e3, (made - making) * 1e3,
 os._exit(0)
 """
 
-#: A system call that nothing else makes: where it sees it valgrind writes a report of
-#: what was executed since the last one.
+#: A system call that nothing else makes. At each call valgrind writes a report of the
+#: instructions since the report before.
 _MARK = os.getpgrp
 _COUNTED = f"""
 import os
@@ -76,19 +77,21 @@ mark()
 
 
 class Started(NamedTuple):
-    """What it took, in milliseconds, and what the imports left behind."""
+    """Milliseconds of one start, and the threads and files that the imports opened."""
 
+    #: Import of werkzeug and requests.
     base: float
+    #: Import of this package after that.
     added: float
     #: Making a middleware.
     made: float
     threads: float
-    #: Files and sockets.
+    #: Open files and sockets.
     descriptors: float
 
 
 def imported(cache: str, options: dict[str, Any] | None = None) -> Started:
-    """Start in a process of its own, whose bytecode and spool are in *cache*."""
+    """Start a new interpreter whose bytecode and spool are in *cache*."""
     done = subprocess.run(
         [sys.executable, "-c", _TIMED, json.dumps(_USUAL | (options or {}))],
         env=_with_bytecode(cache), cwd=cache,
@@ -98,7 +101,7 @@ def imported(cache: str, options: dict[str, Any] | None = None) -> Started:
 
 
 def counted(cache: str) -> tuple[int, int]:
-    """Return the instructions of the import of what everybody has, and of ours."""
+    """Return the instructions of both imports: werkzeug and requests, this package."""
     imported(cache)  # compiles
     subprocess.run(
         [
@@ -109,7 +112,7 @@ def counted(cache: str) -> tuple[int, int]:
         env={**_with_bytecode(cache), "PYTHONHASHSEED": "0"},
         capture_output=True, check=True,
     )  # fmt: skip
-    # The first report is of what was executed before the first mark.
+    # The first report counts the instructions before the first mark.
     return _total(Path(cache, "out.2")), _total(Path(cache, "out.3"))
 
 
@@ -127,57 +130,60 @@ def _with_bytecode(cache: str) -> dict[str, str]:
 
 def measure(rounds: int) -> list[report.Row]:
     with tempfile.TemporaryDirectory() as cache:
-        found = {}
+        runs = {}
         for name, options in MADE.items():
             imported(cache, options)  # compiles
-            found[name] = [imported(cache, options) for _ in range(rounds)]
-    imports = [each for of_kind in found.values() for each in of_kind]
+            runs[name] = [imported(cache, options) for _ in range(rounds)]
+    imports = [run for made in runs.values() for run in made]
     return [
         report.Row(
-            "`import werkzeug, requests`", "ms", [each.base for each in imports]
+            "`import werkzeug, requests`", "ms", [run.base for run in imports]
         ),
         report.Row(
-            "added by `import openmeter_wsgi`", "ms", [each.added for each in imports],
-            MOST_ADDED,
+            "added by `from openmeter_wsgi import OpenMeterMiddleware`", "ms",
+            [run.added for run in imports], MOST_ADDED,
         ),
         report.Row(
-            "the same, beside werkzeug and requests", "x",
-            [each.added / each.base for each in imports],
+            "the same, ÷ werkzeug and requests", "x",
+            [run.added / run.base for run in imports],
         ),
         *(
-            report.Row(f"making a middleware {name}", "ms", [each.made for each in of])
-            for name, of in found.items()
+            report.Row(f"making a middleware {name}", "ms", [run.made for run in made])
+            for name, made in runs.items()
         ),
-        report.Row("threads started", "", [each.threads for each in imports], 0.0),
+        report.Row("threads started", "", [run.threads for run in imports], 0.0),
         report.Row(
-            "files and sockets opened", "", [each.descriptors for each in imports], 0.0
+            "files and sockets opened", "", [run.descriptors for run in imports], 0.0
         ),
     ]  # fmt: skip
 
 
 def guard() -> None:
-    """End with 1 if the import takes more than its share."""
+    """Exit with status 1 if the import exceeds its share."""
     with tempfile.TemporaryDirectory() as cache:
         base, added = counted(cache)
     share = added / base
     print(
-        f"import openmeter_wsgi: {added:,} instructions beside {base:,} of werkzeug "
-        f"and requests, {share:.3f} of it (at most {MOST_SHARE})"
+        f"import openmeter_wsgi: {added:,} instructions, {share:.3f} of the {base:,} "
+        f"of werkzeug and requests (at most {MOST_SHARE})"
     )
     if share > MOST_SHARE * TOLERANCE:
-        sys.exit(f"import: expected at most {MOST_SHARE} of the other, got {share:.3f}")
+        sys.exit(
+            f"import openmeter_wsgi: expected at most {MOST_SHARE} of the instructions "
+            f"of werkzeug and requests, got {share:.3f}"
+        )
 
 
 def main() -> None:
     parser = report.arguments(__doc__, rounds=15)
     parser.add_argument(
-        "--guard", action="store_true", help="count, fail above the share"
+        "--guard", action="store_true", help="count instructions, fail above the share"
     )
-    given = parser.parse_args()
-    if given.guard:
+    args = parser.parse_args()
+    if args.guard:
         guard()
     else:
-        report.show("Start", measure(given.rounds), given.json)
+        report.show("Start", measure(args.rounds), args.json)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What each chunk of a stream costs more when the response is measured.
+"""Time that the middleware adds to each chunk of a stream.
 
     python -m tests.benchmarks.stream_cost [--rounds 15] [--chunks 20000]
 
-Every round serves the same stream bare and under each policy, one after the other; a
-figure is the median over the rounds of what a chunk takes more than in the bare
-application of the same round, in nanoseconds of processor time, with the smallest and
-the largest. The chunks are events of a language model, 170 bytes each; what reading
-larger ones costs is in ``tests.benchmarks.body_cost``. Then, among 100 routes: what
-choosing a policy costs beside one call of werkzeug's own matcher.
+Every round serves the same stream bare and under each policy, one after the other. A
+figure is the time that a chunk takes longer than in the bare application of the same
+round, in nanoseconds of processor time: the median over the rounds, the smallest and
+the largest. The chunks are events of a language model, 170 bytes each; for larger ones
+see ``tests.benchmarks.body_cost``. A second table times the choice of one of 100
+routes, and one call of werkzeug's matcher.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
     "bytes_sent, multi_status": {"meters": {"n": bytes_sent(), "m": multi_status()}},
 }
-#: Choosing is timed in turns of so many calls.
+#: Number of calls timed together.
 CALLS = 5_000
 
 
@@ -59,7 +59,7 @@ def streaming(chunks: int) -> WSGIApplication:
 
 
 def serve(app: WSGIApplication, chunks: int) -> float:
-    """Return the nanoseconds that a chunk takes."""
+    """Serve one stream and return the nanoseconds per chunk."""
     environ: dict[str, Any] = {}
     setup_testing_defaults(environ)
     begun = time.process_time_ns()
@@ -119,12 +119,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--chunks", type=int, default=20_000)
-    given = parser.parse_args()
-    print("| a chunk | ns, added to bare |\n|---|---:|")
-    for name, taken in of_chunks(given.rounds, given.chunks).items():
+    args = parser.parse_args()
+    print("| policy | ns added to a chunk |\n|---|---:|")
+    for name, taken in of_chunks(args.rounds, args.chunks).items():
         print(_row(name, taken))
     print("\n| among 100 routes | ns |\n|---|---:|")
-    for name, taken in of_routes(given.rounds).items():
+    for name, taken in of_routes(args.rounds).items():
         print(_row(name, taken))
 
 

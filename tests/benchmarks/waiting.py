@@ -1,4 +1,4 @@
-"""Events that wait, and what delivers them: what several benchmarks begin with."""
+"""Middleware and events shared by several benchmarks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.events import RequestIds
 
-#: So long is an event with a type, a source and a subject of usual length.
+#: Bytes of an event with a type, a source and a subject of usual length.
 EVENT_BYTES = 250
-#: Nobody listens there.
+#: An address at which nobody listens.
 NOWHERE = "http://127.0.0.1:9"
 
 
 def middleware(
     api_url: str = NOWHERE, *, app: WSGIApplication = trivial_app, **options: Any
 ) -> OpenMeterMiddleware:
-    """Return one that keeps as many events as any benchmark makes."""
+    """Return a middleware with room for the events of any benchmark."""
     usual: dict[str, Any] = {
         "api_url": api_url,
         "on_missing_subject": "acme",
@@ -37,7 +37,7 @@ def middleware(
 
 
 def events(ids: RequestIds, size: int = EVENT_BYTES) -> Iterator[bytes]:
-    """Make events of *size* bytes, as a request without other usage makes them."""
+    """Yield events of *size* bytes, like those of a request with a fixed quantity."""
     meter = Meter("api_requests", b'{"total":1}')
     [(head, middle)] = static_templates([meter], "bench")
     tail = f'{timestamp()}","subject":"acme"}}'

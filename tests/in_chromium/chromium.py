@@ -1,4 +1,4 @@
-"""A real browser with the sandbox's page, looked at and used as a person would."""
+"""Chromium with the sandbox's page, used as a person would use it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PATIENCE = 40
 VIEWS = ("usage", "events", "access", "faults")
 ARGUMENTS = (
     "--headless=new",
-    # Tests of a container run as root, whom Chromium serves only so.
+    # Tests in a container run as root, for which Chromium needs this flag.
     "--no-sandbox",
     "--disable-dev-shm-usage",
     "--disable-background-networking",
     "--disable-component-update",
     "--force-device-scale-factor=1",
-    # Nothing outside this machine has an address.
+    # Block all addresses outside this machine.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 LONG_TASKS = """
@@ -36,7 +36,7 @@ new PerformanceObserver((list) => {
 
 
 class Chromium(webdriver.Chrome):
-    """One window, of one size, in dark or light."""
+    """A browser window with a given size and colour scheme."""
 
     def __init__(self, width: int = 1400, height: int = 900, *, dark: bool = False):
         options = webdriver.ChromeOptions()
@@ -65,25 +65,25 @@ class Chromium(webdriver.Chrome):
         )
 
     def open(self, url: str, view: str = "usage") -> None:
-        """Load the page anew, and wait until it has shown something."""
+        """Reload the page and wait until it is live."""
         self.get("about:blank")
         self.get(f"{url}/#{view}")
         self.until("return document.querySelector('#status').className === 'live'")
 
     def go(self, view: str) -> None:
-        """Change to another view, as its link does."""
+        """Click the link to another view."""
         self.find(f"nav a[href='#{view}']").click()
         self.until(f"return !document.querySelector('[data-view={view}]').hidden")
 
     def find(self, selector: str) -> Any:
-        """Return the first element that is there, waiting for it."""
+        """Wait for an element and return the first one."""
         return self.until(f"return document.querySelector({selector!r})")
 
     def text(self, selector: str) -> str:
         return str(self.find(selector).get_property("textContent"))
 
     def until(self, script: str, *arguments: Any) -> Any:
-        """Return what *script* returns as soon as that is true."""
+        """Run *script* until its result is true, and return the result."""
         return WebDriverWait(self, PATIENCE, poll_frequency=0.05).until(
             lambda _: self.execute_script(script, *arguments), script
         )
@@ -99,19 +99,19 @@ class Chromium(webdriver.Chrome):
             keys.send_keys(Keys.TAB).perform()
 
     def violations(self) -> Iterator[str]:
-        """Yield what axe finds wrong with the page as it stands."""
+        """Yield the violations that axe finds in the current page."""
         source = files("axe_playwright_python").joinpath("axe.min.js").read_text()
         self.execute_script(source)
-        found = self.execute_async_script(
+        report = self.execute_async_script(
             "const done = arguments[arguments.length - 1];"
             "axe.run(document).then(done, (error) => done({error: String(error)}))"
         )
-        assert "error" not in found, found
-        assert len(found["passes"]) > 10
-        for violation in found["violations"]:
+        assert "error" not in report, report
+        assert len(report["passes"]) > 10
+        for violation in report["violations"]:
             for node in violation["nodes"]:
                 yield f"{violation['impact']}: {violation['id']}: {node['html'][:200]}"
 
-    def complaints(self) -> list[str]:
-        """Return what the page wrote to the console since the last call."""
+    def console(self) -> list[str]:
+        """Return the messages of the console since the last call."""
         return [entry["message"] for entry in self.get_log("browser")]

@@ -1,4 +1,4 @@
-"""Run where they are asked for: they need what `install` installs."""
+"""Collect these tests only on request: they need the script `install`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked = any("in_chromium" in argument for argument in config.args)
-    return None if asked else True
+    is_requested = any("in_chromium" in argument for argument in config.args)
+    return None if is_requested else True
 
 
 @pytest.fixture(scope="session")
@@ -37,17 +37,17 @@ def sandbox() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def browser(_chromium: Chromium, sandbox: Sandbox) -> Iterator[Chromium]:
-    """A window as if it were new, whose console has to stay empty.
+    """A browser window in its initial state; the test fails if its console has entries.
 
-    It lets go of the sandbox before that ends: a page whose server is gone complains.
+    It leaves the page before the sandbox ends, as the page would log errors then.
     """
     _chromium.resize(1400, 900)
     _chromium.prefer(dark=False)
-    _chromium.complaints()
+    _chromium.console()
     yield _chromium
-    said = _chromium.complaints()
+    entries = _chromium.console()
     _chromium.get("about:blank")
-    assert said == []
+    assert entries == []
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def api(sandbox: Sandbox) -> Iterator[Api]:
 
 @pytest.fixture
 def varied(sandbox: Sandbox, api: Api) -> Sandbox:
-    """A sandbox with something of everything, and little of it: axe looks at each."""
+    """A sandbox with few entries of every kind, since axe checks each of them."""
     from shown import fill
 
     fill(sandbox, api, 30)
@@ -67,7 +67,7 @@ def varied(sandbox: Sandbox, api: Api) -> Sandbox:
 
 @pytest.fixture
 def filled(sandbox: Sandbox, api: Api) -> Sandbox:
-    """A sandbox with something of everything that the page can show."""
+    """A sandbox with entries of every kind that the page can show."""
     from shown import fill
 
     fill(sandbox, api, 300)

@@ -1,4 +1,4 @@
-"""``make screenshot``: the picture of the sandbox's page in the documentation."""
+"""Make the documentation's picture of the sandbox's page: ``make screenshot``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVENTS = 2_000
 
 
 def main(target: Path) -> None:
-    """Write the card of a meter, with what a column holds, to *target*."""
+    """Write a picture of a meter, with the figures of one column, to *target*."""
     with Sandbox() as sandbox, Api(sandbox.url) as api:
         fill(sandbox, api, EVENTS)
         with Chromium(WIDTH, HEIGHT) as browser:

@@ -1,4 +1,4 @@
-"""What the sandbox holds when its page is looked at."""
+"""Contents of the sandbox for tests and pictures of its page."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SUBJECTS = (
     "wonka", "oscorp",
 )  # fmt: skip
 ROUTES = ("/v1/search", "/v1/items", "/v1/export")
-#: The plot shows a quarter of an hour.
+#: Age of the oldest event in seconds: the plot shows 15 minutes.
 PAST = 880
 
 
 def fill(sandbox: Sandbox, api: Api, events: int) -> None:
-    """Let there be meters, usage of *events*, mistakes of each kind, and access."""
+    """Add meters, *events* events, invalid events of each kind, and entitlements."""
     _define(api)
     sent = list(make_events(events))
     for start in range(0, events, 1000):
@@ -56,7 +56,7 @@ def _define(api: Api) -> None:
 
 
 def make_events(count: int, prefix: str = "01") -> Any:
-    """Yield events of the last quarter of an hour, always the same but for the time."""
+    """Yield events of the last 15 minutes, always the same except for their times."""
     draw = random.Random(1)
     now = time.time()
     for number in range(count):

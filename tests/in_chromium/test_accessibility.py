@@ -1,4 +1,4 @@
-"""What axe and the keyboard find in every view, dark and light."""
+"""Accessibility of every view, dark and light: checks of axe, and of the keyboard."""
 
 import pytest
 from chromium import VIEWS
@@ -6,7 +6,7 @@ from selenium.webdriver.common.keys import Keys
 from shown import make_events
 
 TAB_STOPS = 90
-# What has the focus, and whether somebody who looks would find it.
+# The element with the focus; the booleans tell if a person can see it.
 FOCUS = """
 const focused = document.activeElement;
 const { top, bottom, left, right } = focused.getBoundingClientRect();
@@ -111,7 +111,7 @@ def tab_to(browser, selector, *, back=False):
         browser.tab(back=back)
         focus = browser.execute_script(FOCUS, selector)
         if focus["name"].startswith("<body"):
-            continue  # between the last and the first stop of the page
+            continue  # the focus left the page after its last stop
         assert focus["isMarked"], f"no visible focus: {focus['name']}"
         assert focus["isInSight"], f"out of sight: {focus['name']}"
         if focus["matches"]:

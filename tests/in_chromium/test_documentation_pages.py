@@ -1,4 +1,4 @@
-"""The built pages of the documentation: what axe finds, and whether they fit a window.
+"""The built pages of the documentation: checks of axe, and of their width.
 
 `make docs` builds them.
 """
@@ -22,14 +22,14 @@ PAGES = sorted(page.stem for page in (ROOT / "docs").glob("*.md"))
 
 class _Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
-        if self.path == "/favicon.ico":  # the browser asks for it by itself
+        if self.path == "/favicon.ico":  # every browser asks for it
             self.send_response(204)
             self.end_headers()
         else:
             super().do_GET()
 
     def log_message(self, *_arguments: object) -> None:
-        """Write nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="session")

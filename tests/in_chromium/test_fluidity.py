@@ -1,13 +1,12 @@
-"""With ten thousand events no task keeps the page from answering."""
+"""Speed of the page with ten thousand events: no task blocks it for long."""
 
 import pytest
 from shown import fill, make_events
 
 EVENTS = 10_000
-#: Milliseconds.
+#: Maximum number of milliseconds of a task.
 LONGEST = 200
-#: A machine with something else to do makes any task long; the page's own long tasks
-#: come back every time.
+#: Number of attempts: a busy machine makes some tasks long, but not in every attempt.
 ATTEMPTS = 3
 
 
@@ -24,7 +23,7 @@ def test_no_task_is_long_with_ten_thousand_events(browser, sandbox, api):
 
 
 def work(browser, sandbox, api, attempt):
-    """Look, search and watch events arrive; return how long the long tasks took."""
+    """Use the page while events arrive, and return the times of its long tasks."""
     browser.open(sandbox.url)
     browser.find(".meter:nth-child(3) canvas")
     browser.execute_script(

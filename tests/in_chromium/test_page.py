@@ -1,4 +1,4 @@
-"""The sandbox's page in a browser: what it shows, and that texts stay texts."""
+"""The sandbox's page in a browser: its contents, and the escaping of texts."""
 
 import time
 
@@ -14,7 +14,7 @@ ROWS = (
     ".map((row) => row.cells[arguments[0]].textContent)"
 )
 OUTCOME, ID = 1, 4
-# Which pixels of a swatch have the colour of its corner.
+# For each swatch, its pixels as 1 or 0: with the colour of its corner, or another.
 SHAPES = """
 return [...document.querySelector(".meter").querySelectorAll(".groups canvas")]
   .map((canvas) => {
@@ -72,7 +72,7 @@ def test_no_script_can_turn_a_text_into_markup(browser, sandbox):
     )
 
     assert error == "TypeError"
-    assert "TrustedHTML" in browser.complaints()[0]
+    assert "TrustedHTML" in browser.console()[0]
 
 
 @pytest.mark.parametrize("view", ["usage", "events", "access"])
@@ -132,9 +132,9 @@ def trace(browser, id_, outcome):
         browser.until(f"{ROWS}[0].includes(arguments[1])", OUTCOME, outcome)
     browser.find("#arrivals tbody button").click()
     browser.until("return document.querySelector('#trace').open")
-    told = browser.text("#trace")
+    text = browser.text("#trace")
     browser.find("#trace-close").click()
-    return told
+    return text
 
 
 def test_a_trace_tells_why_an_event_is_counted_or_not(browser, filled):
@@ -248,7 +248,7 @@ def test_the_page_says_that_the_sandbox_is_gone(browser):
 
     assert browser.text("#status") == "The sandbox does not answer; trying again"
     browser.get("about:blank")
-    assert all("ERR_" in complaint for complaint in browser.complaints())
+    assert all("ERR_" in message for message in browser.console())
 
 
 def test_a_lag_is_set_and_what_waits_is_named(browser, sandbox, api):
@@ -286,7 +286,7 @@ def set_field(browser, selector, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said", "status"),
+    ("field", "value", "message", "status"),
     [
         ("denied", "403", "ingest answered 403", 403),
         ("refusedType", "call", "400 for type call", 400),
@@ -299,12 +299,12 @@ def set_field(browser, selector, value):
     ],
 )
 def test_a_fault_is_set_named_and_stopped(
-    browser, sandbox, api, field, value, said, status
+    browser, sandbox, api, field, value, message, status
 ):
     browser.open(sandbox.url, "faults")
 
     set_field(browser, f"[data-group=ingest] [name={field}]", value)
-    browser.until("return wrong.textContent === arguments[0]", f"Simulated: {said}")
+    browser.until("return wrong.textContent === arguments[0]", f"Simulated: {message}")
     during = api.ingest(event(1)).status_code
     browser.find("#all-right").click()
     browser.until("return wrong.textContent === ''")
@@ -379,12 +379,12 @@ def test_counts_that_differ_say_why(browser, tmp_path, sandbox):
             if number == 2:
                 browser.open(kept.url)
                 browser.find(".meter .total")
-                said = browser.text("#counts")
+                counts = browser.text("#counts")
                 total = browser.text(".meter .total")
                 browser.open(sandbox.url)
 
-    assert "Received3since the start, in 1 request" in said
-    assert "Stored63 of them in earlier runs" in said
+    assert "Received3since the start, in 1 request" in counts
+    assert "Stored63 of them in earlier runs" in counts
     assert total == "6 from 6 events of all runs"
 
 

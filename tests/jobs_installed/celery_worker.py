@@ -1,4 +1,4 @@
-"""The worker of the Celery example, impatient with the work of workers that died."""
+"""Worker of the Celery example that soon repeats the tasks of killed workers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from redis import Redis
 from examples.celery_app import REDIS, queue
 
 queue.conf.update(
-    # Redis gives the work of a worker that was killed to another one after so many
-    # seconds. Work that waits or takes longer runs twice.
+    # Seconds after which the task of a killed worker is given to another one. A task
+    # that waits or takes longer runs twice.
     broker_transport_options={
         "visibility_timeout": 5,
         "unacked_restore_interval": 1,
@@ -25,6 +25,6 @@ queue.conf.update(
 
 @signals.task_prerun.connect  # type: ignore[untyped-decorator]
 def count(**_: Any) -> None:
-    """Count how often a task is run."""
+    """Count the runs of tasks."""
     with Redis.from_url(REDIS) as redis:
         redis.incr("runs")

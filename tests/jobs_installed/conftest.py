@@ -1,4 +1,4 @@
-"""Run where they are asked for: they need what `install` installs."""
+"""Collect these tests only on request: they need the script `install`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from openmeter_wsgi.sandbox import Sandbox
 
 HERE = Path(__file__).parent
-#: No run takes so long, on whatever machine.
+#: Maximum number of seconds of a run, also on a slow machine.
 LONG = 200.0
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked = any("jobs_installed" in argument for argument in config.args)
-    return None if asked else True
+    is_requested = any("jobs_installed" in argument for argument in config.args)
+    return None if is_requested else True
 
 
 def free_port() -> int:
@@ -40,13 +40,13 @@ def free_port() -> int:
 
 
 class Process:
-    """A program with children of its own, all of which can be killed at once."""
+    """A program with child processes that can all be killed at once."""
 
     def __init__(self, *command: str, variables: dict[str, str]) -> None:
         self.pid = 0
         self._command = command
         self._variables = environment(**variables)
-        # The examples are imported by the name that they have in the repository.
+        # The examples are imported as examples.…, from the root of the repository.
         paths = [str(HERE.parents[1]), str(HERE), self._variables["PYTHONPATH"]]
         self._variables["PYTHONPATH"] = os.pathsep.join(paths)
         self.start()
@@ -60,14 +60,14 @@ class Process:
         self.pid = self._process.pid
 
     def kill_a_child(self) -> None:
-        """Kill one of its children with -9, as soon as there is any."""
+        """Kill one of its children with -9, as soon as it has one."""
         listed = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         until(lambda: bool(listed.read_text()), LONG)
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(int(listed.read_text().split()[0]), signal.SIGKILL)
 
     def kill(self) -> None:
-        """Kill it and its children with -9."""
+        """Kill the program and its children with -9."""
         with self._process:
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -80,7 +80,7 @@ class Process:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[redis.Redis]:
-    """A Redis of the test's own."""
+    """A Redis server for one test."""
     port = str(free_port())
     with (
         subprocess.Popen(
@@ -102,7 +102,7 @@ def broker(tmp_path: Path) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def variables(sandbox: Sandbox, broker: redis.Redis, tmp_path: Path) -> dict[str, str]:
-    """The configuration of the examples."""
+    """The environment variables of the examples."""
     port = broker.connection_pool.connection_kwargs["port"]
     return {
         "OPENMETER_API_URL": sandbox.url,
@@ -114,7 +114,7 @@ def variables(sandbox: Sandbox, broker: redis.Redis, tmp_path: Path) -> dict[str
 
 @pytest.fixture
 def submit(variables: dict[str, str]) -> Iterator[Callable[..., Any]]:
-    """Return what serves an example under gunicorn, and submits videos to it."""
+    """A function that serves an example under gunicorn and submits videos to it."""
     with contextlib.ExitStack() as served:
         session = served.enter_context(requests.Session())
 

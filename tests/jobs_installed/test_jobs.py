@@ -1,4 +1,4 @@
-"""What is billed is what succeeded, however often workers are killed."""
+"""Exactly the jobs that succeed are billed, even if workers are killed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KILLS = 20
 
 
 def names_of(jobs: int) -> list[str]:
-    """Return the videos of so many jobs, a third of which fail."""
+    """Return the names of *jobs* videos; a third of the jobs fail."""
     return [f"broken-{n}" if n % 3 == 0 else f"video-{n}" for n in range(jobs)]
 
 
 def billed(api: Api, variables: dict[str, str], jobs: int) -> list[str]:
-    """Return the videos that were billed, once all processes are gone."""
+    """Deliver the rest of the spool and return the names of the billed videos."""
     usage = Usage(Policy(api_url=api.url, spool_dir=variables["OPENMETER_SPOOL_DIR"]))
     assert usage.flush(LONG)
     usage.close()
@@ -60,7 +60,7 @@ def test_a_thousand_jobs_of_celery(
         return not broker.llen("celery") and not broker.hlen("unacked")
 
     def drained() -> dict[str, dict[str, Any]]:
-        until(is_idle, LONG, told=lambda: (len(results()), broker.hlen("unacked")))
+        until(is_idle, LONG, failure=lambda: (len(results()), broker.hlen("unacked")))
         return results()
 
     command = ("celery", "-A", "celery_worker:queue", "worker", "--concurrency", "2")
@@ -77,7 +77,7 @@ def test_a_thousand_jobs_of_celery(
         drained()
 
     assert int(broker.get("runs") or 0) >= len(first) + 50
-    # Redis forgets a job that a worker takes at the moment in which it is killed.
+    # A job is lost if its worker is killed at the moment of taking it from Redis.
     lost = len(names) - len(first)
     assert lost < KILLS
     assert len(first) - len(succeeded) >= len(names) // 3 - lost
@@ -90,7 +90,7 @@ def test_a_thousand_jobs_of_celery(
 
 
 def again(variables: dict[str, str], done: list[dict[str, Any]]) -> None:
-    """Have tasks run a second time, with the same tickets."""
+    """Run tasks a second time, with the same tickets."""
     from celery import Celery
 
     with Celery("videos", broker=variables["REDIS_URL"]) as queue:
@@ -114,7 +114,7 @@ def test_a_few_jobs_of_rq(
     with Process(*command, variables=variables) as worker:
         for _ in range(3):
             worker.kill_a_child()
-        until(lambda: counts()[:2] == (0, 0), LONG, told=counts)
+        until(lambda: counts()[:2] == (0, 0), LONG, failure=counts)
         succeeded = counts()[2]
 
     videos = sorted(name for name in names if name.startswith("video"))

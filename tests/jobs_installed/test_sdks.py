@@ -1,4 +1,4 @@
-"""The answers and streams of the real SDKs, over HTTP, from recorded bodies."""
+"""Usage of the responses and streams of real SDKs, over HTTP with recorded bodies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture
 def provider() -> Iterator[Callable[[str], str]]:
-    """Return what has a server answer every request with a recorded body."""
+    """A function that serves a recorded body and returns the server's address."""
     bodies: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,9 +1,9 @@
 """Make the links of a README work outside of its repository, as on PyPI.
 
-``python -m tests.packaging.absolute_links README.md [ADDRESS]`` rewrites the file: its
-links to files of the repository lead to ADDRESS, the page of a file without its path
-(https://…/blob/main). Pictures need the file itself, which the same sites have under
-/raw/. Without an address the text of a link stays, and a picture is removed.
+``python -m tests.packaging.absolute_links README.md [ADDRESS]`` rewrites the file. Its
+links to files of the repository get the prefix ADDRESS (https://…/blob/main); pictures
+get it with /raw/ instead of /blob/, where the same sites have the file itself. Without
+ADDRESS, links become plain text and pictures are removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)]+)\)")
 
 
 def absolute(text: str, address: str) -> str:
-    """Return *text* with its links to files of the repository below *address*."""
+    """Return *text* with the prefix *address* in its links to repository files."""
 
     def replace(found: re.Match[str]) -> str:
         picture, words, target = found.groups()

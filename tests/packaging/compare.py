@@ -1,9 +1,10 @@
-"""Compare a wheel with the one before: public names, entry points, data files.
+"""Compare a wheel with an earlier one: public names, entry points, data files.
 
     python -m tests.packaging.compare BEFORE.whl AFTER.whl
 
-It ends with 1 if something that was there is not. Both are imported as they are, by the
-Python that runs this, which must have what their extras need.
+The exit status is 1 if the new wheel lacks something. Both wheels are imported without
+installing them, by the Python that runs this program. It must have the dependencies of
+all extras.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-#: What users import from.
+#: The public modules.
 MODULES = (
     "openmeter_wsgi", "openmeter_wsgi.django", "openmeter_wsgi.django.rest_framework",
     "openmeter_wsgi.flask", "openmeter_wsgi.prometheus", "openmeter_wsgi.sandbox",
@@ -39,7 +40,7 @@ print(json.dumps(found))
 
 
 def contents(wheel: Path) -> dict[str, set[str]]:
-    """Return what a wheel offers, by kind."""
+    """Return the public names, entry points and data files of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (points,) = (name for name in names if name.endswith("entry_points.txt"))
@@ -66,7 +67,7 @@ def contents(wheel: Path) -> dict[str, set[str]]:
 
 
 def main() -> int:
-    """Print what is new and what is missing, and return 1 if anything is missing."""
+    """Print the new and the missing names; return 1 if a name is missing."""
     before, after = (contents(Path(name)) for name in sys.argv[1:])
     is_complete = True
     for kind, names in before.items():

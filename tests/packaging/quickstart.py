@@ -1,7 +1,7 @@
 """Run the README's first example as a new user would, against a sandbox.
 
-Both come from the environment that this is run in: nothing of a checkout is used but
-the text of the README.
+The package and the sandbox are those installed for the Python that runs this program.
+Only the README comes from the checkout.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import requests
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Longer than anything takes here.
+#: Maximum number of seconds to wait.
 PATIENCE = 30.0
 _ROUTE = re.compile(r'@app\.(get|post|put|delete|route)\("([^"<]+)"')
 
 
 def main(readme: str) -> None:
-    """Run it, and fail unless every request became usage with a subject."""
+    """Run the example and fail unless each request became an event with a subject."""
     code = first_example(Path(readme).read_text())
     Path("quickstart.py").write_text(code)
     routes = _ROUTE.findall(code)
@@ -47,7 +47,7 @@ def main(readme: str) -> None:
 
 
 def first_example(text: str) -> str:
-    """Return the first block of Python in a page."""
+    """Return the first Python block of a page."""
     found = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert found, "the page has no example in Python"
     return found[1]
@@ -55,7 +55,7 @@ def first_example(text: str) -> str:
 
 @contextlib.contextmanager
 def serving(command: list[str], says: str, **variables: str) -> Iterator[str]:
-    """Start a server, and yield the address that it says it listens on."""
+    """Start a server and yield its address, which follows *says* in its output."""
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -65,20 +65,20 @@ def serving(command: list[str], says: str, **variables: str) -> Iterator[str]:
     ) as process:
         try:
             assert process.stdout is not None
-            said = []
+            output = []
             for line in process.stdout:
-                said.append(line)
+                output.append(line)
                 if found := re.search(rf"{says} (http://\S+)", line):
                     yield found[1]
                     break
             else:
-                raise AssertionError("".join(said))
+                raise AssertionError("".join(output))
         finally:
             process.terminate()
 
 
 def events(openmeter: str, *, at_least: int) -> list[dict[str, Any]]:
-    """Return what has arrived, as soon as it has."""
+    """Wait for *at_least* events, and return all events."""
     assert at_least, "the example has no routes"
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -86,7 +86,7 @@ def events(openmeter: str, *, at_least: int) -> list[dict[str, Any]]:
         if len(listed) >= at_least:
             return [each["event"] for each in listed]
         time.sleep(0.1)
-    raise AssertionError(f"{at_least} events expected, {len(listed)} have arrived")
+    raise AssertionError(f"expected {at_least} events, got {len(listed)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run where they are asked for: they need root, and what `install` installs."""
+"""Collect these tests only on request: they need root and the script `install`."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    asked = any("servers_installed" in argument for argument in config.args)
-    return None if asked else True
+    is_requested = any("servers_installed" in argument for argument in config.args)
+    return None if is_requested else True

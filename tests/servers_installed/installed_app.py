@@ -1,6 +1,8 @@
-"""What the servers here serve: `/` is billed, `/ticks` tells whether threads run.
+"""WSGI application that these servers serve.
 
-`/closes-slowly` is billed as well, when it is closed, which takes a while.
+`/` is billed. `/ticks` returns the count of a thread, which shows if threads run
+between requests. `/closes-slowly` is billed when its response is closed, which takes
+half a second.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ INTERVAL = 0.02
 
 
 class _Ticks:
-    """A thread that counts, from the first question on how far it is."""
+    """A thread that counts; the first call of `so_far` starts it."""
 
     def __init__(self) -> None:
         self._starting = threading.Lock()
@@ -64,7 +66,7 @@ class _ClosesSlowly:
         threading.Event().wait(0.5)
 
 
-#: Where to and by which way is in the server's environment.
+#: Variables of the environment set OpenMeter's address and the spool.
 application = OpenMeterMiddleware(
     _app,
     meters={"requests": 1},

@@ -1,4 +1,4 @@
-"""The files in examples/deploy that need more than Python, run as they stand."""
+"""Tests of the unchanged files in examples/deploy that need more than Python."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_uwsgi_delivers_while_it_is_idle_and_at_its_end(
     uwsgi: str, openmeter: OpenMeterServer, tmp_path: Path
 ) -> None:
     env = settings(openmeter)
-    # Debian's runs its own Python, to which an editable install says nothing.
+    # Debian's uWSGI runs Debian's Python, which ignores an editable install.
     package = str(Path(openmeter_wsgi.__file__).parents[1])
     path = [env["PYTHONPATH"], package, sysconfig.get_path("platlib")]
     env["PYTHONPATH"] = os.pathsep.join(path)
@@ -100,19 +100,19 @@ def test_mod_wsgi_delivers_from_a_spool_of_its_user(
     host, port = free_address()
     owner = user()
     code = readable_copy(directory / "code", DEPLOY / "wsgi.py")
-    said = (DEPLOY / "apache.conf").read_text()
-    said = said.replace("python-home=/srv/app/.venv ", "").replace(
+    site = (DEPLOY / "apache.conf").read_text()
+    site = site.replace("python-home=/srv/app/.venv ", "").replace(
         "/srv/app", str(code)
     )
-    said = re.sub(
-        r"user=\S+ group=\S+", f"user={owner.pw_name} group=#{owner.pw_gid}", said
+    site = re.sub(
+        r"user=\S+ group=\S+", f"user={owner.pw_name} group=#{owner.pw_gid}", site
     )
     configuration = directory / "apache.conf"
     configuration.write_text(
         HOST.format(
             directory=directory, host=host, port=port,
             user=owner.pw_name, group=owner.pw_gid,
-        ) + said
+        ) + site
     )  # fmt: skip
     env = settings(openmeter, OPENMETER_SPOOL_DIR=str(directory / "spool"))
     command = ["/usr/sbin/apache2", "-f", str(configuration), "-DFOREGROUND"]
@@ -136,25 +136,25 @@ def test_systemd_finds_nothing_wrong_with_a_unit(name: str, tmp_path: Path) -> N
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
-    said = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
-    assert (done.returncode, said) == (0, []), done.stderr
+    complaints = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
+    assert (done.returncode, complaints) == (0, []), done.stderr
 
 
 @pytest.fixture
 def compose() -> Any:
-    """What the compose file says."""
+    """The contents of the compose file."""
     return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
 
 def one_event_a_request(request: Request) -> Any:
-    """As a collector answers that takes no list."""
+    """Answer as a collector that accepts only single events."""
     return problem(400, "invalid event") if request.is_array else None
 
 
 def test_the_containers_deliver_to_a_collector(
     compose: Any, openmeter: OpenMeterServer, tmp_path: Path
 ) -> None:
-    """Their commands and variables, in processes of this machine."""
+    """Run the commands of the containers, with their variables, on this machine."""
     app, ship = (compose["services"][name] for name in ("app", "ship"))
     spool = make_state_directory(tmp_path / "spool")
     openmeter.rule = one_event_a_request

@@ -1,4 +1,4 @@
-"""A disk that is really full, or read-only: a small one, which only root can mount."""
+"""A full or read-only disk: a small file system, which only root can mount."""
 
 import contextlib
 import json
@@ -41,14 +41,14 @@ def test_a_full_disk_hurts_nobody_and_passes(openmeter, tmp_path, form):
         openmeter.wait_for(400)
         assert one.flush(20)
         one.close(10)
-        # The form that is written tears a line when the disk is full.
+        # A segment in the form WRITTEN has a torn line when the disk is full.
         assert one.counts.dropped.keys() <= {"unreadable", "dead_letters_full"}
         assert segments(disk / "spool") == []
 
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A spool in which an event waits, on a disk that takes nothing any more."""
+    """A spool with a waiting event, on a disk that is now read-only."""
     with small_disk(tmp_path / "disk") as disk:
         put(disk / "spool", event_of("1"), form=WRITTEN)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -1,4 +1,4 @@
-"""A gevent worker has one thread: whatever blocks it blocks every request."""
+"""gevent workers, in which a blocking call would block every request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from openmeter_server import OpenMeterServer
 
 
-#: Patches after the application was made, as a late import of gevent does.
+#: A server that calls gevent's monkey.patch_all() after the application was made.
 PATCHED_LATE = """
 import sys
 from installed_app import application
@@ -38,7 +38,7 @@ def deliver(
     openmeter: OpenMeterServer,
     directory: Path,
 ) -> None:
-    """Serve, stop as a deployment does, and see that everything arrives once."""
+    """Serve, stop as a deployment does, and check that each event arrives once."""
     spool = {"OPENMETER_SPOOL_DIR": str(directory / "spool")}
     env = variables(openmeter, **(spool if queue == "spool" else {}))
     with InstalledServer(command, address, directory / "log", env) as server:

@@ -1,4 +1,4 @@
-"""granian's workers are processes of multiprocessing, which `atexit` does not know."""
+"""granian, whose workers are multiprocessing processes and run no atexit hooks."""
 
 from __future__ import annotations
 

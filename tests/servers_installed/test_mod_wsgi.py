@@ -1,4 +1,4 @@
-"""Apache's mod_wsgi starts Python in processes of its own, under another user."""
+"""Apache's mod_wsgi, which runs Python in daemon processes of another user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from openmeter_server import OpenMeterServer
 
-#: openmeter_wsgi's dependencies and theirs.
+#: All direct and indirect dependencies of openmeter_wsgi.
 _PACKAGES = (
     "certifi", "charset_normalizer", "idna", "markupsafe", "msgspec", "requests",
     "urllib3", "werkzeug",
@@ -51,7 +51,7 @@ WSGIScriptAlias / {app}
 
 @contextmanager
 def apache_directory() -> Iterator[Path]:
-    """Make a directory of the user as whom Apache's processes run."""
+    """Make a directory that belongs to the user of Apache's processes."""
     with tempfile.TemporaryDirectory() as made:
         owner = user()
         os.chown(made, owner.pw_uid, owner.pw_gid)
@@ -69,7 +69,7 @@ def user() -> pwd.struct_passwd:
 
 
 def readable_copy(code: Path, app: Path) -> Path:
-    """Copy what the application imports: its user may not read the checkout."""
+    """Copy the application and its packages: Apache's user cannot read the checkout."""
     packages = Path(sysconfig.get_path("platlib"))
     for name in _PACKAGES:
         shutil.copytree(packages / name, code / name)

@@ -22,12 +22,12 @@ from openmeter_wsgi.quota.store import STORE_TIMEOUT
 from openmeter_wsgi.quota.visibility_mark import FixedLag
 from spooling import until
 
-#: No step takes so long, on whatever machine; a Redis that hangs, for ever.
+#: Maximum number of seconds of a step, also on a slow machine.
 LONG = 30.0
 
 
 class Redis:
-    """A server of our own, on 127.0.0.1."""
+    """A Redis server for one test, on 127.0.0.1."""
 
     def __init__(self, directory):
         self._directory = directory
@@ -100,7 +100,7 @@ class TestRedisStore(LedgerContract):
     @pytest.fixture
     def crash(self, clock):
         def crash(ledger):
-            """Let its lease expire; the others renew theirs meanwhile."""
+            """Let the lease of a ledger expire, while the others renew theirs."""
             ledger._lessee = None
             clock.now += LESSEE_TTL + 1
 
@@ -164,7 +164,7 @@ class TestRedisStore(LedgerContract):
 
 
 class RedisMachine(Machine):
-    """A host whose store is Redis; the dead are found out when their time is up."""
+    """Workers with a store in Redis: a dead one is noticed when its lease expires."""
 
     step = LESSEE_TTL / 20
     url = ""
@@ -198,14 +198,14 @@ def test_while_redis_is_away_the_spools_store_stands_in(server, tmp_path, caplog
     outcome = account.reserve(50.0)
     assert time.monotonic() - began < LONG
     assert isinstance(outcome, Reservation)
-    assert isinstance(account.reserve(20.0), NotReserved)  # it knows of the 40
+    assert isinstance(account.reserve(20.0), NotReserved)  # the 40 still count
     assert "Redis at 127.0.0.1" in caplog.text
     outcome.settle(50.0)
 
-    server.start()  # and has forgotten everything
+    server.start()  # with empty memory
     ledger.maintain()
     until(lambda: ledger.maintain() or "counted here again" in caplog.text)
-    assert isinstance(account.reserve(20.0), NotReserved)  # it was told of the 90
+    assert isinstance(account.reserve(20.0), NotReserved)  # Redis has the 90
     assert isinstance(account.reserve(10.0), Reservation)
     end(ledger)
 
@@ -222,7 +222,7 @@ def test_a_redis_that_hangs_costs_a_request_a_moment_and_only_once(server, caplo
         began = time.monotonic()
         for _ in range(100):
             ledger.account("other").reserve(1.0)
-        # Half of what it would be if each waited for the store.
+        # Half of the time that it would take if each request waited for the store.
         assert time.monotonic() - began < 50 * STORE_TIMEOUT
     finally:
         server.resume()
@@ -272,7 +272,7 @@ def test_a_url_of_something_else_is_a_configuration_error():
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("redis://:hunter2@127.0.0.1/0?socket_timeout=60", "got 'socket_timeout'"),
         ("redis://:hunter2@127.0.0.1/0?decode_responses=no", "got 'decode_responses'"),
@@ -282,11 +282,11 @@ def test_a_url_of_something_else_is_a_configuration_error():
         ("redis://:hunter2@127.0.0.1/0?ssl_cert_reqs=none", "the URL cannot be used"),
     ],
 )
-def test_an_option_that_cannot_work_is_refused_at_start(url, said):
+def test_an_option_that_cannot_work_is_refused_at_start(url, message):
     with pytest.raises(ConfigError) as caught:
         open_store(redis_url=url)
 
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "redis_url" in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -305,14 +305,14 @@ def test_an_option_that_works_is_taken(server, options):
 
 
 class Host:
-    """A ledger on a host whose clock is *ahead* by so many seconds."""
+    """A ledger on a host whose clock is *ahead* seconds ahead."""
 
     def __init__(self, url, ahead, openmeter):
         self.clock = lambda: time.time() + ahead
         self.openmeter = openmeter
         self.ledger = Ledger(
             RedisStore(url, clock=self.clock),
-            # What is spent is delivered at once.
+            # Usage is delivered at once.
             visible_until=FixedLag(self.clock, 0.4, self.clock).until,
             clock=self.clock,
         )
@@ -323,7 +323,7 @@ class Host:
         self.account.answered(self.openmeter.balance(), asked_at)
 
     def serve(self):
-        """Serve one request, if that is allowed."""
+        """Serve one request if it is allowed."""
         outcome = self.account.reserve(1.0)
         if isinstance(outcome, NotReserved):
             return outcome
@@ -333,7 +333,7 @@ class Host:
 
 
 class Lagging:
-    """An OpenMeter that shows usage a moment after it has arrived."""
+    """Model of OpenMeter: usage is visible 0.2 seconds after its arrival."""
 
     def __init__(self, quota):
         self.quota = quota
@@ -363,8 +363,8 @@ def test_two_hosts_whose_clocks_differ_serve_the_whole_quota(server, ahead, capl
     until(is_used_up)
 
     assert len(openmeter.used_at) == 500
-    said = [r.getMessage() for r in caplog.records if "clock" in r.getMessage()]
-    assert len(said) == (ahead != 0.0)
+    lines = [r.getMessage() for r in caplog.records if "clock" in r.getMessage()]
+    assert len(lines) == (ahead != 0.0)
     for host in hosts:
         end(host.ledger)
 

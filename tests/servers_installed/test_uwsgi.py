@@ -1,4 +1,4 @@
-"""uWSGI forks in C, where no hook of Python's runs, and may leave threads no time."""
+"""uWSGI, which forks in C without Python's hooks, and may not run threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from installed import (
 if TYPE_CHECKING:
     from openmeter_server import OpenMeterServer
 
-#: Today's always lets threads run, Debian's only where it is told to.
+#: The newest uWSGI always runs threads, Debian's only with --enable-threads.
 TODAYS = str(Path(sys.executable).with_name("uwsgi"))
 DEBIANS = "/usr/bin/uwsgi_python3"
 LOADING = {"lazy": ["--lazy-apps"], "forked": []}
@@ -35,7 +35,7 @@ RUNNING = {
     "debians": [DEBIANS, "--enable-threads"],
     "no-threads": [DEBIANS],
 }
-#: By die-on-term a worker that is busy would end without its exit hooks.
+#: With die-on-term a busy worker would end without its exit hooks.
 STOPPING = ("--hook-master-start", "unix_signal:15 gracefully_kill_them_all")
 WITH_THREADS = ("threaded", "todays", "debians")
 
@@ -45,7 +45,7 @@ def uwsgi(
 ) -> InstalledServer:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
-    # Debian's runs its own Python, to which an editable install says nothing.
+    # Debian's uWSGI runs Debian's Python, which ignores an editable install.
     package = str(Path(openmeter_wsgi.__file__).parents[1])
     path = [env["PYTHONPATH"], package, sysconfig.get_path("platlib")]
     env = {**env, "PYTHONPATH": os.pathsep.join(path)}
@@ -55,7 +55,7 @@ def uwsgi(
         "--module", "installed_app", *LOADING[loading],
     ]  # fmt: skip
     server = InstalledServer(command, address, log, env)
-    # A worker that is told to stop while it still loads the application has failed.
+    # A worker fails if it is stopped while it still loads the application.
     loaded = processes if loading == "lazy" else 1
     wait_until(lambda: log.read_text().count("(mountpoint='') ready") == loaded)
     return server
@@ -94,7 +94,7 @@ def test_threads_run_between_requests_only_where_they_are_enabled(
         ticks = int(server.get("/ticks")) - before
 
     assert (ticks > 15) is run
-    assert run or ticks <= 3  # at most a turn within each of the two requests
+    assert run or ticks <= 3  # threads run only within the two requests
 
 
 @pytest.mark.parametrize("loading", LOADING)
@@ -116,7 +116,7 @@ def test_a_worker_that_is_stopped_in_the_middle_of_a_request_delivers_all(
 
     with uwsgi("lazy", running, tmp_path / "log", env, processes=1) as server:
         server.get("/", subject="early")
-        # The client has the last byte; the worker is still in the close().
+        # The client has the whole body while the worker is still in close().
         server.get("/closes-slowly", subject="late")
         server.stop()
 
@@ -157,7 +157,7 @@ def test_without_threads_an_idle_worker_keeps_nobody_from_delivering_the_spool(
 
     assert_billed_once(openmeter, names)
     log = (tmp_path / "log").read_text()
-    # Of each worker that has served, once.
+    # One line for each worker that has served.
     assert 1 <= log.count("uWSGI leaves threads no time") <= 2
 
 

@@ -1,6 +1,6 @@
-"""A program of a user's: right, and wrong in each line that says so.
+"""Sample program for type checkers; each line with an error has a comment "wrong".
 
-`tests/test_typed_options.py` has mypy and pyright look at it. It is never run.
+`tests/test_typed_options.py` checks it with mypy and pyright. It is never run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Views of the API, each billed in another way."""
+"""Views of the API, each billed in a different way."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ PAGE = b"x" * 1024
 
 
 class Products(ViewSet):
-    """Nothing to do: a request that succeeds is one ``api-request``."""
+    """Products; no code is needed to bill one ``api-request`` for each request."""
 
     def list(self, request: Request) -> Response:
         return Response(PRODUCTS)
 
     def retrieve(self, request: Request, pk: str) -> Response:
-        """Not found is not billed."""
+        """Return a product; a 404 is not billed."""
         if pk not in PRODUCTS:
             raise NotFound
         return Response({"name": PRODUCTS[pk]})
 
 
 class Chat(APIView):
-    """Answers as a language model would, and bills tokens on top of the request."""
+    """A fake language model that bills tokens in addition to the request."""
 
     def post(self, request: Request) -> Response:
         prompt, wanted = request.data["prompt"], request.data["max_tokens"]
@@ -55,7 +55,7 @@ class Chat(APIView):
 
 
 class Report(APIView):
-    """For customers whose plan has the feature, and not too often."""
+    """Reports for customers with the feature "reports", with a rate limit."""
 
     required_entitlements = ("reports",)
     throttle_classes = (ScopedRateThrottle,)
@@ -68,12 +68,12 @@ class Report(APIView):
 
 @api_view()
 def export(request: Request, pages: int) -> StreamingHttpResponse:
-    """Stream pages, a credit each."""
+    """Stream pages for a credit each."""
 
     def stream() -> Iterator[bytes]:
         for _ in range(min(pages, 100)):
             yield PAGE
-            # Only now has the server passed the page on: what was not sent is free.
+            # Bill the page only now, when the server has sent it.
             add_meters(request, {"credits": 1})
 
     return StreamingHttpResponse(stream(), content_type="text/plain")
@@ -82,5 +82,5 @@ def export(request: Request, pages: int) -> StreamingHttpResponse:
 @require_GET
 @no_meter
 def health(request: HttpRequest) -> Any:
-    """What a load balancer asks is nobody's usage."""
+    """Answer a load balancer; its requests are not billed."""
     return HttpResponse("ok")

@@ -9,6 +9,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
 from openmeter_wsgi.django.settings import check_configuration, policy_of_settings
+from openmeter_wsgi.django.view_checks import WRONG_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Command(BaseCommand):
-    """Run the checks, with the settings of the project."""
+    """The command ``openmeter_check``, which checks the settings of the project."""
 
     help = "Validate the configuration against the server; each problem has a remedy."
-    #: Its own are part of what it reports.
+    #: No system checks run before the command, which reports those of this package.
     requires_system_checks: list[str] | tuple[str, ...] = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -35,7 +36,7 @@ class Command(BaseCommand):
         parser.add_argument("--json", action="store_true", help="Print JSON.")
 
     def handle(self, *_: Any, **options: Any) -> None:
-        """Look, and end as ``openmeter-wsgi check`` does."""
+        """Run the checks, and exit as ``openmeter-wsgi check`` does."""
         try:
             from openmeter_wsgi.cli.check import FrameworkProject, command
         except ModuleNotFoundError as missing:
@@ -64,5 +65,9 @@ def _findings() -> Iterator[Finding]:
     from openmeter_wsgi.cli.findings import failure, warning
 
     for message in check_configuration():
+        if message.is_silenced():
+            continue
+        if message.id == WRONG_FEATURES and settings.WSGI_APPLICATION:
+            continue  # the check of the application's views has the same finding
         finding = failure if message.is_serious() else warning
         yield finding("settings", message.msg, message.hint or "")

@@ -1,4 +1,4 @@
-"""``manage.py create_customer NAME``: a user, and the token of its API calls."""
+"""Create a user with a token for API calls: ``manage.py create_customer NAME``."""
 
 from typing import Any
 
