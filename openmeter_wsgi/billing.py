@@ -95,7 +95,7 @@ class Billing:
         self.not_metered: NotMetered = NotMetered(name, policy.audit)
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        #: True if a request passes only with certain entitlements.
+        #: True if a request is allowed only with certain entitlements.
         self.requires_entitlements: bool = bool(policy.required_entitlements)
         #: True if responses get RateLimit headers.
         self.adds_quota_headers: bool = (
