@@ -29,7 +29,7 @@ from openmeter_wsgi.entitlements.client import (
     Answer,
     Terms,
 )
-from openmeter_wsgi.entitlements.lookup import Breaker
+from openmeter_wsgi.entitlements.questions import Breaker
 from openmeter_wsgi.entitlements.service import EntitlementService
 from openmeter_wsgi.errors import Unavailable
 from openmeter_wsgi.events import RequestIds
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.decision import Reason
-    from openmeter_wsgi.entitlements.lookup import AskOpenMeter, Question
+    from openmeter_wsgi.entitlements.lookup import AskOpenMeter
+    from openmeter_wsgi.entitlements.questions import Question
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Problem
 
