@@ -111,7 +111,7 @@ class Usage:
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send the queued events; return True if no event is left in time. Any thread.
+        """Send the queued events; return True if none is left at the end. Any thread.
 
         :param timeout: maximum wait in seconds; None waits until OpenMeter answers.
         """

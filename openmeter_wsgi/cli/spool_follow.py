@@ -113,7 +113,7 @@ class Following:
             (name, directory)
             for directory in spool_directories(self._root)
             for entry in _entries(directory)
-            if (name := read_name(entry)) and not name.unfinished
+            if (name := read_name(entry)) and not name.being_made
         ]
         return {name.key: (directory, name) for name, directory in sorted(found)}
 

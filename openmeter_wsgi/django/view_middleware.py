@@ -92,7 +92,7 @@ class SubjectAtPath(LastingSubject):
         read = path_reader(path, root)
         super().__init__(lambda environ: read(_request_of(environ)))
         #: The whole path, such as ``request.user.pk``.
-        self.path = f"{root}.{path}"
+        self.path: str = f"{root}.{path}"
 
 
 def _request_of(environ: dict[str, Any]) -> HttpRequest | None:
