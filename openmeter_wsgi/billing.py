@@ -2,11 +2,11 @@
 
 There is one `Billing` per policy: of the middleware, of a route, of a view. The
 response calls it on the thread of the request. `Billing.events` handles every response.
-`FastPath.events` handles the common case at half the cost: a completed response to a
-request without run-time usage, if the policy's events depend only on the status and the
-subject (`_has_fast_path` lists the conditions). Both return the same events.
+`FastPath.events` handles the common case at half the cost: a completed response, no
+usage set by the handler, and events that depend only on the status and the subject
+(`_has_fast_path` lists the conditions). Both return the same events.
 
-A request that becomes no event is counted with its reason (see `audit`).
+A request that becomes no event is counted with its reason: see `not_metered`, a module.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.exchange import Exchange
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.process import Process
-    from openmeter_wsgi.request import RequestRecord, RunTimeUsage
+    from openmeter_wsgi.request import HandlerUsage, RequestRecord
 
 logger: Final = log.get_logger(__name__)
 
@@ -120,8 +120,8 @@ class Billing:
         #: body; None if the policy has no measures, so that nothing is captured.
         self.body_readers: frozenset[str] | None = _body_readers(policy, self._when)
         self._meter_options = policy.meter_options
-        #: True if this policy bills requests that no rule matches: it has routes, or
-        #: belongs to the rule ``*``.
+        #: True if requests that no rule matched are billed here: by the middleware's
+        #: policy (only that one has `routes`) or by the policy of the rule ``*``.
         self._bills_unmatched = policy.routes is not None or name == EVERY_OTHER
         #: None if the policy needs `Billing.events` for every response.
         self.fast_path: FastPath | None = (
@@ -211,16 +211,16 @@ class Billing:
         an Exception: an internal error is logged and counted, the events of this
         request are lost, and the response is not changed.
         """
-        run_time, status = request.usage, request.status
+        handler_usage, status = request.usage, request.status
         try:
-            if run_time is not None and run_time.is_denied:
+            if handler_usage is not None and handler_usage.is_denied:
                 return self.not_metered.count("denied", environ, status)
             if (
                 self._bills_unmatched
                 and (other := self._stricter_route_billing(environ)) is not None
             ):
                 return other.events(environ, request, outcome, exchange)
-            if reason := self._status_reason(environ, run_time, status):
+            if reason := self._status_reason(environ, handler_usage, status):
                 return self.not_metered.count(reason, environ, status)
             encoded = self._encode_events(environ, request, outcome, exchange)
             if isinstance(encoded, str):
@@ -257,7 +257,7 @@ class Billing:
         return other
 
     def _status_reason(
-        self, environ: Environ, run_time: RunTimeUsage | None, status: str | None
+        self, environ: Environ, handler_usage: HandlerUsage | None, status: str | None
     ) -> str | None:
         """Return the reason for not billing this status, None if it is billed."""
         if not status:
@@ -265,7 +265,7 @@ class Billing:
         if not self.bills(status):
             return "status"
         if is_options(environ) and not self._meter_options:
-            return "options" if run_time or self._has_meters else "no_usage"
+            return "options" if handler_usage or self._has_meters else "no_usage"
         return None
 
     def _encode_events(
@@ -276,10 +276,10 @@ class Billing:
         exchange: Exchange | None,
     ) -> Sequence[bytes] | str:
         """Return the encoded events, or the reason if nothing is billed."""
-        run_time = request.usage
-        if reason := self._exclusion_reason(run_time, outcome, exchange):
+        handler_usage = request.usage
+        if reason := self._exclusion_reason(handler_usage, outcome, exchange):
             return reason
-        meters = self._meters(run_time, outcome, exchange)
+        meters = self._meters(handler_usage, outcome, exchange)
         if isinstance(meters, str):
             return meters
         subject = self.subjects.find(environ)
@@ -295,11 +295,17 @@ class Billing:
                 "request have one",
                 "no_subject", ", ".join(map(repr, without)),
             )  # fmt: skip
-        if run_time is not None and run_time.idempotency_key and outcome is COMPLETED:
-            meters = with_ids_per_subject(environ, meters, run_time.idempotency_key)
+        if (
+            handler_usage is not None
+            and handler_usage.idempotency_key
+            and outcome is COMPLETED
+        ):
+            meters = with_ids_per_subject(
+                environ, meters, handler_usage.idempotency_key
+            )
         events = encode_events(
             meters,
-            request_id=self.id_source.id_of(environ, run_time, subject, outcome),
+            request_id=self.id_source.id_of(environ, handler_usage, subject, outcome),
             subject=subject,
             source=self.policy.event_source,
         )
@@ -342,14 +348,17 @@ class Billing:
         return kept
 
     def _exclusion_reason(
-        self, run_time: RunTimeUsage | None, outcome: str, exchange: Exchange | None
+        self,
+        handler_usage: HandlerUsage | None,
+        outcome: str,
+        exchange: Exchange | None,
     ) -> str | None:
         """Return the reason if outcome, view or ``meter_when`` rule out any event."""
         if self._part_billed(outcome) == "none":
             return outcome
-        if run_time is not None and run_time.is_unmetered:
+        if handler_usage is not None and handler_usage.is_unmetered:
             return "no_meter"
-        if run_time is not None and None in run_time.deferred:
+        if handler_usage is not None and None in handler_usage.deferred:
             return "deferred"
         if self._when is None or exchange is None:
             return None
@@ -366,10 +375,15 @@ class Billing:
         return policy.on_failure if outcome is FAILED else policy.on_abort
 
     def _meters(
-        self, run_time: RunTimeUsage | None, outcome: str, exchange: Exchange | None
+        self,
+        handler_usage: HandlerUsage | None,
+        outcome: str,
+        exchange: Exchange | None,
     ) -> Sequence[Meter] | str:
         """Return the meters of policy and handler, or the reason for having none."""
         policy = self.policy
+        # Flat prices are the amounts that are fixed in the policy (`policy.static`);
+        # 'measured' leaves them out.
         with_flat = self._part_billed(outcome) == "all"
         usage = policy.static if with_flat else CheckedUsage({}, ())
         missing: Sequence[tuple[str, Measure, str]] = ()
@@ -385,9 +399,9 @@ class Billing:
             for meter_type, measure, reason in missing:
                 self._warn_of_missing(exchange, meter_type, measure, reason)
             self._report_remarks(exchange)
-        if run_time is not None:
-            usage = run_time.merged(usage, with_flat=with_flat)
-            if run_time.deferred and not usage.types:
+        if handler_usage is not None:
+            usage = handler_usage.merged(usage, with_flat=with_flat)
+            if handler_usage.deferred and not usage.types:
                 return "deferred"
         if meters := policy.as_meters(usage):
             for _, _, reason in missing:
@@ -439,8 +453,8 @@ class FastPath:
     """Encodes events of completed responses from prepared templates. Any thread.
 
     Only for policies whose events depend on status and subject alone, and for requests
-    without run-time usage. For these `Billing.events` returns the same events, at twice
-    the cost.
+    without usage set by the handler. For these `Billing.events` returns the same
+    events, at twice the cost.
     """
 
     def __init__(self, billing: Billing) -> None:
@@ -542,13 +556,17 @@ class RequestIdSource:
     def id_of(
         self,
         environ: Mapping[str, Any],
-        run_time: RunTimeUsage | None,
+        handler_usage: HandlerUsage | None,
         subject: str | None,
         outcome: str,
     ) -> str:
         """Return the id of a request that ended with *outcome*."""
-        if run_time is not None and run_time.idempotency_key and outcome is COMPLETED:
-            return _derived_id(environ, subject, run_time.idempotency_key)
+        if (
+            handler_usage is not None
+            and handler_usage.idempotency_key
+            and outcome is COMPLETED
+        ):
+            return _derived_id(environ, subject, handler_usage.idempotency_key)
         if self._environ_key:
             given = str(environ.get(self._environ_key, ""))
             if (

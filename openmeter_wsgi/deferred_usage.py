@@ -16,7 +16,7 @@ import msgspec
 from openmeter_wsgi.errors import ConfigError, MeterValueError, TicketError, safe_repr
 from openmeter_wsgi.request import (
     COMPLETED,
-    RunTimeUsage,
+    HandlerUsage,
     environ_of,
     unsettled_record,
 )
@@ -73,14 +73,14 @@ def defer(request: object, meters: str | Iterable[str] | None = None) -> str:
     billing = record.billing
     signer = _signers(billing.policy)[0]
     if record.usage is None:
-        record.usage = RunTimeUsage()
-    run_time = record.usage
+        record.usage = HandlerUsage()
+    handler_usage = record.usage
     subject = billing.subjects.find(environ)
-    request_id = billing.id_source.id_of(environ, run_time, subject, COMPLETED)
-    if run_time.deferred:
+    request_id = billing.id_source.id_of(environ, handler_usage, subject, COMPLETED)
+    if handler_usage.deferred:
         # Each job of a request gets its own event ids.
-        request_id += f"/{len(run_time.deferred) + 1}"
-    run_time.deferred += (types,)
+        request_id += f"/{len(handler_usage.deferred) + 1}"
+    handler_usage.deferred += (types,)
     ticket = Ticket(
         subject=subject,
         policy=billing.name,

@@ -181,7 +181,10 @@ class OpenMeterMiddleware:
         return process
 
     def _confirmed_process(self) -> Process:
-        """Return the `Process` of this process, and mark its guard as confirmed."""
+        """Return the `Process` of this process, after the check for a fork and gevent.
+
+        Its guard remembers the result, so that later requests skip the check.
+        """
         process = self.process()
         process.guard.confirm()
         return process

@@ -284,7 +284,8 @@ def subject(value: Any) -> Any:
     name = name.strip()
     if kind != "header" or not name.replace("-", "").isalnum() or not name.isascii():
         raise ValueError(
-            f"expected a callable on the environ or 'header:Name', got {value!r}"
+            "expected a callable that takes the environ, or 'header:Name', got "
+            f"{value!r}"
         )
     if name.lower() in _SECRET_HEADERS:
         raise ValueError(

@@ -513,7 +513,7 @@ class Policy(BillingOptions, EntitlementOptions, DeliveryOptions):
 
     @property
     def static_meters(self) -> tuple[Meter, ...]:
-        """The meters of a request without run-time usage."""
+        """The meters of a request without usage set by the handler."""
         return self.as_meters(self.static)
 
     def as_meters(self, usage: CheckedUsage) -> tuple[Meter, ...]:

@@ -116,7 +116,7 @@ COUNTERS = (
     Figure("delivery_retries", "Attempts after the first one of a batch.", (),
             _one("retries")),
     Figure("delivery_ambiguous",
-            "Attempts without an answer, whose events may have arrived.", (),
+            "Attempts with no answer or a 5xx, whose events may have arrived.", (),
             _one("ambiguous")),
     Figure("entitlement_decisions", "Decisions by the source of the answer.",
             ("result", "source"), _decisions),

@@ -97,7 +97,7 @@ class RequestRecord:
     #: The arguments of :func:`set_subject` and :func:`set_user`, None without a call.
     caller: dict[str, object] | None
     #: The usage that the handler added with helpers, None if it added none.
-    usage: RunTimeUsage | None
+    usage: HandlerUsage | None
     #: The template of the path, such as ``/users/<id>``: see :func:`set_route`.
     route: str | None
     #: The last decision about entitlements, None without a check.
@@ -235,7 +235,7 @@ def raise_after_settling(environ: Mapping[str, Any], error: BaseException) -> No
     if record is None:
         raise error
     if record.usage is None:
-        record.usage = RunTimeUsage()
+        record.usage = HandlerUsage()
     record.usage.interruption = error
 
 
@@ -272,7 +272,7 @@ def is_options(environ: Mapping[str, Any]) -> bool:
     return environ.get("REQUEST_METHOD") in OPTIONS
 
 
-class RunTimeUsage:
+class HandlerUsage:
     """The usage that a handler sets and adds while it serves one request.
 
     Used only by the thread that serves the request, so there is no lock.
@@ -382,8 +382,8 @@ def set_meters(request: object, meters: Meters, *, flat: bool = False) -> None:
     :raises MeterValueError: naming the invalid value. Nothing is changed then.
     """
     usage = read_usage(meters)
-    if (run_time := _run_time_usage(request, "set_meters")) is not None:
-        run_time.set(usage, flat=flat)
+    if (handler_usage := _handler_usage_of(request, "set_meters")) is not None:
+        handler_usage.set(usage, flat=flat)
 
 
 def add_meters(request: object, meters: Meters) -> None:
@@ -396,8 +396,8 @@ def add_meters(request: object, meters: Meters) -> None:
     :raises MeterValueError: naming the invalid value. Nothing is changed then.
     """
     usage = read_usage(meters)
-    if (run_time := _run_time_usage(request, "add_meters")) is not None:
-        run_time.add(usage)
+    if (handler_usage := _handler_usage_of(request, "add_meters")) is not None:
+        handler_usage.add(usage)
 
 
 def get_meters(request: object) -> list[dict[str, Any]]:
@@ -405,8 +405,8 @@ def get_meters(request: object) -> list[dict[str, Any]]:
 
     The policy's own meters are not included.
     """
-    run_time = _run_time_usage(request, "get_meters")
-    return [] if run_time is None else run_time.as_meters()
+    handler_usage = _handler_usage_of(request, "get_meters")
+    return [] if handler_usage is None else handler_usage.as_meters()
 
 
 def set_idempotency_key(request: object, key: str) -> None:
@@ -422,20 +422,22 @@ def set_idempotency_key(request: object, key: str) -> None:
     """
     if problem := text_problem(key):
         raise ValueError(f"idempotency key: {problem}")
-    if (run_time := _run_time_usage(request, "set_idempotency_key")) is not None:
-        run_time.idempotency_key = key
+    if (handler_usage := _handler_usage_of(request, "set_idempotency_key")) is not None:
+        handler_usage.idempotency_key = key
 
 
 def mark_unmetered(request: object) -> None:
     """Bill nothing for this request, because its view is not metered."""
-    if (run_time := _run_time_usage(request, "no_meter")) is not None:
-        run_time.is_unmetered = True
+    if (handler_usage := _handler_usage_of(request, "no_meter")) is not None:
+        handler_usage.is_unmetered = True
 
 
 def mark_denied(request: object) -> None:
     """Bill nothing for this request, because it was denied."""
-    if (run_time := _run_time_usage(request, "require_entitlements")) is not None:
-        run_time.is_denied = True
+    if (
+        handler_usage := _handler_usage_of(request, "require_entitlements")
+    ) is not None:
+        handler_usage.is_denied = True
 
 
 def set_subject(request: object, subject: str) -> None:
@@ -478,12 +480,12 @@ def _environ(request: object, helper: str) -> dict[str, Any] | None:
     return environ
 
 
-def _run_time_usage(request: object, helper: str) -> RunTimeUsage | None:
+def _handler_usage_of(request: object, helper: str) -> HandlerUsage | None:
     record = unsettled_record(request, helper)
     if record is None:
         return None
     if record.usage is None:
-        record.usage = RunTimeUsage()
+        record.usage = HandlerUsage()
     return record.usage
 
 

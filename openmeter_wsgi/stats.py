@@ -75,7 +75,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     dropped: ByReason
     #: Events that are not sent again: dead letters.
     dead_lettered: int
-    #: Attempts that may have arrived although there was no answer.
+    #: Attempts that got no answer or a 5xx: their events may have arrived.
     ambiguous: int
     #: Attempts after the first attempt of a batch.
     retries: int

@@ -24,7 +24,7 @@ from openmeter_wsgi import (
     set_meters,
 )
 from openmeter_wsgi.events import read_usage
-from openmeter_wsgi.request import RunTimeUsage
+from openmeter_wsgi.request import HandlerUsage
 
 DOCUMENT = {"type": "llm", "data": {"model": "gpt-4", "tokens": 150}}
 
@@ -125,7 +125,7 @@ def test_get_meters_returns_what_set_meters_takes() -> None:
 
 def test_flat_and_measured_parts_of_one_type_are_kept_apart() -> None:
     static = read_usage({"a": 1, "b": 1})
-    stated = RunTimeUsage()
+    stated = HandlerUsage()
     stated.set(read_usage([{"a": 10}, DOCUMENT]), flat=True)
     stated.add(read_usage({"a": 5}))
 
@@ -500,7 +500,7 @@ NUMBERS = st.one_of(
 def test_any_sequence_of_calls_bills_the_sum_by_the_rules(
     static: dict[str, Any], calls: list[tuple[bool, dict[str, Any]]]
 ) -> None:
-    stated = RunTimeUsage()
+    stated = HandlerUsage()
     expected = {name: [number] for name, number in static.items()}
     for is_set, numbers in calls:
         if is_set:

@@ -127,7 +127,7 @@ def _missing_meter(sample: Sample, meters: list[Document], policy: Policy) -> Fi
     has = f"its meters count {', '.join(types)}" if types else "it has no meters"
     taken = {str(meter.get("slug")) for meter in meters}
     command = meter_creation(sample.type, sample.data, taken, policy)
-    how = "as this command does" if command else "that fits its data"
+    how = "with the command below" if command else "that fits its data"
     return Finding(
         _meter_name(sample),
         Severity.FAILURE,
@@ -373,7 +373,7 @@ def _missing_feature(
     command = feature_creation(
         feature, kind, on_server, policy, is_meter_created=is_meter_created
     )
-    how = ", as this command does," if command else " after its meter,"
+    how = " with the command below" if command else " after its meter,"
     return Finding(
         name,
         Severity.FAILURE,

@@ -385,7 +385,9 @@ def _status(context: click.Context, as_json: bool) -> None:
 def _assign(
     context: click.Context, to: str, from_: str | None, flavor: str, as_json: bool
 ) -> None:
-    """Give the events of an address that no running process uses to another server.
+    """Move waiting events to another server.
+
+    No running process may send to the address that they are for.
 
     They keep their ids and the progress of their delivery. A process that sends to the
     server delivers them within a second, or when it next starts.
@@ -463,8 +465,9 @@ def _list(
 ) -> None:
     """List the dead letters, the oldest first, each with its reason.
 
-    With --follow, print new events instead, one per line; with --waiting, after the
-    waiting events. Other processes may write and deliver meanwhile.
+    --follow prints new events instead of dead letters, one per line, and --follow
+    --waiting prints the waiting events first. Other processes may write and deliver
+    meanwhile.
     """
     wanted = EventFilter(types, subjects)
     if follow:
@@ -560,12 +563,12 @@ def _purge(
 @command.command(
     "verify",
     epilog=_NOT_ALL,
-    short_help="Ask OpenMeter which events without an answer arrived.",
+    short_help="Ask OpenMeter which events arrived of those in doubt.",
 )
 @_as_json
 @click.pass_context
 def _verify(context: click.Context, as_json: bool) -> None:
-    """Ask OpenMeter which of the events that were sent without an answer arrived.
+    """Ask OpenMeter which events arrived of those that were sent with no known result.
 
     These are the batches in doubt and the expired dead letters. OpenMeter lists an
     event some seconds after it took it, and for 32 days.

@@ -167,8 +167,9 @@ def command(
     """Print the usage of METERs, or of all meters if none is named.
 
     Without --window and --group-by this is one total per meter; for the total of a
-    period give --from and --to. Both are widened to whole windows, without --window to
-    whole minutes. OpenMeter counts an event some seconds after it took it.
+    period give --from and --to. Both are widened to whole windows. If --window is not
+    given, they are widened to whole minutes. OpenMeter counts an event some seconds
+    after it took it.
     """
     query = _query(**selection)
     policy = read_policy(policy_file, **options_given(api_url=api_url))

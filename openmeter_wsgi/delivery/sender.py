@@ -2,7 +2,7 @@
 
 A failed attempt means one of two things:
 
-- OpenMeter is unavailable (no answer, 5xx, 429) or misconfigured (a wrong key or
+- OpenMeter is unavailable (no answer, 408, 429, 5xx) or misconfigured (a wrong key or
   address). All events are concerned: the batch stays at the head and is sent again.
   After ten 5xx in a row its events may be the cause: it is handled as a refused batch.
 - OpenMeter refuses the batch (400, 413). At least one event is at fault: the batch is
@@ -13,11 +13,11 @@ becomes a *suspect* and waits. If OpenMeter accepts another batch and then refus
 suspect again, the suspect becomes a dead letter. The refusal of a batch that held the
 event counts as its first refusal.
 
-A 500 is ambiguous: Kafka is down, or Kafka does not take one of these events. So the
-next attempts send one event of the batch and the others in turn. If OpenMeter accepts
-one part and answers 500 to the other, the other is split at once. A single event that
-causes a 500 becomes a suspect, too. It becomes a dead letter after ten more 500s, if
-OpenMeter accepted another batch before each of them.
+A 500 has two possible causes: Kafka is down, or Kafka does not take one of these
+events. So the next attempts send one event of the batch and the others in turn. If
+OpenMeter accepts one part and answers 500 to the other, the other is split at once. A
+single event that causes a 500 becomes a suspect, too. It becomes a dead letter after
+ten more 500s, if OpenMeter accepted another batch before each of them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class _PendingBatch(Generic[_B]):
     ) -> None:
         self.batch = batch
         #: Number of failures from which the backoff is computed. The parts of a batch
-        #: inherit it, and a 500 that makes an event a suspect counts twice.
+        #: inherit it after a 5xx; after a refusal they begin at 0. A 5xx that makes an
+        #: event a suspect counts twice.
         self.failures = 0
         #: Number of 5xx in a row.
         self.server_errors = 0
@@ -190,7 +191,7 @@ class Sender(Generic[_B]):
     def retry_suspects(self) -> None:
         """Make the suspects the next batches.
 
-        OpenMeter may have accepted no other batch since it refused them.
+        Called after an accepted batch, and when nothing else waits.
         """
         self._pending.extendleft(reversed(self._suspects))
         self._suspects.clear()
@@ -330,7 +331,8 @@ class Sender(Generic[_B]):
         """Record a refusal of a single event; return True if it is final.
 
         It is final if another batch was accepted since the baseline. A 500 is final
-        only if that has happened ten times.
+        only if that has happened ten times. Ten 5xx in a row (`server_errors`) count as
+        one refusal, like a 400.
         """
         status, accepted = head.refusal_baseline or (None, self._accepted)
         if self._accepted <= accepted:

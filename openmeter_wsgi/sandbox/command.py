@@ -123,7 +123,8 @@ Exit codes:
     type=FaultType(),
     help="A fault of ingest, entitlements or both, such as ingest:outage or"
     " both:latency=2. Faults: latency=2, fail-rate=0.1, hang=30, byte-delay=0.01,"
-    " outage, retry-after=5, denied=401; only of ingest: forget, claim,"
+    " outage, retry-after=5, denied=401; only of ingest: forget (204, and"
+    " nothing is stored), claim (500, and only the ids are stored),"
     " refused-type=T, refused-subject=S. May be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the URL as JSON.")

@@ -314,7 +314,7 @@ class RecordingClient:
         since = self._spool.in_flight_since(batch)
         if since is not None and (age := self._age(since, now)) > self._resend_window:
             raise Expired(
-                f"expired: a batch got no answer {age:.0f} s ago; sent again "
+                f"expired: a batch got no answer or a 5xx {age:.0f} s ago; sent again "
                 "it might be billed twice"
             )
         if since is None:

@@ -127,7 +127,9 @@ class SpoolReader:
     def refresh(self, *, everything: bool = False) -> None:
         """Look for new segments, new lines and dead owners.
 
-        If *everything* is True, do so even if the interval has not passed.
+        While a batch is full, the directory is listed at most every `_SCAN_INTERVAL`.
+        Dead owners are looked for at most every `LIVENESS_INTERVAL`. *everything*
+        ignores both intervals.
         """
         if everything:
             self._liveness.force_next()
@@ -173,8 +175,8 @@ class SpoolReader:
         for key, start, end in batch.ranges:
             if key in touched:
                 number_ranges.add(touched[key].done, start, end)
-        # Not synced here: the next `record` syncs it. After a loss of power before
-        # that, at least this batch is in flight on the disk and is sent again.
+        # Not synced here: the next `record` syncs it. If the power fails before that,
+        # the file on the disk still lists this batch as in flight: it is sent again.
         self._save(lasting=False)
         self._delete_done(touched.values())
 
@@ -249,7 +251,7 @@ class SpoolReader:
                 self._resend.append(batch)
 
     def _set_aside(self, segment: SegmentReader, damaged: list[Line]) -> None:
-        """Keep damaged lines among the dead letters, and mark them as done."""
+        """Keep damaged lines in the file of unreadable lines; mark them as done."""
         for line in damaged:
             self._letters.add_unreadable(line.text, segment.name.key, line.start)
             number_ranges.add(segment.done, line.start, line.end)
@@ -460,7 +462,7 @@ class SegmentReader:
         return parts, damaged
 
     def _valid_slice(self, text: bytes, start: int) -> Slice | None:
-        """Return *text* as a slice, None if a line may not be an event."""
+        """Return *text* as a slice, or None if some line is perhaps no event."""
         if not text.endswith(b"\n"):
             return None
         if self.adopted or self.name.form == WRITTEN:
@@ -555,8 +557,9 @@ LIVENESS_INTERVAL = 0.5
 class Liveness:
     """The owners that have died.
 
-    `update` deletes their lock files, and the files that they were just making (named
-    ``*.new``), which hold no event yet. Their segments are adopted by the reader.
+    The reader adopts their segments. `update` deletes their unfinished files (named
+    ``*.new``), which hold no event yet, and the lock files of owners that have no
+    segment left.
 
     Only the elected sender uses it. If two processes tried a lock at the same time,
     each would mistake the other for its living owner.

@@ -28,7 +28,7 @@ VERDICT_NAME = "deduplication.json"
 _CLOUD = "openmeter.cloud"
 VERDICT_REMEDY = (
     "switch on sink.dedupe in the server's configuration (driver redis), or an attempt "
-    "without an answer may be billed twice"
+    "that got no answer or a 5xx may be billed twice"
 )
 #: A hint for servers that deduplicate: a client cannot tell the two options apart.
 IN_THE_SINK = (
@@ -106,6 +106,7 @@ def log_verdict(directory: Path, api_url: str) -> None:
     else:
         logger.warning(
             "it is not known if OpenMeter at %s deduplicates: run 'openmeter-wsgi "
-            "check'; until then an attempt without an answer may be billed twice",
+            "check'; until then an attempt that got no answer or a 5xx may be billed "
+            "twice",
             api_url,
         )
