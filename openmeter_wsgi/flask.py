@@ -37,21 +37,20 @@ if TYPE_CHECKING:
 def subject_from(source: str | Callable[[dict[str, Any]], Any]) -> FindSubject:
     """Return a function that finds the subject of a request while Flask serves it.
 
-    *source* is a path that begins with ``g``, ``session`` or Flask-Login's
-    ``current_user``, such as ``"g.jwt.sub"``, or a callable on the environ. It is read
-    when the response starts, within the context of the request.
-
-    :raises ValueError: if it is neither.
+    :param source: a path that begins with ``g``, ``session`` or Flask-Login's
+        ``current_user``, such as ``"g.jwt.sub"``, or a callable on the environ. It is
+        read when the response starts, within the context of the request.
+    :raises ValueError: if *source* is neither.
     """
     if callable(source):
         return LastingSubject(source)
     root, _, path = str(source).partition(".")
-    names_something = path and all(path.split("."))
-    if root == "current_user" and (names_something or source == root):
+    has_path = path and all(path.split("."))
+    if root == "current_user" and (has_path or source == root):
         return LastingSubject(_user_reader(path))
-    if root in _ROOTS and names_something:
-        of, read = _ROOTS[root], path_reader(path, root)
-        return LastingSubject(lambda _: read(of()))
+    if root in _ROOTS and has_path:
+        get_root, read = _ROOTS[root], path_reader(path, root)
+        return LastingSubject(lambda _: read(get_root()))
     raise ValueError(
         "expected 'header:Name', a callable on the environ, 'current_user', or a path "
         f"such as 'g.jwt.sub', 'session.customer' or 'current_user.id', got {source!r}"
@@ -68,7 +67,7 @@ def _user_reader(path: str) -> Callable[[dict[str, Any]], Any]:
     read = path_reader(path, "current_user") if path else _id_of
 
     def read_user(_: dict[str, Any]) -> object:
-        # Here, and not at the top: Flask-Login may be absent.
+        # Imported here: Flask-Login may not be installed.
         from flask_login import current_user  # type: ignore[import-untyped]
 
         return read(current_user) if current_user.is_authenticated else None
@@ -84,13 +83,13 @@ _read_current_user = _user_reader("")
 
 
 def _read_user_of_flask_login(environ: dict[str, Any]) -> object:
-    # A call of `set_user` is more explicit.
+    # A user from `set_user` wins.
     if has_user(environ) or not hasattr(flask.current_app, "login_manager"):
         return None
     return _read_current_user(environ)
 
 
-#: Finds the user of Flask-Login, if the application uses it.
+#: Finds the user of Flask-Login in an application that uses it.
 user_of_flask_login: FindSubject = LastingSubject(_read_user_of_flask_login)
 
 
@@ -111,30 +110,30 @@ def _before_log_out(_: flask.Flask, **__: Any) -> None:
 _WITHOUT_BODY = (204, 304)
 
 
-class _Settling:
-    """Reads a response in a test, and closes it, unless it is a stream.
+class _ClosingClient:
+    """A mixin for a test client: reads and closes each response, except streams.
 
-    A request is billed when its response is closed, and Flask's test client leaves that
-    to the garbage collector.
+    A request is billed when its response is closed, which Flask's test client leaves to
+    the garbage collector.
     """
 
     def open(self, *args: Any, **kwargs: Any) -> TestResponse:
         """Send a request; see :class:`werkzeug.test.Client`."""
         response: TestResponse = super().open(*args, **kwargs)  # type: ignore[misc]
-        ends = response.content_length is not None
-        if ends or response.status_code in _WITHOUT_BODY:
+        has_length = response.content_length is not None
+        if has_length or response.status_code in _WITHOUT_BODY:
             response.get_data()
             response.close()
         return response
 
 
-def settling(client: type[FlaskClient] | None) -> type[FlaskClient]:
-    """Return *client*, or Flask's own class, as one that closes its responses."""
+def closing_client(client: type[FlaskClient] | None) -> type[FlaskClient]:
+    """Return a subclass of *client*, or of Flask's own, that closes its responses."""
     # Imported here: only tests need it.
     from flask.testing import FlaskClient
 
     base = client or FlaskClient
-    return type(base.__name__, (_Settling, base), {})
+    return type(base.__name__, (_ClosingClient, base), {})
 
 
 _PREFIX = "OPENMETER_"
@@ -144,11 +143,11 @@ _NAME = "openmeter"
 class OpenMeter:
     """Meters an application of Flask, or several from one factory.
 
-    Options are those of :class:`Policy`: keywords go before
-    ``app.config["OPENMETER_…"]``, which goes before variables. A *policy* takes the
-    place of both, and keywords change it. ``subject`` also takes what
-    :func:`subject_from` does; without it Flask-Login's user is the subject, where that
-    is in use.
+    The options are those of :class:`Policy`: keywords win over
+    ``app.config["OPENMETER_…"]``, which wins over variables. A *policy* replaces the
+    configuration and the variables; keywords win over it. ``subject`` also accepts the
+    sources of :func:`subject_from`; without it the user of Flask-Login is the subject,
+    if the application uses Flask-Login.
 
     ``app.extensions["openmeter"]`` is the application's :class:`OpenMeterMiddleware`.
 
@@ -169,15 +168,15 @@ class OpenMeter:
     def init_app(self, app: flask.Flask) -> None:
         """Meter *app*, whose configuration must be complete by now."""
         if _NAME in app.extensions:
-            raise ConfigError([f"app {app.name!r}: is metered already"])
+            raise ConfigError([f"app {app.name!r}: is already metered"])
         policy = _policy(app, self._policy, self._options)
         middleware = FrameworkMiddleware(app.wsgi_app, policy)
         app.wsgi_app = middleware  # type: ignore[method-assign]
         app.extensions[_NAME] = middleware
-        if _requires_anything(policy):
-            _ask_before_views(app)
+        if _requires_entitlements(policy):
+            _check_before_views(app)
         keep_users_that_log_out(app)
-        _settle_in_tests(app)
+        _close_in_tests(app)
 
 
 def _policy(
@@ -192,7 +191,7 @@ def _policy(
             default_source=app.name,
         )
     config = app.config.get_namespace(_PREFIX)
-    # Text in the configuration often comes from a variable.
+    # Text in the configuration is parsed like a variable, from which it often comes.
     texts = {_PREFIX + k.upper(): v for k, v in config.items() if isinstance(v, str)}
     read = read_text_options(texts)
     given = {name: value for name, value in config.items() if value != ""}
@@ -205,32 +204,32 @@ def _policy(
     )
 
 
-def _requires_anything(policy: Policy) -> bool:
+def _requires_entitlements(policy: Policy) -> bool:
     policies = [policy, *(own for _, own in policy.route_policies)]
     return any(own and own.required_entitlements for own in policies)
 
 
-def _ask_before_views(app: flask.Flask) -> None:
-    """Check entitlements just before a view is called.
+def _check_before_views(app: flask.Flask) -> None:
+    """Check entitlements directly before each view is called.
 
     A before_request function would be too early: functions that authenticate may be
-    registered later, and those of blueprints are called later.
+    registered after it, and those of blueprints are called after it.
     """
     dispatch = app.dispatch_request
 
-    def ask_and_dispatch(*context: Any) -> flask.typing.ResponseReturnValue:
+    def check_and_dispatch(*context: Any) -> flask.typing.ResponseReturnValue:
         request = flask.request
         view = app.view_functions.get(request.endpoint or "")
         if request.routing_exception is None and must_ask(request.environ, view):
             require_entitlements(request)
         return dispatch(*context)
 
-    app.dispatch_request = ask_and_dispatch  # type: ignore[method-assign]
+    app.dispatch_request = check_and_dispatch  # type: ignore[method-assign]
 
 
-def _settle_in_tests(app: flask.Flask) -> None:
+def _close_in_tests(app: flask.Flask) -> None:
     app.test_client_class = partial(_test_client, app.test_client_class)  # type: ignore[assignment]
 
 
-def _test_client(own: Any, *args: Any, **kwargs: Any) -> Any:
-    return settling(own)(*args, **kwargs)
+def _test_client(client: Any, *args: Any, **kwargs: Any) -> Any:
+    return closing_client(client)(*args, **kwargs)

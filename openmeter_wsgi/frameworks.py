@@ -1,4 +1,10 @@
-"""Code that Flask and Django share: the policy and the subject."""
+"""Code for Flask and Django: middleware, policy, and subjects of authenticated users.
+
+A framework knows its user only while it serves a request, but a request is billed when
+its response is closed. So `FrameworkMiddleware` reads the subject when the response
+starts, and `LastingSubject` keeps it until the end. A view that logs out its user keeps
+the subject with `keep_subject` before.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +38,18 @@ if TYPE_CHECKING:
 
 
 class RememberedSubjects(NamedTuple):
-    """Subjects that were read while a framework served a request, by reader."""
+    """The subjects of a request, by the `LastingSubject` that read them."""
 
-    #: Read when the response started; None before.
+    #: Subjects read when the response starts; None before.
     found: dict[object, Any] | None
-    #: Read before the view logged out the user.
+    #: Subjects kept before a view logs out the user.
     kept: dict[object, Any]
 
 
 class FrameworkMiddleware(OpenMeterMiddleware):
     """The middleware around a framework that authenticates users itself.
 
-    It reads the subject when the response starts, while the framework still serves the
-    request. The package of the framework checks entitlements.
+    It does not check entitlements: the code for the framework does, before the view.
     """
 
     _checks_entitlements_first = False
@@ -54,7 +59,7 @@ class FrameworkMiddleware(OpenMeterMiddleware):
 
 
 class _StartingResponse:
-    """The application of a framework; reads the subject when the response starts."""
+    """Wraps a framework's application; reads the subject when a response starts."""
 
     def __init__(self, app: WSGIApplication) -> None:
         self._app = app
@@ -62,7 +67,7 @@ class _StartingResponse:
     def __call__(
         self, environ: dict[str, Any], start_response: StartResponse
     ) -> Iterable[bytes]:
-        # Also of an unmetered request, to show that it passed the middleware.
+        # Created for an unmetered request, too: it marks the environ as seen.
         request = record_of(environ)
         if request.billing is None:
             return self._app(environ, start_response)
@@ -71,10 +76,10 @@ class _StartingResponse:
             status: str, headers: list[tuple[str, str]], exc_info: Any = None
         ) -> Callable[[bytes], object]:
             _remember_subject(environ, request, status)
-            told = _with_quota(request, headers)
+            headers = _with_quota(request, headers)
             if exc_info is None:
-                return start_response(status, told)
-            return start_response(status, told, exc_info)
+                return start_response(status, headers)
+            return start_response(status, headers, exc_info)
 
         return self._app(environ, start)
 
@@ -82,9 +87,10 @@ class _StartingResponse:
 def _remember_subject(
     environ: dict[str, Any], request: RequestRecord, status: str
 ) -> None:
-    billing: Billing = request.billing  # type: ignore[assignment] # perhaps the view's
+    # Read again: a decorator of the view may have replaced it.
+    billing: Billing = request.billing  # type: ignore[assignment]
     is_unmetered = request.usage is not None and request.usage.is_unmetered
-    # No user is loaded from a database for a request that is not billed.
+    # For a request that is not billed, no user is loaded from a database.
     kept = {} if request.remembered is None else request.remembered.kept
     is_billed = billing.bills(status) and not is_unmetered
     request.remembered = RememberedSubjects({} if is_billed else None, kept)
@@ -93,9 +99,9 @@ def _remember_subject(
 
 
 def keep_subject(environ: dict[str, Any] | None) -> None:
-    """Keep the subject before a view logs out or deletes its user.
+    """Read the subject before a view logs out or deletes its user.
 
-    It is billed unless there is another subject when the response starts.
+    This subject is billed if there is no other one when the response starts.
     """
     request = metered_request(environ)
     if environ is None or request is None or request.billing is None:
@@ -117,16 +123,13 @@ def _with_quota(
     billing: Billing = request.billing  # type: ignore[assignment]
     if request.decision is None or not billing.policy.usage_headers:
         return headers
-    told = {name.lower() for name, _ in headers}  # a denial has them already
+    names = {name.lower() for name, _ in headers}  # a denial has them already
     quota = quota_headers(request.decision.quota)
-    return [*headers, *(each for each in quota if each[0].lower() not in told)]
+    return [*headers, *(header for header in quota if header[0].lower() not in names)]
 
 
 class LastingSubject:
-    """Reads a subject while the framework serves the request, and keeps it.
-
-    The subject that is read when the response starts is used at its end.
-    """
+    """Finds a subject while the framework serves the request, for use at its end."""
 
     __slots__ = ("_read",)
 
@@ -141,7 +144,7 @@ class LastingSubject:
             return self._read(environ)
         if self not in remembered.found:
             found = self._read(environ)
-            # Anonymous users have an empty name.
+            # The name of an anonymous user is empty.
             if found is None or found == "" or isinstance(found, MissingPath):
                 found = remembered.kept.get(self, found)
             remembered.found[self] = found
@@ -164,20 +167,19 @@ def make_policy(
     default_subject: FindSubject,
     default_source: str,
 ) -> Policy:
-    """Return the policy of variables and *options*, of which the later ones win.
+    """Return the policy of variables and *options*; later mappings win.
 
-    A *policy* takes the place of the variables.
-
-    *read_subject* returns what finds a subject of the framework's own, and raises
-    ValueError if it is none. *default_source* is the name of the application.
-
+    :param policy: used in place of the variables.
+    :param read_subject: parses a subject in the framework's own form and returns the
+        function that finds it; raises ValueError if it is invalid.
+    :param default_source: the name of the application.
     :raises ConfigError: with every problem of the configuration.
     """
     given: dict[str, Any] = {} if policy else read_text_options(os.environ)
-    for each in options:
-        given |= each
+    for mapping in options:
+        given |= mapping
     problems: list[str] = []
-    given = _with_subject(given, "", read_subject, problems)
+    given = _parse_subject(given, "", read_subject, problems)
     if given.get("subject") is None and not (policy and policy.subject):
         given["subject"] = default_subject
     source = given.get("event_source", policy.event_source if policy else None)
@@ -185,27 +187,27 @@ def make_policy(
         given["event_source"] = default_source
     if isinstance(routes := given.get("routes"), dict):
         given["routes"] = {
-            rule: _with_subject(own, f"routes[{rule!r}]: ", read_subject, problems)
+            rule: _parse_subject(own, f"routes[{rule!r}]: ", read_subject, problems)
             if isinstance(own, dict)
             else own
             for rule, own in routes.items()
         }
     try:
-        made = dataclasses.replace(policy, **given) if policy else Policy(**given)
+        result = dataclasses.replace(policy, **given) if policy else Policy(**given)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     if problems:
         raise ConfigError(problems)
-    return made
+    return result
 
 
-def _with_subject(
+def _parse_subject(
     options: Mapping[str, Any],
     where: str,
     read_subject: Callable[[Any], FindSubject],
     problems: list[str],
 ) -> dict[str, Any]:
-    """Return *options* with the framework's own form of a subject read."""
+    """Return *options* with a subject in the framework's own form parsed."""
     subject = options.get("subject")
     if subject is None or (isinstance(subject, str) and subject.startswith("header:")):
         return dict(options)

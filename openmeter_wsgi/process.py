@@ -308,7 +308,7 @@ class Process:
 
     def close(self, timeout: float | None) -> None:
         """Release quota reservations, send the queued events, and stop."""
-        self.entitlements.close()
+        self.entitlements.close(timeout)
         self.transport.close(timeout)
         self.entitlements.end()
 

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: the counts of a middleware, of one or many processes.
+"""Metrics for Prometheus: the counts of a middleware in one process, or in several.
 
 Needs the extra ``prometheus``. One call is enough, with one process or many::
 
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
-#: Numbers by the values of their labels.
+#: Values of a metric by the values of its labels.
 Figures: TypeAlias = "Mapping[tuple[str, ...], float]"
 
 
 class Figure(NamedTuple):
-    """One metric: a number, or one for each combination of labels."""
+    """A metric: its name, help, labels, and the function that reads it."""
 
     name: str
     help: str
@@ -137,14 +137,14 @@ HISTOGRAMS = {
 
 
 class OpenMeterCollector(Collector):
-    """Collects the counts of this process when it is scraped."""
+    """Collects the counts of this process at each scrape."""
 
     def __init__(self, middleware: OpenMeterMiddleware, prefix: str) -> None:
         self._middleware = middleware
         self._prefix = prefix
 
     def describe(self) -> Iterable[Metric]:
-        """Return the names, without reading the counts."""
+        """Return the metrics without values."""
         for figure in COUNTERS:
             yield CounterMetricFamily(self._name(figure.name), figure.help)
         for figure in GAUGES:
@@ -153,7 +153,7 @@ class OpenMeterCollector(Collector):
             yield HistogramMetricFamily(self._name(name), text)
 
     def collect(self) -> Iterable[Metric]:
-        """Return the current counts."""
+        """Return the metrics with the current counts."""
         stats = self._middleware.stats()
         kinds: Any = ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES))
         for kind, figures in kinds:
@@ -173,22 +173,22 @@ class OpenMeterCollector(Collector):
 
 def _histogram(name: str, text: str, durations: Durations) -> HistogramMetricFamily:
     family = HistogramMetricFamily(name, text)
-    so_far = 0
+    cumulative = 0
     buckets = []
     for bound, n in zip((*BOUNDS, float("inf")), durations.counts, strict=True):
-        so_far += n
-        buckets.append(("+Inf" if bound == float("inf") else str(bound), so_far))
+        cumulative += n
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), cumulative))
     family.add_metric((), buckets, durations.seconds)
     return family
 
 
 class ProcessMetrics:
-    """Metrics of prometheus_client, which keep their values in its directory."""
+    """Metrics of prometheus_client, which stores their values in its directory."""
 
     def __init__(
         self, registry: CollectorRegistry, prefix: str, *, in_spool: bool
     ) -> None:
-        # All processes see the same spool, and each its own memory.
+        # All processes report the same spool, but each its own memory.
         mode: Any = "livemax" if in_spool else "livesum"
         self.counters: list[Counter] = [
             Counter(f"{prefix}_{f.name}", f.help, f.labels, registry=registry)
@@ -220,7 +220,7 @@ class _Publisher:
         self._writing = threading.Lock()
 
     def publish(self) -> None:
-        """Write the counts that have changed. Any thread."""
+        """Write the changes of the counts. Called on any thread."""
         if not self._process.guard.is_valid():
             return
         with self._writing:
@@ -235,14 +235,14 @@ class _Publisher:
                     histogram.observe(seconds)
 
     def run(self, interval: float) -> None:
-        """Write every *interval* seconds. Runs in a thread."""
+        """Publish every *interval* seconds. Runs on a thread of its own."""
         while True:
             time.sleep(interval)
             try:
                 self.publish()
             except Exception:
-                logger.exception("%s: could not be written; tried again in %.0f s",
-                                 "metrics", interval)  # fmt: skip
+                logger.exception("metrics could not be written; the next attempt is in "
+                                 "%.0f s", interval)  # fmt: skip
 
     def _add(
         self, counter: Counter, name: str, labels: tuple[str, ...], value: float
@@ -254,7 +254,7 @@ class _Publisher:
 
 
 def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
-    """Write the counts of *process* from now on, until it ends."""
+    """Publish the counts of *process* from now on until it exits."""
     publisher = _Publisher(process, metrics)
     publisher.publish()
     process.transport.at_exit(publisher.publish)
@@ -267,7 +267,7 @@ def begin(process: Process, metrics: ProcessMetrics, interval: float) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        logger.error("%s: metrics are written at the exit of this process only", error)
+        logger.error("%s: metrics are written only when this process exits", error)
 
 
 def export_metrics(
@@ -277,11 +277,11 @@ def export_metrics(
     prefix: str = "openmeter_wsgi",
     interval: float = 5.0,
 ) -> None:
-    """Export the counts of *middleware*, of all of its processes, to Prometheus.
+    """Export the counts of *middleware*, in all its processes, to Prometheus.
 
-    :param prefix: the beginning of the names; a second middleware needs another one.
-    :param interval: seconds between two writes, in multi-process mode.
-    :raises ConfigError: if *registry* has metrics with this prefix.
+    :param prefix: prefix of the names; a second middleware needs another one.
+    :param interval: seconds between two writes in multi-process mode.
+    :raises ConfigError: if *registry* already has metrics with this prefix.
     """
     try:
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
@@ -293,7 +293,7 @@ def export_metrics(
         else:
             registry.register(OpenMeterCollector(middleware, prefix))
     except ValueError:
-        # So prometheus_client says that it has metrics of these names.
+        # Raised by prometheus_client for duplicate names.
         raise ConfigError(
             [
                 f"export_metrics: the registry has metrics named {prefix}_… already: "

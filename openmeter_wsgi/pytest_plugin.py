@@ -1,7 +1,7 @@
-"""The pytest fixture ``openmeter``: billing of an application in its own tests.
+"""The pytest fixture ``openmeter``, to test the billing of an application.
 
-This module is imported in every run of pytest where the package is installed, whether
-it is needed there or not: so it imports nothing, and nor does the package itself.
+Every run of pytest in an environment with the package imports this module, so it and
+``openmeter_wsgi`` itself import nothing else at the top.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def openmeter() -> Iterator[OpenMeter]:
-    """Stand in for OpenMeter: collect what every OpenMeterMiddleware would send."""
+    """Collect the events that every OpenMeterMiddleware would send to OpenMeter."""
     from openmeter_wsgi.testing import OpenMeter
 
     with OpenMeter() as stand_in:

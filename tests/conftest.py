@@ -106,6 +106,7 @@ def middlewares(openmeter):
 def patient_ledger(monkeypatch):
     """Let requests wait longer for the ledger, as a busy machine may need it."""
     monkeypatch.setattr("openmeter_wsgi.quota.sqlite.STORE_TIMEOUT", PATIENCE)
+    monkeypatch.setattr("openmeter_wsgi.quota.sqlite._MEMORY_TIMEOUT", PATIENCE)
     monkeypatch.setattr("openmeter_wsgi.quota.account._LOCK_TIMEOUT", PATIENCE)
 
 

@@ -163,7 +163,9 @@ def test_http_instead_of_https(secure_openmeter):
     code, wrong = check(api_url=insecure)
 
     assert (code, [*wrong]) == (3, ["server"])
-    assert f"{insecure} is spoken to in http, and answers https" in wrong["server"][1]
+    assert (
+        f"{insecure} does not answer over http, only over https" in wrong["server"][1]
+    )
     assert wrong["server"][2] == f"set api_url to {secure_openmeter.url!r}"
 
 
@@ -173,7 +175,7 @@ def test_https_instead_of_http_never_sends_the_key_in_the_clear(openmeter):
     code, wrong = check(api_url=secure, api_key="om_secret")
 
     assert (code, [*wrong]) == (3, ["server"])
-    assert f"{secure} is spoken to in https, and answers http" in wrong["server"][1]
+    assert "does not answer over https, only over http" in wrong["server"][1]
     assert wrong["server"][2] == f"set api_url to {openmeter.url!r}"
     assert openmeter.requests
     assert not any("Authorization" in one.headers for one in openmeter.requests)
@@ -319,7 +321,7 @@ def test_without_knowing_the_data_no_command_is_told(sandbox, application):
     findings = commands("--app", name)
 
     assert findings == {}
-    assert "for what is in its data" in check("--app", name)[1]["meter 'call'"][2]
+    assert "that fits its data" in check("--app", name)[1]["meter 'call'"][2]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_without_knowing_the_data_no_command_is_told(sandbox, application):
             "ok",
             "reads $.total_tokens, which the policy measures: $llm",
         ),
-        ("$.model", "failure", "no number"),
+        ("$.model", "failure", "not a number"),
         ("$.tokens", "failure", "which is not in"),
     ],
 )
@@ -535,7 +537,7 @@ def test_the_id_of_a_feature(sandbox, api):
     assert code == 3
     severity, found, remedy = wrong[f"feature {made['id']!r}"]
     assert severity == "failure"
-    assert found.startswith("this is the id of a feature; write its key")
+    assert found.startswith("this is the id of a feature, not its key")
     assert remedy == "write 'searches'"
 
 
@@ -551,7 +553,7 @@ def test_a_key_that_may_not_list_customers(openmeter):
     assert code == 3
     severity, found, remedy = wrong["entitlements"]
     assert severity == "failure"
-    assert "says 403: forbidden: fail_mode decides" in found
+    assert "it answers 403: forbidden; fail_mode decides" in found
     assert "may list customers" in remedy
 
 
@@ -608,7 +610,7 @@ def test_no_feature_is_created_of_a_meter_that_nothing_creates(sandbox):
 
     assert commands(**variables) == {}
     (_, _, remedy) = check(**variables)[1]["feature 'searches'"]
-    assert "create the feature 'searches' after its meter, or name" in remedy
+    assert "create the feature 'searches' after its meter, or use" in remedy
 
 
 def test_over_v3_a_feature_is_created_after_its_meter(sandbox):
@@ -652,7 +654,7 @@ def test_a_key_that_may_not_ask(openmeter):
     code, wrong = check(api_url=openmeter.url, required_entitlements="search")
 
     assert code == 3
-    assert "says 403: not yours" in wrong["entitlements"][1]
+    assert "it answers 403: not yours" in wrong["entitlements"][1]
     assert "entitlements_api_key" in wrong["entitlements"][2]
 
 
@@ -711,7 +713,9 @@ def measured(): return {}, 202
 
 app.wsgi_app = OpenMeterMiddleware(
     app.wsgi_app, meters={"videos": 1}, api_url=os.environ["OPENMETER_API_URL"],
-    routes={"/free": None, "/only-200": {"meter_on_status_codes": "200"}},
+    routes={
+        "/<path:rest>": {}, "/free": None, "/only-200": {"meter_on_status_codes": "200"}
+    },
 )
 """
 
@@ -726,6 +730,47 @@ def test_views_that_answer_202_and_bill_a_flat_price(sandbox, application):
     assert severity == "warning"
     assert "a flat price ('videos'), also if the work" in found
     assert "usage.settle(ticket, meters)" in remedy
+
+
+ACCEPTING_ONCE = """
+import os
+from flask import Flask
+from openmeter_wsgi import OpenMeterMiddleware, meter
+app = Flask(__name__)
+
+@app.post("/policy")
+def policy(): return {}, 202
+
+@app.post("/route")
+def route(): return {}, 202
+
+@app.post("/view")
+@meter(meters={"views": 1})
+def view(): return {}, 202
+
+@app.get("/other")
+def other(): return {}
+
+app.wsgi_app = OpenMeterMiddleware(
+    app.wsgi_app, meters={"policies": 1}, meter_on_status_codes="200, 202",
+    api_url=os.environ["OPENMETER_API_URL"],
+    routes={"/route": {"meters": {"r": 1}}, "/other": {"meters": {"others": 1}}},
+)
+"""
+
+
+def test_a_view_that_answers_202_is_warned_of_once(sandbox, application):
+    name = application(ACCEPTING_ONCE)
+    environ = {"OPENMETER_API_URL": sandbox.url}
+
+    result = CliRunner().invoke(command, ["--json", "--app", name], env=environ)
+
+    findings = json.loads(result.stdout)["findings"]
+    assert [one["name"] for one in findings if "accepted" in one["name"]] == [
+        "accepted work of '/policy'",
+        "accepted work of '/route'",
+        "accepted work of '/view'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -773,6 +818,25 @@ def test_a_variable_that_is_misspelt(sandbox):
 
     assert (code, [*wrong]) == (0, ["configuration"])
     assert "did you mean OPENMETER_BATCH_SIZE?" in wrong["configuration"][1]
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("no_such_thing", "look the name up in the list of options, docs/options.md"),
+        ("billable_statuses", "write meter_on_status_codes"),
+        ("status_codes", "write meter_on_status_codes"),
+    ],
+)
+def test_an_option_that_is_unknown(sandbox, tmp_path, option, remedy):
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({option: "2xx"}))
+
+    code, wrong = check("--policy", str(file), api_url=sandbox.url)
+
+    assert (code, [*wrong]) == (2, ["configuration"])
+    assert f"unknown option '{option}'" in wrong["configuration"][1]
+    assert remedy in wrong["configuration"][2]
 
 
 # -- The spool
@@ -857,7 +921,7 @@ def test_a_spool_that_nobody_ships(openmeter, tmp_path):
 
     severity, found, remedy = wrong["sender of the spool"]
     assert severity == "warning"
-    assert "none is there: usage waits in the spool" in found
+    assert "none is running: usage waits in the spool" in found
     assert remedy == f"run openmeter-wsgi ship --spool-dir {spool}"
     assert "sender of the spool" not in shipped
 
@@ -909,8 +973,8 @@ def test_a_middleware_that_is_wrapped_twice(sandbox, application, layers):
     severity, found, remedy = wrong["application"]
     apart = layers == "apart"
     assert (code, severity) == ((3, "failure") if apart else (0, "warning"))
-    assert f"{name} is wrapped 2 times; the outermost alone bills" in found
-    assert ("never billed" in found) is apart
+    assert f"{name} is wrapped 2 times; only the outermost bills" in found
+    assert ("are never billed" in found) is apart
     assert "remove the others" in remedy
 
 
@@ -1056,6 +1120,80 @@ def test_rules_of_an_application_of_which_nothing_is_known(sandbox, application)
         assert "routes" not in wrong
 
 
+UNMETERED = """
+import os
+from flask import Flask
+from openmeter_wsgi import OpenMeterMiddleware, no_meter
+app = Flask(__name__, static_folder=None)
+rules = {
+    "/v1/search": ["GET"], "/v1/suggest": ["GET"], "/v1/both": ["GET", "POST"],
+    "/healthz": ["GET"],
+}
+for rule, methods in rules.items():
+    app.add_url_rule(rule, rule, lambda: "x", methods=methods)
+
+@app.get("/free")
+@no_meter
+def free(): return "x"
+
+app.wsgi_app = OpenMeterMiddleware(
+    app.wsgi_app, api_url=os.environ["OPENMETER_API_URL"], meters=METERS, routes=ROUTES
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("meters", "routes", "unmetered"),
+    [
+        (
+            {"calls": 1},
+            {"/v1/search": {}, "POST /v1/both": {}, "/healthz": None, "*": None},
+            "GET /v1/suggest, GET /v1/both",
+        ),
+        ({"calls": 1}, {"/v1/<path:rest>": {}, "*": None}, "GET /healthz"),
+        ({"calls": 1}, {"/v1/search": {}}, None),
+        ({"calls": 1}, {"*": None}, None),
+        ({"calls": 1}, None, None),
+        (
+            None,
+            {"/v1/search": {"meters": {"searches": 1}}},
+            "GET /v1/suggest, GET,POST /v1/both, GET /healthz",
+        ),
+    ],
+)
+def test_routes_that_no_rule_meters_are_noted(
+    sandbox, application, meters, routes, unmetered
+):
+    text = UNMETERED.replace("METERS", repr(meters)).replace("ROUTES", repr(routes))
+    name = application(text)
+    environ = {"OPENMETER_API_URL": sandbox.url}
+
+    result = CliRunner().invoke(command, ["--json", "--app", name], env=environ)
+
+    notes = [
+        one["found"]
+        for one in json.loads(result.stdout)["findings"]
+        if (one["name"], one["severity"]) == ("routes", "note")
+    ]
+    assert notes == ([f"not metered by any rule: {unmetered}"] if unmetered else [])
+
+
+def test_the_list_of_unmetered_routes_is_bounded(sandbox, application):
+    name = application(
+        "from flask import Flask\nfrom openmeter_wsgi import OpenMeterMiddleware\n"
+        "app = Flask('web', static_folder=None)\n"
+        "for n in range(30): app.add_url_rule(f'/r{n}', str(n), lambda: 'x')\n"
+        f"app.wsgi_app = OpenMeterMiddleware(app.wsgi_app, api_url={sandbox.url!r}, "
+        "routes={'/r0': {}, '*': None})\n"
+    )
+
+    result = CliRunner().invoke(command, ["--no-dedupe-check", "--app", name])
+
+    assert "GET /r1, " in result.stdout
+    assert "GET /r20 and 9 more" in result.stdout
+    assert "/r21" not in result.stdout
+
+
 @pytest.mark.parametrize("every_other", [{"*": None}, {"*": {}}, {}])
 def test_entitlements_by_routes_beside_unmetered_ones(sandbox, tmp_path, every_other):
     file = tmp_path / "policy.json"
@@ -1068,6 +1206,8 @@ def test_entitlements_by_routes_beside_unmetered_ones(sandbox, tmp_path, every_o
     assert ("routes" in wrong) is (every_other == {"*": None})
     if every_other == {"*": None}:
         assert "'/a' requires entitlements" in wrong["routes"][1]
+        assert "Policy.from_zuplo adds this rule" in wrong["routes"][1]
+        assert "Flask and Django" in wrong["routes"][1]
         assert "@meter(required_entitlements=" in wrong["routes"][2]
 
 
@@ -1098,20 +1238,63 @@ def test_an_application_is_checked_under_its_own_policy(sandbox, application):
     assert (code, [*wrong]) == (3, ["meter 'no_such_type'"])
 
 
+OWN_CODE_FAILS = "MODULE:APP was found, and its own code fails"
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "said", "remedy"),
     [
-        ("import no_such_package", "No module named 'no_such_package'"),
-        ("other = 1", "has no attribute 'app'"),
-        ("app = 1", "expected a WSGI application, got 1"),
-        ("raise SystemExit('no database')", "SystemExit: no database"),
+        (
+            "import no_such_package",
+            "No module named 'no_such_package' ({file}, line 1)",
+            OWN_CODE_FAILS,
+        ),
+        (
+            "\nfrom openmeter_wsgi import no_such_name",
+            "cannot import name 'no_such_name'",
+            OWN_CODE_FAILS,
+        ),
+        ("raise SystemExit('no database')", "SystemExit: no database", OWN_CODE_FAILS),
+        ("app = (", "SyntaxError: '(' was never closed", OWN_CODE_FAILS),
+        ("other = 1", "has no 'app'", "write the name that the application has in"),
+        (
+            "app = 1",
+            "expected a WSGI application, got 1",
+            "a function that returns the application needs () at the end",
+        ),
     ],
 )
-def test_an_application_that_cannot_be_loaded(application, text, said):
-    code, wrong = check("--app", application(text))
+def test_an_application_that_cannot_be_loaded(application, text, said, remedy):
+    name = application(text)
+    file = f"{name.partition(':')[0]}.py"
+
+    code, wrong = check("--app", name)
 
     assert (code, [*wrong]) == (2, ["application"])
-    assert said in wrong["application"][1]
+    assert said.format(file=file) in wrong["application"][1]
+    assert remedy in wrong["application"][2]
+
+
+def test_a_function_that_makes_the_application_and_fails(application):
+    name = application("def make():\n    return {}['url']", "make()")
+
+    _, wrong = check("--app", name)
+
+    assert "KeyError: 'url'" in wrong["application"][1]
+    assert "line 2)" in wrong["application"][1]
+    assert OWN_CODE_FAILS in wrong["application"][2]
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module:app", "json.no_such_module:app", "json.py:app", ":app"]
+)
+def test_an_application_whose_module_is_not_found(application, name):
+    code, wrong = check("--app", name)
+
+    assert (code, [*wrong]) == (2, ["application"])
+    _, found, remedy = wrong["application"]
+    assert "no module" in found
+    assert "run check in the directory from which the server imports it" in remedy
 
 
 def test_an_application_whose_options_are_wrong(application):
@@ -1127,4 +1310,4 @@ def test_an_application_brings_its_own_configuration():
     result = CliRunner().invoke(command, ["--app", "a:b", "--api-url", "http://x"])
 
     assert result.exit_code == 2
-    assert "--app has its own policy" in result.output
+    assert "--app has a policy of its own" in result.output

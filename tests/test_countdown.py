@@ -402,10 +402,13 @@ def test_a_mapping_that_fails_at_the_end_costs_no_bill(
     app = make(customer=lambda subject: customers.pop())
 
     assert served(app, 1) == 1
+    accounts = {*app.process().entitlements.countdown._ledger._accounts}
     app.close(40)
 
     assert openmeter.subjects == ["acme"]
     assert "customer: raised" in caplog.text
+    # A customer with the key "acme" would be another one.
+    assert accounts == {"corp\0api_requests"}
 
 
 def test_meters_of_several_subjects_are_taken_from_their_own_balances(make, entitled):

@@ -97,7 +97,7 @@ def test_features_that_openmeter_cannot_have_are_a_failure(check, view, said):
     of_class = found[f"view '{view.__qualname__}'"]
     assert of_class["severity"] == "failure"
     assert of_class["found"].startswith(f"required_entitlements: {said}")
-    assert of_class["remedy"].startswith("mend its required_entitlements")
+    assert of_class["remedy"].startswith("correct its required_entitlements")
 
 
 def test_a_decorator_of_an_action_that_contradicts_the_policy_is_a_failure(check):

@@ -9,7 +9,7 @@ from openmeter_server import CLOSE, PAGE, RESET, Answer, problem
 from openmeter_wsgi.entitlements.cache import Lifetimes
 from openmeter_wsgi.entitlements.client_v3 import ClientV3
 from openmeter_wsgi.entitlements.customers import CustomerCache, answers_about
-from openmeter_wsgi.entitlements.lookup import Question
+from openmeter_wsgi.entitlements.questions import Question
 from openmeter_wsgi.options import ApiKey
 from openmeter_wsgi.request import REQUEST
 from recorded import RECORDINGS as V1

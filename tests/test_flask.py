@@ -233,7 +233,7 @@ def test_one_extension_meters_every_application_of_a_factory(openmeter):
 def test_an_application_is_not_metered_twice(make):
     app = make()
 
-    with pytest.raises(ConfigError, match="app 'shop': is metered already"):
+    with pytest.raises(ConfigError, match="app 'shop': is already metered"):
         OpenMeter().init_app(app)
 
 

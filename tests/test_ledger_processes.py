@@ -15,7 +15,7 @@ from ledger_contract import end
 from openmeter_wsgi.quota.account import NotReserved, Reservation
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger
-from openmeter_wsgi.quota.sqlite import SqliteStore, database_name
+from openmeter_wsgi.quota.sqlite import Database, SqliteStore, database_name
 from openmeter_wsgi.quota.store import STORE_TIMEOUT
 from spooling import Process, until
 
@@ -367,6 +367,73 @@ def test_a_locked_database_costs_a_moment_and_only_once(tmp_path, caplog):
     # The store gets the usage of the time without it.
     assert account.reserve(10.0).available == 9.0
     end(ledger)
+
+
+@pytest.fixture
+def store_was_busy(monkeypatch):
+    """An event that is set when a transaction has waited `STORE_TIMEOUT` in vain."""
+    event, transaction = threading.Event(), Database._transaction
+
+    def watched(self, *arguments, **options):
+        try:
+            return transaction(self, *arguments, **options)
+        except sqlite3.OperationalError:
+            event.set()
+            raise
+
+    monkeypatch.setattr(Database, "_transaction", watched)
+    return event
+
+
+def test_closing_waits_longer_for_a_locked_store_than_a_request(
+    tmp_path, store_was_busy, caplog
+):
+    ledger = new_ledger(tmp_path)
+    account = ledger.account("acme")
+    account.answered(100.0, time.time())
+    account.reserve(10.0).settle(4.0)
+    with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
+        assert process.line() == "locked"
+        closing = threading.Thread(target=ledger.close, args=(LONG,))
+        closing.start()
+        assert store_was_busy.wait(LONG)
+        process.end()
+        closing.join(LONG)
+    assert not caplog.text
+    other = new_ledger(tmp_path)
+    refusal = other.account("acme").reserve(100.0)
+    assert refusal == NotReserved(held_back=False, available=96.0)
+    end(other)
+    ledger._store.close()
+
+
+def test_closing_retries_a_store_that_was_locked_just_before(tmp_path, caplog):
+    ledger = new_ledger(tmp_path)
+    account = ledger.account("acme")
+    account.answered(100.0, time.time())
+    account.reserve(10.0).settle(4.0)
+    with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
+        assert process.line() == "locked"
+        ledger.maintain()
+        assert "may be overshot" in caplog.text
+        process.end()
+    ledger.close(LONG)
+    other = new_ledger(tmp_path)
+    refusal = other.account("acme").reserve(100.0)
+    assert refusal == NotReserved(held_back=False, available=96.0)
+    end(other)
+    ledger._store.close()
+
+
+def test_closing_gives_a_locked_store_up_in_time(tmp_path, caplog):
+    ledger = new_ledger(tmp_path)
+    ledger.account("acme").answered(100.0, time.time())
+    ledger.account("acme").reserve(10.0).settle(4.0)
+    with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
+        assert process.line() == "locked"
+        ledger.close(2 * STORE_TIMEOUT)
+    assert "database is locked" in caplog.text
+    ledger._store.close()
 
 
 def test_a_directory_that_takes_nothing_is_done_without(tmp_path, caplog):

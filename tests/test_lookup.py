@@ -19,13 +19,10 @@ from openmeter_wsgi.entitlements.cache import (
 )
 from openmeter_wsgi.entitlements.client import UNKNOWN_CUSTOMER
 from openmeter_wsgi.entitlements.customers import CustomerCache
-from openmeter_wsgi.entitlements.lookup import (
-    MAX_QUEUE,
-    BackgroundLookup,
-    Question,
-    SharedResult,
-)
+from openmeter_wsgi.entitlements.lookup import BackgroundLookup, SharedResult
+from openmeter_wsgi.entitlements.questions import MAX_QUEUE, Question
 from openmeter_wsgi.options import question_rate
+from openmeter_wsgi.quota.store import StoreAway
 from servers import TIMEOUT
 from test_entitlements import body, header, ok
 
@@ -82,7 +79,7 @@ def make_lookup(tokens, answering):
         usual = {
             "new_client": NoConnection, "ask_openmeter": answering,
             "take_token": tokens.take, "timeout": TIMEOUT, "rate": 1_000.0,
-            "reserve": 0.0,
+            "tokens_kept_back": 0.0,
         }  # fmt: skip
         made.append(BackgroundLookup(**usual | options))
         return made[-1]
@@ -130,7 +127,7 @@ def test_the_first_in_line_is_asked_for_first(make_lookup, tokens, answering):
 def test_a_customer_that_is_known_does_not_wait_behind_those_that_are_not(
     make_lookup, tokens, answering
 ):
-    lookup = make_lookup(reserve=5.0)
+    lookup = make_lookup(tokens_kept_back=5.0)
     waiting, _ = enlist(lookup, [f"new-{n}" for n in range(10)])
     known, _ = enlist(lookup, ["known"], is_known=True)
 
@@ -238,6 +235,44 @@ def test_what_another_process_has_asked_is_not_asked(make_lookup, answering):
     assert not lookup._pending
 
 
+def test_a_connection_is_closed_after_an_unexpected_error(make_lookup, tokens):
+    closed = threading.Event()
+
+    class Client:
+        def close(self):
+            closed.set()
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    lookup = make_lookup(new_client=Client, ask_openmeter=fail)
+    tokens.left = 1
+
+    assert lookup.ask(question("acme")) is None
+
+    assert closed.is_set()
+
+
+def test_an_error_of_the_token_bucket_does_not_stop_the_queue(
+    make_lookup, answering, caplog
+):
+    outcomes = deque([StoreAway("locked")])
+
+    def take_token(_kept_back):
+        if outcomes:
+            raise outcomes.popleft()
+        return 0.0
+
+    lookup = make_lookup(take_token=take_token)
+
+    assert lookup.ask(question("acme")) is None
+    assert lookup.ask(question("other")) is None
+
+    assert answering.order == ["other"]
+    assert not lookup._pending
+    assert "customer 'acme' is not asked about" in caplog.text
+
+
 # -- With a server
 
 
@@ -341,7 +376,7 @@ def test_a_flood_of_made_up_names_takes_no_more_than_some_mebibytes():
     found = CustomerCache(lifetimes, size=CACHE_SIZE // share)
     lookup = BackgroundLookup(
         new_client=NoConnection, ask_openmeter=Answering(), take_token=lambda _: 100.0,
-        timeout=0.0, rate=25.0, reserve=0.0,
+        timeout=0.0, rate=25.0, tokens_kept_back=0.0,
     )  # fmt: skip
 
     def remember(name, at):

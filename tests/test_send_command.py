@@ -169,12 +169,12 @@ def test_a_file_that_is_sent_again_is_not_billed_again():
         ("[1]", "expected an event, a JSON object, got [1]"),
         (event("1", subject=None), "subject: expected text, got None"),
         (event("1", type=""), "type: expected text, got ''"),
-        (event(None), "id: expected one, by which a repetition is dropped"),
+        (event(None), "id: expected text, by which OpenMeter drops repetitions"),
         (event("1", data=[1]), "expected a JSON object, got [1]"),
         (event("1", time="2026-11-01"), "expected RFC 3339"),
         (event("1", specversion="0.3"), "specversion: expected '1.0', got '0.3'"),
         (event("1", datacontenttype="text/xml"), "expected 'application/json'"),
-        (event("1", plan="gold"), "plan: OpenMeter keeps no such attribute"),
+        (event("1", plan="gold"), "plan: OpenMeter does not keep this attribute"),
     ],
 )
 def test_nothing_is_sent_if_a_line_is_invalid(openmeter, line, problem_):
@@ -265,7 +265,7 @@ def test_it_gives_up_when_the_time_is_over_and_says_what_is_left(openmeter):
     assert result.exit_code == 1
     assert result.stdout == "sent 1 of 3 events\n"
     assert result.stderr.startswith(
-        "Error: OpenMeter answers 503: no room; not sent: 2. Send the same again"
+        "Error: OpenMeter answers 503: no room; not sent: 2. Send the same events again"
     )
 
 
@@ -425,9 +425,7 @@ def test_with_a_spool_nothing_is_lost_while_openmeter_is_away(openmeter, tmp_pat
 
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert first.stdout.startswith("wrote 1 of 1 events: ")
-    assert (
-        f"the events wait in '{spool}' and are sent by the next process" in first.stderr
-    )
+    assert f"the events wait in '{spool}'; the next process" in first.stderr
     assert second.stdout.startswith("sent 1 of 1 events: ")
     assert second.stderr == ""
     assert len(openmeter.taken) == 2

@@ -48,7 +48,7 @@ def test_it_warns_of_events_that_kafka_may_delete(tmp_path, openmeter, days, war
 
         _, log = ship.end(signal.SIGTERM)
 
-    assert ("the oldest event that waits is 9 days old; Kafka" in log) is warned
+    assert ("the oldest waiting event is 9 days old; Kafka" in log) is warned
     assert ("retention.ms" in log) is warned
 
 
@@ -136,7 +136,7 @@ def test_a_directory_that_is_none_is_one_line(tmp_path):
     assert [result.returncode for result in results] == [1, 1, 1]
     said = [result.stderr for result in results]
     assert said[0] == f"Error: '{tmp_path}/none': No such file or directory\n"
-    assert said[1] == f"Error: '{plain}' is no spool: it has no file 'format'\n"
+    assert said[1] == f"Error: '{plain}' is not a spool: it has no file 'format'\n"
     assert said[2].startswith("Error: spool_dir: expected 'openmeter_wsgi spool 1'")
     assert [text.count("\n") for text in said] == [1, 1, 1]
     assert not (tmp_path / "none").exists()

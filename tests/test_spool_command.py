@@ -294,7 +294,7 @@ def test_only_one_command_changes_dead_letters_at_a_time(spool, openmeter):
 
         holder.kill()
     assert result.exit_code == 1
-    assert "another requeue or purge is at work" in result.output
+    assert "another requeue or purge is running" in result.output
     assert ids(json_output(spool, "list")) == ["a"]
 
 
@@ -445,6 +445,6 @@ def test_a_subcommand_says_what_is_missing_or_no_spool(tmp_path):
 
     assert (missing.exit_code, empty.exit_code, none.exit_code) == (2, 1, 1)
     assert "Missing option '--spool-dir'" in missing.output
-    assert "is no spool" in empty.output
+    assert "is not a spool" in empty.output
     assert "No such file or directory" in none.output
     assert os.listdir(tmp_path) == []

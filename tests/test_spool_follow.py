@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,27 @@ def test_a_segment_that_its_sender_deletes_is_read_to_its_end_and_let_go(tmp_pat
         ]
         assert not [path for path in held if path.startswith(str(spool))]
         assert list(following.poll()) == []
+
+
+SIGNALLED_IN_EACH_LINE = """
+import os, signal, sys
+from openmeter_wsgi.cli.common import stop_signals
+
+for number in range(40):
+    lines = iter(range(number, -1, -1))
+    def trace(frame, event, arg):
+        if event == "line" and next(lines, -1) == 0:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trace
+    with stop_signals() as stopped:
+        sys.settrace(trace)
+        stopped.wait(0.05)
+        sys.settrace(None)
+"""
+
+
+def test_a_signal_in_any_line_of_the_wait_ends_it():
+    subprocess.run(
+        [sys.executable, "-c", SIGNALLED_IN_EACH_LINE], check=True, timeout=20
+    )

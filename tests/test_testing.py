@@ -297,7 +297,7 @@ def test_totals_are_exact_and_of_any_property(openmeter):
     openmeter.assert_metered("tokens", total=2**60, data={"total": 2**60})
     found = openmeter.assert_metered("llm", total=3.3, of="in", data={"model": "m"})
     assert [event.id for event in found] == ["request-1:llm", "request-1:llm:2"]
-    assert "say of='in' or 'model'" in failure(
+    assert "use of='in' or 'model'" in failure(
         lambda: openmeter.assert_metered("llm", total=3)
     )
 

@@ -320,3 +320,11 @@ def test_on_a_terminal_numbers_stand_at_the_right(sandbox):
     _, calls, tokens = said.decode().splitlines()
     assert calls.endswith("     3")
     assert tokens.endswith("  12.1")
+
+
+def test_the_help_says_how_to_get_totals_and_how_to_repeat_options():
+    result = CliRunner().invoke(command, ["--help"], terminal_width=200)
+
+    text = " ".join(result.output.split())
+    assert "Without --window and --group-by this is one total per meter" in text
+    assert text.count("May be repeated.") == 3

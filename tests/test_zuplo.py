@@ -145,7 +145,7 @@ def test_a_feature_gets_the_key_that_openmeter_takes_for_it() -> None:
     assert [place.rpartition(".")[2] for place, _ in policy.ignored] == [
         "requiredEntitlements[0]", "requiredEntitlements[3]",
     ]  # fmt: skip
-    assert "'api-request'; 'api_request'" in policy.ignored[0][1]
+    assert "'api_request' is used instead" in policy.ignored[0][1]
 
 
 def test_a_feature_that_no_key_is_like_is_a_problem() -> None:
@@ -308,7 +308,7 @@ def test_what_has_no_meaning_here_is_listed_with_its_place() -> None:
         "policies[0].options.bucketId",
         "policies[0].options.meters",
     ]
-    assert "'api'; here required_entitlements" in found.ignored[3][1]
+    assert "'api'; required_entitlements does so here" in found.ignored[3][1]
     assert translate([found]).warnings == [f"{p}: {why}" for p, why in found.ignored]
 
 
@@ -367,13 +367,13 @@ def test_empty_options_say_nothing() -> None:
         ),
         (
             openmeter(meter={"type": "a", "id": "1"}),
-            "policies[0].handler.options.meter: meter 'a': the same id for every "
-            "request would be billed once",
+            "policies[0].handler.options.meter: meter 'a': with the same id for every "
+            "request, only one would be billed",
         ),
         (
             openmeter(meter=[{"type": "b", "time": "2026-01-01T00:00:00Z"}]),
-            "policies[0].handler.options.meter: meter 'b': the same time for every "
-            "request would be billed once",
+            "policies[0].handler.options.meter: meter 'b': with the same time for "
+            "every request, only one would be billed",
         ),
         (
             openmeter(requiredEntitlements="a"),
@@ -567,7 +567,7 @@ def test_without_routes_there_must_be_one_policy() -> None:
         "got none"
     )
     assert refused(read(monetization("a"), openmeter(None)), None) == (
-        "routes: expected, to know which policy governs what: 'a', "
+        "routes: expected, as several policies meter: 'a', "
         "the nameless openmeter-inbound"
     )
 
@@ -597,7 +597,9 @@ def test_a_policy_that_a_route_names_twice_counts_once() -> None:
     translation = translate(policies, {"GET /": ["monetization", "all"]})
 
     assert translation.routes == {"GET /": {"meters": {"api": 1}}}
-    assert "GET /: 'monetization' is named twice; once counts" in translation.warnings
+    assert (
+        "GET /: 'monetization' is named twice, and counts once" in translation.warnings
+    )
 
 
 @pytest.mark.parametrize(
@@ -614,7 +616,7 @@ def test_two_policies_on_a_route_must_agree_in_all_else(
     policies = read(openmeter("a", **one), openmeter("b", **another))
 
     assert refused(policies, {"GET /": ["a", "b"]}) == (
-        f"GET /: {name}: expected the same of all policies on one route, "
+        f"GET /: {name}: expected the same value in all policies of a route, "
         "they differ: 'a', 'b'"
     )
 
@@ -674,10 +676,10 @@ def test_the_more_exact_rule_governs_and_a_different_order_is_told() -> None:
     apart = translate(policies, {by_id: ["a"], "GET /users": [], "POST /users/me": []})
 
     assert exact_first.routes == {by_name: None, by_id: {"meters": {"x": 1}}}
-    assert not [text for text in exact_first.warnings if "stands before" in text]
+    assert not [text for text in exact_first.warnings if "comes first" in text]
     assert exact_last.warnings[-1] == (
-        "GET /users/me: Zuplo would use GET /users/<id>, which stands before it; here "
-        "the more exact rule governs"
+        "GET /users/me: Zuplo would use GET /users/<id>, which comes first in "
+        "the file; here the more specific rule governs"
     )
     assert list(apart.routes) == [by_id]
 
@@ -712,7 +714,7 @@ def test_of_the_same_rule_the_first_holds() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[]", "paths: expected an OpenAPI document, which has them, got none"),
+        ("[]", "paths: expected the paths of an OpenAPI document, got none"),
         (document(**{"/a": 5}), "paths['/a']: expected an object, got 5"),
         (document(**{"/a": {"get": 5}}), "paths['/a'].get: expected an object, got 5"),
         (
@@ -745,7 +747,8 @@ def test_of_the_same_rule_the_first_holds() -> None:
                     }
                 }
             ),
-            "paths['/(a?b)'].get: expected a path that a rule can say, got (a?b) in it",
+            "paths['/(a?b)'].get: expected a path that a rule can express, "
+            "got (a?b) in it",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_variable_of_another_name_is_told() -> None:
     text = to_toml(translate(read_policies(json.dumps(policy), {"A": "1", "B": "2"})))
 
     assert (
-        text == "# Set the variable OPENMETER_API_KEY to what A and B held for Zuplo.\n"
+        text == "# Set the variable OPENMETER_API_KEY to the value of A and B.\n"
         'event_source = "api-gateway"\n'
     )
 
@@ -161,7 +161,7 @@ def test_the_command_needs_no_variable_and_shows_none() -> None:
         in result.stdout
     )
     assert (
-        "# Set the variable OPENMETER_API_URL to what OPENMETER_URL held for Zuplo.\n"
+        "# Set the variable OPENMETER_API_URL to the value of OPENMETER_URL.\n"
         in result.stdout
     )
     assert "$env(OPENMETER_URL)" not in result.stdout
@@ -237,7 +237,7 @@ def test_null_is_refused_with_its_place() -> None:
         to_toml(Translation(options, {}, []))
 
     assert refused.value.problems == (
-        "meter[0].data.b[0]: expected what TOML can say, got null",
+        "meter[0].data.b[0]: expected a value of TOML, got null",
     )
 
 

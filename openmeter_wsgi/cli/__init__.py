@@ -1,4 +1,4 @@
-"""The command line: ``openmeter-wsgi``."""
+"""The command line ``openmeter-wsgi``: its subcommands, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Subcommand(NamedTuple):
-    """A subcommand and its module, which is imported when the command is called."""
+    """The description of a subcommand, whose module is imported when it is called."""
 
-    #: The module that holds it as ``command``.
+    #: Module with the click command ``command``.
     module: str
-    #: The extra that installs what it needs.
+    #: Extra of the package that installs its dependencies.
     extra: str
     help: str
 
@@ -34,27 +34,27 @@ COMMANDS = {
     "send": Subcommand(
         "openmeter_wsgi.cli.send",
         "cli",
-        "Send an event, or those of a file.",
+        "Send one event, or the events of a file.",
     ),
     "usage": Subcommand(
         "openmeter_wsgi.cli.usage",
         "cli",
-        "Print the usage of the server's meters.",
+        "Print the usage that the meters on the server have counted.",
     ),
     "ship": Subcommand(
         "openmeter_wsgi.cli.ship",
         "cli",
-        "Deliver a spool to OpenMeter, as a process of its own.",
+        "Deliver a spool to OpenMeter, as a separate process.",
     ),
     "spool": Subcommand(
         "openmeter_wsgi.cli.spool",
         "cli",
-        "Look into a spool, and put its dead letters in order.",
+        "Show the contents of a spool, and requeue or delete its dead letters.",
     ),
     "import": Subcommand(
         "openmeter_wsgi.cli.import_",
         "cli",
-        "Print the configuration of another product as a file of options.",
+        "Convert the configuration of another product to a file of options.",
     ),
     "sandbox": Subcommand(
         "openmeter_wsgi.sandbox.command",
@@ -74,24 +74,25 @@ def main() -> None:
     if sys.platform == "win32":
         sys.exit(f"openmeter-wsgi: {NOT_ON_WINDOWS}")
     for stream in (sys.stdout, sys.stderr):
-        # A terminal of another encoding shows an escape for what it does not have.
+        # Characters outside the encoding of the terminal are escaped.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         group = _group()
     except ModuleNotFoundError as missing:
-        called = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
-        _refuse(missing, called.extra if called else "cli")
+        subcommand = COMMANDS.get(sys.argv[1]) if sys.argv[1:] else None
+        _exit_for_extra(missing, subcommand.extra if subcommand else "cli")
     try:
         group(prog_name="openmeter-wsgi")
     except OSError as error:
-        # Each command tells of its own files: this is stdout. It is not tried again.
+        # Commands handle errors of their own files, so this is stdout. Without the
+        # redirection Python would flush stdout at exit, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"openmeter-wsgi: the output cannot be written: {error.strerror}")
 
 
 def _group() -> click.Group:
-    # click is an extra: without it this module must still be able to say so.
+    # Imported here: without the extra, main() names what to install.
     import click
     from click.shell_completion import CompletionItem
 
@@ -125,11 +126,11 @@ def _group() -> click.Group:
         def shell_complete(
             self, ctx: click.Context, incomplete: str
         ) -> list[CompletionItem]:
-            # Not the group's own, which would load every command.
+            # The method of click.Group would import the module of every command.
             return [
                 *(
-                    CompletionItem(name, help=known.help)
-                    for name, known in COMMANDS.items()
+                    CompletionItem(name, help=subcommand.help)
+                    for name, subcommand in COMMANDS.items()
                     if name.startswith(incomplete)
                 ),
                 *click.Command.shell_complete(self, ctx, incomplete),
@@ -137,26 +138,25 @@ def _group() -> click.Group:
 
     group = Commands(
         help="Usage metering for WSGI applications.",
-        epilog=exit_codes(_3="the answer is no; each command says what that means"),
+        epilog=exit_codes(_3="the command found a problem; its own help says which"),
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     return click.version_option(VERSION, message="%(version)s")(group)
 
 
-def _load(known: Subcommand) -> click.Command:
+def _load(subcommand: Subcommand) -> click.Command:
     try:
-        command: click.Command = importlib.import_module(known.module).command
+        command: click.Command = importlib.import_module(subcommand.module).command
     except ModuleNotFoundError as missing:
-        _refuse(missing, known.extra)
+        _exit_for_extra(missing, subcommand.extra)
     return command
 
 
-def _refuse(missing: ModuleNotFoundError, extra: str) -> NoReturn:
-    """End with one line that names the extra to install."""
+def _exit_for_extra(missing: ModuleNotFoundError, extra: str) -> NoReturn:
+    """Exit with one line that names the extra to install."""
     package = (missing.name or "").partition(".")[0]
     if package == "openmeter_wsgi":
-        # Not an extra but a fault of our own, which deserves its traceback.
-        raise missing
+        raise missing  # a bug of this package, shown with its traceback
     sys.stderr.write(
         f"openmeter-wsgi: {package} is not installed; "
         f"run: pip install 'openmeter_wsgi[{extra}]'\n"

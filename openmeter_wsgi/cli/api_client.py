@@ -1,4 +1,8 @@
-"""Lists from OpenMeter's API: events, meters and features; its errors as text."""
+"""HTTP client of OpenMeter's lists: events, meters, features and usage.
+
+`Listing` is the interface; `ListingV1` and `ListingV3` implement it for the versions of
+the API, with documents in the form of version 1. `error_text` explains an error.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +27,35 @@ if TYPE_CHECKING:
 def error_text(error: BaseException) -> str:
     """Return the text of the innermost cause of *error*, or else its own."""
     chain = list(_chain(error))
-    for said in map(_text_of, reversed(chain)):
-        if said is not None:
-            return said
+    for text in map(_text_of_cause, reversed(chain)):
+        if text is not None:
+            return text
     return str(error) or type(error).__name__
 
 
 def is_untrusted(error: BaseException) -> bool:
-    """True if the server spoke TLS with a certificate that is not trusted."""
-    return any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error))
+    """Return True if the certificate of the server is not trusted."""
+    return any(
+        isinstance(cause, ssl.SSLCertVerificationError) for cause in _chain(error)
+    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield *error* and its causes, the outermost first, each once."""
+    """Yield *error* and its causes, the outermost first, without duplicates."""
     waiting = [error]
     seen: set[int] = set()
     while waiting:
-        each = waiting.pop(0)
-        if id(each) in seen:
+        cause = waiting.pop(0)
+        if id(cause) in seen:
             continue
-        seen.add(id(each))
-        yield each
-        inner = (*each.args, getattr(each, "reason", None), each.__cause__)
-        waiting += [one for one in inner if isinstance(one, BaseException)]
+        seen.add(id(cause))
+        yield cause
+        inner = (*cause.args, getattr(cause, "reason", None), cause.__cause__)
+        waiting += [value for value in inner if isinstance(value, BaseException)]
 
 
-def _text_of(error: BaseException) -> str | None:
-    """Return the text of one cause, None if it only wraps another one."""
+def _text_of_cause(error: BaseException) -> str | None:
+    """Return the text of a cause, None if it only wraps another cause."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -67,11 +73,11 @@ def _text_of(error: BaseException) -> str | None:
     return None
 
 
-#: More ids than this that contain another one are not looked at.
-_LIMIT = 100
-#: OpenMeter gives no longer pages.
-_PAGE = 1_000
-#: Whoever has more says the same page again and again.
+#: Maximum number of events that one search for an id returns.
+_MAX_FOUND = 100
+#: Maximum number of documents per page in OpenMeter.
+_PAGE_SIZE = 1_000
+#: Maximum number of pages read, for a server that repeats a page for ever.
 MAX_PAGES = 100
 
 Document = dict[str, Any]
@@ -79,11 +85,11 @@ Parameters = dict[str, str | int | list[str]]
 
 
 class NoAnswer(Exception):
-    """OpenMeter gave no answer, or one that cannot be used."""
+    """OpenMeter did not answer, or its answer is an error or cannot be parsed."""
 
-    def __init__(self, said: str, status: int | None = None) -> None:
-        super().__init__(said)
-        #: The HTTP status, None where there was no answer or a wrong one.
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        #: The HTTP status of an error, otherwise None.
         self.status = status
 
 
@@ -92,20 +98,20 @@ class UsageQuery(NamedTuple):
 
     since: str | None = None
     until: str | None = None
-    #: MINUTE, HOUR, DAY or MONTH: a row for each of these.
+    #: Period of a row: MINUTE, HOUR, DAY or MONTH; None for a total.
     window: str | None = None
-    #: The time zone of days and months.
+    #: Time zone of days and months.
     zone: str = "UTC"
     subjects: tuple[str, ...] = ()
     group_by: tuple[str, ...] = ()
-    #: Dimensions and values.
+    #: Pairs of a dimension and its value.
     filters: tuple[tuple[str, str], ...] = ()
 
 
 class Listing(ABC):
-    """OpenMeter's lists, under the key and address of a policy.
+    """A client of OpenMeter's lists; documents have the form of version 1.
 
-    What they hold is told in the form of version 1, whatever the version.
+    Every method raises `NoAnswer` if a request fails.
     """
 
     def __init__(self, url: str, key: ApiKey, timeout: float) -> None:
@@ -118,86 +124,70 @@ class Listing(ABC):
 
     @abstractmethod
     def entries(self, event_id: str, source: str | None) -> list[Document]:
-        """Return the listed entries of an event: one for each time it was stored.
-
-        :raises NoAnswer: if the answer is none.
-        """
+        """Return the entries of an event: one for each time it was stored."""
 
     def arrived(self, events: Sequence[Document]) -> Iterator[bool]:
-        """Yield True for each of *events* that is stored, by its id and source.
-
-        :raises NoAnswer: if the answer is none.
-        """
+        """Yield for each of *events* True if it is stored, by its id and source."""
         for event in events:
             yield bool(self.entries(event["id"], event.get("source")))
 
     @abstractmethod
     def meters(self) -> list[Document]:
-        """Return all meters.
-
-        :raises NoAnswer: if the answer is none.
-        """
+        """Return all meters."""
 
     @abstractmethod
     def features(self) -> list[Document]:
-        """Return all features.
-
-        :raises NoAnswer: if the answer is none.
-        """
+        """Return all features."""
 
     @abstractmethod
     def usage(self, meter: str, query: UsageQuery) -> list[Document]:
-        """Return the rows of a meter.
-
-        :raises NoAnswer: if the answer is none.
-        """
+        """Return the usage of a meter, as rows."""
 
     @abstractmethod
     def date(self) -> str | None:
-        """Return the Date header of the server's answer.
+        """Return the Date header of an answer, also of an error."""
 
-        :raises NoAnswer: if it does not answer at all.
-        """
-
-    def _decoded(self, what: str, answer: requests.Response) -> Any:
+    def _decoded(self, path: str, answer: requests.Response) -> Any:
+        """Return the JSON of a successful answer."""
         if answer.status_code != requests.codes.ok:
-            said = reason(answer.content)
+            text = reason(answer.content)
             raise NoAnswer(
-                f"{self._url}{what} answered {answer.status_code}"
-                f"{': ' if said else ''}{said}",
+                f"{self._url}{path} answered {answer.status_code}"
+                f"{': ' if text else ''}{text}",
                 answer.status_code,
             )
         try:
             return answer.json()
         except ValueError as error:
-            raise self._wrong(what, error) from error
+            raise self._unreadable(path, error) from error
 
-    def _documents(self, what: str, listed: Sequence[Any] | None) -> list[Document]:
+    def _documents(self, path: str, listed: Sequence[Any] | None) -> list[Document]:
+        """Return *listed* if it is a list of JSON objects."""
         if not isinstance(listed, list) or not all(map(_is_document, listed)):
-            raise NoAnswer(f"{self._url}{what} answered with no list of documents")
+            raise NoAnswer(f"{self._url}{path} answered with no list of documents")
         return listed
 
-    def _wrong(self, what: str, error: Exception) -> NoAnswer:
-        return NoAnswer(f"{self._url}{what}: {type(error).__name__}: {error}")
+    def _unreadable(self, path: str, error: Exception) -> NoAnswer:
+        return NoAnswer(f"{self._url}{path}: {type(error).__name__}: {error}")
 
-    def _get(self, what: str, parameters: Parameters) -> requests.Response:
-        return self._request("GET", what, params=parameters)
+    def _get(self, path: str, parameters: Parameters) -> requests.Response:
+        return self._request("GET", path, params=parameters)
 
-    def _request(self, method: str, what: str, **content: Any) -> requests.Response:
+    def _request(self, method: str, path: str, **content: Any) -> requests.Response:
         try:
             return self._session.request(
                 method,
-                self._url + what,
+                self._url + path,
                 auth=self._authorize,
                 timeout=self._timeout,
                 allow_redirects=False,
                 **content,
             )
         except (OSError, ValueError) as error:
-            raise NoAnswer(f"{self._url}{what}: {error_text(error)}") from error
+            raise NoAnswer(f"{self._url}{path}: {error_text(error)}") from error
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        # Set always, or requests would look into a .netrc.
+        # An auth function even without a key, or requests would read a .netrc.
         if (key := self._key.current()) is not None:
             request.headers["Authorization"] = f"Bearer {key}"
         return request
@@ -216,21 +206,23 @@ class ListingV1(Listing):
         super().__init__(f"{url}/api/v1/", key, timeout)
 
     def entries(self, event_id: str, source: str | None) -> list[Document]:
-        """Return the listed entries of an event: one for each time it was stored."""
-        # The server looks for ids that contain this one.
-        listed = self._list("events", id=event_id, limit=_LIMIT)
+        """Return the entries of an event: one for each time it was stored."""
+        # The server also finds ids that only contain this one.
+        listed = self._list("events", id=event_id, limit=_MAX_FOUND)
         try:
-            return [one for one in listed if is_same(one["event"], event_id, source)]
+            return [
+                entry for entry in listed if is_same(entry["event"], event_id, source)
+            ]
         except (TypeError, KeyError) as error:
-            raise self._wrong("events", error) from error
+            raise self._unreadable("events", error) from error
 
     def meters(self) -> list[Document]:
         """Return all meters."""
         meters: list[Document] = []
         for page in range(1, MAX_PAGES + 1):
-            found = self._list("meters", page=page, pageSize=_PAGE)
-            meters += found
-            if len(found) < _PAGE:
+            listed = self._list("meters", page=page, pageSize=_PAGE_SIZE)
+            meters += listed
+            if len(listed) < _PAGE_SIZE:
                 break
         return meters
 
@@ -238,26 +230,26 @@ class ListingV1(Listing):
         """Return all features."""
         features: list[Document] = []
         for _ in range(MAX_PAGES):
-            found = self._list("features", limit=_PAGE, offset=len(features))
-            features += found
-            if len(found) < _PAGE:
+            listed = self._list("features", limit=_PAGE_SIZE, offset=len(features))
+            features += listed
+            if len(listed) < _PAGE_SIZE:
                 break
         return features
 
     def usage(self, meter: str, query: UsageQuery) -> list[Document]:
-        """Return the rows of a meter."""
+        """Return the usage of a meter, as rows."""
         path = f"meters/{quote(meter, safe='')}/query"
         answer = self._decoded(path, self._get(path, _parameters(query)))
         rows = answer.get("data") if isinstance(answer, dict) else None
         return self._documents(path, rows)
 
     def date(self) -> str | None:
-        """Return the Date header of the server's answer."""
+        """Return the Date header of an answer, also of an error."""
         return self._get("events", {"limit": 1}).headers.get("Date")
 
-    def _list(self, what: str, **parameters: str | int) -> list[Document]:
-        answer = self._decoded(what, self._get(what, {**parameters}))
-        return self._documents(what, answer)
+    def _list(self, path: str, **parameters: str | int) -> list[Document]:
+        answer = self._decoded(path, self._get(path, {**parameters}))
+        return self._documents(path, answer)
 
 
 def _parameters(query: UsageQuery) -> Parameters:
@@ -273,9 +265,9 @@ def _parameters(query: UsageQuery) -> Parameters:
     if query.group_by:
         parameters["groupBy"] = list(query.group_by)
     for dimension, value in query.filters:
-        wanted = parameters.setdefault(f"filterGroupBy[{dimension}]", [])
-        assert isinstance(wanted, list)  # noqa: S101 - for the checker of types
-        wanted.append(value)
+        values = parameters.setdefault(f"filterGroupBy[{dimension}]", [])
+        assert isinstance(values, list)  # noqa: S101 - for the checker of types
+        values.append(value)
     return parameters
 
 
@@ -283,6 +275,6 @@ def _is_document(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def is_same(found: Document, event_id: str, source: str | None) -> bool:
-    """Return True if *found* is the event with this id and source."""
-    return (found["id"], found["source"]) == (event_id, source)
+def is_same(event: Document, event_id: str, source: str | None) -> bool:
+    """Return True if *event* has this id and source."""
+    return (event["id"], event["source"]) == (event_id, source)

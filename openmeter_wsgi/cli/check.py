@@ -1,4 +1,9 @@
-"""``openmeter-wsgi check``: validate the configuration against the server."""
+"""``openmeter-wsgi check``: validate the configuration against the server.
+
+The policy comes from variables, a file, an application (``--app``), or the settings of
+a framework's project. `CHECKS` are run in order; each yields findings, which are
+printed as they come.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +15,31 @@ import click
 
 from openmeter_wsgi.cli.check_configuration import (
     NoApplication,
-    decorated_views,
+    check_decorators,
+    check_dry_run,
+    check_event_source,
+    check_layers,
+    check_quotas,
+    check_spool,
+    check_status_codes,
     load_application,
-    look_at_dry_run,
-    look_at_event_source,
-    look_at_layers,
-    look_at_quotas,
-    look_at_rules,
-    look_at_spool,
-    look_at_status_codes,
-    look_at_unmatched,
-    look_at_views,
+    logged_warnings,
     middlewares,
     problems_of,
-    warnings_told,
 )
-from openmeter_wsgi.cli.check_meters import look_at_features, look_at_meters
+from openmeter_wsgi.cli.check_meters import check_features, check_meters
+from openmeter_wsgi.cli.check_routes import (
+    check_rules,
+    check_unmatched_paths,
+    decorated_views,
+)
 from openmeter_wsgi.cli.check_server import (
-    look_at_clock,
-    look_at_event,
-    look_at_repetition,
-    look_at_server,
+    check_clock,
+    check_deduplication,
+    check_event,
+    check_ingest,
 )
-from openmeter_wsgi.cli.check_status_202 import (
-    look_at_accepted,
-    look_at_accepting_views,
-)
+from openmeter_wsgi.cli.check_status_202 import check_accepted_work
 from openmeter_wsgi.cli.common import (
     ANSWER_IS_NO,
     busy,
@@ -58,27 +62,29 @@ from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.policy import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
 
 
-#: In this order: what a check needs is found out by those before it.
+#: In order: a check may use the results of those before it.
 CHECKS = (
-    Check(look_at_dry_run, "dry run"),
-    Check(look_at_status_codes, "billed status codes"),
-    Check(look_at_unmatched, "routes"),
-    Check(look_at_accepted, "accepted work"),
-    Check(look_at_event_source, "event source"),
-    Check(look_at_spool, "spool directory"),
-    Check(look_at_quotas, "quotas"),
-    Check(look_at_server, "server"),
-    Check(look_at_clock, "clock", needs_answer=True),
-    Check(look_at_event, "event", needs_event=True),
-    Check(look_at_meters, "meters", needs_answer=True),
-    Check(look_at_features, "features", needs_answer=True),
+    Check(check_dry_run, "dry run"),
+    Check(check_status_codes, "billed status codes"),
+    Check(check_unmatched_paths, "routes"),
+    Check(check_accepted_work, "accepted work"),
+    Check(check_event_source, "event source"),
+    Check(check_spool, "spool directory"),
+    Check(check_quotas, "quotas"),
+    Check(check_ingest, "server"),
+    Check(check_clock, "clock", needs_answer=True),
+    Check(check_event, "event", needs_event=True),
+    Check(check_meters, "meters", needs_answer=True),
+    Check(check_features, "features", needs_answer=True),
 )
-REPETITION = Check(look_at_repetition, "deduplication", needs_event=True)
+DEDUPLICATION = Check(check_deduplication, "deduplication", needs_event=True)
 _EXIT_CODES = exit_codes(
-    _0="nothing fails; there may be warnings, and what could not be found out",
+    _0="nothing fails; there may be warnings, and checks that could not be run",
     _3="something fails",
 )
 
@@ -89,14 +95,14 @@ _EXIT_CODES = exit_codes(
     "--app",
     "app_name",
     metavar="MODULE:APP",
-    help="Check this WSGI application and the policy that it is wrapped in. With () at "
-    "the end the name is a function that returns the application.",
+    help="Check this WSGI application and its own policy. With () at the end, APP is a "
+    "function that returns the application.",
 )
 @click.option(
     "--dedupe-check/--no-dedupe-check",
-    "repeat",
+    "checks_deduplication",
     default=True,
-    help="Send an event twice, to see whether OpenMeter drops the second.",
+    help="Send one event twice, to check that OpenMeter drops the second.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
@@ -105,43 +111,51 @@ def command(
     policy_file: str | None,
     api_url: str | None,
     app_name: str | None,
-    repeat: bool,
+    checks_deduplication: bool,
     as_json: bool,
 ) -> None:
     """Validate the configuration against the server; each problem has a remedy.
 
-    Up to three events are sent, of the type and subject "openmeter_wsgi.check", which
-    no meter counts. Run it with the configuration, and as the user, of the application.
+    Run it with the configuration of the application, and as its user. It sends up to
+    three events of the type and subject "openmeter_wsgi.check", which no meter counts.
     """
     if app_name and (policy_file or api_url):
-        raise click.UsageError("--app has its own policy: leave the other one out.")
+        raise click.UsageError(
+            "--app has a policy of its own: leave --config and --api-url out."
+        )
     try:
-        with warnings_told() as before:
-            checked = _checked(policy_file, api_url, app_name, context.obj)
+        with logged_warnings() as warned:
+            loaded = _load(policy_file, api_url, app_name, context.obj)
     except (ConfigError, NoApplication) as error:
         print_findings(_problems(error), None, as_json=as_json)
         context.exit(2)
-    policy = checked.policy
-    found = look(policy, repeat=repeat, views=checked.views) if policy else ()
-    told = print_findings(
-        itertools.chain(before, checked.findings, found),
+    policy = loaded.policy
+    checked: Iterable[Finding] = ()
+    if policy is not None:
+        checks = (*CHECKS, DEDUPLICATION) if checks_deduplication else CHECKS
+        checked = run_checks(
+            policy, checks, views=loaded.views, middleware=loaded.middleware
+        )
+    findings = print_findings(
+        itertools.chain(warned, loaded.findings, checked),
         policy.api_url if policy else None,
         as_json=as_json,
     )
-    if any(finding.severity is Severity.FAILURE for finding in told):
+    if any(finding.severity is Severity.FAILURE for finding in findings):
         context.exit(ANSWER_IS_NO)
 
 
-def look(
+def run_checks(
     policy: Policy,
     checks: tuple[Check, ...] = CHECKS,
     *,
-    repeat: bool = False,
     views: Iterable[tuple[str, Policy]] = (),
+    middleware: OpenMeterMiddleware | None = None,
 ) -> Iterator[Finding]:
-    """Run the checks of *policy* and of those of *views*; yield each finding at once.
+    """Run *checks* and yield each finding at once.
 
-    With *repeat* an event is sent twice, which takes some seconds.
+    :param views: the names and policies of views with a policy of their own.
+    :param middleware: the middleware around the application, if one is checked.
     """
     client = OpenMeterClient(
         url=policy.api_url,
@@ -151,109 +165,116 @@ def look(
     )
     with open_listing(policy) as listing:
         situation = Situation(
-            policy, client, listing, _waiting(lambda _: None), views=tuple(views)
+            policy,
+            client,
+            listing,
+            _waiting(lambda _: None),
+            views=tuple(views),
+            middleware=middleware,
         )
         try:
-            for check in (*checks, REPETITION) if repeat else checks:
-                yield from _found(check, situation)
+            for check in checks:
+                yield from _run(check, situation)
         finally:
             client.close()
 
 
-def _found(check: Check, situation: Situation) -> list[Finding]:
-    """Run one check, and show its name on a terminal meanwhile."""
-    if reason := _obstacle(check, situation):
-        return [unknown(check.name, reason)]
-    with busy(f"Looking at: {check.name}") as say:
-        situation.wait = _waiting(say)
-        return list(check.look(situation))
+def _run(check: Check, situation: Situation) -> list[Finding]:
+    """Run one check; a terminal shows its name meanwhile."""
+    if obstacle := _obstacle(check, situation):
+        return [unknown(check.name, obstacle)]
+    with busy(f"Checking: {check.name}") as set_title:
+        situation.wait = _waiting(set_title)
+        return list(check.run(situation))
 
 
-def _waiting(say: Callable[[str], None]) -> Callable[[float, str], None]:
+def _waiting(set_title: Callable[[str], None]) -> Callable[[float, str], None]:
     def wait(seconds: float, title: str) -> None:
-        say(title)
+        set_title(title)
         time.sleep(seconds)
 
     return wait
 
 
 def _obstacle(check: Check, situation: Situation) -> str | None:
-    """Return the reason for which a check cannot run, None if it can."""
-    if (check.needs_answer or check.needs_event) and not situation.answers:
-        return "not looked at: the server does not answer"
+    """Return the reason why a check cannot run, None if it can."""
+    if (check.needs_answer or check.needs_event) and not situation.server_answers:
+        return "not checked: the server does not answer"
     if check.needs_event and situation.sent is None:
-        return "OpenMeter has not taken the event that this looks at"
+        return "not checked: OpenMeter did not take the test event"
     return None
 
 
 class FrameworkProject(NamedTuple):
-    """A project of a framework, whose own command runs this one."""
+    """A project of a framework, whose own command runs ``check``."""
 
     #: Returns the policy of its settings.
     policy: Callable[[], Policy]
-    #: Yields what is found in its settings.
+    #: Yields the findings of its settings.
     findings: Callable[[], Iterable[Finding]] = tuple
-    #: Its application as ``MODULE:APP``, None where no setting names it.
+    #: Its application as ``MODULE:APP``, None if no setting names it.
     application: str | None = None
 
 
-class _Checked(NamedTuple):
-    """A policy to check, with the findings of loading it."""
+class _Loaded(NamedTuple):
+    """A policy to check, and the findings while it was loaded."""
 
     policy: Policy | None
-    findings: list[Finding]
-    views: list[tuple[str, Policy]]
+    findings: Sequence[Finding] = ()
+    views: Sequence[tuple[str, Policy]] = ()
+    middleware: OpenMeterMiddleware | None = None
 
 
-def _checked(
+def _load(
     file: str | None,
     url: str | None,
     app_name: str | None,
     project: FrameworkProject | None,
-) -> _Checked:
-    """Return the policy that is checked.
+) -> _Loaded:
+    """Return the policy to check.
 
-    :raises ConfigError: if the policy is none.
+    :raises ConfigError: if the configuration is invalid.
     :raises NoApplication: if there is no application of this name.
     """
     if project is not None:
-        return _checked_project(project)
+        return _load_project(project)
     if app_name is not None:
-        return _checked_application(app_name)
+        return _load_application(app_name)
     options = options_given(api_url=url)
     if file is None:
-        return _Checked(Policy.from_env(**options), [], [])
-    return _Checked(Policy.from_file(file, **options), [], [])
+        return _Loaded(Policy.from_env(**options))
+    return _Loaded(Policy.from_file(file, **options))
 
 
-def _checked_project(project: FrameworkProject) -> _Checked:
+def _load_project(project: FrameworkProject) -> _Loaded:
     policy = project.policy()
     findings = list(project.findings())
     if project.application is None:
-        return _Checked(policy, findings, [])
+        return _Loaded(policy, findings)
     try:
-        checked = _checked_application(project.application)
+        loaded = _load_application(project.application)
     except NoApplication as error:
-        return _Checked(policy, [*findings, *_problems(error)], [])
-    findings += checked.findings
-    return _Checked(checked.policy or policy, findings, checked.views)
+        return _Loaded(policy, [*findings, *_problems(error)])
+    return loaded._replace(
+        policy=loaded.policy or policy, findings=[*findings, *loaded.findings]
+    )
 
 
-def _checked_application(name: str) -> _Checked:
+def _load_application(name: str) -> _Loaded:
     app = load_application(name)
-    found = middlewares(app)
-    findings = [*look_at_layers(name, app, found), *look_at_views(app)]
-    if not found:
-        return _Checked(None, findings, [])
-    views, problems = decorated_views(found[0])
-    findings += [*look_at_rules(found[0]), *problems]
-    findings += look_at_accepting_views(found[0])
-    return _Checked(found[0].policy, findings, views)
+    layers = middlewares(app)
+    findings = [*check_layers(name, app, layers), *check_decorators(app)]
+    if not layers:
+        return _Loaded(None, findings)
+    middleware = layers[0]
+    views, problems = decorated_views(middleware)
+    findings += [*check_rules(middleware), *problems]
+    return _Loaded(middleware.policy, findings, views, middleware)
 
 
 def _problems(error: ConfigError | NoApplication) -> list[Finding]:
-    cause = error if isinstance(error, ConfigError) else error.__cause__
-    if isinstance(cause, ConfigError):
-        return problems_of(cause)
-    remedy = "name it as the server does: MODULE:APP, importable from here"
-    return [failure("application", str(error), remedy)]
+    if isinstance(error, ConfigError):
+        return problems_of(error)
+    if isinstance(error.__cause__, ConfigError):
+        return problems_of(error.__cause__)
+    return [failure("application", str(error), error.remedy)]

@@ -1,4 +1,4 @@
-"""Checks of the server's meters and features against the policies."""
+"""Checks of the meters and features on the server against the policies."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """An event that a policy states."""
+    """The type and the data of an event that a policy sends."""
 
     type: str
-    #: With the measures that are in it; None if nothing is known of it.
+    #: Data with a `Measure` in place of each measured value; None if it is not known.
     data: Any
 
     @property
     def shown(self) -> str:
-        """Its data as JSON, with measures as they are written in a file."""
+        """The data as JSON, with measures as they are written in a file."""
         return json.dumps(self.data, default=lambda measure: measure.text)
 
 
 def samples(situation: Situation) -> list[Sample]:
-    """Return the events that the policies name, each once."""
-    found = {(one.type, one.shown): one for one in _samples(situation)}
-    return list(found.values())
+    """Return the events that the policies send, without duplicates."""
+    by_content = {(one.type, one.shown): one for one in _samples(situation)}
+    return list(by_content.values())
 
 
 def _samples(situation: Situation) -> Iterator[Sample]:
@@ -82,62 +82,59 @@ def types_stated(situation: Situation) -> set[str]:
 
 def event_type(meter: Document) -> str | None:
     """Return the type of events that a meter on the server counts."""
-    said = meter.get("eventType")
-    return said if isinstance(said, str) else None
+    text = meter.get("eventType")
+    return text if isinstance(text, str) else None
 
 
+#: A JSON path of plain steps, and one step.
 _PATH = re.compile(r"\$(?:\.[\w-]+|\['[^'\\]+'\]|\[\d+\])+")
 _STEP = re.compile(r"\.([\w-]+)|\['([^'\\]+)'\]|\[(\d+)\]")
-_NOWHERE = object()
-#: Of a meter that no policy feeds is asked whether anybody has, for so many days.
+_ABSENT = object()
+#: Number of days whose usage is queried for a meter that no policy feeds.
 DAYS = 7
-#: More of them than this are not asked for.
-_MAX_ASKED = 50
+#: Maximum number of such meters.
+_MAX_QUERIED = 50
 
 
-def look_at_meters(situation: Situation) -> Iterator[Finding]:
+def check_meters(situation: Situation) -> Iterator[Finding]:
     """Compare the meters of the policies with those of the server."""
     try:
-        there = situation.listing.meters()
+        meters = situation.listing.meters()
     except NoAnswer as error:
         yield unanswered("meters", error, "list meters")
         return
     sent = samples(situation)
     if not sent:
-        yield ok("meters", "the policy states none")
+        yield ok("meters", "the policy has none")
     for sample in sent:
-        counting = [one for one in there if event_type(one) == sample.type]
+        counting = [meter for meter in meters if event_type(meter) == sample.type]
         if counting:
-            yield from (_value(sample, one) for one in counting)
+            yield from (_check_meter(sample, meter) for meter in counting)
         else:
-            yield _missing(sample, there, situation.policy)
-    yield _of_handlers()
-    stated = types_stated(situation)
-    yield from _unfed(
-        situation, [one for one in there if event_type(one) not in stated]
-    )
-
-
-def _of_handlers() -> Finding:
-    return note(
+            yield _missing_meter(sample, meters, situation.policy)
+    yield note(
         "handlers",
         "types that handlers state with set_meters or add_meters are not checked",
     )
+    stated = types_stated(situation)
+    yield from _other_meters(
+        situation, [meter for meter in meters if event_type(meter) not in stated]
+    )
 
 
-def _missing(sample: Sample, there: list[Document], policy: Policy) -> Finding:
-    types = sorted({repr(event_type(one)) for one in there})
+def _missing_meter(sample: Sample, meters: list[Document], policy: Policy) -> Finding:
+    types = sorted({repr(event_type(meter)) for meter in meters})
     has = f"its meters count {', '.join(types)}" if types else "it has no meters"
-    taken = {str(one.get("slug")) for one in there}
+    taken = {str(meter.get("slug")) for meter in meters}
     command = meter_creation(sample.type, sample.data, taken, policy)
-    how = "as this command does" if command else "for what is in its data"
+    how = "as this command does" if command else "that fits its data"
     return Finding(
         _meter_name(sample),
         Severity.FAILURE,
         "no meter on the server counts events of this type, so they are stored and "
         f"never billed; {has}",
-        f"create a meter with eventType {sample.type!r}, {how}, or name the type here "
-        "as it is called there",
+        f"create a meter with eventType {sample.type!r}, {how}, or use a type that a "
+        "meter counts",
         command,
     )
 
@@ -146,32 +143,33 @@ def _meter_name(sample: Sample) -> str:
     return f"meter {sample.type!r}"
 
 
-def _value(sample: Sample, counting: Document) -> Finding:
+def _check_meter(sample: Sample, meter: Document) -> Finding:
+    """Check that *meter* finds its value in the data of *sample*."""
     name = _meter_name(sample)
-    slug, path = counting.get("slug"), counting.get("valueProperty")
-    how = counting.get("aggregation")
+    slug, path = meter.get("slug"), meter.get("valueProperty")
+    aggregation = meter.get("aggregation")
     reads = f"the meter {slug!r} reads {path}"
-    if how == "COUNT" or path is None:
+    if aggregation == "COUNT" or path is None:
         return ok(name, f"the meter {slug!r} counts its events")
     if sample.data is None:
-        return unknown(name, f"{reads}; what is in the data is known only at the end")
+        return unknown(name, f"{reads}; the data is known only when a request ends")
     if not isinstance(path, str) or not _PATH.fullmatch(path):
-        return unknown(name, f"{reads}, which is not read here")
+        return unknown(name, f"{reads}, a path that check cannot read")
     value = _find(sample.data, path)
-    if value is _NOWHERE:
+    if value is _ABSENT:
         return failure(
             name,
             f"{reads}, which is not in {sample.shown}: it counts nothing",
-            "send the property that the meter reads (by meter={'type': ..., 'data': "
-            "...} in place of meters), or have the meter read what is sent",
+            "send the property that the meter reads (with meter={'type': ..., 'data': "
+            "...} in place of meters), or let the meter read a property that is sent",
         )
     if isinstance(value, Measure):
         return ok(name, f"{reads}, which the policy measures: {value.text}")
-    if how != "UNIQUE_COUNT" and not _is_number(value):
+    if aggregation != "UNIQUE_COUNT" and not _is_number(value):
         return failure(
             name,
-            f"{reads}, where {value!r} is no number: it counts nothing",
-            "send a number there, or have the meter read another property",
+            f"{reads}, where {value!r} is not a number: it counts nothing",
+            "send a number there, or let the meter read another property",
         )
     return ok(name, f"{reads}, which the policy sets to {value!r}")
 
@@ -181,7 +179,7 @@ def _find(data: Any, path: str) -> Any:
         try:
             data = data[int(index)] if index else data[named or quoted]
         except (LookupError, TypeError):
-            return _NOWHERE
+            return _ABSENT
     return data
 
 
@@ -195,26 +193,28 @@ def _is_number(value: object) -> bool:
     return True
 
 
-def _unfed(situation: Situation, others: list[Document]) -> Iterator[Finding]:
-    """Tell meters that no policy feeds apart by their usage of the last days."""
-    fed: list[Document] = []
-    unfed: list[Document] = []
+def _other_meters(situation: Situation, meters: list[Document]) -> Iterator[Finding]:
+    """Report the meters that no policy feeds, by their usage of the last days."""
+    with_usage: list[Document] = []
+    without_usage: list[Document] = []
     try:
-        for meter in others[:_MAX_ASKED]:
-            (fed if _has_usage(situation, meter) else unfed).append(meter)
+        for meter in meters[:_MAX_QUERIED]:
+            has_usage = _has_usage(situation, meter)
+            (with_usage if has_usage else without_usage).append(meter)
     except NoAnswer as error:
         yield unanswered("other meters", error, "query meters")
         return
-    if unfed:
+    if without_usage:
         yield warning(
             "meters without usage",
-            f"no policy feeds {_named(unfed)}, and nothing else has for {DAYS} days: "
-            "they bill nothing",
+            f"no policy feeds {_listed(without_usage)}, and nothing else has for "
+            f"{DAYS} days: they bill nothing",
             "name the type in meters, or state it in a handler with set_meters; delete "
             "the meter if it is not needed",
         )
-    if fed:
-        yield ok("other meters", f"fed by handlers or other services: {_named(fed)}")
+    if with_usage:
+        names = _listed(with_usage)
+        yield ok("other meters", f"fed by handlers or other services: {names}")
 
 
 def _has_usage(situation: Situation, meter: Document) -> bool:
@@ -227,42 +227,43 @@ def _has_usage(situation: Situation, meter: Document) -> bool:
     )
 
 
-def _named(meters: list[Document]) -> str:
+def _listed(meters: list[Document]) -> str:
     return ", ".join(
-        f"{one.get('slug')!r} (event type {event_type(one)!r})" for one in meters
+        f"{meter.get('slug')!r} (event type {event_type(meter)!r})" for meter in meters
     )
 
 
-_QUESTIONS = "entitlements"
+_ENTITLEMENTS = "entitlements"
 _VISIBILITY = "visibility of usage"
 
 
-def look_at_features(situation: Situation) -> Iterator[Finding]:
+def check_features(situation: Situation) -> Iterator[Finding]:
     """Compare the features of the policies with those of the server."""
     needed = _needed(situation)
     policy = situation.policy
     if needed:
-        yield from _look_at_questions(policy, needed)
+        yield from _check_access(policy, needed)
     if policy.entitlement_meters:
-        yield from _look_at_visibility(policy)
+        yield from _check_visibility(policy)
     try:
         with open_listing(
             policy, policy.entitlements_url, policy.entitlements_key
         ) as listing:
             features = listing.features()
-            meters = {str(one.get("slug")): one for one in listing.meters()}
+            meters = {str(meter.get("slug")): meter for meter in listing.meters()}
     except NoAnswer as error:
         if needed:
             yield unanswered("features", error, "list features")
         return
-    there = {str(one.get("key")): one for one in features}
-    keys = {str(one.get("id")): str(one.get("key")) for one in features}
-    for feature in needed:
-        if feature not in there and (key := keys.get(feature)):
-            yield _an_id(feature, key)
+    by_key = {str(feature.get("key")): feature for feature in features}
+    keys = {str(feature.get("id")): str(feature.get("key")) for feature in features}
+    for name in needed:
+        if name not in by_key and (key := keys.get(name)):
+            yield _id_for_key(name, key)
         else:
-            yield _look_at_feature(feature, there.get(feature), meters, situation)
-    yield from _others(there, needed)
+            yield _check_feature(name, by_key.get(name), meters, situation)
+    if others := sorted(map(repr, by_key.keys() - {*needed})):
+        yield ok("other features", f"required by no policy: {', '.join(others)}")
 
 
 def _needed(situation: Situation) -> list[str]:
@@ -274,86 +275,86 @@ def _needed(situation: Situation) -> list[str]:
     return list(dict.fromkeys(required))
 
 
-def _look_at_questions(policy: Policy, features: list[str]) -> Iterator[Finding]:
-    """Ask about a customer who does not exist, as a request would."""
+def _check_access(policy: Policy, features: list[str]) -> Iterator[Finding]:
+    """Ask for the access of a customer who does not exist, as a request would."""
     url = policy.entitlements_url or policy.api_url
     client = question_client(policy, policy.request_timeout)
     try:
         client.probe(features)
     except DeliveryError as error:
         yield failure(
-            _QUESTIONS,
-            f"{url} is asked who may, and says {_said(error)}",
-            "give entitlements_api_key a key that may ask, and entitlements_url the "
-            "address of a server that answers",
+            _ENTITLEMENTS,
+            f"{url} is asked for the access of a customer: {_answer(error)}",
+            "give entitlements_api_key a key that may query entitlements, and "
+            "entitlements_url the address of a server that answers",
         )
     else:
-        yield from _look_at_lookups(client, url)
+        yield from _check_lookups(client, url)
     finally:
         client.close()
 
 
-def _look_at_visibility(policy: Policy) -> Iterator[Finding]:
-    """Ask for an event that is not there, as is done while a quota is counted down."""
+def _check_visibility(policy: Policy) -> Iterator[Finding]:
+    """Ask for an event that does not exist, as the countdown of a quota does."""
     events = event_list(policy, policy.request_timeout)
     try:
         events.listed([MARK])
     except DeliveryError as error:
         yield warning(
             _VISIBILITY,
-            f"OpenMeter is asked for its list of events, and says {_said(error)}: "
+            f"OpenMeter is asked for its list of events: {_answer(error)}; "
             f"usage counts as visible visibility_lag={policy.visibility_lag:g} s after "
-            "its delivery, and a quota may be overshot where that takes longer",
+            "its delivery, and a quota may be overshot if that takes longer",
             "give entitlements_api_key a key that may list events",
         )
     else:
-        yield ok(_VISIBILITY, "the list of events says how far usage is visible")
+        yield ok(_VISIBILITY, "the list of events shows up to when usage is visible")
     finally:
         events.close()
 
 
-def _look_at_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
-    """Look for the customer of a subject, as is done where no key is like it."""
+def _check_lookups(client: EntitlementClient, url: str) -> Iterator[Finding]:
+    """Ask for the customer of a subject that is not the key of a customer."""
     try:
         if client.can_look_up(MARK):
             client.lookup(MARK, 1)
     except DeliveryError as error:
         yield failure(
-            _QUESTIONS,
-            f"{url} is asked for the customer of a subject, and says {_said(error)}: "
+            _ENTITLEMENTS,
+            f"{url} is asked for the customer of a subject: {_answer(error)}; "
             "fail_mode decides on each subject that is not the key of a customer",
             "give entitlements_api_key a key that may list customers",
         )
     else:
-        yield ok(_QUESTIONS, f"{url} answers who may")
+        yield ok(_ENTITLEMENTS, f"{url} answers questions about access")
 
 
-def _said(error: DeliveryError) -> str:
-    answered = "does not answer" if error.status is None else error.status
-    return f"{answered}: {error.reason}"
+def _answer(error: DeliveryError) -> str:
+    answer = "no answer" if error.status is None else f"it answers {error.status}"
+    return f"{answer}: {error.reason}"
 
 
-def _an_id(feature: str, key: str) -> Finding:
+def _id_for_key(feature: str, key: str) -> Finding:
     return failure(
-        _name(feature),
-        "this is the id of a feature; write its key: OpenMeter denies every customer",
+        _feature_name(feature),
+        "this is the id of a feature, not its key: OpenMeter denies every customer",
         f"write {key!r}",
     )
 
 
-def _look_at_feature(
+def _check_feature(
     feature: str,
     found: Document | None,
     meters: dict[str, Document],
     situation: Situation,
 ) -> Finding:
-    name = _name(feature)
+    name = _feature_name(feature)
     if found is None:
         return _missing_feature(name, feature, meters, situation)
     meter = meters.get(str(found.get("meterSlug")))
     if meter is None:
-        return ok(name, "there, and not measured by a meter")
-    return _quota(name, feature, meter, situation)
+        return ok(name, "it exists, without a meter")
+    return _check_quota(name, feature, meter, situation)
 
 
 def _missing_feature(
@@ -364,28 +365,33 @@ def _missing_feature(
     kind = getattr(counted, "type", None)
     if kind is None and feature in types_stated(situation) and feature not in meters:
         kind = feature
-    there = list(meters.values())
-    is_told = all(event_type(one) != kind for one in there) and any(
-        one.type == kind and one.data is not None for one in samples(situation)
+    on_server = list(meters.values())
+    # True if the finding of the missing meter has a command that creates it.
+    is_meter_created = all(event_type(meter) != kind for meter in on_server) and any(
+        sample.type == kind and sample.data is not None for sample in samples(situation)
     )
-    command = feature_creation(feature, kind, there, policy, is_told=is_told)
+    command = feature_creation(
+        feature, kind, on_server, policy, is_meter_created=is_meter_created
+    )
     how = ", as this command does," if command else " after its meter,"
     return Finding(
         name,
         Severity.FAILURE,
         "OpenMeter has no feature of this key: it denies every customer",
-        f"create the feature {feature!r}{how} or name here what it is called there; "
+        f"create the feature {feature!r}{how} or use the key of an existing one; "
         "each customer also needs an entitlement to it",
         command,
     )
 
 
-#: A meter of these grows by each event alone, whatever others say.
+#: Aggregations whose value grows by each event, independent of other events.
 _COUNTED_DOWN = ("SUM", "COUNT")
 
 
-def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Finding:
-    """Check that the events of the policies use the quota of a feature."""
+def _check_quota(
+    name: str, feature: str, meter: Document, situation: Situation
+) -> Finding:
+    """Check that the events of the policies use up the quota of a feature."""
     counted = situation.policy.entitlement_meters.get(feature)
     kind = event_type(meter)
     counts_down = getattr(counted, "type", kind)
@@ -398,8 +404,8 @@ def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Fi
     if counted is not None and meter.get("aggregation") not in _COUNTED_DOWN:
         return warning(
             name,
-            f"its meter {meter.get('slug')!r} is of {meter.get('aggregation')}: what "
-            "a request uses of it cannot be counted down",
+            f"its meter {meter.get('slug')!r} is of {meter.get('aggregation')}: the "
+            "usage of a request cannot be counted down",
             "leave it out of entitlement_meters, or use a meter of SUM or COUNT",
         )
     if kind not in types_stated(situation):
@@ -407,15 +413,10 @@ def _quota(name: str, feature: str, meter: Document, situation: Situation) -> Fi
             name,
             f"its meter {meter.get('slug')!r} counts {kind!r}, which no policy sends: "
             "its quota is never used up",
-            f"name {kind!r} in meters, unless handlers or another service send it",
+            f"add {kind!r} to meters, unless handlers or another service send it",
         )
-    return ok(name, f"there; {kind!r} uses its quota up")
+    return ok(name, f"it exists; {kind!r} uses up its quota")
 
 
-def _others(there: dict[str, Document], needed: list[str]) -> Iterator[Finding]:
-    if others := sorted(map(repr, there.keys() - {*needed})):
-        yield ok("other features", f"required by no policy: {', '.join(others)}")
-
-
-def _name(feature: str) -> str:
+def _feature_name(feature: str) -> str:
     return f"feature {feature!r}"

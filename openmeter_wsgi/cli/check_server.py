@@ -1,4 +1,8 @@
-"""Checks of the server: reachable, key accepted, clock, events stored once."""
+"""Checks of the server: address, key, clock, test event and deduplication.
+
+`check_ingest` sends a test event. `check_event` finds it in OpenMeter's list, and
+`check_deduplication` sends it once more and counts the stored events.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +30,18 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
 
 
+#: Names of the findings.
 SERVER, KEY, ANSWER = "server", "key", "answer"
-_ACCEPTED = range(200, 300)
+_SUCCESS = range(200, 300)
 _REDIRECTS = range(300, 400)
-#: How the keys of Kong Konnect begin.
+#: Prefixes of the keys of Kong Konnect.
 _KONNECT_KEYS = ("kpat_", "spat_")
-#: Seconds that a second look at the address takes at most.
-_PATIENCE = 5.0
+#: Maximum number of seconds to try the other scheme of the address.
+_SCHEME_TIMEOUT = 5.0
 
 
 def explain(error: DeliveryError, policy: Policy) -> Iterator[Finding]:
-    """Explain a refusal, from the outside in: server, key, answer."""
+    """Explain a failed request: yield findings of the server, the key, the answer."""
     status = error.status
     if status is None:
         yield _no_answer(error, policy)
@@ -45,7 +50,7 @@ def explain(error: DeliveryError, policy: Policy) -> Iterator[Finding]:
         yield failure(
             SERVER,
             f"{policy.api_url} answers {status}: {error.reason}",
-            "it cannot take events now: look into the server's own log",
+            "it cannot take events now: see the log of the server",
         )
         return
     yield ok(SERVER, f"{policy.api_url} answers")
@@ -59,24 +64,24 @@ def explain(error: DeliveryError, policy: Policy) -> Iterator[Finding]:
 
 def _no_answer(error: DeliveryError, policy: Policy) -> Finding:
     url = policy.api_url
-    said = error_text(error)
-    if (other := _other_scheme(url)) and _speaks(other, policy.request_timeout):
-        scheme = urlsplit(url).scheme
+    reason = error_text(error)
+    other = _with_other_scheme(url)
+    if _answers(other, policy.request_timeout):
+        scheme, right_scheme = urlsplit(url).scheme, urlsplit(other).scheme
         return failure(
             SERVER,
-            f"{url} is spoken to in {scheme}, and answers {urlsplit(other).scheme} "
-            f"alone ({said})",
+            f"{url} does not answer over {scheme}, only over {right_scheme} ({reason})",
             f"set api_url to {other!r}",
         )
-    return failure(SERVER, f"{url} does not answer: {said}", _reach(error, policy))
+    remedy = _unreachable_remedy(error, policy)
+    return failure(SERVER, f"{url} does not answer: {reason}", remedy)
 
 
-def _reach(error: DeliveryError, policy: Policy) -> str:
-    """Return the remedy for a server that cannot be reached."""
+def _unreachable_remedy(error: DeliveryError, policy: Policy) -> str:
     if is_untrusted(error):
         return (
-            "let this machine trust the certificate: REQUESTS_CA_BUNDLE names a file "
-            "with that of its authority"
+            "let this machine trust the certificate: set REQUESTS_CA_BUNDLE to a file "
+            "with the certificate of its authority"
         )
     host = urlsplit(policy.api_url).hostname
     if "host is known" in error_text(error):
@@ -84,15 +89,15 @@ def _reach(error: DeliveryError, policy: Policy) -> str:
     return "set api_url to the address of the server, and let this machine reach it"
 
 
-def _other_scheme(url: str) -> str | None:
+def _with_other_scheme(url: str) -> str:
     scheme, *rest = urlsplit(url)
     return urlunsplit(({"http": "https", "https": "http"}[scheme], *rest))
 
 
-def _speaks(url: str, timeout: float) -> bool:
-    """True if *url* answers in its scheme. The key is not sent."""
+def _answers(url: str, timeout: float) -> bool:
+    """Return True if *url* answers in its scheme. The key is not sent."""
     keyless = ApiKey.from_options(None, None)
-    connection = Connection(key=keyless, timeout=min(timeout, _PATIENCE))
+    connection = Connection(key=keyless, timeout=min(timeout, _SCHEME_TIMEOUT))
     try:
         connection.request("GET", url)
     except DeliveryError as error:
@@ -115,46 +120,46 @@ def _key_remedy(policy: Policy) -> str:
 
 
 def _answer(error: DeliveryError, status: int, policy: Policy) -> tuple[str, str]:
-    """Explain an answer about the address or the event: finding and remedy."""
-    said = f"{status}: {error.reason}"
+    """Return the finding and the remedy for an answer other than an acceptance."""
+    answer = f"{status}: {error.reason}"
     url = policy.api_url
     if urlsplit(url).scheme == "http" and status in {*_REDIRECTS, 400}:
-        secure = _other_scheme(url) or url
-        if _speaks(secure, policy.request_timeout):
-            return f"{said}; the server wants https", f"set api_url to {secure!r}"
+        secure = _with_other_scheme(url)
+        if _answers(secure, policy.request_timeout):
+            return f"{answer}; the server requires https", f"set api_url to {secure!r}"
     if isinstance(error, Rejected):
-        return said, "something between here and OpenMeter changes events: look there"
-    if status in _ACCEPTED:
-        return said, (
-            "set api_url to the address of the API; this is one of a page, a login or "
-            "a proxy"
+        return answer, "check the proxies on the way to OpenMeter: one changes events"
+    if status in _SUCCESS:
+        return answer, (
+            "set api_url to the address of the API; this is the address of a page, a "
+            "login or a proxy"
         )
     if status in _REDIRECTS:
-        return said, (
-            "set api_url to where the API is itself: https instead of http, or another "
-            "host"
+        return answer, (
+            "set api_url to the address of the API itself: https instead of http, or "
+            "another host"
         )
-    return f"{said}, nothing takes events there", _address(policy)
+    return f"{answer}, nothing takes events there", _address_remedy(policy)
 
 
-def _address(policy: Policy) -> str:
+def _address_remedy(policy: Policy) -> str:
     parts = urlsplit(policy.api_url)
     if parts.path.strip("/"):
-        alone = f"{parts.scheme}://{parts.netloc}"
-        return f"set api_url to {alone!r}: the path of the API is added"
+        without_path = f"{parts.scheme}://{parts.netloc}"
+        return f"set api_url to {without_path!r}: the path of the API is added"
     return (
-        f"set api_url to the server's address alone, and api_flavor (now "
-        f"{policy.api_flavor!r}) to the API it speaks"
+        "set api_url to the address of the server, and api_flavor (now "
+        f"{policy.api_flavor!r}) to the version of its API"
     )
 
 
 _CLOCK = "clock"
-#: Further apart than this many seconds, usage may be billed in another period.
+#: Maximum difference in seconds; with a larger one usage may get into another period.
 MAX_CLOCK_DIFFERENCE = 60.0
 
 
-def look_at_server(situation: Situation) -> Iterator[Finding]:
-    """Send a marked event, as the middleware sends its events."""
+def check_ingest(situation: Situation) -> Iterator[Finding]:
+    """Send a test event, as the middleware sends its events."""
     policy = situation.policy
     try:
         policy.key.current()
@@ -165,25 +170,26 @@ def look_at_server(situation: Situation) -> Iterator[Finding]:
     try:
         situation.sent = situation.send()
     except DeliveryError as error:
-        situation.answers = error.status is not None
+        situation.server_answers = error.status is not None
         yield from explain(error, policy)
         return
-    situation.answers = True
+    situation.server_answers = True
     took = situation.sent.at - began
     yield ok(SERVER, f"{policy.api_url} answered within {took:.2f} s")
-    yield _accepted(policy)
+    yield _check_key(policy)
     yield ok(ANSWER, "it takes events")
 
 
-def _accepted(policy: Policy) -> Finding:
+def _check_key(policy: Policy) -> Finding:
+    """Return the finding of a key that the server has not refused."""
     if not policy.key.known:
-        return ok(KEY, "none is sent, and none needed")
+        return ok(KEY, "none is sent, and none is needed")
     parts = urlsplit(policy.api_url)
     if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
         return warning(
             KEY,
-            f"accepted, and sent unencrypted to {parts.hostname}: who is between can "
-            "read it",
+            f"accepted, and sent unencrypted to {parts.hostname}: others can read "
+            "it on the way",
             f"set api_url to 'https://{parts.netloc}'",
         )
     return ok(KEY, "sent, and not refused")
@@ -196,19 +202,19 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def look_at_clock(situation: Situation) -> Iterator[Finding]:
-    """Compare the clock of this machine with the server's."""
+def check_clock(situation: Situation) -> Iterator[Finding]:
+    """Compare the clock of this machine with the clock of the server."""
     try:
         before = time.time()
-        said = situation.listing.date()
+        date = situation.listing.date()
         ours = (before + time.time()) / 2
     except NoAnswer as error:
         yield unknown(_CLOCK, str(error))
         return
     try:
-        theirs = parsedate_to_datetime(said or "").timestamp()
+        theirs = parsedate_to_datetime(date or "").timestamp()
     except ValueError:
-        yield unknown(_CLOCK, f"the server does not say what time it is: {said!r}")
+        yield unknown(_CLOCK, f"the server does not tell its time: {date!r}")
         return
     difference = ours - theirs
     if abs(difference) <= MAX_CLOCK_DIFFERENCE:
@@ -217,22 +223,22 @@ def look_at_clock(situation: Situation) -> Iterator[Finding]:
     ahead = "ahead of" if difference > 0 else "behind"
     yield warning(
         _CLOCK,
-        f"this machine is {abs(difference):.0f} s {ahead} the server; its clock is "
-        "what events are billed by",
+        f"this machine is {abs(difference):.0f} s {ahead} the server; events are "
+        "billed by the clock of this machine",
         "let NTP set the clock of this machine",
     )
 
 
 _EVENT = "event"
-#: An event is listed some seconds after it was taken; waited for is so long.
+#: Maximum number of seconds until OpenMeter lists an event that it has taken.
 EVENT_PATIENCE = 30.0
-#: Seconds between two looks.
+#: Seconds between two requests for the list.
 POLL_INTERVAL = 0.5
 
 
-def look_at_event(situation: Situation) -> Iterator[Finding]:
-    """Find the marked event in OpenMeter's list, and read its validation errors."""
-    assert situation.sent is not None  # noqa: S101 - the table says so
+def check_event(situation: Situation) -> Iterator[Finding]:
+    """Find the test event in OpenMeter's list, and report its validation errors."""
+    assert situation.sent is not None  # noqa: S101 - by `needs_event`
     try:
         entries = listed(situation, situation.sent.id, EVENT_PATIENCE)
     except NoAnswer as error:
@@ -241,17 +247,18 @@ def look_at_event(situation: Situation) -> Iterator[Finding]:
     if not entries:
         yield warning(
             _EVENT,
-            f"taken, and not listed within {EVENT_PATIENCE:.0f} s",
-            "see whether the server's sink worker runs, which stores what was taken",
+            f"taken, but not listed within {EVENT_PATIENCE:.0f} s",
+            "check that the server's sink worker runs, which stores events",
         )
         return
-    yield from _explain(entries[0])
+    yield from _validation(entries[0])
 
 
 def listed(situation: Situation, event_id: str, patience: float) -> list[Any]:
-    """Return how an event is listed as soon as it is, [] if that takes too long.
+    """Wait for an event in OpenMeter's list, and return its entries.
 
-    :raises NoAnswer: if the server lists nothing.
+    :param patience: maximum number of seconds; then the result is empty.
+    :raises NoAnswer: if the server does not list events.
     """
     source = situation.policy.event_source
     deadline = time.monotonic() + patience
@@ -262,49 +269,50 @@ def listed(situation: Situation, event_id: str, patience: float) -> list[Any]:
     return entries
 
 
-def _explain(entry: dict[str, Any]) -> Iterator[Finding]:
-    """Report the validation errors, but for the expected: no meter, no customer."""
-    said = str(entry.get("validationError") or "")
-    others = [line for line in said.splitlines() if not _is_expected(line)]
-    if not others:
-        said = f"test event {MARK}: stored, and deliberately counted by no meter"
-        yield ok(_EVENT, said)
+def _validation(entry: dict[str, Any]) -> Iterator[Finding]:
+    """Report the validation errors, except those of a missing meter and customer."""
+    errors = str(entry.get("validationError") or "").splitlines()
+    unexpected = [error for error in errors if not _is_expected(error)]
+    if not unexpected:
+        yield ok(
+            _EVENT, f"test event {MARK}: stored, and deliberately counted by no meter"
+        )
         return
     yield warning(
         _EVENT,
-        f"OpenMeter says of it: {'; '.join(others)}",
-        f"delete the meter that counts the event type {MARK}, or mend what it says",
+        f"OpenMeter reports of the test event: {'; '.join(unexpected)}",
+        f"delete the meter that counts the event type {MARK}, or solve this problem",
     )
 
 
-def _is_expected(line: str) -> bool:
-    return "no meter found" in line or "customer" in line
+def _is_expected(error: str) -> bool:
+    return "no meter found" in error or "customer" in error
 
 
 _DEDUPLICATION = "deduplication"
-#: The two are so many seconds apart: within one flush of its sink, 2 s as shipped,
-#: OpenMeter drops a repetition even where deduplication is off.
+#: Seconds between an event and its repetition. Within one flush of its sink, by default
+#: 2 s, OpenMeter drops a repetition even with deduplication off.
 PAUSE = 5.0
-#: So long after a later event is listed, the repetition has had its time, too.
+#: Seconds to wait for the repetition after a later event is listed.
 GRACE = 2.5
 
 
-def look_at_repetition(situation: Situation) -> Iterator[Finding]:
-    """Send the marked event again, and see whether it is stored again."""
+def check_deduplication(situation: Situation) -> Iterator[Finding]:
+    """Send the test event again, and check that it is stored once."""
     sent = situation.sent
-    assert sent is not None  # noqa: S101 - the table says so
+    assert sent is not None  # noqa: S101 - by `needs_event`
     try:
         times = _times_stored(situation, sent)
     except (NoAnswer, DeliveryError) as error:
         yield unknown(_DEDUPLICATION, str(error))
         return
     if not times:
-        yield unknown(_DEDUPLICATION, "OpenMeter does not list what was sent to it")
+        yield unknown(_DEDUPLICATION, "OpenMeter does not list the events sent to it")
         return
     if times > 1:
         yield failure(
             _DEDUPLICATION,
-            "an event that was sent twice is stored twice: what is sent again "
+            "an event that was sent twice is stored twice: an event that is sent again "
             "because its answer was lost is billed twice, and so is a request that is "
             "repeated under its idempotency key, and a ticket that is settled again",
             server_answers.VERDICT_REMEDY,
@@ -312,24 +320,24 @@ def look_at_repetition(situation: Situation) -> Iterator[Finding]:
     else:
         yield ok(
             _DEDUPLICATION,
-            f"of an event sent twice, {PAUSE:g} s apart, one is stored",
+            f"an event sent twice, {PAUSE:g} s apart, is stored once",
             server_answers.IN_THE_SINK,
         )
-    yield from _keep(situation, deduplicates=times == 1)
+    yield from _save_verdict(situation, deduplicates=times == 1)
 
 
 def _times_stored(situation: Situation, sent: Sent) -> int:
-    """Repeat the event, and return how often it is listed then; 0: not even once.
+    """Repeat the event, and return the number of its entries in OpenMeter's list.
 
-    :raises NoAnswer: if the server lists nothing.
+    :raises NoAnswer: if the server does not list events.
     :raises DeliveryError: if it takes no more events.
     """
     left = sent.at + PAUSE - time.monotonic()
-    situation.wait(max(left, 0.0), "Waiting before an event is repeated")
+    situation.wait(max(left, 0.0), "Waiting before an event is sent again")
     situation.client.ingest([sent.encoded])
-    # Listed after the repetition, whether that one is or not.
-    after = situation.send()
-    if not listed(situation, after.id, EVENT_PATIENCE):
+    # When a later event is listed, the repetition is stored or will be within GRACE.
+    later = situation.send()
+    if not listed(situation, later.id, EVENT_PATIENCE):
         return 0
     source = situation.policy.event_source
     deadline = time.monotonic() + GRACE
@@ -337,12 +345,12 @@ def _times_stored(situation: Situation, sent: Sent) -> int:
         if (left := deadline - time.monotonic()) <= 0:
             break
         pause = min(left, POLL_INTERVAL)
-        situation.wait(pause, "Waiting whether a repeated event is stored")
+        situation.wait(pause, "Waiting for the repeated event")
     return times
 
 
-def _keep(situation: Situation, *, deduplicates: bool) -> Iterator[Finding]:
-    """Leave the verdict to the sender of the spool, which says it at its start."""
+def _save_verdict(situation: Situation, *, deduplicates: bool) -> Iterator[Finding]:
+    """Save the verdict in the spool, whose sender logs it when it starts."""
     if situation.spool is None:
         return
     policy = situation.policy
@@ -354,4 +362,4 @@ def _keep(situation: Situation, *, deduplicates: bool) -> Iterator[Finding]:
             directory, policy.api_url, deduplicates=deduplicates
         )
     except (ConfigError, OSError) as error:
-        yield unknown("deduplication verdict", f"cannot be kept: {error}")
+        yield unknown("deduplication verdict", f"cannot be saved: {error}")

@@ -1,4 +1,9 @@
-"""Check of routes that answer 202 and bill a flat price."""
+"""Check of routes that answer 202 and bill a flat price.
+
+202 promises work that a job does later. A flat price bills the promise, also if the
+job fails. Two sources show that a route answers 202: the code of its view, and a policy
+that names this status code by itself, not within a range.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import inspect
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.cli.check_configuration import policy_of_route
+from openmeter_wsgi.cli.check_routes import policy_of_route
 from openmeter_wsgi.cli.findings import warning
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import (
@@ -31,29 +36,26 @@ _ACCEPTED_REMEDY = (
     "let the job bill when it has succeeded: defer(request) and usage.settle(ticket, "
     "meters); or leave 202 out of meter_on_status_codes"
 )
-#: Names by which the code of a view says 202.
+#: Names that stand for the status 202 in the code of a view.
 _NAMES_OF_202 = {"ACCEPTED", "HTTP_202_ACCEPTED", "HTTPAccepted"}
 
 
-def look_at_accepted(situation: Situation) -> Iterator[Finding]:
-    """Name each policy that bills a flat price for the status 202 by its number."""
-    for route, policy in situation.policies():
+def check_accepted_work(situation: Situation) -> Iterator[Finding]:
+    """Report each view, or else each policy, that bills a flat price for 202."""
+    # A policy that inherits its status codes is not reported once more.
+    reported_codes = []
+    if situation.middleware is not None:
+        for route, policy in _views_answering_202(situation.middleware):
+            reported_codes.append(policy.meter_on_status_codes)
+            yield _accepted(repr(route.template), policy)
+    for name, policy in situation.policies():
         codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        named = "202" in codes and "203" not in codes
-        if named and policy.static_meters and policy.ticket_secret is None:
-            yield _accepted(route, policy)
-
-
-def look_at_accepting_views(middleware: OpenMeterMiddleware) -> Iterator[Finding]:
-    """Name each view that answers 202 and bills a flat price, as far as code tells."""
-    for route in served_routes(middleware.app, closures=False):
-        for function in _accepting(route.view):
-            policy = _policy_of(route, function, middleware.policy)
-            if policy is None or not policy.static_meters:
-                continue
-            if "202" in policy.meter_on_status_codes.codes:  # type: ignore[union-attr]
-                yield _accepted(repr(route.template), policy)
-                break
+        names_202 = "202" in codes and "203" not in codes
+        is_reported = policy.meter_on_status_codes in reported_codes
+        if not names_202 or is_reported or policy.ticket_secret is not None:
+            continue
+        if policy.static_meters:
+            yield _accepted(name, policy)
 
 
 def _accepted(route: str | None, policy: Policy) -> Finding:
@@ -66,43 +68,61 @@ def _accepted(route: str | None, policy: Policy) -> Finding:
     )
 
 
+def _views_answering_202(
+    middleware: OpenMeterMiddleware,
+) -> Iterator[tuple[ServedRoute, Policy]]:
+    """Yield the routes whose view answers 202 at a flat price, and their policy."""
+    for route in served_routes(middleware.app, closures=False):
+        for function in _functions_answering_202(route.view):
+            policy = _policy_of(route, function, middleware.policy)
+            if policy is None or not policy.static_meters:
+                continue
+            if "202" in policy.meter_on_status_codes.codes:  # type: ignore[union-attr]
+                yield route, policy
+                break
+
+
 def _policy_of(route: ServedRoute, function: Any, policy: Policy) -> Policy | None:
     """Return the policy of *function*, which serves *route*; None: it is unmetered."""
-    found = policy_of_route(policy, route)
+    governing = policy_of_route(policy, route)
     of_view = getattr(route.view, OPTIONS_ATTRIBUTE, {})
     options = getattr(function, OPTIONS_ATTRIBUTE, of_view)
-    if found is None or options is None:
+    if governing is None or options is None:
         return None
     try:
-        return dataclasses.replace(found, routes=None, **overriding_options(options))
+        own = overriding_options(options)
+        return dataclasses.replace(governing, routes=None, **own)
     except ConfigError:
-        return found  # as when a request is billed; `decorated_views` reports it
+        # A request is then billed by its route; `decorated_views` reports the error.
+        return governing
 
 
-def _accepting(view: Any) -> list[Any]:
-    """Return the functions of *view* whose code says 202, none if it calls `defer`."""
-    of_class, handlers = view_class_of(view), handlers_of(view)
-    members = [view] if of_class is None else [*vars(of_class).values(), *handlers]
+def _functions_answering_202(view: Any) -> list[Any]:
+    """Return the functions of *view* that name 202, none if one calls `defer`."""
+    view_class, handlers = view_class_of(view), handlers_of(view)
+    members = [view] if view_class is None else [*vars(view_class).values(), *handlers]
     if any("defer" in _words(member) for member in members):
         return []
     # A route of a ViewSet is served by some of its functions.
     serving = handlers if hasattr(view, "actions") else members
-    return [function for function in serving if _says_202(_words(function))]
+    return [function for function in serving if _names_202(_words(function))]
 
 
-def _says_202(words: set[object]) -> bool:
-    says = any(each == 202 or str(each).startswith("202 ") for each in words)
-    return says or not _NAMES_OF_202.isdisjoint(words)
+def _names_202(words: set[object]) -> bool:
+    is_202 = any(word == 202 or str(word).startswith("202 ") for word in words)
+    return is_202 or not _NAMES_OF_202.isdisjoint(words)
 
 
 def _words(function: Any) -> set[object]:
     """Return the names and constants in the code of *function*, inner ones included."""
     inner = inspect.unwrap(function) if callable(function) else function
-    codes = [inner.__code__] if hasattr(inner, "__code__") else []
+    waiting = [inner.__code__] if hasattr(inner, "__code__") else []
     words: set[object] = set()
-    for code in codes:  # it grows by the functions inside
-        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+    while waiting:
+        code = waiting.pop()
         words.update(code.co_names)
-        for each in code.co_consts:
-            words.update(each if isinstance(each, tuple) else (each,))
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):  # a function inside
+                waiting.append(constant)
+            words.update(constant if isinstance(constant, tuple) else [constant])
     return words

@@ -1,4 +1,4 @@
-"""Arguments, output and exit codes that commands share."""
+"""Options, output and exit codes that the commands share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import queue
 import signal
 import sys
 import threading
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from openmeter_wsgi.cli.api_client import Listing
     from openmeter_wsgi.options import ApiKey
 
-#: The command has looked, or done what could be done, and the answer is no.
+#: Exit code of a command that ran and found a problem, such as a refused event.
 ANSWER_IS_NO = 3
 
+#: Meanings of the exit codes.
 _MEANINGS = {
     0: "done",
     1: "it could not be done; one line on stderr says why",
@@ -41,31 +43,56 @@ _MEANINGS = {
 
 
 def exit_codes(**meanings: str) -> str:
-    """Return the foot of a command's help; *meanings* change or add to the usual.
+    """Return the list of exit codes at the end of a command's help.
 
-    They are named by their number: ``_3="something fails"``.
+    :param meanings: other or more meanings by number, such as ``_3="something fails"``.
     """
-    said = {int(name.lstrip("_")): text for name, text in meanings.items()}
-    lines = [
-        f"  {code}  {text}" for code, text in sorted({**_MEANINGS, **said}.items())
-    ]
+    own = {int(name.lstrip("_")): text for name, text in meanings.items()}
+    lines = [f"  {code}  {text}" for code, text in sorted({**_MEANINGS, **own}.items())]
     return "\n".join(["\b", "Exit codes:", *lines])
 
 
-#: Those of a command that has no others.
+#: The exit codes of a command without codes of its own.
 EXIT_CODES = exit_codes()
 
 
 class BadConfiguration(click.ClickException):
-    """A configuration that cannot work is told from an attempt that failed."""
+    """An invalid configuration; its exit code differs from that of a failed attempt."""
 
     exit_code = 2
 
 
+class StopEvent:
+    """An event that a signal handler may set while the same thread waits for it.
+
+    `threading.Event` would deadlock: its `wait` and its `set` take one lock. `put` of a
+    SimpleQueue takes no lock that the handler could find held.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def is_set(self) -> bool:
+        """Return True once `set` was called."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Set the event, and wake up the waiting thread."""
+        self._is_set = True
+        self._wakeups.put(None)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the event is set, at most *timeout* seconds."""
+        if not self._is_set:
+            with contextlib.suppress(queue.Empty):
+                self._wakeups.get(timeout=timeout)
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[StopEvent]:
     """Yield an event that SIGTERM and SIGINT set instead of ending the process."""
-    stopped = threading.Event()
+    stopped = StopEvent()
     previous = {
         number: signal.signal(number, lambda *_: stopped.set())
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -78,12 +105,12 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def spool_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which spool, and under which policy."""
+    """Add ``--spool-dir`` and ``--config``."""
     return spool_dir_option(policy_option(command))
 
 
 def spool_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option that says which spool."""
+    """Add ``--spool-dir``."""
     return click.option(
         "--spool-dir",
         envvar="OPENMETER_SPOOL_DIR",
@@ -94,98 +121,98 @@ def spool_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def policy_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option that says which file holds the policy."""
+    """Add ``--config``."""
     return click.option(
         "--config",
         "--policy",
         "policy_file",
         type=click.Path(),
         metavar="FILE",
-        help="TOML or JSON file with options; OPENMETER_… variables outdo it.",
+        help="TOML or JSON file with options; OPENMETER_… variables win over it.",
     )(command)
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which server, and under which policy."""
+    """Add ``--api-url`` and ``--config``."""
     url = click.option(
         "--api-url",
         metavar="URL",
-        help="Address of the server, instead of OPENMETER_API_URL's.",
+        help="Address of the server; wins over OPENMETER_API_URL.",
     )
     return policy_option(url(command))
 
 
 def options_given(**options: Any) -> dict[str, Any]:
-    """Return those of *options* that were given."""
+    """Return the *options* that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def open_spool(
     path: str | None, *, may_be_empty: bool = False, to_write: bool = False
 ) -> Path:
-    """Return the directory of a spool that is there; never make a directory.
+    """Return the directory of an existing spool; never create a directory.
 
-    :raises ClickException: if there is none, it is not the caller's, or it is read-only
-        and not only to be read.
+    :raises ClickException: if it does not exist, belongs to another user, or, with
+        *to_write*, cannot be written.
     """
     if path is None:
-        # Not by click: the help of a subcommand would not be shown without it.
+        # An option that click requires would be required for a subcommand's help, too.
         raise click.UsageError("Missing option '--spool-dir'.")
-    directory = Path(os.path.abspath(path))  # not resolved: a symlink is refused
+    # Not resolved, so that a symlink is refused.
+    directory = Path(os.path.abspath(path))
     try:
         owner = directory.lstat().st_uid
         if owner != os.geteuid():
             raise click.ClickException(
-                f"{_shown(path)} belongs to {_user(owner)}, and this is run by "
+                f"{_quoted(path)} belongs to {_user(owner)}, and this command runs as "
                 f"{_user(os.geteuid())}; run it as {_user(owner)}"
             )
         if directory.is_dir() and not _is_spool(directory, may_be_empty):
             raise click.ClickException(
-                f"{_shown(path)} is no spool: it has no file {FORMAT!r}"
+                f"{_quoted(path)} is not a spool: it has no file {FORMAT!r}"
             )
         return prepare_directory(path, to_write=to_write)
     except OSError as error:
-        raise click.ClickException(f"{_shown(path)}: {error.strerror}") from None
+        raise click.ClickException(f"{_quoted(path)}: {error.strerror}") from None
     except ConfigError as error:
-        raise click.ClickException(_told(error)) from None
+        raise click.ClickException(_text_of(error)) from None
 
 
 def read_policy(file: str | None, **options: Any) -> Policy:
-    """Return the policy that a file, if any, and variables say.
+    """Return the policy of *options*, variables and a file, if one is given.
 
-    :raises BadConfiguration: naming everything that is wrong with it.
+    :raises BadConfiguration: with every problem of the configuration.
     """
     try:
         if file is None:
             return Policy.from_env(**options)
         return Policy.from_file(file, **options)
     except ConfigError as error:
-        raise BadConfiguration(_told(error)) from None
+        raise BadConfiguration(_text_of(error)) from None
 
 
 def open_listing(
     policy: Policy, url: str | None = None, key: ApiKey | None = None
 ) -> Listing:
-    """Return OpenMeter's lists, by the version of the API that *policy* names.
+    """Return a client of OpenMeter's lists for the API version of *policy*.
 
-    *url* and *key* are where and as whom entitlements are asked for, if that is not
-    where events are sent to.
+    *url* and *key* replace those for events, where entitlements have their own.
     """
-    of_version = ListingV3 if policy.api_flavor == "v3" else ListingV1
-    return of_version(url or policy.api_url, key or policy.key, policy.request_timeout)
+    client = ListingV3 if policy.api_flavor == "v3" else ListingV1
+    return client(url or policy.api_url, key or policy.key, policy.request_timeout)
 
 
 def _is_spool(directory: Path, may_be_empty: bool) -> bool:
-    # A volume that no application has written to yet is waited for.
+    # A new volume is empty until an application writes to it.
     entries = os.listdir(directory)
     return FORMAT in entries or (may_be_empty and not entries)
 
 
-def _told(error: ConfigError) -> str:
+def _text_of(error: ConfigError) -> str:
     return printable("; ".join(error.problems))
 
 
-def _shown(path: str) -> str:
+def _quoted(path: str) -> str:
     return printable(repr(path))
 
 
@@ -198,26 +225,26 @@ def _user(number: int) -> str:
 
 Item = TypeVar("Item")
 
-#: Seconds before the name of a running check is shown: a shorter one would flicker.
-_UNNOTICED = 0.4
+#: Seconds before the title of a running operation appears, to avoid flicker.
+_TITLE_DELAY = 0.4
 
 
 def printable(text: str) -> str:
-    """Return *text* with everything escaped that could steer a terminal.
+    """Return *text* with all control characters escaped.
 
-    What is in a spool came from requests: colours, cursor movements and changes
-    of the writing direction could make a listing say what is not so.
+    The contents of a spool come from requests. Colours, cursor movements and changes of
+    the writing direction could falsify a listing.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
-    # Surrogates have no other form.
+    # Surrogates cannot be encoded without "surrogatepass".
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def print_json(document: object, *, indent: int | None = None) -> None:
-    """Print a document in ASCII, so that nothing in it reaches the terminal raw."""
+    """Print a document in ASCII, without control characters for a terminal."""
     text = json.dumps(document, ensure_ascii=True, indent=indent)
     click.echo(text.replace("\x7f", "\\u007f"))
 
@@ -227,9 +254,9 @@ def print_table(
     rows: Iterable[Sequence[object]],
     numbers: Collection[str] = (),
 ) -> None:
-    """Print rows: a table on a terminal, else lines of fields with tabs between.
+    """Print rows: as a table on a terminal, else as lines of fields between tabs.
 
-    The columns named in *numbers* are aligned at their right.
+    :param numbers: the columns that are aligned to the right.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
@@ -250,7 +277,7 @@ def _cell(value: object) -> str:
 
 
 def progress(items: Iterable[Item], title: str, total: int | None) -> Iterator[Item]:
-    """Yield *items*, with a bar on stderr if that is a terminal."""
+    """Yield *items*, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     with Progress(
         console=console, transient=True, disable=not console.is_terminal
@@ -260,27 +287,27 @@ def progress(items: Iterable[Item], title: str, total: int | None) -> Iterator[I
 
 @contextlib.contextmanager
 def busy(title: str) -> Iterator[Callable[[str], None]]:
-    """Show that something takes its time, on stderr if that is a terminal.
+    """Show a running operation on stderr if that is a terminal.
 
-    Yields what changes the title. Nothing else may be printed meanwhile.
+    Yields a function that changes the title. Print nothing else in the meantime.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda _: None
         return
     status = console.status(Text(printable(title)))
-    shown = threading.Timer(_UNNOTICED, status.start)
-    shown.start()
+    timer = threading.Timer(_TITLE_DELAY, status.start)
+    timer.start()
     try:
         yield lambda text: status.update(Text(printable(text)))
     finally:
-        shown.cancel()
-        shown.join()
+        timer.cancel()
+        timer.join()
         status.stop()
 
 
 def age(seconds: float | None) -> str | None:
-    """Return a duration as people say it."""
+    """Return a duration for people, such as ``3 h``."""
     if seconds is None:
         return None
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
@@ -290,7 +317,7 @@ def age(seconds: float | None) -> str | None:
 
 
 def size(amount: float) -> str:
-    """Return a number of bytes as people say it."""
+    """Return a number of bytes for people, such as ``3.0 MiB``."""
     unit = "B"
     for larger in ("KiB", "MiB", "GiB"):
         if amount < 1_024:
@@ -300,6 +327,6 @@ def size(amount: float) -> str:
 
 
 def name_of(event: Any, attribute: str) -> str | None:
-    """Return an attribute of an event; None if it is no event or lacks it."""
+    """Return an attribute of an event, None if there is no event or no attribute."""
     value = event.get(attribute) if isinstance(event, dict) else None
     return value if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Commands for the shell that create the meters and features that are missing."""
+"""Shell commands that create missing meters and features."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
 
 
-#: A name that a path holds without quotes.
+#: A property that a JSON path holds without quotes.
 _IS_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-#: The measures that give a text, beside those of a kind.
+#: Measures of language models whose value is text.
 _IS_TEXT = re.compile(r"\$llm(:\w+)?\.(model|provider)")
 
 
 def data_of_measure(measure: Measure) -> dict[str, Any] | None:
-    """Return the data that *measure* gives as a whole, None if that is not known.
+    """Return the data that *measure* alone makes, None if it is not known.
 
-    It stands for each number, and the number that a meter adds up comes first.
+    In it, *measure* stands for each number. The number to add up comes first.
     """
     if measure.is_split:
         return {"tokens": measure, "type": "input", "model": "a", "provider": "b"}
@@ -40,27 +40,28 @@ def data_of_measure(measure: Measure) -> dict[str, Any] | None:
 def meter_creation(
     event_type: str, data: Any, taken: Collection[str], policy: Policy
 ) -> str | None:
-    """Return the command that creates the meter of a type under a slug not *taken*.
+    """Return the command that creates a meter of a type, under a slug not *taken*.
 
-    None if nothing is known of the data: a meter that counts events may be wrong.
+    Return None if *data* is not known: a meter that counts events may be wrong.
     """
     if data is None:
         return None
     slug = _free_slug(event_type, taken)
     path, group_by = _properties(data)
-    how = "SUM" if path else "COUNT"
+    aggregation = "SUM" if path else "COUNT"
     if policy.api_flavor == "v3":
         document = {
             "key": slug, "name": slug, "event_type": event_type,
-            "aggregation": how.lower(), "value_property": path, "dimensions": group_by,
+            "aggregation": aggregation.lower(), "value_property": path,
+            "dimensions": group_by,
         }  # fmt: skip
     else:
         document = {
-            "slug": slug, "eventType": event_type, "aggregation": how,
+            "slug": slug, "eventType": event_type, "aggregation": aggregation,
             "valueProperty": path, "groupBy": group_by,
         }  # fmt: skip
-    known = policy.key.known is not None
-    variable = "OPENMETER_API_KEY" if known else None
+    has_key = policy.key.known is not None
+    variable = "OPENMETER_API_KEY" if has_key else None
     return _post("meters", document, policy.api_url, variable, policy)
 
 
@@ -70,58 +71,66 @@ def feature_creation(
     meters: list[Document],
     policy: Policy,
     *,
-    is_told: bool,
+    is_meter_created: bool,
 ) -> str | None:
-    """Return the command that creates *feature*, of the meter that measures it.
+    """Return the command that creates *feature*, measured by its meter.
 
-    That meter counts *counted_type*. None if it is missing, unless the command that
-    creates it *is_told*, and in version 3: there a feature names its meter by the id.
+    :param counted_type: the type of events that the meter counts.
+    :param is_meter_created: True if a command for the missing meter is shown as well.
+        Otherwise, and in version 3, where a feature refers to its meter by an id,
+        there is no command without the meter.
     """
-    fitting = [one for one in meters if _measures(one, feature, counted_type)]
+    fitting = [meter for meter in meters if _may_measure(meter, feature, counted_type)]
     document: dict[str, Any] = {"key": feature, "name": feature}
     is_v3 = policy.api_flavor == "v3"
-    if counted_type is not None and not fitting and (is_v3 or not is_told):
+    if counted_type is not None and not fitting and (is_v3 or not is_meter_created):
         return None
     if is_v3:
         document["meter"] = {"id": fitting[0]["id"]} if fitting else None
     elif fitting:
         document["meterSlug"] = fitting[0].get("slug")
     elif counted_type is not None:
-        # As the command for the meter calls it.
-        taken = {str(one.get("slug")) for one in meters}
+        # The slug in the command that creates the meter.
+        taken = {str(meter.get("slug")) for meter in meters}
         document["meterSlug"] = _free_slug(counted_type, taken)
     variable = None
     if policy.entitlements_key.known is not None:
-        own = policy.entitlements_api_key is not None
-        variable = "OPENMETER_ENTITLEMENTS_API_KEY" if own else "OPENMETER_API_KEY"
+        has_own_key = policy.entitlements_api_key is not None
+        variable = (
+            "OPENMETER_ENTITLEMENTS_API_KEY" if has_own_key else "OPENMETER_API_KEY"
+        )
     url = policy.entitlements_url or policy.api_url
     return _post("features", document, url, variable, policy)
 
 
-def _measures(meter: Document, feature: str, counted_type: str | None) -> bool:
-    """Return True if *feature* can be one of *meter*."""
+def _may_measure(meter: Document, feature: str, counted_type: str | None) -> bool:
+    """Return True if *meter* may measure *feature*."""
     if meter.get("aggregation") in {"AVG", "MIN", "MAX"}:
-        return False  # OpenMeter has no features of them
+        return False  # OpenMeter refuses features of such meters
     if counted_type is None:
         return bool(meter.get("slug") == feature)
     return bool(meter.get("eventType") == counted_type)
 
 
 def _post(
-    what: str, document: dict[str, Any], url: str, variable: str | None, policy: Policy
+    path: str,
+    document: dict[str, Any],
+    url: str,
+    variable: str | None,
+    policy: Policy,
 ) -> str:
     base = v3_url(url) if policy.api_flavor == "v3" else f"{url}/api/v1"
     text = json.dumps({key: value for key, value in document.items() if value})
-    # In double quotes, for the shell to put in the key.
+    # In double quotes, so that the shell inserts the key.
     key = f' -H "Authorization: Bearer ${variable}"' if variable else ""
     return (
-        f"curl --fail-with-body {shlex.quote(f'{base}/{what}')}{key} "
+        f"curl --fail-with-body {shlex.quote(f'{base}/{path}')}{key} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(text)}"
     )
 
 
 def _free_slug(event_type: str, taken: Collection[str]) -> str:
-    """Return a slug like *event_type* that no meter has."""
+    """Return a slug similar to *event_type* that is not *taken*."""
     slug = re.sub(r"[^a-z0-9]+", "_", event_type.lower()).strip("_") or "meter"
     n, free = 1, slug
     while free in taken:
@@ -131,9 +140,9 @@ def _free_slug(event_type: str, taken: Collection[str]) -> str:
 
 
 def _properties(data: Any) -> tuple[str | None, dict[str, str]]:
-    """Return the path of the number to add up, and those of the texts.
+    """Return the path of the number to add up, and the paths of the texts.
 
-    That is the first number that is measured, or else the first one of all.
+    The number is the first one that is measured, or else the first one.
     """
     leaves = list(_leaves(data))
     measured = [path for path, value in leaves if _is_amount(value)]
@@ -158,7 +167,7 @@ def _is_amount(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Return True for a text, also one that is measured, such as a route."""
+    """Return True if *value* is a text or a measured text, such as a route."""
     if isinstance(value, Measure):
         return not value.is_quantity or bool(_IS_TEXT.fullmatch(value.text))
     return isinstance(value, str)

@@ -1,4 +1,4 @@
-"""Findings of ``check``: severity, printing, and the situation that is checked."""
+"""Findings of ``check``: severity, printing, and the state that checks share."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.cli.api_client import Listing, NoAnswer
     from openmeter_wsgi.delivery.client import OpenMeterClient
+    from openmeter_wsgi.middleware import OpenMeterMiddleware
     from openmeter_wsgi.policy import Policy
 
-#: The type and the subject of every event that a check sends. No meter counts the
-#: one, nobody pays for the other.
+#: Type and subject of every test event that a check sends: no meter counts this type,
+#: and no customer has this subject.
 MARK = "openmeter_wsgi.check"
-#: The answers to a key that may not, of all those that a list may get.
+#: Status codes of an answer to a key without permission.
 _NOT_ALLOWED = (401, 403)
 
 
 class Severity(enum.StrEnum):
     """The severity of a finding.
 
-    NOTE is no problem, but worth knowing. UNKNOWN is no failure: the check could not
+    NOTE is information, not a problem. UNKNOWN is not a failure: the check could not
     run.
     """
 
@@ -48,14 +49,14 @@ class Severity(enum.StrEnum):
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """One result of a check, with its remedy."""
 
     name: str
     severity: Severity
     found: str
-    #: What to do about it, None if that is nothing.
+    #: The action that solves the problem, None if none is needed.
     remedy: str | None = None
-    #: A command for the shell that does it.
+    #: A shell command for this action.
     command: str | None = None
 
 
@@ -65,27 +66,27 @@ def ok(name: str, found: str, remedy: str | None = None) -> Finding:
 
 
 def note(name: str, found: str, remedy: str | None = None) -> Finding:
-    """Return a finding that is no problem, but worth knowing."""
+    """Return a finding that is information, not a problem."""
     return Finding(name, Severity.NOTE, found, remedy)
 
 
 def warning(name: str, found: str, remedy: str) -> Finding:
-    """Return a finding that can lose usage, or bill it twice, in some situations."""
+    """Return a finding that may lose usage, or bill it twice, in some situations."""
     return Finding(name, Severity.WARNING, found, remedy)
 
 
 def failure(name: str, found: str, remedy: str) -> Finding:
-    """Return a finding for which usage is billed wrongly, or not at all."""
+    """Return a finding because of which usage is billed wrongly, or not at all."""
     return Finding(name, Severity.FAILURE, found, remedy)
 
 
 def unknown(name: str, found: str, remedy: str | None = None) -> Finding:
-    """Return a finding that could not be made, with the reason."""
+    """Return a finding for a check that could not run, with the reason."""
     return Finding(name, Severity.UNKNOWN, found, remedy)
 
 
 def unanswered(name: str, error: NoAnswer, may: str) -> Finding:
-    """Return a finding for an answer that is missing; *may* is a permission."""
+    """Return a finding for a request that failed; it needs the permission *may*."""
     remedy = f"use a key that may {may}" if error.status in _NOT_ALLOWED else None
     return unknown(name, str(error), remedy)
 
@@ -100,29 +101,31 @@ _SYMBOLS = {
 _IN_SUMMARY = (
     Severity.FAILURE, Severity.WARNING, Severity.UNKNOWN, Severity.NOTE, Severity.OK,
 )  # fmt: skip
-#: Their words have a plural.
+#: Severities whose word has a plural.
 _COUNTED = {Severity.FAILURE, Severity.WARNING, Severity.NOTE}
 _WIDTH = max(map(len, Severity))
 _NAME_WIDTH = 20
-#: Wider lines are hard to read.
+#: Maximum number of columns; wider lines are hard to read.
 _MAX_WIDTH = 110
 
 
 def print_findings(
     findings: Iterable[Finding], url: str | None, *, as_json: bool
 ) -> list[Finding]:
-    """Print findings, for people as they come, and return them."""
+    """Print findings and return them: text one by one, JSON at the end."""
     if as_json:
-        told = list(findings)
-        print_json({"api_url": url, "findings": [one._asdict() for one in told]})
-        return told
+        printed = list(findings)
+        print_json(
+            {"api_url": url, "findings": [finding._asdict() for finding in printed]}
+        )
+        return printed
     if sys.stdout.isatty():
         return _show(findings, url)
-    told = []
+    printed = []
     for finding in findings:
-        told.append(finding)
+        printed.append(finding)
         _print_lines(finding)
-    return told
+    return printed
 
 
 def _print_lines(finding: Finding) -> None:
@@ -135,14 +138,15 @@ def _print_lines(finding: Finding) -> None:
 
 
 def _show(findings: Iterable[Finding], url: str | None) -> list[Finding]:
+    """Print findings on a terminal, and a summary at the end."""
     console = Console(markup=False, highlight=False)
     console.width = min(console.width, _MAX_WIDTH)
     began = time.monotonic()
     console.print(Text(f"Checking {url or 'the configuration'}", "bold"))
-    told: list[Finding] = []
+    shown: list[Finding] = []
     unknowns: list[Finding] = []
     for finding in findings:
-        told.append(finding)
+        shown.append(finding)
         if unknowns and finding.found != unknowns[0].found:
             _show_alike(unknowns, console)
         if finding.severity is Severity.UNKNOWN:
@@ -150,12 +154,12 @@ def _show(findings: Iterable[Finding], url: str | None) -> list[Finding]:
         else:
             _show_one(finding, console)
     _show_alike(unknowns, console)
-    console.print(_summary(told, time.monotonic() - began))
-    return told
+    console.print(_summary(shown, time.monotonic() - began))
+    return shown
 
 
 def _show_alike(unknowns: list[Finding], console: Console) -> None:
-    """Show findings that are unknown for one reason as one."""
+    """Show checks that could not run, all for the same reason, as one finding."""
     if unknowns:
         names = ", ".join(finding.name for finding in unknowns)
         _show_one(unknowns[0]._replace(name=names), console)
@@ -164,22 +168,22 @@ def _show_alike(unknowns: list[Finding], console: Console) -> None:
 
 def _show_one(finding: Finding, console: Console) -> None:
     symbol, style = _SYMBOLS[finding.severity]
-    said = Text(printable(finding.found))
+    text = Text(printable(finding.found))
     if finding.remedy:
-        said.append(f"\n→ {printable(finding.remedy)}", "bold")
+        text.append(f"\n→ {printable(finding.remedy)}", "bold")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=1)
     table.add_column(width=_NAME_WIDTH, overflow="fold")
     table.add_column(overflow="fold")
-    table.add_row(Text(symbol, style), Text(printable(finding.name)), said)
+    table.add_row(Text(symbol, style), Text(printable(finding.name)), text)
     console.print(table)
     if finding.command:
-        # Not wrapped: it is copied.
+        # Not wrapped, so that it can be copied.
         console.print(Text(printable(finding.command), "bold"), soft_wrap=True)
 
 
-def _summary(told: list[Finding], seconds: float) -> Text:
-    counts = Counter(finding.severity for finding in told)
+def _summary(findings: list[Finding], seconds: float) -> Text:
+    counts = Counter(finding.severity for finding in findings)
     summary = Text()
     for severity in _IN_SUMMARY:
         if number := counts[severity]:
@@ -193,35 +197,36 @@ def _summary(told: list[Finding], seconds: float) -> Text:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """A marked event that OpenMeter has taken."""
+    """A test event that OpenMeter has taken."""
 
     id: str
-    #: As it was sent, and is sent again.
     encoded: bytes
-    #: The monotonic time at which it was taken.
+    #: Monotonic time when it was taken.
     at: float
 
 
 @dataclasses.dataclass
 class Situation:
-    """The object of the checks; each may use the results of those before it."""
+    """The policy that is checked, its server, and the results of earlier checks."""
 
     policy: Policy
     client: OpenMeterClient
     listing: Listing
-    #: Wait so many seconds, and say on a terminal what for.
+    #: Waits for a number of seconds; a terminal shows the text as the reason.
     wait: Callable[[float, str], None]
-    #: Whether the server has answered anything at all.
-    answers: bool = False
-    #: The marked event, once OpenMeter has taken it.
+    #: True if the server has answered at all, even with an error.
+    server_answers: bool = False
+    #: The test event, once OpenMeter has taken it.
     sent: Sent | None = None
-    #: The directory of the server in the spool, if there can be one.
+    #: The directory of the server in the spool, None if the spool cannot be used.
     spool: Path | None = None
-    #: The policies of views that are decorated with `meter`, by the name of the view.
+    #: Names and policies of the views that are decorated with `meter`.
     views: tuple[tuple[str, Policy], ...] = ()
+    #: The middleware around the application, None if only a policy is checked.
+    middleware: OpenMeterMiddleware | None = None
 
     def policies(self) -> Iterator[tuple[str | None, Policy]]:
-        """Yield every policy that governs requests, with its route or view."""
+        """Yield the name of each route or view, None for the others, and its policy."""
         if not any(rule.is_every_other for rule, _ in self.policy.route_policies):
             yield None, self.policy
         for rule, policy in self.policy.route_policies:
@@ -231,7 +236,7 @@ class Situation:
             yield f"view {view!r}", policy
 
     def send(self) -> Sent:
-        """Send a marked event.
+        """Send a test event.
 
         :raises DeliveryError: if OpenMeter does not take it.
         """
@@ -248,12 +253,12 @@ class Situation:
 
 
 class Check(NamedTuple):
-    """A line of the table of checks."""
+    """A check, and its conditions."""
 
-    look: Callable[[Situation], Iterable[Finding]]
-    #: What its finding is called where it cannot look.
+    run: Callable[[Situation], Iterable[Finding]]
+    #: Name of its finding if it cannot run.
     name: str
-    #: Whether it looks at what the server says, which must answer.
+    #: True if it needs answers of the server.
     needs_answer: bool = False
-    #: Whether it looks at the marked event, which OpenMeter must have taken.
+    #: True if it needs the test event in OpenMeter.
     needs_event: bool = False

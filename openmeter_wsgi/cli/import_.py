@@ -1,4 +1,4 @@
-"""``openmeter-wsgi import``: another product's configuration as a file of options."""
+"""``openmeter-wsgi import``: convert the configuration of another product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.group("import", epilog=EXIT_CODES)
 def command() -> None:
-    """Write the configuration of another product as a file of options."""
+    """Convert the configuration of another product to a file of options."""
 
 
 @command.command("zuplo", epilog=EXIT_CODES)
@@ -31,7 +31,7 @@ def command() -> None:
     type=click.Path(dir_okay=False),
     multiple=True,
     metavar="FILE",
-    help="A routes.oas.json; may be given several times.",
+    help="A routes.oas.json. May be repeated.",
 )
 @click.option(
     "-o",
@@ -44,10 +44,9 @@ def command() -> None:
 def _zuplo(
     policies: str, routes: tuple[str, ...], output: Path | None, as_json: bool
 ) -> None:
-    """Write the options in Zuplo's POLICIES, a policies.json, as TOML.
+    """Convert Zuplo's POLICIES, a policies.json, to a file of options in TOML.
 
-    The key is left out. References to variables stay as they are, and their values
-    are not shown.
+    The key is left out. References to variables are kept; their values are not read.
     """
     try:
         read = read_policies(policies, resolves=False)
@@ -56,15 +55,15 @@ def _zuplo(
         problems = "\n  ".join(map(printable, error.problems))
         raise click.ClickException(f"{printable(policies)}\n  {problems}") from None
     if as_json:
-        # What a comment says must not be lost, and JSON has none.
+        # JSON has no comments: they go to stderr.
         _print_comments(text)
         text = json.dumps(tomllib.loads(text), indent=2) + "\n"
     if output is None:
         click.echo(text, nl=False)
     else:
         _write(output, text)
-    if others := [policy for policy in read if not policy.metered]:
-        names = ", ".join(policy.name or policy.kind for policy in others)
+    if left_out := [policy for policy in read if not policy.metered]:
+        names = ", ".join(policy.name or policy.kind for policy in left_out)
         click.echo(printable(f"left out, as they do not meter: {names}"), err=True)
 
 
@@ -75,8 +74,9 @@ def _write(file: Path, text: str) -> None:
     except FileExistsError:
         raise click.ClickException(f"{printable(repr(str(file)))} exists") from None
     except OSError as error:
-        said = f"{printable(repr(str(file)))}: {error.strerror}"
-        raise click.ClickException(said) from None
+        raise click.ClickException(
+            f"{printable(repr(str(file)))}: {error.strerror}"
+        ) from None
 
 
 def _print_comments(text: str) -> None:
@@ -88,10 +88,10 @@ def _print_comments(text: str) -> None:
 def _read_routes(
     files: tuple[str, ...], policies: Sequence[ZuploPolicy]
 ) -> dict[str, list[str]] | None:
-    """Return the routes of all *files*; of the same rule the first one holds."""
+    """Return the routes of all *files*; the first of equal rules holds."""
     if not files:
         return None
-    found: dict[str, list[str]] = {}
+    routes: dict[str, list[str]] = {}
     for file in files:
-        found = {**read_routes(file, policies), **found}
-    return found
+        routes = {**read_routes(file, policies), **routes}
+    return routes

@@ -1,4 +1,8 @@
-"""``openmeter-wsgi send``: send one event, or the events of a file."""
+"""``openmeter-wsgi send``: send one event, or the events of a file.
+
+All events are checked first and kept in a temporary file (`CheckedEvents`). `Outcome`
+then sends them through the spool, or directly (`Sending`), and prints the result.
+"""
 
 from __future__ import annotations
 
@@ -55,19 +59,20 @@ if TYPE_CHECKING:
     from openmeter_wsgi.policy import Policy
 
 
+#: Attributes of an event that are sent.
 _SENT = ("type", "data", "id", "subject", "source", "time")
-#: Part of CloudEvents, and nothing that OpenMeter looks at.
-_TAKEN = {*_SENT, "specversion", "datacontenttype", "dataschema"}
+#: Attributes that are accepted. OpenMeter ignores those that are not sent.
+_ACCEPTED = {*_SENT, "specversion", "datacontenttype", "dataschema"}
 
 
 class InvalidEvent(Exception):
-    """A document that OpenMeter would refuse, or take and not count."""
+    """A document that OpenMeter would refuse, or take but not count."""
 
 
 def read_line(line: bytes) -> Any:
-    """Return the document of a line. Of a line of ``spool export`` it is the event.
+    """Parse a line: a JSON document, or a line of ``spool export`` with an event in it.
 
-    :raises InvalidEvent: if it is none.
+    :raises InvalidEvent: if the line is not JSON.
     """
     try:
         document = msgspec.json.decode(line)
@@ -81,9 +86,9 @@ def read_line(line: bytes) -> Any:
 def encode_event(document: Any, *, source: str, new_id: str | None = None) -> bytes:
     """Encode one event.
 
-    :param source: of an event that names none.
-    :param new_id: the id of an event that has none, which must have one otherwise.
-    :raises InvalidEvent: naming what is wrong with it.
+    :param source: the source of an event without one.
+    :param new_id: the id of an event without one; None if every event needs its own.
+    :raises InvalidEvent: with the problem.
     """
     if not isinstance(document, dict):
         raise InvalidEvent(f"expected an event, a JSON object, got {document!r:.100}")
@@ -92,8 +97,8 @@ def encode_event(document: Any, *, source: str, new_id: str | None = None) -> by
     if "id" not in event:
         if new_id is None:
             raise InvalidEvent(
-                "id: expected one, by which a repetition is dropped, got none (or give "
-                "--new-ids)"
+                "id: expected text, by which OpenMeter drops repetitions, got none (or "
+                "give --new-ids)"
             )
         event["id"] = new_id
     for name in ("type", "subject"):
@@ -119,14 +124,14 @@ def _check_attributes(document: Mapping[str, Any]) -> None:
         raise InvalidEvent(
             f"datacontenttype: expected 'application/json', got {content!r}"
         )
-    if unknown := [name for name in document if name not in _TAKEN]:
+    if unknown := [name for name in document if name not in _ACCEPTED]:
         raise InvalidEvent(
-            f"{unknown[0]}: OpenMeter keeps no such attribute; put it into data"
+            f"{unknown[0]}: OpenMeter does not keep this attribute; put it into data"
         )
 
 
 class InvalidLine(NamedTuple):
-    """A line that holds no valid event, and the problem."""
+    """The number of a line without a valid event, and the problem."""
 
     line: int
     problem: str
@@ -137,13 +142,14 @@ class CheckedEvents:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        #: Number of valid events.
         self.count: int = 0
-        #: How many of the valid ones are older than what Kafka keeps.
+        #: Number of valid events that Kafka may delete because of their age.
         self.old: int = 0
-        self.flaws: list[InvalidLine] = []
+        self.invalid: list[InvalidLine] = []
 
     def add(self, lines: Iterable[bytes], *, source: str, new_ids: bool) -> None:
-        """Check *lines*; empty ones are passed over."""
+        """Check *lines*, and keep the valid events. Empty lines are skipped."""
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -151,7 +157,7 @@ class CheckedEvents:
             try:
                 event = encode_event(read_line(line), source=source, new_id=new_id)
             except InvalidEvent as error:
-                self.flaws.append(InvalidLine(number, str(error)))
+                self.invalid.append(InvalidLine(number, str(error)))
             else:
                 self._file.write(event + b"\n")
                 self.count += 1
@@ -163,26 +169,27 @@ class CheckedEvents:
             yield line[:-1]
 
 
-#: The first repetition comes within so many seconds, later ones so far apart at most.
+#: Maximum number of seconds before the first repetition, and before any repetition.
 _FIRST_DELAY, _MAX_DELAY = 1.0, 30.0
 
 
 class RejectedEvent(NamedTuple):
-    """An event that OpenMeter does not take."""
+    """The id of an event that OpenMeter refused, and its reason."""
 
     id: str
     reason: str
 
 
 class GaveUp(Exception):
-    """OpenMeter takes no events, now or as it is configured."""
+    """OpenMeter takes no events: it does not answer, or the configuration is wrong."""
 
 
 class Sending:
-    """Sends events and counts what became of them.
+    """Sends events directly to OpenMeter, without a queue.
 
-    Unlike the sender of a queue it gives up: after *patience* seconds in which nothing
-    got through, or at once where the configuration makes every attempt vain.
+    A refused batch is halved until the refused events are known. Sending stops if a
+    batch is not taken within *patience* seconds, or at once if the configuration is
+    wrong.
     """
 
     def __init__(
@@ -195,7 +202,7 @@ class Sending:
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.sent: int = 0
-        self.refused: list[RejectedEvent] = []
+        self.rejected: list[RejectedEvent] = []
         self._client = client
         self._batch_size = batch_size
         self._patience = patience
@@ -225,11 +232,11 @@ class Sending:
 
     def _send(self, batch: list[bytes]) -> None:
         try:
-            self._attempts(batch)
+            self._ingest(batch)
         except Rejected as error:
             if len(batch) == 1:
                 id_ = msgspec.json.decode(batch[0])["id"]
-                self.refused.append(
+                self.rejected.append(
                     RejectedEvent(id_, f"{error.status}: {error.reason}")
                 )
                 return
@@ -239,7 +246,7 @@ class Sending:
         else:
             self.sent += len(batch)
 
-    def _attempts(self, batch: list[bytes]) -> None:
+    def _ingest(self, batch: list[bytes]) -> None:
         deadline = time.monotonic() + self._patience
         failures = 0
         while True:
@@ -248,22 +255,22 @@ class Sending:
             except Unavailable as error:
                 delay = self._delay(failures, error.retry_after)
                 if time.monotonic() + delay > deadline:
-                    raise GaveUp(_told(error)) from error
+                    raise GaveUp(_text_of(error)) from error
                 failures += 1
                 self._sleep(delay)
             except Rejected:
                 raise
             except DeliveryError as error:
-                raise GaveUp(_told(error)) from error
+                raise GaveUp(_text_of(error)) from error
             else:
                 return
 
-    def _delay(self, failures: int, asked: float | None) -> float:
+    def _delay(self, failures: int, retry_after: float | None) -> float:
         longest = min(_MAX_DELAY, _FIRST_DELAY * 2 ** min(failures, 10))
-        return max(self._jitter(0, longest), asked or 0.0)
+        return max(self._jitter(0, longest), retry_after or 0.0)
 
 
-def _told(error: DeliveryError) -> str:
+def _text_of(error: DeliveryError) -> str:
     if error.status is None:
         return f"OpenMeter does not answer: {error_text(error)}"
     return f"OpenMeter answers {error.status}: {error.reason}"
@@ -272,33 +279,39 @@ def _told(error: DeliveryError) -> str:
 _EXIT_CODES = exit_codes(
     _0="every event is taken", _3="events are invalid or refused; each is named"
 )
-#: Of what is wrong with many events people are shown as much.
+#: Maximum number of invalid or refused events that are printed as text.
 _MAX_SHOWN = 20
 
 
 @click.command("send", epilog=_EXIT_CODES)
 @click.argument("file", type=click.File("rb"), required=False, metavar="[FILE]")
 @click.option("--type", "type", metavar="TYPE", help="Type of a single event.")
-@click.option("--subject", help="Its subject: who is billed.")
+@click.option("--subject", help="Its subject: the customer to bill.")
 @click.option("--data", metavar="JSON", help="Its data.  [default: a total of 1]")
 @click.option("--id", "id", metavar="ID", help="Its id.  [default: a new one]")
 @click.option(
     "--key",
     metavar="KEY",
-    help="A key in place of an id: the same subject and key are the same event.",
+    help="Make the id from the subject and this key: repetitions are dropped.",
 )
 @click.option("--source", metavar="URI", help="Its source.  [default: event_source]")
-@click.option("--time", metavar="RFC3339", help="When it was.  [default: now]")
-@click.option("--new-ids", is_flag=True, help="Give an id to events of FILE without.")
-@click.option("--skip-invalid", is_flag=True, help="Send the other events of FILE.")
-@click.option("--dry-run", is_flag=True, help="Check the events, and send none.")
+@click.option("--time", metavar="RFC3339", help="Its time.  [default: now]")
+@click.option(
+    "--new-ids", is_flag=True, help="Give new ids to events of FILE without an id."
+)
+@click.option(
+    "--skip-invalid",
+    is_flag=True,
+    help="Leave out the invalid events of FILE, and send the others.",
+)
+@click.option("--dry-run", is_flag=True, help="Check the events without sending them.")
 @click.option(
     "--retry-for",
     type=click.FloatRange(0),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to try again while OpenMeter does not answer.",
+    help="Time to repeat attempts while OpenMeter does not answer.",
 )
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -310,47 +323,48 @@ def command(
     policy_file: str | None,
     api_url: str | None,
     as_json: bool,
-    **how: Any,
+    **options: Any,
 ) -> None:
-    """Send one event (--type, --subject), or those in FILE; "-" is stdin.
+    """Send one event (--type, --subject), or the events in FILE; "-" is stdin.
 
-    With a spool_dir the events go through the spool: they are sent later if OpenMeter
-    does not answer within --retry-for.
+    With spool_dir the events go through the spool. If OpenMeter does not answer within
+    --retry-for, they are sent later.
 
-    FILE holds a JSON document a line: CloudEvents, or what "spool export" writes.
-    All of it is checked before anything is sent. Each event needs an id of its own,
-    by which OpenMeter drops it when the file is sent again.
+    FILE has one JSON document per line: CloudEvents, or the output of "spool export".
+    The whole file is checked before anything is sent. Each event needs an id of its
+    own, by which OpenMeter drops repetitions when the file is sent again.
     """
-    event = _event_given(how)
+    event = _event_given(options)
     if (file is None) is (event is None):
         raise click.UsageError("Give FILE, or else --type and --subject.")
     policy = read_policy(policy_file, **options_given(api_url=api_url))
-    with tempfile.TemporaryFile() as kept:
-        events = CheckedEvents(kept)
+    with tempfile.TemporaryFile() as temporary:
+        events = CheckedEvents(temporary)
         if file is not None:
             lines = progress(file, "Checking", None)
-            events.add(lines, source=policy.event_source, new_ids=how["new_ids"])
+            events.add(lines, source=policy.event_source, new_ids=options["new_ids"])
         elif event is not None:
             encoded = _encoded(event, policy)
-            kept.write(encoded + b"\n")
+            temporary.write(encoded + b"\n")
             events.count, events.old = 1, int(kafka_retention.is_old(encoded))
         if events.old:
-            about = kafka_retention.several(events.old)
-            click.echo(f"Warning: {about}: {kafka_retention.REMEDY}", err=True)
+            problem = kafka_retention.several(events.old)
+            click.echo(f"Warning: {problem}: {kafka_retention.REMEDY}", err=True)
         outcome = Outcome(events, policy)
-        if not how["dry_run"] and (how["skip_invalid"] or not events.flaws):
-            outcome.send(how["retry_for"])
-    outcome.tell(as_json=as_json, dry_run=how["dry_run"])
+        if not options["dry_run"] and (options["skip_invalid"] or not events.invalid):
+            outcome.send(options["retry_for"])
+    outcome.show(as_json=as_json, dry_run=options["dry_run"])
     context.exit(outcome.exit_code)
 
 
-def _event_given(how: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the event that the options say, None if they say none."""
+def _event_given(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the attributes of the event in *options*, None if there are none."""
     names = ("type", "subject", "data", "id", "key", "source", "time")
-    return options_given(**{name: how[name] for name in names}) or None
+    return options_given(**{name: options[name] for name in names}) or None
 
 
 def _encoded(event: dict[str, Any], policy: Policy) -> bytes:
+    """Encode the event that the options of the command describe."""
     try:
         if "data" in event:
             event["data"] = msgspec.json.decode(event["data"])
@@ -361,10 +375,10 @@ def _encoded(event: dict[str, Any], policy: Policy) -> bytes:
             raise click.UsageError("Give --id or --key, not both.")
         if key == "":
             raise click.UsageError("--key: expected text that is not empty.")
-        made = secrets.token_hex(16)
+        new_id = secrets.token_hex(16)
         if key is not None:
-            made = f"{derived_id(event.get('subject', ''), key)}:{event.get('type')}"
-        return encode_event(event, source=policy.event_source, new_id=made)
+            new_id = f"{derived_id(event.get('subject', ''), key)}:{event.get('type')}"
+        return encode_event(event, source=policy.event_source, new_id=new_id)
     except msgspec.DecodeError as error:
         raise click.UsageError(f"--data: expected JSON: {error}") from None
     except InvalidEvent as error:
@@ -372,17 +386,17 @@ def _encoded(event: dict[str, Any], policy: Policy) -> bytes:
 
 
 class Outcome:
-    """Sends the events, and tells the result."""
+    """Sends the events, and prints the result."""
 
     def __init__(self, events: CheckedEvents, policy: Policy) -> None:
         self._events = events
         self._policy = policy
         self._sent = 0
-        self._refused: Sequence[RejectedEvent] = ()
+        self._rejected: Sequence[RejectedEvent] = ()
         self._error: str | None = None
-        #: The reason why events wait in the spool, None if they do not.
-        self._waits: str | None = None
-        # So that a single event can be found, or sent again, by its id.
+        #: The reason why events wait in the spool, None if no event waits.
+        self._wait_reason: str | None = None
+        # Printed for a single event, so that it can be found or sent again.
         self._ids = [_id(event) for event in events] if events.count == 1 else []
 
     @property
@@ -390,10 +404,10 @@ class Outcome:
         """Return the exit code of the command."""
         if self._error is not None:
             return 1
-        return ANSWER_IS_NO if self._events.flaws or self._refused else 0
+        return ANSWER_IS_NO if self._events.invalid or self._rejected else 0
 
     def send(self, patience: float) -> None:
-        """Send the valid ones, through the spool if the policy has one."""
+        """Send the valid events, through the spool if the policy has one."""
         if self._policy.spool_dir is None or self._policy.dry_run:
             self._send_directly(patience)
             return
@@ -408,23 +422,25 @@ class Outcome:
     def _send_through_spool(
         self, usage: Usage, directory: Path, patience: float
     ) -> None:
-        # The command says itself what became of the events.
+        # No log lines: the command prints the result.
         logging.getLogger("openmeter_wsgi").addHandler(logging.NullHandler())
-        letters = directory / DEAD_LETTERS
-        seen = letters.stat().st_size if letters.exists() else 0
+        dead_letters = directory / DEAD_LETTERS
+        old_size = dead_letters.stat().st_size if dead_letters.exists() else 0
         usage.put(progress(self._events, "Writing", self._events.count))
         try:
             if not usage.flush(patience):
                 problems = [problem.text for problem in usage.health().problems]
-                self._waits = "; ".join(problems) or "no process has sent them yet"
+                self._wait_reason = (
+                    "; ".join(problems) or "no process has sent them yet"
+                )
         except KeyboardInterrupt:
-            self._waits = "interrupted"
+            self._wait_reason = "interrupted"
         if lost := usage.stats().lost:
-            self._error = f"{lost} events found no room in the spool, and are lost"
+            self._error = f"the spool is full: {lost} events are lost"
         usage.close(0)
-        if self._waits is None:
-            self._refused = _refused(self._events, letters, seen)
-            self._sent = self._events.count - len(self._refused)
+        if self._wait_reason is None:
+            self._rejected = _rejected(self._events, dead_letters, old_size)
+            self._sent = self._events.count - len(self._rejected)
 
     def _send_directly(self, patience: float) -> None:
         policy = self._policy
@@ -443,50 +459,55 @@ class Outcome:
             self._error = "interrupted"
         finally:
             client.close()
-        self._sent, self._refused = sending.sent, sending.refused
+        self._sent, self._rejected = sending.sent, sending.rejected
 
-    def tell(self, *, as_json: bool, dry_run: bool) -> None:
+    def show(self, *, as_json: bool, dry_run: bool) -> None:
         """Print the result."""
-        count, flaws = self._events.count, self._events.flaws
+        count, invalid = self._events.count, self._events.invalid
+        reason = self._wait_reason
         if as_json:
             print_json({
                 "valid": count,
                 "sent": self._sent,
-                "invalid": [flaw._asdict() for flaw in flaws],
-                "refused": [refusal._asdict() for refusal in self._refused],
-                "waits": self._waits,
+                "invalid": [line._asdict() for line in invalid],
+                "refused": [event._asdict() for event in self._rejected],
+                "waits": reason,
                 "error": self._error,
             })  # fmt: skip
         else:
-            _complain([f"line {flaw.line}: {flaw.problem}" for flaw in flaws])
-            _complain([f"refused: {one.id}: {one.reason}" for one in self._refused])
+            _print_problems([f"line {line.line}: {line.problem}" for line in invalid])
+            _print_problems(
+                [f"refused: {event.id}: {event.reason}" for event in self._rejected]
+            )
             if dry_run:
-                click.echo(f"{count} valid, {len(flaws)} invalid; nothing was sent")
+                click.echo(f"{count} valid, {len(invalid)} invalid; nothing was sent")
             else:
-                named = "".join(f": {printable(each)}" for each in self._ids)
-                sent = f"sent {self._sent}" if self._waits is None else f"wrote {count}"
-                click.echo(f"{sent} of {count + len(flaws)} events{named}")
-        if self._waits is not None:
+                ids = "".join(f": {printable(event_id)}" for event_id in self._ids)
+                done = f"sent {self._sent}" if reason is None else f"wrote {count}"
+                click.echo(f"{done} of {count + len(invalid)} events{ids}")
+        if reason is not None:
             click.echo(
-                f"Warning: the events wait in {self._policy.spool_dir!r} and are sent "
-                f"by the next process that delivers it: {printable(self._waits)}",
+                f"Warning: the events wait in {self._policy.spool_dir!r}; the next "
+                f"process that delivers this spool sends them: {printable(reason)}",
                 err=True,
             )
         if self._error is not None:
-            rest = count - self._sent - len(self._refused)
+            not_sent = count - self._sent - len(self._rejected)
             click.echo(
-                f"Error: {printable(self._error)}; not sent: {rest}. Send the same "
-                "again: what has arrived is dropped by its id, where deduplication is "
-                "on",
+                f"Error: {printable(self._error)}; not sent: {not_sent}. Send the same "
+                "events again: with deduplication, OpenMeter drops those that have "
+                "arrived",
                 err=True,
             )
 
 
-def _refused(events: Iterable[bytes], letters: Path, seen: int) -> list[RejectedEvent]:
-    """Return those of *events* that are in *letters* behind the first *seen* bytes."""
+def _rejected(
+    events: Iterable[bytes], dead_letters: Path, old_size: int
+) -> list[RejectedEvent]:
+    """Return those of *events* that were appended to *dead_letters*."""
     reasons: dict[str, str] = {}
-    with contextlib.suppress(FileNotFoundError), letters.open("rb") as file:
-        file.seek(seen)
+    with contextlib.suppress(FileNotFoundError), dead_letters.open("rb") as file:
+        file.seek(old_size)
         for line in file:
             letter = msgspec.json.decode(line)
             reasons[letter["event"]["id"]] = f"{letter['status']}: {letter['reason']}"
@@ -498,8 +519,8 @@ def _id(event: bytes) -> str:
     return str(msgspec.json.decode(event)["id"])
 
 
-def _complain(about: Sequence[str]) -> None:
-    for line in about[:_MAX_SHOWN]:
-        click.echo(printable(line), err=True)
-    if (more := len(about) - _MAX_SHOWN) > 0:
+def _print_problems(problems: Sequence[str]) -> None:
+    for problem in problems[:_MAX_SHOWN]:
+        click.echo(printable(problem), err=True)
+    if (more := len(problems) - _MAX_SHOWN) > 0:
         click.echo(f"… and {more} more", err=True)

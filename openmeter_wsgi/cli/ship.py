@@ -1,4 +1,4 @@
-"""``openmeter-wsgi ship``: deliver a spool, as a process of its own."""
+"""``openmeter-wsgi ship``: deliver a spool, as a separate process."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from openmeter_wsgi.spool.server_directories import (
 from openmeter_wsgi.stats import Counts
 
 if TYPE_CHECKING:
-    import threading
     from pathlib import Path
 
+    from openmeter_wsgi.cli.common import StopEvent
     from openmeter_wsgi.policy import Policy
 
 logger: Final = logging.getLogger(__name__)
@@ -44,27 +44,29 @@ logger: Final = logging.getLogger(__name__)
 
 @click.command("ship", epilog=EXIT_CODES)
 @spool_options
-@click.option("--json", "as_json", is_flag=True, help="Log in JSON, a line a message.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Log in JSON, one line per message."
+)
 def command(spool_dir: str | None, policy_file: str | None, as_json: bool) -> None:
     """Deliver a spool to OpenMeter, in the foreground, until SIGTERM or SIGINT.
 
-    One process at a time is the sender of a directory. While another one is, this
-    one waits and takes over when that one ends. Run it as the user whom the
-    directory belongs to, and give the applications delivery="ship" if none of
-    their processes is to be the sender.
+    Only one process at a time is the sender of a directory. While another process is
+    the sender, this one waits, and takes over when that one ends. Run it as the owner
+    of the directory. Give the applications delivery="ship" if none of their processes
+    is to be the sender.
     """
     directory = open_spool(spool_dir, may_be_empty=True, to_write=True)
     policy = read_policy(policy_file, spool_dir=str(directory), delivery="thread")
     if policy.dry_run:
-        raise BadConfiguration("dry_run is set, under which nothing is sent")
+        raise BadConfiguration("dry_run is set, with which nothing is sent")
     _log_to_stderr(_JsonLines() if as_json else _Lines())
-    for each in spool_directories(directory):
-        _erase_settled(each)
+    for of_server in spool_directories(directory):
+        _erase_settled(of_server)
     with stop_signals() as stopped:
         _ship(policy, directory, stopped)
 
 
-def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
+def _ship(policy: Policy, directory: Path, stopped: StopEvent) -> None:
     new_client = partial(
         OpenMeterClient,
         url=policy.api_url,
@@ -74,7 +76,7 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
     )
     counts = Counts()
 
-    def elected() -> None:
+    def log_election() -> None:
         logger.info(
             "this process is the sender of %s to %s; %d events wait",
             directory, policy.api_url, queue.waiting,
@@ -82,17 +84,18 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
         if problem := kafka_retention.oldest(queue.in_spool.oldest_at):
             logger.warning("%s: %s: %s", directory, problem, kafka_retention.REMEDY)
 
-    # A quota that the applications count down waits for what this process delivers.
+    # The countdown of quotas in the applications depends on the deliveries of this
+    # process.
     visibility = visibility_of(policy)
     queue = SpoolDelivery(
-        policy, new_client, counts, elected=elected, listener=visibility
+        policy, new_client, counts, elected=log_election, listener=visibility
     )
     if visibility is not None:
         follow_delivery(policy, visibility, queue, None)
-    own = server_directory(directory, server_of_policy(policy))
-    if (sender := holder(own / ELECTION)) is not None:
+    of_server = server_directory(directory, server_of_policy(policy))
+    if (sender := holder(of_server / ELECTION)) is not None:
         logger.info(
-            "%s has a sender, process %s; this one takes over when it ends",
+            "%s has a sender, process %s; this process takes over when it ends",
             directory, sender if sender > 0 else "in another container",
         )  # fmt: skip
     queue.start()
@@ -101,7 +104,7 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
     queue.close()
     if visibility is not None:
         visibility.close()
-    # At exit it would wait for an answer once more.
+    # Otherwise the exit handler would wait for an answer once more.
     queue.forget_exit()
     logger.info(
         "stopped; %d events delivered, %d dead letters, %d events left in %s",
@@ -110,21 +113,21 @@ def _ship(policy: Policy, directory: Path, stopped: threading.Event) -> None:
 
 
 def _erase_settled(directory: Path) -> None:
-    """Take dead letters off the disk that were put back while there was a sender."""
+    """Erase dead letters that were requeued or purged while a sender was running."""
     letters = DeadLetterFile(directory)
     with contextlib.suppress(OSError), letters.changing():
         letters.erase_settled()
 
 
 class _Lines(logging.Formatter):
-    """One line a message, whatever is in it; a stack keeps its own."""
+    """One line per message, control characters escaped; a traceback has more lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
 
     @staticmethod
     def converter(timestamp: float | None) -> time.struct_time:
-        """Return UTC."""
+        """Return the time in UTC."""
         return time.gmtime(timestamp)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
@@ -132,18 +135,18 @@ class _Lines(logging.Formatter):
 
 
 class _JsonLines(_Lines):
-    """One document a message, the stack within it."""
+    """One JSON document per message, with the traceback in it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        document = {
             "time": self.formatTime(record, self.datefmt),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
         if record.exc_info:
-            said["stack"] = self.formatException(record.exc_info)
-        return json.dumps(said)
+            document["stack"] = self.formatException(record.exc_info)
+        return json.dumps(document)
 
 
 def _log_to_stderr(formatter: logging.Formatter) -> None:

@@ -1,4 +1,7 @@
-"""``openmeter-wsgi spool``: look into a spool, and repair its dead letters."""
+"""``openmeter-wsgi spool``: show a spool, and requeue or delete its dead letters.
+
+The functions come first, the click commands at the end of the module.
+"""
 
 from __future__ import annotations
 
@@ -52,48 +55,50 @@ _COLUMNS = ("state", "id", "type", "subject", "time", "status", "reason")
 def print_list(
     root: Path, wanted: EventFilter, *, waiting: bool, as_json: bool
 ) -> None:
-    """Print the dead letters, and the waiting events if they are wanted."""
-    found = _documents(root) if waiting else _dead(root)
-    documents = [one for one in found if wanted.wants(one["event"])]
+    """Print the dead letters and, with *waiting*, the waiting events."""
+    everything = _entries(root) if waiting else _dead_letters(root)
+    entries = [entry for entry in everything if wanted.matches(entry["event"])]
     if as_json:
-        print_json(documents)
+        print_json(entries)
         return
-    rows = [_row(one) for one in documents]
+    rows = [_row(entry) for entry in entries]
     print_table(_COLUMNS, rows)
     if not rows:
         where = f"in {printable(str(root))}"
         if waiting:
-            said = f"no dead letters and no waiting events {where}"
-        elif count := sum(one["state"] == "waiting" for one in _documents(root)):
+            text = f"no dead letters and no waiting events {where}"
+        elif count := sum(entry["state"] == "waiting" for entry in _entries(root)):
             events = "event waits" if count == 1 else "events wait"
-            said = f"no dead letters {where}; {count} {events} (--waiting)"
+            text = f"no dead letters {where}; {count} {events} (--waiting)"
         else:
-            said = f"no dead letters {where}"
-        click.echo(said, err=True)
+            text = f"no dead letters {where}"
+        click.echo(text, err=True)
 
 
 def print_event(root: Path, id_: str, *, as_json: bool) -> None:
-    """Print all files that hold one event."""
-    found = [one for one in _documents(root) if name_of(one["event"], "id") == id_]
-    if not found:
-        raise click.ClickException(f"no event {printable(id_)!r} is here")
+    """Print all entries of one event."""
+    entries = [
+        entry for entry in _entries(root) if name_of(entry["event"], "id") == id_
+    ]
+    if not entries:
+        raise click.ClickException(f"the spool has no event {printable(id_)!r}")
     if as_json:
-        print_json(found)
+        print_json(entries)
         return
-    for one in found:
-        print_json(one, indent=2)
+    for entry in entries:
+        print_json(entry, indent=2)
 
 
 def export(root: Path, file: str, *, as_json: bool) -> None:
-    """Write everything undelivered to a new file."""
+    """Write all undelivered events to a new file."""
     counts: Counter[str] = Counter()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        # Usage tells of customers: readable by its owner alone.
+        # Usage is confidential: only the owner may read the file.
         with open(os.open(file, flags, 0o600), "wb") as out:
-            for one in _documents(root):
-                counts[one["state"]] += 1
-                out.write(msgspec.json.encode(one) + b"\n")
+            for entry in _entries(root):
+                counts[entry["state"]] += 1
+                out.write(msgspec.json.encode(entry) + b"\n")
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
@@ -108,42 +113,39 @@ def export(root: Path, file: str, *, as_json: bool) -> None:
         )
 
 
-def _documents(root: Path) -> Iterator[dict[str, Any]]:
-    yield from _dead(root)
+def _entries(root: Path) -> Iterator[dict[str, Any]]:
+    """Yield the dead letters and the waiting events, as printed."""
+    yield from _dead_letters(root)
     for directory in server_directories.spool_directories(root):
-        census = SpoolContents(directory)
-        segments = progress(census.segments, "Reading segments", len(census.segments))
-        for segment in segments:
-            for event in census.waiting(segment):
+        contents = SpoolContents(directory)
+        segments = contents.segments
+        for segment in progress(segments, "Reading segments", len(segments)):
+            for event in contents.waiting(segment):
                 yield {"state": "waiting", "event": msgspec.json.decode(event)}
 
 
-def _dead(root: Path) -> Iterator[dict[str, Any]]:
-    for letter in _letters(root):
-        yield {
-            "state": "dead",
-            "event": letter.document,
-            "reason": letter.reason,
-            "status": letter.status,
-            "time": letter.time,
-        }
-
-
-def _letters(root: Path) -> Iterator[Letter]:
+def _dead_letters(root: Path) -> Iterator[dict[str, Any]]:
     for directory in server_directories.spool_directories(root):
-        yield from DeadLetterFile(directory).read()
+        for letter in DeadLetterFile(directory).read():
+            yield {
+                "state": "dead",
+                "event": letter.document,
+                "reason": letter.reason,
+                "status": letter.status,
+                "time": letter.time,
+            }
 
 
-def _row(one: dict[str, Any]) -> tuple[object, ...]:
-    event = one["event"]
+def _row(entry: dict[str, Any]) -> tuple[object, ...]:
+    event = entry["event"]
     names = (name_of(event, name) for name in ("id", "type", "subject", "time"))
-    return (one["state"], *names, one.get("status"), one.get("reason"))
+    return (entry["state"], *names, entry.get("status"), entry.get("reason"))
 
 
 class Choice:
-    """A choice of dead letters: those of some ids, or all.
+    """The dead letters that the arguments of a command choose: by ids, or all.
 
-    :raises UsageError: if it is neither or both.
+    :raises UsageError: if there are neither ids nor --all, or both.
     """
 
     def __init__(self, ids: Sequence[str], *, everything: bool) -> None:
@@ -151,57 +153,64 @@ class Choice:
             raise click.UsageError("Give the ids of dead letters, or else --all.")
         self._ids = None if everything else set(ids)
 
-    def of_each(self, letters: Sequence[Sequence[Letter]]) -> list[list[Letter]]:
-        """Return the letters that are meant, of each directory.
+    def among(self, letters: Sequence[Sequence[Letter]]) -> list[list[Letter]]:
+        """Return the chosen letters of each directory.
 
-        :raises ClickException: if an id is not among them.
+        :raises ClickException: if an id is not found.
         """
         if (ids := self._ids) is None:
-            return [list(here) for here in letters]
-        chosen = [[one for one in here if _id(one) in ids] for here in letters]
-        if missing := ids - {_id(one) for here in chosen for one in here}:
-            shown = ", ".join(sorted(map(printable, missing)))
-            raise click.ClickException(f"no dead letter has the id {shown}")
+            return [list(of_directory) for of_directory in letters]
+        chosen = [
+            [letter for letter in of_directory if _id(letter) in ids]
+            for of_directory in letters
+        ]
+        if missing := ids - {_id(letter) for letter in chain.from_iterable(chosen)}:
+            listed = ", ".join(sorted(map(printable, missing)))
+            raise click.ClickException(f"no dead letter has the id {listed}")
         return chosen
 
 
 def requeue_letters(
     root: Path, choice: Choice, max_bytes: int, *, expired: bool, as_json: bool
 ) -> None:
-    """Put dead letters back into the spool, each for the server that it was for."""
+    """Put dead letters back into the spool, each for its own server."""
     chosen: list[Letter] = []
-    good: list[Letter] = []
+    requeued: list[Letter] = []
     with _changing(root) as files:
-        letters = choice.of_each([file.read() for file in files])
-        for file, here in zip(files, letters, strict=True):
-            sent = [o for o in here if o.can_be_sent and (expired or not o.expired)]
-            if sent:
-                requeue(file.directory, sent, max_bytes)
-                file.settle(sent)
+        letters = choice.among([file.read() for file in files])
+        for file, of_file in zip(files, letters, strict=True):
+            to_send = [
+                letter
+                for letter in of_file
+                if letter.can_be_sent and (expired or not letter.expired)
+            ]
+            if to_send:
+                requeue(file.directory, to_send, max_bytes)
+                file.settle(to_send)
             file.erase_settled()
-            chosen += here
-            good += sent
-    no_event = sum(not one.can_be_sent for one in chosen)
-    left_expired = len(chosen) - len(good) - no_event
-    if old := sum(kafka_retention.is_old(one.event) for one in good):
+            chosen += of_file
+            requeued += to_send
+    no_event = sum(not letter.can_be_sent for letter in chosen)
+    left_expired = len(chosen) - len(requeued) - no_event
+    if old := sum(kafka_retention.is_old(letter.event) for letter in requeued):
         click.echo(
             f"Warning: {kafka_retention.several(old)}: {kafka_retention.REMEDY}",
             err=True,
         )
     if as_json:
         print_json({
-            "requeued": len(good), "old": old, "expired": left_expired,
+            "requeued": len(requeued), "old": old, "expired": left_expired,
             "no_event": no_event,
         })  # fmt: skip
         return
-    click.echo(f"requeued {len(good)} dead letters")
+    click.echo(f"requeued {len(requeued)} dead letters")
     if left_expired:
         click.echo(
-            f"left {left_expired} that may have arrived and might be billed twice: "
-            "ask with verify, purge those that arrived, requeue the rest with --expired"
+            f"left {left_expired} that may have arrived and might be billed twice: run "
+            "verify, purge those that arrived, requeue the rest with --expired"
         )
     if no_event:
-        click.echo(f"left {no_event} that are no events")
+        click.echo(f"left {no_event} that are not events")
 
 
 def purge_letters(root: Path, choice: Choice, *, as_json: bool) -> None:
@@ -209,11 +218,11 @@ def purge_letters(root: Path, choice: Choice, *, as_json: bool) -> None:
     chosen: list[Letter] = []
     erased = True
     with _changing(root) as files:
-        letters = choice.of_each([file.read() for file in files])
-        for file, here in zip(files, letters, strict=True):
-            if here:
-                file.settle(here)
-            chosen += here
+        letters = choice.among([file.read() for file in files])
+        for file, of_file in zip(files, letters, strict=True):
+            if of_file:
+                file.settle(of_file)
+            chosen += of_file
             erased = file.erase_settled() and erased
     if as_json:
         print_json({"purged": len(chosen), "erased": erased})
@@ -221,28 +230,26 @@ def purge_letters(root: Path, choice: Choice, *, as_json: bool) -> None:
     click.echo(f"purged {len(chosen)} dead letters")
     if chosen and not erased:
         click.echo(
-            "a sender is running, so they are on the disk until it has ended and "
-            "purge or ship is run"
+            "a sender is running, so they stay on the disk until it ends and purge or "
+            "ship runs"
         )
 
 
 @contextlib.contextmanager
 def _changing(root: Path) -> Iterator[list[DeadLetterFile]]:
-    """Keep other commands from changing dead letters meanwhile; yield all files."""
-    files = [
-        DeadLetterFile(each) for each in server_directories.spool_directories(root)
-    ]
+    """Lock the files of dead letters against other commands, and yield them."""
     try:
-        with contextlib.ExitStack() as changing:
-            there = []
-            for file in files:
+        with contextlib.ExitStack() as locks:
+            files = []
+            for directory in server_directories.spool_directories(root):
+                file = DeadLetterFile(directory)
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    changing.enter_context(file.changing())
-                    there.append(file)
-            yield there
+                    locks.enter_context(file.changing())
+                    files.append(file)
+            yield files
     except BlockingIOError:
         raise click.ClickException(
-            "another requeue or purge is at work in this spool"
+            "another requeue or purge is running in this spool"
         ) from None
     except (SpoolError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
@@ -253,13 +260,13 @@ def _id(letter: Letter) -> str | None:
 
 
 def print_arrived(root: Path, policy: Policy, *, as_json: bool) -> bool:
-    """Print of every event in question if it arrived; return whether all did."""
-    questions = _questions(root, server_directories.server_of_policy(policy))
-    events = [event for _, event in questions]
+    """Print for each event without an answer if it arrived; return True if all did."""
+    unanswered = _unanswered(root, server_directories.server_of_policy(policy))
+    events = [event for _, event in unanswered]
     try:
         with open_listing(policy) as listing:
             answers = progress(listing.arrived(events), "Asking", len(events))
-            found = [
+            results = [
                 {
                     "id": event["id"],
                     "source": name_of(event, "source"),
@@ -267,47 +274,45 @@ def print_arrived(root: Path, policy: Policy, *, as_json: bool) -> bool:
                     "state": state,
                     "arrived": arrived,
                 }
-                for (state, event), arrived in zip(questions, answers, strict=True)
+                for (state, event), arrived in zip(unanswered, answers, strict=True)
             ]
     except NoAnswer as error:
         raise click.ClickException(printable(str(error))) from None
     if as_json:
-        print_json(found)
+        print_json(results)
     else:
-        _print(found)
-    return all(one["arrived"] for one in found)
+        _print_results(results)
+    return all(result["arrived"] for result in results)
 
 
-def _print(found: list[dict[str, Any]]) -> None:
+def _print_results(results: list[dict[str, Any]]) -> None:
     columns = ("state", "id", "source", "subject", "arrived")
     answers = {True: "yes", False: "not listed"}
     print_table(
         columns,
         [
-            [*(one[name] for name in columns[:-1]), answers[one["arrived"]]]
-            for one in found
+            [*(result[name] for name in columns[:-1]), answers[result["arrived"]]]
+            for result in results
         ],
     )
-    if not found:
+    if not results:
         click.echo("no event was sent without an answer", err=True)
 
 
-def _questions(
+def _unanswered(
     root: Path, server: server_directories.Server
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Return the events of which nobody knows if they arrived, each once."""
-    asked: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {}
-    found = chain.from_iterable(
-        _unanswered(each)
-        for each in server_directories.spool_directories(root)
-        if server_directories.server_of(each) in {None, server}
-    )
-    for state, event in found:
-        asked.setdefault((event["id"], name_of(event, "source")), (state, event))
-    return list(asked.values())
+    """Return the state and the event of all events that were sent without an answer."""
+    by_identity: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {}
+    for directory in server_directories.spool_directories(root):
+        if server_directories.server_of(directory) in {None, server}:
+            for state, event in _unanswered_in(directory):
+                identity = (event["id"], name_of(event, "source"))
+                by_identity.setdefault(identity, (state, event))
+    return list(by_identity.values())
 
 
-def _unanswered(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _unanswered_in(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for event in SpoolContents(directory).in_doubt():
         yield "in doubt", msgspec.json.decode(event)
     for letter in DeadLetterFile(directory).read():
@@ -327,10 +332,10 @@ _NOT_ALL = exit_codes(_3="OpenMeter does not list some of them")
 def command(
     context: click.Context, spool_dir: str | None, policy_file: str | None
 ) -> None:
-    """Look into a spool, and put its dead letters in order.
+    """Show the contents of a spool, and requeue or delete its dead letters.
 
-    All of it works beside running applications and their sender. Run it as the
-    user whom the directory belongs to.
+    All commands work while applications and their sender run. Run them as the owner of
+    the directory.
     """
     context.obj = (partial(open_spool, spool_dir), policy_file)
 
@@ -343,12 +348,12 @@ def _opened(context: click.Context, *, may_be_empty: bool = False) -> Path:
 @command.command(
     "status",
     epilog=EXIT_CODES,
-    short_help="What waits, since when, who delivers it, what is dead.",
+    short_help="Show the waiting events, their sender and the dead letters.",
 )
 @_as_json
 @click.pass_context
 def _status(context: click.Context, as_json: bool) -> None:
-    """Print the waiting events, their age, their sender, and the lost events."""
+    """Print the waiting events, their age and sender, and the dead letters."""
     print_status(_opened(context), as_json=as_json)
 
 
@@ -366,7 +371,7 @@ def _status(context: click.Context, as_json: bool) -> None:
     "--from",
     "from_",
     metavar="URL",
-    help="Address that they were for.  [default: the only one without a process]",
+    help="Address that they are for.  [default: the only one without a process]",
 )
 @click.option(
     "--flavor",
@@ -382,8 +387,8 @@ def _assign(
 ) -> None:
     """Give the events of an address that no running process uses to another server.
 
-    They keep their ids, and all that is known of their delivery. A process that sends
-    to the server delivers them within a second, or when it next starts.
+    They keep their ids and the progress of their delivery. A process that sends to the
+    server delivers them within a second, or when it next starts.
     """
     assign_orphan(_opened(context), to, from_, flavor, as_json=as_json)
 
@@ -396,24 +401,26 @@ def assign_orphan(
         server = server_directories.Server(read_url(to), flavor)
     except ValueError as error:
         raise click.UsageError(f"--to: {printable(str(error))}") from None
-    found = [one for one in server_directories.orphans(root) if one.server != server]
+    orphans = [
+        orphan for orphan in server_directories.orphans(root) if orphan.server != server
+    ]
     if from_ is not None:
-        found = [one for one in found if one.address == from_.rstrip("/")]
-    addresses = sorted({one.address for one in found})
-    if not found:
+        orphans = [o for o in orphans if o.address == from_.rstrip("/")]
+    addresses = sorted({orphan.address for orphan in orphans})
+    if not orphans:
         where = printable(from_) if from_ else "an address"
         raise click.ClickException(
             f"no events wait for {where} that no running process uses"
         )
     if len(addresses) > 1:
-        shown = ", ".join(map(printable, addresses))
-        raise click.UsageError(f"Events wait for {shown}: say which with --from.")
+        listed = ", ".join(map(printable, addresses))
+        raise click.UsageError(f"Events wait for {listed}: choose one with --from.")
     try:
-        for one in found:
-            server_directories.assign(one.directory, server)
+        for orphan in orphans:
+            server_directories.assign(orphan.directory, server)
     except (SpoolError, OSError) as error:
         raise click.ClickException(printable(str(error))) from None
-    events = sum(one.events for one in found)
+    events = sum(orphan.events for orphan in orphans)
     if as_json:
         print_json({"assigned": events, "from": addresses[0], "to": server.api_url})
         return
@@ -424,7 +431,7 @@ def assign_orphan(
 
 
 @command.command("list", epilog=EXIT_CODES)
-@click.option("--waiting", is_flag=True, help="The waiting events as well.")
+@click.option("--waiting", is_flag=True, help="Print the waiting events as well.")
 @click.option(
     "--follow",
     is_flag=True,
@@ -442,7 +449,7 @@ def assign_orphan(
     "subjects",
     multiple=True,
     metavar="PATTERN",
-    help="Only events of this subject, likewise.",
+    help="Only events of this subject, with the same patterns.",
 )
 @_as_json
 @click.pass_context
@@ -456,9 +463,8 @@ def _list(
 ) -> None:
     """List the dead letters, the oldest first, each with its reason.
 
-    With --follow it lists no dead letters but new events, one a line, as JSON with
-    --json; with --waiting it begins with the events that wait. It reads beside the
-    processes that write and deliver.
+    With --follow, print new events instead, one per line; with --waiting, after the
+    waiting events. Other processes may write and deliver meanwhile.
     """
     wanted = EventFilter(types, subjects)
     if follow:
@@ -469,13 +475,13 @@ def _list(
 
 
 @command.command(
-    "show", epilog=EXIT_CODES, short_help="Everything that is there of one event."
+    "show", epilog=EXIT_CODES, short_help="Show everything known about one event."
 )
 @click.argument("id_", metavar="ID")
 @_as_json
 @click.pass_context
 def _show(context: click.Context, id_: str, as_json: bool) -> None:
-    """Show all that the spool holds of the event ID, dead or waiting."""
+    """Show all entries of the event ID, dead or waiting."""
     print_event(_opened(context), id_, as_json=as_json)
 
 
@@ -488,10 +494,10 @@ def _show(context: click.Context, id_: str, as_json: bool) -> None:
 @_as_json
 @click.pass_context
 def _export(context: click.Context, file: str, as_json: bool) -> None:
-    """Write all dead letters and waiting events to FILE, one JSON document a line.
+    """Write all dead letters and waiting events to FILE, one JSON document per line.
 
-    The file must not exist. The spool stays as it is, so its sender may deliver
-    what is exported: do not send the file's waiting events under other ids.
+    The file must not exist. The events stay in the spool, and its sender may deliver
+    them: do not send the waiting events in the file under other ids.
     """
     export(_opened(context), file, as_json=as_json)
 
@@ -504,7 +510,7 @@ def _export(context: click.Context, file: str, as_json: bool) -> None:
 @click.option(
     "--expired",
     is_flag=True,
-    help="Also what may have arrived before and might be billed twice.",
+    help="Also events that may have arrived and might be billed twice.",
 )
 @_as_json
 @click.pass_context
@@ -515,9 +521,9 @@ def _requeue(
     expired: bool,
     as_json: bool,
 ) -> None:
-    """Put dead letters back, to be sent again under the ids they have.
+    """Put dead letters back into the spool, to be sent again under their ids.
 
-    Mend first what they were refused for, e.g. the meter in OpenMeter.
+    First solve the problem for which they were refused, such as a meter in OpenMeter.
     """
     choice = Choice(ids, everything=everything)
     policy = _policy(context, dry_run=True)
@@ -530,7 +536,7 @@ def _requeue(
 @command.command("purge", epilog=EXIT_CODES)
 @_ids
 @_all
-@click.option("--yes", is_flag=True, help="Required: what is purged is lost.")
+@click.option("--yes", is_flag=True, help="Required, as purged events are lost.")
 @_as_json
 @click.pass_context
 def _purge(
@@ -542,24 +548,24 @@ def _purge(
 ) -> None:
     """Delete dead letters for ever.
 
-    While there is a sender they are marked, listed no more, and stay on the disk
-    until a purge without one, or the next start of "ship".
+    While a sender is running they are only marked and no longer listed. They stay on
+    the disk until the next purge without a sender, or the next start of "ship".
     """
     choice = Choice(ids, everything=everything)
     if not yes:
-        raise click.UsageError("What is purged is lost; add --yes.")
+        raise click.UsageError("Purged events are lost; add --yes.")
     purge_letters(_opened(context), choice, as_json=as_json)
 
 
 @command.command(
     "verify",
     epilog=_NOT_ALL,
-    short_help="Ask OpenMeter which unanswered events arrived.",
+    short_help="Ask OpenMeter which events without an answer arrived.",
 )
 @_as_json
 @click.pass_context
 def _verify(context: click.Context, as_json: bool) -> None:
-    """Ask OpenMeter which events arrived that were sent without an answer.
+    """Ask OpenMeter which of the events that were sent without an answer arrived.
 
     These are the batches in doubt and the expired dead letters. OpenMeter lists an
     event some seconds after it took it, and for 32 days.

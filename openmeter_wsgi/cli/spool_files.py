@@ -1,11 +1,11 @@
-"""A spool as commands read it: segments, locks and dead letters.
+"""Access of the commands to a spool: its segments and its dead letters.
 
-A lock that is tried is held for a moment, and in that moment another asker would
-see a dead owner alive, or a worker would fail to be elected.
+To read the state, locks are queried (`holder`), not tried. A tried lock is held for a
+moment, in which another process would take a dead owner for alive, or lose an election.
 
-A sender may append to the dead letters at any moment, so their file is never
-rewritten while there is one. What is put back or purged is first marked in a second
-file, which only these commands write; it is erased as soon as no sender is running.
+A sender may append to the dead letters at any time, so their file is rewritten only
+while no sender is running. Letters that are requeued or purged are first marked as
+settled, in a second file that only these commands write.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -36,28 +37,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from openmeter_wsgi.delivery.number_ranges import Ranges
     from openmeter_wsgi.spool.progress import Progress
 
 
 class SegmentState(NamedTuple):
-    """One file of events, and what is known of its owner."""
+    """The name and size of a segment, and the state of the process that writes it."""
 
     name: SegmentName
     bytes: int
+    #: True if the process is alive.
     alive: bool
 
 
 class SpoolContents:
-    """The segments of a directory at one moment, and how far they are delivered.
+    """The segments of a directory at one moment, and the progress of their delivery.
 
-    The sender goes on meanwhile: what it delivers and deletes is simply not there.
+    The sender may deliver and delete segments meanwhile; these are then empty.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        # In this order: what is delivered later is then still counted, and never
-        # is something counted as delivered that is not.
+        # Progress is loaded first: events delivered in between count as waiting, and no
+        # event counts as delivered by mistake.
         self.progress: Progress = (
             progress.load_progress(directory) or progress.Progress()
         )
@@ -65,35 +66,32 @@ class SpoolContents:
 
     @property
     def sender(self) -> int | None:
-        """The process id of the sender, None if there is none."""
+        """The process id of the sender, None without a sender."""
         return holder(self._directory / ELECTION)
 
     def waiting(self, segment: SegmentState) -> Iterator[bytes]:
-        """Yield the events of a segment that are not delivered."""
+        """Yield the undelivered events of a segment."""
         start = 0
         for low, high in self.progress.done.get(segment.name.key, []):
-            yield from self._between(segment, start, low)
+            yield from self._events(segment, start, low)
             start = high
-        yield from self._between(segment, start, None)
+        yield from self._events(segment, start, None)
 
     def in_doubt(self) -> Iterator[bytes]:
-        """Yield the events that were sent, or are being sent, without an answer."""
+        """Yield the events that were sent without an answer, or are being sent."""
         segments = {segment.name.key: segment for segment in self.segments}
-        for key, ranges in self._doubts():
+        in_flight = (batch.lines.items() for batch in self.progress.in_flight)
+        for key, ranges in chain.from_iterable(in_flight):
             if segment := segments.get(key):
                 for low, high in ranges:
-                    yield from self._between(segment, low, high)
-
-    def _doubts(self) -> Iterator[tuple[str, Ranges]]:
-        for doubt in self.progress.in_flight:
-            yield from doubt.lines.items()
+                    yield from self._events(segment, low, high)
 
     def _find(self) -> Iterator[SegmentState]:
         try:
             entries = os.listdir(self._directory)
-        except FileNotFoundError:  # removed, as nothing was left in it
+        except FileNotFoundError:  # an empty directory is removed
             return
-        names = [n for n in map(read_name, entries) if n]
+        names = [name for name in map(read_name, entries) if name]
         alive = {
             owner: holder(self._directory / (owner + LOCK)) is not None
             for owner in {name.owner for name in names}
@@ -106,11 +104,11 @@ class SpoolContents:
 
     def _open(self, name: SegmentName) -> int | None:
         for path in (name, name._replace(sealed=True)):
-            with contextlib.suppress(FileNotFoundError):  # sealed, or delivered
+            with contextlib.suppress(FileNotFoundError):  # sealed or deleted meanwhile
                 return open_file(self._directory / str(path))
         return None
 
-    def _between(
+    def _events(
         self, segment: SegmentState, start: int, end: int | None
     ) -> Iterator[bytes]:
         if (fd := self._open(segment.name)) is None:
@@ -118,25 +116,28 @@ class SpoolContents:
         final = segment.name.sealed or not segment.alive
         read = read_final if final else read_live
         with open(fd, "rb", buffering=0):
-            while (end is None or start < end) and (pieces := read(fd, start, end)):
-                yield from _events(pieces)
-                start = pieces[-1].end
+            while (end is None or start < end) and (lines := read(fd, start, end)):
+                yield from events_of(lines)
+                start = lines[-1].end
 
 
-def _events(pieces: list[Line]) -> Iterator[bytes]:
-    for piece in pieces:
-        # Without its newline a line may be the first half of one.
-        if len(piece.text) < piece.end - piece.start and is_event(piece.text):
-            yield piece.text
+def events_of(lines: Iterable[Line]) -> Iterator[bytes]:
+    """Yield the events among *lines* of a segment."""
+    for line in lines:
+        # A line without its newline may be incomplete.
+        is_complete = len(line.text) < line.end - line.start
+        if is_complete and is_event(line.text):
+            yield line.text
 
 
+#: Name of the file of marks.
 MARKS = "dead-letters.settled.jsonl"
 _COMMAND_LOCK = "dead-letters.lock"
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 
-class _Line(msgspec.Struct):
-    """A line that the sender wrote."""
+class _WrittenLetter(msgspec.Struct):
+    """A dead letter as the sender writes it."""
 
     event: msgspec.Raw
     reason: str
@@ -145,14 +146,14 @@ class _Line(msgspec.Struct):
 
 
 class _Mark(NamedTuple):
-    """The place of a letter: the inode of its file, and the offset."""
+    """The position of a letter: the inode of its file, and the offset in it."""
 
     inode: int
     offset: int
 
 
 class Letter(NamedTuple):
-    """One event that is not sent again, and why."""
+    """A dead letter: an event that is not sent again, and the reason."""
 
     mark: _Mark
     event: bytes
@@ -162,44 +163,44 @@ class Letter(NamedTuple):
 
     @property
     def expired(self) -> bool:
-        """True if it may have arrived: it was set aside without an answer."""
+        """True if no answer came, so that the event may have arrived."""
         return self.status is None
 
     @property
     def document(self) -> Any:
-        """The event as JSON types; text if it is no event."""
+        """The decoded event; text if the letter is not an event."""
         return msgspec.json.decode(self.event)
 
     @property
     def can_be_sent(self) -> bool:
-        """True if it is an event at all."""
+        """True if the letter is an event."""
         return is_event(self.event)
 
 
 class DeadLetterFile:
-    """The dead letters of a directory."""
+    """The file of the dead letters of a directory, and the file of marks."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._path = directory / DEAD_LETTERS
-        self._marks = directory / MARKS
+        self._marks_path = directory / MARKS
 
     def read(self) -> list[Letter]:
-        """Return the letters that are neither put back nor purged, the oldest first."""
+        """Return the letters that are neither requeued nor purged, the oldest first."""
         with contextlib.suppress(FileNotFoundError):
             settled = self._settled()
             return [
                 letter
                 for mark, line in self._lines()
-                if mark not in settled and (letter := _read(mark, line))
+                if mark not in settled and (letter := _parse(mark, line))
             ]
         return []
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Keep other commands from changing it meanwhile.
+        """Lock the files against other commands.
 
-        :raises BlockingIOError: if one is doing so.
+        :raises BlockingIOError: if another command holds the lock.
         """
         fd = open_file(self.directory / _COMMAND_LOCK, os.O_RDWR | os.O_CREAT)
         try:
@@ -210,25 +211,25 @@ class DeadLetterFile:
             os.close(fd)
 
     def settle(self, letters: Iterable[Letter]) -> None:
-        """Mark *letters*, for good, as put back or purged. Only while `changing`."""
-        lines = b"".join(msgspec.json.encode(one.mark) + b"\n" for one in letters)
-        fd = _open_new(self._marks, _APPEND)
+        """Mark *letters* as requeued or purged, on the disk. Requires `changing`."""
+        lines = b"".join(msgspec.json.encode(letter.mark) + b"\n" for letter in letters)
+        fd = _open_new(self._marks_path, _APPEND)
         with open(fd, "ab") as file:
-            # A kill may have left half a line.
+            # After a killed process the file may end within a line.
             file.write(b"\n" + lines)
             file.flush()
             os.fsync(fd)
         _sync_directory(self.directory)
 
     def erase_settled(self) -> bool:
-        """Take marked letters off the disk and say if that was possible.
+        """Erase marked letters from the disk; return False while a sender is running.
 
-        Only while `changing`. It is not while there is a sender, who may append.
+        Requires `changing`.
         """
-        with election(self.directory, wait=False) as won:
-            if won and self._settled():
+        with election(self.directory, wait=False) as elected:
+            if elected and self._settled():
                 self._rewrite()
-            return won is not None
+            return elected is not None
 
     def _rewrite(self) -> None:
         settled = self._settled()
@@ -239,9 +240,9 @@ class DeadLetterFile:
             file.writelines(kept)
             file.flush()
             os.fsync(fd)
-        # Another inode: marks that a kill leaves behind mark nothing any more.
+        # The new file is another inode, so left-over marks do not apply to it.
         unfinished.rename(self._path)
-        self._marks.unlink(missing_ok=True)
+        self._marks_path.unlink(missing_ok=True)
         _sync_directory(self.directory)
 
     def _lines(self) -> Iterator[tuple[_Mark, bytes]]:
@@ -254,7 +255,7 @@ class DeadLetterFile:
     def _settled(self) -> set[_Mark]:
         try:
             inode = self._path.stat().st_ino
-            text = self._marks.read_bytes()
+            text = self._marks_path.read_bytes()
         except FileNotFoundError:
             return set()
         marks = set()
@@ -265,11 +266,12 @@ class DeadLetterFile:
 
 
 def requeue(directory: Path, letters: Sequence[Letter], max_bytes: int) -> None:
-    """Put the events of *letters* into segments of their own, on the disk.
+    """Write the events of *letters* to new segments, on the disk.
 
-    The letters stay: after a kill an event is there twice, under the same id.
+    The letters stay. If the process is killed before they are marked, an event exists
+    twice, under one id.
 
-    :raises SpoolError: if there is no room.
+    :raises SpoolError: if the spool is full.
     """
     journal = Journal(directory, form=WRITTEN, max_bytes=max_bytes)
     try:
@@ -277,7 +279,7 @@ def requeue(directory: Path, letters: Sequence[Letter], max_bytes: int) -> None:
             journal.append(event + b"\n")
         _sync_segments(directory, journal.owner)
     finally:
-        # From now on the sender owns them, and deletes them when they are delivered.
+        # From now on the sender owns the segments, and deletes them after delivery.
         journal.close()
 
 
@@ -307,11 +309,11 @@ def _open_new(path: Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _read(mark: _Mark, line: bytes) -> Letter | None:
-    """Return the letter in a line, None if a full disk cut it short."""
+def _parse(mark: _Mark, line: bytes) -> Letter | None:
+    """Parse a line, and return None if a full disk has truncated it."""
     try:
-        said = msgspec.json.decode(line, type=_Line)
-        msgspec.json.decode(said.event)  # raw until now
+        letter = msgspec.json.decode(line, type=_WrittenLetter)
+        msgspec.json.decode(letter.event)  # still raw
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return Letter(mark, bytes(said.event), said.reason, said.status, said.time)
+    return Letter(mark, bytes(letter.event), letter.reason, letter.status, letter.time)

@@ -1,7 +1,7 @@
 """``openmeter-wsgi spool list --follow``: print events as they are written.
 
-Nothing here writes, locks or deletes. A segment is held open while it is read, so
-that its sender may delete it at any moment.
+This module does not write, lock or delete. A segment is kept open while it is read, so
+that the sender may delete it at any time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from openmeter_wsgi.cli.common import name_of, print_json, printable, stop_signals
+from openmeter_wsgi.cli.spool_files import events_of
 from openmeter_wsgi.spool.files import (
     SegmentName,
-    is_event,
     open_file,
     read_final,
     read_live,
@@ -30,35 +30,33 @@ from openmeter_wsgi.spool.files import (
 from openmeter_wsgi.spool.server_directories import spool_directories
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from openmeter_wsgi.cli.common import StopEvent
+
 
 class _Reader:
-    """One segment that is being written, and how far it is read."""
+    """A segment that is being written, and the offset up to which it is read."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._at = 0
+        self._offset = 0
 
     def skip(self) -> None:
-        """Pass over what is there already."""
-        self._at = whole_end(self._fd, 0)
+        """Skip the events that are already written."""
+        self._offset = whole_end(self._fd, 0)
 
     def read(self, *, final: bool) -> Iterator[bytes]:
-        """Yield the events that have come since; *final*: nobody writes any more."""
+        """Yield the new events. *final*: nothing is appended any more."""
         read = read_final if final else read_live
-        # Most segments are quiet, and to find that out one byte is enough.
-        while final or os.pread(self._fd, 1, self._at) not in {b"", b"\0"}:
-            pieces = read(self._fd, self._at)
-            if not pieces:
+        # Most segments do not grow, and one byte is enough to find that out.
+        while final or os.pread(self._fd, 1, self._offset) not in {b"", b"\0"}:
+            lines = read(self._fd, self._offset)
+            if not lines:
                 return
-            for piece in pieces:
-                whole = len(piece.text) < piece.end - piece.start
-                if whole and is_event(piece.text):
-                    yield piece.text
-            self._at = pieces[-1].end
+            yield from events_of(lines)
+            self._offset = lines[-1].end
 
     def close(self) -> None:
         """Close the file."""
@@ -66,43 +64,43 @@ class _Reader:
 
 
 class Following:
-    """The segments of a spool, read on at every `poll`.
+    """The segments of a spool; each `poll` reads their new events.
 
-    :param everything: whether what is there already is read, too.
+    :param everything: True to read the existing events as well.
     """
 
     def __init__(self, root: Path, *, everything: bool = False) -> None:
         self._root = root
         self._readers: dict[str, _Reader] = {}
-        #: Segments that are read to their end, until they are deleted.
-        self._read: set[str] = set()
+        #: Existing segments that are read to their end.
+        self._finished: set[str] = set()
         if not everything:
-            self._pass_over()
+            self._skip_existing()
 
     def poll(self) -> Iterator[bytes]:
-        """Yield the events that have come since the last time."""
-        there = self._listed()
-        self._read &= there.keys()
-        for key, listed in there.items():
-            if key not in self._read and key not in self._readers:
-                self._open(*listed)
+        """Yield the events written since the last call."""
+        segments = self._segments()
+        self._finished &= segments.keys()
+        for key, segment in segments.items():
+            if key not in self._finished and key not in self._readers:
+                self._open(*segment)
         for key, reader in list(self._readers.items()):
-            still = there.get(key)
-            final = still is None or still[1].sealed
+            existing = segments.get(key)
+            final = existing is None or existing[1].sealed
             yield from reader.read(final=final)
             if final:
                 self._readers.pop(key).close()
-                self._read.add(key)
+                self._finished.add(key)
 
-    def _pass_over(self) -> None:
-        for key, (directory, name) in self._listed().items():
+    def _skip_existing(self) -> None:
+        for key, (directory, name) in self._segments().items():
             if name.sealed:
-                self._read.add(key)
+                self._finished.add(key)
             elif (reader := self._open(directory, name)) is not None:
                 reader.skip()
 
     def _open(self, directory: Path, name: SegmentName) -> _Reader | None:
-        # It may be sealed, or deleted, since it was listed.
+        # It may have been sealed or deleted since it was listed.
         for path in (name, name._replace(sealed=True)):
             with contextlib.suppress(FileNotFoundError):
                 reader = _Reader(open_file(directory / str(path)))
@@ -110,7 +108,7 @@ class Following:
                 return reader
         return None
 
-    def _listed(self) -> dict[str, tuple[Path, SegmentName]]:
+    def _segments(self) -> dict[str, tuple[Path, SegmentName]]:
         found = [
             (name, directory)
             for directory in spool_directories(self._root)
@@ -135,23 +133,24 @@ class Following:
 def _entries(directory: Path) -> list[str]:
     try:
         return os.listdir(directory)
-    except FileNotFoundError:  # removed meanwhile, as nothing was left in it
+    except FileNotFoundError:  # an empty directory is removed
         return []
 
 
-#: Seconds between two looks into the directory.
+#: Seconds between two polls of the directory.
 _INTERVAL = 0.1
+#: Attributes that are printed before the data, and the styles of all columns.
 _NAMES = ("time", "type", "subject", "id")
 _STYLES = ("dim", "cyan", "bold", "dim", "default")
 
 
 class EventFilter(NamedTuple):
-    """Patterns of the wanted types and subjects; none means all of them."""
+    """Patterns of types and of subjects; no patterns match everything."""
 
     types: tuple[str, ...]
     subjects: tuple[str, ...]
 
-    def wants(self, event: Any) -> bool:
+    def matches(self, event: Any) -> bool:
         """Return True if *event* has one of the types and one of the subjects."""
         return _matches(name_of(event, "type"), self.types) and _matches(
             name_of(event, "subject"), self.subjects
@@ -159,7 +158,9 @@ class EventFilter(NamedTuple):
 
 
 def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
-    return not patterns or any(fnmatchcase(value or "", one) for one in patterns)
+    return not patterns or any(
+        fnmatchcase(value or "", pattern) for pattern in patterns
+    )
 
 
 def follow(
@@ -167,17 +168,20 @@ def follow(
 ) -> None:
     """Print the events of *directory* until a signal, as applications settle them.
 
-    With *everything*, the events that wait there come first.
+    With *everything*, the waiting events come first.
     """
     show = print_json if as_json else _printer()
-    with stop_signals() as stopped, Following(directory, everything=everything) as all_:
-        # Only now does no event escape that is settled from here on.
+    with (
+        stop_signals() as stopped,
+        Following(directory, everything=everything) as following,
+    ):
+        # Printed only now, when no later event is missed.
         click.echo(f"following {printable(str(directory))}", err=True)
-        for event in filter(wanted.wants, _events(all_, stopped)):
+        for event in filter(wanted.matches, _events(following, stopped)):
             show(event)
 
 
-def _events(following: Following, stopped: threading.Event) -> Iterator[Any]:
+def _events(following: Following, stopped: StopEvent) -> Iterator[Any]:
     while not stopped.is_set():
         yield from map(msgspec.json.decode, following.poll())
         stopped.wait(_INTERVAL)

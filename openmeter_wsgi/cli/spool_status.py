@@ -1,4 +1,4 @@
-"""``openmeter-wsgi spool status``: what waits in a spool, and why."""
+"""``openmeter-wsgi spool status``: the waiting events of a spool, and its sender."""
 
 from __future__ import annotations
 
@@ -30,43 +30,49 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.cli.spool_files import SegmentState
 
-#: The most segments in the table.
+#: Maximum number of segments in the table.
 _SHOWN_SEGMENTS = 20
-#: An event that is older than so many seconds waits for something.
+#: Age of an event in seconds from which its delivery is late.
 _LATE = 120
 
 
 def print_status(root: Path, *, as_json: bool) -> None:
-    """Print the state of a spool: of each server's directory, and the sums."""
+    """Print the state of a spool by server; JSON also has the sums."""
     unused = {orphan.directory for orphan in server_directories.orphans(root)}
-    found = [
+    servers = [
         _status_of(root, directory, is_orphan=directory in unused)
         for directory in server_directories.spool_directories(root)
     ]
-    summed = ("waiting", "in_doubt", "bytes", "dead_letters", "unreadable")
+    sums = ("waiting", "in_doubt", "bytes", "dead_letters", "unreadable")
     if as_json:
         print_json({
             "directory": str(root),
             "disk_free": shutil.disk_usage(root).free,
-            **{name: sum(one[name] for one in found) for name in summed},
+            **{name: sum(server[name] for server in servers) for name in sums},
             "oldest_age": max(
-                (o["oldest_age"] for o in found if o["oldest_age"] is not None),
+                (s["oldest_age"] for s in servers if s["oldest_age"] is not None),
                 default=None,
             ),
-            "servers": found,
+            "servers": servers,
         })  # fmt: skip
         return
-    if not found:
+    if not servers:
         click.echo(f"no event was ever put into {printable(str(root))}", err=True)
-    for status in found:
+    for status in servers:
         _print_status(status)
 
 
 def _status_of(root: Path, directory: Path, *, is_orphan: bool) -> dict[str, Any]:
-    census = SpoolContents(directory)
-    told = list(progress(_told(census), "Reading segments", total=len(census.segments)))
+    contents = SpoolContents(directory)
+    segments = list(
+        progress(_segments(contents), "Reading segments", len(contents.segments))
+    )
     letters = DeadLetterFile(directory).read()
-    ages = [one["oldest_age"] for one in told if one["oldest_age"] is not None]
+    ages = [
+        segment["oldest_age"]
+        for segment in segments
+        if segment["oldest_age"] is not None
+    ]
     last = server_answers.load_answer(directory)
     server = server_directories.server_of(directory)
     return {
@@ -74,27 +80,29 @@ def _status_of(root: Path, directory: Path, *, is_orphan: bool) -> dict[str, Any
         "api_url": server and server.api_url,
         "api_flavor": server and server.api_flavor,
         "in_use": not is_orphan,
-        "sender_alive": census.sender is not None,
-        "sender_pid": census.sender,
-        "waiting": sum(one["waiting"] for one in told),
+        "sender_alive": contents.sender is not None,
+        "sender_pid": contents.sender,
+        "waiting": sum(segment["waiting"] for segment in segments),
         "oldest_age": max(ages, default=None),
         "last_answer": last and last.answer,
         "last_answer_age": last and round(max(time.time() - last.time, 0.0), 3),
         "next_attempt_in": last and round(last.next_attempt - time.time(), 3),
-        "in_doubt": sum(1 for _ in census.in_doubt()),
-        "bytes": sum(one["bytes"] for one in told),
+        "in_doubt": sum(1 for _ in contents.in_doubt()),
+        "bytes": sum(segment["bytes"] for segment in segments),
         "disk_free": shutil.disk_usage(root).free,
         "dead_letters": len(letters),
-        "dead_letters_by_reason": dict(Counter(_kind(letter) for letter in letters)),
-        "unreadable": _lines(directory / UNREADABLE),
-        "segments": told,
+        "dead_letters_by_reason": dict(
+            Counter(_reason_of(letter) for letter in letters)
+        ),
+        "unreadable": _count_lines(directory / UNREADABLE),
+        "segments": segments,
     }
 
 
-def _told(census: SpoolContents) -> Iterator[dict[str, Any]]:
-    for segment in census.segments:
+def _segments(contents: SpoolContents) -> Iterator[dict[str, Any]]:
+    for segment in contents.segments:
         waiting, oldest = 0, None
-        for event in census.waiting(segment):
+        for event in contents.waiting(segment):
             oldest = oldest or event
             waiting += 1
         yield {
@@ -108,20 +116,20 @@ def _told(census: SpoolContents) -> Iterator[dict[str, Any]]:
 
 
 def _age_of(event: bytes, segment: SegmentState) -> float:
-    said = name_of(msgspec.json.decode(event), "time") or ""
+    time_text = name_of(msgspec.json.decode(event), "time") or ""
     try:
-        moment = datetime.fromisoformat(said)
+        moment = datetime.fromisoformat(time_text)
         made = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except ValueError:
         made = segment.name.made / 1_000
     return round(max(time.time() - made, 0.0), 3)
 
 
-def _kind(letter: Letter) -> str:
+def _reason_of(letter: Letter) -> str:
     return "expired" if letter.expired else f"{letter.status}: {letter.reason}"
 
 
-def _lines(path: Path) -> int:
+def _count_lines(path: Path) -> int:
     try:
         with path.open("rb") as file:
             return sum(1 for _ in file)
@@ -137,32 +145,32 @@ def _print_status(status: dict[str, Any]) -> None:
             ("segment", "owner", "sealed", "size", "waiting", "oldest"),
             (
                 (
-                    one["segment"],
-                    "alive" if one["owner_alive"] else "dead",
-                    "yes" if one["sealed"] else "no",
-                    size(one["bytes"]),
-                    one["waiting"],
-                    age(one["oldest_age"]),
+                    segment["segment"],
+                    "alive" if segment["owner_alive"] else "dead",
+                    "yes" if segment["sealed"] else "no",
+                    size(segment["bytes"]),
+                    segment["waiting"],
+                    age(segment["oldest_age"]),
                 )
-                for one in segments
+                for segment in segments
             ),
         )
     if (more := len(status["segments"]) - len(segments)) > 0:
-        click.echo(f"… and {more} younger segments, all of them with --json")
+        click.echo(f"… and {more} younger segments; --json shows all")
     for line in _advice(status):
         click.echo(line, err=True)
 
 
 def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    yield "server", status["api_url"] or "that of the process that finds it first"
+    yield "server", status["api_url"] or "not known; the next sender decides"
     yield "sender", _sender(status["sender_pid"])
     yield "events waiting", status["waiting"]
     yield "oldest of them", age(status["oldest_age"])
     if status["last_answer"]:
-        told = age(status["last_answer_age"])
-        yield "last answer", f"OpenMeter {status['last_answer']}, {told} ago"
+        answer, answer_age = status["last_answer"], age(status["last_answer_age"])
+        yield "last answer", f"OpenMeter {answer}, {answer_age} ago"
         yield "next attempt in", age(max(status["next_attempt_in"], 0.0))
-    yield "in doubt or under way", status["in_doubt"]
+    yield "in doubt or being sent", status["in_doubt"]
     segments = f"{size(status['bytes'])} in {len(status['segments'])}"
     yield "size of segments", segments
     yield "free on the disk", size(status["disk_free"])
@@ -173,7 +181,7 @@ def _facts(status: dict[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def _advice(status: dict[str, Any]) -> Iterator[str]:
-    """Say what to do next, where there is something to do."""
+    """Yield what the user should do next, if anything."""
     if not status["in_use"]:
         yield (
             f"no running process sends to {status['api_url']}: 'openmeter-wsgi spool "
@@ -181,21 +189,21 @@ def _advice(status: dict[str, Any]) -> Iterator[str]:
         )
     elif status["waiting"] and not status["sender_alive"]:
         yield (
-            "nothing is delivered before the application serves its next request, or "
+            "nothing is delivered until the application serves a request or "
             "'openmeter-wsgi ship' runs"
         )
     elif (status["oldest_age"] or 0) > _LATE:
         yield (
-            "events wait longer than they should: the log of the sender says why, "
-            "'openmeter-wsgi check' asks the server"
+            "events wait longer than they should: see the log of the sender, or run "
+            "'openmeter-wsgi check'"
         )
     if status["dead_letters"]:
         yield (
-            "OpenMeter refused events for good, or may have got them before: 'list' "
-            "names them, 'requeue' sends them again"
+            "OpenMeter refused events, or may have got them before: 'list' shows them, "
+            "'requeue' sends them again"
         )
     if status["unreadable"]:
-        yield f"{UNREADABLE} holds what a crash has cut short"
+        yield f"{UNREADABLE} holds lines that a crash has truncated"
 
 
 def _sender(pid: int | None) -> str:

@@ -31,29 +31,29 @@ if TYPE_CHECKING:
 
 _AGE = re.compile(r"(\d{1,6})(min|h|d|w)")
 _UNITS = {"min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-EXPECTED = "expected RFC 3339, a date such as 2026-11-01, or an age such as 24h or 7d"
+_FORMS = "RFC 3339, a date such as 2026-11-01, or an age such as 24h or 7d"
 
 
 def read_moment(text: str, zone: tzinfo, now: datetime) -> datetime:
-    """Return the moment that *text* says: RFC 3339, a date, or how long ago it is.
+    """Parse a moment: RFC 3339, a date, or an age.
 
-    A date, or a time without an offset, is one of *zone*.
+    A date, or a time without an offset, is in *zone*.
 
-    :raises ValueError: if it says none.
+    :raises ValueError: if *text* is none of these.
     """
     if age := _AGE.fullmatch(text.strip()):
         return (now - timedelta(**{_UNITS[age[2]]: int(age[1])})).astimezone(zone)
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise ValueError(f"{EXPECTED}, got {text!r}") from None
+        raise ValueError(f"expected {_FORMS}, got {text!r}") from None
     if moment.tzinfo is None:
         return moment.replace(tzinfo=zone)
     return moment.astimezone(zone)
 
 
 def window_begin(moment: datetime, window: str) -> datetime:
-    """Return when the window began that *moment* lies in."""
+    """Return the start of the window that contains *moment*."""
     whole = moment.replace(second=0, microsecond=0)
     cut: dict[str, Callable[[], datetime]] = {
         "MINUTE": lambda: whole,
@@ -65,7 +65,7 @@ def window_begin(moment: datetime, window: str) -> datetime:
 
 
 def window_end(moment: datetime, window: str) -> datetime:
-    """Return when the window ends that *moment* lies in; itself, if it begins one."""
+    """Return the end of the window that contains *moment*; a start stays as it is."""
     start = window_begin(moment, window)
     if start == moment:
         return moment
@@ -74,12 +74,12 @@ def window_end(moment: datetime, window: str) -> datetime:
     if window == "DAY":
         return start + timedelta(days=1)
     size = timedelta(hours=1) if window == "HOUR" else timedelta(minutes=1)
-    # By the clock of UTC: an hour that a change of clocks repeats is two.
+    # Added in UTC, where an hour that daylight saving time repeats counts twice.
     return (start.astimezone(UTC) + size).astimezone(moment.tzinfo)
 
 
 def time_text(moment: datetime) -> str:
-    """Return *moment* as OpenMeter reads it."""
+    """Return *moment* in the format of OpenMeter's API."""
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -107,13 +107,19 @@ def _filter(text: str) -> tuple[str, str]:
 
 @click.command("usage", epilog=EXIT_CODES)
 @click.argument("meters", nargs=-1, metavar="[METER]...")
-@click.option("--subject", "subjects", multiple=True, help="Only of this subject.")
+@click.option(
+    "--subject",
+    "subjects",
+    multiple=True,
+    help="Only the usage of this subject. May be repeated.",
+)
 @click.option(
     "--group-by",
     "group_by",
     multiple=True,
     metavar="DIMENSION",
-    help='A row for each value of this; "subject" is one, too.',
+    help='Print a row for each value of this dimension, or of "subject". '
+    "May be repeated.",
 )
 @click.option(
     "--filter",
@@ -121,15 +127,25 @@ def _filter(text: str) -> tuple[str, str]:
     multiple=True,
     type=_filter,
     metavar="DIMENSION=VALUE",
-    help="Only what has this value.",
+    help="Only the usage with this value. May be repeated.",
 )
 @click.option(
     "--window",
     type=click.Choice(WINDOWS, case_sensitive=False),
-    help="A row for each of these.",
+    help="Print a row for each minute, hour, day or month.  [default: one total]",
 )
-@click.option("--from", "since", metavar="TIME", help=f"Since when; {EXPECTED}.")
-@click.option("--to", "until", metavar="TIME", help="Until when, exclusive; likewise.")
+@click.option(
+    "--from",
+    "since",
+    metavar="TIME",
+    help=f"Start: {_FORMS}.  [default: the first event]",
+)
+@click.option(
+    "--to",
+    "until",
+    metavar="TIME",
+    help="End, exclusive, in the same forms.  [default: the last event]",
+)
 @click.option(
     "--timezone",
     "zone",
@@ -137,7 +153,7 @@ def _filter(text: str) -> tuple[str, str]:
     metavar="NAME",
     default="UTC",
     show_default=True,
-    help="Of days and months, and of times without an offset.",
+    help="Time zone of days and months, and of times without an offset.",
 )
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -146,19 +162,20 @@ def command(
     policy_file: str | None,
     api_url: str | None,
     as_json: bool,
-    **what: Any,
+    **selection: Any,
 ) -> None:
-    """Print the usage of METERs, of all of them if none is named.
+    """Print the usage of METERs, or of all meters if none is named.
 
-    Times are widened to whole windows, without --window to whole minutes. OpenMeter
-    counts an event some seconds after it took it.
+    Without --window and --group-by this is one total per meter; for the total of a
+    period give --from and --to. Both are widened to whole windows, without --window to
+    whole minutes. OpenMeter counts an event some seconds after it took it.
     """
-    query = _query(**what)
+    query = _query(**selection)
     policy = read_policy(policy_file, **options_given(api_url=api_url))
     try:
         with open_listing(policy) as listing:
-            there = [] if meters else listing.meters()
-            names = meters or _meters_with(there, what)
+            on_server = [] if meters else listing.meters()
+            names = meters or _meters_with_dimensions(on_server, selection)
             rows = [
                 _row(name, row)
                 for name in progress(names, "Asking", len(names))
@@ -166,29 +183,32 @@ def command(
             ]
     except NoAnswer as error:
         raise click.ClickException(printable(str(error))) from None
-    if not meters and not there:
+    if not meters and not on_server:
         click.echo(_NO_METERS, err=True)
     if as_json:
         print_json(rows)
     else:
         counted = {row["meter"] for row in rows}
-        # Nothing is an answer, too.
+        # A meter without usage gets a row without a value.
         rows += [_row(name, {}) for name in names if name not in counted]
-        _print(rows, what)
+        _print(rows, selection)
 
 
 def _usage(listing: Listing, meter: str, query: UsageQuery) -> list[Document]:
-    """Return the rows of a meter; if there is none, the error names those there are."""
+    """Return the rows of a meter.
+
+    :raises NoAnswer: if the server does not have it, with the names of its meters.
+    """
     try:
         return listing.usage(meter, query)
     except NoAnswer as error:
-        there = listing.meters() if error.status == _NOT_FOUND else []
-        slugs = sorted(str(one.get("slug")) for one in there)
+        on_server = listing.meters() if error.status == _NOT_FOUND else []
+        slugs = sorted(str(one.get("slug")) for one in on_server)
         if error.status != _NOT_FOUND or meter in slugs:
             raise
-        has = f"its meters are {', '.join(slugs)}" if slugs else _NO_METERS
+        known = f"its meters are {', '.join(slugs)}" if slugs else _NO_METERS
         raise NoAnswer(
-            f"no meter {meter!r} is on the server: {has}", _NOT_FOUND
+            f"no meter {meter!r} is on the server: {known}", _NOT_FOUND
         ) from error
 
 
@@ -202,12 +222,12 @@ def _query(
     until: str | None,
     zone: tzinfo,
 ) -> UsageQuery:
-    edge = window or "MINUTE"
+    unit = window or "MINUTE"
     start = _moment("--from", since, zone)
     stop = _moment("--to", until, zone)
     return UsageQuery(
-        since=time_text(window_begin(start, edge)) if start else None,
-        until=time_text(window_end(stop, edge)) if stop else None,
+        since=time_text(window_begin(start, unit)) if start else None,
+        until=time_text(window_end(stop, unit)) if stop else None,
         window=window,
         zone=str(zone),
         subjects=subjects,
@@ -223,12 +243,16 @@ def _moment(option: str, text: str | None, zone: tzinfo) -> datetime | None:
         raise click.UsageError(f"{option}: {error}") from None
 
 
-def _meters_with(meters: list[Document], what: dict[str, Any]) -> list[str]:
-    """Return the meters that have every dimension that is asked for."""
-    asked = {*what["group_by"], *(dimension for dimension, _ in what["filters"])}
-    asked -= {_SUBJECT}
+def _meters_with_dimensions(
+    meters: list[Document], selection: dict[str, Any]
+) -> list[str]:
+    """Return the slugs of the meters that have all dimensions of *selection*."""
+    wanted = {*selection["group_by"], *(name for name, _ in selection["filters"])}
+    wanted -= {_SUBJECT}
     return sorted(
-        str(one.get("slug")) for one in meters if asked <= {*(one.get("groupBy") or {})}
+        str(meter.get("slug"))
+        for meter in meters
+        if wanted <= {*(meter.get("groupBy") or {})}
     )
 
 
@@ -243,10 +267,11 @@ def _row(meter: str, row: Document) -> Document:
     }
 
 
-def _print(rows: list[Document], what: dict[str, Any]) -> None:
-    """Print a table of the columns that say something."""
-    by_subject = bool(what["subjects"]) or _SUBJECT in what["group_by"]
-    dimensions = [name for name in dict.fromkeys(what["group_by"]) if name != _SUBJECT]
+def _print(rows: list[Document], selection: dict[str, Any]) -> None:
+    """Print a table, with a column for each dimension of *selection*."""
+    group_by = selection["group_by"]
+    by_subject = bool(selection["subjects"]) or _SUBJECT in group_by
+    dimensions = [name for name in dict.fromkeys(group_by) if name != _SUBJECT]
     columns: dict[str, Callable[[Document], object]] = {
         "meter": lambda row: row["meter"],
         "from": lambda row: row["from"],
@@ -262,5 +287,5 @@ def _print(rows: list[Document], what: dict[str, Any]) -> None:
 
 
 def _number(value: object) -> object:
-    """Return a number with all its digits, and no power of ten."""
+    """Return a number with all its digits, without an exponent."""
     return f"{Decimal(repr(value)):f}" if isinstance(value, float) else value

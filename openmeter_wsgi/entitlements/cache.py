@@ -38,8 +38,6 @@ logger: Final = log.get_logger(__name__)
 
 #: Multiple of its lifetime for which an allowance is used while it is refreshed.
 _GRACE = 2.0
-
-
 #: Maximum number of cached answers per feature, and of cached customer lookups.
 CACHE_SIZE = 10_000
 
@@ -83,7 +81,7 @@ class CachedAnswer:
         lifetime = lifetimes.allow if answer.has_access else lifetimes.deny
         lifetime = min(max(lifetime, at_least), at_most)
         self.fresh_until: float = asked_at + lifetime
-        # An expired denial is never used: the customer may have paid since.
+        # An expired denial is not used during a refresh: the customer may have paid.
         self.graceful_until: float = asked_at + lifetime * (
             _GRACE if answer.has_access else 1
         )

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from openmeter_wsgi.entitlements.cache import Lifetimes
     from openmeter_wsgi.entitlements.client import Answers, EntitlementClient
-    from openmeter_wsgi.entitlements.lookup import Question, WaitForToken
+    from openmeter_wsgi.entitlements.lookup import WaitForToken
+    from openmeter_wsgi.entitlements.questions import Question
 
 #: Maximum number of pages per lookup; each has 100 customers and costs one token.
 _MAX_PAGES = 10

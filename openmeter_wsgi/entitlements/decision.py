@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: ``no_access``: OpenMeter denies access. ``limit_reached``: the quota is used up.
 #: ``unknown_customer``: OpenMeter has no such customer. ``no_subject``: the request
 #: names no subject. ``unavailable``: OpenMeter gives no answer. ``busy``: the queue of
-#: questions to OpenMeter is too long.
+#: questions to OpenMeter is too long, or OpenMeter has answered 429.
 Reason: TypeAlias = Literal[
     "no_access", "limit_reached", "unknown_customer", "no_subject", "unavailable",
     "busy",
@@ -115,7 +115,7 @@ def no_answer_decision(
 ) -> Decision:
     """Return the decision of *fail_mode* on features without any answer.
 
-    *busy_for*: seconds until the answer is expected if the queue is too long, or None.
+    *busy_for*: seconds until an answer is expected if the reason is ``busy``, or None.
     """
     reason: Reason = "unavailable" if busy_for is None else "busy"
     retry_at = None if busy_for is None else time.time() + busy_for

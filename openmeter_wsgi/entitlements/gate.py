@@ -4,7 +4,8 @@
 subject and its customer, and gets a decision from the entitlement service: a cached
 answer of OpenMeter, or a new one. If the quota of a feature is counted down locally
 (``entitlement_meters``), the gate then *reserves* an amount of it. When the response
-has ended, `Gate.settle` replaces the reservation with the amount that is billed.
+has ended, `Gate.settle` replaces the reservation with the amount that is billed. The
+*account* of a customer is the name under which its quotas are counted down.
 """
 
 from __future__ import annotations
@@ -49,16 +50,15 @@ class Amounts:
     """The amounts that requests of one policy reserve and use, by counted feature.
 
     Any thread. The amounts of the policy's static meters are computed once, because
-    most requests use only these.
+    most requests use only these. *account_of* returns the account of a subject.
     """
 
-    def __init__(
-        self, policy: Policy, customer_of: Callable[[str], str | None]
-    ) -> None:
+    def __init__(self, policy: Policy, account_of: Callable[[str], str]) -> None:
         self._meters = policy.entitlement_meters
-        self._customer_of = customer_of
+        self._account_of = account_of
         self._static = policy.static_meters
         self._used_by_static = self._of(self._static)
+        #: True if all static meters bill the subject of the request.
         self._static_is_of_subject = not any(meter.subject for meter in self._static)
         #: The option ``reserve``, if it is a callable.
         self._reserve = policy.reserve if callable(policy.reserve) else None
@@ -86,30 +86,37 @@ class Amounts:
     def used(
         self, meters: Sequence[Meter], subject: str | None
     ) -> dict[tuple[str, str], float]:
-        """Return the amounts that *meters* use, by customer and feature."""
+        """Return the amounts that *meters* use, by account and feature.
+
+        *subject* is the subject of the meters that name none.
+        """
         if subject and self._static_is_of_subject and meters == self._static:
-            customer = self._customer(subject)
+            account = self._account(subject)
             return {
-                (customer, feature): amount
+                (account, feature): amount
                 for feature, amount in self._used_by_static.items()
+                if account is not None
             }
         used: defaultdict[tuple[str, str], float] = defaultdict(float)
         for meter in meters:
-            if user := meter.subject or subject:
-                for feature, amount in self._of((meter,)).items():
-                    used[self._customer(user), feature] += amount
+            amounts = self._of((meter,))
+            user = meter.subject or subject
+            if amounts and user and (account := self._account(user)):
+                for feature, amount in amounts.items():
+                    used[account, feature] += amount
         return used
 
-    def _customer(self, subject: str) -> str:
+    def _account(self, subject: str) -> str | None:
+        """Return the account of *subject*, None if the policy's callable fails."""
         try:
-            return self._customer_of(subject) or subject
+            return self._account_of(subject)
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
-            # The events are billed all the same: they carry the subject.
-            logger.error("customer: raised %r; the usage of subject %r is not "
-                         "counted down", error, subject)  # fmt: skip
-            return subject
+            logger.error("customer: raised %r; the usage of subject %r is billed, but "
+                         "not counted down", error, subject)  # fmt: skip
+            return None
 
     def _of(self, meters: Iterable[Meter]) -> dict[str, float]:
+        """Return the amounts that *meters* use, by feature."""
         return {
             feature: amount
             for feature, counted in self._meters.items()
@@ -118,7 +125,7 @@ class Amounts:
 
 
 def amount_of(meters: Iterable[Meter], counted: CountedMeter) -> float:
-    """Return the usage in *meters* of the feature that counts *counted*."""
+    """Return the sum of the property of *counted* over the *meters* of its type."""
     return math.fsum(
         _number(meter, counted.property)
         for meter in meters
@@ -127,10 +134,10 @@ def amount_of(meters: Iterable[Meter], counted: CountedMeter) -> float:
 
 
 def _number(meter: Meter, name: str) -> float:
-    """Return the number at *name* in the data of an event, or 1 if it has no *name*.
+    """Return the number at *name* in the data of *meter*, or 1 without such a name.
 
-    As in OpenMeter, text counts as the number it contains; any other value counts
-    as 0.
+    As in OpenMeter, text counts as the number it contains. A value that is no positive
+    number counts as 0.
     """
     value = msgspec.json.decode(meter.data).get(name, 1)
     try:
@@ -144,7 +151,7 @@ Environ: TypeAlias = dict[str, Any]
 
 _NO_SUBJECT = Decision(False, (Denial("", "no_subject"),), source="request")
 _NOTHING_REQUIRED = Decision(True, source="request")
-#: Minimum seconds in Retry-After; by then another reservation may be released.
+#: Minimum seconds in Retry-After; by then a reservation may have been released.
 _MIN_RETRY = 1.0
 #: Maximum seconds in Retry-After while OpenMeter does not show all usage yet.
 _MAX_RETRY = 30.0
@@ -169,6 +176,7 @@ class Gate:
         self._counts = counts
         self._countdown = entitlements.countdown
         self._amounts = Amounts(policy, self._account_of)
+        #: True if at least one required feature is counted down.
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
         #: Fast path: returns True if the request may begin. If False, `admit` decides.
         self.passes: AllowFromCache = allow_nothing
@@ -210,8 +218,7 @@ class Gate:
     ) -> Decision:
         """Return the decision on the use of all *features* by the request's subject.
 
-        *reserve* contains the amounts to reserve, by feature, in place of the
-        policy's amounts.
+        *reserve* contains the amounts to reserve, by feature, instead of the policy's.
 
         :raises ValueError: if a value in *reserve* is not a valid amount.
         """
@@ -225,7 +232,7 @@ class Gate:
         if subject is not None:
             decision = self._decide(environ, subject, names, reserve)
         record_of(environ).decision = decision
-        self._count(decision, subject)
+        self._count_and_log(decision, subject)
         return decision
 
     def _decide(
@@ -238,8 +245,8 @@ class Gate:
         try:
             customer = self._customer_of(subject)
         except Exception as error:  # noqa: BLE001 - the user's code, on our path
-            logger.error("customer: raised %r; subject %r has no customer, fail_mode "
-                         "decides", error, subject)  # fmt: skip
+            logger.error("customer: raised %r; fail_mode decides a request of subject "
+                         "%r", error, subject)  # fmt: skip
             return no_answer_decision(features, self.policy.fail_mode)
         if not customer:
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
@@ -258,20 +265,19 @@ class Gate:
     # -- Local quotas
 
     def _account_of(self, subject: str) -> str:
+        """Return the account of a subject; raises if the policy's callable does."""
         customer = self._customer_of(subject) or subject
         return self._entitlements.account(customer)
 
     def _reserve_default(self, environ: Environ, customer: str) -> bool:
         """Reserve the default amount of the one feature; return True if that works."""
         (feature,) = self.required
-        cached = self._entitlements.cached_answer(customer, feature)
-        # The cached answer may have changed since `admit` read it: check it again.
         request = record_of(environ)
-        if (
-            cached is None
-            or not cached.decision.allowed
-            or request.reserved is not None
-        ):
+        if request.reserved is not None:  # `check` replaces the earlier reservation
+            return False
+        # The cached answer may have changed since `admit` read it: check it again.
+        cached = self._entitlements.cached_answer(customer, feature)
+        if cached is None or not cached.decision.allowed:
             return False
         if cached.counts_down:
             amount = self._amounts.default.get(feature, 0.0)
@@ -299,34 +305,35 @@ class Gate:
     ) -> Decision:
         """Reserve *amounts* of *features*; return *decision*, or a denial.
 
-        A second reservation for the same request replaces the first.
+        A second reservation for the same request replaces the first. If one feature is
+        refused, nothing changes.
         """
-        held = reservations_of(environ)
-        taken: dict[str, Reservation] = {}
+        reserved = reservations_of(environ)
+        new: dict[str, Reservation] = {}
         account = self._entitlements.account(customer)
         for feature in features:
             cached = self._entitlements.cached_answer(customer, feature)
             if cached is not None and _denies(cached):
                 # This answer came after *decision*.
-                _release(taken)
+                _release(new)
                 return cached.decision
             if cached is None or not cached.counts_down:
                 continue
-            if feature in held and feature not in amounts:
-                continue
+            if feature in reserved and feature not in amounts:
+                continue  # its earlier reservation stays
             outcome = self._countdown.reserve(
                 account, feature, amounts.get(feature, 0.0)
             )
             if isinstance(outcome, NotReserved):
-                _release(taken)
+                _release(new)
                 return self._limit_reached(
                     customer, feature, cached, held_back=outcome.held_back
                 )
-            taken[feature] = outcome
-        for feature, reservation in taken.items():
-            if (before := held.get(feature)) is not None:
+            new[feature] = outcome
+        for feature, reservation in new.items():
+            if (before := reserved.get(feature)) is not None:
                 before.settle(0.0)
-            held[feature] = reservation
+            reserved[feature] = reservation
         return self._with_remaining(account, decision)
 
     def _limit_reached(
@@ -334,15 +341,15 @@ class Gate:
     ) -> Decision:
         """Return the denial of a quota that is used up by the local count.
 
-        If the answer of OpenMeter is old, ask for a new one, which may differ.
+        If OpenMeter's answer is older than ``deny_ttl``, ask for a new one, which may
+        differ. *held_back*: enough would be left without the reservations of others.
         """
-        policy = self.policy
-        newest = time.monotonic() - policy.deny_ttl
-        if cached.asked_at < newest:
-            self._entitlements.refresh(customer, feature, since=newest)
-        # In a new period the lookup that runs now brings a new balance.
-        is_over = cached.terms is not None and cached.terms.is_over(time.time())
-        wait = _MIN_RETRY if held_back or is_over else self._until_visible()
+        oldest = time.monotonic() - self.policy.deny_ttl
+        if cached.asked_at < oldest:
+            self._entitlements.refresh(customer, feature, since=oldest)
+        # In a new period the next answer brings a new balance.
+        is_period_over = cached.terms is not None and cached.terms.is_over(time.time())
+        wait = _MIN_RETRY if held_back or is_period_over else self._until_visible()
         denial = denial_of(feature, cached.answer, "limit_reached", time.time() + wait)
         quota = cached.decision.quota and replace(cached.decision.quota, remaining=0.0)
         return Decision(
@@ -375,7 +382,7 @@ class Gate:
 
     # -- Counts and log
 
-    def _count(self, decision: Decision, subject: str | None) -> None:
+    def _count_and_log(self, decision: Decision, subject: str | None) -> None:
         """Count a decision, and log its denials."""
         counts = self._counts
         if decision.allowed and not decision.denied:
@@ -395,8 +402,8 @@ def _denies(cached: CachedAnswer) -> bool:
     return not cached.decision.allowed and time.monotonic() < cached.usable_until
 
 
-def _release(taken: Mapping[str, Reservation]) -> None:
-    for reservation in taken.values():
+def _release(reservations: Mapping[str, Reservation]) -> None:
+    for reservation in reservations.values():
         reservation.settle(0.0)
 
 
@@ -418,9 +425,9 @@ def _log_denial(denial: Denial, subject: str | None, *, passes: bool) -> None:
 
 
 def _figures(denial: Denial) -> str:
-    """Return the known amounts of a denial, in parentheses."""
-    figures = {name: getattr(denial, name) for name in ("balance", "usage", "overage")}
-    known = [f"{name} {n:g}" for name, n in figures.items() if n is not None]
+    """Return the known amounts of a denial for the log, in parentheses."""
+    amounts = {name: getattr(denial, name) for name in ("balance", "usage", "overage")}
+    known = [f"{name} {n:g}" for name, n in amounts.items() if n is not None]
     return f" ({', '.join(known)})" if known else ""
 
 

@@ -4,8 +4,9 @@ A request whose answer is not cached puts a question into a queue and waits for 
 answer, at most ``entitlement_timeout``. Worker threads take the questions in order.
 Each HTTP request to OpenMeter needs a *token*; all processes that use one store share
 ``question_rate`` tokens a second. A question that is already queued is not queued
-again: all its requests wait for the same answer. If no answer comes, a circuit breaker
-opens: from then on single questions, with pauses between them, try OpenMeter again.
+again: all its requests wait for the same answer. If OpenMeter gives no usable answer, a
+circuit breaker opens: requests wait no longer, and single questions, with pauses
+between them, try OpenMeter again.
 """
 
 from __future__ import annotations
@@ -18,98 +19,20 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeAlias
 
 from openmeter_wsgi import log
+from openmeter_wsgi.entitlements.questions import Breaker, Pending, Question, Queue
 from openmeter_wsgi.errors import DeliveryError, Misconfigured
-from openmeter_wsgi.options import invalid_feature_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from openmeter_wsgi.entitlements.client import EntitlementClient
 
 logger: Final = log.get_logger(__name__)
 
 
-#: Minimum and maximum seconds between two tries of an open breaker. Each failure
-#: doubles the pause.
-_MIN_PAUSE, _MAX_PAUSE = 0.5, 5.0
-
-
-class Breaker:
-    """A circuit breaker: open while OpenMeter does not answer.
-
-    Any thread. Two threads that call it at once may both try, which does no harm.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._pause = 0.0
-        self._try_at = 0.0
-
-    @property
-    def is_open(self) -> bool:
-        """True if the last question got no answer."""
-        return self._pause > 0
-
-    @property
-    def is_due(self) -> bool:
-        """True if `may_try` would return True now."""
-        return self._clock() >= self._try_at
-
-    @property
-    def due_in(self) -> float:
-        """Seconds until the next question may be asked, 0.0 if it may be asked now."""
-        return max(self._try_at - self._clock(), 0.0)
-
-    def may_try(self) -> bool:
-        """Return True if a question may be asked.
-
-        While the breaker is open, one caller per pause gets True.
-        """
-        now = self._clock()
-        if now < self._try_at:
-            return False
-        if self._pause:
-            self._try_at = now + self._pause
-        return True
-
-    def succeeded(self) -> None:
-        """Close the breaker: OpenMeter answered."""
-        self._pause = self._try_at = 0.0
-
-    def failed(self) -> None:
-        """Open the breaker, or double its pause: no answer came."""
-        self._pause = min(max(self._pause * 2, _MIN_PAUSE), _MAX_PAUSE)
-        self._try_at = self._clock() + self._pause
-
-    def slow_down(self, seconds: float) -> None:
-        """Allow no question for *seconds*: OpenMeter answered 429."""
-        self._try_at = max(self._try_at, self._clock() + seconds)
-
-
-class Question(NamedTuple):
-    """A question to OpenMeter: the access of one customer to some features."""
-
-    customer: str
-    features: tuple[str, ...]
-
-
-def questions_about(customer: str, features: Sequence[str]) -> list[Question]:
-    """Return one question about all valid *features*, and one for each invalid key.
-
-    In an answer about several features an invalid key would only be missing, which
-    looks like a denial. Asked for alone, it is answered with an error.
-    """
-    if len(features) == 1:
-        return [Question(customer, (features[0],))]
-    refused = invalid_feature_keys(features)
-    valid = tuple(feature for feature in features if feature not in refused)
-    alone = [Question(customer, (feature,)) for feature in refused]
-    return [Question(customer, valid), *alone] if valid else alone
-
-
 #: Waits for a token for one more HTTP request; returns False if none comes in time.
 WaitForToken: TypeAlias = "Callable[[], bool]"
-#: Asks OpenMeter and caches the answer. Calls its first callable once, as soon as the
+#: Asks OpenMeter and caches the answer. Calls its third argument once, as soon as the
 #: requests that wait for the question need not wait any longer.
 AskOpenMeter: TypeAlias = (
     "Callable[[EntitlementClient, Question, Callable[[], None], WaitForToken], None]"
@@ -143,8 +66,9 @@ class Lookup(Protocol):
     def ask(self, question: Question, *, is_known: bool) -> float | None:
         """Ask and wait for the answer, unless the breaker is open.
 
-        Returns the seconds until the answer is expected if the queue is too long,
-        else None. *is_known*: an earlier answer about this customer exists.
+        Returns the seconds until an answer is expected if the queue is too long or
+        OpenMeter has answered 429, else None. *is_known*: an earlier answer about this
+        customer exists.
         """
 
     def refresh(self, question: Question, *, since: float = 0.0) -> None:
@@ -166,10 +90,6 @@ class Lookup(Protocol):
 
 #: Maximum number of threads that ask about new customers, and about known customers.
 _NEW_CUSTOMER_THREADS, _KNOWN_CUSTOMER_THREADS = 8, 4
-#: Maximum number of questions per queue; less than 4 MiB with keys of 256 characters.
-MAX_QUEUE = 2_048
-#: Weight of the last question in the moving average of a queue's pace.
-_PACE_WEIGHT = 0.2
 #: Seconds without questions after a 429 that has no Retry-After.
 _SLOW_DOWN = 1.0
 #: Seconds for which a question that OpenMeter rejects is not asked again.
@@ -178,137 +98,6 @@ _REJECTION_TTL = 5.0
 _MAX_REJECTIONS = 1_000
 #: Seconds in the queue after which the shared answers are read once more.
 _REREAD_AFTER = 0.5
-
-
-#: Held while the event of a question is created or read. Reentrant, because the garbage
-#: collector may finalize a middleware meanwhile.
-_event_lock = threading.RLock()
-
-
-class _Pending:
-    """A question that is queued or being asked, with the event for its waiters."""
-
-    __slots__ = (
-        "_event", "_is_done", "position", "question", "queue", "shared_read_at",
-        "since",
-    )  # fmt: skip
-
-    def __init__(self, question: Question, since: float) -> None:
-        self.question = question
-        self.since = since
-        self._is_done = False
-        #: Created by the first waiter: most questions in a long queue have none.
-        self._event: threading.Event | None = None
-        #: The queue if the question is urgent, and its serial number there.
-        self.queue: _Queue | None = None
-        self.position = 0
-        self.shared_read_at = 0.0
-
-    def wait(self, timeout: float) -> bool:
-        """Wait until the question is done; return False after *timeout* seconds."""
-        with _event_lock:
-            event = self._event = self._event or threading.Event()
-        return self._is_done or event.wait(timeout)
-
-    def finish(self) -> None:
-        """Wake all requests that wait. May be called more than once."""
-        self._is_done = True
-        with _event_lock:
-            event = self._event
-        if event is not None:
-            event.set()
-
-    @property
-    def is_queued(self) -> bool:
-        """True if the question is urgent and has no token yet."""
-        return self.queue is not None and self.queue.contains(self.position)
-
-
-class _Queue:
-    """A queue of questions, first in, first out. The lookup's lock guards it.
-
-    Urgent questions, which requests wait for, go before refreshes.
-    """
-
-    def __init__(self, *, threads: int, reserve: float, pace: float) -> None:
-        self.max_threads = threads
-        #: Number of tokens left for the other queue.
-        self.reserve = reserve
-        self.threads = 0
-        #: Number of threads that wait for the next question or for its token.
-        self.waiting_threads = 0
-        #: Held by the thread that waits for a token, so that tokens go in order.
-        self.token_lock = threading.Lock()
-        self._urgent: deque[_Pending] = deque()
-        self._later: deque[_Pending] = deque()
-        #: Number of urgent questions ever added, and removed.
-        self._urgent_added = self._urgent_taken = 0
-        #: Seconds between two tokens while urgent questions wait: a moving average.
-        self._pace = pace
-        self._taken_at = 0.0
-
-    def __len__(self) -> int:
-        return len(self._urgent) + len(self._later)
-
-    @property
-    def waiting(self) -> int:
-        """The number of urgent questions without a token."""
-        return self._urgent_added - self._urgent_taken
-
-    def add(self, pending: _Pending, *, urgent: bool) -> None:
-        """Append *pending*."""
-        if not urgent:
-            self._later.append(pending)
-            return
-        if not self._urgent:
-            self._taken_at = time.monotonic()
-        self._urgent_added += 1
-        pending.queue, pending.position = self, self._urgent_added
-        self._urgent.append(pending)
-
-    def promote(self, pending: _Pending) -> None:
-        """Make *pending* urgent: a request waits for it now."""
-        try:
-            self._later.remove(pending)
-        except ValueError:
-            return
-        self.add(pending, urgent=True)
-
-    def take(self) -> _Pending | None:
-        """Remove and return the first question."""
-        if not self._urgent:
-            return self._later.popleft() if self._later else None
-        return self._urgent.popleft()
-
-    def note_token_taken(self, pending: _Pending) -> None:
-        """Note that *pending* has its token; update the pace."""
-        if not pending.position:
-            return
-        now = time.monotonic()
-        self._urgent_taken += 1
-        self._pace += (now - self._taken_at - self._pace) * _PACE_WEIGHT
-        self._taken_at = now
-
-    def note_dropped(self, pending: _Pending) -> None:
-        """Note that *pending* needs no token."""
-        self._urgent_taken += bool(pending.position)
-
-    def contains(self, position: int) -> bool:
-        """Return True if the urgent question at *position* has no token yet."""
-        return position > self._urgent_taken
-
-    def seconds_until(self, position: int | None = None) -> float:
-        """Return the estimated wait at *position*, or at the end of the queue."""
-        last = self._urgent_added + 1 if position is None else position
-        return max(last - self._urgent_taken - 1, 0) * self._pace
-
-    def clear(self) -> list[_Pending]:
-        """Remove and return all questions."""
-        removed = [*self._urgent, *self._later]
-        self._urgent_taken += len(self._urgent)
-        self._urgent.clear()
-        self._later.clear()
-        return removed
 
 
 class BackgroundLookup:
@@ -328,7 +117,7 @@ class BackgroundLookup:
         take_token: Callable[[float], float],
         timeout: float,
         rate: float,
-        reserve: float,
+        tokens_kept_back: float,
         load_shared: LoadShared = nothing_shared,
     ) -> None:
         self.breaker: Breaker = Breaker()
@@ -340,9 +129,9 @@ class BackgroundLookup:
         self._timeout = timeout
         self._rate = rate
         #: Number of tokens left for known customers.
-        self._reserve = reserve
+        self._tokens_kept_back = tokens_kept_back
         self._clients: deque[EntitlementClient] = deque()
-        self._pending: dict[Question, _Pending] = {}
+        self._pending: dict[Question, Pending] = {}
         #: The monotonic time until which a rejected question is not asked again. Keys
         #: are questions, or features that are rejected for every customer.
         self._rejected_until: dict[tuple[str, ...] | Question, float] = {}
@@ -351,11 +140,15 @@ class BackgroundLookup:
         self._closed = threading.Event()
         self._new_customers, self._known_customers = self._new_queues()
 
-    def _new_queues(self) -> tuple[_Queue, _Queue]:
+    def _new_queues(self) -> tuple[Queue, Queue]:
         pace = 1 / self._rate
         return (
-            _Queue(threads=_NEW_CUSTOMER_THREADS, reserve=self._reserve, pace=pace),
-            _Queue(threads=_KNOWN_CUSTOMER_THREADS, reserve=0.0, pace=pace),
+            Queue(
+                threads=_NEW_CUSTOMER_THREADS,
+                tokens_kept_back=self._tokens_kept_back,
+                pace=pace,
+            ),
+            Queue(threads=_KNOWN_CUSTOMER_THREADS, tokens_kept_back=0.0, pace=pace),
         )
 
     @property
@@ -366,22 +159,22 @@ class BackgroundLookup:
     def ask(self, question: Question, *, is_known: bool = False) -> float | None:
         """Ask and wait for the answer, at most the timeout, unless the breaker is open.
 
-        Returns the seconds until the answer is expected if the queue is too long, else
-        None. Requests with the same question wait for the same answer.
+        Returns the seconds until an answer is expected if the queue is too long or
+        OpenMeter has answered 429, else None. The answer itself is in the cache.
         """
         if self.breaker.is_open:
             self.refresh(question)  # no request waits for the try
             return None
         if sys.is_finalizing():  # thread.start() would wait for ever
             return None
-        if (pause := self.breaker.due_in) > 0:
+        if (pause := self.breaker.due_in) > 0:  # after a 429
             return pause
         pending, is_first = self._register(question, since=0.0)
         if pending is None:
             return None
         if is_first:
             return self._ask_new(pending, is_known=is_known)
-        if pending.queue is None:
+        if pending.queue is None:  # a refresh, or not queued yet
             with self._lock:
                 self._known_customers.promote(pending)
         return self._wait(pending)
@@ -415,7 +208,7 @@ class BackgroundLookup:
 
     def _register(
         self, question: Question, since: float
-    ) -> tuple[_Pending | None, bool]:
+    ) -> tuple[Pending | None, bool]:
         """Return the pending question, and True if this call created it.
 
         Returns None for a question that OpenMeter has rejected recently.
@@ -426,10 +219,10 @@ class BackgroundLookup:
                 return pending, False
             if self._is_rejected(question):
                 return None, False
-            pending = self._pending[question] = _Pending(question, since)
+            pending = self._pending[question] = Pending(question, since)
             return pending, True
 
-    def _ask_new(self, pending: _Pending, *, is_known: bool) -> float | None:
+    def _ask_new(self, pending: Pending, *, is_known: bool) -> float | None:
         """Read the shared answers; if they do not suffice, queue *pending* and wait."""
         result = self._read_shared(pending)
         if result.is_answered:
@@ -441,14 +234,14 @@ class BackgroundLookup:
             return self._busy_for(queue, queue.seconds_until())
         return self._wait(pending)
 
-    def _read_shared(self, pending: _Pending) -> SharedResult:
+    def _read_shared(self, pending: Pending) -> SharedResult:
         pending.shared_read_at = time.monotonic()
         return self._load_shared(pending.question, pending.since)
 
-    def _enqueue(self, pending: _Pending, queue: _Queue, *, urgent: bool) -> bool:
+    def _enqueue(self, pending: Pending, queue: Queue, *, urgent: bool) -> bool:
         """Put *pending* into *queue*; return False if the queue is full."""
         with self._lock:
-            if is_full := len(queue) >= MAX_QUEUE:
+            if is_full := queue.is_full:
                 self._finish(pending)
             else:
                 queue.add(pending, urgent=urgent)
@@ -456,7 +249,7 @@ class BackgroundLookup:
             self._start_thread_if_needed(queue)
         return not is_full
 
-    def _wait(self, pending: _Pending) -> float | None:
+    def _wait(self, pending: Pending) -> float | None:
         """Wait for the answer; return the estimated wait if it exceeds the timeout."""
         queue, position = pending.queue, pending.position
         if queue is not None and queue.seconds_until(position) > self._timeout:
@@ -467,12 +260,12 @@ class BackgroundLookup:
             return None
         return self._busy_for(queue, queue.seconds_until(position))
 
-    def _busy_for(self, queue: _Queue, seconds: float) -> float:
+    def _busy_for(self, queue: Queue, seconds: float) -> float:
         """Log the length of *queue*; return *seconds*, at least 1."""
         logger.warning(
-            "%s: %d customers are queued for a question to OpenMeter, the last one "
-            "for about %.0f s at question_rate=%g; fail_mode decides their requests "
-            "until then",
+            "%s: %d questions to OpenMeter are queued, the last one for about %.0f s "
+            "at question_rate=%g; until then fail_mode decides the requests that need "
+            "their answers",
             "entitlements", queue.waiting, queue.seconds_until(), self._rate,
         )  # fmt: skip
         return max(seconds, 1.0)
@@ -490,7 +283,7 @@ class BackgroundLookup:
                 self._rejected_until.clear()
             self._rejected_until[key] = time.monotonic() + _REJECTION_TTL
 
-    def _start_thread_if_needed(self, queue: _Queue) -> None:
+    def _start_thread_if_needed(self, queue: Queue) -> None:
         """Start a thread, unless one waits for the next question of *queue* already."""
         with self._lock:
             if not queue or queue.waiting_threads or queue.threads >= queue.max_threads:
@@ -517,22 +310,25 @@ class BackgroundLookup:
 
     # -- In a worker thread
 
-    def _run(self, queue: _Queue, closed: threading.Event) -> None:
+    def _run(self, queue: Queue, closed: threading.Event) -> None:
         """Ask questions until *queue* is empty. The body of a worker thread."""
         while (pending := self._next_question(queue, closed)) is not None:
-            self._start_thread_if_needed(queue)
+            self._start_thread_if_needed(queue)  # for the next question
             try:
                 self._send(pending)
             except Exception:
                 self._remember_rejection(pending.question)
-                logger.exception("%s: the question about %s failed", "entitlements",
-                                 pending.question.customer)  # fmt: skip
+                logger.exception(
+                    "%s: the question about customer %r failed; cached answers are "
+                    "used for max_stale, then fail_mode decides",
+                    "entitlements", pending.question.customer,
+                )  # fmt: skip
             finally:
                 self._finish(pending)
             with self._lock:
                 queue.waiting_threads += 1
 
-    def _next_question(self, queue: _Queue, closed: threading.Event) -> _Pending | None:
+    def _next_question(self, queue: Queue, closed: threading.Event) -> Pending | None:
         """Return the next question that must be asked, after taking a token for it."""
         with queue.token_lock:
             while True:
@@ -542,9 +338,7 @@ class BackgroundLookup:
                         queue.waiting_threads -= 1
                         queue.threads -= 1
                         return None
-                if self._must_be_asked(pending) and self._wait_for_queue_token(
-                    queue, closed
-                ):
+                if self._may_be_sent(pending, queue, closed):
                     with self._lock:
                         queue.note_token_taken(pending)
                         queue.waiting_threads -= 1
@@ -553,17 +347,36 @@ class BackgroundLookup:
                     queue.note_dropped(pending)
                 self._finish(pending)
 
-    def _must_be_asked(self, pending: _Pending) -> bool:
-        """Return False if another process has asked, or the breaker forbids it."""
+    def _may_be_sent(
+        self, pending: Pending, queue: Queue, closed: threading.Event
+    ) -> bool:
+        """Take a token for *pending*; return False if it must be dropped instead."""
+        try:
+            return self._must_be_asked(pending) and self._wait_for_queue_token(
+                queue, closed
+            )
+        except Exception:  # must not end the thread, which the queue has counted
+            logger.exception(
+                "%s: the store failed; customer %r is not asked about, fail_mode "
+                "decides the requests that wait for it",
+                "entitlements", pending.question.customer,
+            )  # fmt: skip
+            return False
+
+    def _must_be_asked(self, pending: Pending) -> bool:
+        """Return False if another process has asked, or the breaker does not allow it.
+
+        If the breaker is open, True is its one try per pause.
+        """
         waited = time.monotonic() - pending.shared_read_at
         if waited > _REREAD_AFTER and self._read_shared(pending).is_answered:
             return False
         return self.breaker.may_try()
 
-    def _wait_for_queue_token(self, queue: _Queue, closed: threading.Event) -> bool:
+    def _wait_for_queue_token(self, queue: Queue, closed: threading.Event) -> bool:
         """Wait for a token; return False if the lookup is closed meanwhile."""
         while not closed.is_set():
-            wait = self._take_token(queue.reserve)
+            wait = self._take_token(queue.tokens_kept_back)
             if not wait:
                 return True
             closed.wait(wait)
@@ -583,14 +396,14 @@ class BackgroundLookup:
                 return False
         return True
 
-    def _finish(self, pending: _Pending) -> None:
+    def _finish(self, pending: Pending) -> None:
         """Remove a question that is answered or dropped, and wake its requests."""
         with self._lock:
             self._pending.pop(pending.question, None)
         pending.finish()
 
-    def _send(self, pending: _Pending) -> None:
-        """Ask OpenMeter with an idle client or a new one, and handle errors."""
+    def _send(self, pending: Pending) -> None:
+        """Ask OpenMeter with an idle client or a new one; handle its errors."""
         clients = self._clients
         try:
             client = clients.pop()
@@ -603,8 +416,11 @@ class BackgroundLookup:
             client.close()
             self._log_failure(error, pending.question)
             if error.status is None and self._note_no_answer(pending):
-                return
+                return  # an outage that goes on needs no probe
             self._handle_failure(error, pending.question, client)
+        except Exception:
+            client.close()
+            raise
         else:
             self._note_answer()
         self._return_client(client, clients)
@@ -626,8 +442,11 @@ class BackgroundLookup:
             )
         self.breaker.succeeded()
 
-    def _note_no_answer(self, pending: _Pending) -> bool:
-        """Open the breaker, drop all questions; return True if it was open before."""
+    def _note_no_answer(self, pending: Pending) -> bool:
+        """Open the breaker, drop all questions; return True if it was open already.
+
+        No answer means that the connection failed or timed out.
+        """
         was_open = self.breaker.is_open
         self.breaker.failed()
         with self._lock:
@@ -640,25 +459,30 @@ class BackgroundLookup:
     def _handle_failure(
         self, error: DeliveryError, question: Question, client: EntitlementClient
     ) -> None:
-        """Stop the questions that *error* concerns: this one, its features, or all."""
+        """Stop the questions that *error* concerns: this one, its features, or all.
+
+        A probe finds out which. Without a probe, only this question is stopped.
+        """
         if self._slow_down_if_429(error):
             return
-        probe_error = self._probe(question.features, client)
+        probe_error = self._probe_error(question.features, client)
         if probe_error is None:
             self._remember_rejection(question)
         elif probe_error.status == 400:
             # Questions about other features may work.
             self._remember_rejection(question.features)
         elif not self._slow_down_if_429(probe_error) and error.status is not None:
+            # Without a status, `_note_no_answer` has opened the breaker already.
             self.breaker.failed()
 
-    def _probe(
+    def _probe_error(
         self, features: tuple[str, ...], client: EntitlementClient
     ) -> DeliveryError | None:
-        """Ask about a customer that does not exist; return the error, or None.
+        """Ask about a customer that does not exist; return the error.
 
-        Without this probe, a caller who sends a customer name that OpenMeter or a
-        proxy answers with an error could stop the questions for all others.
+        Returns None if there is no error, or no token for the probe. Without probes, a
+        caller who sends a customer name that OpenMeter or a proxy answers with an error
+        could stop the questions for all others.
         """
         if not self.wait_for_token():
             return None

@@ -4,6 +4,9 @@
 for a missing or expired answer it asks the `Lookup` and waits. The lookup calls
 `_ask_openmeter` in a worker thread, which asks over HTTP, caches the answer, hands its
 balance to the local quota (`countdown`) and shares it with other processes.
+
+The *terms* of an entitlement (usage period, soft limit) are not part of an answer: they
+cost a second HTTP request, and are used for minutes.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ from openmeter_wsgi.entitlements.decision import (
     combined,
     no_answer_decision,
 )
-from openmeter_wsgi.entitlements.lookup import (
-    BackgroundLookup,
+from openmeter_wsgi.entitlements.lookup import BackgroundLookup, SharedResult
+from openmeter_wsgi.entitlements.questions import (
     Question,
-    SharedResult,
+    invalid_features,
     questions_about,
 )
 from openmeter_wsgi.entitlements.shared_answers import SharedAnswers
 from openmeter_wsgi.errors import DeliveryError
-from openmeter_wsgi.options import feature_problem, question_rate
+from openmeter_wsgi.options import question_rate
 from openmeter_wsgi.quota.fallback_store import open_store
 from openmeter_wsgi.quota.ledger import Ledger, LocalQuota
 from openmeter_wsgi.quota.store import StoreAway
@@ -68,10 +71,9 @@ if TYPE_CHECKING:
 
 logger: Final = log.get_logger(__name__)
 
-
-#: Seconds after which the terms of an entitlement are asked for again.
+#: Seconds after which the terms of an entitlement are fetched again.
 _TERMS_TTL = 600.0
-#: Remaining share of the grant below which the terms are asked for with each answer.
+#: Remaining share of the grant below which the terms are fetched with each answer.
 _LOW_SHARE = 0.2
 
 
@@ -133,7 +135,7 @@ class EntitlementService:
         if not is_key(customer):  # no valid key: OpenMeter need not be asked
             denied = tuple(Denial(feature, "unknown_customer") for feature in features)
             return Decision(False, denied, source="request")
-        if invalid := _invalid_features(features):
+        if invalid := invalid_features(features):
             denied = tuple(Denial(feature, "no_access") for feature in invalid)
             return Decision(False, denied, source="request")
         now = time.monotonic()
@@ -206,10 +208,13 @@ class EntitlementService:
         """Close the connections; the next question opens new ones."""
         self._lookup.close()
 
-    def close(self) -> None:
-        """Return this process's leases to the store, and close all connections."""
+    def close(self, timeout: float | None = None) -> None:
+        """Return this process's leases to the store, and close all connections.
+
+        Waits for a locked store at most 1 s, and at most *timeout* seconds.
+        """
         self._lookup.close()
-        self.countdown.close()
+        self.countdown.close(timeout)
         self._close_store()
 
     def end(self) -> None:
@@ -227,54 +232,55 @@ class EntitlementService:
     ) -> tuple[list[CachedAnswer | None], float | None]:
         """Return the usable answer or None for each feature, and the estimated wait.
 
-        Waits for answers that are missing or long expired, and refreshes expired ones.
-        The estimated wait is None unless the queue of questions is too long.
+        Waits for answers that are missing or long expired. Otherwise refreshes the
+        expired ones in the background. The estimated wait is None unless the queue of
+        questions is too long, or OpenMeter has answered 429.
         """
         cached = [self._answers.get(customer, feature) for feature in features]
-        pairs = list(zip(features, cached, strict=True))
-        if missing := [f for f, k in pairs if k is None or now >= k.graceful_until]:
-            is_known = any(one is not None for one in cached)
-            waits = [
-                self._lookup.ask(question, is_known=is_known)
-                for question in questions_about(customer, missing)
-            ]
-            cached = [self._answers.get(customer, feature) for feature in features]
-            after = time.monotonic()
-            any_age = fail_mode == "stale"
-            usable = [k if k and (any_age or after < k.usable_until) else None
-                      for k in cached]  # fmt: skip
-            return usable, max((w for w in waits if w is not None), default=None)
-        if expired := [f for f, k in pairs if k is not None and now >= k.fresh_until]:
+        missing, expired = [], []
+        for feature, answer in zip(features, cached, strict=True):
+            if answer is None or now >= answer.graceful_until:
+                missing.append(feature)
+            elif now >= answer.fresh_until:
+                expired.append(feature)
+        if not missing:
             for question in questions_about(customer, expired):
                 self._lookup.refresh(question)
-        return cached, None
+            return cached, None
+        waits = [
+            self._lookup.ask(question, is_known=any(cached))
+            for question in questions_about(customer, missing)
+        ]
+        cached = [self._answers.get(customer, feature) for feature in features]
+        now = time.monotonic()
+        any_age = fail_mode == "stale"
+        usable = [
+            answer if answer and (any_age or now < answer.usable_until) else None
+            for answer in cached
+        ]
+        return usable, max((wait for wait in waits if wait is not None), default=None)
 
     def load_shared(self, question: Question, since: float) -> SharedResult:
         """Cache the answers to *question* that other processes have shared."""
         if self._shared is None:
             return SharedResult()
         customer, features = question
-        for feature, shared in zip(
-            features, self._shared.get(customer, features), strict=True
-        ):
+        answers = self._shared.get(customer, features)
+        for feature, shared in zip(features, answers, strict=True):
             if shared is not None:
                 self._adopt_shared(customer, feature, shared)
         now = time.monotonic()
         cached = [self._answers.get(customer, feature) for feature in features]
-        return SharedResult(
-            all(k and k.asked_at >= since and now < k.fresh_until for k in cached),
-            any(cached),
-        )
+        fresh = all(k and k.asked_at >= since and now < k.fresh_until for k in cached)
+        return SharedResult(is_answered=fresh, is_known=any(cached))
 
     def _adopt_shared(self, customer: str, feature: str, shared: SharedAnswer) -> None:
         """Cache an answer of another process, unless the cached one is newer."""
         cached = self._answers.get(customer, feature)
         if cached is not None and cached.asked_at >= shared.asked_at:
             return
-        if shared.customer is not None:
-            self._customers.put(
-                customer, shared.customer, shared.asked_at, shared.names
-            )
+        if (found := shared.customer) is not None:
+            self._customers.put(customer, found, shared.asked_at, shared.names)
         new = _NewAnswer(
             customer, self.account(customer), feature, shared.answer, shared.asked_at,
             shared.asked_wall, shared.asked_wall,
@@ -294,7 +300,8 @@ class EntitlementService:
 
         Calls *answered* before the terms that no request waits for are fetched.
         """
-        customer, asked_at, asked_wall = question[0], time.monotonic(), time.time()
+        customer = question.customer
+        asked_at, asked_wall = time.monotonic(), time.time()
         answers = answers_about(client, question, self._customers, wait_for_token)
         account = self.account(customer)
         server_time = asked_wall - client.clock_ahead
@@ -305,23 +312,25 @@ class EntitlementService:
             for feature, answer in answers.items()
             if not isinstance(answer, DeliveryError)
         ]
-        later = [new for new in all_new if self._store_answer(client, new)]
+        without_terms = [new for new in all_new if self._store_answer(client, new)]
         answered()
-        for new in later:
+        for new in without_terms:
             # Queued questions have priority.
             if not self._lookup.is_busy:
                 self._fetch_terms(client, new)
         self._share(customer, answers)
         if errors := [a for a in answers.values() if isinstance(a, DeliveryError)]:
-            raise errors[0]
+            raise errors[0]  # the lookup handles it
 
     def _store_answer(self, client: EntitlementClient, new: _NewAnswer) -> bool:
-        """Cache an answer; return True if its terms must be fetched later."""
+        """Cache an answer, with its terms if a request waits for them.
+
+        Returns True if its terms must be fetched later.
+        """
         before = self._answers.get(new.customer, new.feature)
         terms, terms_at = _terms_for(new.answer, before)
-        if not self._accept(new, before, terms, terms_at):
-            return False
-        if not self._needs_terms(new, terms, terms_at):
+        is_accepted = self._accept(new, before, terms, terms_at)
+        if not is_accepted or not self._needs_terms(new, terms, terms_at):
             return False
         if self._lookup.is_busy or not self._waits_for_terms(new, terms):
             return True
@@ -374,7 +383,7 @@ class EntitlementService:
         at_most = math.inf
         if terms is not None and terms.period_end is not None:
             left = terms.period_end + 1 - new.server_time
-            at_most = left if left > 0 else at_most
+            at_most = left if left > 0 else math.inf
         cached = CachedAnswer(
             new.feature,
             new.answer,
@@ -388,7 +397,7 @@ class EntitlementService:
         self._answers.put(new.customer, new.feature, cached)
 
     def _needs_terms(self, new: _NewAnswer, terms: Terms | None, at: float) -> bool:
-        """Return True if new terms are needed for an answer."""
+        """Return True if an answer needs newer terms than *terms*, fetched at *at*."""
         answer = new.answer
         if answer.balance is None:
             return False
@@ -430,7 +439,7 @@ class EntitlementService:
 
 
 class _NewAnswer(NamedTuple):
-    """An answer about one feature, with its question."""
+    """An answer about one feature that has just come, with its question."""
 
     customer: str
     #: The customer's key or id in OpenMeter.
@@ -443,22 +452,6 @@ class _NewAnswer(NamedTuple):
     asked_wall: float
     #: … and by the clock of the server.
     server_time: float
-
-
-def _invalid_features(features: Iterable[str]) -> list[str]:
-    """Return the *features* that OpenMeter cannot have, and log an error for each.
-
-    Options with such a feature are rejected at the start. A view may name one only when
-    a request comes.
-    """
-    problems = {feature: feature_problem(feature) for feature in features}
-    invalid = [feature for feature, problem in problems.items() if problem]
-    for feature in invalid:
-        logger.error(
-            "feature %r: every request that requires it is denied: %s",
-            feature, problems[feature],
-        )  # fmt: skip
-    return invalid
 
 
 def _is_of_next_period(new: _NewAnswer, before: CachedAnswer) -> bool:
@@ -497,19 +490,16 @@ def _terms_for(
 
 def _decision(cached: CachedAnswer, now: float) -> Decision:
     """Return the decision of a cached answer, with its source."""
-    source: DecisionSource = "cache"
-    if cached.asked_at >= now:
-        source = "openmeter"
-    else:
+    source: DecisionSource = "openmeter" if cached.asked_at >= now else "cache"
+    if source == "cache":
         cached.used = True
     if now >= cached.fresh_until:
         source = "stale"
-    decision = cached.decision
-    return replace(decision, source=source)
+    return replace(cached.decision, source=source)
 
 
-#: Share of the tokens that is reserved for known customers.
-_RESERVED_SHARE = 0.5
+#: Share of the tokens that is kept back for known customers.
+_KEPT_BACK_SHARE = 0.5
 #: Minimum seconds for which a customer's id for version 3 of the API is cached. If the
 #: customer is deleted meanwhile, OpenMeter's answer says so.
 _ID_TTL = 600.0
@@ -517,16 +507,9 @@ _ID_TTL = 600.0
 
 def question_client(policy: Policy, timeout: float) -> EntitlementClient:
     """Return a client for *policy*'s server and API version."""
-    url = _questions_url(policy)
-    key = policy.entitlements_key
-    if policy.api_flavor == "v3":
-        return ClientV3(url=url, key=key, timeout=timeout)
-    return ClientV1(url=url, key=key, timeout=timeout)
-
-
-def _has_others(policy: Policy) -> bool:
-    """Return True if the policy names a store that several processes share."""
-    return policy.spool_dir is not None or policy.redis_url is not None
+    client = ClientV3 if policy.api_flavor == "v3" else ClientV1
+    url, key = _questions_url(policy), policy.entitlements_key
+    return client(url=url, key=key, timeout=timeout)
 
 
 def _scope(policy: Policy) -> str:
@@ -568,7 +551,7 @@ def visibility_of(policy: Policy) -> Visibility | None:
 def follow_delivery(
     policy: Policy, visibility: Visibility, transport: Sending, store: Store | None
 ) -> None:
-    """Let *visibility* follow *transport*; its tokens are in *store*, or a new one."""
+    """Let *visibility* follow *transport*, with tokens from *store* or a new store."""
     tokens = store or _open_store(policy)
     rate = question_rate(policy.question_rate, url=_questions_url(policy))
     visibility.follow(transport, lambda: tokens.take_token(rate))
@@ -590,27 +573,27 @@ def entitlement_service(
         visible_until = visibility.until
         follow_delivery(policy, visibility, transport, store)
     ledger = Ledger(store, visible_until=visible_until)
-    new_client = partial(question_client, policy, policy.entitlement_timeout)
+    has_shared_store = policy.spool_dir is not None or policy.redis_url is not None
     lifetimes = Lifetimes(policy.allow_ttl, policy.deny_ttl, policy.max_stale)
     return EntitlementService(
         new_lookup=lambda ask_openmeter, load_shared: BackgroundLookup(
-            new_client=new_client,
+            new_client=partial(question_client, policy, policy.entitlement_timeout),
             ask_openmeter=ask_openmeter,
             load_shared=load_shared,
-            take_token=lambda reserve: store.take_token(rate, reserve=reserve),
+            take_token=lambda kept_back: store.take_token(rate, reserve=kept_back),
             timeout=policy.entitlement_timeout,
             rate=rate,
-            reserve=max(min(rate * _RESERVED_SHARE, rate - 1), 0),
+            tokens_kept_back=max(min(rate * _KEPT_BACK_SHARE, rate - 1), 0),
         ),
         countdown=LocalQuota(ledger, policy.entitlement_meters),
         lifetimes=lifetimes,
         id_lifetimes=_id_lifetimes(policy, lifetimes),
         close_store=store.close,
-        shared=SharedAnswers(store) if _has_others(policy) else None,
+        shared=SharedAnswers(store) if has_shared_store else None,
         visibility=visibility,
         shows_periods=any(
-            one.usage_headers
-            for one in (policy, *(own for _, own in policy.route_policies))
-            if one is not None
+            each.usage_headers
+            for each in (policy, *(own for _, own in policy.route_policies))
+            if each is not None
         ),
     )

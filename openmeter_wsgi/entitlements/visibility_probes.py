@@ -86,7 +86,7 @@ class EventList:
         reply = self._connection.request("GET", self._url + path)
         listed = {item.event.id for item in decoded(reply, _Page).items}
         # OpenMeter strips ids in this list only.
-        return {one for one in ids if one.strip() in listed}
+        return {event_id for event_id in ids if event_id.strip() in listed}
 
     def close(self) -> None:
         """Close the connection."""
@@ -341,7 +341,7 @@ class Visibility:
 def _type_markers(policy: Policy) -> list[bytes]:
     """Return the JSON text that marks an event of each type that is counted down."""
     types = {counted.type for counted in policy.entitlement_meters.values()}
-    return [b'"type":' + msgspec.json.encode(one) for one in types]
+    return [b'"type":' + msgspec.json.encode(name) for name in types]
 
 
 def _read(path: Path, kind: type[_Kind]) -> _Kind | None:

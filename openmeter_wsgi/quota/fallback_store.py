@@ -9,6 +9,7 @@ copied between stores: each ledger hands its balances and recent usage to the ne
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.quota.store import StoreAway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from openmeter_wsgi.quota.store import LeaseReply, LeaseRequest, Lessee, Store
 
@@ -39,7 +40,8 @@ class FallbackStore:
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self._stores = stores
-        #: The monotonic time of the next retry of each store; 0.0 if it works.
+        #: The monotonic time of the next retry of each store; 0.0 if it works, -inf
+        #: if the next call retries it.
         self._away_until = [0.0] * len(stores)
         self.returns: int = 0
 
@@ -91,6 +93,15 @@ class FallbackStore:
         for store in self._stores:
             with contextlib.suppress(StoreAway):
                 store.leave(lessee, now)
+
+    @contextlib.contextmanager
+    def waiting_up_to(self, seconds: float) -> Iterator[None]:
+        """See :class:`Store`."""
+        self._away_until = [at and -math.inf for at in self._away_until]
+        with contextlib.ExitStack() as stack:
+            for store in self._stores:
+                stack.enter_context(store.waiting_up_to(seconds))
+            yield
 
     def close(self) -> None:
         """Close all stores."""

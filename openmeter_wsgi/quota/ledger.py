@@ -46,6 +46,8 @@ _BATCH = 100
 #: Maximum seconds between two publications of the visibility mark: a new store that
 #: replaces a lost one has no mark.
 _HEARTBEAT = 10.0
+#: Maximum seconds for which closing waits for a locked store.
+CLOSE_TIMEOUT = 1.0
 #: Maximum number of accounts that wait for `return_scarce_leases`.
 _MAX_SCARCE = 1_000
 
@@ -121,7 +123,7 @@ class Ledger:
             with self._lock:
                 accounts = list(self._accounts.values())
             if self._returns == last_returns:  # else a store is back: exchange all
-                accounts = [one for one in accounts if one.is_exchange_due(now)]
+                accounts = [each for each in accounts if each.is_exchange_due(now)]
             self._exchange_leases(accounts)
             self._drop_surplus()
             self._publish(lessee)
@@ -144,14 +146,19 @@ class Ledger:
             logger.exception("%s: unused amounts could not be returned to the store; "
                              "the next try is soon", "ledger")  # fmt: skip
 
-    def close(self) -> None:
-        """Hand all usage in and leave the store; amounts in flight count as usage."""
+    def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Hand all usage in and leave the store; amounts in flight count as usage.
+
+        Waits *timeout* seconds for a locked store, longer than a request: when a server
+        stops, all its processes close their ledgers at once.
+        """
         if os.getpid() != self._pid or self._lessee is None:
             return
         try:
-            self._exchange_leases(list(self._accounts.values()), giving_up=True)
-            self._publish(self._lessee)
-            self._store.leave(self._lessee, self._clock())
+            with self._store.waiting_up_to(timeout):
+                self._exchange_leases(list(self._accounts.values()), giving_up=True)
+                self._publish(self._lessee)
+                self._store.leave(self._lessee, self._clock())
         except Exception:
             logger.exception("%s: its leases could not be returned; they count as "
                              "usage", "ledger")  # fmt: skip
@@ -309,10 +316,12 @@ class LocalQuota:
             if amount:
                 self._ledger.account(key).spend(amount)
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Return all leases. The answer to a later question starts again.
 
-        Does nothing in a child of a fork: the leases are its parent's.
+        Waits at most *timeout* seconds, and no longer than `CLOSE_TIMEOUT`, for its
+        thread and for a locked store. Does nothing in a child of a fork: the leases are
+        its parent's.
         """
         if os.getpid() != self._pid:
             return
@@ -325,7 +334,11 @@ class LocalQuota:
             self._ledger.wakeup.set()
             self._closed = threading.Event()
         atexit.unregister(self.close)
-        self._ledger.close()
+        limit = CLOSE_TIMEOUT if timeout is None else min(timeout, CLOSE_TIMEOUT)
+        deadline = time.monotonic() + limit
+        if thread.is_alive():  # it may hold the locks of some accounts
+            thread.join(limit)
+        self._ledger.close(max(deadline - time.monotonic(), 0.0))
 
     def _start_maintenance(self) -> None:
         self._thread = thread = threading.Thread(

@@ -19,6 +19,7 @@ between Redis's clock and its own to its times.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -466,6 +467,13 @@ class RedisStore:
 
     def _document_key(self, key: str) -> str:
         return f"{self._prefix_of_keys()}answer:{key}"
+
+    def waiting_up_to(
+        self,
+        seconds: float,  # noqa: ARG002 - Redis is never locked
+    ) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: Redis answers at once, or it is away."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Close all connections."""

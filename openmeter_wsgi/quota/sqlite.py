@@ -28,7 +28,7 @@ from openmeter_wsgi.quota import sqlite_tables
 from openmeter_wsgi.quota.store import STORE_TIMEOUT, StoreAway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from openmeter_wsgi.quota.store import LeaseReply, LeaseRequest, Lessee
@@ -61,9 +61,9 @@ def register_for_forks(listener: ForkAware) -> None:
 
 
 def _before() -> None:
-    living = [one for reference in tuple(_fork_listeners) if (one := reference())]
+    living = [found for reference in tuple(_fork_listeners) if (found := reference())]
     _locked_by_fork[threading.get_ident()] = [
-        one for one in living if one.before_fork()
+        listener for listener in living if listener.before_fork()
     ]
 
 
@@ -130,9 +130,23 @@ class ProcessLiveness:
 
 _Result = TypeVar("_Result")
 
+
+class _StoreBusy(StoreAway):
+    """Another thread or process has locked the database."""
+
+
+class _RetryLimit(threading.local):
+    """The monotonic time until which this thread retries a locked database."""
+
+    retry_until = 0.0
+
+
 UNREADABLE = ".unreadable"
-#: Seconds between two tries to open the file.
-_OPENING_PAUSE = 0.005
+#: Seconds between two tries to open the file, or to begin a transaction.
+_RETRY_PAUSE = 0.005
+#: Maximum seconds for which a thread waits for the database in memory, which no other
+#: store can replace. The thread that uses it may be slow: many compete for the CPU.
+_MEMORY_TIMEOUT = 5.0
 #: Maximum seconds for which a fork waits for a transaction to end.
 _FORK_TIMEOUT = 1.0
 #: Suffixes of the database file, its write-ahead log, and the index of that.
@@ -163,6 +177,7 @@ class Database:
         self._directory = directory
         self._scope = scope
         self._path: Path | None = None
+        self._limit = _RetryLimit()
         self._reset()
         register_for_forks(self)
 
@@ -205,6 +220,15 @@ class Database:
         """Let all threads in again."""
         self._lock.release()
 
+    @contextlib.contextmanager
+    def waiting_up_to(self, seconds: float) -> Iterator[None]:
+        """Let `run` retry in this thread while the database is locked."""
+        self._limit.retry_until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._limit.retry_until = 0.0
+
     def run(
         self, work: Callable[[sqlite3.Connection], _Result], *, write: bool = True
     ) -> _Result:
@@ -212,11 +236,23 @@ class Database:
 
         :raises StoreAway: if the database cannot be used now.
         """
+        while True:
+            try:
+                return self._run_once(work, write=write)
+            except _StoreBusy:
+                if time.monotonic() >= self._limit.retry_until:
+                    raise
+            time.sleep(_RETRY_PAUSE)
+
+    def _run_once(
+        self, work: Callable[[sqlite3.Connection], _Result], *, write: bool
+    ) -> _Result:
         if os.getpid() != self._pid:
             _inherited.append(self._db)
             self._reset()
-        if not self._lock.acquire(timeout=STORE_TIMEOUT):
-            raise StoreAway(f"{self}: busy for more than {STORE_TIMEOUT} s")
+        timeout = _MEMORY_TIMEOUT if self._directory is None else STORE_TIMEOUT
+        if not self._lock.acquire(timeout=timeout):
+            raise _StoreBusy(f"{self}: busy for more than {timeout} s")
         try:
             try:
                 return self._transaction(work, write=write)
@@ -225,8 +261,9 @@ class Database:
                     raise
             return self._transaction(work, write=write)
         except (sqlite3.Error, OSError) as error:
-            if _code(error) not in _BUSY_CODES:
-                self._disconnect()
+            if _code(error) in _BUSY_CODES:
+                raise _StoreBusy(f"{self}: {error}") from error
+            self._disconnect()
             raise StoreAway(f"{self}: {error}") from error
         finally:
             self._lock.release()
@@ -254,7 +291,7 @@ class Database:
             except sqlite3.OperationalError as error:
                 if _code(error) not in _BUSY_CODES or time.monotonic() > deadline:
                     raise
-            time.sleep(_OPENING_PAUSE)
+            time.sleep(_RETRY_PAUSE)
 
     def _connect(self) -> sqlite3.Connection:
         where = ":memory:"
@@ -409,15 +446,15 @@ class SqliteStore:
         """Remove dead lessees, return True if any were removed; remove unused rows."""
         self._database.disconnect_if_replaced()
         lessees = self._database.run(sqlite_tables.lessees, write=False)
-        dead = [one for one in lessees if not self._liveness.is_alive(one.token)]
+        dead = [each for each in lessees if not self._liveness.is_alive(each.token)]
         is_prune_due = not 0 <= now - self._pruned_at < _PRUNE_INTERVAL
         if not dead and not is_prune_due:
             return False
 
         def work(db: sqlite3.Connection) -> None:
-            for one in dead:
-                sqlite_tables.remove_lessee(db, one, now)
-                self._liveness.remove_lessee(one.token)
+            for each in dead:
+                sqlite_tables.remove_lessee(db, each, now)
+                self._liveness.remove_lessee(each.token)
             if is_prune_due:
                 sqlite_tables.prune(db, now)
 
@@ -461,6 +498,10 @@ class SqliteStore:
         """Remove the documents of *keys*."""
         if self._directory is not None:
             self._database.run(lambda db: sqlite_tables.unshare(db, keys))
+
+    def waiting_up_to(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Wait longer for the file, which other processes lock."""
+        return self._database.waiting_up_to(seconds)
 
     def close(self) -> None:
         """Close the connection."""

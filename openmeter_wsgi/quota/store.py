@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
 #: Maximum seconds for which a request waits for a store.
 STORE_TIMEOUT = 0.1
@@ -151,6 +152,13 @@ class Store(Protocol):
 
     def unshare(self, keys: Sequence[str]) -> None:
         """Remove the documents of *keys*."""
+
+    def waiting_up_to(self, seconds: float) -> AbstractContextManager[None]:
+        """Return a context in which this thread waits longer for a locked store.
+
+        It waits *seconds* in total, not `STORE_TIMEOUT` per call. A store that is away
+        is retried at once.
+        """
 
     def close(self) -> None:
         """Close files and sockets; a later use opens them again."""

@@ -120,7 +120,9 @@ class Probes:
         with self._lock:
             for group in self._groups:
                 if listed:
-                    group.ids = [one for one in group.ids if one not in listed]
+                    group.ids = [
+                        event_id for event_id in group.ids if event_id not in listed
+                    ]
             self._move_mark()
 
     def _move_mark(self) -> None:

@@ -6,8 +6,8 @@ import errno
 import json
 import signal
 import sqlite3
-import threading
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
@@ -151,15 +151,19 @@ def command(
             sentence = f"OpenMeter sandbox listens on {sandbox.url}"
             console.print(json.dumps({"url": sandbox.url}) if as_json else sentence)
             console.file.flush()
-            stopped.wait()
+            stopped.get()
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set instead of ending the process."""
-    stopped = threading.Event()
+def _stop_signals() -> Iterator[SimpleQueue[int]]:
+    """Yield a queue that gets SIGTERM and SIGINT, which do not end the process.
+
+    A threading.Event could hang: its `set` takes the lock that an interrupted `wait`
+    may hold. The `put` of a SimpleQueue is reentrant.
+    """
+    stopped: SimpleQueue[int] = SimpleQueue()
     previous = {
-        number: signal.signal(number, lambda *_: stopped.set())
+        number: signal.signal(number, lambda number, _: stopped.put(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:

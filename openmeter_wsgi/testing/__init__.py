@@ -1,6 +1,6 @@
-"""Tests of an application of one's own: what it would bill, without OpenMeter.
+"""Test helpers: the events that an application would send, without OpenMeter.
 
-With pytest the fixture ``openmeter`` is there by itself. Elsewhere::
+With pytest use the fixture ``openmeter``. Elsewhere::
 
     with OpenMeter() as openmeter:
         client.get("/search")

@@ -1,4 +1,4 @@
-"""The test helper `OpenMeter`: expectations, and reports of those that fail."""
+"""The test helper `OpenMeter`: its assertions, and the reports of failures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from openmeter_wsgi.testing.collecting import Event, Unmetered
 
 
-#: Of many lines of one kind so many are shown.
-_SHOWN = 20
+#: Maximum number of lines in each section of a report.
+_MAX_LINES = 20
 _NO_REQUEST = (
     "no request came through an OpenMeterMiddleware: is the application wrapped, and "
     "does the test's client call it as WSGI does?"
@@ -34,10 +34,12 @@ _NO_REQUEST = (
 def report(
     expected: str, collected: Collected, findings: Iterable[tuple[Event, str]]
 ) -> str:
-    """Return the text of a failure: the expectation, and why each event differs."""
+    """Return the text of a failure: the expectation, and the mismatch of each event."""
     lines = [expected]
     lines += _section("metered", [_metered(*finding) for finding in findings])
-    lines += _section("not metered", [_unmetered(each) for each in collected.unmetered])
+    lines += _section(
+        "not metered", [_unmetered(request) for request in collected.unmetered]
+    )
     lines += _section("lost", _lost(collected))
     lines += _section("never granted", _never_granted(collected))
     if len(lines) == 1:
@@ -48,19 +50,20 @@ def report(
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
-    more = len(lines) - _SHOWN
-    shown = [*lines[:_SHOWN], f"… and {more} more"] if more > 0 else lines
-    return [f"{title}:", *(f"  {line}" for line in shown)]
+    more = len(lines) - _MAX_LINES
+    listed = [*lines[:_MAX_LINES], f"… and {more} more"] if more > 0 else lines
+    return [f"{title}:", *(f"  {line}" for line in listed)]
 
 
-def _metered(event: Event, why_not: str) -> str:
-    text = f"{event.type} of {event.subject!r}: {shown(event.data)}"
-    return f"{text}  <- {why_not}" if why_not else text
+def _metered(event: Event, mismatch: str) -> str:
+    text = f"{event.type} of {event.subject!r}: {as_json(event.data)}"
+    return f"{text}  <- {mismatch}" if mismatch else text
 
 
-def _unmetered(each: Unmetered) -> str:
-    text = f"{each.method} {each.path} ({each.status or 'no status'}): {each.reason}"
-    return text if each.policy == "default" else f"{text} [{each.policy}]"
+def _unmetered(request: Unmetered) -> str:
+    status = request.status or "no status"
+    text = f"{request.method} {request.path} ({status}): {request.reason}"
+    return text if request.policy == "default" else f"{text} [{request.policy}]"
 
 
 def _lost(collected: Collected) -> list[str]:
@@ -74,20 +77,20 @@ def _never_granted(collected: Collected) -> list[str]:
     ]
 
 
-def shown(data: Any) -> str:
-    """Return *data* as the JSON that it is sent as."""
+def as_json(data: Any) -> str:
+    """Return *data* as JSON, as it is sent."""
     return msgspec.json.encode(data).decode()
 
 
 class Expectation(NamedTuple):
-    """Events of one type, and what they come to together."""
+    """An expectation: events of one type, with conditions."""
 
     type: str
     subject: str | None = None
-    #: The sum of their numbers of the name *of*.
+    #: Sum of the numbers named *of* in their data.
     total: float | Decimal | None = None
     of: str = "total"
-    #: What the data of each has at least.
+    #: Members that the data of each event must have.
     data: Mapping[str, Any] | None = None
     times: int | None = None
 
@@ -98,13 +101,13 @@ class Expectation(NamedTuple):
         if self.subject is not None:
             text += f", subject {self.subject!r}"
         if self.data is not None:
-            text += f", with data {shown(dict(self.data))}"
+            text += f", with data {as_json(dict(self.data))}"
         if self.total is not None:
             text += f", {self.of} {self.total} in all"
         return text
 
     def mismatch(self, event: Event) -> str:
-        """Say in what *event* differs, nothing if it is one of those."""
+        """Return the difference of *event* from an expected one, or empty text."""
         if event.type != self.type:
             return f"type {event.type!r}"
         if self.subject not in {None, event.subject}:
@@ -117,7 +120,7 @@ class Expectation(NamedTuple):
         return ""
 
     def shortfall(self, found: Sequence[Event]) -> str:
-        """Return the mismatch of all found events, None if they match."""
+        """Return the difference in the number or sum of *found*, or empty text."""
         if self.times is not None and len(found) != self.times:
             return f"but {len(found)} were"
         if self.times is None and not found:
@@ -128,9 +131,9 @@ class Expectation(NamedTuple):
             values = [Decimal(str(event.data[self.of])) for event in found]
         except KeyError:
             names = sorted({name for event in found for name in event.data})
-            return f"but there is no {self.of!r} in the data: say of={_or(names)}"
+            return f"but there is no {self.of!r} in the data: use of={_or(names)}"
         except InvalidOperation:
-            return f"but {self.of!r} is no number"
+            return f"but {self.of!r} is not a number"
         total = reduce(add_exactly, values, Decimal(0))
         if total != Decimal(str(self.total)):
             return f"but it comes to {total}"
@@ -142,7 +145,7 @@ def _or(names: Sequence[str]) -> str:
 
 
 def _equal(found: Any, wanted: Any) -> bool:
-    """Compare as OpenMeter does, to which an exact number comes as text."""
+    """Compare values as sent: exact numbers are sent as text."""
     if found == wanted:
         return True
     return isinstance(wanted, int | Decimal) and written_number(wanted) == found
@@ -153,15 +156,15 @@ _KEY = "OPENMETER_API_KEY"
 
 
 class OpenMeter:
-    """Stands in for OpenMeter in a test, and knows what was metered.
+    """A stand-in for OpenMeter in a test, which collects the events.
 
-    While it is entered every `OpenMeterMiddleware` of the process hands over to it,
-    wherever and whenever that was made. Nothing is sent, no thread is started.
-    Ids count the requests, the time of events is *now*, which stands still.
+    While its context is entered, it collects the events of every `OpenMeterMiddleware`
+    in the process, also of those made before. Nothing is sent, no thread is started.
+    Event ids count the requests; events have the time *now*, which stands still.
     """
 
     def __init__(self) -> None:
-        #: The time of the events to come; has a time zone.
+        #: Time of the next events, with a time zone.
         self.now = _START
         self._collected = Collected()
         self._entered = contextlib.ExitStack()
@@ -178,11 +181,11 @@ class OpenMeter:
         self._collected.end()
         self._entered.close()
 
-    # -- What was metered
+    # -- Events
 
     @property
     def events(self) -> list[Event]:
-        """Every event so far, in order. A response that is still open ends here."""
+        """All events so far, in order; open responses are finished first."""
         self._collected.responses.finish()
         return list(self._collected.events)
 
@@ -199,15 +202,15 @@ class OpenMeter:
     ) -> list[Event]:
         """Fail unless events of *type* were metered; return them.
 
-        :param total: what their numbers come to together …
-        :param of: … under this name in their data.
-        :param data: what the data of each has at least.
-        :param times: how many there are; at least one by default.
+        :param total: expected sum of their numbers.
+        :param of: name of these numbers in the data of the events.
+        :param data: members that the data of each event must have.
+        :param times: expected number of events; at least one by default.
         """
         __tracebackhide__ = True
         expected = Expectation(type, subject, total, of, data, times)
         findings = [(event, expected.mismatch(event)) for event in self.events]
-        found = [event for event, why_not in findings if not why_not]
+        found = [event for event, mismatch in findings if not mismatch]
         if problem := expected.shortfall(found):
             raise AssertionError(
                 report(f"{expected}, {problem}", self._collected, findings)
@@ -222,10 +225,10 @@ class OpenMeter:
         subject: str | None = None,
         reason: str | None = None,
     ) -> None:
-        """Fail if an event was metered, or was not for another *reason*.
+        """Fail if an event was metered, or no request was unmetered for *reason*.
 
-        :param type: only such events are looked for.
-        :param reason: that of a request without events, as in ``stats().not_metered``.
+        :param type: consider only events of this type.
+        :param reason: reason of an unmetered request, as in ``stats().not_metered``.
         """
         __tracebackhide__ = True
         findings = [
@@ -233,7 +236,7 @@ class OpenMeter:
             for event in self.events
             if type in {None, event.type} and subject in {None, event.subject}
         ]
-        reasons = {each.reason for each in self._collected.unmetered}
+        reasons = {request.reason for request in self._collected.unmetered}
         expected = f"expected {type!r}" if type else "expected nothing"
         expected += " not to be metered" if type else " to be metered"
         expected += f", subject {subject!r}" if subject is not None else ""
@@ -242,7 +245,7 @@ class OpenMeter:
         elif reason is not None and reason not in reasons:
             text = f"{expected} for the reason {reason!r}, but that was not the reason"
         elif not self._collected.unmetered and not self._collected.events:
-            text = f"{expected}, which says nothing"
+            text = f"{expected}, but there was no request at all"
         else:
             return
         raise AssertionError(report(text, self._collected, findings))
@@ -253,7 +256,7 @@ class OpenMeter:
         self._collected.events.clear()
         self._collected.unmetered.clear()
 
-    # -- Who may
+    # -- Entitlements
 
     def grant(
         self,
@@ -263,30 +266,30 @@ class OpenMeter:
         balance: float | None = None,
         config: Any = None,
     ) -> None:
-        """Give access to *feature*: to one, or to everybody.
+        """Give access to *feature*: to one *subject*, or to everybody.
 
-        Without this OpenMeter knows of no access. Subjects are customers, as far as
-        the policy maps them to none.
+        Without a grant there is no access. A subject is a customer, unless the policy
+        maps it to another customer.
 
-        :param balance: what is left of a metered feature. It is counted down only
-            as far as the policy does that (``entitlement_meters``).
-        :param config: the value of a static feature, as ``Decision.config`` has it.
+        :param balance: remaining balance of a metered feature. It is counted down if
+            the policy does so (``entitlement_meters``).
+        :param config: value of a static feature, as in ``Decision.config``.
         """
         self._collected.grants.grant(feature, subject, balance, config)
 
     def deny(
         self, feature: str, *, subject: str | None = None, reason: Reason = "no_access"
     ) -> None:
-        """Deny access to *feature*, for the reason that OpenMeter has."""
+        """Deny access to *feature*, for one of OpenMeter's reasons."""
         self._collected.grants.deny(feature, subject, reason)
 
     def outage(self) -> contextlib.AbstractContextManager[None]:
-        """Let OpenMeter answer no question from now on, or within ``with`` only.
+        """Make OpenMeter unavailable from now on, or only within ``with``.
 
-        What a request is billed waits for OpenMeter to come back, so it is metered
-        all the same.
+        It answers no questions about access. Requests are metered all the same, as
+        events wait in the queue during an outage.
         """
-        self._collected.grants.is_away = True
+        self._collected.grants.is_unavailable = True
         return self._outage()
 
     @contextlib.contextmanager
@@ -294,7 +297,7 @@ class OpenMeter:
         try:
             yield
         finally:
-            self._collected.grants.is_away = False
+            self._collected.grants.is_unavailable = False
 
     def _clock(self) -> float:
         return self.now.timestamp()

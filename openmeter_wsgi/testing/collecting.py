@@ -1,4 +1,9 @@
-"""A stand-in for the metering of a process: events and grants kept in memory."""
+"""The parts of a test in place of delivery and OpenMeter: events and grants in memory.
+
+`Collected.process` makes the `Process` of a middleware with these parts: a `Collector`
+in place of the queue, and a `GrantsClient` in place of requests for entitlements.
+`OpenResponses` finishes responses that a test client does not close.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from openmeter_wsgi.entitlements.client import (
     Answer,
     Terms,
 )
-from openmeter_wsgi.entitlements.lookup import Breaker
+from openmeter_wsgi.entitlements.questions import Breaker
 from openmeter_wsgi.entitlements.service import EntitlementService
 from openmeter_wsgi.errors import Unavailable
 from openmeter_wsgi.events import RequestIds
@@ -37,17 +42,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openmeter_wsgi.entitlements.decision import Reason
-    from openmeter_wsgi.entitlements.lookup import AskOpenMeter, Question
+    from openmeter_wsgi.entitlements.lookup import AskOpenMeter
+    from openmeter_wsgi.entitlements.questions import Question
     from openmeter_wsgi.policy import Policy
     from openmeter_wsgi.stats import Problem
 
 
-#: A stream that has so many chunks may have no end: it is closed in the middle.
+#: Maximum number of chunks read of a stream, which may have no end.
 _MAX_CHUNKS = 10_000
 
 
 class OpenResponses:
-    """The responses that are not closed yet, the oldest first."""
+    """The responses that are not closed yet."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
@@ -55,30 +61,30 @@ class OpenResponses:
             weakref.WeakValueDictionary()
         )
 
-    def watch(self, settled: Iterable[bytes]) -> Response:
-        """Return the response that a test client gets in place of *settled*."""
-        kind = _SizedResponse if hasattr(settled, "__len__") else Response
-        response = kind(settled)
+    def watch(self, original: Iterable[bytes]) -> Response:
+        """Return the response that a test client gets in place of *original*."""
+        kind = _SizedResponse if hasattr(original, "__len__") else Response
+        response = kind(original)
         self._open[next(self._numbers)] = response
         return response
 
     def finish(self) -> None:
-        """Take each response of this thread to its end; what is read stays readable."""
-        mine = threading.get_ident()
+        """Finish each response of this thread, the oldest first; it stays readable."""
+        this_thread = threading.get_ident()
         for _, response in sorted(self._open.items()):
-            if response.thread == mine:  # others have a server that closes theirs
+            if response.thread == this_thread:  # a server closes those of others
                 response.finish()
 
 
 class Response:
-    """A response that its client reads now, later, or never.
+    """The response to a test client, which may read it later, or never.
 
-    What nobody closes counts as read to its end: so a server would have done.
+    A response that is not closed is read to its end, as a server does.
     """
 
-    def __init__(self, settled: Any) -> None:
+    def __init__(self, original: Any) -> None:
         self.thread: int = threading.get_ident()
-        self._settled = settled
+        self._original = original
         self._chunks: Iterator[bytes] | None = None
         self._read_ahead: deque[bytes] = deque()
         self._error: BaseException | None = None
@@ -96,12 +102,12 @@ class Response:
         return next(self._rest())
 
     def close(self) -> None:
-        """End it where it is."""
+        """Close the response at its current position."""
         self._closed = True
-        self._settled.close()
+        self._original.close()
 
     def finish(self) -> None:
-        """Read the rest of it for a later reader, and close it."""
+        """Read the rest for a later reader, and close the response."""
         if self._closed:
             return
         try:
@@ -109,12 +115,12 @@ class Response:
                 self._read_ahead.extend(islice(self._rest(), _MAX_CHUNKS))
             finally:
                 self.close()
-        except Exception as error:  # noqa: BLE001 - the application's: its reader gets it
+        except Exception as error:  # noqa: BLE001 - raised to the reader
             self._error = error
 
     def _rest(self) -> Iterator[bytes]:
         if self._chunks is None:
-            self._chunks = iter(self._settled)
+            self._chunks = iter(self._original)
         return self._chunks
 
     def __del__(self) -> None:
@@ -123,9 +129,9 @@ class Response:
 
 
 class _SizedResponse(Response):
-    def __init__(self, settled: Any) -> None:
-        super().__init__(settled)
-        self._length = len(settled)
+    def __init__(self, original: Any) -> None:
+        super().__init__(original)
+        self._length = len(original)
 
     def __len__(self) -> int:
         return self._length
@@ -146,22 +152,22 @@ _DENIALS: dict[Reason, Answer] = {
 
 
 class Grants:
-    """The access of customers to features, as a test has granted it."""
+    """The access of customers to features, as granted by a test."""
 
     def __init__(self) -> None:
-        self.is_away = False
-        #: Features that were asked for and never spoken of, by customer.
+        self.is_unavailable = False
+        #: Ordered set of the customers and features queried without a grant.
         self.never_granted: dict[tuple[str, str], None] = {}
-        self._said: dict[tuple[str, str | None], Answer] = {}
+        self._answers: dict[tuple[str, str | None], Answer] = {}
 
     def grant(
         self, feature: str, subject: str | None, balance: float | None, config: Any
     ) -> None:
-        """Give access, to everybody where no subject is named."""
+        """Give access to *subject*, or to everybody."""
         if balance is not None and balance <= 0:
-            self._said[feature, subject] = LIMIT_REACHED
+            self._answers[feature, subject] = LIMIT_REACHED
         else:
-            self._said[feature, subject] = Answer(
+            self._answers[feature, subject] = Answer(
                 has_access=True,
                 balance=balance,
                 usage=None if balance is None else 0.0,
@@ -170,27 +176,27 @@ class Grants:
             )
 
     def deny(self, feature: str, subject: str | None, reason: Reason) -> None:
-        """Take access away.
+        """Deny access.
 
-        :raises ValueError: if OpenMeter has no such reason.
+        :raises ValueError: if OpenMeter does not have *reason*.
         """
         if reason not in _DENIALS:
             raise ValueError(
                 f"reason: expected one of {', '.join(_DENIALS)}, got {reason!r}"
             )
-        self._said[feature, subject] = _DENIALS[reason]
+        self._answers[feature, subject] = _DENIALS[reason]
 
     def answer(self, customer: str, feature: str) -> Answer:
         """Return the answer that OpenMeter would give."""
         for key in ((feature, customer), (feature, None)):
-            if (said := self._said.get(key)) is not None:
-                return said
+            if (answer := self._answers.get(key)) is not None:
+                return answer
         self.never_granted[customer, feature] = None
         return NO_ACCESS
 
 
 class GrantsClient:
-    """Answers as a `QuestionClient` does, without a network."""
+    """A client of entitlements that answers from `Grants`, without a network."""
 
     clock_ahead: float = 0.0
 
@@ -202,32 +208,32 @@ class GrantsClient:
 
         :raises Unavailable: in an outage.
         """
-        self._check()
+        self._raise_in_outage()
         return {feature: self._grants.answer(customer, feature) for feature in features}
 
     def is_addressable(self, customer: str) -> bool:  # noqa: ARG002
-        """Return True: there are no others."""
+        """Return True: in a test every text is the key of a customer."""
         return True
 
     def can_look_up(self, subject: str) -> bool:  # noqa: ARG002
-        """Return False: in a test each subject is a customer."""
+        """Return False: in a test every subject is a customer."""
         return False
 
     def terms(self, customer: str, feature: str) -> Terms:  # noqa: ARG002
         """Return the terms of an entitlement: a hard limit without a period."""
-        self._check()
+        self._raise_in_outage()
         return Terms()
 
     def close(self) -> None:
         """Do nothing: there is no connection."""
 
-    def _check(self) -> None:
-        if self._grants.is_away:
-            raise Unavailable("an outage that the test has called for")
+    def _raise_in_outage(self) -> None:
+        if self._grants.is_unavailable:
+            raise Unavailable("an outage, simulated by the test")
 
 
 class DirectLookup:
-    """Asks in the thread of the request, as often as it is told to."""
+    """Asks on the thread of the request, at once and without a limit."""
 
     def __init__(self, client: GrantsClient, ask_openmeter: AskOpenMeter) -> None:
         self.breaker: Breaker = Breaker()
@@ -235,12 +241,12 @@ class DirectLookup:
         self._ask_openmeter = ask_openmeter
 
     def ask(self, question: Question, *, is_known: bool = False) -> None:  # noqa: ARG002
-        """Ask; without an answer what was known before goes on to hold."""
+        """Ask; in an outage the last known answer stays valid."""
         try:
             self._ask_openmeter(
                 self._client,  # type: ignore[arg-type]
                 question,
-                _nobody_waits,
+                _do_nothing,
                 self.wait_for_token,
             )
         except Unavailable:
@@ -252,27 +258,27 @@ class DirectLookup:
 
     @property
     def is_busy(self) -> bool:
-        """Whether requests wait in line: none does."""
+        """False: no request waits in line."""
         return False
 
     def wait_for_token(self) -> bool:
-        """Ask as much as you like: nobody is at the other end."""
+        """Return True: the number of questions is not limited."""
         return True
 
     def close(self) -> None:
         """Do nothing: there is no connection."""
 
 
-def _nobody_waits() -> None:
+def _do_nothing() -> None:
     pass
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One event as OpenMeter would have got it."""
+    """An event as it would be sent to OpenMeter."""
 
     type: str
     subject: str
-    #: A number that is no float travels as text, as it would to OpenMeter.
+    #: Numbers that a float cannot hold exactly are text, as sent to OpenMeter.
     data: dict[str, Any]
     id: str
     source: str
@@ -280,7 +286,7 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Unmetered(msgspec.Struct, frozen=True):
-    """A request that became no event, and why."""
+    """A request without events, and the reason."""
 
     reason: str
     method: str
@@ -291,7 +297,7 @@ class Unmetered(msgspec.Struct, frozen=True):
 
 
 class Collected:
-    """The settled requests of all middlewares of a test. Any thread."""
+    """The events and unmetered requests of all middlewares in a test. Any thread."""
 
     def __init__(self) -> None:
         self.grants: Grants = Grants()
@@ -300,17 +306,17 @@ class Collected:
         self.unmetered: list[Unmetered] = []
         self._counts: list[Counts] = []
         self._stores: list[SqliteStore] = []
-        #: Of all requests of the test: request-1, request-2, …
+        #: Ids of the requests of a test: request-1, request-2, …
         self._ids = RequestIds("request")
 
     def process(self, policy: Policy) -> Process:
         """Return the `Process` that bills the requests of one middleware."""
         counts = Counts()
         self._counts.append(counts)
-        # Also of a dry run: a test wants to see the events.
+        # Also for a dry run, so that a test sees the events.
         transport = Collector(self.events, counts)
         return Process(
-            _observed(policy, self._tell),
+            _adapted(policy, self._add_unmetered),
             counts=counts,
             transport=transport,
             ids=self._ids,
@@ -324,11 +330,11 @@ class Collected:
         for store in self._stores:
             store.close()
 
-    def _tell(self, record: Mapping[str, Any]) -> None:
+    def _add_unmetered(self, record: Mapping[str, Any]) -> None:
         self.unmetered.append(msgspec.convert(record, Unmetered))
 
     def _entitlements(self, policy: Policy, transport: Collector) -> EntitlementService:
-        """Return entitlements that ask the test, and each time anew."""
+        """Return entitlements that query the grants, without a cache."""
         client = GrantsClient(self.grants)
         store = SqliteStore()
         self._stores.append(store)
@@ -343,17 +349,17 @@ class Collected:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Meters that were lost, by reason."""
-        found: dict[str, int] = {}
+        """Number of lost meters by reason."""
+        dropped: dict[str, int] = {}
         for counts in self._counts:
             for reason, n in counts.dropped.items():
                 if n:
-                    found[reason] = found.get(reason, 0) + n
-        return found
+                    dropped[reason] = dropped.get(reason, 0) + n
+        return dropped
 
 
 class Collector:
-    """A transport that hands events to a test. Nothing ever waits in it."""
+    """A transport that collects events for a test at once."""
 
     started = is_sender = True
     directory = None
@@ -369,40 +375,42 @@ class Collector:
         """Do nothing: there is no thread."""
 
     def put(self, event: bytes) -> None:
-        """Take one event."""
+        """Collect one event."""
         self._events.append(msgspec.json.decode(event, type=Event))
         self._counts.delivered += 1
 
     def at_exit(self, call: Callable[[], None]) -> None:
-        """Have *call* made when the process ends."""
+        """Call *call* when the process exits."""
         atexit.register(call)
 
     def release(self) -> None:
         """Do nothing: there is no thread."""
 
     def delivered_until(self) -> float:
-        """Return the beginning: a quota counts down all that the test has used."""
+        """Return 0: the balances of the grants include no usage."""
         return 0.0
 
     def flush(self, timeout: float | None = None) -> bool:  # noqa: ARG002
-        """Say that nothing waits."""
+        """Return True: nothing waits."""
         return True
 
     def close(self, timeout: float | None = None) -> None:
         """Do nothing: nothing waits."""
 
 
-def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Policy:
-    """Return *policy* without disk and network, with *tell* as a further audit."""
+def _adapted(
+    policy: Policy, add_unmetered: Callable[[Mapping[str, Any]], object]
+) -> Policy:
+    """Return *policy* without disk and network, with another audit callback."""
     routes = policy.routes and {
-        rule: {**own, "audit": _both(own["audit"], tell)}
+        rule: {**own, "audit": _both(own["audit"], add_unmetered)}
         if own and "audit" in own
         else own
         for rule, own in policy.routes.items()
     }
     return dataclasses.replace(
         policy,
-        audit=_both(policy.audit, tell),
+        audit=_both(policy.audit, add_unmetered),
         routes=routes,
         spool_dir=None,
         redis_url=None,
@@ -411,13 +419,14 @@ def _observed(policy: Policy, tell: Callable[[Mapping[str, Any]], object]) -> Po
 
 
 def _both(
-    own: Any, tell: Callable[[Mapping[str, Any]], object]
+    own: Any, add_unmetered: Callable[[Mapping[str, Any]], object]
 ) -> Callable[[dict[str, Any]], object]:
+    """Return an audit callback that calls the policy's *own* one as well."""
     if own is None:
-        return tell
+        return add_unmetered
 
-    def tell_both(record: dict[str, Any]) -> None:
-        tell(record)
+    def call_both(record: dict[str, Any]) -> None:
+        add_unmetered(record)
         audit.call_audit(own, record)
 
-    return tell_both
+    return call_both

@@ -1,7 +1,7 @@
-"""Zuplo's configuration, read as it is.
+"""Conversion of Zuplo's configuration files to options.
 
-``policies.json`` says what is metered, ``routes.oas.json`` which route each policy
-governs. Both are documents in, options out: nothing here runs during a request.
+``policies.json`` holds the policies, ``routes.oas.json`` the routes that they govern.
+Nothing here runs during a request.
 
 ::
 

@@ -1,7 +1,7 @@
-r"""Zuplo's `routes.oas.json`: the policies of each route, and its paths as rules.
+r"""Parser of Zuplo's `routes.oas.json`: the rules and the policies of each route.
 
-Zuplo knows two forms (its page on routing): OpenAPI's ``/users/{id}``, and, where
-``pathMode`` is ``url-pattern``, the URL Pattern of the web: ``/users/:id``,
+Zuplo has two forms of paths (its page on routing): OpenAPI, ``/users/{id}``, and, if
+``pathMode`` is ``url-pattern``, the URL Pattern API of browsers: ``/users/:id``,
 ``/files/:path*``, ``/icon-:n(\d+).png``, ``/users/(.*)``, ``/cars/:maker{/}?``.
 """
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from openmeter_wsgi.zuplo.policies import ZuploPolicy
 
 
-#: The rules that the optional pieces of one path make at most.
+#: Maximum number of rules made from one path with optional pieces.
 MAX_RULES = 1_000
-#: The variables of one path.
+#: Maximum number of variables in one path.
 MAX_VARIABLES = 100
-#: The rules of all paths.
+#: Maximum number of rules made from all paths.
 MAX_RULES_IN_ALL = 5_000
 
+#: Values of ``pathMode``.
 OPEN_API: Final = "open-api"
 URL_PATTERN: Final = "url-pattern"
 
@@ -38,7 +39,7 @@ _URL_PATTERN = re.compile(
     r"|(?P<wildcard>\*))"
     r"(?P<modifier>[*+?])?"
 )
-#: What a rule cannot hold as it stands.
+#: Characters that a rule cannot contain as text.
 _SPECIAL = re.compile(r"[<>{}\\]")
 _DIGITS = {r"\d+", r"\d++", "[0-9]+"}
 _CHOICE = re.compile(r"[\w.-]+(?:\|[\w.-]+)+")
@@ -47,24 +48,24 @@ _CHOICE = re.compile(r"[\w.-]+(?:\|[\w.-]+)+")
 def rules(path: str, mode: str = OPEN_API) -> list[str]:
     """Return the rules that together match the requests of *path*.
 
-    Two, where something in it may be absent.
+    An optional piece doubles the number of rules: with the piece, and without it.
 
-    :raises ValueError: naming what no rule can say.
+    :raises ValueError: naming the piece that no rule can express.
     """
-    # Zuplo's page on routing shows these without the mode that they need.
+    # Zuplo's page on routing shows URL patterns without their mode.
     if mode == URL_PATTERN or re.search(r"/:\w", path):
         pattern, piece = _URL_PATTERN, _url_pattern_piece
     else:
         pattern, piece = _OPEN_API, _open_api_piece
     names: set[str] = set()
     pieces: list[list[str]] = []
-    end, number = 0, 1
-    for found in pattern.finditer(path):
-        choices = piece(found, names)
-        pieces += [[_literal(path[end : found.start()])], choices]
-        end = found.end()
-        number *= len(choices)
-        if number > MAX_RULES:
+    end, number_of_rules = 0, 1
+    for match in pattern.finditer(path):
+        choices = piece(match, names)
+        pieces += [[_literal(path[end : match.start()])], choices]
+        end = match.end()
+        number_of_rules *= len(choices)
+        if number_of_rules > MAX_RULES:
             raise ValueError(
                 f"expected a path whose optional pieces make at most {MAX_RULES:,} "
                 "rules, got more"
@@ -72,37 +73,43 @@ def rules(path: str, mode: str = OPEN_API) -> list[str]:
         if len(names) > MAX_VARIABLES:
             raise ValueError(f"expected at most {MAX_VARIABLES} variables, got more")
     pieces.append([_literal(path[end:])])
-    made = ("".join(parts) for parts in itertools.product(*pieces))
-    return list(dict.fromkeys("/" + rule.removeprefix("/") for rule in made))
+    joined = ("".join(parts) for parts in itertools.product(*pieces))
+    return list(dict.fromkeys("/" + rule.removeprefix("/") for rule in joined))
 
 
 def _literal(text: str) -> str:
-    if found := _SPECIAL.search(text):
-        raise ValueError(f"expected a path that a rule can say, got {found[0]!r} in it")
+    if special := _SPECIAL.search(text):
+        raise ValueError(_inexpressible(repr(special[0])))
     return text
 
 
-def _open_api_piece(found: re.Match[str], names: set[str]) -> list[str]:
-    if found["name"] is None:
+def _inexpressible(piece: str) -> str:
+    return f"expected a path that a rule can express, got {piece} in it"
+
+
+def _open_api_piece(match: re.Match[str], names: set[str]) -> list[str]:
+    """Return the forms of a piece in a rule: one, or two for an optional piece."""
+    if match["name"] is None:
         return ["", f"<path:{_variable('rest', names)}>"]
-    converter = "path:" if found["rest"] else ""
-    return [f"<{converter}{_variable(found['name'], names)}>"]
+    converter = "path:" if match["rest"] else ""
+    return [f"<{converter}{_variable(match['name'], names)}>"]
 
 
-def _url_pattern_piece(found: re.Match[str], names: set[str]) -> list[str]:
-    if found["slash"]:
+def _url_pattern_piece(match: re.Match[str], names: set[str]) -> list[str]:
+    """Return the forms of a piece in a rule: one, or two for an optional piece."""
+    if match["slash"]:
         return ["", "/"]
-    before, modifier = found["before"], found["modifier"]
-    name = _variable(found["name"] or "rest", names)
-    expression = found["named"] if found["unnamed"] is None else found["unnamed"]
-    if found["wildcard"]:
+    before, modifier = match["before"], match["modifier"]
+    name = _variable(match["name"] or "rest", names)
+    expression = match["named"] if match["unnamed"] is None else match["unnamed"]
+    if match["wildcard"]:
         expression = ".*"
     if modifier == "?":
         return ["", *_expression_pieces(before, expression, name)]
     if modifier is None:
         return _expression_pieces(before, expression, name)
     if expression is not None or not before:
-        raise ValueError(f"expected a path that a rule can say, got {found[0]!r} in it")
+        raise ValueError(_inexpressible(repr(match[0])))
     several = f"/<path:{name}>"
     return ["", several] if modifier == "*" else [several]
 
@@ -120,11 +127,11 @@ def _expression_pieces(before: str, expression: str | None, name: str) -> list[s
     if _CHOICE.fullmatch(expression):
         choices = ",".join(f'"{choice}"' for choice in expression.split("|"))
         return [f"{before}<any({choices}):{name}>"]
-    raise ValueError(f"expected a path that a rule can say, got ({expression}) in it")
+    raise ValueError(_inexpressible(f"({expression})"))
 
 
 def _variable(name: str, names: set[str]) -> str:
-    """Return a name that a rule accepts and that no other variable in it has."""
+    """Return a valid and unique name for a variable, and add it to *names*."""
     plain = re.sub(r"\W", "_", name, flags=re.ASCII)
     if not plain[0].isalpha():
         plain = f"v{plain}"
@@ -141,40 +148,43 @@ _METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
 
 
 class _Route(NamedTuple):
+    """One method of a path in the document."""
+
+    #: Its place in the document, for error messages.
     place: str
     path: str
     mode: Any
     method: str
-    #: Its inbound policies, in their order.
+    #: Names of its inbound policies, in order.
     policies: list[str]
 
 
 def read_routes(
     source: DocumentSource, policies: Sequence[ZuploPolicy] = ()
 ) -> dict[str, list[str]]:
-    """Return the inbound policies by rule, such as ``"GET /v1/users/<id>"``.
+    """Return the names of the inbound policies by rule, in the order of the document.
 
-    In the order of the document, every route, also those without policies: a rule
-    for ``/users/<id>`` alone would meter ``/users/me``, too. Of rules that are the
-    same the first holds, as with Zuplo.
+    A rule is a text such as ``"GET /v1/users/<id>"``. The first of equal rules holds,
+    as with Zuplo. Routes without policies are included: without ``/users/me`` the rule
+    ``/users/<id>`` would meter it, too.
 
-    :param policies: What was read from ``policies.json``: a route that names only
-        policies that do not meter may have a path that no rule can say.
+    :param policies: the policies of ``policies.json``. A path that no rule can express
+        is accepted if its policies do not meter.
     :raises ConfigError: with every problem and its place.
     """
     problems: list[str] = []
-    others = {policy.name for policy in policies if _never_meters(policy)}
-    found: dict[str, list[str]] = {}
+    unmetered = {policy.name for policy in policies if _never_meters(policy)}
+    by_rule: dict[str, list[str]] = {}
     for route in _routes(load_document(source), problems):
         try:
-            made = _rules(route)
+            rules_of_route = _rules(route)
         except ValueError as error:
-            if set(route.policies) - others:
+            if set(route.policies) - unmetered:
                 problems.append(f"{route.place}: {error}")
             continue
-        for rule in made:
-            found.setdefault(f"{route.method.upper()} {rule}", route.policies)
-        if len(found) > MAX_RULES_IN_ALL:
+        for rule in rules_of_route:
+            by_rule.setdefault(f"{route.method.upper()} {rule}", route.policies)
+        if len(by_rule) > MAX_RULES_IN_ALL:
             problems.append(
                 f"paths: expected at most {MAX_RULES_IN_ALL:,} rules for all routes, "
                 "got more"
@@ -182,7 +192,7 @@ def read_routes(
             break
     if problems:
         raise ConfigError(problems)
-    return found
+    return by_rule
 
 
 def _never_meters(policy: ZuploPolicy) -> bool:
@@ -200,24 +210,27 @@ def _rules(route: _Route) -> list[str]:
 def _routes(document: Any, problems: list[str]) -> Iterator[_Route]:
     paths = document.get("paths") if isinstance(document, Mapping) else None
     if not isinstance(paths, Mapping):
-        problems.append("paths: expected an OpenAPI document, which has them, got none")
+        problems.append("paths: expected the paths of an OpenAPI document, got none")
         return
-    for path, under in paths.items():
+    for path, value in paths.items():
         place = inside("paths", path)
-        item = _mapping(under, place, problems)
-        extension = inside(place, "x-zuplo-path")
-        said = _mapping(item.get("x-zuplo-path"), extension, problems)
+        methods = _mapping(value, place, problems)
+        extension = _mapping(
+            methods.get("x-zuplo-path"), inside(place, "x-zuplo-path"), problems
+        )
+        mode = extension.get("pathMode", OPEN_API)
         for method in _METHODS:
-            if method not in item:
-                continue
-            here = inside(place, method)
-            inbound = _inbound(_mapping(item[method], here, problems), here, problems)
-            yield _Route(here, path, said.get("pathMode", OPEN_API), method, inbound)
+            if method in methods:
+                of_method = inside(place, method)
+                operation = _mapping(methods[method], of_method, problems)
+                inbound = _inbound(operation, of_method, problems)
+                yield _Route(of_method, path, mode, method, inbound)
 
 
 def _inbound(
     operation: Mapping[str, Any], place: str, problems: list[str]
 ) -> list[str]:
+    """Return the names of the inbound policies of an operation."""
     value: Mapping[str, Any] = operation
     for key in ("x-zuplo-route", "policies"):
         place = inside(place, key)

@@ -1,4 +1,8 @@
-"""Zuplo's `policies.json`: documents, entries and options, read into ours.
+"""Parser of Zuplo's `policies.json`, whose options become our options.
+
+`load_document` parses the JSON, `read_entries` finds the policies in it, and
+`read_policies` reads their options and the variables in them. A *place* is the position
+of a value in the document, for error messages: ``policies[0].handler.options``.
 
 Sources: Zuplo's pages on ``openmeter-inbound`` and ``monetization-inbound``, and its
 monetization policy reference.
@@ -28,43 +32,45 @@ if TYPE_CHECKING:
 #: A JSON text, or the path of a file that holds one.
 DocumentSource = str | os.PathLike[str]
 
+#: A reference to a variable.
 _VARIABLE = re.compile(r"\$env\(\s*([^()]*?)\s*\)")
-#: Objects, arrays and groups of policies are nested no deeper than this.
+#: Maximum number of levels of nested objects, arrays and groups of policies.
 MAX_NESTING = 100
+#: A bracket of JSON, or a string, which may contain brackets.
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
-#: A shorter value of a variable is also part of ordinary words.
+#: Values of variables with fewer characters are only hidden if they stand in quotes.
 _SHORT = 4
 
 
 def load_document(source: DocumentSource) -> Any:
-    """Return the document in *source*: text if it opens a JSON object or array.
+    """Parse *source*: a JSON text if it begins with a bracket, else the path of a file.
 
-    :raises ConfigError: naming the file, and what is wrong with it.
+    :raises ConfigError: with the name of the file and the problem.
     """
     if isinstance(source, str) and source.lstrip().startswith(("{", "[")):
-        content, what = source, "the text"
+        content, origin = source, "the text"
     else:
         path = Path(source)
-        content, what = _read(path), repr(str(path))
-    if (line := _too_deep(content)) is not None:
+        content, origin = _read(path), repr(str(path))
+    if (line := _line_of_excessive_nesting(content)) is not None:
         raise ConfigError(
-            [f"{what}: line {line}: expected at most {MAX_NESTING} levels of nesting"]
+            [f"{origin}: line {line}: expected at most {MAX_NESTING} levels of nesting"]
         )
     try:
         return msgspec.json.decode(content)
     except msgspec.DecodeError as error:
-        raise ConfigError([f"{what}: {error}"]) from None
+        raise ConfigError([f"{origin}: {error}"]) from None
 
 
-def _too_deep(text: str) -> int | None:
-    """Return the line in which JSON is nested too deep, None if there is none."""
+def _line_of_excessive_nesting(text: str) -> int | None:
+    """Return the number of the line where JSON is nested too deeply, or None."""
     depth = 0
-    for found in _BRACKET.finditer(text):
-        if found[0] in {"[", "{"}:
+    for match in _BRACKET.finditer(text):
+        if match[0] in {"[", "{"}:
             depth += 1
             if depth > MAX_NESTING:
-                return text.count("\n", 0, found.start()) + 1
-        elif found[0] in {"]", "}"}:
+                return text.count("\n", 0, match.start()) + 1
+        elif match[0] in {"]", "}"}:
             depth -= 1
     return None
 
@@ -88,20 +94,20 @@ def inside(place: str, key: str) -> str:
 def resolve(
     value: Any, place: str, environ: Mapping[str, str], problems: list[str]
 ) -> Any:
-    """Return *value* with the variable for every ``$env(NAME)`` in its texts.
+    """Return *value* with every ``$env(NAME)`` replaced by the value of the variable.
 
-    Zuplo puts empty text for a variable that is not set; billed under an empty
-    name, usage would be lost, so here it is a problem.
+    For a variable that is not set Zuplo inserts empty text, and usage would be billed
+    under an empty name. Here this is a problem.
     """
     if isinstance(value, dict):
         return {
-            key: resolve(each, inside(place, key), environ, problems)
-            for key, each in value.items()
+            key: resolve(member, inside(place, key), environ, problems)
+            for key, member in value.items()
         }
     if isinstance(value, list):
         return [
-            resolve(each, f"{place}[{n}]", environ, problems)
-            for n, each in enumerate(value)
+            resolve(member, f"{place}[{n}]", environ, problems)
+            for n, member in enumerate(value)
         ]
     if not isinstance(value, str):
         return value
@@ -110,7 +116,7 @@ def resolve(
         for name in variables_in(value)
         if not environ.get(name)
     ]
-    return _VARIABLE.sub(lambda found: environ.get(found[1], ""), value)
+    return _VARIABLE.sub(lambda match: environ.get(match[1], ""), value)
 
 
 def variables_in(value: object) -> tuple[str, ...]:
@@ -122,15 +128,15 @@ def _variables_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield from _VARIABLE.findall(value)
     elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _variables_in(each)
+        for member in value.values():
+            yield from _variables_in(member)
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _variables_in(each)
+        for member in value:
+            yield from _variables_in(member)
 
 
 def hide_values(message: str, names: Iterable[str], environ: Mapping[str, str]) -> str:
-    """Return *message* with the reference in place of the value of each variable."""
+    """Return *message* with each value of a variable replaced by its reference."""
     values = {environ[name]: name for name in names if environ.get(name)}
     for value in sorted(values, key=len, reverse=True):
         reference = f"$env({values[value]})"
@@ -143,9 +149,9 @@ def hide_values(message: str, names: Iterable[str], environ: Mapping[str, str]) 
 
 
 def _problem(error: ValueError, unresolved: Any, environ: Mapping[str, str]) -> str:
-    """Return the text of *error*, without the values of variables.
+    """Return the text of *error*, with references in place of the values of variables.
 
-    Of a value that refers to some it quotes the text as it stands in the file.
+    It quotes the value as written in the file.
     """
     names = variables_in(unresolved)
     if not names:
@@ -157,24 +163,24 @@ def _problem(error: ValueError, unresolved: Any, environ: Mapping[str, str]) -> 
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return the hint that *name* was meant to be one of *names*, if it is near."""
+    """Return a hint at the one of *names* that is similar to *name*, or empty text."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class Option(NamedTuple):
-    """The counterpart of an option of Zuplo's."""
+    """Our counterpart of an option of Zuplo."""
 
-    #: The name of ours; None where there is nothing to say here.
+    #: Name of our option, None if there is no counterpart.
     name: str | None
-    #: Returns the value as ours has it, None if it says nothing.
+    #: Returns the value of our option, None to leave the option out.
     read: Callable[[Any], Any]
-    #: Why it has no meaning here.
+    #: Reason why there is no counterpart.
     why: str = ""
 
 
 def read_text(value: Any) -> str:
-    """Read text that is not empty. It may be a key, so no message contains it."""
+    """Read text that is not empty. Messages do not contain it: it may be the key."""
     if not isinstance(value, str):
         raise ValueError(f"expected text, got {type(value).__name__}")
     if not value.strip():
@@ -192,13 +198,13 @@ def read_names(value: Any) -> list[str] | None:
 
 
 def read_features(value: Any) -> list[str] | None:
-    """Read a list of features, each by the key that OpenMeter takes for it."""
+    """Read a list of features, as keys that OpenMeter accepts."""
     names = read_names(value) or []
     return list(dict.fromkeys(map(feature_key, names))) or None
 
 
 def feature_key(name: str) -> str:
-    """Return *name*, or the key like it that OpenMeter takes."""
+    """Return *name* if OpenMeter accepts it as a key, else a similar key."""
     if variables_in(name) or (problem := feature_problem(name)) is None:
         return name
     if (like := similar_feature_key(name)) is None:
@@ -207,7 +213,7 @@ def feature_key(name: str) -> str:
 
 
 def read_status_codes(value: Any) -> Any:
-    """Check status codes and leave them as they were written."""
+    """Check status codes, and return them as written."""
     if not variables_in(value):
         StatusCodes(value)
     return value
@@ -221,7 +227,7 @@ def read_seconds(value: Any) -> float:
 
 
 def read_meters(value: Any) -> dict[str, Any] | None:
-    """Read numbers by meter."""
+    """Read a mapping of meters to numbers."""
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a mapping of meter to number, got {value!r}")
     for name, number in value.items():
@@ -232,7 +238,7 @@ def read_meters(value: Any) -> dict[str, Any] | None:
 
 
 def read_meter(value: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
-    """Read one document or a list of them."""
+    """Read the document of a meter, or a list of documents."""
     if isinstance(value, list):
         return [_read_document(document) for document in value] or None
     return _read_document(value)
@@ -243,40 +249,37 @@ def _read_document(entry: Any) -> dict[str, Any]:
         raise MeterValueError(f"expected {{'type': …, 'data': {{…}}}}, got {entry!r}")
     document = dict(entry)
     if "value" in document and "data" not in document:
-        # Zuplo's own example has it there; what OpenMeter can count is in data.
+        # As in Zuplo's own example. OpenMeter reads numbers in data only.
         document["data"] = {"value": document.pop("value")}
     read_usage(document)
     for key in ("id", "time"):
         if document.get(key) is not None:
             raise MeterValueError(
-                f"meter {entry['type']!r}: the same {key} for every request would "
-                "be billed once"
+                f"meter {entry['type']!r}: with the same {key} for every request, "
+                "only one would be billed"
             )
     return {key: _as_text(value) for key, value in document.items()}
 
 
 def _as_text(value: Any) -> Any:
-    """Return *value* with texts that would name a measure here marked as texts."""
+    """Return *value* with each text that looks like a measure escaped as a text."""
     if isinstance(value, Mapping):
-        return {key: _as_text(each) for key, each in value.items()}
+        return {key: _as_text(member) for key, member in value.items()}
     if isinstance(value, list):
-        return [_as_text(each) for each in value]
+        return [_as_text(member) for member in value]
     if isinstance(value, str) and value.startswith("$") and not variables_in(value):
         return f"${value}"
     return value
 
 
-def _unread(value: Any) -> Any:
-    return value
+def _without_counterpart(why: str) -> Option:
+    return Option(None, lambda value: value, why)
 
 
-def _nothing(why: str) -> Option:
-    return Option(None, _unread, why)
-
-
-_AUTHENTICATION = "the application authenticates, and leaves the user with set_user()"
-_PLANS = "plans and payments are not asked for; see required_entitlements"
-_BOTH = {
+_AUTHENTICATION = "the application authenticates, and states the user with set_user()"
+_PLANS = "plans and payments are not checked; see required_entitlements"
+#: Options of both kinds of policies.
+_COMMON = {
     "meterOnStatusCodes": Option("meter_on_status_codes", read_status_codes),
     "requiredEntitlements": Option("required_entitlements", read_features),
 }
@@ -286,26 +289,26 @@ _OPENMETER = {
     "meter": Option("meter", read_meter),
     "eventSource": Option("event_source", read_text),
     "subjectPath": Option("subject_path", read_text),
-    **_BOTH,
+    **_COMMON,
 }
 _MONETIZATION = {
     "meters": Option("meters", read_meters),
     "cacheTtlSeconds": Option("allow_ttl", read_seconds),
-    "authHeader": _nothing(_AUTHENTICATION),
-    "authScheme": _nothing(_AUTHENTICATION),
-    # The first version of the policy had these.
-    "bucketId": _nothing("a bucket is Zuplo's own store of customers"),
-    "allowRequestsWithoutSubscription": _nothing(_PLANS),
-    "allowedSubscriptionStatuses": _nothing(_PLANS),
-    "allowRequestsOverQuota": _nothing(_PLANS),
-    **_BOTH,
+    "authHeader": _without_counterpart(_AUTHENTICATION),
+    "authScheme": _without_counterpart(_AUTHENTICATION),
+    # Options of the first version of the policy.
+    "bucketId": _without_counterpart("a bucket is a store of customers at Zuplo"),
+    "allowRequestsWithoutSubscription": _without_counterpart(_PLANS),
+    "allowedSubscriptionStatuses": _without_counterpart(_PLANS),
+    "allowRequestsOverQuota": _without_counterpart(_PLANS),
+    **_COMMON,
 }
-#: The options that each kind of policy has.
+#: Options of each kind of policy.
 ZUPLO_OPTIONS: dict[str, dict[str, Option]] = {
     "openmeter-inbound": _OPENMETER,
     "monetization-inbound": _MONETIZATION,
 }
-#: What Zuplo's documentation gives as the default of these options.
+#: Defaults of Zuplo, according to its documentation.
 DEFAULTS: dict[str, Any] = {
     "meter_on_status_codes": "200-299",
     "event_source": "api-gateway",
@@ -313,52 +316,55 @@ DEFAULTS: dict[str, Any] = {
 }
 
 COMPOSITE = "composite-inbound"
-#: What Zuplo runs. ``policyType`` is only what its editor goes by.
+#: Kinds of policies by the export of their handler, which Zuplo runs. Only its editor
+#: uses ``policyType``.
 _EXPORTS = {
     "OpenMeterInboundPolicy": "openmeter-inbound",
     "MonetizationInboundPolicy": "monetization-inbound",
     "CompositeInboundPolicy": COMPOSITE,
 }
+#: Current names of renamed kinds.
 _SUCCESSORS = {"openmeter-metering-inbound": "openmeter-inbound"}
 _KEYS = ("name", "policyType", "type", "handler", "options")
 
 
 class Entry(NamedTuple):
-    """A policy as it stands in the file, its options unread."""
+    """A policy of the file, with its options as written."""
 
     place: str
     name: str | None
     kind: str
     options_place: str
     options: Mapping[str, Any]
-    #: Its other keys.
+    #: Keys that are not known.
     unknown: list[str]
 
 
 def read_entries(document: Any, problems: list[str]) -> list[Entry]:
-    """Return the entries of a whole file, of a list, or the one that stands alone.
+    """Return the policies of a whole file, of a list, or of a single policy.
 
-    :raises ConfigError: if it is none of them. Its values are not shown: the key
-        may be among them.
+    :raises ConfigError: if *document* is none of these. The message shows no values, as
+        the key may be among them.
     """
     within = ""
     if isinstance(document, Mapping):
         if "policies" not in document:
-            return [_read_entry("", _alone(document), problems)]
+            return [_read_entry("", _single_policy(document), problems)]
         within, document = "policies", document["policies"]
     if not isinstance(document, list):
         raise ConfigError([f"{within or 'the document'}: expected a list of policies"])
-    objects = [isinstance(each, Mapping) for each in document]
-    if not all(objects):
-        raise ConfigError([f"{within}[{objects.index(False)}]: expected an object"])
+    for n, entry in enumerate(document):
+        if not isinstance(entry, Mapping):
+            raise ConfigError([f"{within}[{n}]: expected an object"])
     return [
-        _read_entry(f"{within}[{n}]", each, problems) for n, each in enumerate(document)
+        _read_entry(f"{within}[{n}]", entry, problems)
+        for n, entry in enumerate(document)
     ]
 
 
-def _alone(document: Mapping[str, Any]) -> Mapping[str, Any]:
+def _single_policy(document: Mapping[str, Any]) -> Mapping[str, Any]:
     if "export" in document and "handler" not in document:
-        # Some of Zuplo's pages show the handler alone.
+        # Some of Zuplo's pages show only the handler.
         return {"handler": document}
     if not document.keys() & set(_KEYS[1:]):
         raise ConfigError(
@@ -379,25 +385,25 @@ def _read_entry(place: str, document: Mapping[str, Any], problems: list[str]) ->
 
 
 def _kind(place: str, document: Mapping[str, Any], problems: list[str]) -> str:
-    """Return the kind of a policy, by its export or else by its type."""
-    said = _text(document.get("policyType", document.get("type")))
+    """Return the kind of a policy, by its export, or else by its type."""
+    declared = _text(document.get("policyType", document.get("type")))
     handler = document.get("handler")
     if isinstance(handler, str):
         # "$import(@zuplo/runtime).OpenMeterInboundPolicy"
         export: str | None = handler.rpartition(").")[2]
     else:
         export = _text(handler.get("export")) if isinstance(handler, Mapping) else None
-    runs = _EXPORTS.get(export) if export else None
-    if export and said in _EXPORTS.values() and runs != said:
+    run = _EXPORTS.get(export) if export else None
+    if export and declared in _EXPORTS.values() and run != declared:
         problems.append(
             f"{inside(place, 'handler')}: expected the export of a policy of the type "
-            f"{said!r}, got {export!r}{did_you_mean(export, _EXPORTS)}"
+            f"{declared!r}, got {export!r}{did_you_mean(export, _EXPORTS)}"
         )
-    kind = runs or said or export
+    kind = run or declared or export
     if kind is None or kind in _SUCCESSORS:
-        wanted = repr(_SUCCESSORS[kind]) if kind else "the type of a policy"
+        expected = repr(_SUCCESSORS[kind]) if kind else "the type of a policy"
         problems.append(
-            f"{inside(place, 'policyType')}: expected {wanted}, got {kind!r}"
+            f"{inside(place, 'policyType')}: expected {expected}, got {kind!r}"
         )
     return kind or ""
 
@@ -430,19 +436,19 @@ _KEY = "apiKey"
 
 @dataclasses.dataclass(frozen=True)
 class ZuploPolicy:
-    """One policy of a ``policies.json``; one that does not meter has no options."""
+    """A policy of ``policies.json``. A policy that does not meter has no options."""
 
-    #: What routes call it, None for one that stands alone.
+    #: The name by which routes refer to it, None for a single policy without a name.
     name: str | None
     #: Its type, such as ``"openmeter-inbound"``.
     kind: str
-    #: What it says, in our options. Not shown: the key is among them.
+    #: Our options of it. Not in the repr: the key is among them.
     options: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-    #: Where something stands that has no meaning here, and why it has none.
+    #: Places of keys and options without a counterpart, and the reasons.
     ignored: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    #: The policies that a group consists of.
+    #: Names of the policies in a group.
     members: tuple[str, ...] = ()
-    #: The variables that held the key; () if it was text, None if there is none.
+    #: Variables that the key refers to; () for a key as text, None without a key.
     key_variables: tuple[str, ...] | None = None
 
     @property
@@ -461,12 +467,11 @@ def read_policies(
     resolves: bool = True,
     leave_out: Collection[str] = (),
 ) -> list[ZuploPolicy]:
-    """Return the policies in *source*: a whole ``policies.json``, a list, or one.
+    """Return the policies in *source*: a whole ``policies.json``, a list, or a policy.
 
-    If it *resolves* variables, the value of NAME in *environ* takes the place of
-    ``$env(NAME)``. If not, texts stay as they are, and the key is left out. Our
-    options in *leave_out* are not read.
-
+    :param resolves: True to replace each ``$env(NAME)`` by the variable in *environ*.
+        False to keep the texts, and to leave out the key.
+    :param leave_out: our options that are not read.
     :raises ConfigError: with every problem and its place.
     """
     problems: list[str] = []
@@ -475,12 +480,14 @@ def read_policies(
         leave_out = {*leave_out, "api_key"}
     reader = _Reader(environ, problems, leave_out, resolves=resolves)
     policies = [
-        reader.read(entry) if entry.kind in ZUPLO_OPTIONS else reader.leave_out(entry)
+        reader.read_metering(entry)
+        if entry.kind in ZUPLO_OPTIONS
+        else reader.read_other(entry)
         for entry in entries
     ]
     names = [entry.name for entry in entries]
     problems += [
-        f"{inside(entry.place, 'name')}: another policy is called {entry.name!r}, too"
+        f"{inside(entry.place, 'name')}: another policy is named {entry.name!r}, too"
         for n, entry in enumerate(entries)
         if entry.name is not None and entry.name in names[:n]
     ]
@@ -505,12 +512,12 @@ class _Reader:
         self._leave_out = leave_out
         self._resolves = resolves
 
-    def read(self, entry: Entry) -> ZuploPolicy:
-        """Return a policy that meters."""
+    def read_metering(self, entry: Entry) -> ZuploPolicy:
+        """Read a policy that meters."""
         known = ZUPLO_OPTIONS[entry.kind]
         policy = ZuploPolicy(entry.name, entry.kind, key_variables=_variables(entry))
         policy.ignored.extend(
-            (inside(entry.place, key), "says nothing about metering")
+            (inside(entry.place, key), "does not concern metering")
             for key in entry.unknown
         )
         for key, value in entry.options.items():
@@ -523,15 +530,15 @@ class _Reader:
             elif known[key].name not in self._leave_out:
                 self._read_option(policy, known[key], place, value)
         if entry.kind == "monetization-inbound":
-            _note_what_zuplo_checks(policy, entry.options_place)
+            _note_other_checks(policy, entry.options_place)
         return policy
 
     def _read_option(
-        self, policy: ZuploPolicy, option: Option, place: str, said: Any
+        self, policy: ZuploPolicy, option: Option, place: str, written: Any
     ) -> None:
-        value, unset = said, list[str]()
+        value, unset = written, list[str]()
         if self._resolves:
-            value = resolve(said, place, self._environ, unset)
+            value = resolve(written, place, self._environ, unset)
         if unset:
             remedy = _REPLACEMENTS.get(option.name or "", "")
             self._problems += [problem + remedy for problem in unset]
@@ -539,15 +546,15 @@ class _Reader:
         try:
             read = option.read(value)
         except ValueError as error:
-            self._problems.append(f"{place}: {_problem(error, said, self._environ)}")
+            self._problems.append(f"{place}: {_problem(error, written, self._environ)}")
             return
         if read is not None and option.name is not None:
             policy.options[option.name] = read
             if option.name == "required_entitlements":
-                _note_renamed_features(policy, place, value, said)
+                _note_renamed_features(policy, place, value, written)
 
-    def leave_out(self, entry: Entry) -> ZuploPolicy:
-        """Return a policy that does not meter, or a group of policies."""
+    def read_other(self, entry: Entry) -> ZuploPolicy:
+        """Read a policy that does not meter, or a group of policies."""
         if entry.kind != COMPOSITE:
             why = [(entry.place, "does not meter")]
             return ZuploPolicy(entry.name, entry.kind, ignored=why)
@@ -561,7 +568,7 @@ class _Reader:
 
 
 _REPLACE = "; set it, or replace the file's value: by "
-#: What to do about a missing variable, by our option.
+#: Remedies for a variable that is not set, by our option.
 _REPLACEMENTS = {
     "api_key": f"{_REPLACE}OPENMETER_API_KEY or api_key= (api_key=None if the server "
     "needs no key)",
@@ -574,32 +581,34 @@ def _variables(entry: Entry) -> tuple[str, ...] | None:
 
 
 def _note_renamed_features(
-    policy: ZuploPolicy, place: str, names: list[str], said: list[str]
+    policy: ZuploPolicy, place: str, names: list[str], written: list[str]
 ) -> None:
-    """Note the names of features that OpenMeter does not take as keys.
+    """Note the names of features that OpenMeter does not accept as keys.
 
-    *said* are the names as they stand in the file, with references to variables.
+    :param written: the names as written in the file, with references to variables.
     """
     for n, name in enumerate(names):
         if (key := feature_key(name)) != name:
-            written = "another one" if variables_in(said[n]) else repr(key)
+            shown = "another key" if variables_in(written[n]) else repr(key)
             why = (
-                f"OpenMeter takes no feature key like {said[n]!r}; {written} is "
-                "written in its place, and the feature needs that key in OpenMeter"
+                f"OpenMeter does not accept {written[n]!r} as the key of a feature; "
+                f"{shown} is used instead, and the feature needs this key in OpenMeter"
             )
             policy.ignored.append((f"{place}[{n}]", why))
 
 
-def _note_what_zuplo_checks(policy: ZuploPolicy, place: str) -> None:
-    """Note the checks of ``monetization-inbound``, which are not taken over."""
-    asked = policy.options.get("required_entitlements", [])
+def _note_other_checks(policy: ZuploPolicy, place: str) -> None:
+    """Note the checks of ``monetization-inbound`` that have no counterpart."""
+    required = policy.options.get("required_entitlements", [])
     meters = policy.options.get("meters", {})
-    if unasked := [m for m in meters if (similar_feature_key(m) or m) not in asked]:
+    if not_required := [
+        m for m in meters if (similar_feature_key(m) or m) not in required
+    ]:
         why = (
             "Zuplo refuses a caller without a balance of "
-            f"{', '.join(map(repr, unasked))}; here required_entitlements would"
+            f"{', '.join(map(repr, not_required))}; required_entitlements does so here"
         )
         policy.ignored.append((inside(place, "meters"), why))
-    if not asked and policy.options.pop("allow_ttl", None) is not None:
-        why = "nothing is asked for, so nothing is cached"
+    if not required and policy.options.pop("allow_ttl", None) is not None:
+        why = "no entitlement is required, so there is nothing to cache"
         policy.ignored.append((inside(place, "cacheTtlSeconds"), why))

@@ -1,7 +1,9 @@
-"""Zuplo's policies and routes translated into our options, in code or as TOML.
+"""Translation of Zuplo's policies and routes into our options, in code or as TOML.
 
-Zuplo takes the one that stands first in the document (its page on routing), a rule's
-matcher the more exact one, as web frameworks do.
+`translate` makes a `Translation`. `options_of` returns it as options for a `Policy`,
+`to_toml` writes it as a file. If several routes match a request, Zuplo takes the first
+one in the document (its page on routing); our rules take the most specific one, as web
+frameworks do.
 """
 
 from __future__ import annotations
@@ -37,55 +39,56 @@ if TYPE_CHECKING:
 logger: Final = log.get_logger(__name__)
 
 
+#: Options of a route; None: its requests are not metered.
 Options = dict[str, Any] | None
 
 
 def overlapping(
     routes: Mapping[str, Options],
 ) -> tuple[dict[str, Options], list[str]]:
-    """Return the routes that are needed, and notes where Zuplo matches otherwise.
+    """Return the routes that are needed, and notes where Zuplo matches differently.
 
-    A route that is not metered is needed where the rule of another one, which is
-    metered, would match it as well.
+    An unmetered route is needed only if the rule of a metered route matches its
+    requests as well.
     """
     needed = {rule for rule, options in routes.items() if options is not None}
     notes: list[str] = []
-    for (first, its), (second, other) in combinations(routes.items(), 2):
-        if its == other or not _overlap(first, second):
+    for (first, options), (second, other) in combinations(routes.items(), 2):
+        if options == other or not _overlap(first, second):
             continue
         needed |= {first, second}
-        if exactness(second) > exactness(first):
+        if specificity(second) > specificity(first):
             notes.append(
-                f"{second}: Zuplo would use {first}, which stands before it; here the "
-                "more exact rule governs"
+                f"{second}: Zuplo would use {first}, which comes first in the file; "
+                "here the more specific rule governs"
             )
     return {rule: routes[rule] for rule in routes if rule in needed}, notes
 
 
-def exactness(rule: str) -> tuple[bool, ...]:
-    """Return a sort key: the more exact of two overlapping rules has the greater."""
+def specificity(rule: str) -> tuple[bool, ...]:
+    """Return a sort key, which is greater for the more specific of two rules."""
     return tuple("<" not in part for part in rule.split("/"))
 
 
 def _overlap(left: str, right: str) -> bool:
-    """True if a request can match both rules, or that is not certain."""
+    """Return True if a request can match both rules, or might."""
     lefts, rights = left.split("/"), right.split("/")
-    for one, other in zip(lefts, rights, strict=False):
-        if "<path:" in one or "<path:" in other:
+    for left_part, right_part in zip(lefts, rights, strict=False):
+        if "<path:" in left_part or "<path:" in right_part:
             return True
-        if one != other and "<" not in one and "<" not in other:
+        if left_part != right_part and "<" not in left_part + right_part:
             return False
     return len(lefts) == len(rights)
 
 
-#: Zuplo runs all policies of a route, so of these all hold.
+#: Options that are added up: Zuplo runs all policies of a route.
 _ADDED_UP = ("meter", "meters", "required_entitlements")
 
 
 def combined(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
-    """Return the options of all *policies*, whose meters are added up.
+    """Return the options of several policies on one route, with their meters added up.
 
-    :raises ConfigError: naming the policies that differ in anything else.
+    :raises ConfigError: if the policies differ in other options.
     """
     options: dict[str, Any] = {}
     for policy in policies:
@@ -93,7 +96,7 @@ def combined(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
             if name not in _ADDED_UP:
                 options.setdefault(name, value)
     problems = [
-        f"{name}: expected the same of all policies on one route, they differ: "
+        f"{name}: expected the same value in all policies of a route, they differ: "
         + ", ".join(map(str, policies))
         for name in options
         if len({_effect(policy, name, options) for policy in policies}) > 1
@@ -116,35 +119,35 @@ def _added_up(policies: Sequence[ZuploPolicy]) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     features: list[str] = []
     for policy in policies:
-        said = policy.options
-        meter = said.get("meter", [])
+        options = policy.options
+        meter = options.get("meter", [])
         documents += meter if isinstance(meter, list) else [meter]
-        for name, number in said.get("meters", {}).items():
+        for name, number in options.get("meters", {}).items():
             numbers[name] = add_numbers(name, numbers.get(name, 0), number)
-        features += said.get("required_entitlements", [])
-    found = {
+        features += options.get("required_entitlements", [])
+    sums = {
         "meter": documents[0] if len(documents) == 1 else documents,
         "meters": numbers,
         "required_entitlements": list(dict.fromkeys(features)),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in sums.items() if value}
 
 
-#: Options of the one queue that all routes share.
+#: Options of delivery: all routes share one queue.
 DELIVERY = ("api_key", "api_url")
 
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
-    """A configuration of Zuplo's, in our options."""
+    """Our options for a configuration of Zuplo."""
 
-    #: Of requests that no route governs; None: they are not metered.
+    #: Options of requests that match no route; None: they are not metered.
     default_options: dict[str, Any] | None = dataclasses.field(repr=False)
-    #: By rule; None: such a request is not metered.
+    #: Options by rule; None: the requests are not metered.
     routes: dict[str, dict[str, Any] | None] = dataclasses.field(repr=False)
-    #: What was not taken over, and why.
+    #: Parts of the configuration without a counterpart, and the reasons.
     warnings: list[str]
-    #: The variables that held the key; () if it was text, None if there is none.
+    #: Variables that the key refers to; () for a key as text, None without a key.
     key_variables: tuple[str, ...] | None = None
 
     @property
@@ -159,12 +162,12 @@ def translate(
     policies: Sequence[ZuploPolicy],
     routes: Mapping[str, Sequence[str]] | None = None,
 ) -> Translation:
-    """Return the options that *policies* have on *routes*.
+    """Return our options for *policies* on *routes*.
 
-    Without routes the one policy that meters governs every request; with routes,
-    what they do not name is not metered.
+    Without routes the only policy that meters governs every request. With routes, the
+    requests that match none of them are not metered.
 
-    :raises ConfigError: if that cannot be said, with every problem.
+    :raises ConfigError: with every problem, such as several policies without routes.
     """
     metering = [policy for policy in policies if policy.metered]
     if not metering:
@@ -174,7 +177,7 @@ def translate(
         if len(metering) > 1:
             several = ", ".join(map(str, metering))
             raise ConfigError(
-                [f"routes: expected, to know which policy governs what: {several}"]
+                [f"routes: expected, as several policies meter: {several}"]
             )
         (policy,) = metering
         notes = _notes(metering)
@@ -189,18 +192,20 @@ def _by_route(
 ) -> Translation:
     problems: list[str] = []
     warnings: list[str] = []
-    named = _Named(policies, problems, warnings)
-    governing = {rule: named.governing(rule, names) for rule, names in routes.items()}
-    used = [p for p in metering if any(p in its for its in governing.values())]
+    by_name = _PoliciesByName(policies, problems, warnings)
+    governing = {rule: by_name.metering(rule, names) for rule, names in routes.items()}
+    used = [p for p in metering if any(p in named for named in governing.values())]
     if not used and not problems:
         problems.append("routes: expected one that names a policy that meters")
     delivery, key_variables = _delivery(used, problems)
     by_rule = _combined_by_rule(governing, delivery, problems)
     if problems:
         raise ConfigError(problems)
-    idle = [f"{policy}: no route names it" for policy in metering if policy not in used]
+    unused = [
+        f"{policy}: no route names it" for policy in metering if policy not in used
+    ]
     kept, notes = overlapping(by_rule)
-    warnings = [*_notes(used), *warnings, *idle, *notes]
+    warnings = [*_notes(used), *warnings, *unused, *notes]
     return Translation(None, kept, warnings, key_variables)
 
 
@@ -225,8 +230,8 @@ def _notes(policies: Sequence[ZuploPolicy]) -> list[str]:
     return [f"{place}: {why}" for policy in policies for place, why in policy.ignored]
 
 
-class _Named:
-    """The policies by name, with groups in place of their members."""
+class _PoliciesByName:
+    """Finds policies by name, and the members of groups."""
 
     def __init__(
         self,
@@ -237,17 +242,17 @@ class _Named:
         self._policies = {policy.name: policy for policy in policies if policy.name}
         self._problems = problems
         self._warnings = warnings
-        #: Those of groups that were looked at before.
+        #: Policies that meter, by the name of their group.
         self._expanded: dict[str, list[ZuploPolicy]] = {}
 
-    def governing(self, rule: str, names: Sequence[str]) -> list[ZuploPolicy]:
-        """Return the policies that meter *rule*, in their order."""
+    def metering(self, rule: str, names: Sequence[str]) -> list[ZuploPolicy]:
+        """Return the policies among *names* that meter the requests of *rule*."""
         found: list[ZuploPolicy] = []
         for n, name in enumerate(names):
             for policy in self._expand(name, f"{rule}: inbound[{n}]", ()):
                 if policy in found:
                     self._warnings.append(
-                        f"{rule}: {policy} is named twice; once counts"
+                        f"{rule}: {policy} is named twice, and counts once"
                     )
                 else:
                     found.append(policy)
@@ -256,6 +261,10 @@ class _Named:
     def _expand(
         self, name: str, place: str, within: tuple[str, ...]
     ) -> list[ZuploPolicy]:
+        """Return the policies that meter: the one of this name, or those of its group.
+
+        :param within: the names of the groups around it.
+        """
         policy = self._policies.get(name)
         if policy is None:
             self._unknown(name, place)
@@ -277,31 +286,32 @@ class _Named:
                 for member in policy.members
                 for found in self._expand(member, place, (*within, name))
             ]
-            # Each once, or groups of groups could name one a million times.
-            self._expanded[name] = list({str(each): each for each in inner}.values())
+            # Without duplicates, as groups of groups could multiply a policy.
+            unique = {str(policy): policy for policy in inner}
+            self._expanded[name] = list(unique.values())
         return self._expanded[name]
 
     def _unknown(self, name: str, place: str) -> None:
-        """Refuse a name like that of a policy that meters; warn of any other."""
-        ours = [key for key, policy in self._policies.items() if policy.metered]
+        """Refuse a name similar to a policy that meters; warn of any other name."""
+        metering = [key for key, policy in self._policies.items() if policy.metered]
         text = (
             f"{place}: no policy is named {name!r}{did_you_mean(name, self._policies)}"
         )
-        near = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, metering, n=1, cutoff=0.8)
         (self._problems if near else self._warnings).append(text)
 
 
 def _delivery(
     policies: Sequence[ZuploPolicy], problems: list[str]
 ) -> tuple[dict[str, Any], tuple[str, ...] | None]:
-    """Return the options of delivery that *policies* share, and where the key was."""
+    """Return the options of delivery of *policies*, and the variables of the key."""
     shared: dict[str, Any] = {}
     for name in DELIVERY:
         stating = [policy for policy in policies if _stated(policy, name) is not None]
         if len({_stated(policy, name) for policy in stating}) > 1:
             several = ", ".join(map(str, stating))
             problems.append(
-                f"{name}: expected the same for all routes, as one middleware "
+                f"{name}: expected the same value for all routes, as a middleware "
                 f"delivers to one server; they differ: {several}"
             )
         elif stating and name in stating[0].options:
@@ -311,7 +321,7 @@ def _delivery(
 
 
 def _stated(policy: ZuploPolicy, name: str) -> object:
-    """Return the value, or where it comes from if it was not looked up."""
+    """Return the value of an option, or its variables if the value is not read."""
     unread = policy.key_variables if name == "api_key" else None
     return policy.options.get(name, unread)
 
@@ -322,22 +332,22 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_toml(translation: Translation) -> str:
-    """Return *translation* as TOML. It never contains the key.
+    """Return *translation* as TOML, without the key.
 
     A route that is not metered is ``false``.
 
-    :raises ConfigError: for a null in the data of a meter, which TOML cannot say.
+    :raises ConfigError: for a null in the data of a meter, which TOML does not have.
     """
-    top = translation.default_options
+    defaults = translation.default_options
     lines = [_comment(f"Not taken over: {text}") for text in translation.warnings]
     lines += _key_comment(translation)
     lines += _address_comment(translation)
     lines += _reference_comment(translation)
-    options = {**_SOURCE, **(translation.delivery if top is None else top)}
+    options = {**_SOURCE, **(translation.delivery if defaults is None else defaults)}
     if variables_in(options.get(_ADDRESS)):
         del options[_ADDRESS]
     lines += _options(options)
-    if top is None:
+    if defaults is None:
         lines += ["", *_routes({**translation.routes, EVERY_OTHER: None})]
     return "\n".join(lines) + "\n"
 
@@ -365,11 +375,9 @@ def _key_comment(translation: Translation) -> Iterator[str]:
         yield _comment(f"The key is read from the variable {_VARIABLE}.")
     elif variables:
         names = " and ".join(variables)
-        yield _comment(f"Set the variable {_VARIABLE} to what {names} held for Zuplo.")
+        yield _comment(f"Set the variable {_VARIABLE} to the value of {names}.")
     else:
-        yield _comment(
-            f"Set the variable {_VARIABLE} to the key that Zuplo's file has."
-        )
+        yield _comment(f"Set the variable {_VARIABLE} to the key in Zuplo's file.")
 
 
 def _address_comment(translation: Translation) -> Iterator[str]:
@@ -378,22 +386,22 @@ def _address_comment(translation: Translation) -> Iterator[str]:
         yield _comment(f"The address is read from the variable {_ADDRESS_VARIABLE}.")
     elif variables:
         names = " and ".join(variables)
-        text = f"Set the variable {_ADDRESS_VARIABLE} to what {names} held for Zuplo."
+        text = f"Set the variable {_ADDRESS_VARIABLE} to the value of {names}."
         yield _comment(text)
 
 
 def _reference_comment(translation: Translation) -> Iterator[str]:
-    said = [translation.default_options, *translation.routes.values()]
+    all_options = [translation.default_options, *translation.routes.values()]
     names = [
         name
-        for options in filter(None, said)
+        for options in filter(None, all_options)
         for option, value in options.items()
         if option not in DELIVERY
         for name in variables_in(value)
     ]
     if names:
-        several = ", ".join(sorted(set(names)))
-        yield _comment(f"Replace each reference to a variable by its value: {several}.")
+        listed = ", ".join(sorted(set(names)))
+        yield _comment(f"Replace each reference to a variable by its value: {listed}.")
 
 
 def _options(
@@ -405,7 +413,7 @@ def _options(
 
 
 def _comment(text: str) -> str:
-    # A line break would end the comment, and what follows would be options.
+    # Control characters are escaped: a line break would end the comment.
     return "# " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -422,21 +430,19 @@ def _value(value: Any, place: str) -> str:
     if isinstance(value, str):
         return _text(value)
     if value is None:
-        raise ConfigError([f"{place}: expected what TOML can say, got null"])
+        raise ConfigError([f"{place}: expected a value of TOML, got null"])
     return json.dumps(value)
 
 
 def _text(text: str) -> str:
-    # The escapes of JSON are escapes of TOML as well; but TOML wants one for DEL,
-    # and none in two halves, as JSON's ASCII form has it beyond the first plane.
+    # TOML has the escapes of JSON, except surrogate pairs, which ensure_ascii would
+    # write, and requires one for DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-#: How long an allowance is kept is one for the whole process here.
+#: An option of each policy at Zuplo, and of the whole middleware here.
 _LIFETIME = "allow_ttl"
-
-
-#: Zuplo's default differs from ours, and event ids and queries depend on the source.
+#: Zuplo's default, which differs from ours. Event ids and queries depend on it.
 _SOURCE = {"event_source": DEFAULTS["event_source"]}
 
 
@@ -447,10 +453,10 @@ def options_of(
     *,
     replaced: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return the options in the files; warn of those without a counterpart.
+    """Return the options in the files, and log a warning for each part left out.
 
-    A key and an address that options in *replaced* replace are not read.
-
+    :param replaced: options that replace the file's; its key and address are then not
+        read.
     :raises ConfigError: with every problem, each with its place.
     """
     leave_out = {name for name in DELIVERY if name in replaced}
@@ -467,14 +473,18 @@ def options_of(
 
 
 def _with_lifetime(translation: Translation) -> dict[str, Any]:
-    own = {rule: dict(said) if said else None
-           for rule, said in translation.routes.items()}  # fmt: skip
-    lifetimes = set()
-    for said in filter(None, own.values()):
-        lifetimes.add(said.pop(_LIFETIME, None))
+    """Return the options by route, with the shortest lifetime for all of them."""
+    routes = {
+        rule: dict(options) if options else None
+        for rule, options in translation.routes.items()
+    }
+    lifetimes = []
+    for options in filter(None, routes.values()):
+        if _LIFETIME in options:
+            lifetimes.append(options.pop(_LIFETIME))
         for name in DELIVERY:
-            said.pop(name, None)
-    options = {**translation.delivery, "routes": {**own, EVERY_OTHER: None}}
-    if known := [each for each in lifetimes if each is not None]:
-        options[_LIFETIME] = min(known)
-    return options
+            options.pop(name, None)
+    merged = {**translation.delivery, "routes": {**routes, EVERY_OTHER: None}}
+    if lifetimes:
+        merged[_LIFETIME] = min(lifetimes)
+    return merged
