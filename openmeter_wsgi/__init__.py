@@ -11,8 +11,9 @@ from openmeter_wsgi.version import VERSION as __version__  # noqa: N811
 if TYPE_CHECKING:
     from openmeter_wsgi.bodies.sdk_responses import usage_of
     from openmeter_wsgi.decorators import meter, no_meter
+    from openmeter_wsgi.deferred_usage import defer
     from openmeter_wsgi.entitlements.decision import Decision, Denial
-    from openmeter_wsgi.entitlements.handlers import (
+    from openmeter_wsgi.entitlements.denials import (
         EntitlementDenied,
         check_entitlements,
         require_entitlements,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     )
     from openmeter_wsgi.stats import Health, HealthEndpoint, Problem, Stats
     from openmeter_wsgi.status_codes import StatusCodes
-    from openmeter_wsgi.tickets import defer
     from openmeter_wsgi.usage import Usage
 
 __all__ = [
@@ -110,7 +110,7 @@ __all__ = [
 # that no request imports a module.
 _IMPORTED_TOGETHER = {
     "entitlements.decision": ("Decision", "Denial"),
-    "entitlements.handlers": (
+    "entitlements.denials": (
         "EntitlementDenied", "check_entitlements", "require_entitlements",
     ),
     "errors": (
@@ -137,7 +137,7 @@ _IMPORTED_SINGLY = {
     "option_types": ("Options", "RouteOptions"),
     "policy": ("Policy",),
     "status_codes": ("StatusCodes",),
-    "tickets": ("defer",),
+    "deferred_usage": ("defer",),
     "usage": ("Usage",),
 }  # fmt: skip
 _MODULE_OF = {

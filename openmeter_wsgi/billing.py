@@ -3,7 +3,8 @@
 There is one `Billing` per policy: of the middleware, of a route, of a view. The
 response calls it on the thread of the request. `Billing.events` handles every response.
 `FastPath.events` handles the common case at half the cost: a completed response to a
-request without run-time usage. Both return the same events.
+request without run-time usage, if the policy's events depend only on the status and the
+subject (`_has_fast_path` lists the conditions). Both return the same events.
 
 A request that becomes no event is counted with its reason (see `audit`).
 """
@@ -17,8 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from openmeter_wsgi import log
-from openmeter_wsgi.audit import NotMetered
-from openmeter_wsgi.audit import logger as audit_logger
 from openmeter_wsgi.bodies.base import Unknown
 from openmeter_wsgi.entitlements.gate import Gate
 from openmeter_wsgi.errors import ConfigError
@@ -34,6 +33,8 @@ from openmeter_wsgi.events import (
 )
 from openmeter_wsgi.exchange import route_of
 from openmeter_wsgi.measures import Measure, computed, evaluate
+from openmeter_wsgi.not_metered import NotMetered
+from openmeter_wsgi.not_metered import logger as audit_logger
 from openmeter_wsgi.policy import overriding_options
 from openmeter_wsgi.request import (
     COMPLETED,
@@ -94,7 +95,7 @@ class Billing:
         self.not_metered: NotMetered = NotMetered(name, policy.audit)
         self._counts = process.counts
         self._codes = policy.meter_on_status_codes.codes  # type: ignore[union-attr]
-        #: True if a request passes only with certain entitlements.
+        #: True if a request is allowed only with certain entitlements.
         self.requires_entitlements: bool = bool(policy.required_entitlements)
         #: True if responses get RateLimit headers.
         self.adds_quota_headers: bool = (
@@ -111,11 +112,13 @@ class Billing:
             counts=self._counts,
         )
         self.id_source: RequestIdSource = RequestIdSource(policy, process.ids)
+        #: True if usage is subtracted from quotas that are reserved locally.
         self._has_countdown = bool(policy.entitlement_meters)
         self._when = _predicate(policy.meter_when)
         self._has_meters = bool(policy.static_meters or policy.measured)
-        #: Names of the body readers that a response needs; None if nothing is measured.
-        self.bodies: frozenset[str] | None = _bodies(policy, self._when)
+        #: Kinds of body readers that the measures need. Empty if no measure reads the
+        #: body; None if the policy has no measures, so that nothing is captured.
+        self.body_readers: frozenset[str] | None = _body_readers(policy, self._when)
         self._meter_options = policy.meter_options
         #: True if this policy bills requests that no rule matches: it has routes, or
         #: belongs to the rule ``*``.
@@ -131,7 +134,7 @@ class Billing:
     def _has_fast_path(self) -> bool:
         """True if only the status and the subject of a response decide its events."""
         return (
-            self.bodies is None
+            self.body_readers is None
             and not self._bills_unmatched
             and not self._has_countdown
             and self.id_source.generates_all
@@ -161,10 +164,10 @@ class Billing:
             )
         return variant[1]
 
-    def count_late(self, helper: str) -> None:
+    def report_late_call(self, helper: str) -> None:
         """Log a call of *helper* after the request was settled.
 
-        The usage of `set_meters` and `add_meters` is counted as lost.
+        A call of `set_meters` or `add_meters` is also counted as lost usage.
         """
         if helper in _USAGE_HELPERS:
             self._counts.dropped["late"] += 1
@@ -192,7 +195,7 @@ class Billing:
             self.process.start(environ)
         self.not_metered.count("handed_over", environ, request.status)
         if request.reserved:
-            self.gate.settle(request, (), None)
+            self.gate.settle_reservations(request, (), None)
         request.mark_settled()
 
     def events(
@@ -230,15 +233,15 @@ class Billing:
             return encoded
         finally:
             if request.reserved:
-                # Not settled by `_encode_events`, so nothing is billed: release all.
-                self.gate.settle(request, (), None)
+                # `_encode_events` did not settle them: nothing is billed, release all.
+                self.gate.settle_reservations(request, (), None)
 
     def _stricter_route_billing(self, environ: Environ) -> Billing | None:
         """Return the billing of the framework's route, if that is stricter than this.
 
-        For a path that no rule matches although the framework served it by a route that
-        has a rule: frameworks parse some paths differently, such as ``-5`` as an
-        integer. `Routes` defines what is stricter.
+        The framework may serve a path by a route whose rule does not match that path:
+        it accepts ``-5`` as an integer, for example. Then the rule of that route
+        applies, if it is stricter. `Routes` defines which is stricter.
         """
         routes, template = self.process.routes, route_of(environ)
         if routes is None or template is None:
@@ -274,7 +277,7 @@ class Billing:
     ) -> Sequence[bytes] | str:
         """Return the encoded events, or the reason if nothing is billed."""
         run_time = request.usage
-        if reason := self._reason_for_nothing(run_time, outcome, exchange):
+        if reason := self._exclusion_reason(run_time, outcome, exchange):
             return reason
         meters = self._meters(run_time, outcome, exchange)
         if isinstance(meters, str):
@@ -303,7 +306,9 @@ class Billing:
         kept = self._storable(events)
         if self._has_countdown:
             pairs = zip(meters, events, strict=True)
-            self.gate.settle(request, [m for m, e in pairs if e in kept], subject)
+            self.gate.settle_reservations(
+                request, [m for m, e in pairs if e in kept], subject
+            )
         return kept or "message_too_large"
 
     def _warn_of_missing_subject(self, environ: Environ) -> None:
@@ -336,7 +341,7 @@ class Billing:
             self._counts.dropped["message_too_large"] += len(problems)
         return kept
 
-    def _reason_for_nothing(
+    def _exclusion_reason(
         self, run_time: RunTimeUsage | None, outcome: str, exchange: Exchange | None
     ) -> str | None:
         """Return the reason if outcome, view or ``meter_when`` rule out any event."""
@@ -354,6 +359,7 @@ class Billing:
         return "meter_when" if is_unknown or not value else None
 
     def _part_billed(self, outcome: str) -> str:
+        """Return the part of the usage to bill: ``all``, ``measured`` or ``none``."""
         if outcome is COMPLETED:
             return "all"
         policy = self.policy
@@ -420,7 +426,7 @@ def _predicate(when: Any) -> Measure | None:
     return computed(when)
 
 
-def _bodies(policy: Policy, when: Measure | None) -> frozenset[str] | None:
+def _body_readers(policy: Policy, when: Measure | None) -> frozenset[str] | None:
     measures = [measure for meter in policy.measured for measure in meter.measures]
     if when is not None:
         measures.append(when)

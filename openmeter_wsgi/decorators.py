@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, Unpack
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.entitlements.denials import require_entitlements
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.framework_routes import OPTIONS_ATTRIBUTE, note_decorated
@@ -168,12 +168,12 @@ def _bill_as_view(
     billing = record.billing = record.billing.variant(name, options)
     if record.usage is not None:
         record.usage.is_unmetered = False
-    if billing.bodies is None:
+    if billing.body_readers is None:
         return
     if record.capture is None:
-        record.capture = ResponseCapture(environ, billing.bodies, is_late=True)
+        record.capture = ResponseCapture(environ, billing.body_readers, is_late=True)
     else:
-        record.capture.add_readers(billing.bodies)
+        record.capture.add_readers(billing.body_readers)
 
 
 def no_meter(view: Callable[P, R]) -> Callable[P, R]:

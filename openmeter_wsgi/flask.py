@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.entitlements.denials import require_entitlements
 from openmeter_wsgi.errors import ConfigError, missing_extra
-from openmeter_wsgi.frameworks import (
+from openmeter_wsgi.framework_base import (
     FrameworkMiddleware,
     LastingSubject,
     keep_subject,

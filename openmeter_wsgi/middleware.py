@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.handlers import (
+from openmeter_wsgi.entitlements.denials import (
     DeniedResponse,
     EntitlementDenied,
     with_quota,
@@ -76,7 +76,7 @@ class OpenMeterMiddleware:
     ) -> None:
         # Not imported at the top: these two modules import most of the package.
         from openmeter_wsgi.policy import Policy
-        from openmeter_wsgi.process import Process, new_process_for
+        from openmeter_wsgi.process import Process, register_middleware
 
         if sys.platform == "win32":
             raise ConfigError([NOT_ON_WINDOWS])
@@ -91,11 +91,13 @@ class OpenMeterMiddleware:
             changes: dict[str, Any] = {**options}
             policy = dataclasses.replace(policy, **changes)
         self.policy = policy
-        self._new_process = new_process_for(self)
-        if self._new_process is Process:
+        self._process_factory = register_middleware(self)
+        # False while `openmeter_wsgi.testing` replaces the process.
+        is_real = self._process_factory is Process
+        if is_real:
             _prepare_spool(policy)
-        self._process = self._new_process(policy)
-        if self._new_process is Process:
+        self._process = self._process_factory(policy)
+        if is_real:
             self._process.warn_of_billed_errors()
         self._check_decorators_later()
 
@@ -105,7 +107,7 @@ class OpenMeterMiddleware:
     ) -> Iterable[bytes]:
         """Serve one request (PEP 3333)."""
         process = self._process
-        if not process.guard.is_current():
+        if not process.guard.is_confirmed():
             process = self._confirmed_process()
         billing: Billing | None = process.billing
         if process.routes is not None:
@@ -130,8 +132,8 @@ class OpenMeterMiddleware:
             denied_response = _denied_response(billing, environ, request)
             if denied_response is not None:
                 return denied_response(environ, start_response)
-        if billing.bodies is not None:
-            request.capture = ResponseCapture(environ, billing.bodies)
+        if billing.body_readers is not None:
+            request.capture = ResponseCapture(environ, billing.body_readers)
         file_wrapper = track_wrapped_files(environ) if FILE_WRAPPER in environ else None
         try:
             iterable = self.app(environ, request.start_response)
@@ -143,6 +145,7 @@ class OpenMeterMiddleware:
         except BaseException:
             settle_failed(environ, request)
             raise
+        # Below, `process.wrap` is None except in tests.
         if file_wrapper is not None and is_wrapped_file(file_wrapper, iterable):
             file = settle_when_closed(environ, request, iterable)
             return file if process.wrap is None else process.wrap(file)
@@ -173,7 +176,7 @@ class OpenMeterMiddleware:
         """
         process = self._process
         if not process.guard.is_valid():
-            process = process.successor(self._new_process, self.policy)
+            process = process.successor(self._process_factory, self.policy)
             self._process = process
         return process
 
@@ -184,7 +187,7 @@ class OpenMeterMiddleware:
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send the queued events; return True if no event is left in time. Any thread.
+        """Send the queued events; return True if none is left at the end. Any thread.
 
         :param timeout: maximum wait in seconds; None waits until OpenMeter answers.
         """
@@ -233,13 +236,13 @@ class OpenMeterMiddleware:
 
         `openmeter_wsgi.process.replaced` calls it between two requests, for tests.
         """
-        previous = self._process, self._new_process
-        self._new_process = new_process
+        previous = self._process, self._process_factory
+        self._process_factory = new_process
         self._process = new_process(self.policy)
         self._check_decorators_later()
 
         def restore() -> None:
-            self._process, self._new_process = previous
+            self._process, self._process_factory = previous
 
         return restore
 
@@ -282,8 +285,11 @@ def _denied_response(
     billing: Billing, environ: dict[str, Any], request: RequestRecord
 ) -> DeniedResponse | None:
     """Return the response to a denied request, or None if the request is allowed."""
-    # The cache decides most requests, so `passes` comes first.
-    if not billing.gate.passes(environ, request) and billing.needs_decision(environ):
+    # The cache is asked first. It returns True only if it holds a fresh answer that
+    # allows the request, the common case. Otherwise the gate decides.
+    if not billing.gate.is_allowed_by_cache(
+        environ, request
+    ) and billing.needs_decision(environ):
         decision = billing.gate.admit(environ)
         if not decision.allowed and billing.policy.enforce:
             billing.count_denied(environ)

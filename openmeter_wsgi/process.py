@@ -64,19 +64,22 @@ class ProcessGuard:
         self._confirmed_pid = 0
         self._page = _page_wiped_on_fork()
 
-    def is_current(self) -> bool:
-        """Return True if `confirm` was called in this process."""
+    def is_confirmed(self) -> bool:
+        """Return True if `confirm` was called in this process. Fast."""
         page = self._page
         return os.getpid() == self._confirmed_pid if page is None else page[0] == 1
 
     def is_valid(self) -> bool:
-        """Return True if neither the process nor the kind of threads has changed."""
-        return self.is_current() or (
+        """Return True if the process and its kind of threads are those of `__init__`.
+
+        False after a fork, and after gevent has patched `threading`.
+        """
+        return self.is_confirmed() or (
             os.getpid() == self._pid and threads_are_greenlets() == self._greenlets
         )
 
     def confirm(self) -> None:
-        """Make `is_current` return True in this process."""
+        """Make `is_confirmed` return True in this process."""
         self._confirmed_pid = os.getpid()
         if self._page is not None:
             self._page[0] = 1
@@ -358,8 +361,8 @@ _owners: weakref.WeakSet[ProcessOwner] = weakref.WeakSet()
 _new_process: NewProcess = Process
 
 
-def new_process_for(owner: ProcessOwner) -> NewProcess:
-    """Register a new middleware, and return the factory of its `Process`."""
+def register_middleware(owner: ProcessOwner) -> NewProcess:
+    """Register a new middleware for `replaced`; return the factory of its `Process`."""
     _owners.add(owner)
     return _new_process
 

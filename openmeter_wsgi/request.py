@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from openmeter_wsgi.billing import Billing
     from openmeter_wsgi.entitlements.decision import Decision
     from openmeter_wsgi.exchange import ResponseCapture
-    from openmeter_wsgi.frameworks import RememberedSubjects
+    from openmeter_wsgi.framework_base import RememberedSubjects
     from openmeter_wsgi.quota.account import Reservation
 
 logger: Final = log.get_logger(__name__)
@@ -48,15 +48,15 @@ REQUEST: Final = "openmeter_wsgi.request"
 # States of a request. Comparisons rely on the order of the numbers.
 #: No middleware has started to meter the request.
 UNMETERED: Final = 0
-#: The application was called, and no part of the response has been sent.
+#: A middleware meters the request, and no part of the body has been sent.
 OPEN: Final = 1
-#: A non-empty part of the body has been sent.
+#: The first non-empty part of the body is being sent, or has been sent.
 STARTED: Final = 2
 #: The client disconnected while the application was calling `write`.
 DISCONNECTED: Final = 3
 #: The application raised.
 RAISED: Final = 4
-#: The body was iterated to its end.
+#: The body was iterated to its end, or the application returned a file for `sendfile`.
 FINISHED: Final = 5
 #: The events are encoded, and some of them may be in the queue.
 ENCODED: Final = 6
@@ -186,6 +186,7 @@ def adopt_record(
     record: RequestRecord = environ[REQUEST]
     if record.state == SETTLED:  # the environ is used for a second request
         settled, record = record, new_record()
+        # A layer outside the middleware may have called `set_subject` once for both.
         record.caller = settled.caller
         environ[REQUEST] = record
     elif record.state != UNMETERED:
@@ -298,7 +299,7 @@ class RunTimeUsage:
         self.is_unmetered: bool = False
         #: True if the request was denied: nothing is billed.
         self.is_denied: bool = False
-        #: For each ticket that was issued its meter types, None for all types.
+        #: The meter types of each issued ticket; None in place of the types: all types.
         self.deferred: tuple[tuple[str, ...] | None, ...] = ()
         #: Types of the policy's meters that `set` replaced.
         self._overridden: set[str] = set()
@@ -409,11 +410,11 @@ def get_meters(request: object) -> list[dict[str, Any]]:
 
 
 def set_idempotency_key(request: object, key: str) -> None:
-    """Bill all requests of one operation once: those with the same *key*.
+    """Mark requests with the same *key* as one operation, which is billed once.
 
     The event ids are derived from subject, method, path, key and meter type, so that
-    OpenMeter drops the events of a repetition. OpenMeter must deduplicate for that. An
-    ``Idempotency-Key`` header alone has no effect: the application decides which
+    OpenMeter drops the events of a repetition. This needs deduplication in OpenMeter.
+    An ``Idempotency-Key`` header alone has no effect: the application decides which
     requests are repetitions. Only completed responses share ids. A failed or aborted
     attempt is billed separately.
 
@@ -489,7 +490,8 @@ def _run_time_usage(request: object, helper: str) -> RunTimeUsage | None:
 def unsettled_record(request: object, helper: str) -> RequestRecord | None:
     """Return the record of a metered request that is not settled yet, or None.
 
-    None is logged, or counted as late usage, under the name of the *helper*.
+    If it returns None, it logs that the call of *helper* has no effect, and counts
+    late usage as lost. A late `get_meters` loses nothing and is not logged.
     """
     record = metered_request(environ_of(request))
     if record is None or record.billing is None:
@@ -499,6 +501,6 @@ def unsettled_record(request: object, helper: str) -> RequestRecord | None:
         return None
     if record.state >= ENCODED:
         if helper != "get_meters":
-            record.billing.count_late(helper)
+            record.billing.report_late_call(helper)
         return None
     return record

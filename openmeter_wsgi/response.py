@@ -1,16 +1,18 @@
 """The iterable that the server gets: passes chunks on, then settles the request.
 
 The middleware returns a `Response` in place of the application's iterable. The request
-is settled once, on the thread of the request: when the server closes the response, or
-when the response is garbage-collected. To settle a request is to put its events into
-the queue, if any. `request` lists the states.
+is settled once: when the server closes the response, or when the response is
+garbage-collected. To settle a request is to put its events, if any, into the queue.
+This happens on the thread of the request. The exception is a `FileResponse` that is
+never closed: it refers to its file and the file to it, so the garbage collector frees
+both later, on any thread. The module `request` lists the states.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.entitlements.handlers import EntitlementDenied
+from openmeter_wsgi.entitlements.denials import EntitlementDenied
 from openmeter_wsgi.exchange import ResponseCapture
 from openmeter_wsgi.request import (
     ABORTED,
@@ -51,7 +53,7 @@ class Response:
     # The middleware sets the attributes: an __init__ would cost a call per request.
     environ: dict[str, Any]
     request: RequestRecord
-    #: The application's iterable, None once it is closed.
+    #: The application's iterable; None once `Response.close` has called its `close`.
     iterable: Any
     #: The encoded events, set with the state ENCODED. A repeated `settle` reuses them.
     events: Sequence[bytes]
@@ -107,11 +109,11 @@ class Response:
             self.settle()
 
     def settle(self) -> None:  # noqa: C901 - one function: a call costs each request
-        """Put the events of this request into the queue, once. Closes nothing.
+        """Put the events of this request into the queue, once.
 
         A signal handler may raise at any point, and `settle` is then called again. So
-        the events are kept before they are put: events that are put twice have the same
-        ids, and OpenMeter deduplicates them.
+        the events are stored before they are put: events that are put twice have the
+        same ids, and OpenMeter deduplicates them.
         """
         request = self.request
         state = request.state
@@ -122,10 +124,11 @@ class Response:
         events = None
         if state == FINISHED and billing.fast_path is not None:
             events = billing.fast_path.events(self.environ, request)
-        # None: the fast path does not apply. (): the request is not billed.
+        # None: the fast path does not apply. (): the request is not billed. Even an
+        # unbilled request must start the process, if it is the first one.
         if events is None or events or not process.is_started:
-            # In a child forked during the request: the parent settles the request.
-            if not process.guard.is_current():
+            # False in a child forked during the request: the parent settles it.
+            if not process.guard.is_confirmed():
                 return
             if not process.is_started:
                 process.start(self.environ)
@@ -145,15 +148,16 @@ class Response:
         """Return the events of a response to which the fast path does not apply."""
         outcome = self._outcome()
         exchange: Exchange | None = None
-        if billing.bodies is not None:
-            capture = self._capture(billing.bodies)
+        if billing.body_readers is not None:
+            capture = self._capture(billing.body_readers)
             exchange = capture.exchange(self.request.status, outcome)
         return billing.events(self.environ, self.request, outcome, exchange)
 
-    def _capture(self, bodies: Iterable[str]) -> ResponseCapture:
+    def _capture(self, readers: Iterable[str]) -> ResponseCapture:
+        """Return the capture of this response, or one that has read no body."""
         capture = self.request.capture
-        if capture is None:  # @meter added measures after the response had started
-            capture = ResponseCapture(self.environ, bodies)
+        if capture is None:  # a signal handler interrupted `@meter` before it made one
+            capture = ResponseCapture(self.environ, readers)
             capture.skip_body()
         return capture
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from openmeter_wsgi import log
+from openmeter_wsgi.deferred_usage import read_ticket
 from openmeter_wsgi.errors import MeterValueError
 from openmeter_wsgi.events import derived_id, encode_events, read_usage, size_problem
 from openmeter_wsgi.middleware import OpenMeterMiddleware
-from openmeter_wsgi.tickets import read_ticket
 from openmeter_wsgi.values import text_problem
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Usage:
         return process
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Send the queued events; return True if no event is left in time. Any thread.
+        """Send the queued events; return True if none is left at the end. Any thread.
 
         :param timeout: maximum wait in seconds; None waits until OpenMeter answers.
         """

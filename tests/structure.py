@@ -23,7 +23,7 @@ REQUEST_PATH = (
 #: The modules outside the core: an application imports them only if it uses them.
 EDGES = (
     "cli", "sandbox", "zuplo", "testing", "pytest_plugin", "flask", "django",
-    "frameworks", "prometheus",
+    "framework_base", "prometheus",
 )  # fmt: skip
 _CLAUSE = r"(?:what|who|whom|whose|which|whether|where|how)\b"
 _BEGINS = re.compile(_CLAUSE, re.IGNORECASE)

@@ -37,7 +37,7 @@ def left(app, subject):
     environ = {"REMOTE_USER": subject}
     gate = app.process().billing.gate
     gate.check(environ, ["api_requests"], {"api_requests": 0})
-    gate.settle(environ[REQUEST], (), None)
+    gate.settle_reservations(environ[REQUEST], (), None)
     return app.process().entitlements.countdown.remaining(subject, "api_requests")
 
 

@@ -31,13 +31,13 @@ def run(case, *arguments):
 def fork_once(guard, fork):
     made = GUARDS[guard]()
     assert made.is_valid()
-    assert not made.is_current()
+    assert not made.is_confirmed()
     made.confirm()
     child = FORKS[fork]()
     if not child:
-        os._exit(7 if made.is_current() or made.is_valid() else 0)
+        os._exit(7 if made.is_confirmed() or made.is_valid() else 0)
     wait_for(child)
-    assert made.is_current()
+    assert made.is_confirmed()
 
 
 @pytest.mark.parametrize("fork", FORKS)
@@ -53,7 +53,7 @@ def fork_twice():
     if not child:
         grandchild = os.fork()
         if not grandchild:
-            os._exit(7 if made.is_current() else 0)
+            os._exit(7 if made.is_confirmed() else 0)
         wait_for(grandchild)
         os._exit(0)
     wait_for(child)

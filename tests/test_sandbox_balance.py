@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from openmeter_wsgi.sandbox import Sandbox
 from openmeter_wsgi.sandbox.balance import Recurrence, parse_interval
-from openmeter_wsgi.sandbox.validation import rfc3339
+from openmeter_wsgi.sandbox.request_validation import rfc3339
 from test_sandbox_support import Api, event
 
 PATH = "/api/v2/customers/acme/entitlements/calls"

@@ -12,7 +12,7 @@ from cloudevents.conversion import to_structured
 from cloudevents.http import CloudEvent
 
 from openmeter_wsgi.sandbox import Sandbox
-from openmeter_wsgi.sandbox.validation import DATE_TIME
+from openmeter_wsgi.sandbox.request_validation import DATE_TIME
 from spooling import PATIENCE
 from test_sandbox_support import BATCH, EITHER, SINGLE, Api, event
 

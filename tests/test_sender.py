@@ -259,6 +259,17 @@ def test_refusals_between_deliveries_cost_no_wait(caplog):
     assert "proxy" not in caplog.text
 
 
+def test_one_refused_event_is_not_reported_as_a_refusal_of_every_event():
+    case = Case(ScriptedClient([INVALID] * 2))
+    case.load(named("a"))
+    case.run()
+    assert case.sender.outage.problem.code == "unavailable"
+
+    case.sender.retry_suspects()
+    case.run()
+    assert case.sender.outage.problem.code == "refused"
+
+
 def test_an_event_refused_alone_waits_for_another_one_to_be_accepted():
     case = Case(ScriptedClient(poison=named("bad")))
     case.load(named("bad"))

@@ -7,7 +7,7 @@ import pytest
 
 from openmeter_wsgi import log
 from openmeter_wsgi.log import PREFIX
-from openmeter_wsgi.spool import server_answers
+from openmeter_wsgi.spool import stored_answers
 from spooling import event, server_dir, spool_queue
 
 
@@ -23,7 +23,7 @@ def lines(caplog):
     return [
         (record.levelname, record.getMessage().removeprefix(PREFIX))
         for record in caplog.records
-        if record.name == server_answers.__name__
+        if record.name == stored_answers.__name__
     ]
 
 
@@ -57,10 +57,10 @@ def test_what_a_check_has_found_is_said(
     spool, openmeter, caplog, deduplicates, level, said
 ):
     caplog.set_level(logging.INFO)
-    server_answers.save_verdict(
+    stored_answers.save_verdict(
         spool, "http://127.0.0.1:9", deduplicates=not deduplicates
     )
-    server_answers.save_verdict(
+    stored_answers.save_verdict(
         server_dir(spool, openmeter.url), openmeter.url, deduplicates=deduplicates
     )
     deliver(spool, openmeter)
@@ -69,7 +69,7 @@ def test_what_a_check_has_found_is_said(
     assert found == level
     assert said in text
     assert (
-        server_answers.load_verdict(
+        stored_answers.load_verdict(
             server_dir(spool, openmeter.url), openmeter.url
         ).time
         in text
@@ -89,20 +89,20 @@ def test_what_a_check_has_found_is_said(
     ],
 )
 def test_a_verdict_that_says_nothing_of_this_server_is_none(spool, caplog, content):
-    (spool / server_answers.VERDICT_NAME).write_bytes(content)
-    server_answers.log_verdict(spool, "http://here")
+    (spool / stored_answers.VERDICT_NAME).write_bytes(content)
+    stored_answers.log_verdict(spool, "http://here")
 
     ((level, text),) = lines(caplog)
     assert (level, "it is not known" in text) == ("WARNING", True)
 
 
 def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
-    server_answers.save_verdict(tmp_path, "http://here", deduplicates=True)
-    (spool / server_answers.VERDICT_NAME).symlink_to(
-        tmp_path / server_answers.VERDICT_NAME
+    stored_answers.save_verdict(tmp_path, "http://here", deduplicates=True)
+    (spool / stored_answers.VERDICT_NAME).symlink_to(
+        tmp_path / stored_answers.VERDICT_NAME
     )
 
-    assert server_answers.load_verdict(spool, "http://here") is None
+    assert stored_answers.load_verdict(spool, "http://here") is None
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_verdict_behind_a_link_is_none(spool, tmp_path):
 )
 def test_openmeter_cloud_deduplicates(spool, caplog, url, known):
     caplog.set_level(logging.INFO)
-    server_answers.log_verdict(spool, url)
+    stored_answers.log_verdict(spool, url)
 
     ((level, text),) = lines(caplog)
     assert level == ("INFO" if known else "WARNING")

@@ -27,8 +27,8 @@ from openmeter_wsgi import (
     set_meters,
     set_subject,
 )
+from openmeter_wsgi.deferred_usage import read_ticket
 from openmeter_wsgi.testing import OpenMeter
-from openmeter_wsgi.tickets import read_ticket
 from servers import TIMEOUT
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmeter_wsgi import ConfigError, Policy, cli
-from openmeter_wsgi.cli.import_ import command
+from openmeter_wsgi.cli.import_zuplo import command
 from openmeter_wsgi.zuplo import Translation, read_policies, to_toml, translate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "zuplo"

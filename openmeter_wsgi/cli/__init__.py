@@ -52,7 +52,7 @@ COMMANDS = {
         "Show the contents of a spool, and requeue or delete its dead letters.",
     ),
     "import": Subcommand(
-        "openmeter_wsgi.cli.import_",
+        "openmeter_wsgi.cli.import_zuplo",
         "cli",
         "Convert the configuration of another product to a file of options.",
     ),

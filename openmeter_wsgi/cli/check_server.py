@@ -17,7 +17,7 @@ from openmeter_wsgi.cli.findings import MARK, failure, ok, unanswered, unknown, 
 from openmeter_wsgi.connection import Connection
 from openmeter_wsgi.errors import ConfigError, DeliveryError, Rejected, Unavailable
 from openmeter_wsgi.options import ApiKey, is_konnect
-from openmeter_wsgi.spool import server_answers
+from openmeter_wsgi.spool import stored_answers
 from openmeter_wsgi.spool.server_directories import (
     prepare_server_directory,
     server_of_policy,
@@ -315,13 +315,13 @@ def check_deduplication(situation: Situation) -> Iterator[Finding]:
             "an event that was sent twice is stored twice: an event that is sent again "
             "because its answer was lost is billed twice, and so is a request that is "
             "repeated under its idempotency key, and a ticket that is settled again",
-            server_answers.VERDICT_REMEDY,
+            stored_answers.VERDICT_REMEDY,
         )
     else:
         yield ok(
             _DEDUPLICATION,
             f"an event sent twice, {PAUSE:g} s apart, is stored once",
-            server_answers.IN_THE_SINK,
+            stored_answers.IN_THE_SINK,
         )
     yield from _save_verdict(situation, deduplicates=times == 1)
 
@@ -358,7 +358,7 @@ def _save_verdict(situation: Situation, *, deduplicates: bool) -> Iterator[Findi
         directory = prepare_server_directory(
             situation.spool.parent, server_of_policy(policy)
         )
-        server_answers.save_verdict(
+        stored_answers.save_verdict(
             directory, policy.api_url, deduplicates=deduplicates
         )
     except (ConfigError, OSError) as error:

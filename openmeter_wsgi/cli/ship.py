@@ -21,7 +21,7 @@ from openmeter_wsgi.cli.common import (
     spool_options,
     stop_signals,
 )
-from openmeter_wsgi.cli.spool_files import DeadLetterFile
+from openmeter_wsgi.cli.spool_access import DeadLetterFile
 from openmeter_wsgi.delivery.client import OpenMeterClient
 from openmeter_wsgi.entitlements.service import follow_delivery, visibility_of
 from openmeter_wsgi.lock import ELECTION, holder

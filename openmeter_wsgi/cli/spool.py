@@ -30,7 +30,7 @@ from openmeter_wsgi.cli.common import (
     read_policy,
     spool_options,
 )
-from openmeter_wsgi.cli.spool_files import (
+from openmeter_wsgi.cli.spool_access import (
     DeadLetterFile,
     Letter,
     SpoolContents,

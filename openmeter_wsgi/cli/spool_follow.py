@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from openmeter_wsgi.cli.common import name_of, print_json, printable, stop_signals
-from openmeter_wsgi.cli.spool_files import events_of
+from openmeter_wsgi.cli.spool_access import events_of
 from openmeter_wsgi.spool.files import (
     SegmentName,
     open_file,
@@ -113,7 +113,7 @@ class Following:
             (name, directory)
             for directory in spool_directories(self._root)
             for entry in _entries(directory)
-            if (name := read_name(entry)) and not name.unfinished
+            if (name := read_name(entry)) and not name.being_made
         ]
         return {name.key: (directory, name) for name, directory in sorted(found)}
 

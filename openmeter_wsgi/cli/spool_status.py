@@ -20,15 +20,15 @@ from openmeter_wsgi.cli.common import (
     progress,
     size,
 )
-from openmeter_wsgi.cli.spool_files import DeadLetterFile, Letter, SpoolContents
-from openmeter_wsgi.spool import server_answers, server_directories
+from openmeter_wsgi.cli.spool_access import DeadLetterFile, Letter, SpoolContents
+from openmeter_wsgi.spool import server_directories, stored_answers
 from openmeter_wsgi.spool.dead_letters import UNREADABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from openmeter_wsgi.cli.spool_files import SegmentState
+    from openmeter_wsgi.cli.spool_access import SegmentState
 
 #: Maximum number of segments in the table.
 _SHOWN_SEGMENTS = 20
@@ -73,7 +73,7 @@ def _status_of(root: Path, directory: Path, *, is_orphan: bool) -> dict[str, Any
         for segment in segments
         if segment["oldest_age"] is not None
     ]
-    last = server_answers.load_answer(directory)
+    last = stored_answers.load_answer(directory)
     server = server_directories.server_of(directory)
     return {
         "directory": str(directory),

@@ -395,7 +395,7 @@ class MemoryDelivery:
     @property
     def in_memory(self) -> Backlog:
         """The events that are lost if this process dies: all waiting events."""
-        oldest = [*self._sender.oldest, *self._queue.next_event]
+        oldest = [*self._sender.first_events, *self._queue.next_event]
         moments = [at for event in oldest if (at := moment_of(event)) is not None]
         return Backlog(
             self._queue.waiting, self._queue.size, min(moments, default=None)

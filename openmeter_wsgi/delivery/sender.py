@@ -3,7 +3,8 @@
 A failed attempt means one of two things:
 
 - OpenMeter is unavailable (no answer, 5xx, 429) or misconfigured (a wrong key or
-  address). All events are concerned: the batch stays at the head, nothing else is sent.
+  address). All events are concerned: the batch stays at the head and is sent again.
+  After ten 5xx in a row its events may be the cause: it is handled as a refused batch.
 - OpenMeter refuses the batch (400, 413). At least one event is at fault: the batch is
   split in halves, again and again, until that event is alone.
 
@@ -12,10 +13,11 @@ becomes a *suspect* and waits. If OpenMeter accepts another batch and then refus
 suspect again, the suspect becomes a dead letter. The refusal of a batch that held the
 event counts as its first refusal.
 
-A 500 is ambiguous: Kafka is down, or Kafka does not take one of these events. So one
-event of the batch is sent alone. If OpenMeter accepts it and answers 500 to the others,
-they are split at once. A single event with a 500 becomes a suspect, too. It becomes a
-dead letter after ten such answers, if OpenMeter accepted another batch before each.
+A 500 is ambiguous: Kafka is down, or Kafka does not take one of these events. So the
+next attempts send one event of the batch and the others in turn. If OpenMeter accepts
+one part and answers 500 to the other, the other is split at once. A single event that
+causes a 500 becomes a suspect, too. It becomes a dead letter after ten more 500s, if
+OpenMeter accepted another batch before each of them.
 """
 
 from __future__ import annotations
@@ -78,25 +80,26 @@ class _PendingBatch(Generic[_B]):
     """A batch and the history of its attempts."""
 
     __slots__ = (
-        "accepted_before_500", "batch", "failures", "first_refusal", "lone_500s",
+        "accepted_before_500", "batch", "failures", "lone_500s", "refusal_baseline",
         "server_errors", "was_suspect",
     )  # fmt: skip
 
     def __init__(
-        self, batch: _B, first_refusal: tuple[int | None, int] | None = None
+        self, batch: _B, refusal_baseline: tuple[int | None, int] | None = None
     ) -> None:
         self.batch = batch
-        #: Number of failed attempts.
+        #: Number of failures from which the backoff is computed. The parts of a batch
+        #: inherit it, and a 500 that makes an event a suspect counts twice.
         self.failures = 0
         #: Number of 5xx in a row.
         self.server_errors = 0
-        #: Status of the first refusal (or of the last 500 in `lone_500s`), and the
-        #: number of batches accepted before it.
-        self.first_refusal = first_refusal
+        #: The refusal that the next one is compared with: its status, and the number of
+        #: batches accepted before it. Each 500 in `lone_500s` replaces it.
+        self.refusal_baseline = refusal_baseline
         #: Number of batches accepted before the first 500 to this batch or to the batch
         #: that it was split from. None without a 500.
         self.accepted_before_500: int | None = None
-        #: Number of 500s to a single event, with an accepted batch before each.
+        #: Number of 500s to a suspect, with another accepted batch before each.
         self.lone_500s = 0
         #: True if the batch has been a suspect.
         self.was_suspect = False
@@ -127,8 +130,8 @@ class Sender(Generic[_B]):
         self._done = done
         self._jitter = jitter
         self._keep_dead_letter = keep_dead_letter
-        #: Returns a part of a batch to the source, which loads it again after the
-        #: given number of seconds.
+        #: Gives a part of a batch back to the source, which hands it out again after
+        #: the given number of seconds.
         self._delay = delay
         #: Returns the seconds by which our clock is ahead of OpenMeter's.
         self._clock_ahead = clock_ahead
@@ -138,13 +141,13 @@ class Sender(Generic[_B]):
         self._suspects: deque[_PendingBatch[_B]] = deque()
         #: Number of batches accepted so far.
         self._accepted = 0
-        #: Number of single events refused in a row.
+        #: Number of refusals that made a suspect, since the last accepted batch.
         self._refused_in_a_row = 0
         self.outage: Outage = Outage(waiting)
         self._attempt_began: float | None = None
 
     @property
-    def oldest(self) -> list[bytes]:
+    def first_events(self) -> list[bytes]:
         """The first event of each batch that is pending or a suspect."""
         return [p.batch[0] for p in [*self._pending, *self._suspects]]
 
@@ -172,7 +175,7 @@ class Sender(Generic[_B]):
         self.outage.forget()
 
     def load(self, batch: _B) -> None:
-        """Accept a batch for delivery, and delay events dated too far ahead."""
+        """Queue a batch for delivery, and delay events dated too far ahead."""
         if self._delay is None:
             self._pending.append(_PendingBatch(batch))
             return
@@ -185,7 +188,10 @@ class Sender(Generic[_B]):
                 self._pending.append(_PendingBatch(part))
 
     def retry_suspects(self) -> None:
-        """Make the suspects the next batches, even if none was accepted since."""
+        """Make the suspects the next batches.
+
+        OpenMeter may have accepted no other batch since it refused them.
+        """
         self._pending.extendleft(reversed(self._suspects))
         self._suspects.clear()
 
@@ -251,7 +257,7 @@ class Sender(Generic[_B]):
         self._counts.ambiguous += error.ambiguous
         is_server_error = error.status is not None and error.status >= 500
         head.server_errors = head.server_errors + 1 if is_server_error else 0
-        is_cause = error.status == _KAFKA_ERROR and self._is_cause(head)
+        is_cause = error.status == _KAFKA_ERROR and self._note_500(head)
         if is_cause or head.server_errors >= MAX_SERVER_ERRORS:
             return self._handle_refusal(error)
         delay = self._backoff(head.failures)
@@ -263,8 +269,12 @@ class Sender(Generic[_B]):
             self._try_another_part(head)
         return delay
 
-    def _is_cause(self, head: _PendingBatch[_B]) -> bool:
-        """Return True if this batch causes a 500: another batch was accepted since."""
+    def _note_500(self, head: _PendingBatch[_B]) -> bool:
+        """Record a 500 to this batch; return True if the batch is its cause.
+
+        It is the cause if another batch was accepted since its first 500, or if it has
+        been a suspect before.
+        """
         if head.accepted_before_500 is None:
             head.accepted_before_500 = self._accepted
         return head.was_suspect or self._accepted > head.accepted_before_500
@@ -272,11 +282,12 @@ class Sender(Generic[_B]):
     def _try_another_part(self, head: _PendingBatch[_B]) -> None:
         """Make the next attempt with one event of the batch, or with the others."""
         pending = self._pending
-        is_split = (
+        # Both numbers are equal only if both batches are parts of one batch.
+        next_is_other_part = (
             len(pending) > 1
             and pending[1].accepted_before_500 == head.accepted_before_500
         )
-        if is_split:
+        if next_is_other_part:
             pending[0], pending[1] = pending[1], pending[0]
         elif len(head.batch) > 1:
             pending.popleft()
@@ -290,11 +301,11 @@ class Sender(Generic[_B]):
     def _handle_refusal(self, error: DeliveryError) -> float:
         """Split the batch, or make its event a suspect or a dead letter."""
         head = self._pending.popleft()
-        if head.first_refusal is None or head.first_refusal[0] != error.status:
-            head.first_refusal = (error.status, self._accepted)
+        if head.refusal_baseline is None or head.refusal_baseline[0] != error.status:
+            head.refusal_baseline = (error.status, self._accepted)
         if len(head.batch) > 1:
             self._split(head, error)
-        elif self._is_refused_for_good(head, error):
+        elif self._note_lone_refusal(head, error):
             self._log_refused_event(head.batch, error)
             self._make_dead_letters(head.batch, error)
         else:
@@ -304,7 +315,7 @@ class Sender(Generic[_B]):
             self._suspects.append(head)
             self._refused_in_a_row += 1
         if self._refused_in_a_row:
-            self.outage.note(error, refused=True)
+            self.outage.note(error, refused=self._refused_in_a_row > 1)
         if self._refused_in_a_row < 2:
             return 0.0  # the next event may be accepted
         delay = self._backoff(self._refused_in_a_row)
@@ -315,24 +326,26 @@ class Sender(Generic[_B]):
         )  # fmt: skip
         return delay
 
-    def _is_refused_for_good(
-        self, head: _PendingBatch[_B], error: DeliveryError
-    ) -> bool:
-        """Return True if OpenMeter will never accept this single event."""
-        status, accepted = head.first_refusal or (None, self._accepted)
+    def _note_lone_refusal(self, head: _PendingBatch[_B], error: DeliveryError) -> bool:
+        """Record a refusal of a single event; return True if it is final.
+
+        It is final if another batch was accepted since the baseline. A 500 is final
+        only if that has happened ten times.
+        """
+        status, accepted = head.refusal_baseline or (None, self._accepted)
         if self._accepted <= accepted:
             return False
         if isinstance(error, Rejected) or head.server_errors >= MAX_SERVER_ERRORS:
             return True
         head.lone_500s += 1
-        head.first_refusal = (status, self._accepted)
+        head.refusal_baseline = (status, self._accepted)
         return head.lone_500s >= MAX_SERVER_ERRORS
 
     def _split(self, head: _PendingBatch[_B], error: DeliveryError) -> None:
         # A 5xx to a batch does not count as a refusal of each of its events.
         is_refusal = isinstance(error, Rejected)
         for events in reversed(head.batch.split_at(len(head.batch) // 2)):
-            part = _PendingBatch(events, head.first_refusal if is_refusal else None)
+            part = _PendingBatch(events, head.refusal_baseline if is_refusal else None)
             part.accepted_before_500 = head.accepted_before_500
             # In an outage the pauses do not become short again.
             part.failures = 0 if is_refusal else head.failures
@@ -383,13 +396,14 @@ class Sender(Generic[_B]):
     def _log_failure(
         self, head: _PendingBatch[_B], error: DeliveryError, delay: float
     ) -> None:
-        held = isinstance(error, Misconfigured)
+        is_misconfigured = isinstance(error, Misconfigured)
         logger.log(
-            logging.ERROR if held else logging.WARNING,
+            logging.ERROR if is_misconfigured else logging.WARNING,
             "OpenMeter %s (%s); %d events and all behind them are kept%s, next attempt "
             "in %.1f s",
             _status_of(error), reason_of(error), len(head.batch),
-            " until the key or the address is corrected" if held else "", delay,
+            " until the key or the address is corrected" if is_misconfigured else "",
+            delay,
         )  # fmt: skip
 
 
@@ -398,13 +412,18 @@ MIN_LOGGED_OUTAGE = 5.0
 
 
 class _State(NamedTuple):
+    #: Start of the outage, by the clock of `Outage`.
     since: float
+    #: Code of the problem in `health`.
     code: str
     answer: str
 
 
 class Outage:
-    """The reason why a sender cannot deliver. Its thread notes it, any thread asks."""
+    """The time since which a sender's attempts fail, and the last reason.
+
+    The thread of the sender records attempts; any thread reads the problem.
+    """
 
     def __init__(
         self,
@@ -417,7 +436,7 @@ class Outage:
         self._state: _State | None = None
 
     def note(self, error: DeliveryError, *, refused: bool = False) -> None:
-        """Record a failed attempt; *refused*: OpenMeter refuses every event."""
+        """Record a failed attempt; *refused*: OpenMeter refused every event tried."""
         code = "held" if isinstance(error, Misconfigured) else "unavailable"
         since = self._state.since if self._state else self._clock()
         self._state = _State(since, "refused" if refused else code, answer_of(error))
@@ -461,8 +480,8 @@ class Outage:
 _CONSEQUENCES = {
     "held": "all events are kept until the key or the address is corrected",
     "unavailable": "all events are kept and sent again",
-    "refused": "it refuses every event, which may be the answer of a proxy; all events "
-    "are kept",
+    "refused": "it refused every event tried, which may be the answer of a proxy; all "
+    "events are kept",
 }
 
 

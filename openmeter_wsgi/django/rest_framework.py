@@ -9,9 +9,9 @@ from rest_framework.settings import api_settings  # type: ignore[import-untyped]
 from openmeter_wsgi import log
 from openmeter_wsgi.decorators import checks_own_entitlements
 from openmeter_wsgi.django.view_middleware import checks_entitlements
-from openmeter_wsgi.entitlements.handlers import require_entitlements
+from openmeter_wsgi.entitlements.denials import require_entitlements
+from openmeter_wsgi.framework_base import must_ask
 from openmeter_wsgi.framework_routes import handler_of
-from openmeter_wsgi.frameworks import must_ask
 from openmeter_wsgi.request import billing_of, environ_of, is_options, method_of
 
 if TYPE_CHECKING:

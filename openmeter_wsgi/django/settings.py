@@ -21,7 +21,7 @@ from openmeter_wsgi.django.view_middleware import (
     watch_users,
 )
 from openmeter_wsgi.errors import ConfigError
-from openmeter_wsgi.frameworks import FrameworkMiddleware, make_policy
+from openmeter_wsgi.framework_base import FrameworkMiddleware, make_policy
 from openmeter_wsgi.policy import Policy
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from django.utils import translation
 from werkzeug.wrappers import Response
 
 from openmeter_wsgi import log
-from openmeter_wsgi.entitlements.handlers import EntitlementDenied, require_entitlements
-from openmeter_wsgi.frameworks import LastingSubject, keep_subject, must_ask
+from openmeter_wsgi.entitlements.denials import EntitlementDenied, require_entitlements
+from openmeter_wsgi.framework_base import LastingSubject, keep_subject, must_ask
 from openmeter_wsgi.request import (
     REQUEST,
     billing_of,
@@ -92,7 +92,7 @@ class SubjectAtPath(LastingSubject):
         read = path_reader(path, root)
         super().__init__(lambda environ: read(_request_of(environ)))
         #: The whole path, such as ``request.user.pk``.
-        self.path = f"{root}.{path}"
+        self.path: str = f"{root}.{path}"
 
 
 def _request_of(environ: dict[str, Any]) -> HttpRequest | None:

@@ -251,7 +251,7 @@ def allow_from_cache(
     function returns False, the request is not denied: the gate decides.
     """
 
-    def passes(environ: dict[str, Any], request: RequestRecord) -> bool:
+    def is_allowed_by_cache(environ: dict[str, Any], request: RequestRecord) -> bool:
         # One function without calls to helpers: it runs in every request.
         if environ.get("REQUEST_METHOD") in OPTIONS:
             return False
@@ -270,4 +270,4 @@ def allow_from_cache(
         counts.passed += 1
         return True
 
-    return passes
+    return is_allowed_by_cache

@@ -4,8 +4,8 @@
 subject and its customer, and gets a decision from the entitlement service: a cached
 answer of OpenMeter, or a new one. If the quota of a feature is counted down locally
 (``entitlement_meters``), the gate then *reserves* an amount of it. When the response
-has ended, `Gate.settle` replaces the reservation with the amount that is billed. The
-*account* of a customer is the name under which its quotas are counted down.
+has ended, `Gate.settle_reservations` replaces the reservation with the amount that is
+billed. The *account* of a customer is the name under which its quotas are counted down.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Gate:
         #: True if at least one required feature is counted down.
         self._is_counted = not self._countdown.meters.keys().isdisjoint(self.required)
         #: Fast path: returns True if the request may begin. If False, `admit` decides.
-        self.passes: AllowFromCache = allow_nothing
+        self.is_allowed_by_cache: AllowFromCache = allow_nothing
         #: Fast path of `admit` for exactly one required feature that is counted down
         #: by a constant amount: returns the cached decision on a customer, or None.
         self._fresh_decision = None
@@ -187,7 +187,7 @@ class Gate:
             return
         (feature,) = self.required
         if not self._is_counted:
-            self.passes = entitlements.allow_from_cache(
+            self.is_allowed_by_cache = entitlements.allow_from_cache(
                 feature,
                 find_subject=subjects.find,
                 anonymous=subjects.anonymous,
@@ -288,7 +288,7 @@ class Gate:
             request.reserved = {feature: outcome}
         return True
 
-    def settle(
+    def settle_reservations(
         self, request: RequestRecord, meters: Sequence[Meter], subject: str | None
     ) -> None:
         """Replace the reservations of a request with the usage in *meters*."""

@@ -21,13 +21,13 @@ from openmeter_wsgi.sandbox import (
     event_routes,
     ingest,
     meter_routes,
+    request_validation,
     v3,
-    validation,
 )
 from openmeter_wsgi.sandbox.context import KEY, Context, Questions, Tally
 from openmeter_wsgi.sandbox.entitlements import Access, Entitlements, Granting
+from openmeter_wsgi.sandbox.request_validation import Problem
 from openmeter_wsgi.sandbox.store import Customers, Resources
-from openmeter_wsgi.sandbox.validation import Problem
 
 if TYPE_CHECKING:
     from flask import Response
@@ -185,7 +185,7 @@ def create_app(context: Context, *, host: str) -> Flask:
     app.url_map.merge_slashes = False
     app.url_map.converters["default"] = _Key
     control_access(app, host)
-    validation.install(app)
+    request_validation.install(app)
     app.extensions[KEY] = context
     for routes in ROUTES:
         app.register_blueprint(routes)

@@ -15,8 +15,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from openmeter_wsgi.sandbox.request_validation import (
+    Document,
+    Problem,
+    parse_time,
+    rfc3339,
+)
 from openmeter_wsgi.sandbox.usage import Edge
-from openmeter_wsgi.sandbox.validation import Document, Problem, parse_time, rfc3339
 
 _NAMES = {"DAY": "P1D", "WEEK": "P1W", "MONTH": "P1M", "YEAR": "P1Y"}
 _ISO = re.compile(

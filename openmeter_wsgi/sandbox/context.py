@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from flask import current_app, request
 
-from openmeter_wsgi.sandbox.validation import Problem
+from openmeter_wsgi.sandbox.request_validation import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import current_context
-from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     JSON,
     METADATA,
     PREFIX,
@@ -27,9 +26,10 @@ from openmeter_wsgi.sandbox.validation import (
     shape,
     text,
 )
+from openmeter_wsgi.sandbox.store import subject_keys, subjects_of
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.validation import Document
+    from openmeter_wsgi.sandbox.request_validation import Document
 
 CUSTOMER = shape(
     "name",

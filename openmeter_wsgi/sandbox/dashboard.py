@@ -18,16 +18,7 @@ from flask import Blueprint, Response, jsonify, request, send_from_directory
 
 from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.entitlements import NO_ACCESS, wanted
-from openmeter_wsgi.sandbox.usage import (
-    AGGREGATES,
-    NUMBER,
-    TEXT,
-    JsonPath,
-    Query,
-    Row,
-    usage,
-)
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     FLAG,
     JSON,
     SLUG,
@@ -43,14 +34,23 @@ from openmeter_wsgi.sandbox.validation import (
     text,
     tidy,
 )
-from openmeter_wsgi.sandbox.validation import TEXT as PLAIN
+from openmeter_wsgi.sandbox.request_validation import TEXT as PLAIN
+from openmeter_wsgi.sandbox.usage import (
+    AGGREGATES,
+    NUMBER,
+    TEXT,
+    JsonPath,
+    Query,
+    Row,
+    usage,
+)
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Mapping
 
     from openmeter_wsgi.sandbox.context import Context
-    from openmeter_wsgi.sandbox.validation import Document, Schema
+    from openmeter_wsgi.sandbox.request_validation import Document, Schema
 
 
 #: Maximum number of curves in a plot: each has its own colour and pattern.

@@ -14,7 +14,7 @@ from openmeter_wsgi.sandbox.entitlements import (
     v1_grant_document,
     v2,
 )
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     DATE_TIME,
     FLAG,
     JSON,
@@ -39,7 +39,7 @@ from openmeter_wsgi.sandbox.validation import (
 )
 
 if TYPE_CHECKING:
-    from openmeter_wsgi.sandbox.validation import Document, Schema
+    from openmeter_wsgi.sandbox.request_validation import Document, Schema
 
 _AMOUNT: Schema = {"type": "number", "minimum": 0}
 _PRIORITY: Schema = {"type": "integer", "minimum": 1, "maximum": 255}

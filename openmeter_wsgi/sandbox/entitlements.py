@@ -21,9 +21,7 @@ from openmeter_wsgi.sandbox.balance import (
     recurring,
     whole_minute,
 )
-from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
-from openmeter_wsgi.sandbox.usage import Edge, Query, UsageCache
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     Problem,
     go_time,
     parse_moment,
@@ -31,13 +29,15 @@ from openmeter_wsgi.sandbox.validation import (
     rfc3339,
     tidy,
 )
+from openmeter_wsgi.sandbox.store import Resources, subjects_of, ulid
+from openmeter_wsgi.sandbox.usage import Edge, Query, UsageCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openmeter_wsgi.sandbox.balance import Balance
+    from openmeter_wsgi.sandbox.request_validation import Document
     from openmeter_wsgi.sandbox.store import Customers, Store
-    from openmeter_wsgi.sandbox.validation import Document
 
 #: The members of a request for a grant that the grant has unchanged.
 _KEPT = ("priority", "metadata", "annotations", "expiration")

@@ -15,21 +15,21 @@ from flask import Blueprint, Response, jsonify, request
 from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.event_routes import Judge
 from openmeter_wsgi.sandbox.meter_routes import flaw_of
-from openmeter_wsgi.sandbox.store import Outcome, subjects_of
-from openmeter_wsgi.sandbox.usage import NUMBER, Edge, JsonPath, Query, usage
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     Problem,
     integer,
     parse_time,
     refuse,
     rfc3339,
 )
+from openmeter_wsgi.sandbox.store import Outcome, subjects_of
+from openmeter_wsgi.sandbox.usage import NUMBER, Edge, JsonPath, Query, usage
 
 if TYPE_CHECKING:
     import sqlite3
 
     from openmeter_wsgi.sandbox.context import Context
-    from openmeter_wsgi.sandbox.validation import Document
+    from openmeter_wsgi.sandbox.request_validation import Document
 
 
 STORED = "stored"

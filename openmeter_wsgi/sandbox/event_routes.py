@@ -15,8 +15,7 @@ from flask import Blueprint, jsonify, request
 
 from openmeter_wsgi.sandbox.context import current_context
 from openmeter_wsgi.sandbox.meter_routes import flaw_of
-from openmeter_wsgi.sandbox.store import subjects_of
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     ULID,
     Problem,
     check,
@@ -26,13 +25,14 @@ from openmeter_wsgi.sandbox.validation import (
     refuse,
     rfc3339,
 )
+from openmeter_wsgi.sandbox.store import subjects_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from flask import Response
 
-    from openmeter_wsgi.sandbox.validation import Document, Schema
+    from openmeter_wsgi.sandbox.request_validation import Document, Schema
 
 _COLUMNS = "seq, id, source, type, subject, time, data, ingested_at, stored_at"
 #: Maximum age of events that OpenMeter lists, in seconds.

@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.sandbox.validation import Problem
+from openmeter_wsgi.sandbox.request_validation import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,8 +19,7 @@ from urllib.parse import quote, unquote
 from flask import Blueprint, Response, request
 
 from openmeter_wsgi.sandbox.context import current_context, delay
-from openmeter_wsgi.sandbox.store import Event, Outcome, rejected_events
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     PREFIX,
     TEXT,
     TIME,
@@ -37,10 +36,11 @@ from openmeter_wsgi.sandbox.validation import (
     text,
     well_formed,
 )
+from openmeter_wsgi.sandbox.store import Event, Outcome, rejected_events
 
 if TYPE_CHECKING:
     from openmeter_wsgi.sandbox.context import Context
-    from openmeter_wsgi.sandbox.validation import Document
+    from openmeter_wsgi.sandbox.request_validation import Document
 
 SINGLE = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"

@@ -15,17 +15,7 @@ from urllib.parse import unquote
 from flask import Blueprint, Response, jsonify, request
 
 from openmeter_wsgi.sandbox.context import current_context
-from openmeter_wsgi.sandbox.store import subjects_of
-from openmeter_wsgi.sandbox.usage import (
-    SIZES,
-    JsonPath,
-    Meter,
-    Query,
-    Row,
-    to_float,
-    usage,
-)
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     KEY,
     METADATA,
     SLUG,
@@ -45,6 +35,16 @@ from openmeter_wsgi.sandbox.validation import (
     rfc3339,
     shape,
     text,
+)
+from openmeter_wsgi.sandbox.store import subjects_of
+from openmeter_wsgi.sandbox.usage import (
+    SIZES,
+    JsonPath,
+    Meter,
+    Query,
+    Row,
+    to_float,
+    usage,
 )
 
 AGGREGATIONS = ("SUM", "COUNT", "UNIQUE_COUNT", "AVG", "MIN", "MAX", "LATEST")

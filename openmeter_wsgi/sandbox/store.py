@@ -19,13 +19,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openmeter_wsgi.sandbox.request_validation import Problem, rfc3339
 from openmeter_wsgi.sandbox.usage import install
-from openmeter_wsgi.sandbox.validation import Problem, rfc3339
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from openmeter_wsgi.sandbox.validation import Document
+    from openmeter_wsgi.sandbox.request_validation import Document
 
 
 @dataclass(frozen=True, slots=True)

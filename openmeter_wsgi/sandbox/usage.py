@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from openmeter_wsgi.sandbox.validation import Problem, parse_time, rfc3339, tidy
+from openmeter_wsgi.sandbox.request_validation import Problem, parse_time, rfc3339, tidy
 
 if TYPE_CHECKING:
     import sqlite3

@@ -17,9 +17,7 @@ from openmeter_wsgi.sandbox.event_routes import (
     read_cursor,
 )
 from openmeter_wsgi.sandbox.meter_routes import rows_of
-from openmeter_wsgi.sandbox.store import subject_keys
-from openmeter_wsgi.sandbox.usage import Query
-from openmeter_wsgi.sandbox.validation import (
+from openmeter_wsgi.sandbox.request_validation import (
     TEXT,
     TIME,
     ULID,
@@ -33,13 +31,15 @@ from openmeter_wsgi.sandbox.validation import (
     read,
     shape,
 )
+from openmeter_wsgi.sandbox.store import subject_keys
+from openmeter_wsgi.sandbox.usage import Query
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from openmeter_wsgi.sandbox.event_routes import Term
+    from openmeter_wsgi.sandbox.request_validation import Document
     from openmeter_wsgi.sandbox.usage import Meter, Row
-    from openmeter_wsgi.sandbox.validation import Document
 
 routes: Final = Blueprint("v3", __name__, url_prefix="/api/v3/openmeter")
 

@@ -25,7 +25,7 @@ from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.lock import sender_seen_at
 from openmeter_wsgi.spool import watermark
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
-from openmeter_wsgi.spool.maintenance import FLUSH, SegmentMaintenance
+from openmeter_wsgi.spool.segment_maintenance import FLUSH, SegmentMaintenance
 from openmeter_wsgi.spool.sender import InheritedSenders, SpoolSender
 from openmeter_wsgi.spool.server_directories import (
     KeyWatch,

@@ -48,7 +48,8 @@ class SegmentName(NamedTuple):
     number: int
     form: str
     sealed: bool = False
-    unfinished: bool = False
+    #: True while the owner makes the file. It holds no event yet.
+    being_made: bool = False
 
     @property
     def key(self) -> str:
@@ -57,7 +58,7 @@ class SegmentName(NamedTuple):
 
     def __str__(self) -> str:
         """Return the name of the file."""
-        sealed, new = SEALED * self.sealed, UNFINISHED * self.unfinished
+        sealed, new = SEALED * self.sealed, UNFINISHED * self.being_made
         return f"{self.key}{sealed}{new}"
 
 

@@ -3,7 +3,8 @@
 A segment is a file of events, one per line. Its *owner*, a process, appends to it until
 it is *sealed*. The elected sender reads all segments, also the live ones up to their
 last whole line: so the events of an idle process are delivered, too. It *adopts* the
-segments of owners that have died. A segment whose lines are all done is deleted.
+segments of owners that have died. A segment whose lines are all done is deleted. Some
+segments are mapped into memory at their full size: the unused end is zeros.
 
 `SpoolReader` reads the directory, `SegmentReader` one segment, and `Liveness` finds the
 owners that have died.
@@ -62,8 +63,8 @@ _DELETIONS_PER_SYNC = 16
 class SpoolReader:
     """The segments of a directory as a source of batches.
 
-    Belongs to the elected sender. Each election makes a new reader. It reads ahead at
-    most one batch of *max_events*.
+    Belongs to the elected sender. Each election makes a new reader. It stops reading
+    ahead once a batch of *max_events* is full.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class SpoolReader:
     def refresh(self, *, everything: bool = False) -> None:
         """Look for new segments, new lines and dead owners.
 
-        With *everything* the intervals between two looks do not count.
+        If *everything* is True, do so even if the interval has not passed.
         """
         if everything:
             self._liveness.force_next()
@@ -173,14 +174,14 @@ class SpoolReader:
             if key in touched:
                 number_ranges.add(touched[key].done, start, end)
         # Not synced here: the next `record` syncs it. After a loss of power before
-        # that, this batch is in flight on the disk, and no other one.
+        # that, at least this batch is in flight on the disk and is sent again.
         self._save(lasting=False)
         self._delete_done(touched.values())
 
     # -- Delay
 
     def delay(self, batch: SpoolBatch, seconds: float) -> None:
-        """Make `take` return *batch*, which was taken, again after some *seconds*."""
+        """Make `take` return the taken *batch* again after *seconds*."""
         self._delayed.add(batch.ranges, seconds)
 
     @property
@@ -248,11 +249,13 @@ class SpoolReader:
                 self._resend.append(batch)
 
     def _set_aside(self, segment: SegmentReader, damaged: list[Line]) -> None:
+        """Keep damaged lines among the dead letters, and mark them as done."""
         for line in damaged:
             self._letters.add_unreadable(line.text, segment.name.key, line.start)
             number_ranges.add(segment.done, line.start, line.end)
 
     def _save(self, *, lasting: bool) -> None:
+        """Write the progress file; if *lasting* is True, sync it to the disk."""
         done = {key: r.done for key, r in self._segments.items() if r.done}
         done.update(self._deleted)
         try:
@@ -293,7 +296,7 @@ class SpoolReader:
         names = {e: n for e in entries if (n := self._names.get(e) or read_name(e))}
         self._names = names
         self._liveness.update(entries, names.values())
-        by_key = {name.key: name for name in names.values() if not name.unfinished}
+        by_key = {name.key: name for name in names.values() if not name.being_made}
         for key in self._segments.keys() - by_key.keys():
             del self._segments[key]
         for key, name in by_key.items():
@@ -314,14 +317,14 @@ class SpoolReader:
         """Read lines until they fill a batch. Each owner's segments come in order."""
         while not self.has_full_batch:
             if not self._heads or self._heads[0].at_end:
-                self._heads = next_segments(self._segments, but=self._exhausted)
+                self._heads = next_segments(self._segments, exclude=self._exhausted)
             if not self._heads:
                 return
             if not self._read(self._heads[0]):
                 self._exhausted.add(self._heads.pop(0).name.owner)
 
     def _read(self, segment: SegmentReader) -> bool:
-        """Read the next lines of a segment; return False if its owner has none now."""
+        """Read the segment's next lines; return False if its owner has no more now."""
         before = segment.offset
         try:
             parts, damaged = segment.read()
@@ -376,7 +379,7 @@ _BLOCK_BYTES = 32 * 1024
 
 
 class SegmentReader:
-    """The lines of one segment, each of which is returned once.
+    """Reader of one segment, which returns each line once.
 
     Belongs to the sender. *done* are the ranges that an earlier sender has delivered.
     """
@@ -457,7 +460,7 @@ class SegmentReader:
         return parts, damaged
 
     def _valid_slice(self, text: bytes, start: int) -> Slice | None:
-        """Return *text* as a slice, None if a line may be no event."""
+        """Return *text* as a slice, None if a line may not be an event."""
         if not text.endswith(b"\n"):
             return None
         if self.adopted or self.name.form == WRITTEN:
@@ -512,13 +515,16 @@ class SegmentReader:
 
 
 def next_segments(
-    segments: Mapping[str, SegmentReader], *, but: Container[str]
+    segments: Mapping[str, SegmentReader], *, exclude: Container[str]
 ) -> list[SegmentReader]:
-    """Return the next segment to read of each owner, *but* some; the oldest first."""
+    """Return each owner's next segment to read, the oldest first.
+
+    Owners in *exclude* are left out.
+    """
     heads: dict[str, SegmentReader] = {}
     for segment in segments.values():
         name = segment.name
-        if not segment.at_end and name.owner not in but:
+        if not segment.at_end and name.owner not in exclude:
             head = heads.get(name.owner)
             if head is None or head.name.number > name.number:
                 heads[name.owner] = segment
@@ -547,7 +553,10 @@ LIVENESS_INTERVAL = 0.5
 
 
 class Liveness:
-    """The owners that have died. Their unfinished segments and locks are deleted.
+    """The owners that have died.
+
+    `update` deletes their lock files, and the files that they were just making (named
+    ``*.new``), which hold no event yet. Their segments are adopted by the reader.
 
     Only the elected sender uses it. If two processes tried a lock at the same time,
     each would mistake the other for its living owner.
@@ -579,7 +588,7 @@ class Liveness:
         alive = {owner for owner in unknown if is_alive(self._directory, owner)}
         self._dead = (owners - alive - self._without_lock) | (self._dead & owners)
         for name in names:
-            if name.unfinished and name.owner in self._dead:
+            if name.being_made and name.owner in self._dead:
                 (self._directory / str(name)).unlink(missing_ok=True)
         for entry in entries:
             owner = owner_of_lock(entry)

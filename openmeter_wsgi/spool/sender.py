@@ -15,7 +15,7 @@ from openmeter_wsgi import log
 from openmeter_wsgi.delivery.sender import Sender
 from openmeter_wsgi.delivery.worker import Source, Worker
 from openmeter_wsgi.lock import Election, election
-from openmeter_wsgi.spool import server_answers
+from openmeter_wsgi.spool import stored_answers
 from openmeter_wsgi.spool.batches import SpoolBatch
 from openmeter_wsgi.spool.dead_letters import DeadLetters
 from openmeter_wsgi.spool.files import SEGMENT_BYTES
@@ -270,7 +270,7 @@ class SpoolSource(Source[SpoolBatch]):
         )
         if not self._verdict_is_logged:
             self._verdict_is_logged = True
-            server_answers.log_verdict(self._directory, self._policy.api_url)
+            stored_answers.log_verdict(self._directory, self._policy.api_url)
         self._reader, self._election = reader, won
         try:
             self._began()
@@ -327,10 +327,10 @@ class SpoolSource(Source[SpoolBatch]):
         if answer is not None:
             self._may_hold_answer = True
             with contextlib.suppress(OSError):  # a full disk is logged elsewhere
-                server_answers.save_answer(self._directory, answer, next_in=next_in)
+                stored_answers.save_answer(self._directory, answer, next_in=next_in)
         elif self._may_hold_answer:
             self._may_hold_answer = False
-            server_answers.forget_answer(self._directory)
+            stored_answers.forget_answer(self._directory)
 
     @property
     def has_full_batch(self) -> bool:

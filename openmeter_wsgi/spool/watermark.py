@@ -205,7 +205,7 @@ def _names(directory: Path) -> list[SegmentName]:
     except OSError:
         return []
     names = [name for entry in entries if (name := read_name(entry))]
-    return sorted(name for name in names if not name.unfinished)
+    return sorted(name for name in names if not name.being_made)
 
 
 def _done(directory: Path) -> dict[str, Ranges]:

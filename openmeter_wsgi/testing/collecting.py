@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from openmeter_wsgi import audit
+from openmeter_wsgi import not_metered
 from openmeter_wsgi.delivery.queue import Backlog
 from openmeter_wsgi.entitlements.cache import Lifetimes
 from openmeter_wsgi.entitlements.client import (
@@ -427,6 +427,6 @@ def _both(
 
     def call_both(record: dict[str, Any]) -> None:
         add_unmetered(record)
-        audit.call_audit(own, record)
+        not_metered.call_audit(own, record)
 
     return call_both

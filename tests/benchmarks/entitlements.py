@@ -95,7 +95,7 @@ def timers(sandbox: Sandbox) -> Iterator[dict[str, timeit.Timer]]:
         "decide": plain.entitlements.decide,
         "admit": plain.billing.gate.admit,
         "admit_counted": counted.billing.gate.admit,
-        "settle": counted.billing.gate.settle,
+        "settle": counted.billing.gate.settle_reservations,
         "record": record_of,
         "static": counted.billing.gate.policy.static_meters,
     }

@@ -75,7 +75,7 @@ def parts() -> dict[str, Callable[[int], None]]:  # noqa: C901 - many, all small
 
     def ask_guard(times: int) -> None:
         for _ in range(times):
-            if not guard.is_current():
+            if not guard.is_confirmed():
                 return
 
     def response() -> Response:

@@ -6,7 +6,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any
 
-from openmeter_wsgi.sandbox.validation import rfc3339
+from openmeter_wsgi.sandbox.request_validation import rfc3339
 from test_sandbox_support import event
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from openmeter_wsgi.sandbox import Sandbox
-from openmeter_wsgi.sandbox.validation import rfc3339
+from openmeter_wsgi.sandbox.request_validation import rfc3339
 from test_sandbox_page import HOSTILE
 from test_sandbox_support import Api, event
 

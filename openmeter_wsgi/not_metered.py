@@ -16,7 +16,8 @@ from openmeter_wsgi.values import timestamp
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-logger: Final = log.get_logger(__name__)
+#: Users know the logger by the name of the option.
+logger: Final = log.get_logger("openmeter_wsgi.audit")
 
 
 class NotMetered:

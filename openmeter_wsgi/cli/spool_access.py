@@ -96,7 +96,7 @@ class SpoolContents:
             owner: holder(self._directory / (owner + LOCK)) is not None
             for owner in {name.owner for name in names}
         }
-        for name in sorted(name for name in names if not name.unfinished):
+        for name in sorted(name for name in names if not name.being_made):
             if (fd := self._open(name)) is not None:
                 size = os.fstat(fd).st_size
                 os.close(fd)

@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmeter_wsgi.decorators import checks_own_entitlements
-from openmeter_wsgi.entitlements.handlers import quota_headers
+from openmeter_wsgi.entitlements.denials import quota_headers
 from openmeter_wsgi.errors import ConfigError
 from openmeter_wsgi.framework_routes import handler_of
 from openmeter_wsgi.middleware import OpenMeterMiddleware
