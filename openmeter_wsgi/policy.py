@@ -66,7 +66,7 @@ class BillingOptions:
     meter: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = dataclasses.field(
         default=None, metadata={"read": read.meter}
     )
-    #: The amounts of each request by meter type: ``{"api_requests": 1}`` sends an event
+    #: The amounts of each request by event type: ``{"api_requests": 1}`` sends an event
     #: with the data ``{"total": 1}``. An amount may be a measure. Zero sends no event.
     meters: Mapping[str, float | Measure | str] | None = dataclasses.field(
         default=None, metadata={"read": read.meters}
@@ -239,8 +239,9 @@ class EntitlementOptions:
     usage_headers: bool = False
 
     # -- Quotas
-    #: The meter type of each feature whose quota is counted down locally between two
-    #: answers of OpenMeter. A list of features if the meter types have the same names.
+    #: The event type that uses up each feature's quota:
+    #: ``{"feature_key": "event_type"}``, or a list of features whose key equals the
+    #: event type. The quotas are counted down locally between two answers of OpenMeter.
     entitlement_meters: Mapping[str, CountedMeter] = dataclasses.field(
         default_factory=dict, metadata={"read": read.counted_meters}
     )

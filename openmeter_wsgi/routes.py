@@ -40,8 +40,6 @@ _COLON = re.compile(r"/:([a-z_]\w*)", re.ASCII | re.IGNORECASE)
 _STAR = re.compile(r"/\*(\w*)$", re.ASCII)
 _QUERY = re.compile(r"[?#].*", re.DOTALL)
 _ESCAPE = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
-#: Converters with the same name and meaning in other frameworks.
-_SHARED_CONVERTERS = frozenset({"int", "float", "path", "uuid"})
 #: Converters whose values have a maximum length.
 _BOUNDED_CONVERTERS = frozenset({"any", "uuid"})
 #: Maximum number of unbounded variables in one regular expression. It is the exponent
@@ -138,7 +136,9 @@ def _literal_as_werkzeug_rule(text: str) -> str:
 
 
 def _variable(name: str, kind: str) -> str:
-    return f"<{kind}:{name}>" if kind in _SHARED_CONVERTERS else f"<{name}>"
+    # Integers, floats and UUIDs of Bottle and Falcon have spellings, such as -5, that
+    # werkzeug's converters do not match. A text matches all of them.
+    return f"<path:{name}>" if kind == "path" else f"<{name}>"
 
 
 def _max_variables_together(path: str) -> int:

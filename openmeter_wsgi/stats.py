@@ -263,9 +263,9 @@ class Problem(msgspec.Struct, frozen=True):
     #: too long. ``not_delivering``: events wait and no thread delivers them.
     #: ``queue_full``: new events are dropped. ``spool_failing``: the disk takes no
     #: event, and new events wait in memory. ``spool_dropping``: the disk takes no
-    #: event, and new events are dropped. ``two_keys``: two running processes send to
-    #: one server with different keys. ``entitlements``: there are no answers about
-    #: entitlements.
+    #: event, and new events are dropped because of ``delivery="ship"``. ``two_keys``:
+    #: two running processes send to one server with different keys.
+    #: ``entitlements``: there are no answers about entitlements.
     code: str
     #: One line: the events lost or delayed, and the next step.
     text: str

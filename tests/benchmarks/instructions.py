@@ -87,7 +87,7 @@ def rows(counts: dict[str, float]) -> list[dict[str, object]]:
 def table(rows: list[dict[str, object]]) -> str:
     """Return *rows* in Markdown."""
     lines = [
-        "| request | instructions | added | to | budget |",
+        "| request | instructions | added | in comparison with | budget |",
         "|---|---:|---:|---|---:|",
     ]
     for row in rows:
