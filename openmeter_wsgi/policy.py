@@ -83,8 +83,9 @@ class BillingOptions:
     meter_on_status_codes: StatusCodes | str | Iterable[int | str] = dataclasses.field(
         default="200-299", metadata={"read": StatusCodes}
     )
-    #: The part that is billed if the application raises an exception. ``"measured"``
-    #: bills the usage of handlers and measures, without flat prices.
+    #: The part that is billed if the application fails after the response has begun.
+    #: ``"measured"`` bills the usage of handlers and measures, without flat prices. An
+    #: exception before the first byte gives a 500, which is not billed by default.
     on_failure: Billed = "measured"
     #: The part that is billed if the client disconnects before the end of the response.
     #: With less than ``"all"``, a client can pay less by closing the connection before
@@ -173,7 +174,8 @@ class DeliveryOptions:
     # -- Queue and batches
     #: Maximum number of events in one batch. A full batch is sent immediately.
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500
-    #: Maximum number of seconds that an event waits for its batch to fill.
+    #: Maximum number of seconds that an event waits for its batch to fill. In a spool,
+    #: the wait begins when the sender finds the event, at most a second later.
     flush_interval: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 1.0
     #: Maximum size of the queue in memory, in bytes of events. Events that do not fit
     #: are dropped and counted.
@@ -189,8 +191,9 @@ class DeliveryOptions:
     #: Maximum size of the subdirectory of a server, in bytes. It may be exceeded by one
     #: segment file per process.
     max_spool_bytes: Annotated[int, msgspec.Meta(ge=16 * 1024**2)] = 1024**3
-    #: Seconds within which a batch without an answer may be sent again. It must not be
-    #: longer than OpenMeter deduplicates: otherwise events may be billed twice.
+    #: Seconds within which a spool sends a batch without an answer again, and within
+    #: which a ticket of :func:`defer` may be used. It must not be longer than OpenMeter
+    #: deduplicates: otherwise events may be billed twice.
     resend_window: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     #: The secret that signs the tickets of :func:`defer`, at least 16 characters. To
     #: rotate it, set the new and the old secret with a space between them: the first
@@ -273,8 +276,8 @@ class EntitlementOptions:
     #: Seconds after which a delivered event is assumed to be included in OpenMeter's
     #: balances. Used only if OpenMeter's list of events is not available.
     visibility_lag: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    #: Seconds after which an event that OpenMeter accepted but does not list counts as
-    #: lost: quotas no longer wait for it.
+    #: Seconds after which an event that OpenMeter accepted but does not list is no
+    #: longer waited for: its quota stops subtracting it.
     max_visibility_lag: Annotated[float, msgspec.Meta(gt=0)] = 600.0
     #: URL of a Redis that several hosts share, so that a quota applies to all of them.
     redis_url: str | None = dataclasses.field(

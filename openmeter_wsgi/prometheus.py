@@ -109,7 +109,7 @@ COUNTERS = (
             _one("delivered")),
     Figure("events_dropped", "Events and meters that were dropped.", ("reason",),
             _by_reason("dropped")),
-    Figure("events_dead_lettered", "Events that OpenMeter refuses for good.", (),
+    Figure("events_dead_lettered", "Events that became dead letters.", (),
             _one("dead_lettered")),
     Figure("events_unspooled", "Events that the spool could not take.", (),
             _one("unspooled")),
