@@ -746,6 +746,22 @@ def test_names_that_are_refused_do_not_keep_the_breaker_open(make, entitled):
     assert ask(app, "acme").status == "200 OK"
 
 
+def test_a_subject_with_too_many_similar_customers_is_no_outage_for_others(
+    make, entitled, caplog
+):
+    entitled.values["acme"] = {"searches": YES}
+    entitled.similar = 5_000
+    app = make(fail_mode="closed")
+
+    assert ask(app, "a").status.startswith("503")
+    entitled.similar = 0
+
+    assert "set the option customer=" in caplog.text
+    # An outage ends all waiting, and its end is logged.
+    assert "answers again" not in caplog.text
+    assert ask(app, "acme").status == "200 OK"
+
+
 def test_each_outage_of_entitlements_is_logged_at_its_begin_and_end(
     make, entitled, caplog
 ):

@@ -178,7 +178,8 @@ def _answers_by_lookup(
         return _answers(client, page.customer, features, take_token)
     raise Misconfigured(
         f"more than {_MAX_PAGES} pages of customers have subjects that contain "
-        f"{subject!r}; set the option customer= to map the subject to its customer"
+        f"{subject!r}; set the option customer= to map the subject to its customer",
+        status=200,  # OpenMeter has answered: other customers are not concerned
     )
 
 
