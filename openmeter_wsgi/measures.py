@@ -183,10 +183,14 @@ def response_header(name: str) -> Measure:
 def response_json(path: str) -> Measure:
     """The number at a JSONPath (RFC 9535) in the body; several numbers are added up.
 
+    The ``$`` at the beginning may be left out: ``usage.total``.
+
     :raises ConfigError: if *path* is no JSONPath, or python-jsonpath is not installed.
     """
     from openmeter_wsgi.bodies.json import NumberPath  # see `reader_of`
 
+    if not path.startswith("$"):
+        path = f"${path}" if path.startswith("[") else f"$.{path}"
     numbers = NumberPath(path)
     if ".." in _QUOTED.sub("", path):
         logger.warning(

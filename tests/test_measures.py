@@ -469,6 +469,15 @@ def test_what_has_no_value_is_counted_by_its_reason_and_the_rest_is_billed(
     ]
 
 
+@pytest.mark.parametrize(
+    ("short", "path"),
+    [("usage.total", ".usage.total"), ("[0].total", "[0].total"), ("a", ".a")],
+)
+def test_the_dollar_of_a_jsonpath_may_be_left_out(short: str, path: str) -> None:
+    assert repr(response_json(short)) == f"$response.json{path}"
+    assert repr(response_json(f"${path}")) == f"$response.json{path}"
+
+
 def test_each_meter_of_a_route_is_warned_of(
     openmeter: OpenMeterServer, caplog: pytest.LogCaptureFixture
 ) -> None:
