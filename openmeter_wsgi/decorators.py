@@ -144,8 +144,9 @@ def meter(
             environ = _metered_environ(args)
             if environ is None:
                 logger.warning(
-                    "%s: called outside a metered request, so it is not billed: "
-                    "the option routes has None for its route, or for '*'",
+                    "%s: called outside a metered request, so it is not billed, and "
+                    "its entitlements are not checked: the request did not come "
+                    "through the middleware, or routes has None for its route or '*'",
                     name,
                 )
                 return

@@ -208,9 +208,9 @@ def _other_meters(situation: Situation, meters: list[Document]) -> Iterator[Find
         yield warning(
             "meters without usage",
             f"no policy feeds {_listed(without_usage)}, and nothing else has for "
-            f"{DAYS} days: they bill nothing",
-            "name the type in meters, or state it in a handler with set_meters; delete "
-            "the meter if it is not needed",
+            f"{DAYS} days",
+            "nothing to do if a handler states the type with add_meters or set_meters, "
+            "which this command cannot see; otherwise name the type in meters",
         )
     if with_usage:
         names = _listed(with_usage)
