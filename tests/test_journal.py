@@ -148,6 +148,7 @@ def test_a_directory_that_is_gone_is_a_spool_error(tmp_path):
         Journal(tmp_path / "gone", form=MAPPED, max_bytes=2**30)
 
 
+@pytest.mark.load
 @FORMS
 def test_threads_lose_nothing_through_thousands_of_seals(make, tmp_path, form):
     """Read and delete each sealed segment at once, as the sender does."""

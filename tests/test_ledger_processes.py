@@ -185,6 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.load
 def test_processes_and_threads_serve_the_quota_and_not_more(tmp_path):
     with Balances() as openmeter:
         arguments = str(tmp_path), openmeter.url, str(THREADS), str(VISIBILITY_LAG)

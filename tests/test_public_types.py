@@ -1,8 +1,9 @@
-"""Type checkers know the type of every public name, and editors complete options."""
+"""Type checkers know the public names and refuse mistakes; editors complete options."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from test_typed_options import FIELDS, ROOT, environment, run_checker
+from test_typed_options import FIELDS, ROOT, WRONG, environment, run_checker
+from test_typed_options import PROGRAM as WRONG_PROGRAM
 
 CALLS = {
     "OpenMeterMiddleware(application, ": FIELDS,
@@ -36,6 +38,25 @@ def test_every_public_name_has_a_type() -> None:
     incomplete = [each["name"] for each in found["symbols"] if not each["isTypeKnown"]]
     assert incomplete == []
     assert found["completenessScore"] == 1
+
+
+def test_mypy_refuses_each_mistake_and_nothing_else() -> None:
+    said = run_checker("mypy", "--strict", str(WRONG_PROGRAM))
+
+    assert {int(number) for number in re.findall(r":(\d+): error:", said)} == WRONG
+
+
+def test_pyright_refuses_each_mistake_and_nothing_else() -> None:
+    found: dict[str, Any] = json.loads(
+        run_checker("pyright", "--outputjson", str(WRONG_PROGRAM))
+    )
+
+    lines = {
+        each["range"]["start"]["line"] + 1
+        for each in found["generalDiagnostics"]
+        if each["severity"] == "error"
+    }
+    assert lines == WRONG
 
 
 class LanguageServer:

@@ -394,6 +394,7 @@ def test_a_poison_event_is_a_dead_letter_with_the_servers_reason(
 # -- Errors of the disk
 
 
+@pytest.mark.load
 def test_a_full_spool_lets_events_wait_in_memory_and_counts_them(
     queue, openmeter, caplog
 ):

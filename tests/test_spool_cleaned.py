@@ -355,6 +355,7 @@ def used(spool):
     return sum(path.stat().st_size for path in segments(spool))
 
 
+@pytest.mark.load
 @pytest.mark.parametrize("end", ["closed", "killed"])
 def test_short_lived_processes_do_not_fill_the_spool(openmeter, tmp_path, end):
     spool = tmp_path / "spool"
