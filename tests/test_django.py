@@ -800,6 +800,7 @@ def test_a_request_that_came_through_asgi_is_an_error_in_the_log(make, caplog):
     answered = asyncio.run(ask())
 
     assert answered["status"] == 200
-    (record,) = [one for one in caplog.records if "ASGI" in one.getMessage()]
+    # asyncio may log the name of Django's handler when the machine is slow.
+    (record,) = [one for one in caplog.records if one.name.startswith("openmeter_wsgi")]
     assert record.levelname == "ERROR"
     assert record.getMessage().startswith("openmeter_wsgi: a request came through ASGI")
