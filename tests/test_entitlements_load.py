@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import requests
 
 import overshoot
-from entitling import ask
+from entitling import ask, sandbox_with_meter
 from openmeter_wsgi import OpenMeterMiddleware
 from openmeter_wsgi.quota.sqlite import DATABASE_NAME, SqliteStore
 from openmeter_wsgi.quota.store import LeaseRequest, Lessee, StoreAway
-from openmeter_wsgi.sandbox import Sandbox
 from servers import GTHREAD, Consumer, Server, make_environ
 from spooling import threads, until
 from test_entitlements import ok
@@ -41,19 +39,15 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
 
+    from openmeter_wsgi.sandbox import Sandbox
+
 THREADS = 64
 REQUESTS = 10_000
 
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    meter = {
-        "slug": "api_requests", "eventType": "api_requests", "aggregation": "SUM",
-        "valueProperty": "$.total",
-    }  # fmt: skip
-    with Sandbox() as sandbox:
-        made = requests.post(f"{sandbox.url}/api/v1/meters", json=meter, timeout=40)
-        made.raise_for_status()
+    with sandbox_with_meter("api_requests") as sandbox:
         yield sandbox
 
 

@@ -386,13 +386,28 @@ def store_was_busy(monkeypatch):
     return event
 
 
-def test_closing_waits_longer_for_a_locked_store_than_a_request(
-    tmp_path, store_was_busy, caplog
-):
-    ledger = new_ledger(tmp_path)
+def used_ledger(directory):
+    """Return a ledger that has used 4 of a balance of 100."""
+    ledger = new_ledger(directory)
     account = ledger.account("acme")
     account.answered(100.0, time.time())
     account.reserve(10.0).settle(4.0)
+    return ledger
+
+
+def assert_handed_in(closed, directory):
+    """Assert that the store has the usage of a used ledger, and no lease of it."""
+    other = new_ledger(directory)
+    refusal = other.account("acme").reserve(100.0)
+    assert refusal == NotReserved(held_back=False, available=96.0)
+    end(other)
+    closed._store.close()
+
+
+def test_closing_waits_longer_for_a_locked_store_than_a_request(
+    tmp_path, store_was_busy, caplog
+):
+    ledger = used_ledger(tmp_path)
     with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
         assert process.line() == "locked"
         closing = threading.Thread(target=ledger.close, args=(LONG,))
@@ -401,35 +416,22 @@ def test_closing_waits_longer_for_a_locked_store_than_a_request(
         process.end()
         closing.join(LONG)
     assert not caplog.text
-    other = new_ledger(tmp_path)
-    refusal = other.account("acme").reserve(100.0)
-    assert refusal == NotReserved(held_back=False, available=96.0)
-    end(other)
-    ledger._store.close()
+    assert_handed_in(ledger, tmp_path)
 
 
 def test_closing_retries_a_store_that_was_locked_just_before(tmp_path, caplog):
-    ledger = new_ledger(tmp_path)
-    account = ledger.account("acme")
-    account.answered(100.0, time.time())
-    account.reserve(10.0).settle(4.0)
+    ledger = used_ledger(tmp_path)
     with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
         assert process.line() == "locked"
         ledger.maintain()
         assert "may be overshot" in caplog.text
         process.end()
     ledger.close(LONG)
-    other = new_ledger(tmp_path)
-    refusal = other.account("acme").reserve(100.0)
-    assert refusal == NotReserved(held_back=False, available=96.0)
-    end(other)
-    ledger._store.close()
+    assert_handed_in(ledger, tmp_path)
 
 
 def test_closing_gives_a_locked_store_up_in_time(tmp_path, caplog):
-    ledger = new_ledger(tmp_path)
-    ledger.account("acme").answered(100.0, time.time())
-    ledger.account("acme").reserve(10.0).settle(4.0)
+    ledger = used_ledger(tmp_path)
     with Process(LOCKING, str(tmp_path / DATABASE_NAME)) as process:
         assert process.line() == "locked"
         ledger.close(2 * STORE_TIMEOUT)

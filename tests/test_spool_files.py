@@ -33,17 +33,21 @@ def written(tmp_path):
         os.close(fd)
 
 
+def end_and_peak(fd):
+    """Return the end of the whole lines, and the most bytes allocated to find it."""
+    tracemalloc.start()
+    try:
+        return whole_end(fd, 0), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("start", [b"", event("1") + b"\n", event("torn")[:9]])
 def test_the_free_room_of_a_live_segment_is_not_read(written, start):
     """It is read many times a second, and its memory would stay with the process."""
     fd = written(start + b"\0" * 4_000_000)
 
-    tracemalloc.start()
-    try:
-        end = whole_end(fd, 0)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    end, peak = end_and_peak(fd)
 
     assert end == (len(start) if start.endswith(b"\n") else 0)
     assert peak < 600_000
@@ -54,12 +58,7 @@ def test_the_end_of_the_whole_lines_is_found_without_copying_them(written):
     text = (event("1") + b"\n") * 4_000
     fd = written(text + b"\0" * 1_000_000)
 
-    tracemalloc.start()
-    try:
-        end = whole_end(fd, 0)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    end, peak = end_and_peak(fd)
 
     assert end == len(text)
     assert peak < 560_000  # two texts of 256 KiB, while the second one is read

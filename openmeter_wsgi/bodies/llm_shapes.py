@@ -107,7 +107,8 @@ _OLLAMA = frozenset({"prompt_eval_count", "eval_count"})
 _BEDROCK = frozenset({"inputTokens", "outputTokens", "totalTokens"})
 _CHUNK = ("object", "chat.completion.chunk")
 
-#: Of several places with the same path, the first with a figure of the report is used.
+#: The places of reports. If two have the same path, the first whose figures the report
+#: contains is used.
 PLACES = (
     # The report is a member of the document or event.
     Place("cohere", ("usage",), _COHERE),
