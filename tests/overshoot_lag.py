@@ -105,6 +105,12 @@ class Run(NamedTuple):
         while self.crowd.served < requests and time.time() < deadline:
             time.sleep(0.1)
 
+    def wait_until_stored(self, events: int, timeout: float = 60) -> None:
+        """Wait until *events* events were stored, at most *timeout* seconds."""
+        deadline = time.time() + timeout
+        while self.stored() < events and time.time() < deadline:
+            time.sleep(0.1)
+
     def served_until(self, moment: float) -> int:
         return sum(at < moment for at in self.crowd.served_at)
 
@@ -247,6 +253,10 @@ def reset(lag: float) -> Found:
     """The usage is reset."""
     with running(lag, granted) as run:
         run.wait_until_served(QUOTA)
+        # An event that arrives after the reset, dated in its second, would count in
+        # the new period.
+        run.wait_until_stored(QUOTA)
+        time.sleep(1)
         run.sandbox.reset("acme", "api_requests")
         run.wait_until_served(2 * QUOTA, timeout=lag + 150)
         time.sleep(15)
